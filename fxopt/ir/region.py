@@ -1,0 +1,104 @@
+"""What passes, scheduler, tuner, printers and plan exchange: buffers, library calls and regions. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxopt.ir.exprs import Int, maximum, prod
+from fxopt.ir.loops import Nest
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """A tensor in memory: `shape` and `strides` in elements (possibly symbolic); `offset` 0 is its first element."""
+
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[Int, ...]
+    strides: tuple[Int, ...]
+
+    @property
+    def extent(self) -> Int:
+        """Elements from the first to one past the last that the tensor addresses."""
+        if any(s == 0 for s in self.shape):
+            return 0
+        span: Int = 1
+        for size, stride in zip(self.shape, self.strides, strict=True):
+            span = span + maximum(size - 1, 0) * stride
+        return span
+
+    @property
+    def numel(self) -> Int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor argument: the buffer of that name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """An integer argument computed from size symbols at run time."""
+
+    expr: Int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A library (ATen or custom) op, called as it is.
+
+    `op` is "namespace::name.overload" (or "local:KEY" for a callable that only this process has, such as a higher-order op with
+    its subgraphs). args/kwargs are nested tuples, lists and dicts of Ref, Size and plain constants (None, bool, int, float,
+    complex, str, torch.dtype, device, layout, memory_format). `outputs` names the tensors of the result in order, flattened;
+    None for one nobody uses.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[str | None, ...] = ()
+    origin: str = ""
+
+    def __hash__(self) -> int:
+        return hash((self.op, self.outputs))
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`name` is a strided view of buffer `of` (sizes, strides and offset in elements), as torch.as_strided."""
+
+    name: str
+    of: str
+    shape: tuple[Int, ...]
+    strides: tuple[Int, ...]
+    offset: Int
+
+
+@dataclass(frozen=True)
+class Region:
+    """A loop nest that becomes one kernel, with what is needed to retreat from it.
+
+    `buffers` describes every buffer that the nest reads or writes. `reference` computes the same outputs as ATen calls (Call and
+    Alias steps, writing the buffers that the nest writes; ends in aten::copy_ where an output lives in place). `origins` are the
+    qualified names of the modules and ops it came from, for reports.
+    """
+
+    name: str
+    nest: Nest
+    buffers: dict[str, BufferSpec]
+    device: torch.device
+    reference: tuple[Call | Alias, ...] = ()
+    origins: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+Step = Region | Call | Alias
