@@ -1,0 +1,59 @@
+"""What happened while a graph was compiled: retreats, pass counts, times, kernels. `report` turns it into text."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fxopt.errors import RetreatError
+
+
+@dataclass
+class KernelEntry:
+    """One step of the plan that runs generated code. `nbytes` counts bytes read and written once each (0 when symbolic)."""
+
+    name: str
+    language: str
+    origins: tuple[str, ...]
+    choice: str
+    nbytes: int
+    source: str
+
+
+@dataclass
+class Journal:
+    """The record of one compilation; `strict` turns retreats into RetreatError."""
+
+    graph: str
+    strict: bool = False
+    retreats: list[tuple[str, str]] = field(default_factory=list)  # (what, reason)
+    passes: list[tuple[str, int, float]] = field(default_factory=list)  # (name, rewrites, seconds)
+    seconds: dict[str, float] = field(default_factory=dict)
+    kernels: list[KernelEntry] = field(default_factory=list)
+    library: list[tuple[str, str]] = field(default_factory=list)  # (op, origin)
+    notes: list[tuple[str, str]] = field(default_factory=list)  # (topic, text)
+
+    def retreat(self, what: str, reason: str) -> None:
+        """Note that `what` runs as ATen and why. Raises RetreatError when strict."""
+        if self.strict:
+            raise RetreatError(f"{self.graph}: {what} falls back to ATen: {reason} (strict=True forbids this)")
+        self.retreats.append((what, reason))
+
+    def note(self, topic: str, text: str) -> None:
+        self.notes.append((topic, text))
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of the block to `seconds[phase]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+RECENT: deque[Journal] = deque(maxlen=256)
+"""Journals of the latest compilations in this process, oldest first. `explain` reads those that its own call added."""
