@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+
+from fxopt.ir.exprs import Int
 
 
 class Phase(enum.Enum):
@@ -42,7 +45,8 @@ class Graph:
     """An FX graph whose nodes are call_function of OpOverloads (or higher-order ops), one Input per placeholder, in order.
 
     Every node has meta["val"]: a FakeTensor, a (Sym)int/float/bool, or a tuple/list of them. meta["module"] is the qualified
-    name of the module the node came from ("" when unknown). `saved` is how many trailing outputs of a FORWARD graph are
+    name of the module the node came from ("" when unknown). `to_int` turns an int or SymInt of any meta["val"] into an `Int`
+    (UnsupportedError when it cannot); below capture nothing else looks into a SymInt. `saved` is how many trailing outputs of a FORWARD graph are
     activations kept for the backward. `name` labels reports and dumps ("graph 0 forward").
     """
 
@@ -50,5 +54,6 @@ class Graph:
     inputs: list[Input]
     phase: Phase
     name: str
+    to_int: Callable[[Any], Int] = int
     saved: int = 0
     notes: dict[str, Any] = field(default_factory=dict)

@@ -57,7 +57,9 @@ class Call:
     `op` is "namespace::name.overload" (or "local:KEY" for a callable that only this process has, such as a higher-order op with
     its subgraphs). args/kwargs are nested tuples, lists and dicts of Ref, Size and plain constants (None, bool, int, float,
     complex, str, torch.dtype, device, layout, memory_format). `outputs` names the tensors of the result in order, flattened;
-    None for one nobody uses.
+    None for one that is not a tensor. The executor checks that an output has the strides of its BufferSpec and copies it into
+    that layout if not. `writes` names buffers that the op changes in place; `effect` says that it must keep its place among the
+    other effectful calls (random generators, custom ops that print, ...).
     """
 
     op: str
@@ -65,6 +67,8 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     outputs: tuple[str | None, ...] = ()
     origin: str = ""
+    writes: tuple[str, ...] = ()
+    effect: bool = False
 
     def __hash__(self) -> int:
         return hash((self.op, self.outputs))
@@ -72,7 +76,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Alias:
-    """`name` is a strided view of buffer `of` (sizes, strides and offset in elements), as torch.as_strided."""
+    """`name` is a strided view of buffer `of`; `offset` counts elements from the first element of `of` (not of its storage)."""
 
     name: str
     of: str
@@ -85,8 +89,8 @@ class Alias:
 class Region:
     """A loop nest that becomes one kernel, with what is needed to retreat from it.
 
-    `buffers` describes every buffer that the nest reads or writes. `reference` computes the same outputs as ATen calls (Call and
-    Alias steps, writing the buffers that the nest writes; ends in aten::copy_ where an output lives in place). `origins` are the
+    `buffers` describes every buffer that the nest reads or writes. `nodes` names the FX nodes whose computation it holds: they
+    are its reference as ATen calls, and what lowering leaves to the library when the kernel cannot be built. `origins` are the
     qualified names of the modules and ops it came from, for reports.
     """
 
@@ -94,7 +98,7 @@ class Region:
     nest: Nest
     buffers: dict[str, BufferSpec]
     device: torch.device
-    reference: tuple[Call | Alias, ...] = ()
+    nodes: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
 
     def __hash__(self) -> int:

@@ -1,0 +1,492 @@
+"""The walk over the graph: each node becomes a value; values that need memory become regions; the rest are library calls."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Int, Sym, as_symbol, contiguous_strides, index
+from fxopt.ir.graph import Graph
+from fxopt.ir.loops import Const, Nest, Op, Reduce, Scalar, Scan, Store
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region, Size, Step
+from fxopt.journal import Journal
+from fxopt.lower import cost, layout
+from fxopt.lower.opsets import LIBRARY_OPS, VIEW_OPS
+from fxopt.lower.table import table
+from fxopt.lower.values import Computed, Indirect, Stored, Value, address, at, cast, known_equal, nodes_of
+
+KERNEL_DTYPES = frozenset(
+    (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+    + (torch.bool,)
+)
+"""Element types that generated kernels read and write; ops on others are library calls."""
+
+
+@dataclass
+class Lowered:
+    """The steps in a valid order, with every buffer they touch. Buffers in `inputs` and `constants` exist before the first step.
+
+    `outputs` are Ref, Size, None or plain constants, in the order of the graph's outputs. `local_ops` holds the callables behind
+    "local:KEY" calls.
+    """
+
+    steps: list[Step]
+    buffers: dict[str, BufferSpec]
+    inputs: tuple[str, ...]
+    constants: dict[str, torch.Tensor]
+    outputs: tuple[Any, ...]
+    local_ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """An input that is not a tensor or integer (None, a float, a script object); only library calls take it."""
+
+    name: str
+
+
+def lower_graph(graph: Graph, journal: Journal, library_nodes: frozenset[str] = frozenset()) -> Lowered:
+    """Lower `graph`; nodes named in `library_nodes` stay library calls whatever the table says.
+
+    Raises UnsupportedError when the graph as a whole cannot be expressed (a data-dependent output size, say).
+    """
+    return Lowering(graph, journal, library_nodes).run()
+
+
+class Lowering:
+    """State of one walk, and the interface that op lowerings use (`ctx`)."""
+
+    def __init__(self, graph: Graph, journal: Journal, library_nodes: frozenset[str]) -> None:
+        self.graph, self.journal, self.library_nodes = graph, journal, library_nodes
+        self.table = table()
+        self.steps: list[Step] = []
+        self.buffers: dict[str, BufferSpec] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.local_ops: dict[str, Callable[..., Any]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.aliases: dict[Stored, str] = {}
+        self.node: fx.Node = next(iter(graph.gm.graph.nodes))
+        self.must_store = layout.nodes_needing_memory(graph.gm, self._needs_tensors)
+
+    # ------------------------------------------------------------------ the walk
+
+    def run(self) -> Lowered:
+        inputs = iter(self.graph.inputs)
+        names: list[str] = []
+        outputs: tuple[Any, ...] = ()
+        for node in self.graph.gm.graph.nodes:
+            self.node = node
+            if node.op == "placeholder":
+                given = next(inputs)
+                self.values[node] = self._placeholder(node, given.value)
+                if given.value is None:
+                    names.append(node.name)
+            elif node.op == "get_attr":
+                self.values[node] = self._attribute(node)
+            elif node.op == "call_function":
+                self.values[node] = self._call_function(node)
+            elif node.op == "output":
+                outputs = tuple(self._output(a) for a in torch.utils._pytree.tree_leaves(node.args[0], is_leaf=_is_none))
+            else:
+                raise UnsupportedError(f"node {node.name} has op {node.op}")
+        return Lowered(self.steps, self.buffers, tuple(names), self.constants, outputs, self.local_ops)
+
+    def _placeholder(self, node: fx.Node, constant: torch.Tensor | None) -> Any:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            if constant is not None:
+                self.constants[node.name] = constant
+            return self._declare(node.name, val)
+        if isinstance(val, (int, torch.SymInt)) and not isinstance(val, bool):
+            return self.graph.to_int(val)
+        return Opaque(node.name)
+
+    def _attribute(self, node: fx.Node) -> Any:
+        target = operator.attrgetter(str(node.target))(self.graph.gm)
+        if not isinstance(target, torch.Tensor):
+            return target
+        self.constants[node.name] = target
+        return self._declare(node.name, node.meta["val"])
+
+    def _declare(self, name: str, val: torch.Tensor) -> Stored | Opaque:
+        if val.layout != torch.strided or val.is_nested:
+            return Opaque(name)
+        shape, strides = self.sizes(val.shape), self.sizes(val.stride())
+        self.buffers[name] = BufferSpec(name, val.dtype, val.device, shape, strides)
+        return Stored(name, val.dtype, val.device, shape, strides)
+
+    def _call_function(self, node: fx.Node) -> Any:
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)) and not _is_impure(node):
+            return self.graph.to_int(node.meta["val"])
+        if node.target is operator.getitem:
+            return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        if node.target is torch.ops.aten.copy_.default:
+            return self._copy_into(node)
+        if self._is_library(node):
+            if node.target not in LIBRARY_OPS:
+                self.journal.retreat(f"{node.name} ({node.target})", self._library_reason(node))
+            return self.call(node)
+        mark = len(self.steps)
+        try:
+            args, kwargs = self._arguments(node)
+            result = self._checked(node, self.table[node.target](self, *args, **kwargs))
+        except UnsupportedError as error:
+            del self.steps[mark:]
+            self.journal.retreat(f"{node.name} ({node.target})", error.reason)
+            return self.call(node)
+        return self._settle(node, result)
+
+    def _is_library(self, node: fx.Node) -> bool:
+        if node.target not in self.table or node.name in self.library_nodes:
+            return True
+        tensors = [*_tensor_vals(node), *(t for a in node.all_input_nodes for t in _tensor_vals(a))]
+        return not all(t.dtype in KERNEL_DTYPES and t.layout == torch.strided and not t.is_nested for t in tensors)
+
+    def _needs_tensors(self, node: fx.Node) -> bool:
+        return node.target is not torch.ops.aten.copy_.default and node.target is not operator.getitem and self._is_library(node)
+
+    def _library_reason(self, node: fx.Node) -> str:
+        if node.name in self.library_nodes:
+            return "its kernel could not be built"
+        return "no lowering for this op" if node.target not in self.table else "an element type or layout that kernels do not have"
+
+    def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def value_of(arg: fx.Node) -> Any:
+            value = self.values[arg]
+            if isinstance(value, Opaque):
+                raise UnsupportedError(f"argument {arg.name} is neither a tensor nor an integer")
+            return value
+
+        args: Any = fx.node.map_arg(node.args, value_of)
+        kwargs: Any = fx.node.map_arg(node.kwargs, value_of)
+        return args, kwargs
+
+    def _checked(self, node: fx.Node, result: Any) -> Any:
+        """`result`, after making sure that it has the shapes and dtypes that torch says."""
+        expected = node.meta["val"]
+        many = isinstance(expected, (tuple, list))
+        for got, want in zip(result if many else [result], expected if many else [expected], strict=True):
+            if got is None or not isinstance(want, torch.Tensor):
+                continue
+            shape = self.sizes(want.shape)
+            if got.dtype != want.dtype or len(shape) != len(got.shape):
+                raise UnsupportedError(f"lowering gives {got.dtype}{list(got.shape)}, torch {want.dtype}{list(shape)}")
+            if not all(a == b for a, b in zip(shape, got.shape, strict=True)):
+                raise UnsupportedError(f"lowering gives shape {list(got.shape)}, torch {list(shape)}")
+        return result
+
+    def _settle(self, node: fx.Node, result: Any) -> Any:
+        """Put `node` among the nodes that `result` holds, and store it if something needs it in memory or recomputing costs more."""
+        if isinstance(result, (tuple, list)):
+            vals = node.meta["val"]
+            return tuple(self._settle_one(node, r, v) for r, v in zip(result, vals, strict=True))
+        return self._settle_one(node, result, node.meta["val"])
+
+    def _settle_one(self, node: fx.Node, value: Value | None, val: Any) -> Value | None:
+        if not isinstance(value, Computed):
+            return value
+        value = Computed(value.body, value.dtype, value.device, value.shape, tuple(dict.fromkeys((*value.nodes, node.name))))
+        if node in self.must_store and node.target not in VIEW_OPS:
+            return self.store(value, layout.dense_strides(self, val))
+        if cost.should_store(value, layout.reader_count(node)):
+            return self.store(value, layout.dense_strides(self, val))
+        return value
+
+    def _output(self, arg: Any) -> Any:
+        if not isinstance(arg, fx.Node):
+            return arg
+        value = self.values[arg]
+        if isinstance(value, (Stored, Computed)):
+            return Ref(self.tensor_name(value, arg))
+        if isinstance(value, Opaque):
+            return Ref(value.name)
+        return value if value is None or isinstance(value, (bool, float)) else Size(value)
+
+    # ------------------------------------------------------------------ what lowerings use
+
+    def sizes(self, given: Sequence[Any]) -> tuple[Int, ...]:
+        """ints and SymInts as `Int`."""
+        return tuple(self.graph.to_int(s) for s in given)
+
+    def out(self, position: int | None = None) -> torch.Tensor:
+        """The FakeTensor that the current node gives (its `position`-th, for ops with several results)."""
+        val = self.node.meta["val"]
+        result: torch.Tensor = val if position is None else val[position]
+        return result
+
+    def store(self, value: Value, strides: tuple[Int, ...] | None = None) -> Stored:
+        """`value` in a buffer of its own, with `strides` (row-major when None). A Stored value is returned as it is."""
+        if isinstance(value, Stored):
+            return value
+        dest = self.new_buffer(value.dtype, value.device, value.shape, strides)
+        points = tuple(index(f"x{k}", size) for k, size in enumerate(value.shape))
+        store = Store(dest.buffer, address(dest, points), cast(at(value, points), dest.dtype))
+        self.emit(Nest(symbols_of(points), (), (store,)), value.device, value.nodes)
+        return dest
+
+    def new_buffer(
+        self, dtype: torch.dtype, device: torch.device, shape: Sequence[Int], strides: tuple[Int, ...] | None = None
+    ) -> Stored:
+        """A fresh, unwritten buffer."""
+        name = f"buf{len(self.buffers)}"
+        shape = tuple(shape)
+        strides = contiguous_strides(shape) if strides is None else strides
+        self.buffers[name] = BufferSpec(name, dtype, device, shape, strides)
+        return Stored(name, dtype, device, shape, strides)
+
+    def emit(self, nest: Nest, device: torch.device, nodes: tuple[str, ...]) -> None:
+        """Append a region for `nest`."""
+        names = dict.fromkeys((*nest.reads(), *nest.writes()))
+        for name in names:
+            if self.buffers[name].device != device:
+                raise UnsupportedError(f"reads {self.buffers[name].device} memory from a kernel on {device}")
+        nodes = tuple(dict.fromkeys((*nodes, self.node.name)))
+        origins = tuple(dict.fromkeys(origin(n) for n in self.graph.gm.graph.nodes if n.name in nodes))
+        buffers = {name: self.buffers[name] for name in names}
+        self.steps.append(Region(f"r{len(self.steps)}", nest, buffers, device, nodes, origins))
+
+    def reduce(
+        self,
+        kind: str,
+        shape: Sequence[Int],
+        dims: Sequence[int],
+        operands: Callable[[tuple[Int, ...]], tuple[Scalar, ...]],
+        *,
+        accumulate: torch.dtype,
+        inputs: Sequence[Value],
+        results: Sequence[tuple[int, torch.dtype]],
+        keepdim: bool = False,
+    ) -> tuple[Value, ...]:
+        """Reduce over `dims` of a domain of `shape`; operands(indices) are the reduced scalars at one index of the domain.
+
+        `results` lists (output of the kind, dtype of the buffer) for each value wanted. The results have `shape` without `dims`
+        (or with size 1 there, when keepdim).
+        """
+        dims = {d % max(len(shape), 1) for d in dims} if shape else set()
+        idx = tuple(index(f"{'r' if k in dims else 'x'}{k}", size) for k, size in enumerate(shape))
+        axes = symbols_of(tuple(i for k, i in enumerate(idx) if k in dims))
+        kept = tuple(k for k in range(len(shape)) if keepdim or k not in dims)
+        out_shape = tuple(1 if k in dims else shape[k] for k in kept)
+        out_index = tuple(0 if k in dims else idx[k] for k in kept)
+        points = symbols_of(tuple(i for k, i in enumerate(idx) if k not in dims))
+        args = operands(idx)
+        device, nodes = _one_device(inputs), nodes_of(*inputs)
+        out: list[Value] = []
+        for position, dtype in results:
+            value = Reduce(kind, args, axes, accumulate, position) if axes else trivial_reduction(kind, args, accumulate, position)
+            dest = self.new_buffer(dtype, device, out_shape)
+            self.emit(Nest(points, axes, (Store(dest.buffer, address(dest, out_index), cast(value, dtype)),)), device, nodes)
+            out.append(dest)
+        return tuple(out)
+
+    def scan(self, kind: str, value: Value, dim: int, accumulate: torch.dtype, dtype: torch.dtype) -> Value:
+        """Inclusive scan of `value` along `dim`, stored."""
+        if not value.shape:
+            return Computed(cast(at(value, ()), dtype), dtype, value.device, (), nodes_of(value))
+        dim %= len(value.shape)
+        idx = tuple(index(f"{'r' if k == dim else 'x'}{k}", size) for k, size in enumerate(value.shape))
+        body = cast(at(value, idx), accumulate)
+        axis = as_symbol(idx[dim])
+        points = symbols_of(tuple(i for k, i in enumerate(idx) if k != dim))
+        scanned = body if axis is None else Scan(kind, body, axis, accumulate)
+        dest = self.new_buffer(dtype, value.device, value.shape)
+        store = Store(dest.buffer, address(dest, idx), cast(scanned, dtype))
+        self.emit(Nest(points, () if axis is None else (axis,), (store,)), value.device, nodes_of(value))
+        return dest
+
+    def scatter(
+        self,
+        dest: Stored,
+        shape: Sequence[Int],
+        element: Callable[[tuple[Int, ...]], tuple[Sequence[Int], tuple[Indirect, ...], Scalar]],
+        mode: str,
+        inputs: Sequence[Value],
+    ) -> Stored:
+        """Over a domain of `shape`, store (mode "set") or add (mode "add") into `dest`, a buffer that this op made.
+
+        element(indices) gives (indices into dest, bindings of indirect symbols in them, the value).
+        """
+        idx = tuple(index(f"x{k}", size) for k, size in enumerate(shape))
+        where, indirect, value = element(idx)
+        store = Store(dest.buffer, address(dest, where), cast(value, dest.dtype), mode, indirect)
+        self.emit(Nest(symbols_of(idx), (), (store,)), dest.device, nodes_of(*inputs))
+        return dest
+
+    def tensor_name(self, value: Value, node: fx.Node | None = None) -> str:
+        """A name under which the plan knows exactly this tensor: its buffer, or an alias of it."""
+        if isinstance(value, Computed):
+            value = self.store(value, None if node is None else layout.dense_strides(self, node.meta["val"]))
+        spec = self.buffers[value.buffer]
+        same_layout = spec.shape == value.shape and _equivalent_strides(spec.shape, spec.strides, value.strides)
+        if same_layout and value.offset == 0 and spec.dtype == value.dtype:
+            return value.buffer
+        if value not in self.aliases:
+            name = f"view{len(self.aliases)}"
+            self.aliases[value] = name
+            self.steps.append(Alias(name, value.buffer, value.shape, value.strides, value.offset))
+        return self.aliases[value]
+
+    # ------------------------------------------------------------------ library calls and mutation
+
+    def call(self, node: fx.Node) -> Any:
+        """Run `node` as the call that it was."""
+        if any(isinstance(v, torch.SymInt) and not _has_backing(v) for v in _leaves(node.meta.get("val"))):
+            raise UnsupportedError(f"{node.name} ({node.target}) has a data-dependent size")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._call_argument)  # type: ignore[misc]
+        results, names = self._declare_results(node)
+        writes, effect = self._effects(node)
+        op, args, kwargs = self._op_name(node, args, kwargs)
+        self.steps.append(Call(op, args, kwargs, names, origin(node), writes, effect))
+        return results
+
+    def _call_argument(self, arg: fx.Node) -> Any:
+        value = self.values[arg]
+        if isinstance(value, (Stored, Computed)):
+            if isinstance(value, Computed) and arg.target not in VIEW_OPS:
+                value = self.values[arg] = self.store(value, layout.dense_strides(self, arg.meta["val"]))
+            return Ref(self.tensor_name(value, arg))
+        if isinstance(value, Opaque):
+            return Ref(value.name)
+        return Size(value) if not isinstance(value, int) and hasattr(value, "terms") else value
+
+    def _declare_results(self, node: fx.Node) -> tuple[Any, tuple[str | None, ...]]:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            return self._declare(node.name, val), (node.name,)
+        if not isinstance(val, (tuple, list)):
+            return val, (None,)
+        results, names = [], []
+        for k, item in enumerate(val):
+            name = f"{node.name}_{k}" if isinstance(item, torch.Tensor) else None
+            results.append(self._declare(name, item) if name is not None else item)
+            names.append(name)
+        return tuple(results), tuple(names)
+
+    def _effects(self, node: fx.Node) -> tuple[tuple[str, ...], bool]:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return (), True
+        writes = []
+        for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.is_write and isinstance(given, fx.Node) and isinstance(self.values[given], Stored):
+                writes.append(self.values[given].buffer)
+        return tuple(writes), _is_impure(node)
+
+    def _op_name(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[str, Any, Any]:
+        if isinstance(node.target, torch._ops.OpOverload) and layout.is_plain_data((args, kwargs)):
+            return overload_name(node.target), args, kwargs
+        key = f"{self.graph.name}/{node.name}"
+        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, (Ref, Size)))
+        moving = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (Ref, Size))]
+        target = node.target
+
+        def local(*given: Any) -> Any:
+            filled = list(leaves)
+            for k, value in zip(moving, given, strict=True):
+                filled[k] = value
+            call_args, call_kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
+            return target(*call_args, **call_kwargs)  # type: ignore[operator]
+
+        self.local_ops[key] = local
+        return f"local:{key}", tuple(leaves[k] for k in moving), {}
+
+    def _copy_into(self, node: fx.Node) -> Any:
+        """copy_(input, value): store into the input's own memory, after everything that still wants its old contents is stored."""
+        dest, value = self.values[node.args[0]], self.values[node.args[1]]  # type: ignore[index]
+        if not isinstance(dest, Stored) or dest.dtype not in KERNEL_DTYPES or not isinstance(value, (Stored, Computed)):
+            return self.call(node)
+        self._store_pending_readers(dest.buffer, node)
+        value = self.values[node.args[1]]  # type: ignore[index]
+        points = tuple(index(f"x{k}", size) for k, size in enumerate(dest.shape))
+        source = _broadcast(value, dest.shape)
+        where = address(dest, points)
+        body = cast(at(source, points), dest.dtype)
+        own_reads = [n for n in Nest((), (), (Store("", 0, body),)).loads() if n.buffer == dest.buffer]
+        if any(load.index != where for load in own_reads) or value.device != dest.device:
+            return self.call(node)
+        self.emit(Nest(symbols_of(points), (), (Store(dest.buffer, where, body),)), dest.device, nodes_of(value))
+        return dest
+
+    def _store_pending_readers(self, buffer: str, writer: fx.Node) -> None:
+        for node, value in list(self.values.items()):
+            live = any(user is not writer and user not in self.values for user in node.users)
+            if live and isinstance(value, Computed) and buffer in Nest((), (), (Store("", 0, value.body),)).reads():
+                self.values[node] = self.store(value, layout.dense_strides(self, node.meta["val"]))
+
+
+def trivial_reduction(kind: str, args: tuple[Scalar, ...], dtype: torch.dtype, output: int) -> Scalar:
+    """The reduction of a single element."""
+    if kind in ("argmax", "argmin"):
+        return cast(args[1], dtype)
+    if kind in ("welford", "softmax_stats") and output == 1:
+        difference = Op("sub", (cast(args[0], dtype), cast(args[0], dtype)), dtype)  # NaN for infinities, as over many elements
+        return difference if kind == "welford" else Op("exp", (difference,), dtype)
+    return cast(args[0], dtype)
+
+
+def symbols_of(indices: tuple[Int, ...]) -> tuple[Sym, ...]:
+    """The symbols among loop indices (dimensions of size 1 have none)."""
+    return tuple(s for s in map(as_symbol, indices) if s is not None)
+
+
+def overload_name(op: torch._ops.OpOverload) -> str:
+    """ "namespace::name.overload" of an op, as in Call.op."""
+    return f"{op._schema.name}.{op._overloadname}"
+
+
+def origin(node: fx.Node) -> str:
+    """Where a node came from, for people: "encoder.layer.0.output: aten.add.Tensor"."""
+    module = node.meta.get("module", "")
+    return f"{module}: {node.target}" if module else str(node.target)
+
+
+def const(value: bool | int | float, dtype: torch.dtype) -> Const:
+    """A literal."""
+    return Const(value, dtype)
+
+
+def _broadcast(value: Value, shape: tuple[Int, ...]) -> Value:
+    if value.shape == shape:
+        return value
+    from fxopt.lower.values import broadcast_indices, pointwise
+
+    return pointwise(shape, value.dtype, value.device, lambda i: at(value, broadcast_indices(value.shape, i)), (value,))
+
+
+def _one_device(inputs: Sequence[Value]) -> torch.device:
+    devices = {v.device for v in inputs}
+    if len(devices) != 1:
+        raise UnsupportedError(f"operands on several devices: {sorted(map(str, devices))}")
+    return devices.pop()
+
+
+def _equivalent_strides(shape: tuple[Int, ...], a: tuple[Int, ...], b: tuple[Int, ...]) -> bool:
+    return all(x == y or known_equal(s, 1) for s, x, y in zip(shape, a, b, strict=True))
+
+
+def _leaves(val: Any) -> list[Any]:
+    return list(torch.utils._pytree.tree_leaves(val))
+
+
+def _tensor_vals(node: fx.Node) -> list[torch.Tensor]:
+    return [v for v in _leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+
+
+def _has_backing(size: torch.SymInt) -> bool:
+    return size.node.hint is not None
+
+
+def _is_impure(node: fx.Node) -> bool:
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return op not in (operator.getitem,) and isinstance(op, torch._ops.HigherOrderOperator)
+    return op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags or not op._schema.returns
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

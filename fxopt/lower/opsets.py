@@ -1,0 +1,57 @@
+"""Sets of ops that lowering treats alike."""
+
+from __future__ import annotations
+
+import torch
+
+aten = torch.ops.aten
+
+VIEW_OPS = frozenset(
+    {
+        aten.alias.default,
+        aten.as_strided.default,
+        aten.detach.default,
+        aten.diagonal.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unfold.default,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+    }
+)
+"""Ops whose result shares the memory of their first argument (reshape only when strides allow)."""
+
+LIBRARY_OPS = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten._addmm_activation.default,
+        aten._scaled_mm.default,
+        aten._int_mm.default,
+        aten.convolution.default,
+        aten.convolution_backward.default,
+        aten.cudnn_convolution_relu.default,
+        aten.cudnn_convolution_add_relu.default,
+        aten.scaled_dot_product_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_backward.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_efficient_attention_backward.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_cudnn_attention_backward.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    }
+)
+"""Contractions and attention: running them in a library is the plan, not a retreat."""
