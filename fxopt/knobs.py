@@ -1,0 +1,98 @@
+"""Every FXOPT_* environment variable, typed, in one place. Read at use, never on import, so a test may set them at any time.
+
+`in_key` says whether a knob may change generated code and therefore belongs in cache keys; `Options.parse` folds those knobs
+into the options, whose `cache_key_facts` is the only thing keys need to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Knob(Generic[T]):
+    """One environment variable. Where `parse` raises ValueError, the default holds, with a warning."""
+
+    name: str
+    parse: Callable[[str], T]
+    default: T
+    doc: str
+    in_key: bool = False
+
+    def get(self) -> T:
+        """The current value; the default when unset, empty or malformed."""
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            warnings.warn(f"ignoring {self.name}={text!r}: {error} ({self.doc})", stacklevel=2)
+            return self.default
+
+
+def _flag(text: str) -> bool:
+    lowered = text.lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected 0 or 1")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("expected a number that is not negative")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _path(text: str) -> Path | None:
+    return Path(text).expanduser()
+
+
+def _optional_count(text: str) -> int | None:
+    return _count(text)
+
+
+def _optional_text(text: str) -> str | None:
+    return text
+
+
+CACHE_DIR: Knob[Path | None] = Knob(
+    "FXOPT_CACHE_DIR", _path, None, "directory for kernels and measurements; default $XDG_CACHE_HOME/fxopt or ~/.cache/fxopt"
+)
+DUMP: Knob[str | None] = Knob(
+    "FXOPT_DUMP", _optional_text, None, "directory that receives the graph after each pass that changed it"
+)
+DISABLE: Knob[tuple[str, ...]] = Knob(
+    "FXOPT_DISABLE", _names, (), "comma-separated names of passes to switch off", in_key=True
+)
+FUEL: Knob[int | None] = Knob(
+    "FXOPT_FUEL",
+    _optional_count,
+    None,
+    "how many rewrites may be applied in all, for bisecting; unlimited when unset",
+    in_key=True,
+)
+STRICT: Knob[bool] = Knob("FXOPT_STRICT", _flag, False, "1: raise RetreatError where something would fall back to ATen")
+CXX: Knob[str | None] = Knob(
+    "FXOPT_CXX", _optional_text, None, "C++ compiler to use instead of $CXX, g++, c++ or clang++", in_key=True
+)
+WORKERS: Knob[int | None] = Knob(
+    "FXOPT_WORKERS", _optional_count, None, "compile worker processes; default: one per core, at most 16"
+)
+
+ALL: tuple[Knob[object], ...] = (CACHE_DIR, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS)  # type: ignore[assignment]
+"""Every knob, for documentation and tests."""

@@ -1,0 +1,126 @@
+"""What a user may ask for: `torch.compile(model, backend="fxopt", mode=...)` or `options={...}`, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxopt import knobs
+from fxopt.errors import OptionError
+
+MODES = {
+    "default": "generated kernels from the cost model, few of them measured",
+    "reduce-overhead": "default, replayed as CUDA graphs where that is safe",
+    "max-autotune": "reduce-overhead, with a wider search over implementations",
+}
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_fuel(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (tuple, list, set, frozenset)) and all(isinstance(name, str) for name in value)
+
+
+def _is_path(value: Any) -> bool:
+    return value is None or isinstance(value, (str, os.PathLike))
+
+
+def _is_mode(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _option(default: Any, doc: str, kind: str, accepts: Callable[[Any], bool], in_key: bool) -> Any:
+    """A dataclass field that knows its description, which values it accepts, and whether it enters cache keys."""
+    return field(default=default, metadata={"doc": doc, "kind": kind, "accepts": accepts, "in_key": in_key})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one compilation. Field metadata: what it means, and whether it enters cache keys (`in_key`)."""
+
+    mode: str = _option("default", "one of " + ", ".join(MODES), "a mode name", _is_mode, in_key=True)
+    freeze: bool = _option(
+        False,
+        "inference graphs treat parameters and unmutated buffers as constants (decision 13)",
+        "a bool",
+        _is_bool,
+        in_key=True,
+    )
+    strict: bool = _option(False, "a fallback to ATen raises RetreatError", "a bool", _is_bool, in_key=False)
+    fallback_random: bool = _option(False, "random ops give eager's own bits", "a bool", _is_bool, in_key=True)
+    recompute_random: bool = _option(
+        True,
+        "the backward may recompute random values from their seed instead of reading saved ones",
+        "a bool",
+        _is_bool,
+        in_key=True,
+    )
+    disable: tuple[str, ...] = _option((), "names of passes to switch off", "a list of pass names", _is_names, in_key=True)
+    fuel: int | None = _option(
+        None, "how many rewrites may be applied in all", "a number >= 0 or None", _is_fuel, in_key=True
+    )
+    dump: str | None = _option(
+        None, "directory for readable graphs after each pass", "a path or None", _is_path, in_key=False
+    )
+    check: bool = _option(False, "verify the graph's rules after every pass (for tests)", "a bool", _is_bool, in_key=False)
+
+    @classmethod
+    def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+        """Options from torch.compile's `mode` and `options`; FXOPT_DISABLE, _FUEL, _DUMP and _STRICT are folded in.
+
+        Raises OptionError for an unknown mode or option, or a value of the wrong type; the message lists what is valid.
+        """
+        given = _checked(options or {})
+        if mode is not None:
+            if given.get("mode", mode) != mode:
+                raise OptionError(f"mode={mode!r} contradicts options={{'mode': {given['mode']!r}}}; give one of them")
+            given["mode"] = mode
+        _check_mode(given.get("mode", "default"))
+        given["disable"] = tuple(sorted({*given.get("disable", ()), *knobs.DISABLE.get()}))
+        if given.get("fuel") is None:
+            given["fuel"] = knobs.FUEL.get()
+        if given.get("dump") is None:
+            given["dump"] = knobs.DUMP.get()
+        elif not isinstance(given["dump"], str):
+            given["dump"] = os.fspath(given["dump"])
+        given["strict"] = given.get("strict", False) or knobs.STRICT.get()
+        return cls(**given)
+
+    def cache_key_facts(self) -> dict[str, Any]:
+        """The options that can change generated code, by name: what a cache key has to contain. Plain JSON data."""
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["in_key"]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+
+
+def _suggest(name: object, valid: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_mode(mode: Any) -> None:
+    if mode not in MODES:
+        listing = "".join(f"\n  {name}: {doc}" for name, doc in MODES.items())
+        raise OptionError(f"unknown mode {mode!r}{_suggest(mode, list(MODES))}\nValid modes:{listing}")
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(Options)}
+    listing = "".join(f"\n  {name}: {f.metadata['doc']} (default {f.default!r})" for name, f in fields.items())
+    for name, value in options.items():
+        if name not in fields:
+            raise OptionError(f"unknown option {name!r}{_suggest(name, list(fields))}\nValid options:{listing}")
+        if not fields[name].metadata["accepts"](value):
+            raise OptionError(
+                f"option {name!r} must be {fields[name].metadata['kind']}, got {value!r}\nValid options:{listing}"
+            )
+    return dict(options)
