@@ -1,0 +1,38 @@
+"""fxopt: a `torch.compile` backend that captures, fuses, measures and replays whole graphs.
+
+`torch.compile(model, backend="fxopt")` needs no import of this package. What is here is for looking inside (`explain`), for
+frozen models (`refreeze`) and for typed settings (`Options`). Every name is loaded on first use, so `import fxopt` is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxopt.capture import refreeze
+    from fxopt.options import Options
+    from fxopt.report import Explanation, explain
+
+__version__ = "0.1.0"
+__all__ = ["Explanation", "Options", "__version__", "explain", "refreeze"]
+
+_HOME = {
+    "Explanation": ("fxopt.report", "Explanation"),
+    "Options": ("fxopt.options", "Options"),
+    "explain": ("fxopt.report", "explain"),
+    "refreeze": ("fxopt.capture", "refreeze"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,44 @@
+"""Shared set-up: no more threads than cores, a cache of the run's own, and GPU tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_THREADS = max(1, len(os.sched_getaffinity(0)) // _WORKERS) if hasattr(os, "sched_getaffinity") else 1
+# OpenMP reads this when it is loaded, so before torch is imported: workers must not fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+
+if "FXOPT_CACHE_DIR" not in os.environ:
+    # Worker processes inherit it, so kernels are compiled once per run, and nothing of the user's own cache is read.
+    _CACHE = tempfile.TemporaryDirectory(prefix="fxopt-tests-")
+    os.environ["FXOPT_CACHE_DIR"] = _CACHE.name
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty fxopt cache directory for one test."""
+    directory = tmp_path / "cache"
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(directory))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
