@@ -12,7 +12,7 @@ rounded when stored. `Load.dtype` is the dtype of the buffer's elements.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -348,19 +348,21 @@ class Scan(Scalar):
 
 
 def renamed_axes(axes: tuple[Sym, ...], mapping: dict[Sym, Int]) -> tuple[Sym, ...]:
-    """Bound axes after a substitution. An axis maps to an expression of index symbols (a rename, a split, or a merge partner);
-
-    the new axes are those symbols, in order, without repeats.
-    """
+    """Bound axes after a substitution: the index symbols of the expressions that the axes map to, in loop order."""
     out: list[Sym] = []
     for axis in axes:
         image = mapping.get(axis)
         if image is None:
             fresh: list[Sym] = [axis]
         else:
-            fresh = sorted((s for s in free_symbols(image) if s.size is not None), key=lambda s: s.name)
+            fresh = [s for s in free_symbols(image) if s.size is not None]
         out += [s for s in fresh if s not in out]
-    return tuple(out)
+    return loop_order(out)
+
+
+def loop_order(syms: Iterable[Sym]) -> tuple[Sym, ...]:
+    """Index symbols in the order of the dimensions they are named after (x0, r1, x2, ...)."""
+    return tuple(sorted(syms, key=lambda s: (int(s.name[1:]), s.name)))
 
 
 def transform(root: Scalar, mapping: dict[Sym, Int], leaf: Callable[[Load], Scalar | None] | None = None) -> Scalar:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from fxopt.ir.exprs import free_symbols
+from collections.abc import Iterable
+
+import torch
+
+from fxopt.ir.exprs import Int, bounds, free_symbols
 from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Scalar, postorder
+from fxopt.ir.region import BufferSpec
 from fxopt.lower.values import Computed
 
 EXPENSIVE_OPS = (FLOAT_UNARY - {"sqrt", "rsqrt"}) | {"pow", "atan2", "rand", "randn", "randint"}
@@ -34,3 +39,28 @@ def should_store(value: Computed, readers: int) -> bool:
     recompute = readers * loads
     stored = loads + 1 + (readers - 1)  # one reader usually joins with the producer and reads nothing
     return recompute >= stored and loads > 0 if not expensive else loads > 0
+
+
+ASSUMED_SIZE = 256
+"""Stands for a size that is only known at run time, when two plans are compared."""
+
+
+def extent(sizes: Iterable[Int | None]) -> int:
+    """The product of sizes, unknown ones assumed."""
+    total = 1
+    for size in sizes:
+        if size is not None:
+            total *= size if isinstance(size, int) else max(bounds(size)[0] or 0, ASSUMED_SIZE)
+    return total
+
+
+def nbytes(spec: BufferSpec) -> int:
+    """Bytes that one pass over the buffer's distinct elements moves."""
+    distinct = (s for s, stride in zip(spec.shape, spec.strides, strict=True) if stride != 0)
+    return extent(distinct) * spec.dtype.itemsize
+
+
+def needs_split(points: int, length: int, device: torch.device) -> bool:
+    """Whether a reduction of `points` rows of `length` has too few rows to keep the device busy one row per block."""
+    enough = 256 if device.type == "cuda" else 16
+    return points < enough and length >= 8192

@@ -1,0 +1,94 @@
+"""Finding one iteration domain for two nests: how the loops of one run as the loops of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxopt.ir.exprs import Atom, Expr, Int, Sym, coefficient, prod, ravel, substitute, symbol, unravel
+from fxopt.ir.loops import Nest, loop_order
+
+Mapping = dict[Sym, Int]
+
+
+def mappings(source: Nest, target: Nest) -> Iterator[Mapping]:
+    """Bijections from `source`'s domain onto `target`'s (or onto target's points, for a nest without reduction that has as many).
+
+    Each maps every loop symbol of `source` to an expression over `target`'s. The likeliest come first.
+    """
+    if source.reduced:
+        if not target.reduced or not _same_count(source.reduced, target.reduced):
+            return
+        for points in _between(source, source.points, target, target.points):
+            for reduced in _between(source, source.reduced, target, target.reduced):
+                yield {**points, **reduced}
+        return
+    if _same_count(source.points, (*target.points, *target.reduced)):
+        yield from _between(source, source.points, target, (*target.points, *target.reduced))
+    elif target.reduced and _same_count(source.points, target.points):
+        yield from _between(source, source.points, target, target.points)
+
+
+def _same_count(a: tuple[Sym, ...], b: tuple[Sym, ...]) -> bool:
+    return prod(_size(s) for s in a) == prod(_size(s) for s in b)
+
+
+def _size(sym: Sym) -> Int:
+    assert sym.size is not None
+    return sym.size
+
+
+def _between(source: Nest, own: tuple[Sym, ...], target: Nest, other: tuple[Sym, ...]) -> Iterator[Mapping]:
+    """Bijections from loops `own` onto loops `other`, whose sizes have equal products."""
+    seen: list[Mapping] = []
+    for candidate in (_by_strides(source, own, target, other), _row_major(own, other)):
+        if candidate is not None and candidate not in seen:
+            seen.append(candidate)
+            yield candidate
+
+
+def _row_major(own: tuple[Sym, ...], other: tuple[Sym, ...]) -> Mapping:
+    ordered, targets = loop_order(own), loop_order(other)
+    linear = ravel(tuple(symbol(s) for s in targets), tuple(_size(s) for s in targets))
+    return dict(zip(ordered, unravel(linear, tuple(_size(s) for s in ordered)), strict=True))
+
+
+def _by_strides(source: Nest, own: tuple[Sym, ...], target: Nest, other: tuple[Sym, ...]) -> Mapping | None:
+    """Match loops one to one by size and by the strides with which they run through shared buffers."""
+    if len(own) != len(other):
+        return None
+    mine, theirs = _strides(source, own), _strides(target, other)
+    shared = [b for b in mine if b in theirs]
+    free = list(loop_order(other))
+    out: Mapping = {}
+    for sym in loop_order(own):
+        partners = [t for t in free if t.size == sym.size]
+        if not partners:
+            return None
+
+        def agreement(t: Sym, sym: Sym = sym) -> int:
+            return sum(mine[b][sym] == theirs[b][t] for b in shared)
+
+        best = max(partners, key=agreement)  # the first of equals, so that order is kept
+        free.remove(best)
+        out[sym] = symbol(best)
+    return out
+
+
+def _strides(nest: Nest, loops: tuple[Sym, ...]) -> dict[str, dict[Sym, Int | None]]:
+    """For every buffer the nest touches, the stride of its first access in each loop."""
+    out: dict[str, dict[Sym, Int | None]] = {}
+    accesses = [(s.buffer, s.index) for s in nest.stores] + [(n.buffer, n.index) for n in nest.loads()]
+    for buffer, index in accesses:
+        if buffer not in out:
+            out[buffer] = {s: coefficient(index, s) for s in loops}
+    return out
+
+
+def division_count(nest: Nest, mapping: Mapping) -> int:
+    """How many accesses of `nest` would need a division or modulo under `mapping`: a sign of a poor fit."""
+    indices = [s.index for s in nest.stores] + [n.index for n in nest.loads()]
+    return sum(_has_division(substitute(i, mapping)) for i in indices)
+
+
+def _has_division(x: Int) -> bool:
+    return isinstance(x, Expr) and any(isinstance(a, Atom) and a.kind in ("floordiv", "mod") for m, _ in x.terms for a in m)
