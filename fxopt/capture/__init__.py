@@ -1,0 +1,1 @@
+"""From a Dynamo graph to `ir.graph.Graph`s: autograd, decompositions, normal form, roles. Private torch APIs live here."""
