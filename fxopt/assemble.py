@@ -1,0 +1,148 @@
+"""From a schedule and its chosen kernels to the Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Int, as_symbol, free_symbols
+from fxopt.ir.graph import Graph
+from fxopt.ir.region import BufferSpec, Call, Ref, Region, Size
+from fxopt.journal import Journal, KernelEntry
+from fxopt.lower import Lowered
+from fxopt.lower.cost import nbytes
+from fxopt.runtime.memory import plan_memory
+from fxopt.runtime.plan import InputSpec, Launch, Plan, PlanStep, SymbolSource, defined, expressions, used
+from fxopt.tune import Choice
+
+
+def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal: Journal) -> Plan:
+    """The plan that runs `lowered` with the kernels in `chosen` (by region name). Raises UnsupportedError if a size's source is unknown."""
+    steps: list[PlanStep] = []
+    buffers = dict(lowered.buffers)
+    for step in lowered.steps:
+        if isinstance(step, Region):
+            choice = chosen[step.name]
+            buffers.update({spec.name: spec for spec in choice.scratch})
+            steps += _launches(step, choice)
+            _note_kernels(step, choice, journal)
+        else:
+            steps.append(step)
+            if isinstance(step, Call):
+                journal.library.append((step.op, step.origin))
+    inputs = tuple(_input_spec(graph, lowered, name) for name in lowered.inputs)
+    named = _named(steps, lowered)
+    plan = Plan(
+        name=graph.name,
+        inputs=inputs,
+        constants=tuple(buffers[n] for n in lowered.constants if n in named and n in buffers),
+        symbols=_symbol_sources(inputs, graph, lowered, steps, buffers),
+        buffers=tuple(s for n, s in buffers.items() if n in named and n not in lowered.inputs and n not in lowered.constants),
+        steps=tuple(steps),
+        outputs=lowered.outputs,
+    )
+    return plan_memory(plan)
+
+
+def _launches(region: Region, choice: Choice) -> list[PlanStep]:
+    """One launch per kernel of the choice (a split reduction has two)."""
+    out: list[PlanStep] = []
+    written = {*region.nest.writes(), *(spec.name for spec in choice.scratch)}
+    pairs = tuple(in_place_pairs(region))
+    for source, artifact in choice.kernels:
+        out.append(
+            Launch(
+                kernel=artifact.key,
+                language=source.language,
+                entry=artifact.entry,
+                buffers=source.buffers,
+                writes=tuple(dict.fromkeys(b for b in source.buffers if b in written)),
+                device=region.device,
+                sizes=source.sizes,
+                grid=source.grid,
+                errors=source.errors,
+                aligned=tuple(source.compile_options.get("aligned", ())),
+                inplace=pairs if len(choice.kernels) == 1 else (),
+                label=region.name,
+            )
+        )
+    return out
+
+
+def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
+    """(output, input) pairs where the output may overwrite the input: every access to either is at one and the same index."""
+    loads = region.nest.loads()
+    for store in region.nest.stores:
+        if store.mode != "set" or store.indirect:
+            continue
+        out = region.buffers[store.buffer]
+        for name in region.nest.reads():
+            spec = region.buffers[name]
+            if name == store.buffer or (spec.dtype, spec.shape, spec.strides) != (out.dtype, out.shape, out.strides):
+                continue
+            own = [load for load in loads if load.buffer == name]
+            if all(load.index == store.index and not load.indirect for load in own):
+                yield store.buffer, name
+
+
+def _note_kernels(region: Region, choice: Choice, journal: Journal) -> None:
+    moved = sum(nbytes(spec) for spec in region.buffers.values())
+    source = choice.kernels[0][0]
+    for kernel, artifact in choice.kernels:
+        journal.kernels.append(KernelEntry(artifact.entry, source.language, region.origins, choice.label, moved, kernel.text))
+
+
+def _input_spec(graph: Graph, lowered: Lowered, name: str) -> InputSpec:
+    role = next(i.role for i in graph.inputs if i.name == name)
+    spec = lowered.buffers.get(name)
+    if spec is not None:
+        return InputSpec(name, "tensor", role, spec.dtype, spec.device, spec.shape, spec.strides)
+    node = next(n for n in graph.gm.graph.nodes if n.op == "placeholder" and n.name == name)
+    val = node.meta.get("val")
+    if isinstance(val, (int, torch.SymInt)) and not isinstance(val, bool):
+        return InputSpec(name, "int", role)
+    return InputSpec(name, "float" if isinstance(val, float) else "other", role)
+
+
+def _named(steps: Iterable[PlanStep], lowered: Lowered) -> set[str]:
+    """Every buffer that a step or an output mentions."""
+    names: set[str] = set()
+    for step in steps:
+        names |= set(used(step)) | set(defined(step))
+    return names | {o.name for o in lowered.outputs if isinstance(o, Ref)}
+
+
+def _symbol_sources(
+    inputs: tuple[InputSpec, ...], graph: Graph, lowered: Lowered, steps: list[PlanStep], buffers: dict[str, BufferSpec]
+) -> tuple[SymbolSource, ...]:
+    known: dict[str, SymbolSource] = {}
+    values = {n.name: n.meta.get("val") for n in graph.gm.graph.nodes if n.op == "placeholder"}
+    for position, spec in enumerate(inputs):
+        if spec.kind == "int":
+            _offer(known, graph.to_int(values[spec.name]), SymbolSource("", position, "value"))
+    for what in ("size", "stride"):
+        for position, spec in enumerate(inputs):
+            for dim, x in enumerate(spec.shape if what == "size" else spec.strides):
+                _offer(known, x, SymbolSource("", position, what, dim))
+    needed = {s.name for x in _integers(lowered, steps, buffers) for s in free_symbols(x)}
+    missing = sorted(needed - known.keys())
+    if missing:
+        raise UnsupportedError(f"no input tells the size {', '.join(missing)}")
+    return tuple(known[name] for name in sorted(needed))
+
+
+def _offer(known: dict[str, SymbolSource], x: Int, source: SymbolSource) -> None:
+    sym = as_symbol(x)
+    if sym is not None and sym.name not in known:
+        known[sym.name] = SymbolSource(sym.name, source.input, source.what, source.dim)
+
+
+def _integers(lowered: Lowered, steps: list[PlanStep], buffers: dict[str, BufferSpec]) -> Iterator[Int]:
+    """Every integer that the plan evaluates at run time."""
+    for spec in buffers.values():
+        yield from (*spec.shape, *spec.strides)
+    for step in steps:
+        yield from expressions(step)
+    yield from (o.expr for o in lowered.outputs if isinstance(o, Size))

@@ -1,0 +1,62 @@
+"""The tour: one captured graph in, something that runs it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fxopt import passes, tune
+from fxopt.assemble import assemble
+from fxopt.ir.graph import Graph
+from fxopt.journal import Journal
+from fxopt.lower import Lowered, lower_graph
+from fxopt.lower.schedule import schedule
+from fxopt.options import Options
+from fxopt.runtime.artifacts import ArtifactStore, default_store
+from fxopt.runtime.executor import Executor
+from fxopt.runtime.plan import Plan
+
+MAX_ATTEMPTS = 4
+"""Lowerings of one graph: the first, and again each time that kernels could not be built."""
+
+
+def compile_graph(
+    graph: Graph, example_inputs: Sequence[Any], options: Options, journal: Journal
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Compile `graph` (functional ATen, as `capture.normalize` leaves it).
+
+    The result takes the graph's inputs as one list, which it empties (torch's boxed convention), and returns its outputs.
+    `example_inputs` are the inputs that capture saw, FakeTensors among them. Raises UnsupportedError when the graph as a
+    whole cannot be expressed, and RetreatError when something would fall back under options.strict.
+    """
+    with journal.timed("passes"):
+        passes.run(graph, options, journal)
+    store = default_store()
+    lowered, chosen = _lower_and_choose(graph, options, journal, store)
+    with journal.timed("assemble"):
+        plan = assemble(graph, lowered, chosen, journal)
+        kernels = {artifact.key: artifact for choice in chosen.values() for _, artifact in choice.kernels}
+        return Executor(Plan.from_json(plan.to_json()), kernels, lowered.constants, lowered.local_ops)
+
+
+def _lower_and_choose(
+    graph: Graph, options: Options, journal: Journal, store: ArtifactStore
+) -> tuple[Lowered, dict[str, tune.Choice]]:
+    """Regions and their kernels. What cannot be built is left to the library in another round; built kernels are in the store."""
+    library: frozenset[str] = frozenset()
+    for _ in range(MAX_ATTEMPTS):
+        with journal.timed("lowering"):
+            lowered = lower_graph(graph, journal, library)
+        with journal.timed("scheduling"):
+            lowered = schedule(lowered)
+        with journal.timed("library choice"):
+            lowered = tune.choose_library(lowered, options, store, journal)
+        with journal.timed("kernels"):
+            chosen, failed = tune.choose(lowered, options, store, journal)
+        if not failed:
+            return lowered, chosen
+        for region, reason in failed:
+            journal.retreat(f"{region.name} ({', '.join(region.origins)})", reason)
+            library |= frozenset(region.nodes)
+    every = frozenset(n.name for n in graph.gm.graph.nodes if n.op == "call_function")
+    return lower_graph(graph, journal, every), {}

@@ -1,0 +1,6 @@
+"""Which implementation runs each region and each library call."""
+
+from fxopt.tune.choose import Choice, choose
+from fxopt.tune.library import choose_library
+
+__all__ = ["Choice", "choose", "choose_library"]
