@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 
 def to_float64(value: Any) -> Any:
-    """`value` (a pytree of tensors, or a module: then a copy) with floating tensors in float64; complex ones in complex128."""
+    """`value` (a pytree of tensors, or a module: then a copy) in float64, complex tensors in complex128."""
     if isinstance(value, torch.nn.Module):
         return copy.deepcopy(value).double()
 
@@ -63,20 +63,20 @@ def assert_closer(actual: Any, eager: Any, exact: Any, *, factor: float = 1.5, k
 def _assert_tensor_closer(
     name: str, actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, factor: float, k: float
 ) -> None:
-    got, want = (tuple((t.shape, t.dtype, t.device)) for t in (actual, eager))
+    got, want = ((t.shape, t.dtype, t.device) for t in (actual, eager))
     assert got == want, f"{name}: {got} is not eager's {want}"
     if not (actual.is_floating_point() or actual.is_complex()):
         assert torch.equal(actual, eager), f"{name}: integer values differ from eager's"
         return
     error, eager_error = max_error(actual, exact), max_error(eager, exact)
     allowed = factor * eager_error + k * torch.finfo(actual.dtype).eps * _scale(exact)
-    assert error <= allowed, f"{name}: error {error:.3e} against float64; eager's is {eager_error:.3e}, allowed {allowed:.3e}"
+    assert error <= allowed, f"{name}: error {error:.3e} against float64; eager's {eager_error:.3e}, allowed {allowed:.3e}"
 
 
 def check_compiled(
     fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, dynamic: bool | None = None, k: float = 4.0
 ) -> Any:
-    """Compile `fn` (function or module) with fxopt, call it on `args`, assert_closer against eager and float64; the result."""
+    """Compile `fn` (function or module) with fxopt, call it on `args`, judge the result by assert_closer, return it."""
     torch.compiler.reset()
     merged: Any = {"strict": True, **(options or {})}
     actual = torch.compile(fn, backend="fxopt", options=merged, dynamic=dynamic)(*args)

