@@ -9,6 +9,7 @@ import torch
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, as_symbol, free_symbols
 from fxopt.ir.graph import Graph
+from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import BufferSpec, Call, Ref, Region, Size
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
@@ -63,12 +64,18 @@ def _launches(region: Region, choice: Choice) -> list[PlanStep]:
                 sizes=source.sizes,
                 grid=source.grid,
                 errors=source.errors,
-                aligned=tuple(source.compile_options.get("aligned", ())),
+                aligned=_aligned_positions(source),
                 inplace=pairs if len(choice.kernels) == 1 else (),
                 label=region.name,
             )
         )
     return out
+
+
+def _aligned_positions(source: KernelSource) -> tuple[int, ...]:
+    """Which pointer parameters (b0, b1, ...) the code assumes 16-byte aligned."""
+    assumed = source.compile_options.get("aligned", ())
+    return tuple(k for k in range(len(source.buffers)) if f"b{k}" in assumed)
 
 
 def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
