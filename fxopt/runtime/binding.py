@@ -1,0 +1,412 @@
+"""From a plan to one straight-line Python function.
+
+Everything that can be decided once is decided here: which op overload, which constants, which sizes are literals, which
+buffers need a tensor object and which are only an address. What remains is source text in which each step is a line or two,
+compiled with `compile()`. Names in the text are the writer's own (v: tensors, p: addresses, m: shared storages, y: size
+symbols, e: size expressions, k: constants); nothing from the plan's bytes is pasted in but integers, checked strings as
+literals and known operators.
+
+Pointer and size arguments of native kernels live in two arrays per running call (a frame), prefilled with what never
+changes. Frames are taken from a list and put back, so that threads never share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxopt.errors import PlanError
+from fxopt.ir.exprs import Atom, Expr, Int
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
+from fxopt.runtime.encoding import refs
+from fxopt.runtime.memory import Lifetimes
+from fxopt.runtime.plan import Free, Launch, Plan, PlanStep, allocated
+
+ALIGNMENT = 16
+"""Bytes; what `Launch.aligned` promises a kernel."""
+
+
+@dataclass
+class Binding:
+    """The result of writing a plan down: `source` defines `run`; `names` are the globals it needs, beside `new_frame` and
+    `frames`. `pointers` and `sizes` prefill a frame's arrays; `cuda` lists the launches that need a prebound CUDA
+    launcher."""
+
+    source: str
+    names: dict[str, Any]
+    pointers: list[int]
+    sizes: list[int]
+    cuda: list[Launch]
+
+
+def resolve_op(op: str) -> Callable[..., Any]:
+    """The torch op named "namespace::name.overload". Raises PlanError when this process has none of that name."""
+    namespace, _, rest = op.partition("::")
+    packet, _, overload = rest.partition(".")
+    try:
+        found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    except (AttributeError, RuntimeError) as error:
+        raise PlanError(f"plan.steps: there is no op {op!r} here; import the library that defines it first") from error
+    return found
+
+
+@dataclass
+class Writer:
+    """Writes the source of one plan. `helpers` are the runtime functions that the text calls by name."""
+
+    plan: Plan
+    constants: Mapping[str, torch.Tensor]
+    natives: Mapping[str, Callable[[int, int], int]]
+    ops: Mapping[str, Callable[..., Any]]
+    helpers: Mapping[str, Any]
+    profile: bool = False
+    lines: list[str] = field(default_factory=list)
+    names: dict[str, Any] = field(default_factory=dict)
+    pointers: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    cuda: list[Launch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.names.update(self.helpers)
+        self.specs: dict[str, BufferSpec] = {b.name: b for b in plan.buffers}
+        self.own = allocated(plan)
+        self.symbols = {s.name: f"y{i}" for i, s in enumerate(plan.symbols)}
+        self.tensors: dict[str, str] = {x.name: f"v{i}" for i, x in enumerate(plan.inputs)}
+        self.addresses: dict[str, str] = {}
+        self.expressions: dict[Expr, str] = {}
+        self.prologue: list[str] = []
+        self.roots = Lifetimes.of(plan).root
+        self.materialized = _needs_tensor(plan)
+        self.tenants = [{n for n, s in plan.placement.items() if s == i} for i in range(len(plan.slots))]
+        self.uniform = [len({self._layout(n) for n in names}) <= 1 for names in self.tenants]
+        self.open_slots: set[int] = set()
+        self.counter = len(plan.inputs)
+        self.device = next((s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"), 0)
+
+    # --- the whole
+
+    def write(self) -> Binding:
+        for name, tensor in self.constants.items():
+            self.tensors[name] = self._constant(tensor)
+        for step in self.plan.steps:
+            self._step(step)
+        returned = self._outputs()
+        body = [*self._unpack(), *self.prologue, *self._open_frame(), *self.lines, *self._close_frame()]
+        body.append(f"return {returned}")
+        source = "def run(inputs):\n" + "".join(f"    {line}\n" for line in body)
+        return Binding(source, self.names, self.pointers, self.sizes, self.cuda)
+
+    def _unpack(self) -> list[str]:
+        targets = "".join(f"v{i}, " for i in range(len(self.plan.inputs)))
+        out = [f"{targets}= inputs"] if targets else []
+        out.append("inputs.clear()")
+        for symbol, source in zip(self.symbols.values(), self.plan.symbols, strict=True):
+            read = {"size": f".size({source.dim})", "stride": f".stride({source.dim})", "offset": ".storage_offset()"}
+            out.append(f"{symbol} = v{source.input}{read.get(source.what, '')}")
+        return out
+
+    def _has_frame(self) -> bool:
+        return bool(self.pointers or self.sizes or self.cuda)
+
+    def _open_frame(self) -> list[str]:
+        if not self._has_frame():
+            return []
+        return ["try: frame = frames.pop()", "except IndexError: frame = new_frame()", "P, S, A, B, L = frame"]
+
+    def _close_frame(self) -> list[str]:
+        return ["frames.append(frame)"] if self._has_frame() else []
+
+    def _outputs(self) -> str:
+        for name in dict.fromkeys(refs(self.plan.outputs)):
+            self._allocate(name)
+        return "(" + "".join(f"{self._value(x)}, " for x in self.plan.outputs) + ")"
+
+    def _emit(self, line: str) -> None:
+        self.lines.append(line)
+
+    def _step(self, step: PlanStep) -> None:
+        match step:
+            case Launch():
+                self._launch(step)
+            case Call():
+                self._call(step)
+            case Alias():
+                self._alias(step)
+            case Free():
+                self._free(step)
+
+    # --- values
+
+    def _fresh(self, letter: str) -> str:
+        self.counter += 1
+        return f"{letter}{self.counter}"
+
+    def _constant(self, value: Any) -> str:
+        name = self._fresh("k")
+        self.names[name] = value
+        return name
+
+    def _size(self, x: Int) -> str:
+        """Source of an integer: a literal, or a local computed once at the start of the call."""
+        if isinstance(x, int):
+            return repr(x)
+        if x not in self.expressions:
+            self.expressions[x] = f"e{len(self.expressions)}"
+            self.prologue.append(f"{self.expressions[x]} = {self._polynomial(x)}")
+        return self.expressions[x]
+
+    def _polynomial(self, x: Int) -> str:
+        if isinstance(x, int):
+            return repr(x)
+        terms = []
+        for monomial, coefficient in x.terms:
+            factors = [self._atom(a) if isinstance(a, Atom) else self.symbols[a.name] for a in monomial]
+            terms.append("*".join([repr(coefficient), *factors] if coefficient != 1 or not factors else factors))
+        return "(" + " + ".join(terms) + ")"
+
+    def _atom(self, atom: Atom) -> str:
+        a, b = self._polynomial(atom.a), self._polynomial(atom.b)
+        operator = {"floordiv": "//", "mod": "%"}.get(atom.kind)
+        return f"({a} {operator} {b})" if operator else f"{atom.kind}({a}, {b})"
+
+    def _shape(self, xs: tuple[Int, ...]) -> str:
+        return "(" + "".join(f"{self._size(x)}, " for x in xs) + ")"
+
+    def _value(self, value: Any) -> str:
+        """Source of an op argument or output."""
+        match value:
+            case Ref(name):
+                return self.tensors[name]
+            case Size(expr):
+                return self._size(expr)
+            case None | bool() | int() | str():
+                return repr(value)
+            case list():
+                return "[" + ", ".join(self._value(x) for x in value) + "]"
+            case tuple():
+                return "(" + "".join(f"{self._value(x)}, " for x in value) + ")"
+            case dict():
+                return "{" + ", ".join(f"{k!r}: {self._value(v)}" for k, v in value.items()) + "}"
+        return self._constant(value)
+
+    # --- memory
+
+    def _layout(self, name: str) -> tuple[torch.dtype, tuple[Int, ...], tuple[Int, ...]]:
+        spec = self.own[name]
+        return spec.dtype, spec.shape, spec.strides
+
+    def _allocate(self, name: str) -> None:
+        """Bring an allocated buffer into being before the first step that mentions it."""
+        if name not in self.own or name in self.tensors or name in self.addresses:
+            return
+        slot = self.plan.placement.get(name)
+        if slot is None:
+            self.tensors[name] = self._fresh("v")
+            self._emit(f"{self.tensors[name]} = {self._empty(self.own[name])}")
+        else:
+            self._place(name, slot)
+
+    def _empty(self, spec: BufferSpec) -> str:
+        dtype, device = self._constant(spec.dtype), self._constant(spec.device)
+        return f"empty({self._shape(spec.shape)}, {self._shape(spec.strides)}, dtype={dtype}, device={device})"
+
+    def _place(self, name: str, slot: int) -> None:
+        """Make `name` the tenant of a shared storage, allocating that for its first tenant."""
+        spec, holder = self.own[name], f"m{slot}"
+        if slot not in self.open_slots:
+            self.open_slots.add(slot)
+            self._emit(f"{holder} = {self._empty(spec if self.uniform[slot] else self._bytes(slot))}")
+            self._emit(f"q{slot} = {holder}.data_ptr()")
+        self.addresses[name] = f"q{slot}"
+        if self.uniform[slot]:
+            self.tensors[name] = holder
+        elif name in self.materialized:
+            self.tensors[name] = self._fresh("v")
+            typed = f"{holder}.view({self._constant(spec.dtype)})"
+            self._emit(
+                f"{self.tensors[name]} = as_strided({typed}, {self._shape(spec.shape)}, {self._shape(spec.strides)}, 0)"
+            )
+
+    def _bytes(self, slot: int) -> BufferSpec:
+        """The slot as bytes, rounded up so that it can be viewed as any dtype."""
+        size = (self.plan.slots[slot].nbytes + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+        return BufferSpec("", torch.uint8, self.plan.slots[slot].device, (size,), (1,))
+
+    def _address(self, name: str) -> str:
+        """Source of a buffer's address, computed once."""
+        if name not in self.addresses:
+            tensor = self.tensors[name]
+            self.addresses[name] = self._fresh("p")
+            self._emit(f"{self.addresses[name]} = {tensor}.data_ptr()")
+        return self.addresses[name]
+
+    def _free(self, step: Free) -> None:
+        gone = []
+        for name in step.names:
+            slot = self.plan.placement.get(name)
+            tensor = self.tensors.get(name)
+            if tensor is not None and name not in self.constants and (slot is None or not self.uniform[slot]):
+                gone.append(tensor)
+            if slot is not None:
+                self.tenants[slot].discard(name)
+                if not self.tenants[slot]:
+                    gone.append(f"m{slot}")
+        if gone:
+            self._emit(f"del {', '.join(gone)}")
+
+    # --- steps
+
+    def _alias(self, step: Alias) -> None:
+        self._allocate(step.of)
+        offset = self._size(step.offset)
+        if step.name not in self.materialized:
+            moved = "" if offset == "0" else f" + {offset}*{self._itemsize(step.of)}"
+            source = f"{self._address(step.of)}{moved}"
+            self.addresses[step.name] = self._fresh("p")
+            self._emit(f"{self.addresses[step.name]} = {source}")
+            return
+        base = self.tensors[step.of]
+        if step.of not in self.own:  # offsets count from the base's first element; as_strided's from the storage's
+            offset = f"{base}.storage_offset()" + ("" if offset == "0" else f" + {offset}")
+        self.tensors[step.name] = self._fresh("v")
+        view = f"as_strided({base}, {self._shape(step.shape)}, {self._shape(step.strides)}, {offset})"
+        self._emit(f"{self.tensors[step.name]} = {view}")
+
+    def _itemsize(self, name: str) -> str:
+        root = self.roots.get(name, name)
+        return str(self.specs[root].dtype.itemsize) if root in self.specs else f"{self.tensors[root]}.element_size()"
+
+    def _call(self, step: Call) -> None:
+        for name in refs(step.args) + refs(step.kwargs):
+            self._allocate(name)
+        if step.op not in self.ops:
+            raise PlanError(f"plan.steps: nothing was given for {step.op!r}")
+        arguments = [self._value(x) for x in step.args]
+        arguments += [f"**{self._value(step.kwargs)}"] if step.kwargs else []
+        text = f"{self._constant(self.ops[step.op])}({', '.join(arguments)})"
+        if not any(step.outputs):
+            self._emit(text)
+            return
+        targets = [self._fresh("v") if name else "_" for name in step.outputs]
+        self._emit(
+            f"{''.join(t + ', ' for t in targets)}= flat({text})" if len(targets) > 1 else f"{targets[0]} = one({text})"
+        )
+        if "_" in targets:
+            self._emit("_ = None")
+        for name, target in zip(step.outputs, targets, strict=True):
+            if name:
+                self.tensors[name] = target
+                self._check_layout(name, target)
+
+    def _check_layout(self, name: str, target: str) -> None:
+        """A library may choose other strides than the plan was made with; kernels and callers rely on the plan's."""
+        spec = self.specs.get(name)
+        if spec is not None and spec.shape:
+            shape, strides = self._shape(spec.shape), self._shape(spec.strides)
+            self._emit(f"if {target}.stride() != {strides}: {target} = relayout({target}, {shape}, {strides})")
+
+    def _launch(self, step: Launch) -> None:
+        for name in step.buffers:
+            self._allocate(name)
+        if self._writes_nothing(step):
+            return
+        emitted = len(self.lines)
+        addresses, copies = self._aligned_addresses(step)
+        if step.language == "cpp":
+            self._launch_native(step, addresses)
+        else:
+            self._launch_cuda(step, addresses)
+        self.lines += copies
+        self._announce(step)
+        if self.profile:
+            inside = self.lines[emitted:]
+            label = self._constant(step.label or step.entry)
+            self.lines[emitted:] = [f"with record_function({label}):", *(f"    {line}" for line in inside)]
+
+    def _announce(self, step: Launch) -> None:
+        """Kernels write behind torch's back: bump the version counters of inputs, which autograd may be watching."""
+        inputs = {x.name for x in self.plan.inputs}
+        written = dict.fromkeys(root for n in step.writes if (root := self.roots.get(n, n)) in inputs)
+        if written:
+            self._emit(f"changed(({''.join(f'{self.tensors[n]}, ' for n in written)}))")
+
+    def _writes_nothing(self, step: Launch) -> bool:
+        specs = [self.specs.get(name) for name in step.writes]
+        return bool(specs) and all(spec is not None and any(s == 0 for s in spec.shape) for spec in specs)
+
+    def _launch_native(self, step: Launch, addresses: list[str]) -> None:
+        first, first_size = len(self.pointers), len(self.sizes)
+        for name, address in zip(step.buffers, addresses, strict=True):
+            if name in self.constants:
+                self.pointers.append(self.constants[name].data_ptr())
+            else:
+                self._emit(f"P[{len(self.pointers)}] = {address}")
+                self.pointers.append(0)
+        for size in step.sizes:
+            if not isinstance(size, int):
+                self._emit(f"S[{len(self.sizes)}] = {self._size(size)}")
+            self.sizes.append(size if isinstance(size, int) else 0)
+        kernel, errors = self._constant(self.natives[step.kernel]), self._constant(step)
+        self._emit(f"r = {kernel}(A + {first * 8}, B + {first_size * 8})")
+        self._emit(f"if r: fail({errors}, r)")
+
+    def _launch_cuda(self, step: Launch, addresses: list[str]) -> None:
+        index = len(self.cuda)
+        self.cuda.append(step)
+        grid = [self._size(g) for g in step.grid]
+        device = step.device.index or 0
+        stream = f"h{device}"
+        opening = f"{stream} = stream({device})"
+        if opening not in self.prologue:
+            self.prologue.append(opening)
+        arguments = [stream, *grid, *addresses, *(self._size(s) for s in step.sizes)]
+        skip = " and ".join(g for g, size in zip(grid, step.grid, strict=True) if not isinstance(size, int))
+        if any(size == 0 for size in step.grid):
+            return
+        if device != self.device:
+            self.device = device
+            self._emit(f"set_device({device})")
+        self._emit((f"if {skip}: " if skip else "") + f"L[{index}]({', '.join(arguments)})")
+
+    # --- alignment
+
+    def _aligned_addresses(self, step: Launch) -> tuple[list[str], list[str]]:
+        """Addresses to pass, and lines to run afterwards: a kernel that assumes alignment gets copies of what has none."""
+        addresses = {name: self._address(name) for name in dict.fromkeys(step.buffers) if name not in self.constants}
+        addresses |= {name: repr(self.constants[name].data_ptr()) for name in step.buffers if name in self.constants}
+        assumed = dict.fromkeys(step.buffers[i] for i in step.aligned)
+        doubtful = [
+            name for name in assumed if name not in self.own and name not in self.constants and step.language != "cpp"
+        ]
+        if not doubtful:
+            return [addresses[name] for name in step.buffers], []
+        passed = {name: self._fresh("p") for name in doubtful}
+        originals = " | ".join(addresses[name] for name in doubtful)
+        tensors = "".join(f"{self.tensors[name]}, " for name in doubtful)
+        targets, sources = ("".join(f"{x[name]}, " for name in doubtful) for x in (passed, addresses))
+        self._emit(f"{targets}= {sources}")
+        self._emit("t = None")
+        self._emit(f"if ({originals}) & {ALIGNMENT - 1}: t, {targets}= align({tensors})")
+        written = [(i, self.tensors[name]) for i, name in enumerate(doubtful) if name in step.writes]
+        after = [f"if t is not None and t[{i}] is not {tensor}: {tensor}.copy_(t[{i}])" for i, tensor in written]
+        return [passed.get(name, addresses[name]) for name in step.buffers], [*after, "t = None"]
+
+
+def _needs_tensor(plan: Plan) -> set[str]:
+    """Names that must exist as tensor objects: seen by library calls or callers, or misaligned perhaps; others are
+    addresses."""
+    out = set(refs(plan.outputs))
+    own = allocated(plan)
+    for step in plan.steps:
+        if isinstance(step, Call):
+            out.update(refs(step.args), refs(step.kwargs))
+        if isinstance(step, Launch) and step.language != "cpp":
+            out.update(n for n in (step.buffers[i] for i in step.aligned) if n not in own)
+    for step in reversed(plan.steps):
+        if isinstance(step, Alias) and step.name in out:
+            out.add(step.of)
+    return out
