@@ -18,46 +18,47 @@ Target = Callable[..., Any]
 CATEGORIES: dict[str, frozenset[str]] = {
     # one output element from the elements at the same (broadcast) position
     "pointwise": frozenset(
-        "abs acos acosh add addcdiv addcmul alias_copy asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not "
-        "bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max clamp_min clone copy copysign cos cosh "
-        "deg2rad digamma div elu elu_backward eq erf erfc erfinv exp exp2 expm1 fill floor floor_divide fmax fmin fmod frac ge "
-        "gelu gelu_backward glu gt hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh hardtanh_backward "
-        "heaviside hypot isfinite isinf isnan isneginf isposinf le leaky_relu leaky_relu_backward lerp lgamma log log10 log1p "
-        "log2 log_sigmoid_backward log_sigmoid_forward logaddexp logaddexp2 logical_and logical_not logical_or logical_xor "
-        "logit lt masked_fill maximum minimum mish mul mvlgamma nan_to_num native_dropout_backward ne neg nextafter pow "
-        "prelu rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sigmoid_backward sign signbit silu "
-        "silu_backward sin sinc sinh softplus softplus_backward softshrink sqrt square sub tan tanh tanh_backward threshold "
+        "abs acos acosh add addcdiv addcmul alias_copy asin asinh atan atan2 atanh bitwise_and bitwise_left_shift "
+        "bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max clamp_min clone copy "
+        "copysign cos cosh deg2rad digamma div elu elu_backward eq erf erfc erfinv exp exp2 expm1 fill floor "
+        "floor_divide fmax fmin fmod frac ge gelu gelu_backward glu gt hardsigmoid hardsigmoid_backward hardswish "
+        "hardswish_backward hardtanh hardtanh_backward heaviside hypot isfinite isinf isnan isneginf isposinf le "
+        "leaky_relu leaky_relu_backward lerp lgamma log log10 log1p log2 log_sigmoid_backward log_sigmoid_forward "
+        "logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum "
+        "mish mul mvlgamma nan_to_num native_dropout_backward ne neg nextafter pow prelu rad2deg reciprocal relu "
+        "relu6 remainder round rsqrt rsub selu sgn sigmoid sigmoid_backward sign signbit silu silu_backward sin "
+        "sinc sinh softplus softplus_backward softshrink sqrt square sub tan tanh tanh_backward threshold "
         "threshold_backward true_divide trunc where xlogy _to_copy _conj_physical conj_physical".split()
     ),
     # one output element from a range of input elements
     "reduction": frozenset(
-        "all amax amin aminmax any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min norm prod std "
-        "std_mean sum var var_mean _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data native_layer_norm "
-        "native_layer_norm_backward native_group_norm native_group_norm_backward native_batch_norm "
-        "native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_no_training _fused_rms_norm "
-        "nansum".split()
+        "all amax amin aminmax any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min "
+        "norm prod std std_mean sum var var_mean _softmax _log_softmax _softmax_backward_data "
+        "_log_softmax_backward_data native_layer_norm native_layer_norm_backward native_group_norm "
+        "native_group_norm_backward native_batch_norm native_batch_norm_backward _native_batch_norm_legit "
+        "_native_batch_norm_legit_no_training _fused_rms_norm nansum".split()
     ),
     "scan": frozenset("cumsum cumprod cummax cummin logcumsumexp".split()),
     # the same storage under another shape: only index arithmetic (`_unsafe_view` too, whatever its schema says)
     "view": frozenset(
-        "alias as_strided detach diagonal expand expand_as flatten imag lift_fresh movedim narrow permute real reshape select "
-        "slice split split_with_sizes squeeze swapaxes t transpose unbind unfold unsqueeze view view_as _unsafe_view "
-        "_reshape_alias chunk unflatten numpy_T mT contiguous".split()
+        "alias as_strided detach diagonal expand expand_as flatten imag lift_fresh movedim narrow permute real "
+        "reshape select slice split split_with_sizes squeeze swapaxes t transpose unbind unfold unsqueeze view "
+        "view_as _unsafe_view _reshape_alias chunk unflatten numpy_T mT contiguous".split()
     ),
     # elements moved by a rule or by an index tensor
     "indexing": frozenset(
-        "_unsafe_index _unsafe_index_put as_strided_scatter cat constant_pad_nd diagonal_copy diagonal_scatter embedding "
-        "embedding_dense_backward expand_copy flip gather index index_add index_copy index_fill index_put index_select masked_select "
-        "permute_copy reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d "
-        "replication_pad2d replication_pad3d roll scatter scatter_add scatter_reduce select_backward select_copy "
-        "select_scatter slice_backward slice_copy slice_scatter stack take tril triu unsqueeze_copy view_copy "
-        "pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-        "upsample_bilinear2d upsample_linear1d".split()
+        "_unsafe_index _unsafe_index_put as_strided_scatter cat constant_pad_nd diagonal_copy diagonal_scatter "
+        "embedding embedding_dense_backward expand_copy flip gather index index_add index_copy index_fill "
+        "index_put index_select masked_select permute_copy reflection_pad1d reflection_pad2d reflection_pad3d "
+        "repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d roll scatter scatter_add "
+        "scatter_reduce select_backward select_copy select_scatter slice_backward slice_copy slice_scatter stack "
+        "take tril triu unsqueeze_copy view_copy pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d "
+        "upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d".split()
     ),
     # values from nothing but sizes and scalars
     "factory": frozenset(
-        "arange empty empty_like empty_strided eye full full_like linspace logspace new_empty new_empty_strided new_full "
-        "new_ones new_zeros ones ones_like scalar_tensor tril_indices triu_indices zeros zeros_like".split()
+        "arange empty empty_like empty_strided eye full full_like linspace logspace new_empty new_empty_strided "
+        "new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices triu_indices zeros zeros_like".split()
     ),
     "random": frozenset(
         "bernoulli dropout multinomial native_dropout normal normal_functional poisson rand rand_like randint "
@@ -65,8 +66,8 @@ CATEGORIES: dict[str, frozenset[str]] = {
     ),
     # sums of products: matrix units, templates and libraries compete for these
     "contraction": frozenset(
-        "addbmm addmm addmv addr baddbmm bmm convolution convolution_backward convolution_overrideable dot linear matmul mm mv "
-        "_int_mm _scaled_mm vdot".split()
+        "addbmm addmm addmv addr baddbmm bmm convolution convolution_backward convolution_overrideable dot linear "
+        "matmul mm mv _int_mm _scaled_mm vdot".split()
     ),
 }
 """Category -> names of `aten` (and `fxopt`, for random) operators. Everything else is "library"."""
@@ -101,7 +102,7 @@ def is_higher_order(target: Any) -> bool:
 def is_symbolic(target: Any) -> bool:
     """Whether `target` is arithmetic on sizes (operator.add, math.floor, torch.sym_max, ...)."""
     if is_overload(target):
-        return target.name().partition(".")[0] in {"aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset"}
+        return str(target.name()).startswith("aten::sym_") and "constrain" not in target.name()
     if target is GETITEM or not callable(target):
         return False
     return getattr(target, "__module__", None) in _SYMBOLIC_MODULES or getattr(target, "__name__", "").startswith("sym_")
@@ -124,7 +125,7 @@ def name_of(target: Any) -> str:
 
 @functools.cache
 def category(target: Any) -> str:
-    """pointwise, reduction, scan, view, indexing, factory, random, contraction, symbolic, getitem, higher_order or library."""
+    """A key of CATEGORIES, or symbolic, getitem, higher_order or library."""
     if target is GETITEM:
         return "getitem"
     if is_symbolic(target):

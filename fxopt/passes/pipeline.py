@@ -1,0 +1,129 @@
+"""The one list that orders the passes, and the loop that runs them."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from fxopt.ir import printer, spec
+from fxopt.ir.graph import Graph, Input, Phase, Role
+from fxopt.journal import Journal
+from fxopt.passes.algebra import algebra
+from fxopt.passes.canonical_calls import canonical_calls
+from fxopt.passes.constant_folding import constant_folding
+from fxopt.passes.context import Context, PassOptions
+from fxopt.passes.cse import cse
+from fxopt.passes.dead_code import dead_code
+from fxopt.passes.fusions import PATTERNS
+from fxopt.passes.matcher import apply_pattern
+from fxopt.passes.no_ops import no_ops
+from fxopt.passes.views import views
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named step. The name is what `disable`, dumps and reports use; a pass may stand in the list more than once."""
+
+    name: str
+    run: Callable[[Context], None]
+
+
+FUSIONS: tuple[Pass, ...] = tuple(Pass(p.name, functools.partial(apply_pattern, declared=p)) for p in PATTERNS)
+
+PASSES: tuple[Pass, ...] = (
+    Pass("dead_code", dead_code),
+    Pass("no_ops", no_ops),
+    Pass("views", views),
+    Pass("constant_folding", constant_folding),
+    Pass("algebra", algebra),
+    Pass("no_ops", no_ops),  # folding and algebra make zeros, ones and equal operands
+    Pass("views", views),
+    Pass("cse", cse),
+    *FUSIONS,
+    Pass("views", views),  # fusions leave views next to each other
+    Pass("dead_code", dead_code),
+)
+"""What runs on an ATen graph, in this order."""
+
+EARLY_PASSES: tuple[Pass, ...] = (Pass("canonical_calls", canonical_calls),)
+"""What runs on Dynamo's graph, before autograd."""
+
+NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*EARLY_PASSES, *PASSES)))
+"""Every name that `disable` accepts."""
+
+
+def run(graph: Graph, options: PassOptions, journal: Journal, *, check: bool = False) -> Context:
+    """Run PASSES on `graph` in place and note in `journal` what each did.
+
+    `check` (or options.check) verifies the spec before the first pass and after each one (GraphSpecError names it). The returned
+    Context has the log of rewrites and the counted rejections.
+    """
+    return run_passes(PASSES, graph, options, journal, check=check or options.check)
+
+
+def run_early(gm: fx.GraphModule, options: PassOptions, journal: Journal) -> None:
+    """Run EARLY_PASSES on Dynamo's graph in place, before autograd sees it."""
+    inputs = [Input(str(n.target), Role.USER) for n in gm.graph.nodes if n.op == "placeholder"]
+    run_passes(EARLY_PASSES, Graph(gm, inputs, Phase.EARLY, f"{journal.graph} early"), options, journal, check=False)
+
+
+def run_passes(passes: tuple[Pass, ...], graph: Graph, options: PassOptions, journal: Journal, *, check: bool) -> Context:
+    """The loop: run, time, count, dump and (when `check`) verify each pass that is not disabled."""
+    context = Context(graph, options, journal, fuel=options.fuel)
+    for name in sorted(set(options.disable) - set(NAMES)):
+        journal.note("disable", f"no pass is called {name!r}; the passes are {', '.join(NAMES)}")
+    dumps = _Dumps(graph, options.dump)
+    if check:
+        spec.check(graph, None)
+    dumps.write("captured")
+    for step in passes:
+        if step.name in options.disable:
+            continue
+        rewrites = _timed(step, context)
+        if rewrites:
+            dumps.write(step.name)
+            if check:
+                spec.check(graph, step.name)
+    if context.log:
+        graph.gm.recompile()
+    _note(context)
+    return context
+
+
+def _timed(step: Pass, context: Context) -> int:
+    """Run one pass; how many rewrites it made."""
+    before, start = len(context.log), time.perf_counter()
+    context.pass_name = step.name
+    step.run(context)
+    rewrites = len(context.log) - before
+    context.journal.passes.append((step.name, rewrites, time.perf_counter() - start))
+    return rewrites
+
+
+def _note(context: Context) -> None:
+    for rule, count in Counter(r.rule for r in context.log).items():
+        context.journal.note("rewrite", f"{rule} x{count}")
+    for (rule, reason), count in context.rejections.items():
+        context.journal.note("rejected", f"{rule}: {reason} x{count}")
+
+
+class _Dumps:
+    """Numbered listings in `directory`/<graph name>/: 00_captured.py, then one per pass that changed something."""
+
+    def __init__(self, graph: Graph, directory: str | None) -> None:
+        self.graph, self.count = graph, 0
+        self.folder = Path(directory) / re.sub(r"\W+", "_", graph.name) if directory else None
+
+    def write(self, name: str) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self.count:02d}_{name}.py").write_text(printer.print_graph(self.graph))
+        self.count += 1
