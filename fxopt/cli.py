@@ -74,8 +74,9 @@ def run(
     from fxopt.report import minilm
     from fxopt.report.compare import Plan, compare
     from fxopt.report.contenders import pick
+    from fxopt.report.tables import open_console
 
-    console, where = Console(), pick_device(device)
+    console, where = open_console(), pick_device(device)
     chosen = pick(contenders) if contenders else minilm.contenders()
     case = minilm.case(where, pick_dtype(dtype))
     with progress_bar(Console(stderr=True)) as progress:

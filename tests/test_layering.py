@@ -25,7 +25,7 @@ ALLOWED = {
     "lower": {"ir"} | FOUNDATION,
     "runtime": {"ir"} | FOUNDATION,
     "codegen": {"ir", "runtime"} | FOUNDATION,
-    "tune": {"codegen", "runtime", "ir"} | FOUNDATION,
+    "tune": {"lower", "codegen", "runtime", "ir"} | FOUNDATION,
     "capture": {"ir"} | FOUNDATION,
     "engine": {"runtime", "ir"} | FOUNDATION,
     "assemble": {"lower", "tune", "codegen", "runtime", "ir"} | FOUNDATION,

@@ -148,9 +148,9 @@ def _prepare(
         row.error = None if exact is None else relative_error(outputs, exact)
         row.outputs = outputs if plan.keep_outputs else None
         del outputs
-        _inspect(case, compiled, row, plan, graphs)
+        _inspect(case, contender, compiled, row, plan, graphs)
     except Exception as error:
-        row.skipped = f"failed: {_first_line(error)}"
+        row.skipped = f"failed: {_summary(error)}"
         return
     calls[contender.name] = lambda: case.drive(compiled)
 
@@ -173,21 +173,24 @@ def _compile(case: Case, compiled: Callable[..., Any], plan: Plan) -> float:
     return time.perf_counter() - start
 
 
-def _inspect(case: Case, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal]) -> None:
+def _inspect(
+    case: Case, contender: Contender, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal]
+) -> None:
     for _ in range(2):  # CUDA graphs record on the second and third call
         case.drive(compiled)
     row.choices = dict(Counter(f"{k.language} {k.choice}".strip() for j in graphs for k in j.kernels))
     row.retreats = [r for j in graphs for r in j.retreats]
     row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device)
-    if plan.profile:
+    if plan.profile and contender.countable(plan.device):
         row.kernels = kernels_seen(lambda: case.drive(compiled), plan.device)
         if plan.device.type == "cpu":
             row.kernels = dict(Counter(row.kernels) + Counter(k.name for j in graphs for k in j.kernels))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+def _summary(error: BaseException) -> str:
+    """The error's name and first two lines: the first of torch's names only the backend, the second what it raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
 
 def _time(calls: dict[str, Call], rows: list[Row], plan: Plan, progress: Progress) -> None:

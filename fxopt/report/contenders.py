@@ -34,12 +34,16 @@ class Contender:
     def mode_label(self) -> str:
         return self.mode or str(self.options.get("mode", "default"))
 
+    def countable(self, device: torch.device) -> bool:
+        """Whether the profiler sees this contender's kernels: on CPU, Inductor's only with an option, which no mode takes."""
+        return device.type == "cuda" or self.backend != "inductor" or self.mode is None
+
     def compile(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         """`fn` under this contender; nothing is compiled before the first call."""
         if self.backend is None:
             return fn
         options = dict(self.options)
-        if self.backend == "inductor" and device.type == "cpu" and self.mode is None:
+        if self.backend == "inductor" and device.type == "cpu" and self.countable(device):
             # Makes Inductor's C++ kernels visible to the profiler; costs about 0.1 us per kernel.
             options["cpp.enable_kernel_profile"] = True
         compiled = torch.compile(

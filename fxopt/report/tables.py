@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from fxopt.report.compare import Row, speedup
 
 _COLUMNS = ("", "time", "+/-", "speed-up", "error", "compile", "kernels", "memory")
+
+
+def open_console() -> Console:
+    """Standard output; wide enough for any table when it is no terminal, where 80 columns would cut it."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def comparison_table(title: str, rows: Sequence[Row]) -> Table:
@@ -19,7 +27,15 @@ def comparison_table(title: str, rows: Sequence[Row]) -> Table:
     """
     memory = any(r.peak_bytes is not None for r in rows)
     skipped = "\n".join(f"{r.contender}: {r.skipped}" for r in rows if r.skipped)
-    table = Table(title=title, title_justify="left", caption=skipped or None, caption_justify="left", pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=skipped or None,
+        caption_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+        box=box.SIMPLE_HEAD,
+    )
     for number, name in enumerate(_COLUMNS if memory else _COLUMNS[:-1]):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     times = [r.seconds for r in rows if r.seconds is not None]

@@ -1,0 +1,192 @@
+"""Model workloads. Architectures come from transformers' configurations with random weights, so nothing is downloaded;
+MiniLM alone is the trained model of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.workload import Sizes, Workload
+from fxopt.report import minilm
+from fxopt.report.cases import Case
+
+
+class Picked(nn.Module):
+    """A transformers model called with one tensor (and labels, when training); returns one field of its result."""
+
+    def __init__(self, model: nn.Module, argument: str, result: str) -> None:
+        super().__init__()
+        self.model, self.argument, self.result = model, argument, result
+        self.extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+    def forward(self, value: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        arguments: dict[str, Any] = {self.argument: value, **self.extra}
+        if labels is not None:
+            arguments["labels"] = labels
+        return getattr(self.model(**arguments), self.result)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise minilm.MissingModelError("model workloads need transformers: pip install 'fxopt[bench]'") from error
+    return transformers
+
+
+def _bert(sizes: Sizes) -> nn.Module:
+    t, hidden = _transformers(), sizes["hidden"]
+    config = t.BertConfig(
+        hidden_size=hidden,
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=max(1, hidden // 64),
+        intermediate_size=4 * hidden,
+        vocab_size=sizes["vocab"],
+        hidden_dropout_prob=sizes.get("dropout", 0) / 100,
+        attention_probs_dropout_prob=sizes.get("dropout", 0) / 100,
+    )
+    return t.BertForMaskedLM(config)
+
+
+def _gpt2(sizes: Sizes) -> nn.Module:
+    t, hidden, dropout = _transformers(), sizes["hidden"], sizes.get("dropout", 0) / 100
+    config = t.GPT2Config(
+        n_embd=hidden,
+        n_layer=sizes["layers"],
+        n_head=max(1, hidden // 64),
+        vocab_size=sizes["vocab"],
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return t.GPT2LMHeadModel(config)
+
+
+def _llama(sizes: Sizes) -> nn.Module:
+    t, hidden = _transformers(), sizes["hidden"]
+    config = t.LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=max(1, hidden // 64),
+        num_key_value_heads=max(1, hidden // 256),
+        intermediate_size=4 * hidden,
+        vocab_size=sizes["vocab"],
+    )
+    return t.LlamaForCausalLM(config)
+
+
+def _resnet(sizes: Sizes) -> nn.Module:
+    t, width = _transformers(), sizes["width"]
+    config = t.ResNetConfig(
+        embedding_size=width, hidden_sizes=[4 * width, 8 * width, 16 * width, 32 * width], num_labels=sizes["classes"]
+    )
+    return t.ResNetForImageClassification(config)
+
+
+def _vit(sizes: Sizes) -> nn.Module:
+    t, hidden = _transformers(), sizes["hidden"]
+    config = t.ViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=max(1, hidden // 64),
+        intermediate_size=4 * hidden,
+        image_size=sizes["side"],
+        num_labels=sizes["classes"],
+    )
+    return t.ViTForImageClassification(config)
+
+
+def _convnext(sizes: Sizes) -> nn.Module:
+    t, width = _transformers(), sizes["width"]
+    config = t.ConvNextConfig(hidden_sizes=[width, 2 * width, 4 * width, 8 * width], num_labels=sizes["classes"])
+    return t.ConvNextForImageClassification(config)
+
+
+def _finish(model: nn.Module, device: torch.device, dtype: torch.dtype, training: bool) -> nn.Module:
+    return model.to(device, dtype).train(training)
+
+
+def _text(make: Callable[[Sizes], nn.Module], training: bool) -> Callable[[Sizes, torch.device, torch.dtype], Case]:
+    def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+        torch.manual_seed(0)
+        module = Picked(make(sizes), "input_ids", "loss" if training else "logits")
+        ids = torch.randint(1, sizes["vocab"], (sizes["batch"], sizes["tokens"])).to(device)
+        inputs = (ids, ids.clone()) if training else (ids,)
+        return Case(_finish(module, device, dtype, training), inputs, training, random=sizes.get("dropout", 0) > 0)
+
+    return build
+
+
+def _images(
+    make: Callable[[Sizes], nn.Module], training: bool, channels_last: bool = False
+) -> Callable[[Sizes, torch.device, torch.dtype], Case]:
+    def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+        torch.manual_seed(0)
+        module = _finish(Picked(make(sizes), "pixel_values", "loss" if training else "logits"), device, dtype, training)
+        images = torch.randn(sizes["batch"], 3, sizes["side"], sizes["side"]).to(device, dtype)
+        if channels_last:
+            module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+        labels = torch.randint(sizes["classes"], (sizes["batch"],)).to(device)
+        return Case(module, (images, labels) if training else (images,), training)
+
+    return build
+
+
+def _build_minilm(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+    encoder, tokenizer = minilm.load(device, dtype)
+    texts = (minilm.sentences() * (sizes["batch"] // 16 + 1))[: sizes["batch"]]
+    return Case(encoder, minilm.encode(tokenizer, texts, device, sizes["tokens"]))
+
+
+_BASE = {"hidden": 768, "layers": 12}
+_SMALL = {"hidden": 64, "layers": 2, "vocab": 97, "batch": 2, "tokens": 10}
+_BERT = {**_BASE, "vocab": 30522, "batch": 32, "tokens": 128}
+_GPT2 = {**_BASE, "vocab": 50257, "batch": 8, "tokens": 512}
+_LLAMA = {"hidden": 2048, "layers": 16, "vocab": 32000, "batch": 1, "tokens": 2048}
+_RESNET = ({"width": 64, "classes": 1000, "batch": 64, "side": 224}, {"width": 8, "classes": 5, "batch": 2, "side": 64})
+_VIT = (
+    {**_BASE, "classes": 1000, "batch": 64, "side": 224},
+    {"hidden": 64, "layers": 2, "classes": 5, "batch": 2, "side": 32},
+)
+_CONVNEXT = ({"width": 96, "classes": 1000, "batch": 32, "side": 224}, {"width": 16, "classes": 5, "batch": 2, "side": 64})
+_TEXT = {"batch": (1, 16), "tokens": (5, 384)}
+_IMAGE = {"batch": (1, 48)}
+
+
+def _pair(
+    name: str, family: Callable[..., Any], make: Any, full: Sizes, tiny: Sizes, ranges: Any, **more: Any
+) -> list[Workload]:
+    """Inference at the given batch and at batch 1, and the training step."""
+    one = {**full, "batch": 1}
+    return [
+        Workload(name, "model", family(make, False, **more), full, tiny, ranges),
+        Workload(f"{name}-b1", "model", family(make, False, **more), one, {**tiny, "batch": 1}),
+        Workload(f"{name}-train", "model", family(make, True, **more), full, tiny, ranges, training=True),
+    ]
+
+
+MODELS = (
+    Workload("minilm", "model", _build_minilm, {"batch": 16, "tokens": 64}, {"batch": 2, "tokens": 8}, _TEXT),
+    *_pair("bert-base", _text, _bert, _BERT, _SMALL, _TEXT),
+    *_pair("gpt2", _text, _gpt2, _GPT2, _SMALL, _TEXT),
+    *_pair("resnet50", _images, _resnet, *_RESNET, _IMAGE, channels_last=True),
+    *_pair("vit-b", _images, _vit, *_VIT, _IMAGE),
+    *_pair("convnext-t", _images, _convnext, *_CONVNEXT, _IMAGE, channels_last=True),
+    Workload("llama-1b", "model", _text(_llama, False), _LLAMA, _SMALL, {"tokens": (5, 2048)}),
+    Workload(
+        "bert-base-train-dropout",
+        "model",
+        _text(_bert, True),
+        {**_BERT, "dropout": 10},
+        {**_SMALL, "dropout": 10},
+        training=True,
+    ),
+    Workload(
+        "gpt2-train-dropout", "model", _text(_gpt2, True), {**_GPT2, "dropout": 10}, {**_SMALL, "dropout": 10}, training=True
+    ),
+)

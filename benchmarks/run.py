@@ -1,0 +1,164 @@
+"""`fxopt bench` (or `python -m benchmarks.run`): workloads under every contender, interleaved, within a time budget."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.kernels import KERNELS
+from benchmarks.models import MODELS
+from benchmarks.plot import plot_results
+from benchmarks.results import Results
+from benchmarks.workload import Sizes, Workload
+from fxopt.cli import pick_device, pick_dtype, progress_bar
+from fxopt.report.compare import Plan, Row, compare
+from fxopt.report.contenders import Contender, pick
+from fxopt.report.tables import comparison_table, open_console
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+WORKLOADS = {w.name: w for w in (*KERNELS, *MODELS)}
+
+
+def choose(names: str) -> list[Workload]:
+    """Workloads from a comma-separated list of names, "kernels", "models", "inference", "train" or "all", in that order.
+
+    ValueError lists the valid names.
+    """
+    groups = {
+        "all": list(WORKLOADS.values()),
+        "kernels": list(KERNELS),
+        "models": list(MODELS),
+        "inference": [w for w in MODELS if not w.training],
+        "train": [w for w in MODELS if w.training],
+    }
+    chosen: dict[str, Workload] = {}
+    for name in filter(None, (n.strip() for n in names.split(","))):
+        if name not in groups and name not in WORKLOADS:
+            raise ValueError(f"unknown workload {name!r}; valid: {', '.join([*groups, *WORKLOADS])}")
+        chosen |= {w.name: w for w in groups.get(name, [WORKLOADS[name]] if name in WORKLOADS else [])}
+    return list(chosen.values())
+
+
+@dataclass
+class Budget:
+    """Decides what is skipped so that the run ends in time; what each contender's compilations took so far is its guide."""
+
+    deadline: float
+    compile_limit: float
+    slow: bool
+    longest: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def why_skip(self, workload: Workload, contender: Contender) -> str:
+        """Why `contender` should not even start on `workload`, or ""."""
+        if contender.slow and workload.kind == "model" and not self.slow:
+            return "skipped: compiles for minutes on whole models; ask for it with --slow"
+        expected = self.longest.get((workload.kind, contender.name), 0.0)
+        if self.left <= expected:
+            return (
+                f"skipped: {max(0.0, self.left):.0f} s of the time budget left, its compilations took up to {expected:.0f} s"
+            )
+        return ""
+
+    def learn(self, workload: Workload, rows: Sequence[Row]) -> None:
+        for row in rows:
+            key = (workload.kind, row.contender)
+            self.longest[key] = max(self.longest.get(key, 0.0), row.compile_seconds or 0.0)
+
+    def plan(self, workload: Workload, device: torch.device, seconds: float, cold: bool) -> Plan:
+        return Plan(
+            device,
+            seconds=min(seconds, max(0.5, self.left / 4)),
+            compile_limit=max(1.0, min(self.compile_limit, self.left)),
+            cold=cold,
+            flush=workload.kind == "kernel",
+            skip=lambda contender: self.why_skip(workload, contender),
+        )
+
+
+def jobs(workloads: Sequence[Workload], tiny: bool, seed: int | None, draws: int) -> list[tuple[Workload, Sizes]]:
+    """Each workload with its sizes; with a seed, `draws` random ones for each workload that has ranges."""
+    if seed is None:
+        return [(w, w.sizes(tiny)) for w in workloads]
+    rng = random.Random(seed)
+    return [(w, w.draw(rng, tiny)) for w in workloads if w.ranges for _ in range(draws)]
+
+
+@app.command()
+def bench(
+    workloads: Annotated[str, typer.Option(help="names, or kernels, models, inference, train, all")] = "all",
+    contenders: Annotated[str, typer.Option(help='names, "plain" (default modes) or "all"')] = "all",
+    device: Annotated[str, typer.Option(help="cuda, cpu or auto")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; default: bfloat16 on CUDA, float32 on CPU")] = "",
+    tiny: Annotated[bool, typer.Option("--tiny", help="tiny sizes, to try the harness itself")] = False,
+    seconds: Annotated[float, typer.Option(help="timing per case, all contenders together")] = 5.0,
+    minutes: Annotated[
+        float, typer.Option(help="time budget of the whole run; what does not fit is listed as skipped")
+    ] = 60.0,
+    compile_limit: Annotated[float, typer.Option(help="seconds that one compilation may take")] = 300.0,
+    slow: Annotated[bool, typer.Option("--slow", help="max-autotune on whole models too")] = False,
+    random_shapes: Annotated[
+        int | None, typer.Option(help="seed: draw sizes at random instead of the standard ones")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="how many random sizes per workload")] = 3,
+    warm: Annotated[bool, typer.Option("--warm", help="use the user's caches instead of empty ones")] = False,
+    out: Annotated[Path, typer.Option(help="results file; a plot is saved beside it")] = Path("benchmarks/out/results.json"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep the cases already in the results file, run the others")
+    ] = False,
+) -> None:
+    """Compare fxopt with eager and Inductor on kernels and whole models; JSON after every case, tables and a plot."""
+    where = pick_device(device)
+    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    precision, chosen, console = pick_dtype(dtype), pick(contenders), open_console()
+    budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow)
+    settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "random_shapes": random_shapes, "warm": warm}
+    results = Results(out, where, settings, resume)
+    todo = jobs(choose(workloads), tiny, random_shapes, draws)
+    with progress_bar(Console(stderr=True)) as progress:
+        for number, (workload, sizes) in enumerate(todo):
+            if results.has(workload, sizes, dtype):
+                continue
+
+            def report(what: str, share: float, number: int = number, name: str = workload.name) -> None:
+                progress(f"{number + 1}/{len(todo)} {name}: {what}", (number + share) / len(todo))
+
+            plan = budget.plan(workload, where, seconds, not warm)
+            rows = _one(workload, sizes, precision, chosen, plan, report)
+            budget.learn(workload, rows)
+            results.add(workload, sizes, dtype, rows)
+            label = ", ".join(f"{k} {v}" for k, v in sizes.items())
+            console.print(comparison_table(f"{workload.name} ({label}; {dtype})", rows))
+    console.print(f"results: {out}")
+    if picture := plot_results(results.data, out.with_suffix(".png")):
+        console.print(f"plot:    {picture}")
+
+
+def _one(
+    workload: Workload, sizes: Sizes, dtype: torch.dtype, chosen: Sequence[Contender], plan: Plan, progress: Any
+) -> list[Row]:
+    """Rows of one case; when the case itself cannot be made or run, rows that say so: the other cases go on."""
+    try:
+        case = workload.build(sizes, plan.device, dtype)
+        return compare(case, chosen, plan, progress)
+    except Exception as error:
+        reason = f"failed: {type(error).__name__}: {error}"[:300]
+        return [Row(c.name, c.mode_label, c.frozen, skipped=reason) for c in chosen]
+    finally:
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    app()
