@@ -1,0 +1,54 @@
+"""What `torch.compile(model, backend="fxopt")` calls, found through the entry-point group torch_dynamo_backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxopt.capture import private
+from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
+from fxopt.capture.normalize import copy_module
+from fxopt.journal import RECENT, Journal
+from fxopt.options import Options
+
+
+def fxopt(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. `mode` and `options` are torch.compile's (see options.py).
+
+    Raises OptionError for a mode or option that does not exist. Nothing else is raised because of fxopt: what it cannot
+    compile runs as the graph that it was, unless `options={"strict": True}` asks for a RetreatError.
+    """
+    from fxopt.compiler import compile_graph  # here, so that looking up the backend's name imports little
+
+    return compile_dynamo_graph(gm, inputs, Options.parse(mode, options), compile_graph)
+
+
+def compile_dynamo_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compile_graph: CompileGraph
+) -> Callable[..., Any]:
+    """Early passes, then AOTAutograd with `compile_graph` for each graph that comes out; `gm` itself if capture fails."""
+    original = copy_module(gm)
+    journal = Journal("capture", strict=options.strict)
+    try:
+        _run_early(gm, options, journal)
+        compiled = compile_with_autograd(gm, inputs, options, compile_graph)
+    except private.PASS_THROUGH:
+        raise
+    except Exception as error:
+        RECENT.append(journal)
+        retreat(journal, "the whole Dynamo graph", error)
+        return original.forward
+    if journal.passes or journal.notes:
+        RECENT.append(journal)
+    return compiled
+
+
+def _run_early(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
+    """The phase before autograd: passes that must see whole operations (attention, losses) with their own backward."""
+    from fxopt.passes import run_early
+
+    run_early(gm, options, journal)

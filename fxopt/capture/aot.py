@@ -1,0 +1,148 @@
+"""Through AOTAutograd: one Dynamo graph becomes an inference graph, or a forward and a backward graph, each compiled.
+
+`compile_graph(graph, example_inputs, options, journal)` is handed in from above. It returns a function of one list, the
+values of those inputs whose role is not CONSTANT, in order, which it may empty; the function returns the outputs. If it
+raises, the graph runs as its FX graph and the journal says why (decision 1); under options.strict that is a RetreatError.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.capture import private
+from fxopt.capture.decompositions import decompositions
+from fxopt.capture.freeze import FrozenFunction, Runner, freezable
+from fxopt.capture.normalize import copy_module, normalize
+from fxopt.capture.random import functionalize_random
+from fxopt.capture.roles import InputFacts
+from fxopt.errors import UnsupportedError
+from fxopt.ir.graph import Graph, Phase
+from fxopt.journal import RECENT, Journal
+from fxopt.options import Options
+
+log = logging.getLogger("fxopt")
+
+CompileGraph = Callable[[Graph, Sequence[Any], Options, Journal], Runner]
+
+RECOMPUTABLE = (torch.ops.fxopt.rand, torch.ops.fxopt.randn, torch.ops.fxopt.randint)
+"""Pure functions of a seed: the partitioner may compute them again in the backward."""
+
+_numbers = itertools.count()
+
+
+def compile_with_autograd(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compile_graph: CompileGraph
+) -> Callable[..., Any]:
+    """A function with `gm`'s calling convention, differentiable where `gm` is.
+
+    `inputs` are Dynamo's example inputs: tensors (parameters included), SymInts, or lists and dicts of them.
+    """
+    if any(isinstance(x, (list, tuple, dict)) for x in inputs):
+        inner = functools.partial(compile_with_autograd, options=options, compile_graph=compile_graph)
+        return private.flatten_graph_inputs(gm, inputs, inner)
+    return Capture(inputs, options, compile_graph).through_autograd(gm)
+
+
+class Capture:
+    """The compilation of one Dynamo graph: what its inference, forward and backward graphs have in common."""
+
+    def __init__(self, inputs: Sequence[Any], options: Options, compile_graph: CompileGraph) -> None:
+        self.number = next(_numbers)
+        self.facts = InputFacts(inputs)
+        self.options, self.compile_graph = options, compile_graph
+        self.inputs = inputs
+        self._user_outputs: int | None = None
+
+    def through_autograd(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        autograd = private.aot_autograd(
+            inference_compiler=functools.partial(self.compile, phase=Phase.INFERENCE),
+            fw_compiler=functools.partial(self.compile, phase=Phase.FORWARD),
+            bw_compiler=functools.partial(self.compile, phase=Phase.BACKWARD),
+            partition_fn=self.partition,
+            decompositions=decompositions(),
+            keep_inference_input_mutations=True,
+        )
+        return autograd(gm, self.inputs)
+
+    def partition(self, joint: fx.GraphModule, inputs: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Split the joint graph where the fewest bytes need saving; random values can be recomputed from their seed."""
+        self._user_outputs = settings.get("num_fwd_outputs")
+        if not self.options.fallback_random:
+            functionalize_random(joint)
+        recomputable = RECOMPUTABLE if self.options.recompute_random else ()
+        return private.min_cut_partition(joint, inputs, recomputable, **settings)
+
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], phase: Phase) -> Runner:
+        """The compiler that AOTAutograd calls, once for each graph."""
+        self.facts.observe(gm, phase)
+        if phase is Phase.INFERENCE and not self.options.fallback_random:
+            gm = _with_pure_random(gm)
+        build = functools.partial(self._build, gm, example_inputs, phase, private.TracingContext.try_get())
+        frozen = freezable(gm, self.facts) if phase is Phase.INFERENCE and self.options.freeze else {}
+        if frozen:
+            return FrozenFunction(build, frozen, len(example_inputs))
+        return _boxed(build({})[0])
+
+    def _build(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        phase: Phase,
+        context: Any,
+        constants: dict[str, torch.Tensor],
+    ) -> tuple[Runner, bool]:
+        """(function, whether it leaves out `constants`); the FX graph itself when compilation fails."""
+        journal = Journal(f"graph {self.number} {phase.value}", strict=self.options.strict)
+        RECENT.append(journal)
+        try:
+            with private.retracing(context), private.outside_tracing():
+                with journal.timed("normalize"):
+                    graph = self._normalized(gm, phase, journal.graph, constants)
+                return self.compile_graph(graph, list(example_inputs), self.options, journal), True
+        except private.PASS_THROUGH:
+            raise
+        except Exception as error:
+            retreat(journal, "the whole graph", error)
+            return interpreted(gm), False
+
+    def _normalized(self, gm: fx.GraphModule, phase: Phase, name: str, constants: dict[str, torch.Tensor]) -> Graph:
+        saved = 0
+        if phase is Phase.FORWARD and self._user_outputs is not None:
+            saved = len(gm.graph.output_node().args[0]) - self._user_outputs  # type: ignore[arg-type]
+        return normalize(gm, self.facts, phase, name, saved=saved, constants=constants)
+
+
+def retreat(journal: Journal, what: str, error: Exception) -> None:
+    """Record that `what` falls back because of `error`. An error that fxopt does not raise on purpose is logged as well."""
+    if isinstance(error, UnsupportedError):
+        journal.retreat(what, error.reason)
+        return
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    log.warning("%s: %s falls back to ATen: %s", journal.graph, what, reason)
+    log.debug("the error behind the fallback", exc_info=error)
+    journal.retreat(what, reason)
+
+
+def interpreted(gm: fx.GraphModule) -> Runner:
+    """`gm` as it is, node by node, freeing each value after its last use. Takes its inputs in a list, which it empties."""
+    return fx.Interpreter(gm).boxed_run
+
+
+def _with_pure_random(gm: fx.GraphModule) -> fx.GraphModule:
+    copy = copy_module(gm)
+    return copy if functionalize_random(copy) else gm
+
+
+def _boxed(run: Runner) -> Runner:
+    def call(args: list[Any]) -> Sequence[Any]:
+        return run(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call

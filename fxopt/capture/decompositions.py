@@ -1,0 +1,72 @@
+"""Which ATen ops are taken apart before autograd's graphs reach fxopt: core ATen, with the exceptions listed here.
+
+The op set that remains (`ir/ops.py` sorts it into categories):
+
+- pointwise ops, reductions, scans, indexing and views of core ATen, `aten._to_copy` for every cast (no `prims`);
+- contractions, whole: mm, addmm, bmm, baddbmm, convolution and convolution_backward;
+- attention, whole: the scaled-dot-product ops that torch dispatches to (flash, efficient, cuDNN), both ways;
+- `_softmax`, `_log_softmax` and their backwards, var_mean, cumsum, index_put, scatter, gather, embedding: whole, since a
+  loop nest of their own is better than their pieces. `embedding` stays because, unlike `index`, it refuses negative indices;
+- layer, group, batch and RMS norm, forward and backward: in pieces (var_mean, rsqrt, multiply), so that what stands around
+  them fuses. Their decompositions compute in float32 for float16 and bfloat16, as do those of gelu, silu and embedding's
+  backward; between pointwise pieces nothing is rounded, because a kernel computes in float32 and rounds what it stores;
+- pooling, sorting and other ops that torch has good kernels for: whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions, get_decompositions
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+KEPT_WHOLE = (
+    "_softmax_backward_data",
+    "_log_softmax_backward_data",
+    "baddbmm",
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "bernoulli",  # capture/random.py turns it into a function of a seed, or leaves it to eager
+)
+"""aten ops that core ATen would decompose and fxopt does not."""
+
+ALSO_DECOMPOSED = (
+    "native_layer_norm",
+    "native_group_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+    "_batch_norm_with_update_functional",
+    "_batch_norm_no_update",
+    "batch_norm_backward",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "dist",
+)
+"""aten ops that core ATen keeps and fxopt decomposes."""
+
+
+@functools.cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The table for AOTAutograd: OpOverload to a Python function of fewer kinds of op."""
+    table = dict(core_aten_decompositions())
+    for name in KEPT_WHOLE:
+        packet = getattr(aten, name)
+        for overload in packet.overloads():
+            table.pop(getattr(packet, overload), None)
+    table.update(get_decompositions([getattr(aten, name) for name in ALSO_DECOMPOSED if hasattr(aten, name)]))
+    table[prims.convert_element_type.default] = _convert_element_type
+    return table
+
+
+def _convert_element_type(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """torch's decompositions cast with a prim; in the graph a cast is always `aten._to_copy`."""
+    return aten._to_copy.default(a, dtype=dtype)

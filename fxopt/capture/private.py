@@ -1,0 +1,97 @@
+"""Every torch API without a stability promise that capture needs, imported in one place (checked on torch 2.11 and 2.13)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._dynamo import exc as dynamo_errors
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import flatten_graph_inputs
+from torch._functorch import partitioners
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fxopt.errors import RetreatError
+
+__all__ = [
+    "PASS_THROUGH",
+    "FakeTensor",
+    "TracingContext",
+    "aot_autograd",
+    "flatten_graph_inputs",
+    "min_cut_partition",
+    "outside_tracing",
+    "retracing",
+]
+
+PASS_THROUGH: tuple[type[Exception], ...] = (
+    dynamo_errors.RestartAnalysis,  # TensorifyScalarRestartAnalysis among them
+    dynamo_errors.ShortenTraceback,
+    dynamo_errors.SkipFrame,
+    RetreatError,
+)
+"""What every catch-all lets pass: exceptions by which Dynamo steers itself, and the error that `strict` asks for."""
+
+_PATCHING = threading.RLock()
+
+
+def min_cut_partition(
+    joint: fx.GraphModule, inputs: Any, recomputable: tuple[Any, ...], **settings: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """torch's min-cut partitioner, with the op packets `recomputable` added to those that it may recompute."""
+    original = partitioners.get_default_op_list
+
+    def extended() -> Any:
+        types = original()
+        types.recomputable_ops.update(recomputable)
+        types.fusible_ops.update(recomputable)
+        return types
+
+    with _PATCHING, mock.patch.object(partitioners, "get_default_op_list", extended):
+        return partitioners.min_cut_rematerialization_partition(joint, inputs, **settings)
+
+
+@contextlib.contextmanager
+def outside_tracing() -> Iterator[None]:
+    """Plain eager torch for the compiler: AOTAutograd calls it under a fake mode, the Python dispatcher and maybe autocast.
+
+    Casts are in the graph already; folding and measuring need real tensors. Code that wants fake values enters their mode.
+    """
+    autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else contextlib.nullcontext()
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), autocast, torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def retracing(context: Any) -> Iterator[None]:
+    """The tracing context of an earlier compilation, for one that happens at run time."""
+    if context is None or TracingContext.try_get() is not None:
+        yield
+        return
+    with tracing(context):
+        yield
+
+
+def static_positions() -> frozenset[int]:
+    """Positions, among the inputs of the graph AOTAutograd is compiling, whose tensors keep their address."""
+    context: Any = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return frozenset(metadata.static_input_indices or ()) if metadata is not None else frozenset()
+
+
+def plain_input_index(node: fx.Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of AOTAutograd's graph is; None when it is none, or only a part of one."""
+    descriptor: Any = node.meta.get("desc")
+    return descriptor.idx if type(descriptor).__name__ == "PlainAOTInput" else None
+
+
+def is_token(node: fx.Node) -> bool:
+    """Whether a placeholder is an effect token (an ordering, not a tensor of the user's)."""
+    return "Token" in type(node.meta.get("desc")).__name__
