@@ -1,0 +1,58 @@
+"""The Triton printer: regions of the loop IR as kernels for NVIDIA GPUs.
+
+`configs` proposes launch configurations, `print_region` prints one. Most regions are one kernel; a reduction with `split` > 1
+is several, run in order, that share scratch buffers. Texts are canonical, so identical layers give identical kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fxopt.codegen.triton_config import TritonConfig, configs
+from fxopt.codegen.triton_nest import print_kernel
+from fxopt.codegen.triton_split import split_region
+from fxopt.errors import UnsupportedError
+from fxopt.ir.kernel import KernelSource
+from fxopt.ir.region import BufferSpec, Region
+from fxopt.target import Target
+
+__all__ = ["Printed", "TritonConfig", "configs", "print_nest", "print_region"]
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Kernels to launch in order, and scratch buffers (contiguous, needed from the first kernel to the last)."""
+
+    kernels: tuple[KernelSource, ...]
+    scratch: tuple[BufferSpec, ...] = ()
+
+
+def print_nest(region: Region, config: TritonConfig, target: Target) -> KernelSource:
+    """`region` as one kernel; `config.split` must be 1.
+
+    Raises UnsupportedError when Triton has no form for the nest (dtypes, atomics, `target` too old) or `config` does not fit.
+    """
+    if not target.compiles_triton:
+        raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    if config.split != 1:
+        raise UnsupportedError("a split reduction takes several kernels: use print_region")
+    return print_kernel(region, config)
+
+
+def print_region(region: Region, config: TritonConfig, target: Target) -> Printed:
+    """`region` in configuration `config`.
+
+    Of a split configuration only `split` and `aligned` are used: the parts are regions with configurations of their own.
+    Raises UnsupportedError as `print_nest` does, or when the reduction cannot be split.
+    """
+    if config.split == 1:
+        return Printed((print_nest(region, config, target),))
+    pieces = split_region(region, config.split)
+    if pieces is None:
+        raise UnsupportedError("this reduction cannot be split")
+    kernels = []
+    for piece in pieces:
+        best = next(c for c in configs(piece, target) if c.split == 1)
+        kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target))
+    scratch = {n: s for piece in pieces for n, s in piece.buffers.items() if n not in region.buffers}
+    return Printed(tuple(kernels), tuple(scratch.values()))

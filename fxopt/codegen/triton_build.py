@@ -1,0 +1,165 @@
+"""Printed Triton kernels to cubins, offline: no GPU, no C compiler. What depends on Triton's version in compiling is here.
+
+Triton is imported when the first kernel is compiled, never on import of this module: only compile workers pay for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fxopt.ir.kernel import KernelSource
+from fxopt.target import Target
+
+SCRATCH_POINTERS = 2
+"""Triton 3.6 appends a global and a profiling scratch pointer to every kernel's parameters; both NULL when unused."""
+
+_OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": False}
+"""Signed overflow wraps as in eager, and denormals are kept."""
+
+_ATTR_FRAME_SIZE, _ATTR_REGCOUNT = 0x11, 0x2F  # entries of a cubin's .nv.info section
+_FORMAT_SIZED = 4
+
+
+@functools.cache
+def available() -> str | None:
+    """None when Triton is installed, else the reason it cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return None
+
+
+@functools.cache
+def toolchain_id(target: Target) -> str:
+    """Everything a cubin depends on beside its source: Triton, ptxas, architecture, options and our device functions."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return f"no triton; {target.key}"
+    ptxas = os.environ.get("TRITON_PTXAS_PATH") or Path(spec.origin).parent / "backends/nvidia/bin/ptxas"
+    size = Path(ptxas).stat().st_size if Path(ptxas).exists() else 0
+    helpers = hashlib.sha256(Path(__file__).with_name("triton_helpers.py").read_bytes()).hexdigest()[:16]
+    version = importlib.metadata.version("triton")
+    return f"triton {version}; ptxas {size}; {target.key}; {sorted(_OPTIONS.items())}; helpers {helpers}"
+
+
+def warm_up() -> None:
+    """Pay Triton's import and its hash of itself (about a second) once, before worker processes are forked."""
+    _environment()
+    import triton.compiler
+    from triton.runtime.cache import triton_key
+
+    triton_key()
+    assert triton.compiler.compile
+
+
+def _environment() -> None:
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
+
+
+def compile_triton(source: KernelSource, target: Target, directory: Path | None = None) -> tuple[bytes, dict[str, Any]]:
+    """The cubin of `source` for `target`, and the JSON data that the launcher needs.
+
+    Only `text`, `entry` and `compile_options` of the source are used. Temporary files go to `directory` (default: the
+    system's). meta: name, num_warps, shared (bytes), parameters ("ptr", "i32" or "i64" each), scratch_pointers, n_regs,
+    n_spills (bytes of stack frame per thread). Raises whatever Triton raises when the kernel does not compile, and ValueError
+    when it needs scratch memory, which the launcher does not provide.
+    """
+    _environment()
+    with tempfile.TemporaryDirectory(prefix="fxopt-triton-", dir=directory) as scratch:
+        compiled = _compile(source, target.arch, Path(scratch), binary_only=True)
+        cubin: bytes = compiled.asm["cubin"]
+        return cubin, _meta(source, compiled.metadata, cubin)
+
+
+def compile_to_text(source: KernelSource, target: Target, stage: str) -> str:
+    """An intermediate form of `source` ("ttir", "ttgir", "llir", "ptx"), for tests and dumps."""
+    with tempfile.TemporaryDirectory(prefix="fxopt-triton-") as scratch:
+        return str(_compile(source, target.arch, Path(scratch), binary_only=False).asm[stage])
+
+
+def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = _load(source, scratch)
+    options = source.compile_options
+    signature = options["signature"] | dict.fromkeys(options["constexprs"], "constexpr")
+    order = list(signature)
+    attrs = {(order.index(p),): [["tt.divisibility", 16]] for p in (*options["aligned"], *options["divisible"])}
+    ast = ASTSource(function, signature, constexprs=options["constexprs"], attrs=attrs)
+    flags = _OPTIONS | {"num_warps": options["num_warps"], "num_stages": options["num_stages"], "debug": options["asserts"]}
+    with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+        triton.knobs.cache.dir = str(scratch / "cache")
+        triton.knobs.compilation.store_binary_only = binary_only
+        return triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=flags)
+
+
+def _load(source: KernelSource, scratch: Path) -> Any:
+    """The JIT function; Triton reads its source through `inspect`, so it must come from a real file."""
+    path = scratch / "fxopt_kernel.py"
+    path.write_text(source.text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, source.entry)
+
+
+def _meta(source: KernelSource, metadata: Any, cubin: bytes) -> dict[str, Any]:
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise ValueError("the kernel needs Triton's scratch memory, which fxopt does not allocate")
+    signature = source.compile_options["signature"]
+    usage = resource_usage(cubin)
+    return {
+        "name": metadata.name,
+        "num_warps": metadata.num_warps,
+        "shared": metadata.shared,
+        "parameters": ["ptr" if t.startswith("*") else t for t in signature.values()],
+        "scratch_pointers": SCRATCH_POINTERS,
+        "n_regs": usage.get("registers", 0),
+        "n_spills": usage.get("stack", 0),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """`registers` and `stack` bytes per thread of a cubin's kernel, from its ELF section .nv.info."""
+    found: dict[str, int] = {}
+    for name, data in _sections(cubin):
+        if name != ".nv.info":
+            continue
+        at = 0
+        while at + 4 <= len(data):
+            form, attribute, size = struct.unpack_from("<BBH", data, at)
+            if form == _FORMAT_SIZED:
+                key = {_ATTR_REGCOUNT: "registers", _ATTR_FRAME_SIZE: "stack"}.get(attribute)
+                if key is not None and size >= 8:
+                    found[key] = max(found.get(key, 0), struct.unpack_from("<I", data, at + 8)[0])
+                at += 4 + size
+            else:
+                at += 4
+    return found
+
+
+def _sections(elf: bytes) -> list[tuple[str, bytes]]:
+    """(name, contents) of the sections of a 64-bit little-endian ELF file; empty for anything else."""
+    if elf[:6] != b"\x7fELF\x02\x01":
+        return []
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    entry_size, count, names_index = struct.unpack_from("<HHH", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * entry_size) for i in range(count)]
+    strings = headers[names_index][4]
+    out = []
+    for name, kind, _flags, _address, offset, size in headers:
+        start = strings + name
+        text = elf[start : elf.index(b"\0", start)].decode()
+        out.append((text, elf[offset : offset + size] if kind != 8 else b""))  # 8: no bits in the file
+    return out

@@ -1,0 +1,189 @@
+"""Launch configurations of a nest, ordered by a cost model: bytes in flight, wasted lanes, registers, how full the GPU is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fxopt.codegen.triton_tiling import Tiling, tile
+from fxopt.ir.loops import Op, Reduce, Scan, postorder
+from fxopt.ir.region import Region
+from fxopt.target import Target
+
+PERSISTENT_LIMIT = 32768
+"""Longest row held in registers, in elements."""
+
+_CHEAP = ("cast", "where", "add", "mul", "sub")
+_TILES = (
+    (64, 64, 8),
+    (32, 64, 4),
+    (64, 32, 4),
+    (32, 32, 4),
+    (128, 32, 8),
+    (32, 128, 8),
+    (16, 64, 4),
+    (64, 16, 4),
+    (16, 32, 2),
+)
+_SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
+_VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """How a nest is laid out on the GPU.
+
+    `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
+    row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own. `aligned` assumes
+    that every pointer is 16-byte aligned.
+    """
+
+    x_block: int
+    y_block: int = 1
+    r_block: int = 1
+    persistent: bool = True
+    num_warps: int = 4
+    num_stages: int = 1
+    split: int = 1
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        shape = f"x{self.x_block}"
+        shape += f" y{self.y_block}" if self.y_block > 1 else ""
+        shape += f" r{self.r_block}{'' if self.persistent else ' looped'}" if self.r_block > 1 else ""
+        return f"{shape} w{self.num_warps}" + (f" split{self.split}" if self.split > 1 else "")
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig]:
+    """Up to `limit` distinct configurations of `region` for `target`, best first by the cost model. Never empty."""
+    two_dimensional = tile(region)
+    if two_dimensional.y.symbols:
+        found = _tile_configs(two_dimensional, target)
+    elif two_dimensional.reduces:
+        found = _reduction_configs(two_dimensional, target)
+    else:
+        found = _pointwise_configs(two_dimensional, target)
+    return list(dict.fromkeys(found))[:limit]
+
+
+def _widest(tiling: Tiling) -> int:
+    return max((a.itemsize for a in tiling.accesses), default=4)
+
+
+def _narrowest(tiling: Tiling) -> int:
+    return min((a.itemsize for a in tiling.accesses), default=4)
+
+
+def _pressure(tiling: Tiling) -> int:
+    """Roughly how many block values are live at once: one per stream and a share of the heavy operators."""
+    heavy = sum(isinstance(n, Op) and n.name not in _CHEAP for n in postorder(tiling.nest.roots))
+    wide = 2 if any(a.itemsize == 8 for a in tiling.accesses) else 1
+    return max(1, (len(tiling.accesses) + heavy // 4) * wide)
+
+
+def _fill(points: int, block: int, target: Target) -> float:
+    """Share of the GPU's SMs that a grid of `points / block` programs keeps busy (several programs fit on one SM)."""
+    programs = -(-points // block)
+    waves = -(-programs // target.sm_count)
+    return programs / (waves * target.sm_count)
+
+
+def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
+    points = max(1, tiling.x.hint)
+    vector = max(1, 16 // _narrowest(tiling))
+    room = max(vector, _VALUES_PER_THREAD // _pressure(tiling))
+    scored = []
+    for warps in (4, 8, 2):
+        for per_thread in (vector, 2 * vector, 4 * vector, max(1, vector // 2)):
+            block = min(32 * warps * per_thread, max(32, next_power_of_2(points)))
+            cost = abs(per_thread - min(room, 8)) / 8 + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.1)
+            scored.append((cost + (1.0 if per_thread > room else 0.0), TritonConfig(block, num_warps=warps)))
+    return [c for _, c in sorted(scored, key=lambda t: t[0])]
+
+
+def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
+    """Two-dimensional tiles: at least 64 contiguous bytes along both axes."""
+    x, y = tiling.x.hint, tiling.y.hint
+    least = max(16, 64 // _narrowest(tiling))
+    scored = []
+    for bx, by, warps in _TILES:
+        bx, by = min(bx, next_power_of_2(x)), min(by, next_power_of_2(y))
+        waste = bx * -(-x // bx) * by * -(-y // by) / (x * y) - 1
+        short = max(0.0, 1 - bx / least) + max(0.0, 1 - by / least)
+        spill = 1.0 if bx * by * _pressure(tiling) > 32 * warps * 2 * _VALUES_PER_THREAD else 0.0
+        cost = waste + short + spill + 0.5 * (1 - _fill(x * y, bx * by, target))
+        scored.append((cost, TritonConfig(bx, y_block=by, num_warps=warps)))
+    return [c for _, c in sorted(scored, key=lambda t: t[0])]
+
+
+def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
+    rows, row = max(1, tiling.x.hint), max(1, tiling.r.hint)
+    static = isinstance(tiling.r.extent, int)
+    if tiling.inner_reduction:
+        found = _row_configs(tiling, rows, row, static, target)
+    else:
+        found = _column_configs(tiling, rows, row, target)
+    parts = _split_parts(tiling, rows, row, found[0], target)
+    cut = [replace(found[0], split=p) for p in dict.fromkeys((parts, max(2, parts // 2)))] if parts > 1 else []
+    return cut + found
+
+
+def _warps_for(elements: int, per_thread: int) -> int:
+    return min(16, max(1, next_power_of_2(elements // (32 * per_thread) or 1)))
+
+
+def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Target) -> list[TritonConfig]:
+    """The reduced axis is contiguous: rows in registers when they fit, several short rows per program."""
+    block = next_power_of_2(row)
+    values = min(32, max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling)))
+    looped = [
+        TritonConfig(1, r_block=min(block, size), persistent=False, num_warps=min(16, max(4, size // 512)))
+        for size in (2048, 4096, 1024)
+    ]
+    if not static or block > PERSISTENT_LIMIT:
+        return looped
+    found = []
+    for per_thread in (min(16, values), min(8, values), values):
+        together = max(1, 512 // block)
+        while together > 1 and -(-rows // together) < target.sm_count:
+            together //= 2
+        warps = _warps_for(block * together, per_thread)
+        found.append(TritonConfig(together, r_block=block, num_warps=warps))
+    if block > 16 * 32 * 32:
+        return [replace(found[0], num_warps=32), *found, *looped]
+    if block <= 512:
+        found.append(TritonConfig(found[0].x_block * 2, r_block=block, num_warps=min(16, found[0].num_warps * 2)))
+    return [*found, *looped[:2]]
+
+
+def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list[TritonConfig]:
+    """Points are contiguous and the reduced axis is strided: wide x, and as much r as registers allow."""
+    width = min(next_power_of_2(rows), max(32, 128 // _narrowest(tiling)))
+    while width > 16 and -(-rows // width) < target.sm_count:
+        width //= 2
+    found = []
+    for bx in dict.fromkeys((width, min(2 * width, next_power_of_2(rows)), max(8, width // 2))):
+        for values, warps in ((16, 4), (8, 8), (16, 8)):
+            size = max(1, min(next_power_of_2(row), values * 32 * warps // bx))
+            found.append(TritonConfig(bx, r_block=size, persistent=_whole(tiling, size), num_warps=warps))
+    return found
+
+
+def _whole(tiling: Tiling, size: int) -> bool:
+    extent = tiling.r.extent
+    return isinstance(extent, int) and extent <= size
+
+
+def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, target: Target) -> int:
+    """How many parts to cut the rows into so that every SM has work; 1 when the rows alone fill the GPU or are short."""
+    nodes = list(postorder(tiling.nest.roots))
+    if any(isinstance(n, Scan) for n in nodes) or not any(isinstance(n, Reduce) for n in nodes):
+        return 1
+    programs = -(-rows // config.x_block)
+    if programs * 2 > target.sm_count or row * config.x_block < _SPLIT_ROW:
+        return 1
+    wanted = -(-2 * target.sm_count // programs)
+    return max(1, min(wanted, row // 512 if tiling.inner_reduction else row // 64, 1024))

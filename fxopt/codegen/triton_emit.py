@@ -1,0 +1,386 @@
+"""Scalar expressions of a nest as Triton statements.
+
+Every node is printed once per scope and mask. A kernel has the outer scope and, while a loop over the reduced axis is open,
+that loop's body; nodes that do not vary along the row go to the outer scope even when met inside a loop. A node below the body
+of a `Masked` carries the conditions it stands under (`Guards`), which mask its memory accesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
+from fxopt.codegen.triton_tiling import Tiling, fits_int32
+from fxopt.ir.exprs import Atom, Expr, Int, Sym, bounds
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Op, Reduce, Scalar, Scan, postorder
+
+Guards = tuple[Scalar, ...]
+Instance = tuple[Scalar, Guards]
+_COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+@dataclass
+class Names:
+    """Canonical parameter names: buffers and size symbols by order of first use, and the messages of device asserts."""
+
+    buffers: dict[str, str] = field(default_factory=dict)
+    sizes: dict[Sym, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def buffer(self, name: str) -> str:
+        return self.buffers.setdefault(name, f"b{len(self.buffers)}")
+
+    def size(self, sym: Sym) -> str:
+        return self.sizes.setdefault(sym, f"n{len(self.sizes)}")
+
+
+@dataclass
+class Frame:
+    """What the tile looks like: its axes (whose names are the index variables), masks and block names."""
+
+    tiling: Tiling
+    index64: bool
+    masks: dict[str, str]  # axis -> mask variable, for axes that need one
+    blocks: dict[str, str]  # axis -> block size name, in tile order
+
+    def axis_of(self, sym: Sym) -> str | None:
+        return next((name for name, line in self.tiling.lines.items() if line == sym), None)
+
+    def axes(self, symbols: frozenset[Sym]) -> frozenset[str]:
+        return frozenset(a for a in map(self.axis_of, symbols) if a is not None)
+
+    def shape(self, axes: frozenset[str]) -> str:
+        """The block shape that varies along `axes` and is 1 elsewhere."""
+        return "[" + ", ".join(block if a in axes else "1" for a, block in self.blocks.items()) + "]"
+
+
+class Emitter:
+    """Prints nodes into `outer` and, between `open_loop` and `close_loop`, `inner`."""
+
+    def __init__(self, frame: Frame, names: Names, looped: bool) -> None:
+        self.frame, self.names, self.looped = frame, names, looped
+        self.outer: list[str] = []
+        self.inner: list[str] | None = None
+        self.eviction = ""
+        self._outer_memo: dict[Instance, str] = {}
+        self._inner_memo: dict[Instance, str] = {}
+        self._touches: dict[Scalar, bool] = {}
+        self._reduced = frozenset(frame.tiling.nest.reduced)
+        self._count = 0
+        self._states: dict[tuple[object, ...], list[str]] = {}
+        self._bound: dict[Sym, str] = {}
+
+    # scopes
+
+    def open_loop(self, eviction: str) -> None:
+        self.inner, self._inner_memo, self.eviction = [], {}, eviction
+
+    def close_loop(self) -> list[str]:
+        assert self.inner is not None
+        body, self.inner, self.eviction = self.inner, None, ""
+        return body
+
+    def fresh(self) -> str:
+        self._count += 1
+        return f"v{self._count - 1}"
+
+    def varies(self, node: Scalar, guards: Guards) -> bool:
+        """The instance differs along the row."""
+        return bool(self._reduced & node.symbols()) or any(self._reduced & g.symbols() for g in guards)
+
+    def _scope(self, instance: Instance) -> tuple[list[str], dict[Instance, str]]:
+        if self.inner is not None and self.varies(*instance):
+            return self.inner, self._inner_memo
+        return self.outer, self._outer_memo
+
+    def _known(self, instance: Instance) -> str | None:
+        return self._scope(instance)[1].get(instance)
+
+    def define(self, instance: Instance, text: str) -> None:
+        """Record `text` (a variable or literal) as the value of `instance`."""
+        self._scope(instance)[1][instance] = text
+
+    def write(self, instance: Instance, lines: list[str]) -> None:
+        self._scope(instance)[0].extend(lines)
+
+    # traversal
+
+    def touches_memory(self, node: Scalar) -> bool:
+        """A Load or an index check lies below `node`, so the conditions it stands under matter."""
+        for n in postorder((node,)):
+            if n not in self._touches:
+                own = isinstance(n, Load) or (isinstance(n, Op) and n.name == "checked_index")
+                self._touches[n] = own or any(self._touches[a] for a in n.args)
+        return self._touches[node]
+
+    def instance(self, node: Scalar, guards: Guards) -> Instance:
+        if isinstance(node, Reduce | Scan):  # its operands are wanted along the whole row
+            guards = tuple(g for g in guards if not self._reduced & g.symbols())
+        return node, guards if guards and self.touches_memory(node) else ()
+
+    def operands(self, instance: Instance) -> list[Instance]:
+        node, guards = instance
+        if isinstance(node, Masked):
+            inside = (*guards, node.cond) if node.cond not in guards else guards
+            parts = [(node.cond, guards), (node.body, inside), (node.other, guards)]
+            return [self.instance(*p) for p in parts]
+        conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
+        return [*conditions, *(self.instance(a, guards) for a in node.args)]
+
+    def walk(self, roots: list[Instance]) -> Iterator[Instance]:
+        """Every instance below `roots`, operands first; not below instances already printed in the current scope."""
+        seen: set[Instance] = set()
+        stack = [(r, False) for r in reversed(roots)]
+        while stack:
+            instance, ready = stack.pop()
+            if ready:
+                yield instance
+            elif instance not in seen:
+                seen.add(instance)
+                if self._known(instance) is None:
+                    stack.append((instance, True))
+                    stack += [(o, False) for o in reversed(self.operands(instance))]
+
+    def value(self, node: Scalar, guards: Guards = ()) -> str:
+        """Text of `node`, printing whatever it needs first."""
+        root = self.instance(node, guards)
+        for instance in self.walk([root]):
+            self._emit(instance)
+        text = self._known(root)
+        assert text is not None
+        return text
+
+    def _emit(self, instance: Instance) -> None:
+        node, _ = instance
+        if isinstance(node, Const):
+            self.define(instance, ops.typed_constant(node.value, node.dtype))
+        elif isinstance(node, Reduce):
+            self._emit_reduce(instance, node)
+        elif isinstance(node, Scan):
+            self._emit_scan(instance, node)
+        elif isinstance(node, Op) and node.name == "checked_index":
+            self._emit_checked(instance, node)
+        else:
+            text = self._expression(instance)
+            if not text.isidentifier():
+                name = self.fresh()
+                self.write(instance, [f"{name} = {text}"])
+                text = name
+            self.define(instance, text)
+
+    def _expression(self, instance: Instance) -> str:
+        node, guards = instance
+        match node:
+            case IndexValue():
+                return self.index_value(node.expr)
+            case Load():
+                return self._load(node, guards)
+            case Masked():
+                cond, body, other = (self._text(o) for o in self.operands(instance)[-3:])
+                return f"tl.where({cond}, {body}, {other})"
+            case Op():
+                return self._op(node, guards)
+        raise TypeError(f"not a scalar node: {node!r}")
+
+    def _text(self, instance: Instance) -> str:
+        text = self._known(instance)
+        assert text is not None, f"operand not printed yet: {instance!r}"
+        return text
+
+    def arg(self, node: Scalar, guards: Guards) -> str:
+        return self._text(self.instance(node, guards))
+
+    # operators
+
+    def _op(self, node: Op, guards: Guards) -> str:
+        if node.name in _COMPARES and all(_narrow(a) for a in node.args):
+            left, right = (self._narrow_text(a) for a in node.args)
+            return ops.apply(node.name, [left, right], torch.int32, torch.bool)
+        args = [self.arg(a, guards) for a in node.args]
+        source = node.args[0].dtype
+        if node.name == "cast":
+            return ops.cast(args[0], source, node.dtype)
+        if node.name == "bitcast":
+            return ops.bitcast(args[0], source, node.dtype)
+        if node.name in ops.INFIX and not all(isinstance(a, Const) for a in node.args) and source != torch.bool:
+            args = [ops.literal(a.value) if isinstance(a, Const) else t for a, t in zip(node.args, args, strict=True)]
+        if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
+            return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
+        return ops.apply(node.name, args, source, node.dtype)
+
+    def _narrow_text(self, node: Scalar) -> str:
+        return str(node.value) if isinstance(node, Const) else self.index_text(node.expr)  # type: ignore[attr-defined]
+
+    def _emit_checked(self, instance: Instance, node: Op) -> None:
+        index, size = (self.arg(a, instance[1]) for a in node.args)
+        name = self.fresh()
+        known = f" for dimension of size {node.args[1]!r}" if isinstance(node.args[1], Const) else ""
+        message = f"index out of bounds{known}"
+        if message not in self.names.errors:
+            self.names.errors.append(message)
+        mask = self.mask(node.symbols(), instance[1])
+        guard = f", mask={mask}" if mask else ""
+        self.write(
+            instance,
+            [
+                f"{name} = h.wrap_index({index}, {size})",
+                f'tl.device_assert(({name} >= 0) & ({name} < {size}), "{message}"{guard})',
+            ],
+        )
+        self.define(instance, name)
+
+    # memory
+
+    def mask(self, symbols: frozenset[Sym], guards: Guards) -> str | None:
+        """The conjunction of the axis masks along `symbols` and of `guards`; None when every lane is valid."""
+        axes = self.frame.axes(symbols.union(*(g.symbols() for g in guards)))
+        parts = [self.frame.masks[a] for a in self.frame.blocks if a in axes and a in self.frame.masks]
+        parts += [self._text(self.instance(g, guards[:i])) for i, g in enumerate(guards)]
+        return " & ".join(parts) if parts else None
+
+    def address(self, index: Int, symbols: frozenset[Sym], wanted: frozenset[str]) -> str:
+        """Index text whose block varies along every axis in `wanted`."""
+        text = self.index_text(index)
+        if wanted <= self.frame.axes(symbols):
+            return text
+        return f"tl.zeros({self.frame.shape(wanted)}, tl.int32) + {text}"
+
+    def bind(self, indirect: tuple[tuple[Sym, Scalar], ...], guards: Guards) -> None:
+        for sym, value in indirect:
+            self._bound[sym] = self.arg(value, guards)
+
+    def _load(self, node: Load, guards: Guards) -> str:
+        self.bind(node.indirect, guards)
+        symbols = node.symbols()
+        wanted = self.frame.axes(symbols.union(*(g.symbols() for g in guards)))
+        address = self.address(node.index, symbols, wanted)
+        mask = self.mask(symbols, guards)
+        extra = f", {mask}" if mask else ""
+        if self.eviction and self.varies(*self.instance(node, guards)):
+            extra += f', eviction_policy="{self.eviction}"'
+        text = f"tl.load({self.names.buffer(node.buffer)} + {tight(address)}{extra})"
+        return f"{text}.to(tl.float32)" if node.dtype in (torch.float16, torch.bfloat16) else text
+
+    # integers
+
+    def index_text(self, x: Int, wide: bool = False) -> str:
+        """An integer expression in the kernel's index type, or int64 when `wide`."""
+        if isinstance(x, int):
+            return str(x)
+        parts = []
+        for monomial, coef in x.terms:
+            factors = [self._atom_text(a, wide) for a in monomial]
+            if coef != 1 or not factors:
+                factors.append(str(coef) if coef >= 0 else f"({coef})")
+            parts.append("*".join(factors))
+        return parts[0] if len(parts) == 1 else "(" + " + ".join(parts) + ")"
+
+    def _atom_text(self, atom: Sym | Atom, wide: bool) -> str:
+        if isinstance(atom, Sym):
+            return self._symbol_text(atom, wide)
+        a, b = self.index_text(atom.a, wide), self.index_text(atom.b, wide)
+        if atom.kind in ("min", "max"):
+            return f"tl.{atom.kind}imum({a}, {b})"
+        low = bounds(atom.a)[0]
+        if low is not None and low >= 0:
+            return f"({a} {'//' if atom.kind == 'floordiv' else '%'} {b})"
+        quotient = f"h.floor_index({a}, {b})"
+        return quotient if atom.kind == "floordiv" else f"({a} - {quotient}*{b})"
+
+    def _symbol_text(self, sym: Sym, wide: bool) -> str:
+        text = self._bound.get(sym) or self.frame.axis_of(sym)
+        if text is None:
+            if sym.size is not None:
+                raise ValueError(f"index symbol {sym!r} is not part of the nest's domain")
+            text = self.names.size(sym)
+        return f"{text}.to(tl.int64)" if wide and not self.frame.index64 else text
+
+    def index_value(self, x: Int) -> str:
+        """An integer expression as an int64 value."""
+        if self.frame.index64:
+            return self.index_text(x)
+        if fits_int32(x) and all(fits_int32(s) for s in _magnitudes(x)):
+            text = self.index_text(x)
+            return f"({text}).to(tl.int64)" if not text.startswith("(") else f"{text}.to(tl.int64)"
+        return self.index_text(x, wide=True)
+
+    # reductions and scans
+
+    def block(self) -> BlockInfo:
+        extent = self.frame.tiling.r.extent
+        return BlockInfo(f"[{', '.join(self.frame.blocks.values())}]", self.frame.masks.get("r"), self.index_text(extent))
+
+    def state_names(self, node: Reduce, guards: Guards, looped: bool) -> tuple[list[str], bool]:
+        """The variables of a reduction's result (shared by its outputs) and whether they are new."""
+        key = (node.kind, node.operands, node.dtype, guards)
+        if key in self._states:
+            return self._states[key], False
+        self._states[key] = [self.fresh() for _ in range(state_count(node.kind, looped))]
+        return self._states[key], True
+
+    def result(self, node: Reduce, names: list[str]) -> str:
+        """Text of one output of a finished reduction in the compute type of its dtype."""
+        if node.kind in ("argmax", "argmin"):
+            return names[1]
+        working = working_dtype(reduced_dtype(node))
+        return ops.cast(names[node.output], working, node.dtype)
+
+    def reduce_operands(self, node: Reduce, guards: Guards) -> list[str]:
+        """Printed operands, the first in the working dtype."""
+        texts = [self.value(o, guards) for o in node.operands]
+        texts[0] = ops.cast(texts[0], node.operands[0].dtype, working_dtype(reduced_dtype(node)))
+        return texts
+
+    def _emit_reduce(self, instance: Instance, node: Reduce) -> None:
+        names, new = self.state_names(node, instance[1], looped=False)
+        if new:
+            if self.looped:
+                raise ValueError(f"reduction met outside its pass: {node!r}")
+            dtype = working_dtype(reduced_dtype(node))
+            block = self.block()
+            if node.kind == "welford":
+                block = BlockInfo(block.shape, block.mask, f"tl.full([], {block.count}, {ops.compute_type(dtype)})")
+            operands = self.reduce_operands(node, instance[1])
+            self.write(instance, persistent(node.kind, names, operands, dtype, block))
+        self.define(instance, self.result(node, names))
+
+    def _emit_scan(self, instance: Instance, node: Scan) -> None:
+        name = self.fresh()
+        dtype = working_dtype(node.dtype)
+        value = ops.cast(self.arg(node.operand, instance[1]), node.operand.dtype, dtype)
+        self.write(instance, scan_block(name, node.kind, value, dtype, self.block()))
+        if self.inner is not None:
+            start = ops.literal(ops.identity(node.kind, dtype))
+            column = self.frame.shape(frozenset(self.frame.blocks) - {"r"})
+            self.outer.append(f"{name}_c = tl.full({column}, {start}, {ops.compute_type(dtype)})")
+            self.inner.extend(scan_carry(name, node.kind))
+        self.define(instance, ops.cast(name, dtype, node.dtype))
+
+
+def reduced_dtype(node: Reduce) -> torch.dtype:
+    """The dtype whose working form a reduction is carried out in: the values' for arg reductions, else the result's."""
+    return node.operands[0].dtype if node.kind in ("argmax", "argmin", "max", "min", "any", "all") else node.dtype
+
+
+def _narrow(node: Scalar) -> bool:
+    if isinstance(node, Const):
+        return isinstance(node.value, int) and abs(node.value) < 2**31
+    return isinstance(node, IndexValue) and fits_int32(node.expr) and all(fits_int32(m) for m in _magnitudes(node.expr))
+
+
+def _magnitudes(x: Int) -> list[Int]:
+    """The intermediate values of `x`'s text: its terms and what its divisions and modulos are taken of."""
+    if isinstance(x, int):
+        return [x]
+    out: list[Int] = [Expr((t,)) for t in x.terms]
+    for atom in (a for m, _ in x.terms for a in m if isinstance(a, Atom)):
+        out += [atom.a, atom.b, *_magnitudes(atom.a)]
+    return out
+
+
+def tight(text: str) -> str:
+    return text if text.isidentifier() or text.isdigit() or text.startswith("(") else f"({text})"

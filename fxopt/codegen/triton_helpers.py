@@ -1,0 +1,230 @@
+"""Device functions that printed Triton kernels call: operators whose exact eager semantics take several instructions.
+
+Real `@triton.jit` functions; printed kernels import this module as `h`. Arguments are tensors of one dtype unless said.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger; NaN when either is NaN."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller; NaN when either is NaN."""
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def product(a, b):
+    return a * b
+
+
+@triton.jit
+def addition(a, b):
+    return a + b
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def both(a, b):
+    return a & b
+
+
+@triton.jit
+def divide(a, b):
+    """a / b in floating point, correctly rounded (float32's plain `/` in Triton is approximate)."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def square_root(a):
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt(a)
+
+
+@triton.jit
+def sigmoid(a):
+    return divide(tl.full([], 1.0, a.dtype), 1.0 + libdevice.exp(a * -1.0))
+
+
+@triton.jit
+def sign(a):
+    """-1, 0 or 1 in the dtype of `a`; 0 for NaN, as torch.sign."""
+    return (a > 0).to(a.dtype) - (a < 0).to(a.dtype)
+
+
+@triton.jit
+def int_floordiv(a, b):
+    """Signed division towards minus infinity. Unsigned arguments never take the correction."""
+    q = a // b
+    r = a - q * b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)
+
+
+@triton.jit
+def int_remainder(a, b):
+    """The remainder with the divisor's sign."""
+    r = a % b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+
+@triton.jit
+def float_remainder(a, b):
+    """torch.remainder: fmod moved to the divisor's sign."""
+    r = libdevice.fmod(a, b)
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+
+@triton.jit
+def float_floordiv(a, b):
+    """torch.floor_divide, as c10::div_floor_floating defines it."""
+    r = libdevice.fmod(a, b)
+    q = divide(a - r, b)
+    q = tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1.0, q)
+    down = tl.floor(q)
+    down = tl.where(q - down > 0.5, down + 1.0, down)
+    zero = libdevice.copysign(q * 0.0, divide(a, b))
+    return tl.where(b == 0, divide(a, b), tl.where(q != 0, down, zero))
+
+
+@triton.jit
+def int_pow(a, b):
+    """a**b modulo 2**bits by squaring; for negative b what C++ torch gives: 1, +-1 or 0."""
+    result = a * 0 + 1
+    base = a
+    left = b
+    for _ in range(b.dtype.primitive_bitwidth):
+        result = tl.where((left & 1) != 0, result * base, result)
+        base = base * base
+        left = left >> 1
+    parity = tl.where((b & 1) != 0, a, a * a)
+    unit = (a == 1) | (a * a == 1) & (a * 0 - 1 == a)
+    return tl.where(b < 0, tl.where(unit, parity, a * 0), result)
+
+
+@triton.jit
+def shift_left(a, b):
+    """a << b; 0 for a shift outside [0, bits)."""
+    bits: tl.constexpr = a.dtype.primitive_bitwidth
+    inside = (b >= 0) & (b < bits)
+    return tl.where(inside, a << tl.where(inside, b, b * 0), a * 0)
+
+
+@triton.jit
+def shift_right(a, b):
+    """a >> b (arithmetic when signed); a shift outside [0, bits) acts as one by bits - 1."""
+    bits: tl.constexpr = a.dtype.primitive_bitwidth
+    inside = (b >= 0) & (b < bits)
+    return a >> tl.where(inside, b, b * 0 + (bits - 1))
+
+
+@triton.jit
+def floor_index(a, b):
+    """Floor division of an index expression that may be negative; b > 0."""
+    q = a // b
+    return tl.where(q * b > a, q - 1, q)
+
+
+@triton.jit
+def wrap_index(i, size):
+    """A negative index counted from the end."""
+    return tl.where(i < 0, i + size, i)
+
+
+@triton.jit
+def philox_words(seed, counter):
+    """The four words of philox4x32-10 with key `seed`, counter (low, high word of `counter`, 0, 0); Salmon, SC 2011."""
+    bits = counter.to(tl.uint64, bitcast=True)
+    low = (bits & 0xFFFFFFFF).to(tl.uint32)
+    high = (bits >> 32).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero, zero)
+
+
+@triton.jit
+def rand(seed, counter):
+    """float32 uniform in [0, 1) from word 0."""
+    a, _b, _c, _d = philox_words(seed, counter)
+    return (a >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def randn(seed, counter):
+    """float32 standard normal: Box-Muller on words 0 and 1; the logarithm's argument is in (0, 1]."""
+    a, b, _c, _d = philox_words(seed, counter)
+    u = ((a >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
+    v = (b >> 8).to(tl.float32) * 5.9604644775390625e-08
+    return tl.sqrt_rn(-2.0 * libdevice.log(u)) * libdevice.cos(6.283185307179586 * v)
+
+
+@triton.jit
+def randint(seed, counter, low, high):
+    """int64 in [low, high): words 0 (low half) and 1 as one uint64, modulo the range."""
+    a, b, _c, _d = philox_words(seed, counter)
+    word = a.to(tl.uint64) | (b.to(tl.uint64) << 32)
+    span = (high - low).to(tl.uint64, bitcast=True)
+    return (word % span).to(tl.int64, bitcast=True) + low
+
+
+@triton.jit
+def arg_max(a, i, b, j):
+    """The (value, index) pair that comes first: NaN, then the larger value, then the smaller index."""
+    a_nan = a != a
+    b_nan = b != b
+    tie = (a == b) | (a_nan & b_nan)
+    first = (a_nan & (b == b)) | ((a > b) & (b == b)) | (tie & (i < j))
+    return tl.where(first, a, b), tl.where(first, i, j)
+
+
+@triton.jit
+def arg_min(a, i, b, j):
+    """The (value, index) pair that comes first: NaN, then the smaller value, then the smaller index."""
+    a_nan = a != a
+    b_nan = b != b
+    tie = (a == b) | (a_nan & b_nan)
+    first = (a_nan & (b == b)) | ((a < b) & (b == b)) | (tie & (i < j))
+    return tl.where(first, a, b), tl.where(first, i, j)
+
+
+@triton.jit
+def welford(mean_a, m2_a, n_a, mean_b, m2_b, n_b):
+    """Joins two (mean, sum of squared distances, count); Chan, Golub and LeVeque 1979."""
+    n = n_a + n_b
+    share = tl.where(n == 0.0, 0.0, n_b / tl.where(n == 0.0, 1.0, n))
+    delta = mean_b - mean_a
+    mean = tl.where(share == 1.0, mean_b, mean_a + delta * share)
+    return mean, m2_a + m2_b + tl.where(n_a == 0.0, 0.0, delta * delta * n_a * share), n
+
+
+@triton.jit
+def softmax_stats(max_a, sum_a, max_b, sum_b):
+    """Joins two (max, sum of exp(x - max)); equal infinite maxima count as no distance (Milakov and Gimelshein 2018)."""
+    top = maximum(max_a, max_b)
+    keep_a = tl.where(max_a == top, 1.0, libdevice.exp(max_a - top))
+    keep_b = tl.where(max_b == top, 1.0, libdevice.exp(max_b - top))
+    return top, sum_a * keep_a + sum_b * keep_b
+
+
+@triton.jit
+def softmax_total(top, total):
+    """The sum for a finished row: NaN when its maximum is infinite, as exp(inf - inf) makes it in eager."""
+    return tl.where(tl.abs(top) == float("inf"), float("nan"), total)

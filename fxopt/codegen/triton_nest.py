@@ -1,0 +1,287 @@
+"""One nest as the text of one Triton kernel: header, index computation, passes over the row, stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.triton_config import TritonConfig, next_power_of_2
+from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
+from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
+from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, needs_int64, tile
+from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
+from fxopt.ir.kernel import KernelSource
+from fxopt.ir.loops import Load, Reduce, Store
+from fxopt.ir.region import Region
+
+ENTRY = "kernel"
+_ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
+_PREAMBLE = (
+    "import triton",
+    "import triton.language as tl",
+    "from triton.language.extra import libdevice",
+    "",
+    "from fxopt.codegen import triton_helpers as h",
+    "",
+    "",
+    "@triton.jit",
+)
+
+
+@dataclass
+class _Kernel:
+    """A kernel being printed."""
+
+    region: Region
+    tiling: Tiling
+    config: TritonConfig
+    names: Names
+    frame: Frame
+    emitter: Emitter
+
+
+def print_kernel(region: Region, config: TritonConfig) -> KernelSource:
+    """The kernel of `region` in configuration `config` (its `split` is ignored here).
+
+    Raises UnsupportedError for dtypes and atomics that Triton does not have.
+    """
+    kernel = _open(region, config)
+    if kernel.tiling.reduces and not config.persistent:
+        _print_looped(kernel)
+    else:
+        _print_straight(kernel)
+    return _finish(kernel)
+
+
+def _open(region: Region, config: TritonConfig) -> _Kernel:
+    tiling = tile(region, allow_y=config.y_block > 1)
+    blocks = {"x": "XB"}
+    if tiling.reduces:
+        blocks = {"x": "XB", "r": "RB"}
+    elif tiling.y.symbols:
+        blocks = {"y": "YB", "x": "XB"}
+    names = Names()
+    frame = Frame(tiling, needs_int64(region), {}, blocks)
+    looped = tiling.reduces and not config.persistent
+    return _Kernel(region, tiling, config, names, frame, Emitter(frame, names, looped))
+
+
+def _block_size(kernel: _Kernel, axis: str) -> int:
+    config, extent = kernel.config, kernel.tiling.r.extent
+    if axis == "r" and config.persistent:
+        if not isinstance(extent, int):
+            raise UnsupportedError("a row of unknown length cannot be held in registers")
+        return next_power_of_2(extent)
+    return {"x": config.x_block, "y": config.y_block, "r": config.r_block}[axis]
+
+
+# index computation
+
+
+def _lanes(kernel: _Kernel, axis: str) -> str:
+    """tl.arange along `axis`, shaped for the tile, in the index type."""
+    block = kernel.frame.blocks[axis]
+    order = list(kernel.frame.blocks)
+    where = ", ".join(":" if a == axis else "None" for a in order)
+    text = f"tl.arange(0, {block})" + (f"[{where}]" if len(order) > 1 else "")
+    return f"{text}.to(tl.int64)" if kernel.frame.index64 else text
+
+
+def _point_lines(kernel: _Kernel) -> list[str]:
+    """Program id to x (and y) indices."""
+    cast = ".to(tl.int64)" if kernel.frame.index64 else ""
+    lines = [f"pid = tl.program_id(0){cast}"]
+    if "y" not in kernel.frame.blocks:
+        lines.append(f"x = pid * XB + {_lanes(kernel, 'x')}")
+        return lines + _axis_lines(kernel, "x")
+    columns = kernel.emitter.index_text(_blocks_along(kernel, "x"))
+    lines += [f"x = pid % {columns} * XB + {_lanes(kernel, 'x')}", f"y = pid // {columns} * YB + {_lanes(kernel, 'y')}"]
+    return lines + _axis_lines(kernel, "x") + _axis_lines(kernel, "y")
+
+
+def _blocks_along(kernel: _Kernel, axis: str) -> Int:
+    points: Axis = getattr(kernel.tiling, axis)
+    size = _block_size(kernel, axis)
+    return floordiv(points.extent + (size - 1), size)
+
+
+def _axis_lines(kernel: _Kernel, name: str) -> list[str]:
+    """The mask of an axis, when it needs one."""
+    axis: Axis = getattr(kernel.tiling, name)
+    lines = []
+    extent, size = axis.extent, _block_size(kernel, name)
+    if not isinstance(extent, int) or extent % size:
+        kernel.frame.masks[name] = f"{name}_mask"
+        lines.append(f"{name}_mask = {name} < {kernel.emitter.index_text(extent)}")
+    return lines
+
+
+# stores
+
+
+def _store_varies(kernel: _Kernel, store: Store) -> bool:
+    return bool(frozenset(kernel.tiling.nest.reduced) & store.symbols())
+
+
+def _prepare(kernel: _Kernel, stores: list[Store]) -> list[str]:
+    """Print what `stores` need and return the store statements themselves."""
+    emitter = kernel.emitter
+    lines = []
+    for store in stores:
+        for _, bound in store.indirect:
+            emitter.value(bound)
+        value = emitter.value(store.value)
+        lines.append(_store_line(kernel, store, value))
+    return lines
+
+
+def _store_line(kernel: _Kernel, store: Store, value: str) -> str:
+    emitter, frame = kernel.emitter, kernel.frame
+    dtype = kernel.region.buffers[store.buffer].dtype
+    wanted = frozenset(a for a in frame.blocks if a != "r" or _store_varies(kernel, store))
+    domain = frozenset(line for axis, line in kernel.tiling.lines.items() if axis in wanted)
+    emitter.bind(store.indirect, ())
+    address = emitter.address(store.index, _address_symbols(store), wanted)
+    pointer = f"{kernel.names.buffer(store.buffer)} + {tight(address)}"
+    mask = emitter.mask(domain, ())
+    if accumulator_dtype(dtype) != dtype:
+        value = f"{value}.to({ops.tl_type(dtype)})"
+    if store.value.dtype != dtype:
+        raise ValueError(f"{store.buffer} holds {dtype}, not {store.value.dtype}: lowering must cast what it stores")
+    if store.mode == "set":
+        return f"tl.store({pointer}, {value}{f', {mask}' if mask else ''})"
+    if dtype not in _ATOMIC:
+        raise UnsupportedError(f"no atomic addition of {dtype} in Triton")
+    return f'tl.atomic_add({pointer}, {value}{f", {mask}" if mask else ""}, sem="relaxed")'
+
+
+def _address_symbols(store: Store) -> frozenset[Sym]:
+    """Index symbols that vary the store's address, through its bindings as well."""
+    return Load(store.buffer, store.index, torch.int8, store.indirect).symbols()
+
+
+def _barrier(kernel: _Kernel) -> list[str]:
+    """In place: no thread may store an element before another, holding a copy of it, has loaded it."""
+    nest = kernel.tiling.nest
+    return ["tl.debug_barrier()"] if set(nest.reads()) & set(nest.writes()) else []
+
+
+# the two shapes of a kernel
+
+
+def _print_straight(kernel: _Kernel) -> None:
+    """No loop: every value is one block."""
+    outer = kernel.emitter.outer
+    outer += _point_lines(kernel)
+    if "r" in kernel.frame.blocks:
+        outer.append(f"r = {_lanes(kernel, 'r')}")
+        outer += _axis_lines(kernel, "r")
+    statements = _prepare(kernel, list(kernel.tiling.nest.stores))
+    outer += [*_barrier(kernel), *statements]
+
+
+def _print_looped(kernel: _Kernel) -> None:
+    """One loop over the row per reduction depth, then one for the stores that vary along it."""
+    emitter, stores = kernel.emitter, kernel.tiling.nest.stores
+    emitter.outer += _point_lines(kernel)
+    emitter.outer.append(f"r_lane = {_lanes(kernel, 'r')}")
+    along = _axis_lines(kernel, "r")
+    roots = [emitter.instance(v, ()) for s in stores for v in s.roots]
+    for level in _levels(emitter, roots):
+        _reduction_pass(kernel, level, along)
+    at_end = _prepare(kernel, [s for s in stores if not _store_varies(kernel, s)])
+    varying = [s for s in stores if _store_varies(kernel, s)]
+    if varying:
+        emitter.open_loop("evict_first")
+        statements = _prepare(kernel, varying)
+        body = emitter.close_loop()
+        emitter.outer += _loop(kernel, along, [*body, *_barrier(kernel), *statements])
+    emitter.outer += [*_barrier(kernel), *at_end]
+
+
+def _loop(kernel: _Kernel, along: list[str], body: list[str]) -> list[str]:
+    extent = kernel.emitter.index_text(kernel.tiling.r.extent)
+    inside = ["r = r_base + r_lane", *along, *body]
+    return [f"for r_base in range(0, {extent}, RB):", *(f"    {line}" for line in inside)]
+
+
+def _levels(emitter: Emitter, roots: list[Instance]) -> list[list[Instance]]:
+    """Reductions grouped by how deeply they nest, innermost first."""
+    depth: dict[Instance, int] = {}
+    levels: dict[int, list[Instance]] = {}
+    for instance in emitter.walk(roots):
+        below = max((depth[o] for o in emitter.operands(instance)), default=0)
+        if isinstance(instance[0], Reduce):
+            below += 1
+            levels.setdefault(below, []).append(instance)
+        depth[instance] = below
+    return [levels[d] for d in sorted(levels)]
+
+
+def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str]) -> None:
+    emitter = kernel.emitter
+    fresh = []
+    emitter.open_loop("evict_last")
+    shape = f"[{', '.join(kernel.frame.blocks.values())}]"
+    for node, guards in level:
+        assert isinstance(node, Reduce)
+        names, new = emitter.state_names(node, guards, looped=True)
+        if new:
+            dtype = working_dtype(reduced_dtype(node))
+            emitter.outer += open_accumulators(node.kind, names, dtype, shape)
+            operands = emitter.reduce_operands(node, guards)
+            assert emitter.inner is not None
+            emitter.inner += accumulate(node.kind, names, operands, dtype, emitter.block())
+            fresh.append((node.kind, names))
+    body = emitter.close_loop()
+    emitter.outer += _loop(kernel, along, body)
+    for kind, names in fresh:
+        emitter.outer += close_accumulators(kind, names)
+    for node, guards in level:
+        assert isinstance(node, Reduce)
+        names, _ = emitter.state_names(node, guards, looped=True)
+        emitter.define((node, guards), emitter.result(node, names))
+
+
+# the finished kernel
+
+
+def _finish(kernel: _Kernel) -> KernelSource:
+    names, config = kernel.names, kernel.config
+    pointers, sizes = list(names.buffers.values()), list(names.sizes.values())
+    blocks = {name: _block_size(kernel, axis) for axis, name in kernel.frame.blocks.items()}
+    params = [*pointers, *sizes, *(f"{b}: tl.constexpr" for b in blocks)]
+    head = [*_PREAMBLE, f"def {ENTRY}({', '.join(params)}):"]
+    text = "\n".join([*head, *(f"    {line}" for line in kernel.emitter.outer)]) + "\n"
+    types = {p: ops.POINTER_TYPE[kernel.region.buffers[b].dtype] for b, p in names.buffers.items()}
+    options = {
+        "signature": types | dict.fromkeys(sizes, "i64" if kernel.frame.index64 else "i32"),
+        "constexprs": blocks,
+        "aligned": pointers if config.aligned else [],
+        "divisible": [],
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "asserts": bool(names.errors),
+    }
+    return KernelSource(
+        language="triton",
+        entry=ENTRY,
+        text=text,
+        buffers=tuple(names.buffers),
+        sizes=tuple(_size_expressions(names)),
+        grid=(_grid(kernel), 1, 1),
+        compile_options=options,
+        errors=tuple(names.errors),
+    )
+
+
+def _size_expressions(names: Names) -> list[Int]:
+    return [symbol(s) for s in names.sizes]
+
+
+def _grid(kernel: _Kernel) -> Int:
+    blocks = _blocks_along(kernel, "x")
+    return mul(blocks, _blocks_along(kernel, "y")) if "y" in kernel.frame.blocks else blocks

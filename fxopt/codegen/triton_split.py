@@ -1,0 +1,231 @@
+"""Few long rows: a reduction cut into parts that run side by side, then joined. A rewrite from one region to several.
+
+Each part reduces its share of the row into scratch memory, a second kernel joins the parts, and what varies along the row (or
+reduces again) follows as further regions. Every kernel is deterministic: no atomics, and the order of joining is fixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fxopt.codegen.triton_ops import identity
+from fxopt.codegen.triton_reduce import LAST_INDEX
+from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
+from fxopt.ir.exprs import Int, Sym, contiguous_strides, floordiv, maximum, minimum, mul, prod, ravel, symbol, unravel
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder, transform
+from fxopt.ir.region import BufferSpec, Region
+
+
+@dataclass
+class _Split:
+    """One reduction round: how the row is cut, and the scratch it needs."""
+
+    region: Region
+    part: Sym
+    inside: Sym
+    mapping: dict[Sym, Int]
+    guard: Scalar | None
+    row: Int
+    chunk: Int
+    scratch: dict[str, BufferSpec] = field(default_factory=dict)
+    stores: list[Store] = field(default_factory=list)
+
+    def save(self, value: Scalar) -> Scalar:
+        """Store a partial result per (part, point), once; returns its load for the joining nest."""
+        shape = (size_of(self.part), *map(size_of, self.region.nest.points))
+        index = ravel((symbol(self.part), *map(symbol, self.region.nest.points)), shape)
+        for store in self.stores:
+            if store.value is value:
+                return Load(store.buffer, index, value.dtype)
+        spec = scratch_spec(self.region, len(self.scratch), value.dtype, shape)
+        self.scratch[spec.name] = spec
+        self.stores.append(Store(spec.name, index, value))
+        return Load(spec.name, index, value.dtype)
+
+    def along(self, value: Scalar, neutral: bool | int | float) -> Scalar:
+        """`value` at this part's elements, `neutral` past the row's end."""
+        inner = transform(value, self.mapping)
+        return inner if self.guard is None else Masked(self.guard, inner, Const(neutral, value.dtype))
+
+    def reduce(self, kind: str, operands: tuple[Scalar, ...], dtype: torch.dtype, output: int = 0) -> Scalar:
+        return Reduce(kind, operands, (self.inside,), dtype, output)
+
+    def join(self, kind: str, operands: tuple[Scalar, ...], dtype: torch.dtype, output: int = 0) -> Scalar:
+        return Reduce(kind, operands, (self.part,), dtype, output)
+
+    def count(self, dtype: torch.dtype) -> Scalar:
+        """How many elements a part has."""
+        start = mul(symbol(self.part), self.chunk)
+        return _cast(IndexValue(maximum(minimum(self.chunk, self.row - start), 0)), dtype)
+
+
+def scratch_spec(region: Region, number: int, dtype: torch.dtype, shape: tuple[Int, ...]) -> BufferSpec:
+    name = f"{region.name}.scratch{number}"
+    return BufferSpec(name, dtype, region.device, shape, contiguous_strides(shape))
+
+
+def split_region(region: Region, parts: int) -> list[Region] | None:
+    """`region` as regions to run in order, its reduced axis cut into about `parts`; None when it cannot be cut.
+
+    The new regions' `buffers` include the scratch they share: those absent from the region's own.
+    """
+    nest = tile(region, allow_y=False).nest
+    if not _can_split(nest):
+        return None
+    split = _cut(replace(region, nest=nest), parts)
+    level = [n for n in postorder(nest.roots) if isinstance(n, Reduce) and not _reduces_below(n)]
+    joined: dict[Scalar, Scalar] = {n: _cast(_partial(split, n), n.dtype) for n in level}
+    first = _subregion(region, "part", Nest((split.part, *nest.points), (split.inside,), tuple(split.stores)), split.scratch)
+    now, later, finals = _stage_stores(nest, joined)
+    extra: dict[str, BufferSpec] = {}
+    loads: dict[Scalar, Scalar] = {}
+    for node in finals:
+        shape = tuple(map(size_of, nest.points))
+        spec = scratch_spec(region, len(split.scratch) + len(extra), accumulator_dtype(node.dtype), shape)
+        index = ravel(tuple(map(symbol, nest.points)), shape)
+        extra[spec.name] = spec
+        now.append(Store(spec.name, index, _cast(joined[node], spec.dtype)))
+        loads[node] = _cast(Load(spec.name, index, spec.dtype), node.dtype)
+    second = _subregion(region, "join", Nest(nest.points, (split.part,), tuple(now)), split.scratch | extra)
+    rest = [replace(s, value=_replace(s.value, loads)) for s in later]
+    still_read = {n.buffer for s in rest for n in postorder(s.roots) if isinstance(n, Load)} - extra.keys()
+    if still_read & {s.buffer for s in now}:
+        return None
+    return [first, second, *_remainder(region, nest, rest, extra, parts)]
+
+
+def _remainder(region: Region, nest: Nest, rest: list[Store], extra: dict[str, BufferSpec], parts: int) -> list[Region]:
+    """What is left once the innermost reductions are loads: another round, or a pointwise nest over the whole domain."""
+    if not rest:
+        return []
+    if any(isinstance(n, Reduce) for s in rest for n in postorder(s.roots)):
+        left = _subregion(region, "rest", Nest(nest.points, nest.reduced, tuple(rest)), extra)
+        return split_region(left, parts) or [left]
+    return [_subregion(region, "rest", Nest((*nest.points, *nest.reduced), (), tuple(rest)), extra)]
+
+
+def _can_split(nest: Nest) -> bool:
+    nodes = list(postorder(nest.roots))
+    empty = any(s.size == 0 for s in (*nest.points, *nest.reduced))
+    if not nest.reduced or empty or any(isinstance(n, Scan) for n in nodes):
+        return False
+    if any(_has_reduce(v) for store in nest.stores for _, v in store.indirect):
+        return False
+    return any(map(_has_reduce, nodes)) and not any(isinstance(n, Masked) and _has_reduce(n) for n in nodes)
+
+
+def _has_reduce(node: Scalar) -> bool:
+    return any(isinstance(n, Reduce) for n in postorder((node,)))
+
+
+def _reduces_below(node: Reduce) -> bool:
+    return any(map(_has_reduce, node.operands))
+
+
+def _cut(region: Region, parts: int) -> _Split:
+    nest = region.nest
+    sizes = tuple(map(size_of, nest.reduced))
+    row = prod(sizes)
+    chunk = floordiv(row + (parts - 1), parts)
+    if isinstance(row, int) and isinstance(chunk, int):
+        chunk = -(-chunk // 128) * 128 if chunk >= 128 else chunk
+        parts = -(-row // chunk)
+    part, inside = Sym("u0", size=parts), Sym("w0", size=chunk)
+    linear = mul(symbol(part), chunk) + symbol(inside)
+    mapping = dict(zip(nest.reduced, unravel(linear, sizes), strict=True))
+    exact = isinstance(row, int) and isinstance(chunk, int) and row == chunk * parts
+    guard = None if exact else Op("lt", (IndexValue(linear), IndexValue(row)), torch.bool)
+    return _Split(region, part, inside, mapping, guard, row, chunk)
+
+
+def _partial(split: _Split, node: Reduce) -> Scalar:
+    """Save the parts of `node`; returns the expression that joins them."""
+    if node.kind == "welford":
+        return _partial_welford(split, node)
+    if node.kind == "softmax_stats":
+        return _partial_softmax(split, node)
+    if node.kind in ("argmax", "argmin"):
+        values = split.along(node.operands[0], identity(node.kind, accumulator_dtype(node.operands[0].dtype)))
+        indices = split.along(node.operands[1], LAST_INDEX)
+        best = split.save(split.reduce(node.kind.removeprefix("arg"), (values,), accumulator_dtype(values.dtype)))
+        where = split.save(split.reduce(node.kind, (values, indices), torch.int64))
+        return split.join(node.kind, (best, where), torch.int64)
+    dtype = accumulator_dtype(node.dtype)
+    neutral = identity(node.kind, accumulator_dtype(node.operands[0].dtype))
+    saved = split.save(split.reduce(node.kind, (split.along(node.operands[0], neutral),), dtype))
+    return split.join(node.kind, (saved,), dtype)
+
+
+def _partial_welford(split: _Split, node: Reduce) -> Scalar:
+    """Joined by sums over the parts, weighted by their lengths (Chan, Golub and LeVeque 1979)."""
+    dtype = accumulator_dtype(node.dtype)
+    count = split.count(dtype)
+    if split.guard is None:
+        inner = (transform(node.operands[0], split.mapping),)
+        mean, m2 = (split.reduce("welford", inner, dtype, output) for output in (0, 1))
+    else:
+        nonzero = Op("maximum", (count, Const(1.0, dtype)), dtype)
+        total = split.reduce("sum", (_cast(split.along(node.operands[0], 0.0), dtype),), dtype)
+        mean = Op("truediv", (total, nonzero), dtype)
+        away = Op("sub", (_cast(transform(node.operands[0], split.mapping), dtype), mean), dtype)
+        m2 = split.reduce("sum", (Masked(split.guard, Op("mul", (away, away), dtype), Const(0.0, dtype)),), dtype)
+    means, m2s = split.save(mean), split.save(m2)
+    row = _cast(IndexValue(split.row), dtype)
+    overall = Op("truediv", (split.join("sum", (Op("mul", (count, means), dtype),), dtype), row), dtype)
+    if node.output == 0:
+        return overall
+    away = Op("sub", (means, overall), dtype)
+    between = Op("mul", (count, Op("mul", (away, away), dtype)), dtype)
+    return split.join("sum", (Op("add", (m2s, between), dtype),), dtype)
+
+
+def _partial_softmax(split: _Split, node: Reduce) -> Scalar:
+    """Joined as sum of s_i * exp(m_i - m); a part that is all -inf has a NaN sum, which only counts when every part is."""
+    dtype = accumulator_dtype(node.dtype)
+    operand = _cast(split.along(node.operands[0], -float("inf")), dtype)
+    tops, sums = (split.save(split.reduce("softmax_stats", (operand,), dtype, output)) for output in (0, 1))
+    top = split.join("max", (tops,), dtype)
+    if node.output == 0:
+        return top
+    low = Const(-float("inf"), dtype)
+    scaled = Op("mul", (sums, Op("exp", (Op("sub", (tops, top), dtype),), dtype)), dtype)
+    empty = Op("where", (Op("eq", (top, low), torch.bool), Const(float("nan"), dtype), Const(0.0, dtype)), dtype)
+    return split.join("sum", (Op("where", (Op("eq", (tops, low), torch.bool), empty, scaled), dtype),), dtype)
+
+
+def _stage_stores(nest: Nest, joined: dict[Scalar, Scalar]) -> tuple[list[Store], list[Store], list[Scalar]]:
+    """(stores complete after joining, stores left for later, reductions that those still need)."""
+    now, later = [], []
+    reduced = frozenset(nest.reduced)
+    for store in nest.stores:
+        value = _replace(store.value, joined)
+        deeper = any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,)))
+        if deeper or reduced & store.symbols():
+            later.append(store)
+        else:
+            now.append(replace(store, value=value))
+    used = {n for s in later for n in postorder(s.roots)}
+    return now, later, [n for n in joined if n in used]
+
+
+def _replace(root: Scalar, mapping: dict[Scalar, Scalar]) -> Scalar:
+    done: dict[Scalar, Scalar] = {}
+    for node in postorder((root,)):
+        if node in mapping:
+            done[node] = mapping[node]
+        else:
+            args = tuple(done[a] for a in node.args)
+            done[node] = node if args == node.args else node.rebuild(args, {})
+    return done[root]
+
+
+def _subregion(region: Region, suffix: str, nest: Nest, scratch: dict[str, BufferSpec]) -> Region:
+    used = {*nest.reads(), *nest.writes()}
+    buffers = {n: s for n, s in (region.buffers | scratch).items() if n in used}
+    return replace(region, name=f"{region.name}.{suffix}", nest=nest, buffers=buffers, nodes=())
+
+
+def _cast(value: Scalar, dtype: torch.dtype) -> Scalar:
+    return value if value.dtype == dtype else Op("cast", (value,), dtype)

@@ -1,0 +1,312 @@
+"""How a nest's symbols become the axes of a tile: order, merging, and which dimension runs fastest.
+
+A tile has the axes x (points), optionally y (points whose accesses are unit-stride elsewhere than x's) and r (reduced). Each
+axis is a list of index symbols walked as one linear index, the last symbol fastest. Symbols are ordered by stride and merged
+wherever no access needs them apart; then each axis becomes one symbol, and the algebra of `ir.exprs` folds the divisions of
+every access that walks memory in the same order, so that it stays linear and vectorisable.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fxopt.ir.exprs import (
+    Int,
+    Sym,
+    ask,
+    bounds,
+    coefficient,
+    floordiv,
+    free_symbols,
+    mod,
+    mul,
+    prod,
+    substitute,
+    symbol,
+    unravel,
+)
+from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scan, postorder, rebind_indirect, transform
+from fxopt.ir.region import Region
+
+INT32_MAX = 2**31 - 1
+_LINE_NAMES = {"x": "l0", "y": "l1", "r": "l2"}
+_TILE_MIN = 8  # a second tile axis shorter than this cannot coalesce anything
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Index symbols walked as one linear index; the last one is fastest."""
+
+    symbols: tuple[Sym, ...]
+
+    @property
+    def extent(self) -> Int:
+        return prod(size_of(s) for s in self.symbols)
+
+    @property
+    def hint(self) -> int:
+        """The extent as a number for cost models; an unknown size counts as 1024."""
+        out = 1
+        for s in self.symbols:
+            out *= size_hint(size_of(s))
+        return out
+
+
+@dataclass(frozen=True)
+class Access:
+    """One load or store: index without its bindings, bytes per element, whether it writes."""
+
+    index: Int
+    itemsize: int
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A nest in normal form with its axes.
+
+    `r.symbols` is empty when nothing is reduced, `y.symbols` when the tile has no y. `accesses` are in terms of the axes'
+    symbols; `nest` is in terms of one linear symbol per axis that has any: `lines` maps the axis's name to it.
+    """
+
+    nest: Nest
+    lines: dict[str, Sym]
+    x: Axis
+    y: Axis
+    r: Axis
+    accesses: tuple[Access, ...]
+
+    @property
+    def reduces(self) -> bool:
+        return bool(self.r.symbols) or _has_reduction(self.nest)
+
+    @property
+    def inner_reduction(self) -> bool:
+        """The reduced axis is the unit-stride one for most bytes (a row reduction, not a column one)."""
+        if not self.r.symbols or not self.x.symbols:
+            return True
+        votes = unit_stride_votes(self.accesses, (*self.x.symbols, *self.r.symbols))
+        return sum(votes[s] for s in self.r.symbols) >= sum(votes[s] for s in self.x.symbols)
+
+
+def size_of(sym: Sym) -> Int:
+    if sym.size is None:
+        raise ValueError(f"{sym!r} is a size symbol, not an index")
+    return sym.size
+
+
+def size_hint(size: Int) -> int:
+    """A plausible number for `size`: itself, or for a symbolic one 1024 clamped to its known range."""
+    if isinstance(size, int):
+        return size
+    lo, hi = bounds(size)
+    guess = max(1024, lo or 0)
+    return guess if hi is None else min(guess, hi)
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_nest(nest: Nest, itemsizes: tuple[tuple[str, int], ...], allow_y: bool) -> Tiling:
+    nest = rewrite(nest, {s: 0 for s in (*nest.points, *nest.reduced) if s.size == 1})
+    sizes = dict(itemsizes)
+    points = _by_stride(nest.points, _accesses(nest, sizes))
+    reduced = nest.reduced if _has_scan(nest) else _by_stride(nest.reduced, _accesses(nest, sizes))
+    nest = _merge(replace(nest, points=points, reduced=reduced))
+    accesses = _accesses(nest, sizes)
+    x, y = _split_points(nest, accesses) if allow_y and not nest.reduced else (nest.points, ())
+    axes = {"x": Axis(x), "y": Axis(y), "r": Axis(nest.reduced)}
+    linear, lines = _linearise(nest, axes)
+    return Tiling(linear, lines, axes["x"], axes["y"], axes["r"], accesses)
+
+
+def _linearise(nest: Nest, axes: dict[str, Axis]) -> tuple[Nest, dict[str, Sym]]:
+    lines: dict[str, Sym] = {}
+    mapping: dict[Sym, Int] = {}
+    for name, axis in axes.items():
+        if len(axis.symbols) == 1:
+            lines[name] = axis.symbols[0]
+        elif axis.symbols:
+            lines[name] = Sym(_LINE_NAMES[name], size=axis.extent)
+            mapping |= zip(axis.symbols, unravel(symbol(lines[name]), tuple(map(size_of, axis.symbols))), strict=True)
+    return rewrite(nest, mapping), lines
+
+
+def tile(region: Region, allow_y: bool = True) -> Tiling:
+    """The tiling of `region`'s nest; with `allow_y` False all points lie on x."""
+    nest = region.nest
+    names = sorted({load.buffer for load in nest.loads()} | set(nest.writes()))
+    return _tile_nest(nest, tuple((n, region.buffers[n].dtype.itemsize) for n in names), allow_y)
+
+
+def rewrite(nest: Nest, mapping: dict[Sym, Int]) -> Nest:
+    """`nest` with index symbols substituted; symbols mapped to constants leave the domain."""
+    if not mapping:
+        return nest
+    stores = []
+    for store in nest.stores:
+        args = tuple(transform(v, mapping) for _, v in store.indirect)
+        index, indirect = rebind_indirect(substitute(store.index, mapping), store.indirect, args)
+        stores.append(replace(store, index=index, value=transform(store.value, mapping), indirect=indirect))
+    return Nest(_images(nest.points, mapping), _images(nest.reduced, mapping), tuple(stores))
+
+
+def _images(symbols: tuple[Sym, ...], mapping: dict[Sym, Int]) -> tuple[Sym, ...]:
+    out: list[Sym] = []
+    for sym in symbols:
+        image = mapping.get(sym, symbol(sym))
+        own = sorted((s for s in free_symbols(image) if s.size is not None), key=lambda s: s.name)
+        out += [s for s in own if s not in out]
+    return tuple(out)
+
+
+def _accesses(nest: Nest, itemsizes: dict[str, int]) -> tuple[Access, ...]:
+    loads = [Access(n.index, itemsizes[n.buffer], False) for n in nest.loads()]
+    return (*loads, *(Access(s.index, itemsizes[s.buffer], True) for s in nest.stores))
+
+
+def _has_scan(nest: Nest) -> bool:
+    return any(isinstance(n, Scan) for n in postorder(nest.roots))
+
+
+def _has_reduction(nest: Nest) -> bool:
+    return any(isinstance(n, Reduce | Scan) for n in postorder(nest.roots))
+
+
+def unit_stride_votes(accesses: Iterable[Access], symbols: tuple[Sym, ...]) -> dict[Sym, int]:
+    """For each symbol, the bytes of accesses in which it has stride 1; a store counts twice (partial writes cost most).
+
+    An access counts for the elements it touches, so a broadcast row has no say against a whole tensor.
+    """
+    votes = dict.fromkeys(symbols, 0)
+    for access in accesses:
+        used = free_symbols(access.index)
+        touched = Axis(tuple(s for s in symbols if s in used)).hint
+        for sym in symbols:
+            if sym in used and coefficient(access.index, sym) == 1:
+                votes[sym] += touched * access.itemsize * (2 if access.writes else 1)
+    return votes
+
+
+def _by_stride(symbols: tuple[Sym, ...], accesses: tuple[Access, ...]) -> tuple[Sym, ...]:
+    """Symbols by falling stride in the access that uses most of them (stores first); the unknown keep their order."""
+    if len(symbols) < 2:
+        return symbols
+    ranked = sorted(accesses, key=lambda a: (-len(free_symbols(a.index) & set(symbols)), not a.writes))
+    guide = ranked[0].index
+    strides = {s: coefficient(guide, s) for s in symbols}
+    out: list[Sym] = []
+    for sym in symbols:
+        at = len(out)
+        while at > 0 and _smaller(strides[out[at - 1]], strides[sym]):
+            at -= 1
+        out.insert(at, sym)
+    votes = unit_stride_votes(accesses, symbols)
+    fastest = max(out, key=lambda s: (votes[s], out.index(s)))
+    return (*(s for s in out if s is not fastest), fastest) if votes[fastest] else tuple(out)
+
+
+def _smaller(a: Int | None, b: Int | None) -> bool:
+    """Stride a is known to be smaller than b; a broadcast (0) says nothing."""
+    if a is None or b is None or a == 0 or b == 0:
+        return False
+    return ask("<", a, b) is True
+
+
+def _index_expressions(nest: Nest) -> list[Int]:
+    out: list[Int] = [s.index for s in nest.stores]
+    for node in postorder(nest.roots):
+        if isinstance(node, Load):
+            out.append(node.index)
+        elif isinstance(node, IndexValue):
+            out.append(node.expr)
+    return list(dict.fromkeys(out))
+
+
+def nonlinear(x: Int) -> int:
+    """How many division, modulo, minimum and maximum atoms `x` has."""
+    return 0 if isinstance(x, int) else sum(not isinstance(a, Sym) for m, _ in x.terms for a in m)
+
+
+def _merge(nest: Nest) -> Nest:
+    """Adjacent symbols of one axis joined wherever no index expression gets harder by it."""
+    expressions = _index_expressions(nest)
+    mapping: dict[Sym, Int] = {}
+    axes = []
+    for symbols in (nest.points, nest.reduced):
+        kept: list[Sym] = []
+        for sym in symbols:
+            joined = _join(kept[-1], sym, expressions) if kept else None
+            if joined is None:
+                kept.append(sym)
+                continue
+            merged, step, expressions = joined
+            mapping = {s: substitute(e, step) for s, e in mapping.items()} | step
+            kept[-1] = merged
+        axes.append(tuple(kept))
+    return rewrite(nest, {s: e for s, e in mapping.items() if s in (*nest.points, *nest.reduced)})
+
+
+def _join(outer: Sym, inner: Sym, expressions: list[Int]) -> tuple[Sym, dict[Sym, Int], list[Int]] | None:
+    size = size_of(inner)
+    if size == 0 or size_of(outer) == 0:
+        return None
+    merged = Sym(outer.name.upper(), size=mul(size_of(outer), size))
+    step = {outer: floordiv(symbol(merged), size), inner: mod(symbol(merged), size)}
+    after = []
+    for old in expressions:
+        new = substitute(old, step)
+        if new is not old and nonlinear(new) > nonlinear(old):
+            return None
+        after.append(new)
+    return merged, step, after
+
+
+def _split_points(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, ...], tuple[Sym, ...]]:
+    """(x, y) symbols: y is split off when some access is strided along x's fastest symbol and unit-stride along another."""
+    points = nest.points
+    if len(points) < 2:
+        return points, ()
+    fast = points[-1]
+    strided = [a for a in accesses if fast in free_symbols(a.index) and coefficient(a.index, fast) != 1]
+    votes = unit_stride_votes(strided, points[:-1])
+    slow = max(points[:-1], key=lambda s: votes[s])
+    if not votes[slow] or min(size_hint(size_of(slow)), size_hint(size_of(fast))) < _TILE_MIN:
+        return points, ()
+    return (fast,), (*(s for s in points if s is not slow and s is not fast), slow)
+
+
+def fits_int32(value: Int) -> bool:
+    """True when `value` is known to stay within int32; a symbolic size without an upper bound is not known to."""
+    lo, hi = bounds(value)
+    return lo is not None and hi is not None and lo >= -INT32_MAX and hi <= INT32_MAX
+
+
+def needs_int64(region: Region) -> bool:
+    """Whether some extent or domain of `region` may exceed int32."""
+    nest = region.nest
+    extents = [spec.extent for spec in region.buffers.values()]
+    slack = 65536  # lanes past the end of the domain still compute indices
+    domains = [prod(size_of(s) for s in nest.points), prod(size_of(s) for s in nest.reduced)]
+    return not all(fits_int32(e + slack) for e in (*extents, *domains))
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a reduction of `dtype` accumulates in and a value of it is computed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def free_size_symbols(nest: Nest) -> tuple[Sym, ...]:
+    """Size symbols that the nest's indices, values and domain mention, by name."""
+    found: set[Sym] = set()
+    for sym in (*nest.points, *nest.reduced):
+        found |= free_symbols(size_of(sym))
+    for expression in _index_expressions(nest):
+        found |= _sizes_in(expression)
+    return tuple(sorted(found, key=lambda s: s.name))
+
+
+def _sizes_in(x: Int) -> set[Sym]:
+    return {s for s in free_symbols(x) if s.size is None}

@@ -1,0 +1,118 @@
+"""Launching cubins through the CUDA driver by ctypes, without Triton; what its launch convention asks for is here.
+
+The context is torch's primary context: load with the device current and torch.cuda initialised, launch on a raw stream
+handle (`torch.cuda.current_stream(device).cuda_stream`) of that device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxopt.errors import FxoptError
+
+_WARP = 32
+_SHARED_WITHOUT_ASKING = 48 * 1024
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PARAMETER_KINDS = ("ptr", "i32", "i64")
+
+Launcher = Callable[..., None]
+"""launcher(stream, grid_x, grid_y, grid_z, *pointers, *sizes): plain integers, in the order of the kernel's parameters."""
+
+
+class CudaError(FxoptError, RuntimeError):
+    """The CUDA driver refused a call; the message has the driver's name for it. `code` is the CUresult."""
+
+    def __init__(self, what: str, code: int, name: str, text: str) -> None:
+        super().__init__(f"{what}: {name} ({code}): {text}")
+        self.code, self.name = code, name
+
+
+_ENDS_CONTEXT = "; the CUDA context of this process is lost"
+_FATAL = (700, 709, 710, 714, 715, 716, 717, 718, 719)
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """libcuda with the prototypes used here. Raises OSError on machines without an NVIDIA driver."""
+    lib = ctypes.CDLL("libcuda.so.1")
+    pointer, handle = ctypes.POINTER, ctypes.c_void_p
+    lib.cuGetErrorName.argtypes = lib.cuGetErrorString.argtypes = [ctypes.c_int, pointer(ctypes.c_char_p)]
+    lib.cuModuleLoadData.argtypes = [pointer(handle), ctypes.c_char_p]
+    lib.cuModuleGetFunction.argtypes = [pointer(handle), handle, ctypes.c_char_p]
+    lib.cuFuncSetAttribute.argtypes = [handle, ctypes.c_int, ctypes.c_int]
+    lib.cuModuleUnload.argtypes = [handle]
+    lib.cuLaunchKernel.argtypes = [handle, *[ctypes.c_uint] * 7, handle, handle, handle]
+    return lib
+
+
+def check(lib: Any, code: int, what: str) -> None:
+    """Raise CudaError naming `what` unless `code` is CUDA_SUCCESS."""
+    if code == 0:
+        return
+    name, text = ctypes.c_char_p(), ctypes.c_char_p()
+    lib.cuGetErrorName(code, ctypes.byref(name))
+    lib.cuGetErrorString(code, ctypes.byref(text))
+    message = (text.value or b"no description").decode() + (_ENDS_CONTEXT if code in _FATAL else "")
+    raise CudaError(what, code, (name.value or b"unknown error").decode(), message)
+
+
+@dataclass
+class CudaKernel:
+    """A loaded kernel. Never unloaded: launches may be in flight or recorded in CUDA graphs."""
+
+    lib: Any
+    function: int
+    name: str
+    threads: int
+    shared: int
+    parameters: tuple[str, ...]
+    scratch_pointers: int
+
+    def bind(self, launch: Any = None) -> Launcher:
+        """A launcher with argument slots of its own. Not to be shared between threads: give each its own.
+
+        A launch writes the slots and calls cuLaunchKernel, which copies them. `launch` (a plan's Launch) only lends its
+        label to error messages.
+        """
+        count = len(self.parameters)
+        slots = (ctypes.c_uint64 * (count + self.scratch_pointers))()
+        base = ctypes.addressof(slots)
+        addresses = (ctypes.c_void_p * len(slots))(*(base + 8 * i for i in range(len(slots))))
+        function, threads, shared = ctypes.c_void_p(self.function), self.threads, self.shared
+        lib, call = self.lib, self.lib.cuLaunchKernel
+        what = getattr(launch, "label", "") or self.name
+
+        def run(stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: int) -> None:
+            slots[:count] = arguments  # type: ignore[call-overload]  # any sequence will do
+            code = call(function, grid_x, grid_y, grid_z, threads, 1, 1, shared, stream, addresses, None)
+            if code:
+                check(lib, code, f"launching {what}")
+
+        return run
+
+
+def load_cubin(path: Path, meta: dict[str, Any], device_index: int, lib: Any = None) -> CudaKernel:
+    """Load the kernel at `path` into the current context, which must be that of CUDA device `device_index`.
+
+    `meta` is what `codegen.triton_build.compile_triton` returned. Raises CudaError when the driver refuses it (another
+    architecture, damaged, too much shared memory), ValueError when `meta` is not understood, OSError without driver or file.
+    """
+    unknown = [p for p in meta["parameters"] if p not in _PARAMETER_KINDS]
+    if unknown:
+        raise ValueError(f"{path}: unknown kernel parameter kinds {unknown}")
+    lib = lib or driver()
+    what = f"loading {path.name} on cuda:{device_index}"
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    check(lib, lib.cuModuleLoadData(ctypes.byref(module), path.read_bytes()), what)
+    check(lib, lib.cuModuleGetFunction(ctypes.byref(function), module, meta["name"].encode()), what)
+    if meta["shared"] > _SHARED_WITHOUT_ASKING:
+        check(lib, lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, meta["shared"]), what)
+    assert function.value is not None
+    threads = meta["num_warps"] * _WARP
+    parameters = tuple(meta["parameters"])
+    return CudaKernel(lib, function.value, meta["name"], threads, meta["shared"], parameters, meta["scratch_pointers"])

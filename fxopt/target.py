@@ -1,0 +1,124 @@
+"""What a kernel is compiled for, as a value. Ask it for features; architecture numbers are compared nowhere else."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+_SHARED_PER_BLOCK = {
+    75: 65536,
+    80: 166912,
+    86: 101376,
+    87: 166912,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+    120: 101376,
+}
+_SM_COUNT = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
+_BANDWIDTH = {75: 320e9, 80: 1.6e12, 86: 768e9, 87: 200e9, 89: 864e9, 90: 3.0e12, 100: 7.0e12, 103: 7.0e12, 120: 1.7e12}
+_OLDEST_KNOWN = 75
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device that kernels are compiled for.
+
+    `kind` is "cuda" or "cpu". CUDA: `arch` is major*10 + minor, `shared_per_block` the opt-in limit in bytes,
+    `registers_per_sm` 32-bit registers, `bandwidth` bytes per second where known. CPU: `cpu_capability` is torch's name for
+    the instruction set ("AVX512", "AVX2", "DEFAULT").
+    """
+
+    kind: str
+    arch: int = 0
+    sm_count: int = 1
+    shared_per_block: int = 0
+    registers_per_sm: int = 65536
+    max_threads_per_block: int = 1024
+    warp_size: int = 32
+    bandwidth: float | None = None
+    cpu_capability: str = ""
+    name: str = ""
+
+    @staticmethod
+    def current(device: torch.device | str) -> Target:
+        """The target of `device` on this machine. Raises RuntimeError (from torch) when that CUDA device does not exist."""
+        device = torch.device(device)
+        if device.type == "cuda":
+            return _from_cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+        return Target.cpu()
+
+    @staticmethod
+    def cuda(arch: int) -> Target:
+        """The typical GPU of `arch` (80, 90, 100, ...), for compiling without one; unknown numbers take the next older."""
+        known = max((a for a in _SM_COUNT if a <= arch), default=_OLDEST_KNOWN)
+        return Target(
+            "cuda",
+            arch=arch,
+            sm_count=_SM_COUNT[known],
+            shared_per_block=_SHARED_PER_BLOCK[known],
+            bandwidth=_BANDWIDTH[known],
+            name=f"sm_{arch}",
+        )
+
+    @staticmethod
+    def cpu() -> Target:
+        """This machine's CPU."""
+        capability = torch.backends.cpu.get_cpu_capability()
+        return Target("cpu", sm_count=torch.get_num_threads(), cpu_capability=capability, name="cpu")
+
+    @property
+    def key(self) -> str:
+        """What compiled code depends on: equal for devices that can share binaries."""
+        return f"cuda-sm{self.arch}" if self.kind == "cuda" else f"cpu-{self.cpu_capability}"
+
+    @property
+    def compiles_triton(self) -> bool:
+        """Triton 3.6 generates code for this GPU."""
+        return self.kind == "cuda" and self.arch >= _OLDEST_KNOWN
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """bfloat16 conversions and arithmetic in hardware."""
+        return self.kind == "cuda" and self.arch >= 80
+
+    @property
+    def has_async_copy(self) -> bool:
+        """cp.async: loads into shared memory that bypass registers."""
+        return self.kind == "cuda" and self.arch >= 80
+
+    @property
+    def has_fp8(self) -> bool:
+        """float8 conversions and matrix instructions."""
+        return self.kind == "cuda" and self.arch >= 89
+
+    @property
+    def has_tma(self) -> bool:
+        """The tensor memory accelerator's bulk copies."""
+        return self.kind == "cuda" and self.arch >= 90
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Hopper's warp-group matrix instructions (no other generation has them)."""
+        return self.kind == "cuda" and 90 <= self.arch < 100
+
+    @property
+    def has_nan_propagating_max(self) -> bool:
+        """max.NaN and min.NaN on float32."""
+        return self.kind == "cuda" and self.arch >= 80
+
+
+@functools.cache
+def _from_cuda_device(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    typical = Target.cuda(properties.major * 10 + properties.minor)
+    return replace(
+        typical,
+        sm_count=properties.multi_processor_count,
+        shared_per_block=getattr(properties, "shared_memory_per_block_optin", typical.shared_per_block),
+        registers_per_sm=getattr(properties, "regs_per_multiprocessor", typical.registers_per_sm),
+        name=properties.name,
+    )

@@ -1,0 +1,123 @@
+"""Runs printed Triton kernels in Triton's interpreter, in a process of its own (it is chosen when triton is imported).
+
+As a script: reads pickled jobs from stdin and writes pickled answers. `Interpreter` is the client. The interpreter has no
+libdevice, so the server puts torch's functions, evaluated in float64, in its place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt.ir.exprs import evaluate
+from fxopt.ir.kernel import KernelSource
+
+
+class Interpreter:
+    """A server process; `run` executes one kernel over CPU tensors in place."""
+
+    def __init__(self) -> None:
+        env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+
+    def run(self, source: KernelSource, tensors: dict[str, torch.Tensor], sizes: dict[str, int] | None = None) -> None:
+        """Run `source` on `tensors` (each the flat memory of a buffer); raises RuntimeError with the server's traceback."""
+        env = sizes or {}
+        grid = tuple(evaluate(g, env) for g in source.grid)
+        job = {
+            "text": source.text,
+            "entry": source.entry,
+            "blocks": source.compile_options["constexprs"],
+            "grid": grid,
+            "buffers": [tensors[b] for b in source.buffers],
+            "sizes": [evaluate(s, env) for s in source.sizes],
+        }
+        assert self._process.stdin is not None and self._process.stdout is not None
+        pickle.dump(job, self._process.stdin)
+        self._process.stdin.flush()
+        answer = pickle.load(self._process.stdout)
+        if isinstance(answer, str):
+            raise RuntimeError(f"{answer}\n{source.text}")
+        for name, after in zip(source.buffers, answer, strict=True):
+            tensors[name].copy_(after)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+_TORCH_NAMES = {"rint": "round", "pow": "pow", "copysign": "copysign", "fmod": "fmod"}
+
+
+def _fake_libdevice() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def fake(name: str) -> Any:
+        function = getattr(torch, _TORCH_NAMES.get(name, name), None) or getattr(torch.special, name)
+
+        def call(*args: Any) -> Any:
+            dtype = args[0].dtype
+            arrays = [torch.from_numpy(np.array(a.handle.data)) for a in args]
+            wide = arrays if name == "nextafter" else [a.double() for a in arrays]
+            out = function(*wide).to(arrays[0].dtype).numpy()
+            shaped = tl.block_type(dtype, list(out.shape)) if out.shape else dtype
+            return tl.tensor(TensorHandle(np.atleast_1d(out), dtype.scalar), shaped)
+
+        return call
+
+    names = (
+        "rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh "
+        "erf erfc erfinv lgamma atan2 hypot copysign nextafter fmod pow trunc rint"
+    )
+    for name in names.split():
+        setattr(libdevice, name, fake(name))
+
+
+def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor]:
+    path = directory / f"job{number}.py"
+    path.write_text(job["text"])
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernel = getattr(module, job["entry"])
+    kernel[job["grid"]](*job["buffers"], *job["sizes"], **job["blocks"])
+    return job["buffers"]
+
+
+def _serve() -> None:
+    torch.set_num_threads(1)
+    _fake_libdevice()
+    replies, number = sys.stdout.buffer, 0
+    sys.stdout = sys.stderr
+    with tempfile.TemporaryDirectory() as directory:
+        while True:
+            try:
+                job = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                return
+            number += 1
+            try:
+                answer: Any = _run(job, Path(directory), number)
+            except Exception:
+                answer = traceback.format_exc()
+            pickle.dump(answer, replies)
+            replies.flush()
+
+
+if __name__ == "__main__":
+    _serve()
