@@ -262,11 +262,12 @@ class Lowering:
         inputs: Sequence[Value],
         results: Sequence[tuple[int, torch.dtype]],
         keepdim: bool = False,
+        strides: tuple[Int, ...] | None = None,
     ) -> tuple[Value, ...]:
         """Reduce over `dims` of a domain of `shape`; operands(indices) are the reduced scalars at one index of the domain.
 
         `results` lists (output of the kind, dtype of the buffer) for each value wanted. The results have `shape` without `dims`
-        (or with size 1 there, when keepdim).
+        (or with size 1 there, when keepdim) and `strides` (row-major when None).
         """
         dims = {d % max(len(shape), 1) for d in dims} if shape else set()
         idx = tuple(index(f"{'r' if k in dims else 'x'}{k}", size) for k, size in enumerate(shape))
@@ -280,13 +281,21 @@ class Lowering:
         out: list[Value] = []
         for position, dtype in results:
             value = Reduce(kind, args, axes, accumulate, position) if axes else trivial_reduction(kind, args, accumulate, position)
-            dest = self.new_buffer(dtype, device, out_shape)
+            dest = self.new_buffer(dtype, device, out_shape, strides)
             self.emit(Nest(points, axes, (Store(dest.buffer, address(dest, out_index), cast(value, dtype)),)), device, nodes)
             out.append(dest)
         return tuple(out)
 
-    def scan(self, kind: str, value: Value, dim: int, accumulate: torch.dtype, dtype: torch.dtype) -> Value:
-        """Inclusive scan of `value` along `dim`, stored."""
+    def scan(
+        self,
+        kind: str,
+        value: Value,
+        dim: int,
+        accumulate: torch.dtype,
+        dtype: torch.dtype,
+        strides: tuple[Int, ...] | None = None,
+    ) -> Value:
+        """Inclusive scan of `value` along `dim`, stored with `strides` (row-major when None)."""
         if not value.shape:
             return Computed(cast(at(value, ()), dtype), dtype, value.device, (), nodes_of(value))
         dim %= len(value.shape)
@@ -295,7 +304,7 @@ class Lowering:
         axis = as_symbol(idx[dim])
         points = symbols_of(tuple(i for k, i in enumerate(idx) if k != dim))
         scanned = body if axis is None else Scan(kind, body, axis, accumulate)
-        dest = self.new_buffer(dtype, value.device, value.shape)
+        dest = self.new_buffer(dtype, value.device, value.shape, strides)
         store = Store(dest.buffer, address(dest, idx), cast(scanned, dtype))
         self.emit(Nest(points, () if axis is None else (axis,), (store,)), value.device, nodes_of(value))
         return dest

@@ -56,7 +56,9 @@ class _Run:
         spec = self.lowered.buffers[name]
         assert tensor.dtype == spec.dtype, f"{name} is {tensor.dtype}, declared {spec.dtype}"
         assert tuple(tensor.shape) == self.ints(spec.shape), f"{name} is {tuple(tensor.shape)}, declared {spec.shape}"
-        extent = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        extent = (
+            0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        )
         self.flat[name] = tensor.as_strided((extent,), (1,), tensor.storage_offset())
 
     def _step(self, step: Region | Call | Alias) -> None:
@@ -140,11 +142,13 @@ def sizes_of(buffers: Mapping[str, BufferSpec], given: Mapping[str, torch.Tensor
 def _write(memory: torch.Tensor, where: torch.Tensor, value: torch.Tensor, mode: str) -> None:
     assert mode in ("set", "add"), mode
     where, value = where.reshape(-1), value.reshape(-1)
-    assert not where.numel() or (0 <= int(where.min()) and int(where.max()) < memory.numel()), "a store outside its buffer"
+    assert not where.numel() or (int(where.min()) >= 0 and int(where.max()) < memory.numel()), "a store outside its buffer"
     if mode == "set":
         memory[where] = value.to(memory.dtype)
     else:
-        wide = memory.to(compute_dtype(memory.dtype)).index_put((where,), value.to(compute_dtype(memory.dtype)), accumulate=True)
+        wide = memory.to(compute_dtype(memory.dtype)).index_put(
+            (where,), value.to(compute_dtype(memory.dtype)), accumulate=True
+        )
         memory.copy_(wide)
 
 
@@ -285,7 +289,9 @@ class _NestValues:
     def _scan(self, node: Scan, under: Conditions) -> torch.Tensor:
         operand = self._spread(node.operand, under, (node.axis,))
         dim = self.axes.index(node.axis)
-        result = {"cumsum": torch.cumsum, "cumprod": torch.cumprod, "cummax": _cummax, "cummin": _cummin}[node.kind](operand, dim)
+        result = {"cumsum": torch.cumsum, "cumprod": torch.cumprod, "cummax": _cummax, "cummin": _cummin}[node.kind](
+            operand, dim
+        )
         return result.to(compute_dtype(node.dtype))
 
 

@@ -1,12 +1,29 @@
 """Op lowerings, one file per kind of op; TABLES lists them all."""
 
-from fxopt.lower.ops import creation, indexing, joins, pointwise, random, reductions, scatters, views
+from fxopt.lower.ops import (
+    activations,
+    comparisons,
+    creation,
+    indexing,
+    joins,
+    pointwise,
+    random,
+    reductions,
+    scans,
+    scatters,
+    softmax,
+    views,
+)
 
 TABLES = (
     pointwise.TABLE,
+    comparisons.TABLE,
+    activations.TABLE,
     creation.TABLE,
     random.TABLE,
     reductions.TABLE,
+    softmax.TABLE,
+    scans.TABLE,
     views.TABLE,
     joins.TABLE,
     indexing.TABLE,

@@ -1,10 +1,175 @@
-"""Tensors made from nothing: full, arange, iota and casts between types."""
+"""Tensors made from nothing (full, arange, eye, triangles) and casts between types."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
+from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Expr, Int
+from fxopt.ir.loops import IndexValue, Scalar
+from fxopt.lower.lowering import Lowering
+from fxopt.lower.ops import terms as t
+from fxopt.lower.ops.elementwise import is_number, operand
+from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
+from fxopt.lower.values import Computed, Stored, Value, at, cast, pointwise, size_value
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 TABLE = Table()
+
+
+# ---------------------------------------------------------------------- constants
+
+
+def filled(ctx: Lowering, value: Any) -> Computed:
+    """The current node's result with `value` (a number or a 0-dim Value) everywhere."""
+    out = ctx.out()
+    if not is_number(value) and not isinstance(value, (Stored, Computed)):
+        raise UnsupportedError(f"a fill value of type {type(value).__name__}")
+    inputs = (value,) if isinstance(value, (Stored, Computed)) else ()
+    if any(v.device != out.device for v in inputs):
+        raise UnsupportedError("a fill value on another device")
+    return pointwise(ctx.sizes(out.shape), out.dtype, out.device, lambda i: operand(value, i, out.dtype), inputs)
+
+
+def _constant(value: int) -> Callable[..., Computed]:
+    def lower(ctx: Lowering, *args: Any, **kwargs: Any) -> Computed:
+        return filled(ctx, value)
+
+    return lower
+
+
+TABLE.lowers(aten.ones.default, aten.ones_like.default, aten.new_ones.default)(_constant(1))
+TABLE.lowers(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default)(_constant(0))
+# Uninitialised memory may hold anything, so also zeros, which cost nothing where they are inlined.
+TABLE.lowers(
+    aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
+    aten.new_empty_strided.default, aten.empty_permuted.default, prims.empty_strided.default,
+)(_constant(0))  # fmt: skip
+
+
+@TABLE.lowers(aten.full.default)
+def _full(ctx: Lowering, size: Any, value: Any, **kwargs: Any) -> Computed:
+    return filled(ctx, value)
+
+
+@TABLE.lowers(aten.full_like.default, aten.fill.Scalar, aten.fill.Tensor)
+def _full_like(ctx: Lowering, x: Value, value: Any, **kwargs: Any) -> Computed:
+    return filled(ctx, value)
+
+
+@TABLE.lowers(aten.new_full.default)
+def _new_full(ctx: Lowering, x: Value, size: Any, value: Any, **kwargs: Any) -> Computed:
+    return filled(ctx, value)
+
+
+@TABLE.lowers(aten.scalar_tensor.default)
+def _scalar_tensor(ctx: Lowering, value: Any, **kwargs: Any) -> Computed:
+    return filled(ctx, value)
+
+
+# ---------------------------------------------------------------------- sequences
+
+
+def _progression(ctx: Lowering, start: Any, step: Any) -> Computed:
+    """start + i * step, in int64 when both are integers, else in float64: with float32 a long sequence would drift."""
+    out = ctx.out()
+    exact = all(isinstance(x, (bool, int, Expr)) for x in (start, step))
+
+    def body(indices: tuple[Int, ...]) -> Scalar:
+        if exact:
+            return size_value(indices[0] * step + start, out.dtype)
+        i = Term(cast(IndexValue(indices[0]), torch.float64))
+        return (Term(operand(start, (), torch.float64)) + i * Term(operand(step, (), torch.float64))).scalar
+
+    return pointwise(ctx.sizes(out.shape), out.dtype, out.device, body)
+
+
+@TABLE.lowers(aten.arange.start_step)
+def _arange(ctx: Lowering, start: Any, end: Any, step: Any = 1, **kwargs: Any) -> Computed:
+    integral = not ctx.out().dtype.is_floating_point
+    if integral and any(isinstance(x, float) for x in (start, step)):
+        start, step = int(start), int(step)  # as eager, which converts to the result's type first
+    return _progression(ctx, start, step)
+
+
+@TABLE.lowers(aten.arange.default)
+def _arange_to(ctx: Lowering, end: Any, **kwargs: Any) -> Computed:
+    return _progression(ctx, 0, 1)
+
+
+@TABLE.lowers(aten.arange.start)
+def _arange_from(ctx: Lowering, start: Any, end: Any, **kwargs: Any) -> Computed:
+    return _arange(ctx, start, end, 1)
+
+
+@TABLE.lowers(prims.iota.default)
+def _iota(ctx: Lowering, length: Any, *, start: Any, step: Any, **kwargs: Any) -> Computed:
+    return _progression(ctx, start, step)
+
+
+# ---------------------------------------------------------------------- diagonals and triangles
+
+
+def _difference(indices: Sequence[Int]) -> Term:
+    """Column minus row."""
+    return Term(size_value(indices[-1] - indices[-2]))
+
+
+@TABLE.lowers(aten.eye.default, aten.eye.m)
+def _eye(ctx: Lowering, *args: Any, **kwargs: Any) -> Computed:
+    out = ctx.out()
+    shape = ctx.sizes(out.shape)
+    return pointwise(shape, out.dtype, out.device, lambda i: _difference(i).eq(0).to(out.dtype).scalar)
+
+
+def _triangle(relation: str) -> Callable[..., Computed]:
+    def lower(ctx: Lowering, x: Value, diagonal: Any = 0) -> Computed:
+        def body(indices: tuple[Int, ...]) -> Scalar:
+            inside = t.compare(relation, _difference(indices), Term(operand(diagonal, (), torch.int64)))
+            return t.where(inside, Term(at(x, indices)), 0).scalar
+
+        return pointwise(x.shape, x.dtype, x.device, body, (x,))
+
+    return lower
+
+
+TABLE.lowers(aten.tril.default)(_triangle("le"))
+TABLE.lowers(aten.triu.default)(_triangle("ge"))
+
+
+# ---------------------------------------------------------------------- casts
+
+
+def _converted(ctx: Lowering, x: Value) -> Computed:
+    out = ctx.out()
+    if x.device != out.device:
+        raise UnsupportedError(f"a copy from {x.device} to {out.device}")
+
+    def body(indices: tuple[Int, ...]) -> Scalar:
+        return cast(at(x, indices), out.dtype)
+
+    return pointwise(x.shape, out.dtype, out.device, body, (x,))
+
+
+@TABLE.lowers(aten._to_copy.default)
+def _to_copy(ctx: Lowering, x: Value, **kwargs: Any) -> Computed:
+    return _converted(ctx, x)
+
+
+@TABLE.lowers(prims.convert_element_type.default)
+def _convert_element_type(ctx: Lowering, x: Value, dtype: torch.dtype) -> Computed:
+    return _converted(ctx, x)
+
+
+@TABLE.lowers(aten.copy.default)
+def _copy(ctx: Lowering, x: Value, source: Value, non_blocking: bool = False) -> Computed:
+    """`source` broadcast to the shape of `x`, in its dtype. What `x` held is of no interest."""
+    out = ctx.out()
+    if source.device != out.device:
+        raise UnsupportedError(f"a copy from {source.device} to {out.device}")
+    return pointwise(x.shape, out.dtype, out.device, lambda i: operand(source, i, out.dtype), (source,))
