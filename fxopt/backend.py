@@ -9,7 +9,9 @@ from torch import fx
 
 from fxopt.capture import private
 from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
+from fxopt.capture.freeze import Runner
 from fxopt.capture.normalize import copy_module
+from fxopt.ir.graph import Graph
 from fxopt.journal import RECENT, Journal
 from fxopt.options import Options
 
@@ -22,9 +24,14 @@ def fxopt(
     Raises OptionError for a mode or option that does not exist. Nothing else is raised because of fxopt: what it cannot
     compile runs as the graph that it was, unless `options={"strict": True}` asks for a RetreatError.
     """
-    from fxopt.compiler import compile_graph  # here, so that looking up the backend's name imports little
+    return compile_dynamo_graph(gm, inputs, Options.parse(mode, options), _compile_graph)
 
-    return compile_dynamo_graph(gm, inputs, Options.parse(mode, options), compile_graph)
+
+def _compile_graph(graph: Graph, example_inputs: Sequence[Any], options: Options, journal: Journal) -> Runner:
+    # Imported here so that looking up the backend's name is cheap, and that an incomplete installation is only a retreat.
+    from fxopt.compiler import compile_graph
+
+    return compile_graph(graph, example_inputs, options, journal)
 
 
 def compile_dynamo_graph(

@@ -110,7 +110,7 @@ class Capture:
             raise
         except Exception as error:
             retreat(journal, "the whole graph", error)
-            return interpreted(gm), False
+            return as_it_is(gm), False
 
     def _normalized(self, gm: fx.GraphModule, phase: Phase, name: str, constants: dict[str, torch.Tensor]) -> Graph:
         saved = 0
@@ -130,9 +130,9 @@ def retreat(journal: Journal, what: str, error: Exception) -> None:
     journal.retreat(what, reason)
 
 
-def interpreted(gm: fx.GraphModule) -> Runner:
-    """`gm` as it is, node by node, freeing each value after its last use. Takes its inputs in a list, which it empties."""
-    return fx.Interpreter(gm).boxed_run
+def as_it_is(gm: fx.GraphModule) -> Runner:
+    """`gm` op by op, freeing each value after its last use. Takes its inputs in a list, which it empties."""
+    return private.boxed_code(copy_module(gm))
 
 
 def _with_pure_random(gm: fx.GraphModule) -> fx.GraphModule:

@@ -108,8 +108,7 @@ class FrozenFunction:
         self._pointers = [t.data_ptr() for t in tensors]
         self._versions = [_version(t) for t in tensors]
         self._storages = {_storage(t) for t in tensors}
-        constants = {name: t.detach() for name, t in zip(self._positions, tensors, strict=True)}
-        self._run, left_out = self._build(constants)
+        self._run, left_out = self._build(dict(zip(self._positions, tensors, strict=True)))
         frozen = set(self._watched) if left_out else set()
         self._kept = [i for i in range(self._arity) if i not in frozen] if left_out else None
 

@@ -56,7 +56,7 @@ def normalize(
     for node in copy.graph.find_nodes(op="placeholder"):
         value = frozen.get(node.name)
         role = Role.CONSTANT if value is not None else facts.role(node, _named(copy, written))
-        inputs.append(Input(node.name, role, value))
+        inputs.append(Input(node.name, role, None if value is None else value.detach()))
     _drop_identities(copy.graph)
     _drop_assertions(copy.graph)
     _sink_copies(copy.graph)
@@ -107,12 +107,13 @@ def _sink_copies(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for target, value in written.items():
-            if target in node.all_input_nodes and node.target is not aten.copy_.default:
-                node.replace_input_with(target, value)
         if node.target is aten.copy_.default:
-            written[node.args[0]] = node.args[1]
+            written[node.args[0]] = written[node] = node.args[1]
+            graph.output_node().replace_input_with(node, node.args[0])
             graph.output_node().prepend(node)
+            continue
+        for target in [t for t in node.all_input_nodes if t in written]:
+            node.replace_input_with(target, written[target])
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

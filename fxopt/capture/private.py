@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from torch._dynamo.utils import flatten_graph_inputs
 from torch._functorch import partitioners
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.graph import _BoxedCodeGen
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.errors import RetreatError
@@ -25,6 +26,7 @@ __all__ = [
     "FakeTensor",
     "TracingContext",
     "aot_autograd",
+    "boxed_code",
     "flatten_graph_inputs",
     "min_cut_partition",
     "outside_tracing",
@@ -56,6 +58,13 @@ def min_cut_partition(
 
     with _PATCHING, mock.patch.object(partitioners, "get_default_op_list", extended):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **settings)
+
+
+def boxed_code(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """`gm`'s generated code with the boxed convention: its inputs come in one list, which it empties. Changes `gm`."""
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+    return gm.forward
 
 
 @contextlib.contextmanager

@@ -56,14 +56,14 @@ def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 _ROOT = re.compile(r"^(?:[LG]\[['\"][^'\"]*['\"]\]|self)\.?")
-_GETATTR = re.compile(r"getattr\((.*), ?['\"]([^'\"]*)['\"]\)")
+_GETATTR = re.compile(r"getattr\(([^()]*), ?['\"]([^'\"]*)['\"]\)")
 _ITEM = re.compile(r"\[['\"]?([^'\"\]]*)['\"]?\]")
 
 
 def qualified_name(path: str) -> str:
     """A module's name as in named_modules, from Dynamo's source: "L['self'].layers[0]" gives "layers.0"."""
-    while (inner := _GETATTR.fullmatch(path)) is not None:
-        path = f"{inner[1]}.{inner[2]}"
+    while "getattr(" in path and (flat := _GETATTR.sub(r"\1.\2", path)) != path:
+        path = flat
     rest = _ITEM.sub(r".\1", _ROOT.sub("", path))
     parts = [part for part in rest.split(".") if part and part != "_modules"]
     return ".".join(parts)
