@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxopt.capture import refreeze
+    from fxopt.capture.freeze import refreeze
     from fxopt.options import Options
     from fxopt.report import Explanation, explain
 
@@ -21,7 +21,7 @@ _HOME = {
     "Explanation": ("fxopt.report", "Explanation"),
     "Options": ("fxopt.options", "Options"),
     "explain": ("fxopt.report", "explain"),
-    "refreeze": ("fxopt.capture", "refreeze"),
+    "refreeze": ("fxopt.capture.freeze", "refreeze"),
 }
 
 

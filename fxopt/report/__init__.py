@@ -1,5 +1,5 @@
 """What fxopt did and what it is worth: `explain`, and the measurements behind `fxopt run` and `fxopt bench`."""
 
-from fxopt.report.explain import Explanation, explain
+from fxopt.report.explanation import Explanation, explain
 
 __all__ = ["Explanation", "explain"]

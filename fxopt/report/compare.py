@@ -17,7 +17,7 @@ import torch
 from fxopt.journal import Journal
 from fxopt.report.cases import Case, Tensors, relative_error
 from fxopt.report.contenders import Contender, caches_under
-from fxopt.report.explain import journals
+from fxopt.report.explanation import journals
 from fxopt.report.measure import Call, Timing, interleaved, kernels_seen, peak_memory
 
 Progress = Callable[[str, float], None]

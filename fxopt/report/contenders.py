@@ -35,7 +35,8 @@ class Contender:
         return self.mode or str(self.options.get("mode", "default"))
 
     def countable(self, device: torch.device) -> bool:
-        """Whether the profiler sees this contender's kernels: on CPU, Inductor's only with an option, which no mode takes."""
+        """Whether the profiler sees this contender's kernels; on CPU, Inductor names them only on request."""
+        # The request is an option, and torch.compile takes either options or a mode.
         return device.type == "cuda" or self.backend != "inductor" or self.mode is None
 
     def compile(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

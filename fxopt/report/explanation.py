@@ -98,7 +98,7 @@ def _breaks(
     found: list[Journal], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, ...]:
     """Why Dynamo split the model. Only asked when there is more than one graph: it costs another trace."""
-    if sum("backward" not in j.graph for j in found) < 2:
+    if sum(j.graph.endswith(("inference", "forward")) for j in found) < 2:
         return ()
     torch.compiler.reset()
     try:

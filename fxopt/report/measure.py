@@ -57,7 +57,7 @@ def interleaved(
             timings[name].samples.append(timer.sample(calls[name], repeats[name]))
         order = order[1:] + order[:1]
         elapsed = time.perf_counter() - start
-        tick(min(1.0, max(elapsed / seconds, (number + 1) / max_rounds)))
+        tick(min(1.0, max(elapsed / max(seconds, 1e-9), (number + 1) / max_rounds)))
         if elapsed > seconds and number + 1 >= min_rounds:
             break
     tick(1.0)
@@ -135,10 +135,10 @@ def kernels_seen(call: Call, device: torch.device) -> dict[str, int]:
 
 # Operators that compute nothing: views, metadata and allocation.
 _FREE = frozenset(
-    """view reshape _reshape_alias as_strided expand expand_as permute transpose t unsqueeze squeeze slice select narrow
-    split    chunk unbind flatten unflatten detach detach_ alias empty empty_strided empty_like resize_ set_
-    resolve_conj resolve_neg    _unsafe_view view_as lift_fresh is_nonzero item numpy_T mT to _to_copy
-    contiguous result_type""".split()
+    """view reshape _reshape_alias as_strided expand expand_as permute transpose t unsqueeze squeeze slice select
+    narrow split chunk unbind flatten unflatten detach detach_ alias empty empty_strided empty_like resize_ set_
+    resolve_conj resolve_neg _unsafe_view view_as lift_fresh is_nonzero item _local_scalar_dense dropout numpy_T
+    mT to _to_copy contiguous result_type""".split()
 )
 # Library calls whose inner operators are their own business.
 _WHOLE = (
@@ -153,7 +153,8 @@ def _computing(event: Any) -> list[str]:
     if name.startswith(_WHOLE):
         return [name]
     inner = [n for child in event.cpu_children for n in _computing(child)]
-    if inner:
+    # A reduction fills its result before it starts: that is part of it.
+    if inner and inner not in (["aten::fill_"], ["aten::zero_"]):
         return inner
     namespace, _, op = name.partition("::")
     if op and namespace in ("aten", "quantized", "fxopt", "onednn"):

@@ -1,0 +1,104 @@
+"""The benchmark harness at tiny sizes, on CPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.plot import label_of, rows_of, speedups
+from benchmarks.results import load
+from benchmarks.run import WORKLOADS, Budget, app, choose, jobs
+from fxopt.report.cases import relative_error
+from fxopt.report.compare import Row
+from fxopt.report.contenders import CONTENDERS
+
+CPU = torch.device("cpu")
+# At these sizes BatchNorm over two images divides by next to nothing, in eager too.
+ILL_CONDITIONED = {"resnet50-train"}
+
+
+@pytest.mark.parametrize("name", [n for n in WORKLOADS if n != "minilm"])
+def test_every_workload_runs_eagerly_and_is_near_float64(name: str) -> None:
+    workload = WORKLOADS[name]
+    if workload.kind == "model":
+        pytest.importorskip("transformers")
+    case = workload.build(workload.sizes(tiny=True), CPU, torch.float32)
+    exact, outputs = case.exact(), case.drive(case.module)
+    assert case.training == workload.training
+    assert (exact is None) == case.random
+    if exact is not None:
+        assert relative_error(outputs, exact) < (0.5 if name in ILL_CONDITIONED else 1e-4)
+
+
+def test_choose_knows_groups_and_names() -> None:
+    assert [w.name for w in choose("softmax,kernels")][:2] == ["softmax", "layer-norm"]
+    assert all(w.training for w in choose("train"))
+    with pytest.raises(ValueError, match="column-sum"):
+        choose("bogus")
+
+
+def test_random_shapes_follow_their_seed() -> None:
+    kernels = choose("kernels")
+    first, again, other = (jobs(kernels, tiny=False, seed=s, draws=2) for s in (7, 7, 8))
+    assert first == again
+    assert first != other
+    low, high = WORKLOADS["softmax"].ranges["cols"]
+    assert all(low <= sizes["cols"] <= high for w, sizes in first if w.name == "softmax")
+
+
+def test_budget_skips_what_does_not_fit_and_says_so() -> None:
+    budget = Budget(time.monotonic() + 50, compile_limit=300, slow=False)
+    model, kernel = WORKLOADS["gpt2"], WORKLOADS["softmax"]
+    assert "--slow" in budget.why_skip(model, CONTENDERS["inductor-max-autotune"])
+    assert budget.why_skip(kernel, CONTENDERS["inductor-max-autotune"]) == ""
+    budget.learn(model, [Row("inductor", "default", False, compile_seconds=70.0)])
+    assert "time budget" in budget.why_skip(model, CONTENDERS["inductor"])
+    assert budget.why_skip(model, CONTENDERS["fxopt"]) == ""
+    assert budget.plan(model, CPU, seconds=5, cold=True).compile_limit <= 50
+
+
+def test_a_run_writes_results_that_can_be_resumed_and_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["--tiny", "--contenders", "eager", "--seconds", "0.01", "--device", "cpu", "--out", str(out), "--resume"]
+    result = CliRunner().invoke(app, [*arguments, "--workloads", "softmax"])
+    assert result.exit_code == 0, result.output
+    first = load(out)["cases"]
+    result = CliRunner().invoke(app, [*arguments, "--workloads", "softmax,swiglu"])
+    assert result.exit_code == 0, result.output
+    data = load(out)
+    assert [c["workload"] for c in data["cases"]] == ["softmax", "swiglu"]
+    assert data["cases"][0] == first[0]
+    assert data["target"]["kind"] == "cpu"
+    assert data["versions"]["torch"] == torch.__version__
+    assert rows_of(data["cases"][0])[0].kernels == {"aten::_softmax": 1}
+
+
+def test_a_workload_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    def explode(*args: object) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setitem(WORKLOADS, "softmax", dataclasses.replace(WORKLOADS["softmax"], build=explode))
+    out = tmp_path / "r.json"
+    arguments = ["--tiny", "--workloads", "softmax,swiglu", "--contenders", "eager", "--seconds", "0.01", "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    failed, fine = json.loads(out.read_text())["cases"]
+    assert "too large" in failed["rows"][0]["skipped"]
+    assert fine["rows"][0]["seconds"] > 0
+
+
+def test_speedups_are_over_eager_and_labels_tell_cases_apart() -> None:
+    def case(cols: int, seconds: float) -> dict[str, object]:
+        rows = [{"contender": "eager", "seconds": 1.0}, {"contender": "fxopt", "seconds": seconds}]
+        return {"workload": "softmax", "sizes": {"rows": 4, "cols": cols}, "rows": rows}
+
+    cases = [case(3, 0.5), case(5, 0.25)]
+    assert speedups({"cases": cases}) == {"fxopt": {"softmax 4x3": 2.0, "softmax 4x5": 4.0}}
+    assert label_of(cases[0], cases[:1]) == "softmax"

@@ -1,0 +1,137 @@
+"""Measuring contenders: errors, kernel counts, interleaving, limits, skipping. No claims about speed."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+
+import pytest
+import torch
+
+from fxopt.report.cases import Case, relative_error
+from fxopt.report.compare import CompileTimeout, Plan, Row, compare, speedup, time_limit
+from fxopt.report.contenders import CACHE_VARIABLES, CONTENDERS, Contender, caches_under, pick
+from fxopt.report.measure import interleaved, kernels_seen
+from fxopt.report.tables import comparison_table
+
+CPU = torch.device("cpu")
+# Dynamo's pass-through backend: compiles in milliseconds and computes what eager computes.
+PASS_THROUGH = Contender("aot", "aot_eager")
+
+
+def linear_case(training: bool = False) -> Case:
+    model = torch.nn.Linear(6, 3).train(training)
+    grad = torch.randn(4, 3) if training else None
+    return Case(model, (torch.randn(4, 6),), training, grad)
+
+
+def test_relative_error_is_against_the_largest_exact_value() -> None:
+    exact = torch.tensor([2.0, -4.0], dtype=torch.float64)
+    assert relative_error((torch.tensor([2.0, -3.0]),), (exact,)) == pytest.approx(0.25)
+
+
+def test_relative_error_sees_nan_on_one_side_only() -> None:
+    both, one = torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])
+    assert relative_error((both,), (both.double(),)) == 0.0
+    assert relative_error((both,), (one.double(),)) == math.inf
+
+
+def test_relative_error_of_a_vanishing_gradient_uses_the_scale_of_the_others() -> None:
+    exact = (torch.tensor([1.0]).double(), torch.tensor([1e-18]).double())
+    assert relative_error((torch.tensor([1.0]), torch.tensor([1e-8])), exact) == pytest.approx(1e-8)
+
+
+def test_case_returns_outputs_then_gradients() -> None:
+    case = linear_case(training=True)
+    output, weight, bias = case.drive(case.module)
+    assert (output.shape, weight.shape, bias.shape) == ((4, 3), (3, 6), (3,))
+    assert case.grad_output is not None
+    assert torch.allclose(bias, case.grad_output.sum(0))
+    exact = case.exact()
+    assert exact is not None
+    assert all(t.dtype == torch.float64 for t in exact)
+    assert relative_error((output, weight, bias), exact) < 1e-5
+
+
+def test_exact_leaves_the_module_alone() -> None:
+    case = linear_case()
+    case.exact()
+    assert case.module.weight.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_kernels_are_counted_innermost_and_without_views() -> None:
+    x = torch.randn(8, 8)
+    seen = kernels_seen(lambda: torch.relu(x.t().reshape(64)[:32]).sum(), CPU)
+    assert seen.pop("aten::relu", 0) + seen.pop("aten::clamp_min", 0) == 1
+    assert seen.pop("aten::sum") == 1
+    assert seen == {"aten::copy_": 1} or seen == {"aten::clone": 1}  # the transposed reshape is a copy
+
+
+def test_interleaved_turns_the_order_and_samples_all_equally() -> None:
+    order: list[str] = []
+    calls = {n: (lambda n=n: (order.append(n), time.sleep(0.011))) for n in "abc"}
+    timings = interleaved(calls, CPU, seconds=0, min_rounds=3)
+    assert {n: len(t.samples) for n, t in timings.items()} == {"a": 3, "b": 3, "c": 3}
+    assert order[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]  # the first three estimated the repeats
+
+
+def test_compare_measures_everyone_and_says_why_not() -> None:
+    broken = Contender("broken", "no_such_backend")
+    rows = compare(
+        linear_case(),
+        [CONTENDERS["eager"], PASS_THROUGH, broken, CONTENDERS["inductor"]],
+        Plan(CPU, seconds=0.01, skip=lambda c: "not today" if c.name == "inductor" else ""),
+    )
+    eager, aot, failed, skipped = rows
+    assert eager.seconds and aot.seconds and aot.error is not None and aot.error < 1e-6
+    assert aot.kernels == {"aten::addmm": 1}
+    assert speedup(aot, rows) == pytest.approx(eager.seconds / aot.seconds)
+    assert failed.seconds is None
+    assert "no_such_backend" in failed.skipped
+    assert skipped.skipped == "not today"
+    json.dumps([r.to_dict() for r in rows])
+
+
+def test_frozen_contenders_do_not_train() -> None:
+    frozen = Contender("frozen", "aot_eager", frozen=True)
+    (row,) = compare(linear_case(training=True), [frozen], Plan(CPU, seconds=0.01))
+    assert row.skipped == "freezing is for inference"
+
+
+def test_in_place_cases_are_judged_from_their_initial_state() -> None:
+    state = torch.ones(4)
+    case = Case(lambda x: x.mul_(0.5), (state,), reset=lambda: state.fill_(1.0))
+    (row,) = compare(case, [PASS_THROUGH], Plan(CPU, seconds=0.01))
+    assert row.error == 0.0
+
+
+def test_time_limit_stops_a_compilation() -> None:
+    with pytest.raises(CompileTimeout, match="longer than"), time_limit(0.05):
+        time.sleep(5)
+
+
+def test_caches_point_elsewhere_for_the_block_only(tmp_path: object) -> None:
+    before = {name: os.environ.get(name) for name in CACHE_VARIABLES}
+    with caches_under(str(tmp_path)):
+        assert all(os.environ[name].startswith(str(tmp_path)) for name in CACHE_VARIABLES)
+    assert {name: os.environ.get(name) for name in CACHE_VARIABLES} == before
+
+
+def test_pick_lists_the_valid_names() -> None:
+    assert [c.name for c in pick("eager, fxopt")] == ["eager", "fxopt"]
+    with pytest.raises(ValueError, match="inductor-max-autotune"):
+        pick("tensorrt")
+
+
+def test_table_shows_numbers_and_reasons() -> None:
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    rows = [Row("eager", "default", False, seconds=0.2, error=1e-7), Row("fxopt", "default", False, skipped="no compiler")]
+    console.print(comparison_table("t", rows))
+    text = console.export_text()
+    assert "200.0 ms" in text
+    assert "fxopt: no compiler" in text
