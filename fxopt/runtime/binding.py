@@ -292,15 +292,14 @@ class Writer:
             self._emit(text)
             return
         targets = [self._fresh("v") if name else "_" for name in step.outputs]
-        self._emit(
-            f"{''.join(t + ', ' for t in targets)}= flat({text})" if len(targets) > 1 else f"{targets[0]} = one({text})"
-        )
+        several = len(targets) > 1
+        self._emit(f"{', '.join(targets)} = flat({text})" if several else f"{targets[0]} = one({text})")
         if "_" in targets:
             self._emit("_ = None")
-        for name, target in zip(step.outputs, targets, strict=True):
-            if name:
-                self.tensors[name] = target
-                self._check_layout(name, target)
+        for output, target in zip(step.outputs, targets, strict=True):
+            if output:
+                self.tensors[output] = target
+                self._check_layout(output, target)
 
     def _check_layout(self, name: str, target: str) -> None:
         """A library may choose other strides than the plan was made with; kernels and callers rely on the plan's."""

@@ -87,7 +87,7 @@ class Field:
         return self.each(Field.text)
 
     def dtype(self) -> torch.dtype:
-        value: torch.dtype = self._torch_value("dtype")
+        value: torch.dtype = self.torch_value("dtype")
         return value
 
     def device(self) -> torch.device:
@@ -96,7 +96,8 @@ class Field:
         except RuntimeError as error:
             raise self.fail("a device such as cpu or cuda:0") from error
 
-    def _torch_value(self, kind: str) -> Any:
+    def torch_value(self, kind: str) -> Any:
+        """The torch dtype, layout or memory format of that name."""
         value = getattr(torch, self.text(), None)
         if not isinstance(value, _TORCH_KINDS[kind]):
             raise self.fail(f"a torch {kind}")
@@ -199,7 +200,9 @@ _DECODERS: dict[str, Callable[[Field], Any]] = {
     "device": Field.device,
     "tuple": lambda f: f.each(decode_value),
     "dict": _decode_dict,
-    **{kind: (lambda f, kind=kind: f._torch_value(kind)) for kind in _TORCH_KINDS},
+    "dtype": Field.dtype,
+    "layout": lambda f: f.torch_value("layout"),
+    "memory_format": lambda f: f.torch_value("memory_format"),
 }
 
 

@@ -67,7 +67,7 @@ class Records:
         self._cache.try_write(lambda: self._cache.put_document(self._folder, name, entry))
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        entry = self._cache.get_document(self._folder, name)
+        entry: dict[str, Any] | None = self._cache.get_document(self._folder, name)
         if entry is not None and not _is_entry(entry):
             path = self._cache.path / self._folder / f"{name}.json"
             self._cache.quarantine(path, "its contents are not a record", lambda: False)

@@ -1,0 +1,145 @@
+"""From printed kernels to machine code in the store: equal kernels once, known ones not at all, the others in parallel."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fxopt.codegen import cpp_build, triton_build
+from fxopt.codegen.workers import Outcome, WorkersUnavailable, describe, shared_pool, worker_count
+from fxopt.errors import CacheError
+from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.target import Target
+
+Result = Artifact | CompileFailure
+Keyed = list[tuple[str, KernelSource]]
+
+_TRITON_JOB = "fxopt.codegen.compile:triton_job"
+_TRITON_WARM_UP = "fxopt.codegen.triton_build:warm_up"
+
+
+def compile_kernels(sources: Sequence[KernelSource], target: Target, store: ArtifactStore) -> list[Result]:
+    """Machine code for each of `sources`, in order; kernels already in `store` are not compiled again.
+
+    What does not compile (or finds no compiler, or hangs) comes back as a CompileFailure with the reason; nothing is raised.
+    """
+    toolchains = {language: _toolchain(language, target) for language in dict.fromkeys(s.language for s in sources)}
+    keys = [source.key(toolchains[source.language]) for source in sources]
+    unique = dict(zip(keys, sources, strict=True))
+    results: dict[str, Result] = {key: found for key in unique if (found := store.get(key)) is not None}
+    missing = [(key, source) for key, source in unique.items() if key not in results]
+    for language, compile_missing in _COMPILERS.items():
+        todo = [(key, source) for key, source in missing if source.language == language]
+        if todo:
+            results.update(compile_missing(todo, target, store, toolchains[language]))
+    return [results[key] for key in keys]
+
+
+def prestart(target: Target) -> None:
+    """Begin starting the compile workers for `target` in the background, so that they are ready when the first kernel is."""
+    if target.compiles_triton and worker_count() > 0 and triton_build.available() is None:
+        try:
+            shared_pool(_TRITON_JOB, _TRITON_WARM_UP).start()
+        except WorkersUnavailable:
+            return  # reported when there is something to compile
+
+
+def _toolchain(language: str, target: Target) -> str:
+    return cpp_build.toolchain_id() + f"; {target.key}" if language == "cpp" else triton_build.toolchain_id(target)
+
+
+def _facts(source: KernelSource, toolchain: str) -> dict[str, Any]:
+    """What the key was made of, for people who look into the cache."""
+    return {
+        "toolchain": toolchain,
+        "language": source.language,
+        "entry": source.entry,
+        "options": source.compile_options,
+        "text": source.text,
+    }
+
+
+def _keep(key: str, source: KernelSource, code: Any, meta: dict[str, Any], store: ArtifactStore, toolchain: str) -> Result:
+    try:
+        return store.put(key, source.language, source.entry, code, meta, _facts(source, toolchain))
+    except (CacheError, OSError) as error:
+        return CompileFailure(key, describe(error))
+
+
+# --- C++
+
+
+def _compile_cpp(todo: Keyed, target: Target, store: ArtifactStore, toolchain: str) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    try:
+        with store.cache.scratch() as directory:
+            built = cpp_build.compile_cpp([source for _, source in todo], directory, target.cpu_capability)
+            for (key, source), code in zip(todo, built, strict=True):
+                failed = isinstance(code, CompileFailure)
+                results[key] = CompileFailure(key, code.reason) if failed else _keep(key, source, code, {}, store, toolchain)
+    except (CacheError, OSError) as error:
+        return {key: results.get(key, CompileFailure(key, describe(error))) for key, _ in todo}
+    return results
+
+
+# --- Triton
+
+
+def triton_job(source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+    """Compile one kernel from JSON data to JSON data; what compile workers run."""
+    kernel = KernelSource("triton", source["entry"], source["text"], (), compile_options=source["compile_options"])
+    code, meta = triton_build.compile_triton(kernel, Target(**target))
+    return {"code": base64.b64encode(code).decode(), "meta": meta}
+
+
+def _compile_triton(todo: Keyed, target: Target, store: ArtifactStore, toolchain: str) -> dict[str, Result]:
+    reason = triton_build.available()
+    if reason is not None:
+        return {key: CompileFailure(key, reason) for key, _ in todo}
+    described = dataclasses.asdict(target)
+    fields = ("entry", "text", "compile_options")
+    jobs = [{"source": {f: getattr(source, f) for f in fields}, "target": described} for _, source in todo]
+    results: dict[str, Result] = {}
+    for (key, source), outcome in zip(todo, _run_jobs(jobs), strict=True):
+        if outcome.error is not None:
+            results[key] = CompileFailure(key, outcome.error)
+        else:
+            code = base64.b64decode(outcome.value["code"])
+            results[key] = _keep(key, source, code, outcome.value["meta"], store, toolchain)
+    return results
+
+
+def _run_jobs(jobs: list[dict[str, Any]]) -> list[Outcome]:
+    """In workers; here, with one warning, when there can be none."""
+    if worker_count() > 0:
+        try:
+            return shared_pool(_TRITON_JOB, _TRITON_WARM_UP).run(jobs)
+        except WorkersUnavailable as error:
+            _warn_once(str(error))
+    return [_run_here(job) for job in jobs]
+
+
+def _run_here(job: dict[str, Any]) -> Outcome:
+    try:
+        return Outcome(triton_job(**job))
+    except Exception as error:
+        return Outcome(error=describe(error))
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    if "workers" not in _warned:
+        _warned.add("workers")
+        warnings.warn(f"fxopt compiles kernels one by one in this process, which is slower: {reason}", stacklevel=2)
+
+
+_COMPILERS: dict[str, Callable[[Keyed, Target, ArtifactStore, str], dict[str, Result]]] = {
+    "cpp": _compile_cpp,
+    "triton": _compile_triton,
+}

@@ -1,0 +1,209 @@
+"""Kernels are compiled once, in order, in parallel; failures are values."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxopt.codegen import compile as compiling
+from fxopt.codegen import cpp_build, triton_build, workers
+from fxopt.codegen.compile import compile_kernels
+from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.target import Target
+
+CPU = Target.cpu()
+H100 = Target.cuda(90)
+
+TRITON = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def increment(b0, b1, n0, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(b1 + i, tl.load(b0 + i, mask=i < n0) + CONSTANT, mask=i < n0)
+"""
+OPTIONS = {
+    "signature": {"b0": "*fp32", "b1": "*fp32", "n0": "i32"},
+    "constexprs": {"BLOCK": 256},
+    "aligned": ["b0", "b1"],
+    "divisible": [],
+    "num_warps": 4,
+    "num_stages": 1,
+    "asserts": False,
+}
+
+
+def cpp(n: int) -> KernelSource:
+    """A kernel that returns n."""
+    text = f'#include <cstdint>\nextern "C" int64_t give_{n}(void** buffers, const int64_t* sizes) {{ return {n}; }}\n'
+    return KernelSource("cpp", f"give_{n}", text, ())
+
+
+def triton(constant: str) -> KernelSource:
+    return KernelSource("triton", "increment", TRITON.replace("CONSTANT", constant), ("x", "y"), compile_options=OPTIONS)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "cache")
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the C++ compiler by one that writes the text down, and fails for the text "bad"."""
+    log: list[str] = []
+
+    def compile_cpp(sources: list[KernelSource], directory: Path, capability: str) -> list[Path | CompileFailure]:
+        out: list[Path | CompileFailure] = []
+        for i, source in enumerate(sources):
+            log.append(source.entry)
+            path = directory / f"{i}.so"
+            path.write_text(source.text)
+            out.append(CompileFailure("", "error: it is bad") if source.text == "bad" else path)
+        return out
+
+    monkeypatch.setattr(cpp_build, "compile_cpp", compile_cpp)
+    monkeypatch.setattr(cpp_build, "toolchain_id", lambda *_: "a compiler")
+    return log
+
+
+def entries(results: list[Artifact | CompileFailure]) -> list[str]:
+    return [r.entry if isinstance(r, Artifact) else r.reason for r in results]
+
+
+def test_results_are_in_order_and_equal_kernels_compiled_once(store: ArtifactStore, built: list[str]) -> None:
+    results = compile_kernels([cpp(2), cpp(1), cpp(2), cpp(3)], CPU, store)
+    assert entries(results) == ["give_2", "give_1", "give_2", "give_3"]
+    assert results[0] == results[2] and built == ["give_2", "give_1", "give_3"]
+
+
+def test_what_the_store_has_is_not_compiled(store: ArtifactStore, built: list[str]) -> None:
+    compile_kernels([cpp(1)], CPU, store)
+    built.clear()
+    assert entries(compile_kernels([cpp(1), cpp(2)], CPU, ArtifactStore(store.directory))) == ["give_1", "give_2"]
+    assert built == ["give_2"]
+
+
+def test_the_toolchain_and_target_are_in_the_key(
+    store: ArtifactStore, built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_kernels([cpp(1)], CPU, store)
+    monkeypatch.setattr(cpp_build, "toolchain_id", lambda *_: "a newer compiler")
+    compile_kernels([cpp(1)], CPU, store)
+    compile_kernels([cpp(1)], Target("cpu", cpu_capability="other"), store)
+    assert built == ["give_1"] * 3
+
+
+def test_a_failure_is_a_value_with_its_reason(store: ArtifactStore, built: list[str]) -> None:
+    bad = KernelSource("cpp", "bad", "bad", ())
+    assert entries(compile_kernels([cpp(1), bad, cpp(2)], CPU, store)) == ["give_1", "error: it is bad", "give_2"]
+    assert isinstance(compile_kernels([bad], CPU, store)[0], CompileFailure), "it is tried again: the compiler may be mended"
+    assert built == ["give_1", "bad", "give_2", "bad"]
+
+
+def test_damaged_machine_code_is_compiled_again(store: ArtifactStore, built: list[str]) -> None:
+    (first,) = compile_kernels([cpp(1)], CPU, store)
+    assert isinstance(first, Artifact)
+    first.path.write_bytes(b"damage")
+    with pytest.warns(UserWarning, match="damaged"):
+        (again,) = compile_kernels([cpp(1)], CPU, ArtifactStore(store.directory))
+    assert isinstance(again, Artifact)
+    assert again.path.read_text() == cpp(1).text and built == ["give_1"] * 2
+
+
+def test_nowhere_to_write_is_a_failure_not_an_exception(
+    store: ArtifactStore, built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (result,) = compile_kernels([cpp(1)], CPU, store)
+    assert isinstance(result, CompileFailure)
+    assert "No space left" in result.reason
+
+
+def test_no_triton_is_a_failure_that_says_so(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_build, "available", lambda: "Triton is not installed: pip install triton")
+    assert entries(compile_kernels([triton("1")], H100, store)) == ["Triton is not installed: pip install triton"]
+
+
+def test_no_workers_means_this_process_with_one_warning(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_build, "compile_triton", lambda source, target: (source.text.encode(), {"num_warps": 4}))
+    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(workers, "_pools", {})
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.warns(UserWarning, match="one by one in this process") as caught:
+        results = [compile_kernels([triton(n)], H100, store) for n in "123"]
+    assert len(caught) == 1 and [entries(r) for r in results] == [["increment"]] * 3
+
+
+def test_zero_workers_means_this_process(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: KernelSource, target: Target) -> tuple[bytes, dict[str, Any]]:
+        raise ValueError(f"cannot compile for {target.name}")
+
+    monkeypatch.setenv("FXOPT_WORKERS", "0")
+    monkeypatch.setattr(triton_build, "compile_triton", fail)
+    assert entries(compile_kernels([triton("1")], H100, store)) == ["ValueError: cannot compile for sm_90"]
+
+
+def test_triton_kernels_compile_in_workers(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FXOPT_WORKERS", "2")
+    good, bad, other = compile_kernels([triton("1.0"), triton("no_such_name"), triton("2.0")], H100, store)
+    assert isinstance(good, Artifact) and isinstance(other, Artifact) and isinstance(bad, CompileFailure)
+    assert good.path.read_bytes()[:4] == b"\x7fELF" and good.path.suffix == ".cubin"
+    assert good.meta["name"] == "increment" and good.path != other.path
+    assert "no_such_name" in bad.reason
+
+
+def test_cpp_kernels_compile_and_load(store: ArtifactStore) -> None:
+    results = compile_kernels([cpp(4), cpp(5)], CPU, store)
+    for n, result in zip((4, 5), results, strict=True):
+        assert isinstance(result, Artifact)
+        assert ctypes.CDLL(str(result.path))[result.entry](None, None) == n
+
+
+COLD = """
+    import sys
+    from fxopt.codegen import cpp_build
+    from fxopt.codegen.compile import compile_kernels
+    from fxopt.ir.kernel import Artifact, KernelSource
+    from fxopt.runtime.artifacts import ArtifactStore
+    from fxopt.target import Target
+
+    def compile_cpp(sources, directory, capability):
+        out = []
+        for i, source in enumerate(sources):
+            out.append(directory / f"{i}.so")
+            out[-1].write_text(source.text * 1000)
+        return out
+
+    cpp_build.compile_cpp, cpp_build.toolchain_id = compile_cpp, lambda *_: "a compiler"
+    store = ArtifactStore(sys.argv[1])
+    sources = [KernelSource("cpp", f"k{i}", f"text {i}", ()) for i in range(20)]
+    for source, found in zip(sources, compile_kernels(sources, Target("cpu"), store)):
+        assert isinstance(found, Artifact) and found.entry == source.entry, found
+        assert found.path.read_text() == source.text * 1000
+"""
+
+
+def test_four_processes_on_one_cold_cache(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(COLD), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert len(list((tmp_path / "cache" / "entries").iterdir())) == 20

@@ -1,0 +1,117 @@
+"""Compile workers: results in order, and whatever dies, hangs or raises costs its own job only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxopt.codegen import workers
+from fxopt.codegen.workers import Outcome, Pool, WorkersUnavailable, worker_count
+
+JOBS = "tests.codegen.worker_jobs"
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    made = Pool(f"{JOBS}:job", f"{JOBS}:warm_up", 2, job_seconds=5.0)
+    yield made
+    made.close()
+
+
+def job(kind: str, value: Any = None) -> dict[str, Any]:
+    return {"kind": kind, "value": value}
+
+
+def test_results_come_in_order(pool: Pool) -> None:
+    large = "x" * 100_000  # more than a pipe holds
+    outcomes = pool.run([job("double", f"{i}{large}") for i in range(12)])
+    assert outcomes == [Outcome([f"{i}{large}"] * 2) for i in range(12)]
+    assert pool.run([job("warm")]) == [Outcome(True)]
+    assert pool.run([]) == []
+
+
+def test_several_workers_at_once(pool: Pool) -> None:
+    pids = {o.value for o in pool.run([job("pid") for _ in range(6)])}
+    assert len(pids) == 2 and os.getpid() not in pids
+
+
+def test_what_goes_wrong_stays_with_its_job(pool: Pool, tmp_path: Path) -> None:
+    bad, dead, risen, good = pool.run(
+        [job("raise", "bad kernel"), job("die"), job("die once", str(tmp_path / "m")), job("double", 1)]
+    )
+    assert bad.error is not None
+    assert bad.error.startswith("ValueError: bad kernel") and "line 3 is wrong" in bad.error
+    assert dead == Outcome(error="the compile worker died")
+    assert risen == Outcome("survived") and good == Outcome([1, 1])
+
+
+def test_a_hanging_job_is_ended() -> None:
+    pool = Pool(f"{JOBS}:job", None, 2, job_seconds=0.5)
+    hung, fine = pool.run([job("hang"), job("double", 2)])
+    pool.close()
+    assert hung.error is not None
+    assert "took longer than" in hung.error and fine == Outcome([2, 2])
+
+
+def test_a_killed_helper_is_replaced(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run([job("kill helper", str(tmp_path / "m")), job("double", 3)]) == [Outcome("survived"), Outcome([3, 3])]
+
+
+def test_a_helper_that_cannot_work_says_why() -> None:
+    with pytest.raises(WorkersUnavailable, match="no such compiler"):
+        Pool(f"{JOBS}:job", f"{JOBS}:broken_warm_up", 1).run([job("warm")])
+
+
+def test_no_interpreter_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(WorkersUnavailable, match="/no/such/python"):
+        Pool(f"{JOBS}:job", None, 1).run([job("warm")])
+
+
+def test_helper_and_workers_end_with_their_user(tmp_path: Path) -> None:
+    """Even when the user's process is killed while a job runs."""
+    script = f"""
+        from fxopt.codegen.workers import Pool
+        pool = Pool("{JOBS}:job", None, 1)
+        print(pool._process or "", flush=True)
+        (outcome,) = pool.run([dict(kind="pid")])
+        print(pool._process.pid, outcome.value, flush=True)
+        pool.run([dict(kind="hang")])
+    """
+    user = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+    )
+    assert user.stdout is not None
+    user.stdout.readline()
+    helper, worker = map(int, user.stdout.readline().split())
+    user.send_signal(signal.SIGKILL)
+    user.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (_runs(helper) or _runs(worker)):
+        time.sleep(0.05)
+    assert not _runs(helper) and not _runs(worker)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXOPT_WORKERS", "3")
+    assert worker_count() == 3
+    monkeypatch.delenv("FXOPT_WORKERS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert worker_count() == workers.MOST_WORKERS
