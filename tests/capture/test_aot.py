@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from recording import Recorder
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.ir.graph import Phase, Role
+from tests.capture.recording import Recorder
 
 
 class Small(nn.Module):

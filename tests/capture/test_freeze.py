@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from recording import Recorder
 from torch import nn
 
 from fxopt.capture.freeze import MAX_REFREEZES, refreeze
 from fxopt.ir.graph import Phase, Role
+from tests.capture.recording import Recorder
 
 
 def roles(graph):
