@@ -1,0 +1,145 @@
+"""Indices that are themselves loaded: eager's wrap-around and bounds checks, and reads of any value at such places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Int, Sym, as_symbol, ask, floordiv, in_range, maximum, minimum, mod, symbol
+from fxopt.ir.loops import Const, IndexValue, Load, Op, Scalar, indirect_symbol, postorder, transform
+from fxopt.lower.lowering import Lowering
+from fxopt.lower.values import Computed, Indirect, Stored, Value, at, cast, dim_indices, numel, size_value
+
+INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
+
+
+def require_integer(*values: Value) -> None:
+    """Raise UnsupportedError unless all are signed integer tensors (masks select by value: their sizes depend on data)."""
+    for v in values:
+        if v.dtype not in INDEX_DTYPES:
+            raise UnsupportedError(f"an index of {v.dtype}")
+
+
+def require_device(device: torch.device, *values: Value) -> None:
+    """Raise UnsupportedError if a value would be read from memory of another device."""
+    for v in values:
+        reads = isinstance(v, Stored) or any(isinstance(n, Load) for n in postorder((v.body,)))
+        if reads and v.device != device:
+            raise UnsupportedError(f"reads {v.device} memory from a kernel on {device}")
+
+
+def position(value: Scalar, size: Int, *, wrap: bool) -> tuple[Int, tuple[Indirect, ...]]:
+    """The integer scalar `value` as an index into a dimension of `size`, with the bindings it needs.
+
+    With `wrap` negative values count from the end; without, they are errors, as all values outside of the dimension are. An
+    index that is known to be inside (arithmetic on loop indices, say) needs no binding.
+    """
+    known = as_int(value)
+    if known is not None:
+        negative = ask("<", known, 0)
+        inner = known + size if negative and wrap else known
+        if in_range(inner, size):
+            return inner, ()
+    value = cast(value, torch.int64)
+    bound = size_value(size)
+    if not wrap:
+        outside = Op("lt", (value, Const(0, torch.int64)), torch.bool)
+        value = Op("where", (outside, bound, value), torch.int64)
+    sym, binding = indirect_symbol(Op("checked_index", (value, bound), torch.int64), size)
+    return symbol(sym), (binding,)
+
+
+def as_int(value: Scalar) -> Int | None:
+    """`value` as an integer expression, if it is int64 arithmetic on indices and sizes only."""
+    if isinstance(value, Const):
+        return value.value if isinstance(value.value, int) and value.dtype != torch.bool else None
+    if isinstance(value, IndexValue):
+        return value.expr
+    if not isinstance(value, Op) or value.dtype != torch.int64:
+        return None
+    if value.name == "where":
+        return _chosen(value)
+    args = [as_int(a) for a in value.args]
+    known = [a for a in args if a is not None]
+    return _arithmetic(value.name, known) if len(known) == len(args) else None
+
+
+def _arithmetic(name: str, args: list[Int]) -> Int | None:
+    match name, args:
+        case "cast", [a]:
+            return a
+        case "neg", [a]:
+            return -a
+        case "add", [a, b]:
+            return a + b
+        case "sub", [a, b]:
+            return a - b
+        case "mul", [a, b]:
+            return a * b
+        case "minimum", [a, b]:
+            return minimum(a, b)
+        case "maximum", [a, b]:
+            return maximum(a, b)
+        case (("floordiv" | "truncdiv" | "remainder" | "fmod"), [a, b]) if ask("<", 0, b):
+            if name in ("truncdiv", "fmod") and not ask("<=", 0, a):
+                return None
+            return floordiv(a, b) if name in ("floordiv", "truncdiv") else mod(a, b)
+    return None
+
+
+def _chosen(value: Op) -> Int | None:
+    """The arm of a `where` whose comparison of integers is statically known."""
+    cond, yes, no = value.args
+    if isinstance(cond, Op) and cond.name in ("lt", "ge") and len(cond.args) == 2:
+        a, b = as_int(cond.args[0]), as_int(cond.args[1])
+        known = ask("<", a, b) if a is not None and b is not None else None
+        if known is not None:
+            return as_int(yes if known == (cond.name == "lt") else no)
+    return None
+
+
+def gathered(ctx: Lowering, source: Value, shape: Sequence[Int], binds: bool) -> Value:
+    """`source` made ready for reads at `shape` places, whose indices are loaded if `binds`: it is stored then.
+
+    Except when it can take such indices in all its loads and the gather is known to want no more elements than it has.
+    """
+    if isinstance(source, Stored) or not binds:
+        return source
+    total: Int = 1
+    for size in shape:
+        total = total * size
+    if ask("<=", total, numel(source)) and _takes_indices(source):
+        return source
+    return ctx.store(source)
+
+
+def _takes_indices(source: Computed) -> bool:
+    """Whether every use of the value's indices is in the address of a load."""
+    own = {s for s in map(as_symbol, dim_indices(source.shape)) if s is not None}
+    return all(isinstance(n, Load) or not (_own_symbols(n) & own) for n in postorder((source.body,)))
+
+
+def _own_symbols(node: Scalar) -> frozenset[Sym]:
+    """Symbols that `node` itself mentions, apart from its operands."""
+    return node.symbols() if not node.args else frozenset()
+
+
+def element(source: Value, indices: Sequence[Int], bindings: tuple[Indirect, ...]) -> Scalar:
+    """source[indices], where `bindings` bind symbols in `indices`; an expression takes them in its loads."""
+    if isinstance(source, Stored) or not bindings:
+        return at(source, indices, bindings)
+    mapping = {}
+    for own, new in zip(dim_indices(source.shape), indices, strict=True):
+        sym = as_symbol(own)
+        if sym is not None:
+            mapping[sym] = new
+
+    def bind(load: Load) -> Scalar:
+        return Load(load.buffer, load.index, load.dtype, (*load.indirect, *bindings))
+
+    body = transform(source.body, mapping, bind)
+    if any(s in body.symbols() for s, _ in bindings):
+        raise UnsupportedError("an indirect index into a value that is not stored")
+    return body
