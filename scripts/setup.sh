@@ -54,7 +54,9 @@ PY
 install_beside_existing_torch() {
     local version="$1" pip=("$VENV_PYTHON" -m pip install -qq --retries 1)
     echo "fxopt set-up: using the installed torch $version" >&2
-    "${pip[@]}" --no-build-isolation --no-deps -e .
+    # Python 3.11's bundled setuptools is too old and would hide the shared one, which needs no network to build with.
+    "$VENV_PYTHON" -m pip uninstall -qq -y setuptools 2>/dev/null || true
+    "${pip[@]}" --no-build-isolation --no-deps -e . || "${pip[@]}" --no-deps -e .
     # Without a network whatever is there must do; what is missing is named when it is needed.
     "${pip[@]}" --no-build-isolation -c <(echo "torch==$version") -e ".[$EXTRAS]" ||
         echo "fxopt set-up: some optional packages could not be installed (see above); continuing without them" >&2

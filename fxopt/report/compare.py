@@ -18,7 +18,7 @@ from fxopt.journal import Journal
 from fxopt.report.cases import Case, Tensors, relative_error
 from fxopt.report.contenders import Contender, caches_under
 from fxopt.report.explanation import journals
-from fxopt.report.measure import Call, Timing, interleaved, kernels_seen, peak_memory
+from fxopt.report.measure import Call, Timing, interleaved, kernels_seen, memory_in_use, peak_memory
 
 Progress = Callable[[str, float], None]
 
@@ -30,7 +30,8 @@ class Row:
     `cache` says what compilation could find: "cold" (empty directories), "cold, first use" when the compiler itself was also
     loaded for the first time in this process, or "user" for the directories the user has. `error` is the largest relative
     error of an output against float64. `kernels` counts launches of one call by name; on CPU, fxopt's own kernels come from
-    its record, since they are no operators of torch. `choices` are the tuner's decisions and `retreats` what fxopt ran as
+    its record, since they are no operators of torch. `peak_bytes` is beyond what was in use before the contender was compiled
+    (weights, inputs, other contenders). `choices` are the tuner's decisions and `retreats` what fxopt ran as
     ATen. `skipped` is why there is no measurement. `outputs`, the tensors of one step, are kept when the Plan asks for it.
     """
 
@@ -138,6 +139,7 @@ def _prepare(
 ) -> None:
     """Compile, check and profile one contender; on success its call joins `calls`, else `row.skipped` says why."""
     row.cache = _cache_state(contender, plan.cold)
+    base = memory_in_use(plan.device)
     try:
         compiled = contender.compile(case.module, plan.device)
         with caches_under(root) if plan.cold else nullcontext(), journals() as graphs:
@@ -148,7 +150,7 @@ def _prepare(
         row.error = None if exact is None else relative_error(outputs, exact)
         row.outputs = outputs if plan.keep_outputs else None
         del outputs
-        _inspect(case, contender, compiled, row, plan, graphs)
+        _inspect(case, contender, compiled, row, plan, graphs, base)
     except Exception as error:
         row.skipped = f"failed: {_summary(error)}"
         return
@@ -174,13 +176,13 @@ def _compile(case: Case, compiled: Callable[..., Any], plan: Plan) -> float:
 
 
 def _inspect(
-    case: Case, contender: Contender, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal]
+    case: Case, contender: Contender, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal], base: int
 ) -> None:
     for _ in range(2):  # CUDA graphs record on the second and third call
         case.drive(compiled)
     row.choices = dict(Counter(f"{k.language} {k.choice}".strip() for j in graphs for k in j.kernels))
     row.retreats = [r for j in graphs for r in j.retreats]
-    row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device)
+    row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device, base)
     if plan.profile and contender.countable(plan.device):
         row.kernels = kernels_seen(lambda: case.drive(compiled), plan.device)
         if plan.device.type == "cpu":

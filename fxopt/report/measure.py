@@ -102,15 +102,20 @@ class _CudaTimer:
         return max(1, min(200, int(0.01 / max(self._between_events(call, 1), 1e-9))))
 
 
-def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Most bytes that torch's CUDA allocator had in use during one call, what was alive before included; None on CPU."""
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that torch's CUDA allocator has handed out; 0 on CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_memory(call: Call, device: torch.device, base: int) -> int | None:
+    """Most bytes beyond `base` that torch's CUDA allocator had handed out during one call; None on CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - base
 
 
 def kernels_seen(call: Call, device: torch.device) -> dict[str, int]:
