@@ -132,6 +132,8 @@ def category(target: Any) -> str:
         return "symbolic"
     if is_higher_order(target):
         return "higher_order"
+    if not is_overload(target):
+        return "library"
     name = name_of(target)
     if "::" in name:
         namespace, _, short = name.partition("::")

@@ -157,8 +157,8 @@ def bmm_of_one(context: Context, node: fx.Node) -> fx.Node | None:
     a, b, value = tensor(node.args[0]), tensor(node.args[1]), tensor(node)
     if a is None or b is None or value is None or not static_shape(value) or value.shape[0] != 1:
         return None
-    left = context.derive(aten.select.int, (node.args[0], 0, 0), node)
-    right = context.derive(aten.select.int, (node.args[1], 0, 0), node)
+    left = context.derive(aten.squeeze.dim, (node.args[0], 0), node)
+    right = context.derive(aten.squeeze.dim, (node.args[1], 0), node)
     product = context.derive(aten.mm.default, (left, right), node) if left is not None and right is not None else None
     return None if product is None else context.emit_checked(aten.view.default, (product, list(value.shape)), node)
 

@@ -76,9 +76,11 @@ def base(node: fx.Node) -> fx.Node:
     return node
 
 
-def escapes(node: fx.Node) -> bool:
-    """Whether the memory of `node` can be reached after the call: it, or a view of it, is an output."""
-    seen, stack = {node}, [node]
+def escapes(node: fx.Node, without: fx.Node | None = None) -> bool:
+    """Whether `node` or a view of it is an output, its memory outliving the call; not counting views by way of `without`."""
+    if node is without:
+        return False
+    seen, stack = {node, without}, [node]
     while stack:
         for user in stack.pop().users:
             if user.op == "output":
@@ -131,13 +133,12 @@ def may_stand_for(old: fx.Node, new: fx.Node) -> bool:
     """
     if feeds_copy(old) and is_written(base(new)) and not is_written(base(old)):
         return False
-    if ops.is_view(old.target) and owner(old) is not old:
-        direct = is_output(old)
-        return not direct or (new.op == "call_function" and not is_output(new) and base(new) is base(old))
     if not escapes(old):
         return True
-    holder = owner(new)
-    return holder is not None and not escapes(holder)
+    if base(new) is base(old):
+        return not is_output(old) or (new.op == "call_function" and not is_output(new))
+    ours, theirs = owner(new), owner(old)
+    return ours is not None and not escapes(ours) and theirs is not None and not escapes(theirs, without=old)
 
 
 def uniform_value(node: Any) -> bool | int | float | None:

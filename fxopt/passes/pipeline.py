@@ -46,6 +46,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("no_ops", no_ops),  # folding and algebra make zeros, ones and equal operands
     Pass("views", views),
     Pass("cse", cse),
+    Pass("dead_code", dead_code),  # an unused user would keep a pattern from matching
     *FUSIONS,
     Pass("views", views),  # fusions leave views next to each other
     Pass("dead_code", dead_code),
@@ -62,8 +63,8 @@ NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*EARLY_PASSES, *PA
 def run(graph: Graph, options: PassOptions, journal: Journal, *, check: bool = False) -> Context:
     """Run PASSES on `graph` in place and note in `journal` what each did.
 
-    `check` (or options.check) verifies the spec before the first pass and after each one (GraphSpecError names it). The returned
-    Context has the log of rewrites and the counted rejections.
+    `check` (or options.check) verifies the spec before the first pass and after each one (GraphSpecError names it). The
+    returned Context has the log of rewrites and the counted rejections.
     """
     return run_passes(PASSES, graph, options, journal, check=check or options.check)
 

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from fxopt.ir import ops
+from fxopt.ir.spec import known_equal
 from fxopt.passes.context import Context, Rule, apply_rules
-from fxopt.passes.facts import arguments, is_contiguous, static_shape, tensor
+from fxopt.passes.facts import arguments, is_contiguous, same_tensor, static_shape, tensor
 
 aten = torch.ops.aten
 _RESHAPES = frozenset(
@@ -83,15 +84,26 @@ def as_view(context: Context, node: fx.Node) -> fx.Node | None:
 def merge_reshapes(context: Context, node: fx.Node) -> fx.Node | None:
     """A view of a view of x is a view of x, when x can be viewed so with the same strides."""
     inner, value = _source(node), tensor(node)
-    if inner is None or value is None or node.target not in _RESHAPES or inner.target not in _RESHAPES:
+    if inner is None or value is None or node.target not in _RESHAPES or not _is_reshape(inner):
         return None
     source, shape = inner.args[0], _target_shape(node, value)
     held = tensor(source)
+    if isinstance(source, fx.Node) and same_tensor(node, source):
+        return source
     if shape is None or held is None or held.is_conj() or not isinstance(source, fx.Node):
         return None
     if is_contiguous(held) and is_contiguous(value):
         return context.emit(aten.view.default, (source, shape), node)
     return context.emit_checked(aten.view.default, (source, shape), node)
+
+
+def _is_reshape(node: fx.Node) -> bool:
+    """Whether a view keeps the order of elements: a reshape, or a permutation that moves only dimensions of size 1."""
+    if node.target is not aten.permute.default:
+        return node.target in _RESHAPES
+    value = tensor(node.args[0])
+    moved = [d for d in _dims(node) if value is None or not known_equal(value.shape[d], 1)]
+    return moved == sorted(moved)
 
 
 def _target_shape(node: fx.Node, value: torch.Tensor) -> list[Any] | None:

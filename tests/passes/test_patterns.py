@@ -16,7 +16,6 @@ SAMPLES = [pytest.param(p, s, id=f"{p.name}-{s.label}") for p in PATTERNS for s 
 NEAR_MISSES = [pytest.param(p, s, id=f"{p.name}-{s.label}") for p in PATTERNS for s in p.near_misses()]
 
 
-
 @pytest.mark.parametrize("declared", PATTERNS, ids=lambda p: p.name)
 def test_declaration_is_complete(declared: Pattern) -> None:
     search, build = templates(declared)
