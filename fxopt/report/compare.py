@@ -30,7 +30,7 @@ class Row:
     `cache` says what compilation could find: "cold" (empty directories), "cold, first use" when the compiler itself was also
     loaded for the first time in this process, or "user" for the directories the user has. `error` is the largest relative
     error of an output against float64. `kernels` counts launches of one call by name; on CPU, fxopt's own kernels come from
-    its record, since they are no operators of torch. `peak_bytes` is beyond what was in use before the contender was compiled
+    its record, since they are no operators of torch. `peak_bytes` is beyond what was in use before this one was compiled
     (weights, inputs, other contenders). `choices` are the tuner's decisions and `retreats` what fxopt ran as
     ATen. `skipped` is why there is no measurement. `outputs`, the tensors of one step, are kept when the Plan asks for it.
     """
