@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fxopt.ir.graph import Phase
 from fxopt.journal import RECENT, Journal
 from fxopt.report.backends import resolve_backend, unshared
 from fxopt.report.render import journal_to_dict, journal_to_text
@@ -43,7 +44,8 @@ class Explanation:
         if not self.graphs:
             return "fxopt compiled no graph: the call ran nothing that torch.compile could capture."
         library = sum(len(j.library) for j in self.graphs)
-        head = f"{len(self.graphs)} graph(s): {self.kernels} generated kernels, {library} library calls"
+        graphs = sum(_is_graph(j) for j in self.graphs)
+        head = f"{graphs} graph(s): {self.kernels} generated kernels, {library} library calls"
         head += f", {len(self.retreats)} retreats to ATen"
         lines = [head, *(f"graph break: {reason}" for reason in self.breaks)]
         return "\n\n".join(["\n".join(lines), *(journal_to_text(j) for j in self.graphs)])
@@ -77,7 +79,16 @@ def explain(
     with journals() as found:
         outputs = compiled(*args, **kwargs)
         _run_backward(original, (args, kwargs), outputs)
-    return Explanation(tuple(found), _breaks(found, original, args, kwargs))
+    return Explanation(tuple(j for j in found if _says_something(j)), _breaks(found, original, args, kwargs))
+
+
+def _is_graph(journal: Journal) -> bool:
+    """Whether it records a compiled graph (they are named after their phase) rather than what came before autograd."""
+    return journal.graph.endswith(tuple(phase.value for phase in Phase))
+
+
+def _says_something(journal: Journal) -> bool:
+    return _is_graph(journal) or bool(journal.retreats or journal.notes or any(count for _, count, _ in journal.passes))
 
 
 def _run_backward(model: Callable[..., Any], inputs: Any, outputs: Any) -> None:
@@ -98,7 +109,7 @@ def _breaks(
     found: list[Journal], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, ...]:
     """Why Dynamo split the model. Only asked when there is more than one graph: it costs another trace."""
-    if sum(j.graph.endswith(("inference", "forward")) for j in found) < 2:
+    if sum(_is_graph(j) and not j.graph.endswith(Phase.BACKWARD.value) for j in found) < 2:
         return ()
     torch.compiler.reset()
     try:
