@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+import fxopt.ir.random_ops  # noqa: F401  (defines torch.ops.fxopt.seed)
+
 aten = torch.ops.aten
 
 VIEW_OPS = frozenset(
@@ -52,6 +54,7 @@ LIBRARY_OPS = frozenset(
         aten._scaled_dot_product_cudnn_attention_backward.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        torch.ops.fxopt.seed.default,
     }
 )
-"""Contractions and attention: running them in a library is the plan, not a retreat."""
+"""Contractions, attention and the draw of a seed: running them as library calls is the plan, not a retreat."""
