@@ -27,6 +27,8 @@ from fxopt.runtime.plan import Free, Launch, Plan, PlanStep, allocated
 
 ALIGNMENT = 16
 """Bytes; what `Launch.aligned` promises a kernel."""
+LINE = 64
+"""Bytes of a CPU's cache line."""
 
 
 @dataclass
@@ -84,6 +86,11 @@ class Writer:
         self.tenants = [{n for n, s in plan.placement.items() if s == i} for i in range(len(plan.slots))]
         self.uniform = [len({self._layout(n) for n in names}) <= 1 for names in self.tenants]
         self.open_slots: set[int] = set()
+        self.known: dict[Any, str] = {}
+        self.offsets: list[Int] = []
+        self.workspace: Int = 0
+        self._lay_out_workspace()
+        self.views: dict[tuple[Any, ...], str] = {}
         self.counter = len(plan.inputs)
         self.device = next((s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"), 0)
 
@@ -95,8 +102,10 @@ class Writer:
         for step in self.plan.steps:
             self._step(step)
         returned = self._outputs()
-        body = [*self._unpack(), *self.prologue, *self._open_frame(), *self.lines, *self._close_frame()]
-        body.append(f"return {returned}")
+        workspace = self._open_workspace() if self.workspace != 0 else []
+        opening = [*self._unpack(), *self.prologue, *workspace, *self._open_frame()]
+        closing = [*(["give(W)"] if workspace else []), *self._close_frame(), f"return {returned}"]
+        body = [*opening, *self.lines, *closing]
         source = "def run(inputs):\n" + "".join(f"    {line}\n" for line in body)
         return Binding(source, self.names, self.pointers, self.sizes, self.cuda)
 
@@ -146,8 +155,14 @@ class Writer:
         return f"{letter}{self.counter}"
 
     def _constant(self, value: Any) -> str:
+        """The global that holds `value`; equal dtypes, devices and the like share one."""
+        plain = isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format))
+        if plain and value in self.known:
+            return self.known[value]
         name = self._fresh("k")
         self.names[name] = value
+        if plain:
+            self.known[value] = name
         return name
 
     def _size(self, x: Int) -> str:
@@ -214,8 +229,45 @@ class Writer:
         dtype, device = self._constant(spec.dtype), self._constant(spec.device)
         return f"empty({self._shape(spec.shape)}, {self._shape(spec.strides)}, dtype={dtype}, device={device})"
 
+    def _lay_out_workspace(self) -> None:
+        """Where each CPU slot begins in the call's one block of memory."""
+        for slot in self.plan.slots:
+            self.offsets.append(self.workspace)
+            if slot.device.type == "cpu":
+                # A few lines apart: slots a power of two long would else meet in the same cache sets.
+                self.workspace = self.workspace + (slot.nbytes + (LINE - 1)) // LINE * LINE + 3 * LINE
+
+    def _open_workspace(self) -> list[str]:
+        used = [
+            f"q{slot} = Q + {self._size(self.offsets[slot])}" for slot in sorted(self.open_slots) if self._in_workspace(slot)
+        ]
+        typed = [f"{text} = W.view({key[1]})" for key, text in self.views.items() if key[0] == "typed"]
+        return [f"W = take({self._size(self.workspace)})", "Q = W.data_ptr()", *used, *typed]
+
+    def _in_workspace(self, slot: int | None) -> bool:
+        return slot is not None and self.plan.slots[slot].device.type == "cpu"
+
+    def _place_in_workspace(self, name: str, slot: int) -> None:
+        """Make `name` the tenant of a part of the workspace; tenants with equal layouts are the same tensor object."""
+        self.open_slots.add(slot)
+        self.addresses[name] = f"q{slot}"
+        if name not in self.materialized:
+            return
+        spec, layout = self.own[name], ("view", slot, *self._layout(name))
+        if layout not in self.views:
+            dtype = self._constant(spec.dtype)
+            typed = self.views.setdefault(("typed", dtype), f"W_{dtype}")
+            self.views[layout] = self._fresh("v")
+            offset = self._size(self.offsets[slot] // spec.dtype.itemsize)
+            view = f"as_strided({typed}, {self._shape(spec.shape)}, {self._shape(spec.strides)}, {offset})"
+            self._emit(f"{self.views[layout]} = {view}")
+        self.tensors[name] = self.views[layout]
+
     def _place(self, name: str, slot: int) -> None:
         """Make `name` the tenant of a shared storage, allocating that for its first tenant."""
+        if self._in_workspace(slot):
+            self._place_in_workspace(name, slot)
+            return
         spec, holder = self.own[name], f"m{slot}"
         if slot not in self.open_slots:
             self.open_slots.add(slot)
@@ -248,6 +300,8 @@ class Writer:
         gone = []
         for name in step.names:
             slot = self.plan.placement.get(name)
+            if self._in_workspace(slot):
+                continue
             tensor = self.tensors.get(name)
             if tensor is not None and name not in self.constants and (slot is None or not self.uniform[slot]):
                 gone.append(tensor)
@@ -270,7 +324,8 @@ class Writer:
             self._emit(f"{self.addresses[step.name]} = {source}")
             return
         base = self.tensors[step.of]
-        if step.of not in self.own:  # offsets count from the base's first element; as_strided's from the storage's
+        if step.of not in self.own or self._in_workspace(self.plan.placement.get(step.of)):
+            # The plan's offsets count from the base's first element, as_strided's from its storage's.
             offset = f"{base}.storage_offset()" + ("" if offset == "0" else f" + {offset}")
         self.tensors[step.name] = self._fresh("v")
         view = f"as_strided({base}, {self._shape(step.shape)}, {self._shape(step.strides)}, {offset})"

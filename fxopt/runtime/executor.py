@@ -17,6 +17,7 @@ import torch
 from fxopt.errors import CacheError, PlanError
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import BufferSpec, Call
+from fxopt.runtime import workspace
 from fxopt.runtime.binding import ALIGNMENT, Binding, Writer, resolve_op
 from fxopt.runtime.native import NativeKernel, load_kernel
 from fxopt.runtime.plan import Launch, Plan
@@ -65,6 +66,9 @@ class Executor:
         self._run = _with_devices(self._compile(binding, kernels), [x.device for x in binding.cuda])
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # gradients are the business of whoever captured the graph
+            with torch.no_grad():
+                return self._run(inputs)
         return self._run(inputs)
 
     def _write(
@@ -233,5 +237,7 @@ _HELPERS: dict[str, Any] = {
     "stream": _stream,
     "changed": _changed,
     "set_device": torch.cuda.set_device,
+    "take": workspace.take,
+    "give": workspace.give,
     "record_function": torch.profiler.record_function,
 }

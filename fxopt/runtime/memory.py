@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fxopt.ir.exprs import Int
-from fxopt.ir.region import Alias, BufferSpec, Call
+from fxopt.ir.exprs import Int, contiguous_strides
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref
 from fxopt.runtime.encoding import refs
 from fxopt.runtime.plan import Free, Launch, Plan, PlanStep, Slot, allocated, defined, used
 
@@ -36,9 +36,11 @@ def plan_memory(plan: Plan, fresh: Callable[[str], bool] | None = None) -> Plan:
     """`plan` with a Free after each value's last use, and with slots for the buffers that can share storage.
 
     `fresh(op)` says that a Call of `op` neither keeps its tensor arguments nor returns anything that aliases one; by default
-    ATen's own annotations decide and custom ops are not trusted. Free steps already in the plan are replaced.
+    ATen's own annotations decide and custom ops are not trusted. Matrix products on the CPU write into planned buffers
+    instead of allocating their results. Free steps already in the plan are replaced.
     """
-    plain = replace(plan, steps=tuple(s for s in plan.steps if not isinstance(s, Free)), slots=(), placement={})
+    steps = tuple(_into_buffer(s, plan) for s in plan.steps if not isinstance(s, Free))
+    plain = replace(plan, steps=steps, slots=(), placement={})
     life = Lifetimes.of(plain)
     slots, placement = _place(plain, life, shareable(plain, fresh or returns_fresh))
     return replace(plain, steps=_with_frees(plain, life), slots=slots, placement=placement)
@@ -55,6 +57,24 @@ def returns_fresh(op: str) -> bool:
         return False
     composite = target.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
     return not composite and not packet.endswith("_") and "out" not in overload
+
+
+_WRITES_INTO = {f"aten::{op}.default": f"aten::{op}.out" for op in ("mm", "addmm", "bmm", "baddbmm")}
+"""Library calls that can write into a given buffer at no cost, by their variant that does."""
+
+
+def _into_buffer(step: PlanStep, plan: Plan) -> PlanStep:
+    """A library call on the CPU whose result can live in a planned buffer, writing there; any other step as it is."""
+    if not isinstance(step, Call) or step.op not in _WRITES_INTO or step.outputs in ((), (None,)):
+        return step
+    (name,) = step.outputs
+    spec = next((b for b in plan.buffers if b.name == name), None)
+    if name is None or spec is None or spec.device.type != "cpu" or name in refs(plan.outputs):
+        return step
+    if spec.strides != contiguous_strides(spec.shape):
+        return step
+    out = {**step.kwargs, "out": Ref(name)}
+    return replace(step, op=_WRITES_INTO[step.op], kwargs=out, outputs=(), writes=(*step.writes, name))
 
 
 @dataclass(frozen=True)
@@ -182,11 +202,12 @@ def _same_storage(a: BufferSpec, b: BufferSpec) -> bool:
 
 
 def _only_shared(pool: _Pool, placement: dict[str, int]) -> tuple[tuple[Slot, ...], dict[str, int]]:
-    """Slots with more than one tenant, renumbered; a lone tenant is simpler as a plain allocation."""
+    """Slots with more than one tenant, renumbered. A lone tenant is simpler as a plain allocation, but on the CPU a slot
+    spares its page faults (`runtime/workspace.py`)."""
     tenants: dict[int, list[str]] = {}
     for name, slot in placement.items():
         tenants.setdefault(slot, []).append(name)
-    shared = [slot for slot, names in tenants.items() if len(names) > 1]
+    shared = [slot for slot, names in tenants.items() if len(names) > 1 or pool.devices[slot].type == "cpu"]
     number = {slot: i for i, slot in enumerate(shared)}
     slots = tuple(Slot(pool.devices[s], pool.sizes[s]) for s in shared)
     return slots, {name: number[slot] for name, slot in placement.items() if slot in number}

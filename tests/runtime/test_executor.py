@@ -72,6 +72,29 @@ def test_different_layouts_in_one_storage(kernels: Kernels) -> None:
     torch.testing.assert_close(t, (x + 3).as_strided((12, 5), (1, 12)).sum(1))
 
 
+@pytest.mark.parametrize("rows", [S0, 6], ids=["symbolic", "static"])
+def test_matrix_products_between_kernels(kernels: Kernels, rows: Any) -> None:
+    """Library results, kernel results and views of both share the workspace; parameters may require gradients."""
+    steps: list[Any] = [
+        increment("x", "a", rows, 4),
+        Call("aten::addmm.default", (Ref("bias"), Ref("a"), Ref("w")), {"beta": 2}, ("b",)),
+        increment("b", "c", rows, 4),
+        Alias("v", "c", (rows, 2), (4, 1), 2),
+        Call("aten::mm.default", (Ref("v"), Ref("u")), outputs=("d",)),
+        increment("d", "e", rows, 4),
+        increment("e", "f", rows, 4),
+    ]
+    inputs = [tensor("x", rows, 4), tensor("bias", 4), tensor("w", 4, 4), tensor("u", 2, 4)]
+    symbols = [SymbolSource("s0", 0)] if rows is S0 else []
+    run = bind(plan(inputs, [buffer(n, rows, 4) for n in "abcdef"], steps, [Ref("f")], symbols=symbols), kernels)
+    assert sorted(run.plan.placement) == list("abcde") and len(run.plan.slots) == 2
+    bias, w, u = (torch.randn(*shape, requires_grad=True) for shape in ((4,), (4, 4), (2, 4)))
+    for n in (6, 6) if rows == 6 else (3, 9, 1):
+        x = torch.randn(n, 4)
+        wanted = ((x + 1) @ w + 2 * bias + 1)[:, 2:] @ u + 2
+        torch.testing.assert_close(run([x, bias, w, u])[0], wanted.detach())
+
+
 def test_symbolic_sizes(kernels: Kernels) -> None:
     half = floordiv(S0 + 1, 2)
     steps = [

@@ -67,7 +67,7 @@ def test_in_place_needs_a_dying_input() -> None:
 def test_in_place_never_takes_an_input() -> None:
     steps = [increment("x", "a", 8, inplace=(("a", "x"),)), increment("a", "b", 8)]
     done = plan_memory(plan([tensor("x", 8)], [buffer("a", 8), buffer("b", 8)], steps, [Ref("b")]))
-    assert not done.placement
+    assert list(done.placement) == ["a"], "x is the caller's, b is an output"
 
 
 def test_a_dead_storage_grows_for_a_larger_buffer() -> None:
@@ -138,6 +138,17 @@ def test_an_output_seen_through_an_alias_keeps_its_storage() -> None:
 
 def test_the_caller_may_know_its_ops_better() -> None:
     assert "a" not in plan_memory(_with_call("aten::exp.default"), fresh=lambda op: False).placement
+
+
+def test_a_matrix_product_writes_into_a_planned_buffer() -> None:
+    """Unless its result is an output or has strides that the library would not write."""
+    calls = [Call("aten::mm.default", (Ref("x"), Ref("x")), outputs=(name,)) for name in "abc"]
+    steps = [*calls, increment("a", "d", 8, 8), increment("b", "e", 8, 8)]
+    buffers = [buffer("b", 8, 8, strides=(1, 8)), *(buffer(n, 8, 8) for n in "acde")]
+    done = plan_memory(plan([tensor("x", 8, 8)], buffers, steps, [Ref("c"), Ref("d"), Ref("e")]))
+    found = [s for s in done.steps if isinstance(s, Call)]
+    assert [s.op for s in found] == ["aten::mm.out", "aten::mm.default", "aten::mm.default"]
+    assert found[0].kwargs == {"out": Ref("a")} and found[0].writes == ("a",) and "a" in done.placement
 
 
 @pytest.mark.parametrize(

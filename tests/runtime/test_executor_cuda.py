@@ -1,0 +1,170 @@
+"""How CUDA launches are written down, without a GPU: kernels are Python functions over CPU memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.ir.exprs import Int, floordiv
+from fxopt.ir.kernel import Artifact
+from fxopt.ir.region import Alias, Call, Ref
+from fxopt.runtime import executor
+from fxopt.runtime.executor import Executor
+from fxopt.runtime.memory import plan_memory
+from fxopt.runtime.plan import Launch, Plan, SymbolSource
+from tests.runtime.plans import S0, buffer, plan, tensor
+
+
+class Increment:
+    """Stands for a loaded kernel out[i] = x[i] + 1 with arguments (stream, grid, x, out, n)."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+        self.devices: list[int] = []
+        self.current = 0
+
+    def bind(self, label: str) -> Any:
+        return self.launch
+
+    def launch(self, stream: int, gx: int, gy: int, gz: int, source: int, target: int, n: int) -> None:
+        self.calls.append((stream, gx, gy, gz, source, target, n))
+        self.devices.append(self.current)
+        floats = ctypes.c_float * n
+        values = [x + 1 for x in floats.from_address(source)]
+        floats.from_address(target)[:] = values
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Increment:
+    """The fake, with torch.cuda's notion of a current device replaced."""
+    made = Increment()
+
+    def set_device(device: int) -> None:
+        made.current = device
+
+    @contextmanager
+    def entered(device: int) -> Iterator[None]:
+        before, made.current = made.current, device
+        yield
+        made.current = before
+
+    monkeypatch.setattr(executor, "_loaded_cuda", lambda launches, kernels: [made] * len(launches))
+    monkeypatch.setitem(executor._HELPERS, "stream", lambda device: 100 + device)
+    monkeypatch.setitem(executor._HELPERS, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.current)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    return made
+
+
+def launch(
+    source: str, target: str, n: Int, grid: tuple[Int, Int, Int] = (1, 1, 1), device: int = 0, **kwargs: Any
+) -> Launch:
+    names = (source, target)
+    return Launch("k", "triton", "k", names, (target,), torch.device("cuda", device), (n,), grid, aligned=(0, 1), **kwargs)
+
+
+def bind(made: Plan, **kwargs: Any) -> Executor:
+    artifact = Artifact("k", "triton", "k", None)  # type: ignore[arg-type]
+    return Executor(Plan.from_json(plan_memory(made).to_json()), {"k": artifact}, **kwargs)
+
+
+def test_arguments_of_a_launch(kernel: Increment) -> None:
+    blocks = floordiv(S0 + 7, 8)
+    made = plan(
+        [tensor("x", S0)],
+        [buffer("a", S0)],
+        [launch("x", "a", S0, (blocks, 2, 1))],
+        [Ref("a")],
+        symbols=[SymbolSource("s0", 0)],
+    )
+    run = bind(made)
+    x = torch.randn(20)
+    (a,) = run([x])
+    torch.testing.assert_close(a, x + 1)
+    assert kernel.calls == [(100, 3, 2, 1, x.data_ptr(), a.data_ptr(), 20)]
+
+
+def test_an_empty_grid_is_not_launched(kernel: Increment) -> None:
+    blocks = floordiv(S0 + 7, 8)
+    steps = [launch("x", "a", S0, (blocks, 1, 1)), launch("y", "b", 0, (0, 1, 1))]
+    made = plan(
+        [tensor("x", S0), tensor("y", 4)],
+        [buffer("a", S0), buffer("b", 4)],
+        steps,
+        [Ref("a"), Ref("b")],
+        symbols=[SymbolSource("s0", 0)],
+    )
+    assert bind(made)([torch.zeros(0), torch.zeros(4)])[0].shape == (0,)
+    assert kernel.calls == []
+
+
+def test_a_misaligned_input_is_copied(kernel: Increment) -> None:
+    run = bind(plan([tensor("x", 5)], [buffer("a", 5)], [launch("x", "a", 5)], [Ref("a")]))
+    x = torch.arange(9.0)[1:6]
+    torch.testing.assert_close(run([x])[0], x + 1)
+    assert x.data_ptr() % 16 != 0 and kernel.calls[0][4] % 16 == 0
+    run([x.clone()])
+    assert len(kernel.calls) == 2
+
+
+def test_a_misaligned_input_that_is_written_gets_the_result(kernel: Increment) -> None:
+    run = bind(plan([tensor("x", 5)], [], [launch("x", "x", 5), launch("x", "x", 5)], []))
+    whole = torch.arange(9.0)
+    run([whole[1:6]])
+    assert whole.tolist() == [0, 3, 4, 5, 6, 7, 6, 7, 8]
+
+
+def test_a_misaligned_view_of_an_input(kernel: Increment) -> None:
+    steps = [Alias("v", "x", (3,), (1,), 1), launch("v", "a", 3), launch("x", "v", 3)]
+    run = bind(plan([tensor("x", 4)], [buffer("a", 3)], steps, [Ref("a")]))
+    x = torch.arange(4.0)
+    assert run([x])[0].tolist() == [2, 3, 4]
+    assert x.tolist() == [0, 1, 2, 3]
+
+
+def test_an_expanded_misaligned_input_keeps_its_strides(kernel: Increment) -> None:
+    source = torch.arange(9.0)[1:4]
+    copy = executor._aligned_copy(source.expand(2, 3))
+    assert copy.stride() == (0, 1) and copy.data_ptr() % 16 == 0
+    torch.testing.assert_close(copy, source.expand(2, 3))
+    assert executor._aligned_copy(torch.arange(9.0)[1:1]).shape == (0,)
+
+
+def test_a_misaligned_constant_is_copied_once(kernel: Increment) -> None:
+    w = torch.arange(9.0)[1:6]
+    made = plan([], [buffer("a", 5)], [launch("w", "a", 5)], [Ref("a")], constants=[buffer("w", 5)])
+    run = bind(made, constants={"w": w})
+    for _ in range(2):
+        torch.testing.assert_close(run([])[0], w + 1)
+    assert kernel.calls[0][4] == kernel.calls[1][4] and kernel.calls[0][4] % 16 == 0
+
+
+def test_kernels_run_on_their_own_devices(kernel: Increment) -> None:
+    steps = [
+        launch("x", "a", 4, device=1),
+        launch("x", "b", 4, device=0),
+        launch("b", "c", 4, device=1),
+        launch("c", "d", 4, device=1),
+    ]
+    run = bind(plan([tensor("x", 4)], [buffer(n, 4) for n in "abcd"], steps, [Ref("a"), Ref("d")]))
+    run([torch.zeros(4)])
+    assert kernel.devices == [1, 0, 1, 1] and kernel.current == 0
+    assert [call[0] for call in kernel.calls] == [101, 100, 101, 101]
+
+
+def test_another_current_device_is_left_and_restored(kernel: Increment) -> None:
+    run = bind(plan([tensor("x", 4)], [buffer("a", 4)], [launch("x", "a", 4)], [Ref("a")]))
+    kernel.current = 3
+    run([torch.zeros(4)])
+    assert kernel.devices == [0] and kernel.current == 3
+
+
+def test_library_results_may_be_misaligned_too(kernel: Increment) -> None:
+    steps = [Call("aten::slice.Tensor", (Ref("x"), 0, 1, 5), outputs=("y",)), launch("y", "a", 4)]
+    run = bind(plan([tensor("x", 6)], [buffer("a", 4), buffer("y", 4)], steps, [Ref("a")]))
+    assert run([torch.arange(6.0)])[0].tolist() == [2, 3, 4, 5] and kernel.calls[0][4] % 16 == 0
