@@ -202,7 +202,7 @@ def _clear(directory: Path) -> None:
 def main() -> None:
     """Entry point of the console script: an expected error is one line on stderr and exit status 1."""
     # The profiler's own log lines would run through the progress bar.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     try:
         app()
     except (FxoptError, ValueError) as error:
