@@ -55,6 +55,9 @@ class Match:
 
 def apply_pattern(context: Context, declared: Pattern) -> None:
     """Replace every occurrence of `declared` whose guard accepts; count the others with the reason."""
+    present = {n.target for n in context.graph.gm.graph.nodes}
+    if not present.issuperset(declared.needs):
+        return
     search, build = templates(declared)
     anchor = search.nodes[search.outputs[-1]].target
     gone: set[fx.Node] = set()

@@ -37,6 +37,7 @@ class Pattern:
 
     `examples`: two argument tuples that differ in every size and scalar. `through_casts`: a cast between floating dtypes may
     stand between any two matched nodes; declare it only when the replacement is no less accurate without these roundings.
+    `needs`: operators of the pattern; a graph that lacks one of them is passed over without tracing the pattern.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Pattern:
     samples: Callable[[], list[Sample]]
     near_misses: Callable[[], list[Sample]]
     through_casts: bool = False
+    needs: tuple[Any, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.name)

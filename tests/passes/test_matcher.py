@@ -184,3 +184,11 @@ class _Permuted:
 
     def t(self) -> torch.Tensor:
         return self.matrix.permute(1, 0)
+
+
+def test_a_graph_without_a_needed_operator_is_passed_over() -> None:
+    def untraceable(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("must not be traced")
+
+    declared = declare(untraceable, untraceable, ((ones(2),), (ones(3),)), needs=(torch.ops.aten.mm.default,))
+    assert not apply(declared, lambda x: x.exp(), (torch.randn(4),)).log

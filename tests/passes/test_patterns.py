@@ -21,6 +21,7 @@ def test_declaration_is_complete(declared: Pattern) -> None:
     search, build = templates(declared)
     assert search.nodes
     assert build.nodes
+    assert {n.target for n in search.nodes} >= set(declared.needs)
     assert len(declared.samples()) >= 3
     assert declared.near_misses()
 

@@ -66,4 +66,13 @@ def _example(m: int, k: int, n: int) -> tuple[torch.Tensor, ...]:
     return torch.ones(m, k), torch.ones(k, n), torch.ones(n)
 
 
-MM_BIAS = Pattern("mm_bias", pattern, replacement, (_example(2, 3, 4), _example(5, 6, 7)), guard, samples, near_misses)
+MM_BIAS = Pattern(
+    "mm_bias",
+    pattern,
+    replacement,
+    (_example(2, 3, 4), _example(5, 6, 7)),
+    guard,
+    samples,
+    near_misses,
+    needs=(torch.ops.aten.mm.default, torch.ops.aten.add.Tensor),
+)

@@ -54,5 +54,12 @@ def _example(b: int, m: int, k: int, n: int) -> tuple[object, ...]:
 
 
 MM_VIEW_BIAS = Pattern(
-    "mm_view_bias", pattern, replacement, (_example(2, 3, 5, 4), _example(3, 5, 7, 6)), guard, samples, near_misses
+    "mm_view_bias",
+    pattern,
+    replacement,
+    (_example(2, 3, 5, 4), _example(3, 5, 7, 6)),
+    guard,
+    samples,
+    near_misses,
+    needs=(torch.ops.aten.mm.default, torch.ops.aten.add.Tensor),
 )
