@@ -1,7 +1,7 @@
 """The Triton printer: regions of the loop IR as kernels for NVIDIA GPUs.
 
-`configs` proposes launch configurations, `print_region` prints one. Most regions are one kernel; a reduction with `split` > 1
-is several, run in order, that share scratch buffers. Texts are canonical, so identical layers give identical kernels.
+`configs` proposes launch configurations, `print_region` prints one. Most regions are one kernel; a reduction with `split`
+above 1 is several, run in order, that share scratch buffers. Texts are canonical: identical layers give identical kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Printed:
 def print_nest(region: Region, config: TritonConfig, target: Target) -> KernelSource:
     """`region` as one kernel; `config.split` must be 1.
 
-    Raises UnsupportedError when Triton has no form for the nest (dtypes, atomics, `target` too old) or `config` does not fit.
+    Raises UnsupportedError when Triton has no form for the nest (dtypes, atomics, `target` too old) `config` does not fit.
     """
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")

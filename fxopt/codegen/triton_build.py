@@ -69,7 +69,7 @@ def compile_triton(source: KernelSource, target: Target, directory: Path | None 
 
     Only `text`, `entry` and `compile_options` of the source are used. Temporary files go to `directory` (default: the
     system's). meta: name, num_warps, shared (bytes), parameters ("ptr", "i32" or "i64" each), scratch_pointers, n_regs,
-    n_spills (bytes of stack frame per thread). Raises whatever Triton raises when the kernel does not compile, and ValueError
+    n_spills (bytes of stack frame per thread). Raises whatever Triton raises when the kernel does not compile; ValueError
     when it needs scratch memory, which the launcher does not provide.
     """
     _environment()

@@ -1,4 +1,4 @@
-"""Launch configurations of a nest, ordered by a cost model: bytes in flight, wasted lanes, registers, how full the GPU is."""
+"""Launch configurations of a nest, ordered by a cost model: bytes in flight, wasted lanes, registers, GPU filled."""
 
 from __future__ import annotations
 
@@ -153,10 +153,24 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         warps = _warps_for(block * together, per_thread)
         found.append(TritonConfig(together, r_block=block, num_warps=warps))
     if block > 16 * 32 * 32:
-        return [replace(found[0], num_warps=32), *found, *looped]
+        found.insert(0, replace(found[0], num_warps=32))
     if block <= 512:
         found.append(TritonConfig(found[0].x_block * 2, r_block=block, num_warps=min(16, found[0].num_warps * 2)))
-    return [*found, *looped[:2]]
+    roomy = [c for c in found if _fits_registers(tiling, c, target)]
+    return [*roomy, *looped[:2], *(c for c in found if c not in roomy)]
+
+
+def _fits_registers(tiling: Tiling, config: TritonConfig, target: Target) -> bool:
+    """A persistent row's elements, with what its reductions carry beside each, leave room for addresses and temporaries."""
+    per_thread = config.x_block * config.r_block / (target.warp_size * config.num_warps)
+    budget = min(255, target.registers_per_sm // (target.warp_size * config.num_warps))
+    return per_thread * _row_words(tiling) * 1.25 + 24 <= budget
+
+
+def _row_words(tiling: Tiling) -> int:
+    """32-bit registers per element of the row: the operands of its widest reduction."""
+    reductions = [n for n in postorder(tiling.nest.roots) if isinstance(n, Reduce | Scan)]
+    return max((sum(max(1, a.dtype.itemsize // 4) for a in n.args) for n in reductions), default=1)
 
 
 def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list[TritonConfig]:
@@ -186,4 +200,5 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
     if programs * 2 > target.sm_count or row * config.x_block < _SPLIT_ROW:
         return 1
     wanted = -(-2 * target.sm_count // programs)
-    return max(1, min(wanted, row // 512 if tiling.inner_reduction else row // 64, 1024))
+    most = max(1, min(wanted, row // 512 if tiling.inner_reduction else row // 64, 1024))
+    return next_power_of_2(most + 1) // 2  # powers of two divide most rows exactly

@@ -1,8 +1,8 @@
 """Scalar expressions of a nest as Triton statements.
 
 Every node is printed once per scope and mask. A kernel has the outer scope and, while a loop over the reduced axis is open,
-that loop's body; nodes that do not vary along the row go to the outer scope even when met inside a loop. A node below the body
-of a `Masked` carries the conditions it stands under (`Guards`), which mask its memory accesses.
+that loop's body; nodes that do not vary along the row go to the outer scope even when met inside a loop. A node below
+the body of a `Masked` carries the conditions it stands under (`Guards`), which mask its memory accesses.
 """
 
 from __future__ import annotations
@@ -128,6 +128,8 @@ class Emitter:
             inside = (*guards, node.cond) if node.cond not in guards else guards
             parts = [(node.cond, guards), (node.body, inside), (node.other, guards)]
             return [self.instance(*p) for p in parts]
+        if _narrow_compare(node):
+            return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
         return [*conditions, *(self.instance(a, guards) for a in node.args)]
 
@@ -197,7 +199,7 @@ class Emitter:
     # operators
 
     def _op(self, node: Op, guards: Guards) -> str:
-        if node.name in _COMPARES and all(_narrow(a) for a in node.args):
+        if _narrow_compare(node):
             left, right = (self._narrow_text(a) for a in node.args)
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
         args = [self.arg(a, guards) for a in node.args]
@@ -364,6 +366,11 @@ class Emitter:
 def reduced_dtype(node: Reduce) -> torch.dtype:
     """The dtype whose working form a reduction is carried out in: the values' for arg reductions, else the result's."""
     return node.operands[0].dtype if node.kind in ("argmax", "argmin", "max", "min", "any", "all") else node.dtype
+
+
+def _narrow_compare(node: Scalar) -> bool:
+    """A comparison of integers that fit the index type, which needs no int64 values."""
+    return isinstance(node, Op) and node.name in _COMPARES and all(_narrow(a) for a in node.args)
 
 
 def _narrow(node: Scalar) -> bool:

@@ -113,7 +113,7 @@ def _axis_lines(kernel: _Kernel, name: str) -> list[str]:
     axis: Axis = getattr(kernel.tiling, name)
     lines = []
     extent, size = axis.extent, _block_size(kernel, name)
-    if not isinstance(extent, int) or extent % size:
+    if not isinstance(extent, int) or extent == 0 or extent % size:
         kernel.frame.masks[name] = f"{name}_mask"
         lines.append(f"{name}_mask = {name} < {kernel.emitter.index_text(extent)}")
     return lines

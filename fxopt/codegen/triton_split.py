@@ -1,7 +1,7 @@
 """Few long rows: a reduction cut into parts that run side by side, then joined. A rewrite from one region to several.
 
-Each part reduces its share of the row into scratch memory, a second kernel joins the parts, and what varies along the row (or
-reduces again) follows as further regions. Every kernel is deterministic: no atomics, and the order of joining is fixed.
+Each part reduces its share of the row into scratch memory, a second kernel joins the parts, and what varies along the row
+(or reduces again) follows as further regions. Every kernel is deterministic: no atomics, and the order of joining is fixed.
 """
 
 from __future__ import annotations

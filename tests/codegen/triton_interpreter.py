@@ -26,7 +26,10 @@ class Interpreter:
     """A server process; `run` executes one kernel over CPU tensors in place."""
 
     def __init__(self) -> None:
-        env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        env = os.environ | {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
 
     def run(self, source: KernelSource, tensors: dict[str, torch.Tensor], sizes: dict[str, int] | None = None) -> None:
@@ -87,6 +90,12 @@ def _fake_libdevice() -> None:
         setattr(libdevice, name, fake(name))
 
 
+def _enable_asserts() -> None:
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
+
+
 def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor]:
     path = directory / f"job{number}.py"
     path.write_text(job["text"])
@@ -102,6 +111,7 @@ def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor
 def _serve() -> None:
     torch.set_num_threads(1)
     _fake_libdevice()
+    _enable_asserts()
     replies, number = sys.stdout.buffer, 0
     sys.stdout = sys.stderr
     with tempfile.TemporaryDirectory() as directory:

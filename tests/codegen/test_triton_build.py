@@ -1,0 +1,117 @@
+"""Compilation of printed kernels without a GPU: golden texts, registers, spills and the width of memory accesses."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.codegen import triton_nests as nests
+from tests.codegen.triton_nests import BF16, F32, Case
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.triton import TritonConfig, configs, print_region
+from fxopt.codegen.triton_build import compile_to_text, compile_triton, toolchain_id
+from fxopt.ir.kernel import KernelSource
+from fxopt.target import Target
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES: dict[str, Case] = {
+    "triton_pointwise_bf16": nests.pointwise(1 << 20, BF16),
+    "triton_transposed": nests.transposed(F32, 2048, 1024),
+    "triton_nhwc_add": nests.nhwc_add(),
+    "triton_softmax": nests.softmax(4096, 1000, BF16),
+    "triton_softmax_long": nests.softmax(512, 100_000, F32),
+    "triton_layer_norm": nests.layer_norm(4096, 1024, BF16),
+    "triton_layer_norm_short": nests.layer_norm(8192, 96, F32),
+    "triton_sum_split": nests.reduction("sum", 4, 1 << 20, F32),
+    "triton_variance_columns": nests.variance(256, 50_000),
+    "triton_argmax": nests.reduction("argmax", 64, 50257, F32),
+    "triton_cat": nests.cat(),
+    "triton_gather": nests.gather(),
+    "triton_scatter_add": nests.scatter_add(),
+    "triton_cumsum": nests.cumulative("cumsum", 1024, 512),
+    "triton_in_place": nests.in_place(1 << 20),
+    "triton_symbolic": nests.broadcast_symbolic(),
+}
+
+
+def kernels(case: Case, target: Target) -> tuple[KernelSource, ...]:
+    return print_region(case.region, configs(case.region, target)[0], target).kernels
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_text(name: str) -> None:
+    """EXPECTTEST_ACCEPT=1 accepts a change."""
+    printed = kernels(CASES[name], Target.cuda(90))
+    text = "\n".join(
+        f"# grid {k.grid}, {k.compile_options['num_warps']} warps, {k.compile_options['constexprs']}\n{k.text}"
+        for k in printed
+    )
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(text)
+    assert path.exists(), f"no golden text {path.name}: run with EXPECTTEST_ACCEPT=1"
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_spills(name: str, arch: int) -> None:
+    target = Target.cuda(arch)
+    for kernel in kernels(CASES[name], target):
+        cubin, meta = compile_triton(kernel, target)
+        assert cubin[:4] == b"\x7fELF"
+        assert 0 < meta["n_regs"] <= 255
+        if not kernel.compile_options["asserts"]:  # __assertfail itself keeps a small stack frame
+            assert meta["n_spills"] == 0
+        assert len(meta["parameters"]) == len(kernel.buffers) + len(kernel.sizes)
+        assert meta["shared"] <= target.shared_per_block
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_accesses_are_sixteen_bytes_wide(dtype: torch.dtype) -> None:
+    target = Target.cuda(90)
+    for case in (nests.pointwise(1 << 20, dtype), nests.layer_norm(4096, 1024, dtype)):
+        ptx = compile_to_text(kernels(case, target)[0], target, "ptx")
+        assert re.search(r"ld\.global[.\w:]*\.v4\.b32", ptx)
+        assert re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)
+
+
+def test_unaligned_pointers_are_not_assumed_wide() -> None:
+    target = Target.cuda(90)
+    config = TritonConfig(1024, aligned=False)
+    kernel = print_region(nests.pointwise(1 << 20, BF16).region, config, target).kernels[0]
+    assert kernel.compile_options["aligned"] == []
+    assert ".v4.b32" not in compile_to_text(kernel, target, "ptx")
+
+
+def test_both_sides_of_a_transpose_are_contiguous() -> None:
+    target = Target.cuda(90)
+    case = nests.transposed(F32, 2048, 1024)
+    kernel = print_region(case.region, TritonConfig(64, y_block=64, num_warps=8), target).kernels[0]
+    ptx = compile_to_text(kernel, target, "ptx")
+    assert len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)) >= 2
+    assert ".shared" in ptx  # the layouts meet in shared memory
+
+
+def test_proposals_fit_the_work() -> None:
+    target = Target.cuda(90)
+    first = {name: configs(case.region, target)[0] for name, case in CASES.items()}
+    assert first["triton_sum_split"].split > 1
+    assert first["triton_layer_norm"].persistent
+    assert first["triton_layer_norm"].r_block == 1024
+    assert first["triton_layer_norm_short"].x_block > 1
+    assert not first["triton_softmax_long"].persistent
+    assert first["triton_transposed"].y_block >= 16
+    assert all(len(configs(c.region, target)) > 1 for c in CASES.values())
+
+
+def test_toolchain_names_the_architecture_and_the_helpers() -> None:
+    assert toolchain_id(Target.cuda(80)) != toolchain_id(Target.cuda(90))
+    assert "triton 3" in toolchain_id(Target.cuda(90))
+    assert "helpers" in toolchain_id(Target.cuda(90))

@@ -1,0 +1,358 @@
+"""What printed Triton kernels compute, in Triton's interpreter: every form of a nest in every kind of configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.codegen import triton_nests as nests
+from tests.codegen.triton_interpreter import Interpreter
+from tests.codegen.triton_nests import BF16, BOOL, F32, I64, Case
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.triton import TritonConfig, configs, print_region
+from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Sym, evaluate, symbol
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store
+from fxopt.target import Target
+
+TARGET = Target.cuda(90)
+LOOPED = TritonConfig(2, r_block=16, persistent=False)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    server = Interpreter()
+    yield server
+    server.close()
+
+
+def sample(case: Case, name: str) -> torch.Tensor:
+    spec, shape = case.region.buffers[name], case.shape(name)
+    if spec.dtype == BOOL:
+        values = torch.rand(shape) < 0.1
+    elif spec.dtype.is_floating_point:
+        values = torch.randn(shape, dtype=torch.float64).to(spec.dtype)
+    else:
+        values = torch.randint(-5, 5, shape).to(spec.dtype)
+    return torch.empty_strided(shape, case.strides(name), dtype=spec.dtype).copy_(values)
+
+
+def garbage(extent: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((extent,), float("nan") if dtype.is_floating_point else 1, dtype=dtype)
+
+
+def run(server: Interpreter, case: Case, config: TritonConfig, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of the printed kernels; whatever no input fills starts as garbage."""
+    printed = print_region(case.region, config, TARGET)
+    memory = {n: t.as_strided((case.extent(n),), (1,)).clone() for n, t in inputs.items()}
+    for name in case.outputs:
+        memory.setdefault(name, garbage(case.extent(name), case.region.buffers[name].dtype))
+    for spec in printed.scratch:
+        memory[spec.name] = garbage(evaluate(spec.extent, case.sizes), spec.dtype)
+    for kernel in printed.kernels:
+        server.run(kernel, memory, case.sizes)
+    return [memory[n].as_strided(case.shape(n), case.strides(n)) for n in case.outputs]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, slack: float = 8.0) -> None:
+    """Within `slack` rounding errors of float64's result, at its scale; NaN and infinities alike."""
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected.to(actual.dtype))
+        return
+    scale = max(1.0, float(expected[expected.isfinite()].abs().max())) if expected.isfinite().any() else 1.0
+    atol = slack * torch.finfo(actual.dtype).eps * scale
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=atol, equal_nan=True)
+
+
+def check(server: Interpreter, case: Case, config: TritonConfig, slack: float = 8.0, **given: torch.Tensor) -> None:
+    inputs = {n: given.get(n, sample(case, n)) for n in case.inputs}
+    wide = [t.double() if t.is_floating_point() else t for t in inputs.values()]
+    for actual, expected in zip(run(server, case, config, inputs), case.reference(*wide), strict=True):
+        close(actual, expected, slack)
+
+
+def every_config(case: Case) -> list[TritonConfig]:
+    return configs(case.region, TARGET)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16, torch.float64])
+def test_pointwise(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    check(interpreter, nests.pointwise(1000, dtype), TritonConfig(128))
+
+
+def test_symbolic_broadcast(interpreter: Interpreter) -> None:
+    check(interpreter, nests.broadcast_symbolic(), TritonConfig(64))
+
+
+@pytest.mark.parametrize("config", [TritonConfig(32, y_block=16), TritonConfig(128)])
+def test_transposed(interpreter: Interpreter, config: TritonConfig) -> None:
+    check(interpreter, nests.transposed(F32), config)
+    check(interpreter, nests.nhwc_add(), config)
+
+
+@pytest.mark.parametrize(
+    "config", [TritonConfig(1), TritonConfig(4), LOOPED, TritonConfig(1, split=4), TritonConfig(1, split=3)]
+)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_softmax(interpreter: Interpreter, config: TritonConfig, dtype: torch.dtype) -> None:
+    case = nests.softmax(6, 100, dtype)
+    x = sample(case, "a")
+    x[1] = -float("inf")
+    x[2, ::2] = -float("inf")
+    x[3, 50:] = -float("inf")
+    x[4, 7] = float("inf")
+    x[5, 9] = float("nan")
+    check(interpreter, case, config, a=x)
+
+
+def test_symbolic_softmax(interpreter: Interpreter) -> None:
+    s0, s1 = Sym("s0", lo=1), Sym("s1", lo=1)
+    check(interpreter, nests.softmax(symbol(s0), symbol(s1), F32, log=True, s0=5, s1=37), LOOPED)
+
+
+@pytest.mark.parametrize("config", [TritonConfig(1), TritonConfig(4), LOOPED, TritonConfig(1, split=3)])
+@pytest.mark.parametrize("row", [96, 100])
+def test_layer_norm(interpreter: Interpreter, config: TritonConfig, row: int) -> None:
+    case = nests.layer_norm(7, row, F32)
+    check(interpreter, case, config, slack=200.0, a=sample(case, "a") + 100)  # a + b alone rounds at 100 * eps
+
+
+@pytest.mark.parametrize("config", [TritonConfig(2), LOOPED, TritonConfig(2, split=3)])
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("kind", ["sum", "prod", "max", "min", "argmax", "argmin", "any", "all"])
+def test_reductions(interpreter: Interpreter, kind: str, columns: bool, config: TritonConfig) -> None:
+    dtype = BOOL if kind in ("any", "all") else F32
+    case = nests.reduction(kind, 5, 50, dtype, columns)
+    x = sample(case, "a")
+    if kind not in ("sum", "prod", "any", "all"):
+        row = x.T if columns else x
+        row[1, 30], row[1, 40] = float("nan"), float("nan")
+        row[2] = -float("inf") if kind.endswith("max") else float("inf")
+        row[3] = 2.0
+    check(interpreter, case, config, a=x)
+
+
+@pytest.mark.parametrize("config", [TritonConfig(4), LOOPED])
+@pytest.mark.parametrize("kind", ["sum", "max", "min", "argmax"])
+@pytest.mark.parametrize("dtype", [I64, torch.int32, torch.int8, torch.uint8])
+def test_integer_reductions(interpreter: Interpreter, kind: str, dtype: torch.dtype, config: TritonConfig) -> None:
+    case = nests.reduction(kind, 4, 45, dtype)
+    x = sample(case, "a")
+    result = run(interpreter, case, config, {"a": x})[0]
+    assert torch.equal(result, case.reference(x)[0].to(result.dtype))
+
+
+@pytest.mark.parametrize("config", [TritonConfig(4), LOOPED, TritonConfig(4, split=5)])
+def test_column_variance(interpreter: Interpreter, config: TritonConfig) -> None:
+    check(interpreter, nests.variance(6, 130), config)
+
+
+@pytest.mark.parametrize("make", [nests.cat, nests.gather, nests.scatter_add, lambda: nests.in_place(77)])
+def test_memory_forms(interpreter: Interpreter, make: object) -> None:
+    assert callable(make)
+    check(interpreter, make(), TritonConfig(32))
+
+
+def test_index_out_of_bounds_is_an_assert(interpreter: Interpreter) -> None:
+    case = nests.gather()
+    inputs = {"t": sample(case, "t"), "i": torch.full((9,), 20)}
+    with pytest.raises(RuntimeError, match="index out of bounds for dimension of size 20"):
+        run(interpreter, case, TritonConfig(32), inputs)
+
+
+@pytest.mark.parametrize("config", [TritonConfig(2), LOOPED])
+@pytest.mark.parametrize("kind", ["cumsum", "cumprod", "cummax", "cummin"])
+def test_scans(interpreter: Interpreter, kind: str, config: TritonConfig) -> None:
+    check(interpreter, nests.cumulative(kind, 3, 40), config)
+
+
+def test_every_proposed_configuration(interpreter: Interpreter) -> None:
+    cases = [nests.pointwise(500, F32), nests.layer_norm(9, 70, BF16), nests.reduction("sum", 40, 90, F32, True)]
+    for case in [*cases, nests.transposed(BF16), nests.reduction("argmax", 2, 300, F32)]:
+        for config in every_config(case):
+            check(interpreter, case, config)
+
+
+def test_empty_rows_reduce_to_the_neutral_element(interpreter: Interpreter) -> None:
+    check(interpreter, nests.reduction("sum", 4, 0, F32), TritonConfig(2))
+
+
+def test_int64_indexing_when_sizes_are_unbounded() -> None:
+    bounded = nests.pointwise(1000, F32)
+    assert "int64" not in print_region(bounded.region, TritonConfig(64), TARGET).kernels[0].text
+    kernel = print_region(nests.broadcast_symbolic().region, TritonConfig(64), TARGET).kernels[0]
+    assert "i64" in kernel.compile_options["signature"].values()
+
+
+def test_texts_are_canonical() -> None:
+    one, other = nests.pointwise(256, F32), nests.pointwise(256, F32)
+    renamed = {b: f"other_{b}" for b in "abo"}
+    x = Sym("x5", size=256)
+    a, b = (Load(renamed[n], symbol(x), F32) for n in "ab")
+    value = nests.op("mul", nests.op("add", a, b), nests.op("sigmoid", a))
+    other.region.buffers.update({renamed[n]: other.region.buffers.pop(n) for n in "abo"})
+    nest = Nest((x,), (), (Store("other_o", symbol(x), value),))
+    second = type(other.region)("r2", nest, other.region.buffers, other.region.device)
+    first = print_region(one.region, TritonConfig(64), TARGET).kernels[0]
+    assert first.text == print_region(second, TritonConfig(64), TARGET).kernels[0].text
+
+
+def test_bfloat16_atomics_are_refused() -> None:
+    x = Sym("x0", size=8)
+    nest = Nest((x,), (), (Store("o", 0, Load("a", symbol(x), BF16), "add"),))
+    case = nests.make(nest, [nests.buffer("a", BF16, (8,)), nests.buffer("o", BF16, (1,))], "a", "o", lambda a: a)
+    with pytest.raises(UnsupportedError, match="atomic addition"):
+        print_region(case.region, TritonConfig(8), TARGET)
+
+
+def elementwise(name: str, dtypes: list[torch.dtype], out: torch.dtype, n: int) -> Case:
+    x = Sym("x0", size=n)
+    args: tuple[Scalar, ...] = tuple(Load(f"a{k}", symbol(x), d) for k, d in enumerate(dtypes))
+    nest = Nest((x,), (), (Store("o", symbol(x), Op(name, args, out)),))
+    buffers = [nests.buffer(f"a{k}", d, (n,)) for k, d in enumerate(dtypes)] + [nests.buffer("o", out, (n,))]
+    return nests.make(nest, buffers, " ".join(f"a{k}" for k in range(len(dtypes))), "o", lambda *a: a[0])
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.5, -2.5, 3.0, -7.3, 1e-40, 88.0, float("inf"), -float("inf"), float("nan")]
+UNARY = {
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "round": torch.round,
+    "reciprocal": torch.reciprocal,
+    "sqrt": torch.sqrt,
+    "exp": torch.exp,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "erf": torch.erf,
+    "isnan": torch.isnan,
+    "isinf": torch.isinf,
+    "signbit": torch.signbit,
+}
+BINARY = {
+    "floordiv": torch.floor_divide,
+    "remainder": torch.remainder,
+    "fmod": torch.fmod,
+    "pow": torch.pow,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "truediv": torch.true_divide,
+    "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+    "atan2": torch.atan2,
+    "copysign": torch.copysign,
+    "le": torch.le,
+    "ne": torch.ne,
+}
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    if actual.is_floating_point():
+        assert torch.equal(actual.isnan(), expected.isnan())
+        zero = (actual == 0) & (expected == 0)
+        assert torch.equal(actual.signbit()[zero], expected.signbit()[zero])
+    rtol = 2**-7 if actual.dtype == BF16 else 2e-6  # the interpreter truncates to bfloat16
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_float_unary(interpreter: Interpreter, name: str) -> None:
+    x = torch.tensor(SPECIAL)
+    out = BOOL if name.startswith(("is", "signbit")) else F32
+    case = elementwise(name, [F32], out, len(x))
+    same(run(interpreter, case, TritonConfig(16), {"a0": x})[0], UNARY[name](x))
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_float_binary(interpreter: Interpreter, name: str) -> None:
+    values = torch.tensor([s for s in SPECIAL if s != 1e-40])  # eager's vectorised fmod takes denormals for zero
+    a, b = (t.reshape(-1).clone() for t in torch.meshgrid(values, values, indexing="ij"))
+    case = elementwise(name, [F32, F32], BOOL if name in ("le", "ne") else F32, len(a))
+    same(run(interpreter, case, TritonConfig(256), {"a0": a, "a1": b})[0], BINARY[name](a, b))
+
+
+INTEGER = {
+    "floordiv": torch.floor_divide,
+    "remainder": torch.remainder,
+    "fmod": torch.fmod,
+    "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+    "maximum": torch.maximum,
+    "bitwise_xor": torch.bitwise_xor,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int8, torch.uint8])
+@pytest.mark.parametrize("name", INTEGER)
+def test_integer_binary(interpreter: Interpreter, name: str, dtype: torch.dtype) -> None:
+    low = 0 if dtype == torch.uint8 else -9
+    values = torch.arange(low, 10).to(dtype)
+    a, b = (t.reshape(-1).clone() for t in torch.meshgrid(values, values[values != 0], indexing="ij"))
+    case = elementwise(name, [dtype, dtype], dtype, len(a))
+    same(run(interpreter, case, TritonConfig(512), {"a0": a, "a1": b})[0], INTEGER[name](a, b))
+
+
+def test_integer_power_and_shifts(interpreter: Interpreter) -> None:
+    a = torch.tensor([3, -3, 1, -1, 7, 2, 0, -1], dtype=I64)
+    b = torch.tensor([5, 3, 100, 101, 70, 62, 0, 8], dtype=I64)
+    case = elementwise("pow", [I64, I64], I64, 8)
+    same(run(interpreter, case, TritonConfig(8), {"a0": a, "a1": b})[0], a**b)
+    shift = torch.tensor([0, 1, 63, 64, 65, -1, 3, 2], dtype=I64)
+    expected = {"lshift": [3, -6, 0, 0, 0, 0, 0, -4], "rshift": [3, -2, 0, -1, 0, 0, 0, -1]}
+    expected["lshift"][2] = 1 << 63
+    for name, values in expected.items():
+        want = torch.tensor([v - (1 << 64) if v >= 1 << 63 else v for v in values])
+        case = elementwise(name, [I64, I64], I64, 8)
+        same(run(interpreter, case, TritonConfig(8), {"a0": a, "a1": shift})[0], want)
+
+
+@pytest.mark.parametrize("source", [F32, BF16, I64, BOOL, torch.uint8])
+@pytest.mark.parametrize("to", [F32, BF16, torch.float64, I64, torch.int8, torch.uint8, BOOL])
+def test_casts(interpreter: Interpreter, source: torch.dtype, to: torch.dtype) -> None:
+    x = torch.tensor([0.0, 1.0, 2.75, 100.9, 3.0, 0.3]).to(source)
+    case = elementwise("cast", [source], to, 6)
+    same(run(interpreter, case, TritonConfig(8), {"a0": x})[0], x.to(to))
+
+
+def test_bitcast_reads_stored_precision(interpreter: Interpreter) -> None:
+    x = torch.tensor([1.0, -2.5, 3.1]).to(BF16)
+    case = elementwise("bitcast", [BF16], torch.int16, 3)
+    assert torch.equal(run(interpreter, case, TritonConfig(4), {"a0": x})[0], x.view(torch.int16))
+
+
+def test_random_bits_are_those_of_the_eager_form(interpreter: Interpreter) -> None:
+    random_ops = pytest.importorskip("fxopt.ir.random_ops")
+    x = Sym("x0", size=64)
+    seed, counter = Load("s", 0, I64), IndexValue(symbol(x))
+    stores = (
+        Store("u", symbol(x), Op("rand", (seed, counter), F32)),
+        Store("n", symbol(x), Op("randn", (seed, counter), F32)),
+        Store("i", symbol(x), Op("randint", (seed, counter, Const(-3, I64), Const(1000, I64)), I64)),
+    )
+    buffers = [nests.buffer("s", I64, ()), *(nests.buffer(n, d, (64,)) for n, d in (("u", F32), ("n", F32), ("i", I64)))]
+    case = nests.make(Nest((x,), (), stores), buffers, "s", "u n i", lambda s: s)
+    seed_value = torch.tensor(-(2**40) - 12345)
+    u, n, i = run(interpreter, case, TritonConfig(64), {"s": seed_value})
+    assert random_ops is not None
+    assert torch.equal(u, torch.ops.fxopt.rand(seed_value, [64]))
+    assert torch.equal(i, torch.ops.fxopt.randint(seed_value, -3, 1000, [64]))
+    torch.testing.assert_close(n, torch.ops.fxopt.randn(seed_value, [64]), rtol=1e-5, atol=1e-6)
+
+
+def test_masked_reduction_keeps_its_guard(interpreter: Interpreter) -> None:
+    """Rows past the end of the first input of a cat must not be read, reductions included."""
+    p, r = Sym("x0", size=6), Sym("r1", size=20)
+    inside = Op("lt", (IndexValue(symbol(p)), Const(2, I64)), BOOL)
+    total = Reduce("sum", (Load("a", symbol(p) * 20 + symbol(r), F32),), (r,), F32)
+    nest = Nest((p,), (r,), (Store("o", symbol(p), Masked(inside, total, Const(7.0, F32))),))
+    buffers = [nests.buffer("a", F32, (2, 20)), nests.buffer("o", F32, (6,))]
+    case = nests.make(nest, buffers, "a", "o", lambda a: torch.cat((a.sum(1), torch.full((4,), 7.0, dtype=a.dtype))))
+    for config in (TritonConfig(4), LOOPED):
+        check(interpreter, case, config)
+        assert "&" in print_region(case.region, config, TARGET).kernels[0].text

@@ -1,0 +1,219 @@
+"""Hand-built regions that the Triton tests share, with what they compute as torch functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fxopt.ir.exprs import Int, Sym, contiguous_strides, evaluate, symbol
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, indirect_symbol
+from fxopt.ir.region import BufferSpec, Region
+
+CPU = torch.device("cpu")
+F32, BF16, I64, BOOL = torch.float32, torch.bfloat16, torch.int64, torch.bool
+
+
+@dataclass
+class Case:
+    """A region, the function from input tensors to output tensors (in order of the stores), values of its size symbols."""
+
+    region: Region
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    reference: Callable[..., tuple[torch.Tensor, ...]]
+    sizes: dict[str, int]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(evaluate(s, self.sizes) for s in self.region.buffers[name].shape)
+
+    def strides(self, name: str) -> tuple[int, ...]:
+        return tuple(evaluate(s, self.sizes) for s in self.region.buffers[name].strides)
+
+    def extent(self, name: str) -> int:
+        return evaluate(self.region.buffers[name].extent, self.sizes)
+
+
+def buffer(name: str, dtype: torch.dtype, shape: tuple[Int, ...], strides: tuple[Int, ...] | None = None) -> BufferSpec:
+    return BufferSpec(name, dtype, CPU, shape, contiguous_strides(shape) if strides is None else strides)
+
+
+def make(
+    nest: Nest, buffers: list[BufferSpec], inputs: str, outputs: str, reference: Callable[..., object], **sizes: int
+) -> Case:
+    def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = reference(*args)
+        return out if isinstance(out, tuple) else (out,)
+
+    region = Region("region", nest, {b.name: b for b in buffers}, CPU)
+    return Case(region, tuple(inputs.split()), tuple(outputs.split()), call, sizes)
+
+
+def cast(x: Scalar, dtype: torch.dtype) -> Scalar:
+    return x if x.dtype == dtype else Op("cast", (x,), dtype)
+
+
+def op(name: str, *args: Scalar) -> Op:
+    return Op(name, args, args[0].dtype)
+
+
+def rows(points: Int, row: Int) -> tuple[Sym, Sym, Int]:
+    """Symbols of a (points, row) domain and its row-major index."""
+    p, r = Sym("x0", size=points), Sym("r1", size=row)
+    return p, r, symbol(p) * row + symbol(r)
+
+
+def pointwise(n: int, dtype: torch.dtype) -> Case:
+    x = Sym("x0", size=n)
+    a, b = Load("a", symbol(x), dtype), Load("b", symbol(x), dtype)
+    nest = Nest((x,), (), (Store("o", symbol(x), op("mul", op("add", a, b), op("sigmoid", a))),))
+    buffers = [buffer(name, dtype, (n,)) for name in "abo"]
+    return make(nest, buffers, "a b", "o", lambda a, b: (a + b) * torch.sigmoid(a))
+
+
+def broadcast_symbolic() -> Case:
+    s0, s1 = Sym("s0", lo=2), Sym("s1", lo=2)
+    n, m = symbol(s0), symbol(s1)
+    x, y = Sym("x0", size=n), Sym("x1", size=m)
+    at = symbol(x) * m + symbol(y)
+    nest = Nest((x, y), (), (Store("o", at, op("add", Load("a", at, F32), Load("b", symbol(y), F32))),))
+    buffers = [buffer("a", F32, (n, m)), buffer("b", F32, (m,)), buffer("o", F32, (n, m))]
+    return make(nest, buffers, "a b", "o", lambda a, b: a + b, s0=37, s1=21)
+
+
+def transposed(dtype: torch.dtype, n: int = 70, m: int = 45) -> Case:
+    x, y = Sym("x0", size=n), Sym("x1", size=m)
+    a, b = Load("a", symbol(y) * n + symbol(x), dtype), Load("b", symbol(x) * m + symbol(y), dtype)
+    nest = Nest((x, y), (), (Store("o", symbol(x) * m + symbol(y), op("add", a, b)),))
+    buffers = [buffer("a", dtype, (n, m), (1, n)), buffer("b", dtype, (n, m)), buffer("o", dtype, (n, m))]
+    return make(nest, buffers, "a b", "o", lambda a, b: a + b)
+
+
+def nhwc_add() -> Case:
+    """NCHW plus channels-last, stored channels-last."""
+    shape = (2, 24, 5, 7)
+    n, c, h, w = (Sym(f"x{i}", size=s) for i, s in enumerate(shape))
+    last = (5 * 7 * 24, 1, 7 * 24, 24)
+    first = contiguous_strides(shape)
+
+    def at(strides: tuple[Int, ...]) -> Int:
+        return sum((symbol(s) * d for s, d in zip((n, c, h, w), strides, strict=True)), 0)
+
+    value = op("add", op("add", Load("a", at(first), F32), Load("b", at(last), F32)), Load("k", symbol(c), F32))
+    buffers = [
+        buffer("a", F32, shape),
+        buffer("b", F32, shape, last),
+        buffer("k", F32, (24,)),
+        buffer("o", F32, shape, last),
+    ]
+    nest = Nest((n, c, h, w), (), (Store("o", at(last), value),))
+    return make(nest, buffers, "a b k", "o", lambda a, b, k: a + b + k[:, None, None])
+
+
+def softmax(points: Int, row: Int, dtype: torch.dtype, log: bool = False, **sizes: int) -> Case:
+    p, r, at = rows(points, row)
+    x = cast(Load("a", at, dtype), F32)
+    top, total = (Reduce("softmax_stats", (x,), (r,), F32, k) for k in (0, 1))
+    shifted = op("sub", x, top)
+    value = op("sub", shifted, op("log", total)) if log else op("truediv", op("exp", shifted), total)
+    nest = Nest((p,), (r,), (Store("o", at, cast(value, dtype)),))
+    buffers = [buffer("a", dtype, (points, row)), buffer("o", dtype, (points, row))]
+    function = torch.log_softmax if log else torch.softmax
+    return make(nest, buffers, "a", "o", lambda a: function(a, 1), **sizes)
+
+
+def layer_norm(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> Case:
+    """A residual add, LayerNorm and its statistics: three stores of two kinds."""
+    p, r, at = rows(points, row)
+    x = op("add", cast(Load("a", at, dtype), F32), cast(Load("b", at, dtype), F32))
+    mean, m2 = (Reduce("welford", (x,), (r,), F32, k) for k in (0, 1))
+    scale = op("rsqrt", op("add", op("truediv", m2, cast(IndexValue(row), F32)), Const(1e-5, F32)))
+    weight, bias = (cast(Load(n, symbol(r), dtype), F32) for n in "wc")
+    value = op("add", op("mul", op("mul", op("sub", x, mean), scale), weight), bias)
+    stores = (Store("o", at, cast(value, dtype)), Store("mean", symbol(p), mean), Store("scale", symbol(p), scale))
+    buffers = [buffer(n, dtype, (points, row)) for n in "abo"] + [buffer(n, dtype, (row,)) for n in "wc"]
+    buffers += [buffer("mean", F32, (points,)), buffer("scale", F32, (points,))]
+
+    def reference(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = a + b
+        variance, mean = torch.var_mean(x, 1, correction=0)
+        scale = (variance + 1e-5).rsqrt()
+        return (x - mean[:, None]) * scale[:, None] * w + c, mean, scale
+
+    return make(Nest((p,), (r,), stores), buffers, "a b w c", "o mean scale", reference, **sizes)
+
+
+def reduction(kind: str, points: int, row: int, dtype: torch.dtype, columns: bool = False) -> Case:
+    """One reduction of every kind; over the strided axis when `columns`."""
+    p, r, at = rows(points, row)
+    shape, dim = (points, row), 1
+    if columns:
+        at, shape, dim = symbol(r) * points + symbol(p), (row, points), 0
+    x = Load("a", at, dtype)
+    out = {"any": BOOL, "all": BOOL, "argmax": I64, "argmin": I64}.get(kind, dtype)
+    operands = (x, IndexValue(symbol(r))) if kind.startswith("arg") else (x,)
+    nest = Nest((p,), (r,), (Store("o", symbol(p), Reduce(kind, operands, (r,), out)),))
+    functions = {"max": torch.amax, "min": torch.amin, "sum": torch.sum, "prod": torch.prod}
+    function = functions.get(kind) or getattr(torch, kind)
+    buffers = [buffer("a", dtype, shape), buffer("o", out, (points,))]
+    return make(nest, buffers, "a", "o", lambda a: function(a, dim))
+
+
+def variance(points: int, row: int) -> Case:
+    """Column statistics, as in BatchNorm."""
+    p, r = Sym("x0", size=points), Sym("r1", size=row)
+    x = Load("a", symbol(r) * points + symbol(p), F32)
+    mean, m2 = (Reduce("welford", (x,), (r,), F32, k) for k in (0, 1))
+    stores = (Store("m", symbol(p), mean), Store("v", symbol(p), op("truediv", m2, Const(float(row), F32))))
+    buffers = [buffer("a", F32, (row, points)), buffer("m", F32, (points,)), buffer("v", F32, (points,))]
+    return make(Nest((p,), (r,), stores), buffers, "a", "m v", lambda a: tuple(reversed(torch.var_mean(a, 0, correction=0))))
+
+
+def cat() -> Case:
+    x = Sym("x0", size=33)
+    inside = Op("lt", (IndexValue(symbol(x)), Const(13, I64)), BOOL)
+    value = Masked(inside, Load("a", symbol(x), F32), Load("b", symbol(x) - 13, F32))
+    other = Op("ge", (IndexValue(symbol(x)), Const(13, I64)), BOOL)
+    value = Masked(inside, Load("a", symbol(x), F32), Masked(other, Load("b", symbol(x) - 13, F32), Const(0.0, F32)))
+    buffers = [buffer("a", F32, (13,)), buffer("b", F32, (20,)), buffer("o", F32, (33,))]
+    return make(Nest((x,), (), (Store("o", symbol(x), value),)), buffers, "a b", "o", lambda a, b: torch.cat((a, b)))
+
+
+def gather() -> Case:
+    """Embedding: rows of a table by checked index, negative ones from the end."""
+    x, y = Sym("x0", size=9), Sym("x1", size=12)
+    checked = Op("checked_index", (Load("i", symbol(x), I64), Const(20, I64)), I64)
+    t, bound = indirect_symbol(checked, 20)
+    value = Load("t", symbol(t) * 12 + symbol(y), F32, (bound,))
+    buffers = [buffer("t", F32, (20, 12)), buffer("i", I64, (9,)), buffer("o", F32, (9, 12))]
+    nest = Nest((x, y), (), (Store("o", symbol(x) * 12 + symbol(y), value),))
+    return make(nest, buffers, "t i", "o", lambda t, i: t[i])
+
+
+def scatter_add() -> Case:
+    x, y = Sym("x0", size=30), Sym("x1", size=8)
+    t, bound = indirect_symbol(Op("checked_index", (Load("i", symbol(x), I64), Const(5, I64)), I64), 5)
+    store = Store("o", symbol(t) * 8 + symbol(y), Load("a", symbol(x) * 8 + symbol(y), F32), "add", (bound,))
+    buffers = [buffer("i", I64, (30,)), buffer("a", F32, (30, 8)), buffer("o", F32, (5, 8))]
+    reference = lambda i, a, o: o.index_add(0, i % 5, a)  # noqa: E731
+    return make(Nest((x, y), (), (store,)), buffers, "i a o", "o", reference)
+
+
+def cumulative(kind: str, points: int, row: int) -> Case:
+    p, r, at = rows(points, row)
+    scan = Scan(kind, Load("a", at, F32), r, F32)
+    buffers = [buffer("a", F32, (points, row)), buffer("o", F32, (points, row))]
+    functions = {"cummax": lambda a: torch.cummax(a, 1)[0], "cummin": lambda a: torch.cummin(a, 1)[0]}
+    function = functions.get(kind) or (lambda a: getattr(torch, kind)(a, 1))
+    return make(Nest((p,), (r,), (Store("o", at, scan),)), buffers, "a", "o", function)
+
+
+def in_place(n: int) -> Case:
+    """Momentum update: two buffers read and written."""
+    x = Sym("x0", size=n)
+    w, m, g = (Load(b, symbol(x), F32) for b in "wmg")
+    momentum = op("add", op("mul", m, Const(0.9, F32)), g)
+    stores = (Store("m", symbol(x), momentum), Store("w", symbol(x), op("sub", w, op("mul", momentum, Const(0.1, F32)))))
+    buffers = [buffer(b, F32, (n,)) for b in "wmg"]
+    return make(Nest((x,), (), stores), buffers, "w m g", "m w", lambda w, m, g: (0.9 * m + g, w - 0.1 * (0.9 * m + g)))
