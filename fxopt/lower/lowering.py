@@ -409,7 +409,9 @@ class Lowering:
         dest, value = self.values[node.args[0]], self.values[node.args[1]]  # type: ignore[index]
         if not isinstance(dest, Stored) or dest.dtype not in KERNEL_DTYPES or not isinstance(value, (Stored, Computed)):
             return self.call(node)
-        self._store_pending_readers(dest.buffer, node)
+        if value == dest:  # the op that made the value has written it in place
+            return dest
+        self.store_pending_readers(dest.buffer, node)
         value = self.values[node.args[1]]  # type: ignore[index]
         points = tuple(index(f"x{k}", size) for k, size in enumerate(dest.shape))
         source = _broadcast(value, dest.shape)
@@ -421,7 +423,8 @@ class Lowering:
         self.emit(Nest(symbols_of(points), (), (Store(dest.buffer, where, body),)), dest.device, nodes_of(value))
         return dest
 
-    def _store_pending_readers(self, buffer: str, writer: fx.Node) -> None:
+    def store_pending_readers(self, buffer: str, writer: fx.Node) -> None:
+        """Store every expression that reads `buffer` and is wanted after `writer`, which changes it."""
         for node, value in list(self.values.items()):
             live = any(user is not writer and user not in self.values for user in node.users)
             if live and isinstance(value, Computed) and buffer in Nest((), (), (Store("", 0, value.body),)).reads():

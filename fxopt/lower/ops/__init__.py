@@ -7,6 +7,7 @@ from fxopt.lower.ops import (
     indexing,
     joins,
     pointwise,
+    pooling,
     random,
     reductions,
     scans,
@@ -28,4 +29,5 @@ TABLES = (
     joins.TABLE,
     indexing.TABLE,
     scatters.TABLE,
+    pooling.TABLE,
 )

@@ -14,8 +14,10 @@ from fxopt.lower import layout
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.bounds import BOOL, all_of, compare, dim_of, inside, is_empty, range_start, wrapped
 from fxopt.lower.ops.elements import Indices, fresh, zeros
+from fxopt.lower.ops.in_place import own_memory, own_view
 from fxopt.lower.ops.indexing import Advanced, Place, along
 from fxopt.lower.ops.indirect import position, require_device, require_integer
+from fxopt.lower.ops.views import apply, selected, sliced
 from fxopt.lower.table import Table
 from fxopt.lower.values import Computed, Value, at, broadcast_indices, cast, known_equal, pointwise, size_value
 
@@ -44,7 +46,7 @@ def scattered(
     *,
     accumulate: bool,
 ) -> Value:
-    """A copy of `x` in which, for each index i of `shape`, value(i) is stored at (or added to) place(i).
+    """A copy of `x` (or `x`, if it may) in which value(i) is stored at, or added to, place(i) for each index i of `shape`.
 
     Which of several values for one place wins, or in which order they are added, is not defined: UnsupportedError under
     torch.use_deterministic_algorithms.
@@ -55,9 +57,11 @@ def scattered(
     if is_empty(x.shape) or is_empty(shape):
         return fresh(x)
     dtype = accumulator(x.dtype) if accumulate else x.dtype
-    start = fresh(x)
-    start = Computed(cast(start.body, dtype), dtype, x.device, x.shape, start.nodes)
-    dest = ctx.store(start, layout.dense_strides(ctx, ctx.out()))
+    dest = own_memory(ctx, x, inputs) if dtype == x.dtype else None
+    if dest is None:
+        start = fresh(x)
+        start = Computed(cast(start.body, dtype), dtype, x.device, x.shape, start.nodes)
+        dest = ctx.store(start, layout.dense_strides(ctx, ctx.out()))
 
     def element(i: Indices) -> tuple[Sequence[Int], Any, Scalar]:
         where, bindings = place(i)
@@ -254,8 +258,19 @@ def embedding_dense_backward(
 @TABLE.lowers(aten.slice_scatter.default)
 def slice_scatter(
     ctx: Lowering, x: Value, src: Value, dim: int = 0, start: Int | None = None, end: Int | None = None, step: Int = 1
-) -> Computed:
-    return sliced_in(x, src, dim, start, step)
+) -> Value:
+    dim = dim_of(dim, len(x.shape))
+    view = apply(x, sliced(x.shape, dim, range_start(start, x.shape[dim]), step, src.shape[dim]))
+    return _written(ctx, x, view, src) or sliced_in(x, src, dim, start, step)
+
+
+def _written(ctx: Lowering, x: Value, view: Value, src: Value) -> Value | None:
+    """`x` with `src` stored into `view` of it, when that may be done in its own memory."""
+    dest = None if is_empty(src.shape) or src.device != x.device else own_view(ctx, x, view, src)
+    if dest is None:
+        return None
+    ctx.scatter(dest, src.shape, lambda i: (i, (), at(src, i)), "set", (src,))
+    return x
 
 
 def sliced_in(x: Value, src: Value, dim: int, start: Int | None, step: Int) -> Computed:
@@ -275,8 +290,10 @@ def sliced_in(x: Value, src: Value, dim: int, start: Int | None, step: Int) -> C
 
 
 @TABLE.lowers(aten.select_scatter.default)
-def select_scatter(ctx: Lowering, x: Value, src: Value, dim: int, index: Int) -> Computed:
-    return selected_in(x, src, dim, index)
+def select_scatter(ctx: Lowering, x: Value, src: Value, dim: int, index: Int) -> Value:
+    dim = dim_of(dim, len(x.shape))
+    view = apply(x, selected(x.shape, dim, wrapped(index, x.shape[dim])))
+    return _written(ctx, x, view, src) or selected_in(x, src, dim, index)
 
 
 def selected_in(x: Value, src: Value, dim: int, index: Int) -> Computed:

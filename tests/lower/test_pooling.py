@@ -1,0 +1,87 @@
+"""Pooling forward and backward: padding, ceil_mode, dilation, NaN, positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.lower.capturing import check_exact, library_calls, lower_function
+from tests.lower.harness import check
+
+aten = torch.ops.aten
+
+WINDOWS: list[dict[str, Any]] = [
+    {"kernel_size": [2]},
+    {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 0]},
+    {"kernel_size": [3], "stride": [2], "padding": [1], "ceil_mode": True},
+    {"kernel_size": [2], "stride": [3], "ceil_mode": True},
+]
+
+
+@pytest.mark.parametrize("window", [*WINDOWS, {"kernel_size": [3, 2], "dilation": [2, 3], "padding": [1]}])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_max(window: dict[str, Any], dynamic: bool) -> None:
+    for x in (torch.randn(2, 3, 8, 7), torch.randn(8, 7, 3).permute(2, 0, 1), torch.randint(-9, 9, (1, 2, 9, 8))):
+        check_exact(lambda x: aten.max_pool2d_with_indices.default(x, **window), x, dynamic=dynamic)
+
+
+def test_max_of_nan_and_infinities() -> None:
+    x = torch.randn(1, 1, 6, 6)
+    x[0, 0, 1, 1:3], x[0, 0, 3:, :3] = float("nan"), -float("inf")
+    check_exact(lambda x: aten.max_pool2d_with_indices.default(x, [3], [1], [1]), x)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("include", [True, False])
+def test_average(window: dict[str, Any], include: bool) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, 8, 7).to(dtype)
+        check(lambda x: aten.avg_pool2d.default(x, **window, count_include_pad=include), x)
+    check(lambda x: aten.avg_pool2d.default(x, **window, divisor_override=3), torch.randn(3, 8, 7))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_gradients(window: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 8, 7)
+    kernel, stride = window["kernel_size"], window.get("stride", window["kernel_size"])
+    padding, ceil_mode = window.get("padding", [0]), window.get("ceil_mode", False)
+    values, places = aten.max_pool2d_with_indices.default(x, **window)
+    grad = torch.randn_like(values)
+
+    def of_max(g: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return aten.max_pool2d_with_indices_backward.default(g, x, kernel, stride, padding, [1], ceil_mode, i)
+
+    check(of_max, grad, x, places)
+    _check_average_gradient(grad, x, (kernel, stride, padding, ceil_mode, True, None))
+    _check_average_gradient(grad, x, (kernel, stride, padding, ceil_mode, False, None))
+
+
+def _check_average_gradient(grad: torch.Tensor, x: torch.Tensor, arguments: tuple[Any, ...]) -> None:
+    check(lambda g, x: aten.avg_pool2d_backward.default(g, x, *arguments), grad, x)
+
+
+def test_gradient_of_dilated_max() -> None:
+    x = torch.randn(1, 2, 9, 9)
+    values, places = aten.max_pool2d_with_indices.default(x, [3], [2], [1], [2])
+    grad = torch.randn_like(values)
+    check(lambda g, x, i: aten.max_pool2d_with_indices_backward.default(g, x, [3], [2], [1], [2], False, i), grad, x, places)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 4), (8, 6), (10, 2)])
+def test_adaptive_average(size: tuple[int, int]) -> None:
+    check(lambda x: aten._adaptive_avg_pool2d.default(x, list(size)), torch.randn(2, 3, 8, 6))
+    if 8 % size[0] == 0 and 6 % size[1] == 0:
+        grad = torch.randn(2, 3, *size)
+        check(lambda g, x: aten._adaptive_avg_pool2d_backward.default(g, x), grad, torch.randn(2, 3, 8, 6))
+
+
+def test_large_windows_stay_with_eager() -> None:
+    lowered = lower_function(lambda x: aten.avg_pool2d.default(x, [7], [1]), (torch.randn(1, 1, 9, 9),))
+    assert library_calls(lowered) == ["aten::avg_pool2d.default"]
+
+
+def test_channels_last_is_kept() -> None:
+    x = torch.randn(2, 3, 8, 6).to(memory_format=torch.channels_last)
+    check_exact(lambda x: aten.max_pool2d_with_indices.default(x, [3], [2], [1]), x)
