@@ -46,7 +46,8 @@ def driver() -> ctypes.CDLL:
     lib.cuModuleGetFunction.argtypes = [pointer(handle), handle, ctypes.c_char_p]
     lib.cuFuncSetAttribute.argtypes = [handle, ctypes.c_int, ctypes.c_int]
     lib.cuModuleUnload.argtypes = [handle]
-    lib.cuLaunchKernel.argtypes = [handle, *[ctypes.c_uint] * 7, handle, handle, handle]
+    # cuLaunchKernel has no prototype: converting eleven arguments by one adds 0.9 us to 1.4 us. Handles are passed as
+    # c_void_p objects, and every other argument fits a C int.
     return lib
 
 
@@ -84,12 +85,12 @@ class CudaKernel:
         base = ctypes.addressof(slots)
         addresses = (ctypes.c_void_p * len(slots))(*(base + 8 * i for i in range(len(slots))))
         function, threads, shared = ctypes.c_void_p(self.function), self.threads, self.shared
-        lib, call = self.lib, self.lib.cuLaunchKernel
+        lib, call, handle = self.lib, self.lib.cuLaunchKernel, ctypes.c_void_p
         what = getattr(launch, "label", "") or self.name
 
         def run(stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: int) -> None:
             slots[:count] = arguments  # type: ignore[call-overload]  # any sequence will do
-            code = call(function, grid_x, grid_y, grid_z, threads, 1, 1, shared, stream, addresses, None)
+            code = call(function, grid_x, grid_y, grid_z, threads, 1, 1, shared, handle(stream), addresses, None)
             if code:
                 check(lib, code, f"launching {what}")
 

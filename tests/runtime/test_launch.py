@@ -43,7 +43,7 @@ class FakeDriver:
     def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
         addresses = rest[8]
         values = [ctypes.c_uint64.from_address(a).value for a in addresses]
-        self.launches.append({"function": function.value, "shape": rest[:7], "stream": rest[7], "values": values})
+        self.launches.append({"function": function.value, "shape": rest[:7], "stream": rest[7].value, "values": values})
         return self.refuse.get("launch", 0)
 
     def cuGetErrorName(self, code: int, out: Any) -> int:
