@@ -269,20 +269,27 @@ class Lowering:
         `results` lists (output of the kind, dtype of the buffer) for each value wanted. The results have `shape` without `dims`
         (or with size 1 there, when keepdim) and `strides` (row-major when None).
         """
-        dims = {d % max(len(shape), 1) for d in dims} if shape else set()
-        idx = tuple(index(f"{'r' if k in dims else 'x'}{k}", size) for k, size in enumerate(shape))
-        axes = symbols_of(tuple(i for k, i in enumerate(idx) if k in dims))
-        kept = tuple(k for k in range(len(shape)) if keepdim or k not in dims)
-        out_shape = tuple(1 if k in dims else shape[k] for k in kept)
-        out_index = tuple(0 if k in dims else idx[k] for k in kept)
-        points = symbols_of(tuple(i for k, i in enumerate(idx) if k not in dims))
+        over = {d % max(len(shape), 1) for d in dims} if shape else set()
+        idx = tuple(index(f"{'r' if k in over else 'x'}{k}", size) for k, size in enumerate(shape))
+        axes = symbols_of(tuple(i for k, i in enumerate(idx) if k in over))
+        kept = tuple(k for k in range(len(shape)) if keepdim or k not in over)
+        out_shape = tuple(1 if k in over else shape[k] for k in kept)
+        out_index = tuple(0 if k in over else idx[k] for k in kept)
+        points = symbols_of(tuple(i for k, i in enumerate(idx) if k not in over))
         args = operands(idx)
         device, nodes = _one_device(inputs), nodes_of(*inputs)
         out: list[Value] = []
+        empty = any(known_equal(shape[k], 0) for k in over)
         for position, dtype in results:
-            value = Reduce(kind, args, axes, accumulate, position) if axes else trivial_reduction(kind, args, accumulate, position)
+            if empty:
+                value: Scalar = empty_reduction(kind, accumulate, position)
+            elif axes:
+                value = Reduce(kind, args, axes, accumulate, position)
+            else:
+                value = trivial_reduction(kind, args, accumulate, position)
             dest = self.new_buffer(dtype, device, out_shape, strides)
-            self.emit(Nest(points, axes, (Store(dest.buffer, address(dest, out_index), cast(value, dtype)),)), device, nodes)
+            store = Store(dest.buffer, address(dest, out_index), cast(value, dtype))
+            self.emit(Nest(points, () if empty else axes, (store,)), device, nodes)
             out.append(dest)
         return tuple(out)
 
@@ -439,6 +446,23 @@ def trivial_reduction(kind: str, args: tuple[Scalar, ...], dtype: torch.dtype, o
         difference = Op("sub", (cast(args[0], dtype), cast(args[0], dtype)), dtype)  # NaN for infinities, as over many elements
         return difference if kind == "welford" else Op("exp", (difference,), dtype)
     return cast(args[0], dtype)
+
+
+def empty_reduction(kind: str, dtype: torch.dtype, output: int) -> Scalar:
+    """The reduction of no elements: a constant, so that no kernel reads memory that is not there."""
+    if kind not in _OF_NOTHING:
+        raise UnsupportedError(f"{kind} of no elements is an error")
+    return Const(_OF_NOTHING[kind][output], dtype)
+
+
+_OF_NOTHING: dict[str, tuple[float, ...]] = {
+    "sum": (0,),
+    "prod": (1,),
+    "any": (False,),
+    "all": (True,),
+    "welford": (float("nan"), 0.0),
+    "softmax_stats": (-float("inf"), 0.0),
+}
 
 
 def symbols_of(indices: tuple[Int, ...]) -> tuple[Sym, ...]:

@@ -1,48 +1,42 @@
-"""Lower a plain function and run the result in the interpreter, next to eager."""
+"""Functions as AOTAutograd would hand them over (decomposed, then functional), lowered, run and compared with eager."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from interpreter import run_lowered
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fxopt.ir.graph import Graph, Input, Phase, Role
-from fxopt.journal import Journal
-from fxopt.lower import Lowered, lower_graph
+from fxopt.lower import Lowered
+from tests.lower.capturing import library_calls, lower_function
+from tests.lower.interpreter import run_lowered
+from tests.numerics import assert_closer, to_float64
 
 
-def capture(fn: Callable[..., Any], *args: torch.Tensor, decompose: dict[Any, Any] | None = None) -> Graph:
-    """The functional ATen graph of fn(*tensors) with static shapes; ops in `decompose` are taken apart."""
-    gm = make_fx(functionalize(fn), decomposition_table=decompose or {}, tracing_mode="fake")(*args)
-    inputs = [Input(n.name, Role.USER) for n in gm.graph.nodes if n.op == "placeholder"]
-    return Graph(gm, inputs, Phase.INFERENCE, "test graph")
+def lower(fn: Callable[..., Any], args: tuple[Any, ...], *, decompose: Any = None, dynamic: bool = False) -> Lowered:
+    """`fn` on tensors `args`, ops in `decompose` taken apart; functional after that, since decompositions mutate."""
+    mode = "symbolic" if dynamic else "fake"
+    given = lambda *tensors: fn(*tensors)  # noqa: E731  make_fx refuses parameters with defaults
+    pieces = make_fx(given, decomposition_table=dict(decompose or {}), tracing_mode=mode)(*args)
+    return lower_function(functionalize(pieces), args, dynamic=dynamic)
 
 
-def lowered(fn: Callable[..., Any], *args: torch.Tensor, decompose: dict[Any, Any] | None = None) -> tuple[Lowered, Journal]:
-    journal = Journal("test graph")
-    return lower_graph(capture(fn, *args, decompose=decompose), journal), journal
-
-
-def run(low: Lowered, args: Sequence[torch.Tensor]) -> list[Any]:
+def outputs(fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> list[Any]:
+    """Results of fn(*args) through lowering; a library call is an error."""
+    low = lower(fn, args, dynamic=dynamic)
+    assert not library_calls(low), library_calls(low)
     return run_lowered(low, dict(zip(low.inputs, args, strict=True)))
 
 
-def outputs(fn: Callable[..., Any], *args: torch.Tensor, decompose: dict[Any, Any] | None = None) -> list[torch.Tensor]:
-    """Results of fn(*args) through lowering; a retreat to a library call is an error."""
-    low, journal = lowered(fn, *args, decompose=decompose)
-    assert not journal.retreats, journal.retreats
-    return run(low, args)
+def check(fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> None:
+    """Assert that fn through lowering is as close to float64 as eager is, with eager's dtypes, shapes and strides.
 
-
-def check(fn: Callable[..., Any], *args: torch.Tensor, tolerance: float | None = None) -> None:
-    """Assert that fn through lowering gives eager's values, dtypes, shapes and strides."""
-    got, want = outputs(fn, *args), pytree.tree_leaves(fn(*args))
+    Integers, booleans, NaN and infinities must be eager's own.
+    """
+    got, want = outputs(fn, *args, dynamic=dynamic), pytree.tree_leaves(fn(*args))
+    assert_closer(got, want, pytree.tree_leaves(fn(*to_float64(args))))
     for g, w in zip(got, want, strict=True):
-        assert g.stride() == w.stride() or g.numel() <= 1, (g.stride(), w.stride())
-        limits: dict[str, Any] = {} if tolerance is None else {"atol": tolerance, "rtol": tolerance}
-        torch.testing.assert_close(g, w, equal_nan=True, **limits)
+        assert g.stride() == w.stride() or g.numel() <= 1, f"strides {g.stride()}, eager's {w.stride()}"

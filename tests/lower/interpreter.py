@@ -1,8 +1,8 @@
 """A slow, independent interpreter of lowered graphs: the oracle for lowering and scheduling, needing no printer.
 
-A nest is evaluated by vectorised torch over its whole iteration domain: every index symbol is one axis of a broadcast grid, so
-an expression becomes a tensor with one axis per symbol and a reduction is a reduction with keepdim. float16 and bfloat16 are
-computed in float32 and rounded when stored, as the printers do; a graph captured in float64 is computed in float64.
+A nest is evaluated by vectorised torch over its whole iteration domain: every index symbol is one axis of a broadcast grid,
+so an expression becomes a tensor with one axis per symbol and a reduction is a reduction with keepdim. float16 and bfloat16
+are computed in float32 and rounded when stored, as the printers do; a graph captured in float64 is computed in float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxopt.ir.exprs import Atom, Expr, Int, Sym, as_symbol, evaluate
-from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder
+from fxopt.ir.loops import BINARY, COMPARE, Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region, Size
 from fxopt.lower.lowering import Lowered
 
@@ -28,8 +28,9 @@ Conditions = tuple[Scalar, ...]
 def run_lowered(lowered: Lowered, inputs: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> list[Any]:
     """Run every step of `lowered` on `inputs` (by input name) and return its outputs.
 
-    Size symbols are read from the shapes of the inputs; `sizes` gives those that no input shows. Inputs that the graph mutates
-    are mutated. A load or store outside its buffer raises AssertionError, a checked index outside its dimension IndexError.
+    Size symbols are read from the shapes of the inputs; `sizes` gives those that no input shows. Inputs that the graph
+    mutates are mutated. A load or store outside its buffer raises AssertionError, a checked index outside its dimension
+    IndexError.
     """
     return _Run(lowered, inputs, sizes or {}).outputs()
 
@@ -56,9 +57,8 @@ class _Run:
         spec = self.lowered.buffers[name]
         assert tensor.dtype == spec.dtype, f"{name} is {tensor.dtype}, declared {spec.dtype}"
         assert tuple(tensor.shape) == self.ints(spec.shape), f"{name} is {tuple(tensor.shape)}, declared {spec.shape}"
-        extent = (
-            0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        )
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        extent = 1 + reach if tensor.numel() else 0
         self.flat[name] = tensor.as_strided((extent,), (1,), tensor.storage_offset())
 
     def _step(self, step: Region | Call | Alias) -> None:
@@ -75,6 +75,8 @@ class _Run:
     def _region(self, region: Region) -> None:
         touched = {*region.nest.reads(), *region.nest.writes()}
         assert touched <= region.buffers.keys(), f"{region.name} does not describe {touched - region.buffers.keys()}"
+        if any(s.size is not None and self.int(s.size) == 0 for s in region.nest.points):
+            return
         values = _NestValues(region.nest, self.sizes, self._memory)
         for store, (where, value) in zip(region.nest.stores, values.stores(), strict=True):
             _write(self._memory(store.buffer), where, value, store.mode)
@@ -146,10 +148,8 @@ def _write(memory: torch.Tensor, where: torch.Tensor, value: torch.Tensor, mode:
     if mode == "set":
         memory[where] = value.to(memory.dtype)
     else:
-        wide = memory.to(compute_dtype(memory.dtype)).index_put(
-            (where,), value.to(compute_dtype(memory.dtype)), accumulate=True
-        )
-        memory.copy_(wide)
+        dtype = compute_dtype(memory.dtype)
+        memory.copy_(memory.to(dtype).index_put((where,), value.to(dtype), accumulate=True))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -289,10 +289,7 @@ class _NestValues:
     def _scan(self, node: Scan, under: Conditions) -> torch.Tensor:
         operand = self._spread(node.operand, under, (node.axis,))
         dim = self.axes.index(node.axis)
-        result = {"cumsum": torch.cumsum, "cumprod": torch.cumprod, "cummax": _cummax, "cummin": _cummin}[node.kind](
-            operand, dim
-        )
-        return result.to(compute_dtype(node.dtype))
+        return SCANS[node.kind](operand, dim).to(compute_dtype(node.dtype))
 
 
 def _axes(node: Reduce | Scan) -> Iterator[Sym]:
@@ -301,7 +298,7 @@ def _axes(node: Reduce | Scan) -> Iterator[Sym]:
 
 def _check_operands(node: Op) -> None:
     """Binary operators take two operands of one dtype; a mixture would be a promotion that the lowering forgot."""
-    if node.name in BINARY_NAMES:
+    if node.name in BINARY | COMPARE:
         a, b = node.args
         assert a.dtype == b.dtype, f"{node!r} mixes {a.dtype} and {b.dtype}"
 
@@ -355,6 +352,14 @@ def _cummin(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cummin(x, dim).values
 
 
+SCANS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "cumsum": torch.cumsum,
+    "cumprod": torch.cumprod,
+    "cummax": _cummax,
+    "cummin": _cummin,
+}
+
+
 def _convert(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
@@ -384,7 +389,7 @@ def _rand(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
 
 def _randn(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     words = philox(seed, counter)
-    u1, u2 = 1.0 - _uniform(words[0]), _uniform(words[1])  # u1 in (0, 1], so that its logarithm is finite
+    u1, u2 = _uniform(words[0]) + 2.0**-24, _uniform(words[1])  # u1 in (0, 1], so that its logarithm is finite
     return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(2.0 * torch.pi * u2)
 
 
@@ -393,10 +398,6 @@ def _randint(seed: torch.Tensor, counter: torch.Tensor, low: torch.Tensor, high:
     bits = words[0] | (words[1] << np.uint64(32))
     span = (high - low).numpy().astype(np.uint64)
     return torch.from_numpy((bits % span).astype(np.int64)) + low
-
-
-def _bitwise_not(x: torch.Tensor) -> torch.Tensor:
-    return ~x
 
 
 def _sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -412,13 +413,13 @@ def _safe_divisor(b: torch.Tensor) -> torch.Tensor:
     return b if b.dtype.is_floating_point else torch.where(b == 0, 1, b).to(b.dtype)
 
 
+_SAME_NAME_IN_TORCH = (
+    "sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc "
+    "erfinv lgamma sigmoid neg abs sign floor ceil trunc round reciprocal isnan isinf signbit pow maximum minimum atan2 "
+    "hypot copysign nextafter eq ne lt le gt ge bitwise_and bitwise_or bitwise_xor bitwise_not sub where"
+)
 OPS: dict[str, Callable[..., torch.Tensor]] = {
-    **{n: getattr(torch, n) for n in "sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan".split()},
-    **{n: getattr(torch, n) for n in "sinh cosh tanh asinh acosh atanh erf erfc erfinv lgamma sigmoid".split()},
-    **{n: getattr(torch, n) for n in "neg abs sign floor ceil trunc round reciprocal isnan isinf signbit".split()},
-    **{n: getattr(torch, n) for n in "pow maximum minimum atan2 hypot copysign nextafter eq ne lt le gt ge".split()},
-    **{n: getattr(torch, n) for n in "bitwise_and bitwise_or bitwise_xor sub where".split()},
-    "bitwise_not": _bitwise_not,
+    **{n: getattr(torch, n) for n in _SAME_NAME_IN_TORCH.split()},
     "add": _sum,
     "mul": _product,
     "truediv": torch.true_divide,
@@ -432,7 +433,3 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "randn": _randn,
     "randint": _randint,
 }
-BINARY_NAMES = frozenset(
-    "add sub mul truediv floordiv truncdiv remainder fmod pow maximum minimum atan2 hypot copysign nextafter "
-    "bitwise_and bitwise_or bitwise_xor lshift rshift eq ne lt le gt ge".split()
-)

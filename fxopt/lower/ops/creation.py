@@ -9,7 +9,7 @@ import torch
 
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Expr, Int
-from fxopt.ir.loops import IndexValue, Scalar
+from fxopt.ir.loops import Scalar
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.elementwise import is_number, operand
@@ -83,7 +83,7 @@ def _progression(ctx: Lowering, start: Any, step: Any) -> Computed:
     def body(indices: tuple[Int, ...]) -> Scalar:
         if exact:
             return size_value(indices[0] * step + start, out.dtype)
-        i = Term(cast(IndexValue(indices[0]), torch.float64))
+        i = Term(size_value(indices[0], torch.float64))
         return (Term(operand(start, (), torch.float64)) + i * Term(operand(step, (), torch.float64))).scalar
 
     return pointwise(ctx.sizes(out.shape), out.dtype, out.device, body)
@@ -110,6 +110,24 @@ def _arange_from(ctx: Lowering, start: Any, end: Any, **kwargs: Any) -> Computed
 @TABLE.lowers(prims.iota.default)
 def _iota(ctx: Lowering, length: Any, *, start: Any, step: Any, **kwargs: Any) -> Computed:
     return _progression(ctx, start, step)
+
+
+@TABLE.lowers(aten.linspace.default)
+def _linspace(ctx: Lowering, start: Any, end: Any, steps: Any, **kwargs: Any) -> Computed:
+    """From the nearer end, in float64, as eager's CPU kernel: both ends are exact."""
+    out = ctx.out()
+    if not out.dtype.is_floating_point:
+        raise UnsupportedError("integers are truncated from eager's own float32 rounding")
+    first, last, count = (Term(operand(x, (), torch.float64)) for x in (start, end, steps))
+
+    def body(indices: tuple[Int, ...]) -> Scalar:
+        i = Term(size_value(indices[0], torch.float64))
+        step = (last - first) / (count - 1.0)
+        from_end = last - step * (count - 1.0 - i)
+        near_start = (i * 2.0).lt(count - 1.0) | count.eq(1.0)
+        return t.where(near_start, t.where(i.eq(0.0), first, first + step * i), from_end).scalar
+
+    return pointwise(ctx.sizes(out.shape), out.dtype, out.device, body)
 
 
 # ---------------------------------------------------------------------- diagonals and triangles

@@ -1,4 +1,4 @@
-"""What element-wise lowerings share: eager's type promotion, operands as terms, and registration of one formula for many ops."""
+"""What element-wise lowerings share: eager's type promotion, operands as terms, one formula for many ops."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def widened(x: Scalar, dtype: torch.dtype) -> Scalar:
 def rounded(x: Scalar) -> Scalar:
     """`x` exactly as it would be read back from memory.
 
-    For comparisons of half types: a value computed inline has more bits than its stored copy, and the two must be equal (as in
-    `x == x.amax()`, which a maximum's gradient asks). A round trip through the bits is the loop IR's way to say so.
+    For comparisons of half types: a value computed inline has more bits than its stored copy, and the two must be equal (as
+    in `x == x.amax()`, which a maximum's gradient asks). A round trip through the bits is the loop IR's way to say so.
     """
     if x.dtype not in HALVES or isinstance(x, (Load, Const)):
         return x
@@ -135,14 +135,15 @@ def elementwise(
     return pointwise(shape, out.dtype, out.device, body, values)
 
 
-def formula(
-    table: Table, *ops: Any, compute: torch.dtype | None = None
-) -> Callable[[Callable[..., Term]], Callable[..., Term]]:
-    """Decorator: in `table`, each op is this formula of its positional arguments as terms and its keyword arguments as given."""
+Formula = Callable[..., Term]
 
-    def register(fn: Callable[..., Term]) -> Callable[..., Term]:
+
+def formula(table: Table, *ops: Any) -> Callable[[Formula], Formula]:
+    """Decorator: in `table`, each op is this formula of its arguments: positional ones as terms, keyword ones as given."""
+
+    def register(fn: Formula) -> Formula:
         def lower(ctx: Lowering, *args: Any, **kwargs: Any) -> Computed:
-            return elementwise(ctx, args, lambda *terms: fn(*terms, **kwargs), compute=compute)
+            return elementwise(ctx, args, lambda *terms: fn(*terms, **kwargs))
 
         table.lowers(*ops)(lower)
         return fn

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxopt.ir.exprs import Int, ask, prod, ravel
+from fxopt.ir.exprs import Int, prod, ravel
 from fxopt.ir.loops import IndexValue, Scalar
 from fxopt.lower.layout import dense_strides
 from fxopt.lower.lowering import Lowering
@@ -26,9 +26,7 @@ Element = Callable[[Term], Term]
 
 def dims_of(x: Value, dim: Any) -> list[int]:
     """The dimensions a `dim` argument (None, an int or a list; empty means all) names."""
-    given: Sequence[int] = (
-        range(len(x.shape)) if dim is None or dim == [] or dim == () else [dim] if isinstance(dim, int) else dim
-    )
+    given: Sequence[int] = [dim] if isinstance(dim, int) else dim or range(len(x.shape))
     return [d % len(x.shape) for d in given] if x.shape else []
 
 
@@ -222,14 +220,14 @@ def moments(ctx: Lowering, x: Value, dims: Sequence[int], keepdim: bool, outs: S
 
 
 def _variance(
-    ctx: Lowering, x: Value, dims: Sequence[int], total: Value, correction: Number, root: bool, dtype: torch.dtype
+    x: Value, dims: Sequence[int], total: Value, correction: Number | None, root: bool, dtype: torch.dtype
 ) -> Value:
     """total / max(count - correction, 0): infinite or NaN when that is zero, as in eager."""
     acc = compute_dtype(x.dtype)
     count = Term(size_value(reduced_count(x, dims), acc))
 
     def fn(s: Term) -> Term:
-        variance = s / t.maximum(count - correction, 0.0)
+        variance = s / t.maximum(count - (1 if correction is None else correction), 0.0)
         return t.sqrt(variance) if root else variance
 
     return after(total, dtype, fn)
@@ -239,7 +237,7 @@ def _var_or_std(root: bool) -> Callable[..., Value]:
     def lower(ctx: Lowering, x: Value, dim: Any = None, *, correction: Number | None = None, keepdim: bool = False) -> Value:
         dims = dims_of(x, dim)
         _, total = moments(ctx, x, dims, keepdim, (None,))
-        return _variance(ctx, x, dims, total, 1 if correction is None else correction, root, ctx.out().dtype)
+        return _variance(x, dims, total, correction, root, ctx.out().dtype)
 
     return lower
 
@@ -254,9 +252,7 @@ def _with_mean(root: bool) -> Callable[..., tuple[Value, Value]]:
     ) -> tuple[Value, Value]:
         dims, out = dims_of(x, dim), ctx.out(0).dtype
         mean, total = moments(ctx, x, dims, keepdim, (1, 0))
-        if ask("==", reduced_count(x, dims), 0) is True:
-            mean = after(mean, mean.dtype, lambda m: t.literal(math.nan, m.dtype))
-        first = _variance(ctx, x, dims, total, 1 if correction is None else correction, root, out)
+        first = _variance(x, dims, total, correction, root, out)
         return first, mean if mean.dtype == out else after(mean, out, lambda m: m)
 
     return lower

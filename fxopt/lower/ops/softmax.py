@@ -1,4 +1,4 @@
-"""Softmax, log-softmax, log-sum-exp and the softmax gradients: one pass for the row's maximum and sum, one for the values."""
+"""Softmax, log-softmax, log-sum-exp and the softmax gradients: one pass for a row's maximum and sum, one for the values."""
 
 from __future__ import annotations
 

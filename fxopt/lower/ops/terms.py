@@ -1,7 +1,7 @@
 """Formulas of scalars as Python writes them: a `Term` is a Scalar with operators, numbers taking its dtype.
 
-`x / (1 + exp(-x))` on a Term builds the loop IR's expression for it. Nothing is promoted: two terms of different dtypes do not
-mix, which `binary` checks, so that a promotion rule that was forgotten is an error while lowering and not a wrong number.
+`x / (1 + exp(-x))` on a Term builds the loop IR's expression for it. Nothing is promoted: two terms of different dtypes do
+not mix, which `binary` checks, so that a forgotten promotion rule is an error while lowering and not a wrong number.
 """
 
 from __future__ import annotations
