@@ -325,3 +325,27 @@ def test_profiling_names_each_launch(kernels: Kernels) -> None:
         run([torch.zeros(4)])
     assert "layer norm" in {event.key for event in profile.key_averages()}
     assert "record_function" not in bind(made, kernels).source
+
+
+def test_a_packed_weight_is_a_constant_too(kernels: Kernels) -> None:
+    """oneDNN's own layout has no strides; its products never alias their arguments."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    w, x = torch.randn(8, 4), torch.randn(6, 4)
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, 6)
+    args = (Ref("a"), Ref("w"), None, "none", [], "")
+    steps = [
+        increment("x", "a", 6, 4),
+        Call("mkldnn::_linear_pointwise.default", args, outputs=("b",)),
+        increment("b", "c", 6, 8),
+    ]
+    made = plan(
+        [tensor("x", 6, 4)],
+        [buffer("a", 6, 4), buffer("b", 6, 8), buffer("c", 6, 8)],
+        steps,
+        [Ref("c")],
+        constants=[buffer("w", 8, 4)],
+    )
+    run = bind(made, kernels, constants={"w": packed})
+    torch.testing.assert_close(run([x])[0], (x + 1) @ w.t() + 1)
+    assert "a" in run.plan.placement
