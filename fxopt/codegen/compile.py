@@ -79,8 +79,10 @@ def _compile_cpp(todo: Keyed, target: Target, store: ArtifactStore, toolchain: s
         with store.cache.scratch() as directory:
             built = cpp_build.compile_cpp([source for _, source in todo], directory, target.cpu_capability)
             for (key, source), code in zip(todo, built, strict=True):
-                failed = isinstance(code, CompileFailure)
-                results[key] = CompileFailure(key, code.reason) if failed else _keep(key, source, code, {}, store, toolchain)
+                if isinstance(code, CompileFailure):
+                    results[key] = CompileFailure(key, code.reason)
+                else:
+                    results[key] = _keep(key, source, code, {}, store, toolchain)
     except (CacheError, OSError) as error:
         return {key: results.get(key, CompileFailure(key, describe(error))) for key, _ in todo}
     return results

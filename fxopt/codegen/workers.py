@@ -2,7 +2,7 @@
 
     user's process  --JSON lines over pipes-->  helper (python -m fxopt.codegen.workers)  --forks-->  workers
 
-The helper is a fresh interpreter, so workers never inherit the user's CUDA context or OpenMP threads, and nothing is pickled.
+The helper is a fresh interpreter, so workers never inherit the user's CUDA context or OpenMP threads. Nothing is pickled.
 A worker that dies has its job tried once more by another; one that takes too long is killed. The helper ends when the pipe
 from the user's process closes, however that came about, and takes its workers with it.
 """
