@@ -13,6 +13,7 @@ from fxopt.lower.ops import (
     scans,
     scatters,
     softmax,
+    upsampling,
     views,
 )
 
@@ -30,4 +31,5 @@ TABLES = (
     indexing.TABLE,
     scatters.TABLE,
     pooling.TABLE,
+    upsampling.TABLE,
 )

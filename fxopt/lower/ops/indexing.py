@@ -102,7 +102,6 @@ def _gather(
 
 @TABLE.lowers(aten.gather.default)
 def gather(ctx: Lowering, x: Value, dim: int, index: Value, *, sparse_grad: bool = False) -> Computed:
-    require_integer(index)
     dim = dim_of(dim, len(x.shape))
 
     def place(i: Indices) -> Place:

@@ -16,7 +16,7 @@ INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
 
 
 def require_integer(*values: Value) -> None:
-    """Raise UnsupportedError unless all are signed integer tensors (masks select by value: their sizes depend on data)."""
+    """Raise UnsupportedError unless all are integers; masks (bool, uint8) make results of a size that depends on data."""
     for v in values:
         if v.dtype not in INDEX_DTYPES:
             raise UnsupportedError(f"an index of {v.dtype}")
@@ -72,6 +72,8 @@ def _arithmetic(name: str, args: list[Int]) -> Int | None:
             return a
         case "neg", [a]:
             return -a
+        case "abs", [a]:
+            return maximum(a, -a)
         case "add", [a, b]:
             return a + b
         case "sub", [a, b]:

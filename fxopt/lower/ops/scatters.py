@@ -153,10 +153,35 @@ def scatter_value_with(ctx: Lowering, x: Value, dim: int, index: Value, value: A
 def scatter_reduce(
     ctx: Lowering, x: Value, dim: int, index: Value, src: Value, reduce: str, *, include_self: bool = True
 ) -> Value:
+    if reduce == "mean" and x.dtype.is_floating_point:
+        return _scattered_mean(ctx, x, dim, index, src, include_self)
     _require_sum(reduce)
-    if not include_self:
-        x = _scatter(ctx, x, dim, index, Const(0, x.dtype), accumulate=False)
-    return _scatter(ctx, x, dim, index, src, accumulate=True)
+    return _scatter(ctx, x if include_self else _cleared(ctx, x, dim, index), dim, index, src, accumulate=True)
+
+
+def _cleared(ctx: Lowering, x: Value, dim: int, index: Value) -> Value:
+    """`x` with zeros at the places that a scatter of `index` touches."""
+    return _scatter(ctx, x, dim, index, Const(0, x.dtype), accumulate=False)
+
+
+def _scattered_mean(ctx: Lowering, x: Value, dim: int, index: Value, src: Value, include_self: bool) -> Computed:
+    """The sum at each place over the count of its values, x's own included if `include_self`; untouched places keep x."""
+    dtype = accumulator(x.dtype)
+    own = _full(x, 1 if include_self else 0, torch.float32)
+    count = _scatter(ctx, own, dim, index, Const(1, torch.float32), accumulate=True)
+    start = x if include_self else _cleared(ctx, x, dim, index)
+    wide = pointwise(x.shape, dtype, x.device, lambda i: at(start, i), (start,))
+    total = _scatter(ctx, wide, dim, index, src, accumulate=True)
+
+    def body(i: Indices) -> Scalar:
+        many = Op("maximum", (cast(at(count, i), dtype), Const(1, dtype)), dtype)
+        return Op("truediv", (at(total, i), many), dtype)
+
+    return pointwise(x.shape, x.dtype, x.device, body, (total, count))
+
+
+def _full(like: Value, value: float, dtype: torch.dtype) -> Computed:
+    return Computed(Const(value, dtype), dtype, like.device, like.shape)
 
 
 def _require_sum(reduce: str) -> None:

@@ -1,0 +1,45 @@
+"""Nearest-neighbour upsampling picks eager's very pixels, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.lower.capturing import check_exact, library_calls, lower_function
+from tests.lower.harness import check
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize("how", [{"scale_factor": 2}, {"scale_factor": 3}, {"size": 12}, {"size": 3}, {"scale_factor": 1.0}])
+def test_forward(mode: str, how: dict[str, Any]) -> None:
+    for shape in ((2, 3, 6), (1, 2, 6, 4), (1, 1, 6, 2, 4)):
+        x = torch.randn(shape)
+        check_exact(lambda x: F.interpolate(x, **how, mode=mode), x)
+        check_exact(lambda x: F.interpolate(x.abs(), **how, mode=mode) + 1, x.transpose(0, 1))
+
+
+def test_scales_that_round_otherwise_stay_with_eager() -> None:
+    left = 0
+    for size in range(1, 60):
+        x = torch.arange(7.0).reshape(1, 1, 7)
+        lowered = lower_function(lambda x, n=size: F.interpolate(x, size=n, mode="nearest"), (x,))
+        left += len(library_calls(lowered))
+        check_exact(lambda x, n=size: F.interpolate(x, size=n, mode="nearest"), x, generated=False)
+    assert left < 30
+
+
+def test_gradient_of_whole_factors() -> None:
+    for name in ("upsample_nearest2d_backward", "_upsample_nearest_exact2d_backward"):
+        _check_gradient(getattr(aten, name).default)
+    grad = torch.randn(1, 1, 5, 5)
+    lowered = lower_function(lambda g: aten.upsample_nearest2d_backward.default(g, [5, 5], [1, 1, 3, 3]), (grad,))
+    assert library_calls(lowered) == ["aten::upsample_nearest2d_backward.default"]
+
+
+def _check_gradient(op: Any) -> None:
+    check(lambda g: op(g, [6, 8], [1, 2, 3, 4]), torch.randn(1, 2, 6, 8))
