@@ -1,0 +1,156 @@
+"""Generated C++ to shared objects, with the system's compiler: few translation units, in parallel, each failure kept apart.
+
+Kernels bind to the OpenMP runtime and the vector math that torch itself has loaded: a second OpenMP runtime in one process
+would bring a second pool of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fxopt import knobs
+from fxopt.ir.kernel import CompileFailure, KernelSource
+
+_HERE = Path(__file__).parent
+_HEADERS = ("cpp_vec.h", "cpp_math.h", "cpp_runtime.h")
+_TORCH = Path(torch.__file__).parent
+_FLAGS = (
+    "-std=c++17 -O2 -fPIC -shared -fopenmp -fwrapv -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-fvisibility-inlines-hidden -Wno-psabi -Wno-ignored-attributes -Wno-unknown-pragmas -w"
+).split()
+_X86_FLAGS = {
+    "AVX512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c".split(),
+    "AVX2": "-mavx2 -mfma -mf16c".split(),
+}
+_NO_COMPILER = "no C++ compiler found: install g++ or set CXX (or FXOPT_CXX) to one"
+_TIMEOUT = 300
+_REASON_LIMIT = 600
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """The compiler command: FXOPT_CXX, $CXX, g++, c++ or clang++, the first that exists; None when there is none.
+
+    FXOPT_CXX, when set, is the only one looked for.
+    """
+    forced = knobs.CXX.get()
+    candidates = [forced] if forced else [os.environ.get("CXX"), "g++", "c++", "clang++"]
+    for candidate in candidates:
+        words = shlex.split(candidate) if candidate else []
+        if words and shutil.which(words[0]):
+            return tuple(words)
+    return None
+
+
+def toolchain_id() -> str:
+    """Compiler, its version and flags, fxopt's headers and torch's version: what a compiled kernel depends on."""
+    compiler = find_compiler()
+    version = _NO_COMPILER if compiler is None else _version(compiler)
+    return f"{version}; {' '.join(_FLAGS)}; runtime {_headers_hash()}; torch {torch.__version__}"
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> str:
+    try:
+        text = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{' '.join(compiler)}: {error}"
+    return text.partition("\n")[0]
+
+
+@functools.cache
+def _headers_hash() -> str:
+    return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in _HEADERS)).hexdigest()[:16]
+
+
+def compile_cpp(sources: Sequence[KernelSource], directory: Path, capability: str) -> list[Path | CompileFailure]:
+    """A shared object in `directory` for each of `sources`, in order; several kernels may share one.
+
+    `capability` is torch's name of the instruction set. Files are named after their content and moved into place when
+    complete. A kernel that does not compile comes back as a CompileFailure with the compiler's message, without harm to the
+    others. Raises OSError when `directory` cannot be written.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return [CompileFailure(s.entry, _NO_COMPILER) for s in sources]
+    command = [*compiler, *_FLAGS, *_X86_FLAGS.get(capability, [])]
+    unique = list({s.entry: s for s in sources}.values())
+    with ThreadPoolExecutor(max_workers=_workers()) as pool:
+        batches = _batches(unique, _workers())
+        built = list(pool.map(lambda batch: _build(batch, command, directory), batches))
+        results = {s.entry: r for batch, r in zip(batches, built, strict=True) for s in batch}
+        failed = [b for b, r in zip(batches, built, strict=True) if isinstance(r, CompileFailure) and len(b) > 1]
+        suspects = [s for batch in failed for s in batch]
+        alone = pool.map(lambda s: _build([s], command, directory), suspects)
+        results.update(zip((s.entry for s in suspects), alone, strict=True))
+    return [_for(results[s.entry], s) for s in sources]
+
+
+def _for(result: Path | CompileFailure, source: KernelSource) -> Path | CompileFailure:
+    return CompileFailure(source.entry, result.reason) if isinstance(result, CompileFailure) else result
+
+
+def _workers() -> int:
+    wanted = knobs.WORKERS.get()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores if wanted is None else wanted)
+
+
+def _batches(sources: list[KernelSource], count: int) -> list[list[KernelSource]]:
+    """At most `count` groups of about the same length of text."""
+    groups: list[list[KernelSource]] = [[] for _ in range(min(count, len(sources)))]
+    lengths = [0] * len(groups)
+    for source in sorted(sources, key=lambda s: (-len(s.text), s.entry)):
+        smallest = lengths.index(min(lengths))
+        groups[smallest].append(source)
+        lengths[smallest] += len(source.text)
+    return groups
+
+
+def _build(batch: list[KernelSource], command: list[str], directory: Path) -> Path | CompileFailure:
+    """One shared object with every kernel of `batch`; a failure is the whole batch's."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
+        source, output = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
+        source.write_text('#include "cpp_runtime.h"\n\n' + "\n".join(s.text for s in batch))
+        includes = [f"-I{_HERE}", f"-I{_TORCH / 'include'}"]
+        reason = _run([*command, *includes, str(source), "-o", str(output), *_link_flags()])
+        if reason is not None:
+            return CompileFailure("", reason)
+        final = directory / (hashlib.sha256(output.read_bytes()).hexdigest() + ".so")
+        os.replace(output, final)
+        return final
+
+
+@functools.cache
+def _link_flags() -> tuple[str, ...]:
+    """torch's own libraries, by path: already loaded in every process that runs a kernel, so the loader reuses them."""
+    lib = _TORCH / "lib"
+    openmp = sorted(p for pattern in ("libgomp*.so*", "libomp*.so*", "libiomp5*.so*") for p in lib.glob(pattern))
+    return ("-Wl,--as-needed", *map(str, [*openmp[:1], lib / "libtorch_cpu.so"]))
+
+
+def _run(command: list[str]) -> str | None:
+    """None when the compiler succeeded, else why not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"the C++ compiler did not finish within {_TIMEOUT} s"
+    except OSError as error:
+        return f"the C++ compiler could not be run: {error}"
+    return None if done.returncode == 0 else _shortened(done.stderr or f"exit status {done.returncode}")
+
+
+def _shortened(message: str) -> str:
+    """The first errors of a compiler's message."""
+    errors = [line for line in message.splitlines() if "error" in line.lower() or "undefined" in line.lower()]
+    return "\n".join(errors or message.splitlines())[:_REASON_LIMIT]
