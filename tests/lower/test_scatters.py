@@ -86,6 +86,14 @@ def test_embedding_backward() -> None:
     assert library_calls(frequency) == ["aten::embedding_dense_backward.default"]
 
 
+@pytest.mark.parametrize("kind", ["reflection", "replication"])
+def test_pad_backward(kind: str) -> None:
+    x, grad = torch.randn(2, 4, 5), torch.randn(2, 6, 8)
+    backward = getattr(aten, f"{kind}_pad2d_backward").default
+    _check_close(lambda g, x: backward(g, x, [2, 1, 0, 2]), grad, x)
+    _check_close(lambda g, x: backward(g, x, [2, 1, 0, 2]), grad, x, dynamic=True)
+
+
 def test_gather_backward() -> None:
     i = torch.randint(0, 4, (5, 3))
     _check_close(lambda g, i: g.new_zeros(4, 3).scatter_add(0, i, g), torch.randn(5, 3), i)

@@ -147,29 +147,33 @@ def clamped(i: Int, size: Int) -> Int:
     return minimum(maximum(i, 0), add(size, -1))
 
 
+def edge_padded(
+    shape: Sequence[Int], out: Sequence[Int], padding: Sequence[Int], rule: Callable[[Int, Int], Int]
+) -> Callable[[Indices], Indices]:
+    """Output index -> source index for a padding of the last dimensions that repeats elements of `shape` by `rule`."""
+    padded = len(padding) // 2
+    befores = [0] * (len(shape) - padded) + [padding[2 * (padded - 1 - k)] for k in range(padded)]
+
+    def source(i: Indices) -> Indices:
+        return tuple(
+            a if known_equal(b, 0) and n == size else rule(add(a, mul(b, -1)), n)
+            for a, b, n, size in zip(i, befores, shape, out, strict=True)
+        )
+
+    return source
+
+
 def _edge_pad(rule: Callable[[Int, Int], Int]) -> Callable[..., Computed]:
     def lower(ctx: Lowering, x: Value, padding: Sequence[Int]) -> Computed:
         shape = ctx.sizes(ctx.out().shape)
-        padded = len(padding) // 2
-        befores = [0] * (len(shape) - padded) + [padding[2 * (padded - 1 - k)] for k in range(padded)]
-
-        def source(i: Indices) -> Indices:
-            return tuple(
-                a if known_equal(b, 0) and n == size else rule(add(a, mul(b, -1)), n)
-                for a, b, n, size in zip(i, befores, x.shape, shape, strict=True)
-            )
-
-        return moved(x, shape, source)
+        return moved(x, shape, edge_padded(x.shape, shape, padding, rule))
 
     return lower
 
 
-TABLE.lowers(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default)(
-    _edge_pad(reflected)
-)
-TABLE.lowers(aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default)(
-    _edge_pad(clamped)
-)
+for _rank in (1, 2, 3):
+    TABLE.lowers(getattr(aten, f"reflection_pad{_rank}d").default)(_edge_pad(reflected))
+    TABLE.lowers(getattr(aten, f"replication_pad{_rank}d").default)(_edge_pad(clamped))
 
 
 # ---------------------------------------------------------------------- moved by a rule

@@ -17,6 +17,7 @@ from fxopt.lower.ops.elements import Indices, fresh, zeros
 from fxopt.lower.ops.in_place import own_memory, own_view
 from fxopt.lower.ops.indexing import Advanced, Place, along
 from fxopt.lower.ops.indirect import position, require_device, require_integer
+from fxopt.lower.ops.joins import clamped, edge_padded, reflected
 from fxopt.lower.ops.views import apply, selected, sliced
 from fxopt.lower.table import Table
 from fxopt.lower.values import Computed, Value, at, broadcast_indices, cast, known_equal, pointwise, size_value
@@ -250,6 +251,22 @@ def put(ctx: Lowering, x: Value, index: Value, source: Value, accumulate: bool =
         return at(source, unravel(i[0], source.shape))
 
     return scattered(ctx, x, (count,), place, value, (index, source), accumulate=accumulate)
+
+
+def _edge_pad_backward(rule: Callable[[Int, Int], Int]) -> Callable[..., Value]:
+    """The gradient of a padding that repeats elements: each adds up what its copies got."""
+
+    def lower(ctx: Lowering, grad: Value, x: Value, padding: Sequence[Int]) -> Value:
+        source = edge_padded(x.shape, grad.shape, padding, rule)
+        start = zeros(grad, x.shape)
+        return scattered(ctx, start, grad.shape, lambda i: (source(i), ()), lambda i: at(grad, i), (grad,), accumulate=True)
+
+    return lower
+
+
+for _rank in (1, 2, 3):
+    TABLE.lowers(getattr(aten, f"reflection_pad{_rank}d_backward").default)(_edge_pad_backward(reflected))
+    TABLE.lowers(getattr(aten, f"replication_pad{_rank}d_backward").default)(_edge_pad_backward(clamped))
 
 
 @TABLE.lowers(aten.embedding_dense_backward.default)
