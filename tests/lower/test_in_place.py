@@ -10,6 +10,7 @@ import torch
 
 from fxopt.ir.region import Region
 from fxopt.lower import Lowered
+from fxopt.lower.schedule import schedule
 from tests.lower.capturing import assert_same, library_calls, lower_function
 from tests.lower.interpreter import run_lowered
 
@@ -39,17 +40,22 @@ def _select(cache: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch
 
 
 def _run(step: Step) -> Lowered:
-    """Check the results and the mutation of `step`; what it lowered to."""
+    """Check the results and the mutation of `step`, as lowered and as scheduled; what it lowered to."""
     args = (torch.randn(3, 6), torch.tensor([4, 1]), torch.randn(3, 2))
-    expected = tuple(a.clone() for a in args)
-    want = step(*expected)
     lowered = lower_function(step, args)
-    got = run_lowered(lowered, dict(zip(lowered.inputs, args, strict=True)))
     assert set(library_calls(lowered)) <= {"aten::copy_.default"}
+    _check(step, args, lowered)
+    _check(step, args, schedule(lower_function(step, args)))
+    return lowered
+
+
+def _check(step: Step, args: tuple[torch.Tensor, ...], lowered: Lowered) -> None:
+    expected, actual = (tuple(a.clone() for a in args) for _ in range(2))
+    want = step(*expected)
+    got = run_lowered(lowered, dict(zip(lowered.inputs, actual, strict=True)))
     for g, w in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
         assert_same(g, w)
-    assert_same(args[0], expected[0])
-    return lowered
+    assert_same(actual[0], expected[0])
 
 
 def _written_elements(lowered: Lowered) -> int:

@@ -16,12 +16,12 @@ from tests.lower.harness import lower
 from tests.lower.interpreter import run_lowered
 
 OPS = frozenset(
-    "T as_strided broadcast_to cat chunk column_stack constant_pad_nd diag diag_embed diagonal diagonal_scatter dsplit dstack "
-    "expand flatten flip fliplr flipud gather hsplit hstack index_copy index_fill index_select kron meshgrid movedim narrow_copy "
-    "nn.functional.channel_shuffle nn.functional.embedding nn.functional.pad nn.functional.pixel_shuffle "
-    "nn.functional.pixel_unshuffle permute permute_copy ravel repeat reshape roll rot90 scatter select select_scatter slice "
-    "slice_scatter split split_with_sizes squeeze stack t take_along_dim tile transpose unbind unflatten unfold unfold_copy "
-    "unsqueeze view view_as view_copy vsplit vstack".split()
+    "T as_strided broadcast_to cat chunk column_stack constant_pad_nd diag diag_embed diagonal diagonal_scatter "
+    "dsplit dstack expand flatten flip fliplr flipud gather hsplit hstack index_copy index_fill index_select kron "
+    "meshgrid movedim narrow_copy nn.functional.channel_shuffle nn.functional.embedding nn.functional.pad "
+    "nn.functional.pixel_shuffle nn.functional.pixel_unshuffle permute permute_copy ravel repeat reshape roll rot90 "
+    "scatter select select_scatter slice slice_scatter split split_with_sizes squeeze stack t take_along_dim tile "
+    "transpose unbind unflatten unfold unfold_copy unsqueeze view view_as view_copy vsplit vstack".split()
 )
 MAX_SAMPLES = 8
 LIBRARY = {
