@@ -113,8 +113,9 @@ def divides_integers(node: Op) -> bool:
 
 def op_text(node: Op, args: list[str], vector: bool) -> str:
     """`node` applied to operand texts, all vectors or all scalars (except a condition)."""
-    name, of = node.name, node.args[0].dtype
-    if (of == torch.bool and name in _BOOL) or (node.dtype == torch.bool and name == "where"):
+    name = node.name
+    of = node.args[1 if name == "where" else 0].dtype
+    if of == torch.bool and name in _BOOL:
         return _BOOL[name].format(*args)
     if name in COMPARE:
         return f"({args[0]} {_COMPARE[name]} {args[1]})"

@@ -57,7 +57,7 @@ class Call:
     `op` is "namespace::name.overload" (or "local:KEY" for a callable that only this process has, such as a higher-order op with
     its subgraphs). args/kwargs are nested tuples, lists and dicts of Ref, Size and plain constants (None, bool, int, float,
     complex, str, torch.dtype, device, layout, memory_format). `outputs` names the tensors of the result in order, flattened;
-    None for one that is not a tensor. The executor checks that an output has the strides of its BufferSpec and copies it into
+    None for one that is not a tensor or that nobody uses. The executor checks that an output has the strides of its BufferSpec and copies it into
     that layout if not. `writes` names buffers that the op changes in place; `effect` says that it must keep its place among the
     other effectful calls (random generators, custom ops that print, ...).
     """

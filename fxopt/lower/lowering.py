@@ -378,8 +378,12 @@ class Lowering:
         if not isinstance(val, (tuple, list)):
             return val, (None,)
         results, names = [], []
+        picked = {u.args[1] for u in node.users if u.target is operator.getitem}
+        whole = any(u.target is not operator.getitem for u in node.users)
         for k, item in enumerate(val):
-            name = f"{node.name}_{k}" if isinstance(item, torch.Tensor) else None
+            # A result nobody picks stays unnamed: fused attention returns None where its FakeTensor version has a tensor.
+            wanted = isinstance(item, torch.Tensor) and (whole or k in picked)
+            name = f"{node.name}_{k}" if wanted else None
             results.append(self._declare(name, item) if name is not None else item)
             names.append(name)
         return tuple(results), tuple(names)
