@@ -16,7 +16,7 @@ def mappings(source: Nest, target: Nest) -> Iterator[Mapping]:
     Each maps every loop symbol of `source` to an expression over `target`'s. The likeliest come first.
     """
     if source.reduced:
-        if not target.reduced or not _same_count(source.reduced, target.reduced):
+        if not _same_count(source.reduced, target.reduced) or not _same_count(source.points, target.points):
             return
         for points in _between(source, source.points, target, target.points):
             for reduced in _between(source, source.reduced, target, target.reduced):

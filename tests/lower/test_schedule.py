@@ -62,6 +62,13 @@ def test_column_and_row_reductions_are_two_kernels() -> None:
     assert len(check(lambda x: (x.sum(0), x.sum(1)), rand(6, 16))) == 2
 
 
+def test_reductions_with_different_numbers_of_rows_stay_apart() -> None:
+    def fn(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (x * mask).sum(1) / mask.sum(1)
+
+    assert len(check(fn, rand(3, 5, 7), rand(3, 5, 1))) >= 2
+
+
 def test_independent_results_of_one_input_are_one_kernel() -> None:
     assert len(check(lambda x: (x.exp(), x.tanh(), x * 2), rand(6, 16))) == 1
 
