@@ -27,8 +27,8 @@ class Printed:
     scratch: tuple[BufferSpec, ...] = ()
 
 
-def print_nest(region: Region, config: TritonConfig, target: Target) -> KernelSource:
-    """`region` as one kernel; `config.split` must be 1.
+def print_nest(region: Region, config: TritonConfig, target: Target, stage: str | None = None) -> KernelSource:
+    """`region` as one kernel; `config.split` must be 1. `stage` replaces the shape in the name of a split reduction's part.
 
     Raises UnsupportedError when Triton has no form for the nest (dtypes, atomics, `target` too old) `config` does not fit.
     """
@@ -36,7 +36,7 @@ def print_nest(region: Region, config: TritonConfig, target: Target) -> KernelSo
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
     if config.split != 1:
         raise UnsupportedError("a split reduction takes several kernels: use print_region")
-    return print_kernel(region, config)
+    return print_kernel(region, config, stage)
 
 
 def print_region(region: Region, config: TritonConfig, target: Target) -> Printed:
@@ -53,6 +53,7 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
     kernels = []
     for piece in pieces:
         best = next(c for c in configs(piece, target) if c.split == 1)
-        kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target))
+        stage = piece.name.rpartition(".")[2]
+        kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target, stage))
     scratch = {n: s for piece in pieces for n, s in piece.buffers.items() if n not in region.buffers}
     return Printed(tuple(kernels), tuple(scratch.values()))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_config import TritonConfig, next_power_of_2
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
+from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
-from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, needs_int64, tile
+from fxopt.codegen.triton_tiling import INT32_MAX, Axis, Tiling, accumulator_dtype, needs_int64, tile
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import Load, Reduce, Store
+from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Store, postorder, rebind_indirect
 from fxopt.ir.region import Region
 
-ENTRY = "kernel"
 _ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
+_RANDOM = ("rand", "randn", "randint")
 _PREAMBLE = (
     "import triton",
     "import triton.language as tl",
@@ -35,6 +36,7 @@ _PREAMBLE = (
 class _Kernel:
     """A kernel being printed."""
 
+    entry: str
     region: Region
     tiling: Tiling
     config: TritonConfig
@@ -43,12 +45,12 @@ class _Kernel:
     emitter: Emitter
 
 
-def print_kernel(region: Region, config: TritonConfig) -> KernelSource:
+def print_kernel(region: Region, config: TritonConfig, stage: str | None = None) -> KernelSource:
     """The kernel of `region` in configuration `config` (its `split` is ignored here).
 
-    Raises UnsupportedError for dtypes and atomics that Triton does not have.
+    `stage` names a part of a split reduction. Raises UnsupportedError for dtypes and atomics that Triton does not have.
     """
-    kernel = _open(region, config)
+    kernel = _open(region, config, stage)
     if kernel.tiling.reduces and not config.persistent:
         _print_looped(kernel)
     else:
@@ -56,7 +58,8 @@ def print_kernel(region: Region, config: TritonConfig) -> KernelSource:
     return _finish(kernel)
 
 
-def _open(region: Region, config: TritonConfig) -> _Kernel:
+def _open(region: Region, config: TritonConfig, stage: str | None) -> _Kernel:
+    region = replace(region, nest=_with_salts(region.nest))
     tiling = tile(region, allow_y=config.y_block > 1)
     blocks = {"x": "XB"}
     if tiling.reduces:
@@ -66,7 +69,40 @@ def _open(region: Region, config: TritonConfig) -> _Kernel:
     names = Names()
     frame = Frame(tiling, needs_int64(region), {}, blocks)
     looped = tiling.reduces and not config.persistent
-    return _Kernel(region, tiling, config, names, frame, Emitter(frame, names, looped))
+    return _Kernel(kernel_name(tiling, stage), region, tiling, config, names, frame, Emitter(frame, names, looped))
+
+
+def _with_salts(nest: Nest) -> Nest:
+    """`nest` with the number that each random op adds to its graph's seed as a kernel parameter: every dropout of a model is
+    then one and the same text."""
+    changed: dict[Scalar, Scalar] = {}
+    for node in postorder(nest.roots):
+        args = tuple(changed.get(a, a) for a in node.args)
+        new = node if args == node.args else node.rebuild(args, {})
+        if isinstance(new, Op) and new.name in _RANDOM:
+            new = Op(new.name, (_salted(new.args[0]), *new.args[1:]), new.dtype)
+        changed[node] = new
+    if all(node is new for node, new in changed.items()):
+        return nest
+    stores = tuple(_with_values(s, changed) for s in nest.stores)
+    return replace(nest, stores=stores)
+
+
+def _salted(seed: Scalar) -> Scalar:
+    """`seed` as a sum of what varies and a symbol of known value."""
+    base, salt = seed, 0
+    if isinstance(seed, Op) and seed.name == "add" and isinstance(seed.args[1], Const):
+        base, salt = seed.args[0], int(seed.args[1].value)
+    if isinstance(base, Const) or not 0 <= salt <= INT32_MAX:
+        return seed
+    known = symbol(Sym(f"salt{salt}", lo=salt, hi=salt))
+    return Op("add", (base, IndexValue(known)), seed.dtype)
+
+
+def _with_values(store: Store, changed: dict[Scalar, Scalar]) -> Store:
+    args = tuple(changed[v] for _, v in store.indirect)
+    index, indirect = rebind_indirect(store.index, store.indirect, args)
+    return replace(store, index=index, value=changed[store.value], indirect=indirect)
 
 
 def _block_size(kernel: _Kernel, axis: str) -> int:
@@ -254,7 +290,7 @@ def _finish(kernel: _Kernel) -> KernelSource:
     pointers, sizes = list(names.buffers.values()), list(names.sizes.values())
     blocks = {name: _block_size(kernel, axis) for axis, name in kernel.frame.blocks.items()}
     params = [*pointers, *sizes, *(f"{b}: tl.constexpr" for b in blocks)]
-    head = [*_PREAMBLE, f"def {ENTRY}({', '.join(params)}):"]
+    head = [*_PREAMBLE, f"def {kernel.entry}({', '.join(params)}):"]
     text = "\n".join([*head, *(f"    {line}" for line in kernel.emitter.outer)]) + "\n"
     types = {p: ops.POINTER_TYPE[kernel.region.buffers[b].dtype] for b, p in names.buffers.items()}
     options = {
@@ -268,7 +304,7 @@ def _finish(kernel: _Kernel) -> KernelSource:
     }
     return KernelSource(
         language="triton",
-        entry=ENTRY,
+        entry=kernel.entry,
         text=text,
         buffers=tuple(names.buffers),
         sizes=tuple(_size_expressions(names)),
@@ -279,7 +315,7 @@ def _finish(kernel: _Kernel) -> KernelSource:
 
 
 def _size_expressions(names: Names) -> list[Int]:
-    return [symbol(s) for s in names.sizes]
+    return [s.lo if s.lo == s.hi else symbol(s) for s in names.sizes]
 
 
 def _grid(kernel: _Kernel) -> Int:

@@ -345,6 +345,15 @@ def test_random_bits_are_those_of_the_eager_form(interpreter: Interpreter) -> No
     torch.testing.assert_close(n, torch.ops.fxopt.randn(seed_value, [64]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_random_ops_add_their_number_to_the_seed(interpreter: Interpreter, number: int) -> None:
+    from tests.codegen.test_triton_names import dropout
+
+    case, seed = dropout(number), torch.tensor(2**35 + 11)
+    (got,) = run(interpreter, case, TritonConfig(64), {"s": seed})
+    assert torch.equal(got, case.reference(seed)[0])
+
+
 def test_masked_reduction_keeps_its_guard(interpreter: Interpreter) -> None:
     """Rows past the end of the first input of a cat must not be read, reductions included."""
     p, r = Sym("x0", size=6), Sym("r1", size=20)
