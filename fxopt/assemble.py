@@ -79,7 +79,12 @@ def _aligned_positions(source: KernelSource) -> tuple[int, ...]:
 
 
 def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
-    """(output, input) pairs where the output may overwrite the input: every access to either is at one and the same index."""
+    """(output, input) pairs where the output may overwrite the input: every access to either is at one and the same index.
+
+    None for nests that reduce: those read a row again after part of it has been stored.
+    """
+    if region.nest.reduced:
+        return
     loads = region.nest.loads()
     for store in region.nest.stores:
         if store.mode != "set" or store.indirect:
