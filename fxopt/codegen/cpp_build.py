@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ _HERE = Path(__file__).parent
 _HEADERS = ("cpp_vec.h", "cpp_math.h", "cpp_runtime.h")
 _TORCH = Path(torch.__file__).parent
 _FLAGS = (
-    "-std=c++17 -O2 -fPIC -shared -fopenmp -fwrapv -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-std=c++17 -O2 -fPIC -fopenmp -fwrapv -ffp-contract=off -fno-math-errno -fno-trapping-math "
     "-fvisibility-inlines-hidden -Wno-psabi -Wno-ignored-attributes -Wno-unknown-pragmas -w"
 ).split()
 _X86_FLAGS = {
@@ -35,6 +36,9 @@ _X86_FLAGS = {
 }
 _NO_COMPILER = "no C++ compiler found: install g++ or set CXX (or FXOPT_CXX) to one"
 _TIMEOUT = 300
+_CALLS_BEFORE_PRECOMPILING = 2
+"""Parsing the headers is most of a small compilation. A process that keeps compiling precompiles them once, which costs about
+as much as three compilations and makes the later ones several times faster; one that compiles a single model does not."""
 _REASON_LIMIT = 600
 
 
@@ -83,15 +87,17 @@ def compile_cpp(sources: Sequence[KernelSource], directory: Path, capability: st
     compiler = find_compiler()
     if compiler is None:
         return [CompileFailure(s.entry, _NO_COMPILER) for s in sources]
-    command = [*compiler, *_FLAGS, *_X86_FLAGS.get(capability, [])]
+    command = (*compiler, *_FLAGS, *_X86_FLAGS.get(capability, []))
+    headers = _HEADER_CACHE.directory(command)
+    includes = [f"-I{d}" for d in (headers, _HERE, _TORCH / "include") if d is not None]
     unique = list({s.entry: s for s in sources}.values())
     with ThreadPoolExecutor(max_workers=_workers()) as pool:
         batches = _batches(unique, _workers())
-        built = list(pool.map(lambda batch: _build(batch, command, directory), batches))
+        built = list(pool.map(lambda batch: _build(batch, [*command, *includes], directory), batches))
         results = {s.entry: r for batch, r in zip(batches, built, strict=True) for s in batch}
         failed = [b for b, r in zip(batches, built, strict=True) if isinstance(r, CompileFailure) and len(b) > 1]
         suspects = [s for batch in failed for s in batch]
-        alone = pool.map(lambda s: _build([s], command, directory), suspects)
+        alone = pool.map(lambda s: _build([s], [*command, *includes], directory), suspects)
         results.update(zip((s.entry for s in suspects), alone, strict=True))
     return [_for(results[s.entry], s) for s in sources]
 
@@ -117,18 +123,49 @@ def _batches(sources: list[KernelSource], count: int) -> list[list[KernelSource]
     return groups
 
 
-def _build(batch: list[KernelSource], command: list[str], directory: Path) -> Path | CompileFailure:
+def _build(batch: list[KernelSource], command: Sequence[str], directory: Path) -> Path | CompileFailure:
     """One shared object with every kernel of `batch`; a failure is the whole batch's."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
         source, output = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
         source.write_text('#include "cpp_runtime.h"\n\n' + "\n".join(s.text for s in batch))
-        includes = [f"-I{_HERE}", f"-I{_TORCH / 'include'}"]
-        reason = _run([*command, *includes, str(source), "-o", str(output), *_link_flags()])
+        reason = _run([*command, "-shared", str(source), "-o", str(output), *_link_flags()])
         if reason is not None:
             return CompileFailure("", reason)
         final = directory / (hashlib.sha256(output.read_bytes()).hexdigest() + ".so")
         os.replace(output, final)
         return final
+
+
+class _HeaderCache:
+    """The runtime headers, precompiled for a command, in a private directory that goes away with the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: dict[tuple[str, ...], int] = {}
+        self._made: dict[tuple[str, ...], tempfile.TemporaryDirectory[str] | None] = {}
+
+    def directory(self, command: tuple[str, ...]) -> Path | None:
+        """Where the compiler finds them when they pay; None otherwise, or when this compiler cannot make them."""
+        with self._lock:
+            self._calls[command] = self._calls.get(command, 0) + 1
+            if self._calls[command] <= _CALLS_BEFORE_PRECOMPILING:
+                return None
+            if command not in self._made:
+                self._made[command] = self._make(command)
+            made = self._made[command]
+        return None if made is None else Path(made.name)
+
+    def _make(self, command: tuple[str, ...]) -> tempfile.TemporaryDirectory[str] | None:
+        place = tempfile.TemporaryDirectory(prefix="fxopt-headers-", ignore_cleanup_errors=True)
+        header, output = _HERE / _HEADERS[-1], Path(place.name, _HEADERS[-1] + ".gch")
+        failed = _run([*command, f"-I{_TORCH / 'include'}", "-x", "c++-header", str(header), "-o", str(output)])
+        if failed is None:
+            return place
+        place.cleanup()
+        return None
+
+
+_HEADER_CACHE = _HeaderCache()
 
 
 @functools.cache

@@ -176,7 +176,7 @@ def _mergeable_pair(nest: Nest, scanned: set[Sym]) -> tuple[Sym, Sym] | None:
 
 def _merged(nest: Nest, high: Sym, low: Sym) -> Nest:
     """`high` and `low` as one symbol: every index has the form c*(high*size + low) + rest, so low becomes it and high 0."""
-    joint = Sym(f"{high.name}.{low.name}", size=mul(extent(high), extent(low)))
+    joint = Sym(low.name, size=mul(extent(high), extent(low)))  # loop_order reads names
     mapping: dict[Sym, Int] = {high: 0, low: symbol(joint)}
     stores = tuple(_substituted_store(s, mapping) for s in nest.stores)
 

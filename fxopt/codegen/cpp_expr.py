@@ -327,8 +327,10 @@ class Emitter:
             block.lines.append(f"const auto {block.on} = fx::narrow({cond}, {scope.on});")
         body = as_lanes(node.body, block)
         body = _as(ctype, body) if is_mask else body
-        select = "mask_select" if node.dtype == torch.bool else "select"
-        block.lines.append(f"{name} = fx::{select}({cond}, {body}, {name});" if by_lane else f"{name} = {body};")
+        if by_lane:
+            chosen = f"fx::mask_select({cond}, {body}, {name})" if is_mask else f"fx::select({cond}, {body}, {name})"
+            body = _as(ctype, chosen) if is_mask else chosen
+        block.lines.append(f"{name} = {body};")
         scope.lines += ["  " + line for line in block.lines] + ["}"]
         return name
 

@@ -79,7 +79,7 @@ def run(case: Case, kernel: tuple[KernelSource, Path], inputs: Mapping[str, torc
     assert call(source, path, memory, case.sizes) == 0
     for name, whole in wholes.items():
         for edge in (whole[:GUARD], whole[len(whole) - GUARD :]):
-            assert torch.equal(edge.isnan() if edge.is_floating_point() else edge == 1, torch.ones(GUARD, dtype=torch.bool)), name
+            assert bool((edge.isnan() if edge.is_floating_point() else edge == 1).all()), f"wrote outside {name}"
     return [memory[n].as_strided(case.shape(n), case.strides(n)) for n in case.outputs]
 
 
