@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import fxopt.ir.random_ops  # noqa: F401  (defines torch.ops.fxopt.seed)
+from fxopt.ir.attention_op import attention
 
 aten = torch.ops.aten
 
@@ -54,6 +55,7 @@ LIBRARY_OPS = frozenset(
         aten._scaled_dot_product_cudnn_attention_backward.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        attention,
         torch.ops.fxopt.seed.default,
     }
 )

@@ -16,6 +16,7 @@ from fxopt.ir import printer, spec
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.journal import Journal
 from fxopt.passes.algebra import algebra
+from fxopt.passes.attention import attention
 from fxopt.passes.canonical_calls import canonical_calls
 from fxopt.passes.constant_folding import constant_folding
 from fxopt.passes.context import Context, PassOptions
@@ -53,7 +54,7 @@ PASSES: tuple[Pass, ...] = (
 )
 """What runs on an ATen graph, in this order."""
 
-EARLY_PASSES: tuple[Pass, ...] = (Pass("canonical_calls", canonical_calls),)
+EARLY_PASSES: tuple[Pass, ...] = (Pass("canonical_calls", canonical_calls), Pass("attention", attention))
 """What runs on Dynamo's graph, before autograd."""
 
 NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*EARLY_PASSES, *PASSES)))

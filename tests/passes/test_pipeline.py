@@ -41,7 +41,7 @@ def test_rejections_are_counted_with_their_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if n not in ("canonical_calls", "mm_view_bias", "constant_folding", "cse")]
+    "name", [n for n in NAMES if n not in ("canonical_calls", "attention", "mm_view_bias", "constant_folding", "cse")]
 )
 def test_a_disabled_pass_does_nothing(name: str) -> None:
     _, context = optimize(layer, ARGS)
