@@ -37,8 +37,8 @@ _X86_FLAGS = {
 _NO_COMPILER = "no C++ compiler found: install g++ or set CXX (or FXOPT_CXX) to one"
 _TIMEOUT = 300
 _CALLS_BEFORE_PRECOMPILING = 2
-"""Parsing the headers is most of a small compilation. A process that keeps compiling precompiles them once, which costs about
-as much as three compilations and makes the later ones several times faster; one that compiles a single model does not."""
+"""Parsing the headers is most of a small compilation. A process that keeps compiling precompiles them once, which costs
+about as much as three compilations and makes later ones several times faster; one that compiles a single model does not."""
 _REASON_LIMIT = 600
 
 

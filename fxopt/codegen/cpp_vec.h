@@ -79,11 +79,11 @@ template <class R, class F, class X, class... Xs> FX_INLINE auto map(F f, X x, X
 // ---- masks ----
 
 template <class M, class From> FX_INLINE M mask_as(From m) {
-  if constexpr (std::is_same_v<M, From> || !is_vector<From>) return m;
+  if constexpr (std::is_same_v<M, From>) return m;
   else return __builtin_convertvector(m, M);
 }
 template <class M, class X> FX_INLINE X select(M m, X a, X b) {
-  if constexpr (!is_vector<X>) return m ? a : b;
+  if constexpr (!is_vector<M>) return m ? a : b;
   else return mask_as<MaskOf<X>>(m) ? a : b;
 }
 template <class A, class B> FX_INLINE A mask_and(A a, B b) { return a & mask_as<A>(b); }

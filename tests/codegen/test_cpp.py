@@ -211,6 +211,26 @@ def test_masks_of_values_and_bool_results(tmp_path: Path) -> None:
     check(case, compiled(case, tmp_path))
 
 
+def test_conditions_that_all_lanes_share(tmp_path: Path) -> None:
+    """One condition per row selects between vectors, of numbers and of bools."""
+    x, y = Sym("x0", size=5), Sym("x1", size=40)
+    at = symbol(x) * 40 + symbol(y)
+    row, a, b = Load("f", symbol(x), BOOL), Load("a", at, F32), Load("b", symbol(y), F32)
+    chosen = Op("where", (row, a, b), F32)
+    flags = Op("where", (row, Op("gt", (a, b), BOOL), Op("isnan", (a,), BOOL)), BOOL)
+    either = Op("bitwise_or", (Op("lt", (a, b), BOOL), row), BOOL)
+    nest = Nest((x, y), (), (Store("o", at, chosen), Store("p", at, flags), Store("q", at, either)))
+    buffers = [buffer("f", BOOL, (5,)), buffer("a", F32, (5, 40)), buffer("b", F32, (40,)), buffer("o", F32, (5, 40))]
+    buffers += [buffer("p", BOOL, (5, 40)), buffer("q", BOOL, (5, 40))]
+
+    def reference(f: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        row = f[:, None]
+        return torch.where(row, a, b), torch.where(row, a > b, a.isnan()), (a < b) | row
+
+    case = make(nest, buffers, "f a b", "o p q", reference)
+    check(case, compiled(case, tmp_path), f=torch.tensor([True, False, True, True, False]))
+
+
 def lane_gather(n: int, table: int) -> Case:
     """Every lane has its own checked index."""
     x = Sym("x0", size=n)
