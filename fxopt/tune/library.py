@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from fxopt.ir.exprs import Int, bounds
-from fxopt.ir.region import Alias, Call, Ref, Step
+from fxopt.ir.exprs import Int, bounds, contiguous_strides
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Step
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.encoding import refs
 from fxopt.target import Target
 from fxopt.tune.records import RecordKey, Records
 
@@ -52,7 +53,21 @@ def choose_library(lowered: Lowered, options: Options, store: ArtifactStore, jou
     for step in lowered.steps:
         product = _product(step, lowered, views) if isinstance(step, Call) else None
         steps += [step] if product is None else rewriter.rewrite(product, journal)
-    return replace(lowered, steps=steps, buffers=rewriter.buffers, constants=rewriter.constants)
+    return replace(lowered, steps=_without_unused_views(steps, lowered), buffers=rewriter.buffers, constants=rewriter.constants)
+
+
+def _without_unused_views(steps: list[Step], lowered: Lowered) -> list[Step]:
+    used = {o.name for o in lowered.outputs if isinstance(o, Ref)}
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if isinstance(step, Alias):
+            if step.name not in used:
+                continue
+            used.add(step.of)
+        elif isinstance(step, Call):
+            used |= set(refs(step.args)) | set(refs(step.kwargs))
+        kept.append(step)
+    return kept[::-1]
 
 
 class _Rewriter:
@@ -69,15 +84,23 @@ class _Rewriter:
         journal.note("library", f"{product.call.origin}: {winner} for {product.sizes}")
         if winner == "aten":
             return [product.call]
-        weight = self._packed(product) if winner == "onednn-packed" else None
         steps: list[Step] = []
-        if weight is None:
-            flip = replace(product.b, name=f"{product.call.outputs[0]}_weight", shape=product.b.shape[::-1])
-            flip = replace(flip, strides=product.b.strides[::-1])
-            steps.append(flip)
-            weight = flip.name
-        args = (Ref(product.call.args[-2].name), Ref(weight), product.bias and Ref(product.bias), "none", [], "")
+        if winner == "onednn-packed":
+            weight = self._packed(product)
+        else:
+            weight = self._transposed(product, steps)
+        bias = None if product.bias is None else Ref(product.bias)
+        args = (Ref(product.a.name), Ref(weight), bias, "none", [], "")
         return [*steps, Call(LINEAR, args, {}, product.call.outputs, product.call.origin)]
+
+    def _transposed(self, product: Product, steps: list[Step]) -> str:
+        """The name of b as oneDNN wants it, [n, k]: the buffer itself if that is its layout, else a view added to `steps`."""
+        flip = replace(product.b, shape=product.b.shape[::-1], strides=product.b.strides[::-1])
+        spec = self.buffers[flip.of]
+        if flip.offset == 0 and (flip.shape, flip.strides) == (spec.shape, spec.strides):
+            return flip.of
+        steps.append(replace(flip, name=f"{product.call.outputs[0]}_weight"))
+        return f"{product.call.outputs[0]}_weight"
 
     def _packed(self, product: Product) -> str:
         """The name of the packed weight among the constants; packs it the first time."""
@@ -85,7 +108,10 @@ class _Rewriter:
         if key not in self.packed:
             name = f"{product.b.of}_packed{len(self.packed)}"
             weight = _view(self.constants[product.b.of], product.b).t()
-            self.constants[name] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), product.sizes[0])
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), product.sizes[0])
+            self.constants[name] = packed
+            shape = tuple(packed.shape)
+            self.buffers[name] = BufferSpec(name, packed.dtype, packed.device, shape, contiguous_strides(shape))
             self.packed[key] = name
         return self.packed[key]
 
