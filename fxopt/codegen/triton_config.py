@@ -25,6 +25,9 @@ _TILES = (
     (16, 32, 2),
 )
 _SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
+_LINE = 128  # bytes of a cache line
+_SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
+_PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -127,8 +130,7 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     else:
         found = _column_configs(tiling, rows, row, target)
     parts = _split_parts(tiling, rows, row, found[0], target)
-    cut = [replace(found[0], split=p) for p in dict.fromkeys((parts, max(2, parts // 2)))] if parts > 1 else []
-    return cut + found
+    return [replace(found[0], split=p) for p in parts] + found
 
 
 def _warps_for(elements: int, per_thread: int) -> int:
@@ -136,28 +138,26 @@ def _warps_for(elements: int, per_thread: int) -> int:
 
 
 def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Target) -> list[TritonConfig]:
-    """The reduced axis is contiguous: rows in registers when they fit, several short rows per program."""
+    """The reduced axis is contiguous: rows in registers when they fit, several short rows per program; else looped over."""
     block = next_power_of_2(row)
-    values = min(32, max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling)))
     looped = [
-        TritonConfig(1, r_block=min(block, size), persistent=False, num_warps=min(16, max(4, size // 512)))
-        for size in (2048, 4096, 1024)
+        TritonConfig(1, r_block=size, persistent=False, num_warps=warps)
+        for size, warps in ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
+        if size < block or not static or size == 1024
     ]
     if not static or block > PERSISTENT_LIMIT:
         return looped
+    together = max(1, 512 // block)
+    while together > 1 and -(-rows // together) < target.sm_count:
+        together //= 2
+    values = max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling))
     found = []
-    for per_thread in (min(16, values), min(8, values), values):
-        together = max(1, 512 // block)
-        while together > 1 and -(-rows // together) < target.sm_count:
-            together //= 2
-        warps = _warps_for(block * together, per_thread)
-        found.append(TritonConfig(together, r_block=block, num_warps=warps))
-    if block > 16 * 32 * 32:
+    for per_thread, count in ((min(16, values), together), (min(8, values), together), (min(16, values), 2 * together)):
+        found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
+    if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
-    if block <= 512:
-        found.append(TritonConfig(found[0].x_block * 2, r_block=block, num_warps=min(16, found[0].num_warps * 2)))
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
-    return [*roomy, *looped[:2], *(c for c in found if c not in roomy)]
+    return [*roomy, *looped, *(c for c in found if c not in roomy)]
 
 
 def _fits_registers(tiling: Tiling, config: TritonConfig, target: Target) -> bool:
@@ -174,16 +174,31 @@ def _row_words(tiling: Tiling) -> int:
 
 
 def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list[TritonConfig]:
-    """Points are contiguous and the reduced axis is strided: wide x, and as much r as registers allow."""
-    width = min(next_power_of_2(rows), max(32, 128 // _narrowest(tiling)))
-    while width > 16 and -(-rows // width) < target.sm_count:
-        width //= 2
+    """Points are contiguous and the reduced axis is strided: whole cache lines along x, and as much r as registers allow.
+
+    Where too few points remain to fill the GPU, `_split_parts` cuts the reduced axis; what is too small for that (joining
+    the parts above all) is bound by latency, so it reads half lines in more programs, all loads at once.
+    """
+    line = max(8, _LINE // _narrowest(tiling))
+    width = min(next_power_of_2(rows), line)
+    if rows * row <= _SMALL:
+        while width > line // 2 and -(-rows // width) < target.sm_count:
+            width //= 2
+    values = _column_values(tiling)
     found = []
-    for bx in dict.fromkeys((width, min(2 * width, next_power_of_2(rows)), max(8, width // 2))):
-        for values, warps in ((16, 4), (8, 8), (16, 8)):
-            size = max(1, min(next_power_of_2(row), values * 32 * warps // bx))
-            found.append(TritonConfig(bx, r_block=size, persistent=_whole(tiling, size), num_warps=warps))
+    for bx, per_thread, warps in ((width, values, 4), (width, values, 8), (2 * width, values, 4), (width, values // 2, 4)):
+        bx = min(bx, next_power_of_2(rows))
+        size = max(1, min(next_power_of_2(row), per_thread * 32 * warps // bx))
+        found.append(TritonConfig(bx, r_block=size, persistent=_whole(tiling, size), num_warps=warps))
     return found
+
+
+def _column_values(tiling: Tiling) -> int:
+    """Elements per thread and step: every stream's block and every reduction's accumulators stay in registers."""
+    kinds = {n.operands: n.kind for n in postorder(tiling.nest.roots) if isinstance(n, Reduce)}.values()
+    carried = sum(2 if kind in ("welford", "softmax_stats") else 1 for kind in kinds)
+    room = 2 * _VALUES_PER_THREAD // (_pressure(tiling) + 2 * carried)
+    return max(8, min(32, next_power_of_2(room + 1) // 2))
 
 
 def _whole(tiling: Tiling, size: int) -> bool:
@@ -191,14 +206,30 @@ def _whole(tiling: Tiling, size: int) -> bool:
     return isinstance(extent, int) and extent <= size
 
 
-def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, target: Target) -> int:
-    """How many parts to cut the rows into so that every SM has work; 1 when the rows alone fill the GPU or are short."""
+def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, target: Target) -> list[int]:
+    """Numbers of parts to cut the rows into so that every SM has several programs, best first.
+
+    Empty when the rows alone fill the GPU, are short, or hold what cannot be cut.
+    """
     nodes = list(postorder(tiling.nest.roots))
     if any(isinstance(n, Scan) for n in nodes) or not any(isinstance(n, Reduce) for n in nodes):
-        return 1
+        return []
     programs = -(-rows // config.x_block)
-    if programs * 2 > target.sm_count or row * config.x_block < _SPLIT_ROW:
-        return 1
-    wanted = -(-2 * target.sm_count // programs)
-    most = max(1, min(wanted, row // 512 if tiling.inner_reduction else row // 64, 1024))
-    return next_power_of_2(most + 1) // 2  # powers of two divide most rows exactly
+    if programs >= 2 * target.sm_count or row * config.x_block < _SPLIT_ROW:
+        return []
+    least = 512 if tiling.inner_reduction else 64
+    wanted = min(-(-_PROGRAMS_PER_SM * target.sm_count // programs), row // least, 1024)
+    parts = (_even_parts(tiling, row, p) for p in (wanted, wanted // 2))
+    return list(dict.fromkeys(p for p in parts if p > 1))
+
+
+def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
+    """A number of parts near `wanted`: a power of two, which cuts most rows exactly. Where equal parts matter, a divisor of
+    the row: a store along the row has no mask for the last part, and Welford's sums need one more pass."""
+    power = next_power_of_2(wanted + 1) // 2 if wanted > 1 else 1
+    streams = any(frozenset(tiling.nest.reduced) & s.symbols() for s in tiling.nest.stores)
+    welford = any(isinstance(n, Reduce) and n.kind == "welford" for n in postorder(tiling.nest.roots))
+    if row % power == 0 or not (streams or welford):
+        return power
+    divisor = next((p for p in range(wanted, max(1, wanted // 4), -1) if row % p == 0), 1)
+    return divisor if streams or divisor > 1 else power

@@ -216,12 +216,35 @@ def welford(mean_a, m2_a, n_a, mean_b, m2_b, n_b):
 
 
 @triton.jit
+def welford_step(mean, m2, x, count):
+    """(mean, sum of squared distances) with `x` added as element number `count` (a scalar); Welford 1962."""
+    delta = x - mean
+    mean += delta * divide(tl.full([], 1.0, count.dtype), count)
+    return mean, m2 + delta * (x - mean)
+
+
+@triton.jit
+def largest(a, b):
+    """The larger; NaN when either is NaN; either zero for zeros of both signs. One instruction where the GPU has it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smallest(a, b):
+    """The smaller; NaN when either is NaN; either zero for zeros of both signs."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def softmax_stats(max_a, sum_a, max_b, sum_b):
-    """Joins two (max, sum of exp(x - max)); equal infinite maxima count as no distance (Milakov and Gimelshein 2018)."""
-    top = maximum(max_a, max_b)
-    keep_a = tl.where(max_a == top, 1.0, libdevice.exp(max_a - top))
-    keep_b = tl.where(max_b == top, 1.0, libdevice.exp(max_b - top))
-    return top, sum_a * keep_a + sum_b * keep_b
+    """Joins two (max, sum of exp(x - max)); equal infinite maxima count as no distance (Milakov and Gimelshein 2018).
+
+    One of the two sums keeps its scale, so one exponential is enough. Its absolute error is below a rounding error of the
+    final sum, which is at least 1, so the fast exponential is as good as an exact one.
+    """
+    top = largest(max_a, max_b)
+    scale = tl.where(max_a == max_b, 1.0, tl.exp(tl.minimum(max_a, max_b) - top))
+    return top, tl.where(max_a == top, sum_a + sum_b * scale, sum_a * scale + sum_b)
 
 
 @triton.jit

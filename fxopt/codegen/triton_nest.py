@@ -220,22 +220,28 @@ def _print_straight(kernel: _Kernel) -> None:
 
 
 def _print_looped(kernel: _Kernel) -> None:
-    """One loop over the row per reduction depth, then one for the stores that vary along it."""
+    """One loop over the row per reduction depth, then one for the stores that vary along it and could not be made before."""
     emitter, stores = kernel.emitter, kernel.tiling.nest.stores
     emitter.outer += _point_lines(kernel)
     emitter.outer.append(f"r_lane = {_lanes(kernel, 'r')}")
     along = _axis_lines(kernel, "r")
-    roots = [emitter.instance(v, ()) for s in stores for v in s.roots]
-    for level in _levels(emitter, roots):
-        _reduction_pass(kernel, level, along)
-    at_end = _prepare(kernel, [s for s in stores if not _store_varies(kernel, s)])
+    levels = _levels(emitter, [emitter.instance(v, ()) for s in stores for v in s.roots])
     varying = [s for s in stores if _store_varies(kernel, s)]
-    if varying:
+    early = varying if len(levels) == 1 and not any(map(_stores_reduction, varying)) else []
+    for number, level in enumerate(levels, 1):
+        last = number == len(levels) and len(early) == len(varying)
+        _reduction_pass(kernel, level, along, early, "evict_first" if last else "evict_last")
+    at_end = _prepare(kernel, [s for s in stores if s not in varying])
+    if varying and not early:
         emitter.open_loop("evict_first")
         statements = _prepare(kernel, varying)
         body = emitter.close_loop()
         emitter.outer += _loop(kernel, along, [*body, *_barrier(kernel), *statements])
     emitter.outer += [*_barrier(kernel), *at_end]
+
+
+def _stores_reduction(store: Store) -> bool:
+    return any(isinstance(n, Reduce) for n in postorder(store.roots))
 
 
 def _loop(kernel: _Kernel, along: list[str], body: list[str]) -> list[str]:
@@ -257,10 +263,11 @@ def _levels(emitter: Emitter, roots: list[Instance]) -> list[list[Instance]]:
     return [levels[d] for d in sorted(levels)]
 
 
-def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str]) -> None:
+def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str], early: list[Store], eviction: str) -> None:
+    """The loop of one reduction depth, which also makes the stores in `early`: no later loop reads memory again."""
     emitter = kernel.emitter
     fresh = []
-    emitter.open_loop("evict_last")
+    emitter.open_loop(eviction)
     shape = f"[{', '.join(kernel.frame.blocks.values())}]"
     for node, guards in level:
         assert isinstance(node, Reduce)
@@ -271,11 +278,12 @@ def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str]) ->
             operands = emitter.reduce_operands(node, guards)
             assert emitter.inner is not None
             emitter.inner += accumulate(node.kind, names, operands, dtype, emitter.block())
-            fresh.append((node.kind, names))
-    body = emitter.close_loop()
+            fresh.append((node.kind, names, dtype))
+    statements = _prepare(kernel, early)
+    body = [*emitter.close_loop(), *(_barrier(kernel) if early else []), *statements]
     emitter.outer += _loop(kernel, along, body)
-    for kind, names in fresh:
-        emitter.outer += close_accumulators(kind, names)
+    for kind, names, dtype in fresh:
+        emitter.outer += close_accumulators(kind, names, dtype, emitter.block())
     for node, guards in level:
         assert isinstance(node, Reduce)
         names, _ = emitter.state_names(node, guards, looped=True)

@@ -14,8 +14,8 @@ LAST_INDEX = 2**63 - 1
 _COMBINE = {
     "sum": "h.addition",
     "prod": "h.product",
-    "max": "h.maximum",
-    "min": "h.minimum",
+    "max": "h.largest",
+    "min": "h.smallest",
     "any": "h.either",
     "all": "h.both",
     "cumsum": "h.addition",
@@ -82,9 +82,9 @@ def persistent(kind: str, names: list[str], operands: list[str], dtype: torch.dt
         ]
     if kind == "softmax_stats":
         low = literal(float("-inf"))
-        term = block.fill(f"libdevice.exp({operands[0]} - {names[0]})", "0.0")
+        term = block.fill(f"tl.exp({operands[0]} - {names[0]})", "0.0")
         return [
-            f"{names[0]} = tl.reduce({block.fill(operands[0], low)}, 1, h.maximum, keep_dims=True)",
+            f"{names[0]} = tl.reduce({block.fill(operands[0], low)}, 1, h.largest, keep_dims=True)",
             f"{names[1]} = tl.sum({term}, 1, keep_dims=True)",
         ]
     filled = [block.fill(v, n) for v, (n, _) in zip(operands, neutral, strict=True)]
@@ -95,17 +95,20 @@ def persistent(kind: str, names: list[str], operands: list[str], dtype: torch.dt
 
 def open_accumulators(kind: str, names: list[str], dtype: torch.dtype, shape: str) -> list[str]:
     """Lines before the loop."""
-    return [f"{n}_a = tl.full({shape}, {v}, {t})" for n, (v, t) in zip(names, neutral_states(kind, dtype), strict=True)]
+    states = zip(names, neutral_states(kind, dtype), strict=True)
+    lines = [f"{n}_a = tl.full({shape}, {v}, {t})" for n, (v, t) in states]
+    return lines[:2] if kind == "welford" else lines
 
 
 def accumulate(kind: str, names: list[str], operands: list[str], dtype: torch.dtype, block: BlockInfo) -> list[str]:
-    """Lines inside the loop that join one block into the lanes' accumulators."""
+    """Lines inside the loop (over `r_base`, in steps of RB) that join one block into the lanes' accumulators."""
     states = [f"{n}_a" for n in names]
     own = compute_type(dtype)
     if kind == "welford":
-        ones = f"tl.full([], 1.0, {own})"
-        values = [block.fill(operands[0], "0.0"), f"tl.zeros({block.shape}, {own})", block.fill(ones, "0.0")]
-    elif kind == "softmax_stats":
+        value = block.fill(operands[0], states[0])  # a lane past the row's end stays as it is
+        step = f"h.welford_step({states[0]}, {states[1]}, {value}, tl.full([], r_base // RB + 1, {own}))"
+        return [f"{states[0]}, {states[1]} = {step}"]
+    if kind == "softmax_stats":
         low = literal(float("-inf"))
         values = [block.fill(operands[0], low), block.fill(f"tl.full([], 1.0, {own})", "0.0")]
     else:
@@ -115,9 +118,13 @@ def accumulate(kind: str, names: list[str], operands: list[str], dtype: torch.dt
     return [f"{', '.join(states)} = {combine(kind)}({', '.join([*states, *values])})"]
 
 
-def close_accumulators(kind: str, names: list[str]) -> list[str]:
+def close_accumulators(kind: str, names: list[str], dtype: torch.dtype, block: BlockInfo) -> list[str]:
     """Lines after the loop: the lanes joined into one value per row."""
     states = [f"{n}_a" for n in names]
+    if kind == "welford":  # every lane has seen one element per step, but for those past the row's end in the last one
+        seen = f"(({block.count} - r_lane + (RB - 1)) // RB).to({compute_type(dtype)})"
+        joined = f"tl.reduce(({states[0]}, {states[1]}, {states[2]}), 1, {combine(kind)}, keep_dims=True)"
+        return [f"{states[2]} = tl.broadcast_to({seen}, {block.shape})", f"{', '.join(names)} = {joined}"]
     if kind == "sum":
         return [f"{names[0]} = tl.sum({states[0]}, 1, keep_dims=True)"]
     if len(names) == 1:

@@ -13,8 +13,35 @@ import torch
 from fxopt.codegen.triton_ops import identity
 from fxopt.codegen.triton_reduce import LAST_INDEX
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
-from fxopt.ir.exprs import Int, Sym, contiguous_strides, floordiv, maximum, minimum, mul, prod, ravel, symbol, unravel
-from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder, transform
+from fxopt.ir.exprs import (
+    Int,
+    Sym,
+    contiguous_strides,
+    floordiv,
+    maximum,
+    minimum,
+    mul,
+    prod,
+    ravel,
+    substitute,
+    symbol,
+    unravel,
+)
+from fxopt.ir.loops import (
+    Const,
+    IndexValue,
+    Load,
+    Masked,
+    Nest,
+    Op,
+    Reduce,
+    Scalar,
+    Scan,
+    Store,
+    postorder,
+    rebind_indirect,
+    transform,
+)
 from fxopt.ir.region import BufferSpec, Region
 
 
@@ -77,8 +104,9 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
     split = _cut(replace(region, nest=nest), parts)
     level = [n for n in postorder(nest.roots) if isinstance(n, Reduce) and not _reduces_below(n)]
     joined: dict[Scalar, Scalar] = {n: _cast(_partial(split, n), n.dtype) for n in level}
-    first = _subregion(region, "part", Nest((split.part, *nest.points), (split.inside,), tuple(split.stores)), split.scratch)
-    now, later, finals = _stage_stores(nest, joined)
+    streamed, now, later, finals = _stage_stores(split, nest, joined)
+    part = Nest((split.part, *nest.points), (split.inside,), (*split.stores, *streamed))
+    first = _subregion(region, "part", part, split.scratch)
     extra: dict[str, BufferSpec] = {}
     loads: dict[Scalar, Scalar] = {}
     for node in finals:
@@ -90,8 +118,7 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
         loads[node] = _cast(Load(spec.name, index, spec.dtype), node.dtype)
     second = _subregion(region, "join", Nest(nest.points, (split.part,), tuple(now)), split.scratch | extra)
     rest = [replace(s, value=_replace(s.value, loads)) for s in later]
-    still_read = {n.buffer for s in rest for n in postorder(s.roots) if isinstance(n, Load)} - extra.keys()
-    if still_read & {s.buffer for s in now}:
+    if (_reads(rest) - extra.keys()) & {s.buffer for s in (*streamed, *now)} or _reads(now) & {s.buffer for s in streamed}:
         return None
     return [first, second, *_remainder(region, nest, rest, extra, parts)]
 
@@ -129,7 +156,7 @@ def _cut(region: Region, parts: int) -> _Split:
     sizes = tuple(map(size_of, nest.reduced))
     row = prod(sizes)
     chunk = floordiv(row + (parts - 1), parts)
-    if isinstance(row, int) and isinstance(chunk, int):
+    if isinstance(row, int) and isinstance(chunk, int) and row % parts:
         chunk = -(-chunk // 128) * 128 if chunk >= 128 else chunk
         parts = -(-row // chunk)
     part, inside = Sym("u0", size=parts), Sym("w0", size=chunk)
@@ -195,19 +222,33 @@ def _partial_softmax(split: _Split, node: Reduce) -> Scalar:
     return split.join("sum", (Op("where", (Op("eq", (tops, low), torch.bool), empty, scaled), dtype),), dtype)
 
 
-def _stage_stores(nest: Nest, joined: dict[Scalar, Scalar]) -> tuple[list[Store], list[Store], list[Scalar]]:
-    """(stores complete after joining, stores left for later, reductions that those still need)."""
-    now, later = [], []
+def _stage_stores(
+    split: _Split, nest: Nest, joined: dict[Scalar, Scalar]
+) -> tuple[list[Store], list[Store], list[Store], list[Scalar]]:
+    """(stores the parts make on their way, stores complete after joining, those left for later, reductions these need)."""
+    streamed, now, later = [], [], []
     reduced = frozenset(nest.reduced)
     for store in nest.stores:
-        value = _replace(store.value, joined)
-        deeper = any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,)))
-        if deeper or reduced & store.symbols():
+        varies = bool(reduced & store.symbols())
+        if varies and split.guard is None and not any(map(_has_reduce, store.roots)):
+            streamed.append(_at_part(split, store))
+        elif varies or any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,))):
             later.append(store)
         else:
-            now.append(replace(store, value=value))
+            now.append(replace(store, value=_replace(store.value, joined)))
     used = {n for s in later for n in postorder(s.roots)}
-    return now, later, [n for n in joined if n in used]
+    return streamed, now, later, [n for n in joined if n in used]
+
+
+def _at_part(split: _Split, store: Store) -> Store:
+    """`store` in terms of a part and the place inside it."""
+    args = tuple(transform(v, split.mapping) for _, v in store.indirect)
+    index, indirect = rebind_indirect(substitute(store.index, split.mapping), store.indirect, args)
+    return replace(store, index=index, value=transform(store.value, split.mapping), indirect=indirect)
+
+
+def _reads(stores: list[Store]) -> set[str]:
+    return {n.buffer for s in stores for n in postorder(s.roots) if isinstance(n, Load)}
 
 
 def _replace(root: Scalar, mapping: dict[Scalar, Scalar]) -> Scalar:

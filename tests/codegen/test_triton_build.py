@@ -30,6 +30,8 @@ CASES: dict[str, Case] = {
     "triton_layer_norm_short": nests.layer_norm(8192, 96, F32),
     "triton_sum_split": nests.reduction("sum", 4, 1 << 20, F32),
     "triton_variance_columns": nests.variance(256, 50_000),
+    "triton_column_sum": nests.reduction("sum", 768, 4096, BF16, columns=True),
+    "triton_column_store": nests.gelu_backward(4096, 3072, BF16),
     "triton_argmax": nests.reduction("argmax", 64, 50257, F32),
     "triton_cat": nests.cat(),
     "triton_gather": nests.gather(),
@@ -80,6 +82,21 @@ def test_accesses_are_sixteen_bytes_wide(dtype: torch.dtype) -> None:
         ptx = compile_to_text(kernels(case, target)[0], target, "ptx")
         assert re.search(r"ld\.global[.\w:]*\.v4\.b32", ptx)
         assert re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("name", ["triton_column_sum", "triton_column_store", "triton_variance_columns"])
+def test_column_reductions_read_whole_lines(name: str) -> None:
+    """Parts of a column reduction: 128 contiguous bytes per row, 16 per thread, enough programs, every byte read once."""
+    target, case = Target.cuda(90), CASES[name]
+    part, join = kernels(case, target)
+    itemsize = min(case.region.buffers[b].dtype.itemsize for b in case.inputs)
+    assert part.compile_options["constexprs"]["XB"] * itemsize >= 128
+    assert 2 * target.sm_count <= int(part.grid[0]) <= 8 * target.sm_count
+    ptx = compile_to_text(part, target, "ptx")
+    loads = re.findall(r"ld\.global[.\w:]*\.(v4\.b32|b\d+)", ptx)
+    assert set(loads) == {"v4.b32"}
+    assert part.text.count("tl.load(") == len(case.inputs)
+    assert int(join.grid[0]) < target.sm_count
 
 
 def test_unaligned_pointers_are_not_assumed_wide() -> None:

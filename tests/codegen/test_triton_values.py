@@ -151,6 +151,23 @@ def test_column_variance(interpreter: Interpreter, config: TritonConfig) -> None
     check(interpreter, nests.variance(6, 130), config)
 
 
+@pytest.mark.parametrize("config", [TritonConfig(8), LOOPED, TritonConfig(8, split=4)])
+def test_stores_along_a_reduced_axis(interpreter: Interpreter, config: TritonConfig) -> None:
+    check(interpreter, nests.gelu_backward(64, 12, F32), config)
+
+
+def test_split_parts_store_along_the_row_themselves() -> None:
+    """Equal parts: everything is read once. Unequal ones would need a mask, so the row is read again by a third kernel."""
+    case = nests.gelu_backward(64, 12, F32)
+    equal, unequal = (print_region(case.region, TritonConfig(8, split=p), TARGET).kernels for p in (4, 5))
+    assert [len(k.buffers) for k in equal] == [4, 2]
+    assert len(unequal) == 3
+
+
+def test_a_split_reduction_of_uneven_parts(interpreter: Interpreter) -> None:
+    check(interpreter, nests.gelu_backward(64, 12, F32), TritonConfig(8, split=5))
+
+
 @pytest.mark.parametrize("make", [nests.cat, nests.gather, nests.scatter_add, lambda: nests.in_place(77)])
 def test_memory_forms(interpreter: Interpreter, make: object) -> None:
     assert callable(make)

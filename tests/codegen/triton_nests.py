@@ -170,6 +170,22 @@ def variance(points: int, row: int) -> Case:
     return make(Nest((p,), (r,), stores), buffers, "a", "m v", lambda a: tuple(reversed(torch.var_mean(a, 0, correction=0))))
 
 
+def gelu_backward(rows: int, columns: int, dtype: torch.dtype) -> Case:
+    """The gradient of an activation, stored, and its sum over the rows: a linear layer's bias gradient."""
+    p, r = Sym("x0", size=columns), Sym("r1", size=rows)
+    at = symbol(r) * columns + symbol(p)
+    g, x = (cast(Load(n, at, dtype), F32) for n in "gx")
+    value = op("mul", g, op("tanh", x))
+    stores = (Store("o", at, cast(value, dtype)), Store("s", symbol(p), cast(Reduce("sum", (value,), (r,), F32), dtype)))
+    buffers = [buffer(n, dtype, (rows, columns)) for n in "gxo"] + [buffer("s", dtype, (columns,))]
+
+    def reference(g: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = g * torch.tanh(x)
+        return out, out.sum(0)
+
+    return make(Nest((p,), (r,), stores), buffers, "g x", "o s", reference)
+
+
 def cat() -> Case:
     x = Sym("x0", size=33)
     inside = Op("lt", (IndexValue(symbol(x)), Const(13, I64)), BOOL)
