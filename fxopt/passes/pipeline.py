@@ -25,6 +25,7 @@ from fxopt.passes.dead_code import dead_code
 from fxopt.passes.fusions import PATTERNS
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.no_ops import no_ops
+from fxopt.passes.pad_gemm import pad_gemm
 from fxopt.passes.views import views
 
 
@@ -49,7 +50,10 @@ PASSES: tuple[Pass, ...] = (
     Pass("cse", cse),
     Pass("dead_code", dead_code),  # an unused user would keep a pattern from matching
     *FUSIONS,
+    Pass("pad_gemm", pad_gemm),
+    Pass("constant_folding", constant_folding),  # frozen weights are padded once
     Pass("views", views),  # fusions leave views next to each other
+    Pass("cse", cse),  # products of one operand share its padded form
     Pass("dead_code", dead_code),
 )
 """What runs on an ATen graph, in this order."""
