@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.capture import private
@@ -14,6 +15,7 @@ from fxopt.capture.normalize import copy_module
 from fxopt.ir.graph import Graph
 from fxopt.journal import RECENT, Journal
 from fxopt.options import Options
+from fxopt.target import Target
 
 
 def fxopt(
@@ -24,7 +26,18 @@ def fxopt(
     Raises OptionError for a mode or option that does not exist. Nothing else is raised because of fxopt: what it cannot
     compile runs as the graph that it was, unless `options={"strict": True}` asks for a RetreatError.
     """
-    return compile_dynamo_graph(gm, inputs, Options.parse(mode, options), _compile_graph)
+    parsed = Options.parse(mode, options)
+    _prestart_compiler(inputs)
+    return compile_dynamo_graph(gm, inputs, parsed, _compile_graph)
+
+
+def _prestart_compiler(inputs: Sequence[Any]) -> None:
+    """On a GPU: the process that compiles kernels takes seconds to start, which pass while the graph is captured."""
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+    if devices:
+        from fxopt.codegen.compile import prestart
+
+        prestart(Target.current(next(iter(devices))))
 
 
 def _compile_graph(graph: Graph, example_inputs: Sequence[Any], options: Options, journal: Journal) -> Runner:

@@ -1,9 +1,14 @@
-"""Every region's kernels: candidates are printed, compiled together in workers, and the fastest is kept and remembered."""
+"""Every region's kernels: candidates are printed, compiled together in workers, and the fastest is kept and remembered.
+
+Regions whose candidates are equal (the layers of a model) are one contest: printed texts are canonical, so they are compiled
+once and measured once, and all take the same choice.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,14 +19,23 @@ from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
+from fxopt.lower.cost import nbytes
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.measure import Measurements
+from fxopt.tune.measure import METHOD, Measurements
 from fxopt.tune.records import RecordKey, Records
 
-CANDIDATES = {"default": 3, "reduce-overhead": 3, "max-autotune": 8}
-"""How many of the cost model's best configurations are compiled and measured, by mode."""
+CANDIDATES_AT_MOST = 8
+"""How many of the cost model's configurations max-autotune compiles and measures."""
+
+WORTH_MEASURING = 1 << 20
+"""Bytes: what moves less is bound by its launch, whatever the configuration."""
+
+BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
+"""Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,11 @@ class Candidate:
     label: str
     sources: tuple[KernelSource, ...]
     scratch: tuple[BufferSpec, ...] = ()
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for candidates that run the same code on the same sizes, on whatever buffers."""
+        return tuple((s.text, repr(s.compile_options), repr(s.sizes), repr(s.grid)) for s in self.sources)
 
 
 @dataclass(frozen=True)
@@ -44,35 +63,69 @@ class Choice:
 
 @dataclass
 class _Contest:
-    """A region's candidates; `others` are regions with equal kernels, which take the same choice."""
+    """Candidates, and the regions that have just these."""
 
-    region: Region
+    regions: list[Region]
     candidates: list[Candidate]
     built: list[Choice] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def region(self) -> Region:
+        return self.regions[0]
 
 
 def choose(
     lowered: Lowered, options: Options, store: ArtifactStore, journal: Journal
 ) -> tuple[dict[str, Choice], list[tuple[Region, str]]]:
     """(the choice for each region by name, the regions that nothing could be built for with the reason)."""
-    contests: list[_Contest] = []
+    with journal.timed("kernels: printing"):
+        printed, failed = _print([s for s in lowered.steps if isinstance(s, Region)], options)
+        contests = _grouped(printed)
+    with journal.timed("kernels: compiling"):
+        for device in dict.fromkeys(c.region.device for c in contests):
+            _build([c for c in contests if c.region.device == device], Target.current(device), store, journal)
+    with journal.timed("kernels: measuring"):
+        measurements = Measurements(journal, BUDGET_SECONDS[options.mode])
+        winners = [_fastest(contest, store, measurements) if contest.built else None for contest in contests]
+    places = {region.name: k for k, contest in enumerate(contests) for region in contest.regions}
+    chosen: dict[str, Choice] = {}
+    for region, own in printed:
+        contest, winner = contests[places[region.name]], winners[places[region.name]]
+        if winner is None:
+            failed.append((region, "; ".join(dict.fromkeys(contest.reasons)) or "no candidate"))
+        else:
+            chosen[region.name] = _adopted(winner, own)
+    return chosen, failed
+
+
+def _print(
+    regions: Sequence[Region], options: Options
+) -> tuple[list[tuple[Region, list[Candidate]]], list[tuple[Region, str]]]:
+    printed: list[tuple[Region, list[Candidate]]] = []
     failed: list[tuple[Region, str]] = []
-    for region in (s for s in lowered.steps if isinstance(s, Region)):
+    for region in regions:
         try:
-            contests.append(_Contest(region, candidates(region, options)))
+            printed.append((region, candidates(region, options)))
         except UnsupportedError as error:
             failed.append((region, error.reason))
-    for device in dict.fromkeys(c.region.device for c in contests):
-        _build([c for c in contests if c.region.device == device], Target.current(device), store)
-    chosen: dict[str, Choice] = {}
-    measurements = Measurements(journal)
-    for contest in contests:
-        if contest.built:
-            chosen[contest.region.name] = _fastest(contest, options, store, measurements)
-        else:
-            failed.append((contest.region, "; ".join(dict.fromkeys(contest.reasons)) or "no candidate"))
-    return chosen, failed
+    return printed, failed
+
+
+def _grouped(printed: Sequence[tuple[Region, list[Candidate]]]) -> list[_Contest]:
+    """One contest for all regions that print the same kernels for the same sizes."""
+    contests: dict[object, _Contest] = {}
+    for region, own in printed:
+        key = (region.device, tuple(c.identity for c in own))
+        contests.setdefault(key, _Contest([], own)).regions.append(region)
+    return list(contests.values())
+
+
+def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
+    """`winner`, found for an equal region, with this region's buffers."""
+    candidate = next(c for c in own if c.label == winner.label)
+    artifacts = (artifact for _, artifact in winner.kernels)
+    return replace(winner, kernels=tuple(zip(candidate.sources, artifacts, strict=True)), scratch=candidate.scratch)
 
 
 def candidates(region: Region, options: Options) -> list[Candidate]:
@@ -82,23 +135,44 @@ def candidates(region: Region, options: Options) -> list[Candidate]:
         return [Candidate("C++", (cpp.print_nest(region, target),))]
     if region.device.type != "cuda":
         raise UnsupportedError(f"no printer for {region.device.type} kernels")
+    return triton_candidates(region, target, options.mode)
+
+
+def triton_candidates(region: Region, target: Target, mode: str) -> list[Candidate]:
+    """The Triton candidates of `region`; `target` need not be a GPU of this machine. Raises UnsupportedError without any."""
     out: list[Candidate] = []
     reason = "no configuration"
-    for config in triton.configs(region, target)[: CANDIDATES[options.mode]]:
+    count = candidate_count(region, mode)
+    for config in triton.configs(region, target):
         try:
             printed = triton.print_region(region, config, target)
         except UnsupportedError as error:
             reason = error.reason
             continue
         out.append(Candidate(str(config), printed.kernels, printed.scratch))
+        if len(out) == count:
+            break
     if not out:
         raise UnsupportedError(reason)
     return out
 
 
-def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore) -> None:
-    """Compile every candidate of every contest in one go; equal kernels once."""
+def candidate_count(region: Region, mode: str) -> int:
+    """How many configurations to compile: the cost model is surer about element-wise nests than about reductions."""
+    if mode == "max-autotune":
+        return CANDIDATES_AT_MOST
+    moved = sum(nbytes(spec) for spec in region.buffers.values())
+    if 0 < moved < WORTH_MEASURING:
+        return 1
+    return 3 if region.nest.reduced else 2
+
+
+def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, journal: Journal) -> None:
+    """Compile every candidate of every contest in one go, the longest texts first: they take longest."""
     sources = [s for c in contests for candidate in c.candidates for s in candidate.sources]
+    sources.sort(key=lambda s: -len(s.text))
+    texts = len({s.text for s in sources})
+    log.info("%s: compiling %d kernels (%d texts) for %d regions", journal.graph, len(sources), texts, len(contests))
     results = dict(zip(map(id, sources), compile_kernels(sources, target, store), strict=True))
     for contest in contests:
         for candidate in contest.candidates:
@@ -110,33 +184,44 @@ def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore) -
                 contest.built.append(Choice(candidate.label, kernels, candidate.scratch))
 
 
-def _fastest(contest: _Contest, options: Options, store: ArtifactStore, measurements: Measurements) -> Choice:
+def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements) -> Choice:
     """The fastest built choice: from the records, or measured now. One choice alone needs no measuring."""
     usable = [c for c in contest.built if not _spills(c)] or contest.built
-    if len(usable) == 1 or contest.region.device.type != "cuda":
+    if len(usable) == 1 or contest.region.device.type != "cuda" or _may_fail(usable[0]):
         return usable[0]
     target = Target.current(contest.region.device)
     records = Records(store.cache, target.key)
-    facts = {
-        "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],
-        "sizes": [[repr(x) for source, _ in c.kernels for x in (*source.sizes, *source.grid)] for c in usable],
-        "device": target.name,
-        "torch": torch.__version__,
-    }
-    key = RecordKey("region", facts)
+    key = RecordKey("region", _facts(usable, target))
     found = records.get(key)
     labels = [c.label for c in usable]
     if found is None or found.get("winner") not in labels:
         seconds = measurements.compare(contest.region, usable)
         if seconds is None:
             return usable[0]
-        found = {"winner": _winner(labels, seconds), "seconds": dict(zip(labels, seconds, strict=True))}
+        figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}
+        found = {"winner": _winner(labels, seconds), "seconds": figures}
         records.put(key, found)
     return usable[labels.index(str(found["winner"]))]
 
 
+def _facts(usable: Sequence[Choice], target: Target) -> dict[str, object]:
+    """Everything that a contest's result depends on; the kernels' keys hold texts, configurations and compiler versions."""
+    return {
+        "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],
+        "sizes": [[repr(x) for source, _ in c.kernels for x in (*source.sizes, *source.grid)] for c in usable],
+        "device": target.name,
+        "torch": torch.__version__,
+        "method": METHOD,
+    }
+
+
+def _may_fail(choice: Choice) -> bool:
+    """A kernel that checks indices ends the CUDA context when one is out of bounds; measuring must not risk that."""
+    return any(source.errors for source, _ in choice.kernels)
+
+
 NOISE = 0.03
-"""A later candidate must be faster than the cost model's first by more than this; ties go to the first, so choices are stable."""
+"""A later candidate must beat the cost model's first by more than this: ties go to the first, choices are stable."""
 
 
 def _winner(labels: Sequence[str], seconds: Sequence[float]) -> str:

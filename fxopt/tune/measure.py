@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,53 +18,75 @@ from fxopt.runtime.launch import CudaError, load_cubin
 if TYPE_CHECKING:
     from fxopt.tune.choose import Choice
 
-BUDGET_SECONDS = 20.0
-"""Time for measuring in one graph; regions past it take the cost model's first candidate."""
+METHOD = 2
+"""Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
-LAUNCHES = 8
+MOST_LAUNCHES = 8
+SAMPLE_SECONDS = 200e-6
+"""A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
+
+FILLER_BYTES = 1 << 28
 ASSUMED_SIZE = 256
+Run = Callable[[], None]
+
+log = logging.getLogger(__name__)
 
 
 class Measurements:
-    """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget."""
+    """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
-    def __init__(self, journal: Journal, budget: float = BUDGET_SECONDS) -> None:
+    Every sample starts with a large fill and one launch that is not timed: while they run, the timed launches are queued, so
+    that kernels shorter than the launch overhead are told apart. The launches share their buffers, so what fits the L2 cache
+    is found there, as it is in a model, where the previous kernel has just written it.
+    """
+
+    def __init__(self, journal: Journal, budget: float) -> None:
         self.journal, self.left = journal, budget
+        self._said = False
 
     def compare(self, region: Region, choices: Sequence[Choice]) -> list[float] | None:
-        """Seconds of one run of each choice (infinity for one that fails), or None when nothing can be measured now."""
+        """Seconds of one run of each choice (infinity for one that does not load), or None when nothing can be measured."""
         if self.left <= 0:
-            self.journal.note("tuning", f"{region.name}: not measured, the time budget is spent")
+            if not self._said:
+                self.journal.note("tuning", f"{region.name} and later regions: not measured, the time budget is spent")
+            self._said = True
             return None
         start = time.perf_counter()
         try:
             with torch.cuda.device(region.device):
-                return _compare(region, choices)
+                seconds = _compare(region, choices)
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{region.name}: not measured, the GPU is out of memory")
             return None
         finally:
             self.left -= time.perf_counter() - start
+        figures = ", ".join(f"{c.label}: {s * 1e6:.1f} us" for c, s in zip(choices, seconds, strict=True))
+        log.info("%s: %s: %s", self.journal.graph, region.name, figures)
+        return seconds
 
 
 def _compare(region: Region, choices: Sequence[Choice]) -> list[float]:
     sizes = assumed_sizes(region, choices)
-    tensors = {name: _allocate(spec, sizes) for name, spec in region.buffers.items()}
+    generator = torch.Generator(region.device).manual_seed(0)  # the user's own keeps its state
+    tensors = {name: _allocate(spec, sizes, generator) for name, spec in region.buffers.items()}
+    filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=region.device)
     runs = [_runner(choice, tensors, sizes) for choice in choices]
+    first = [_seconds(run, filler, 1) for run in runs]
+    launches = max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
     times: list[list[float]] = [[] for _ in choices]
-    for run in runs:
-        _seconds(run, 2)
     for _ in range(ROUNDS):
         for k, run in enumerate(runs):
-            times[k].append(_seconds(run, LAUNCHES))
+            times[k].append(_seconds(run, filler, launches))
     return [statistics.median(t) for t in times]
 
 
-def _seconds(run: Callable[[], None] | None, launches: int) -> float:
+def _seconds(run: Run | None, filler: torch.Tensor, launches: int) -> float:
     if run is None:
         return float("inf")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    filler.zero_()
+    run()
     start.record()
     for _ in range(launches):
         run()
@@ -72,7 +95,7 @@ def _seconds(run: Callable[[], None] | None, launches: int) -> float:
     return float(start.elapsed_time(end)) / 1e3 / launches
 
 
-def _runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Callable[[], None] | None:
+def _runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
     """A function that runs `choice` once on the current stream; None when it does not load."""
     tensors = shared | {spec.name: _allocate(spec, sizes) for spec in choice.scratch}
     stream = torch.cuda.current_stream().cuda_stream
@@ -106,11 +129,9 @@ def assumed_sizes(region: Region, choices: Sequence[Choice]) -> dict[str, int]:
     return out
 
 
-def _allocate(spec: BufferSpec, sizes: dict[str, int]) -> torch.Tensor:
-    """Memory for a buffer: random floats; zeros for other types, which are indices as often as not and must stay in bounds."""
+def _allocate(spec: BufferSpec, sizes: dict[str, int], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Memory for a buffer: random floats where there is a `generator`, else zeros (float8 has no normal_)."""
     extent = max(evaluate(spec.extent, sizes), 1)
-    if spec.dtype.is_floating_point:
-        return torch.randn(extent, device=spec.device, dtype=torch.float32).to(spec.dtype)
+    if generator is not None and spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+        return torch.empty(extent, device=spec.device, dtype=spec.dtype).normal_(generator=generator)
     return torch.zeros(extent, device=spec.device, dtype=spec.dtype)
-
-

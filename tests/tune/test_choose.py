@@ -1,0 +1,151 @@
+"""Contests between candidates: equal regions share one, few are compiled where that is enough, ties are stable."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.ir.exprs import Sym, contiguous_strides, symbol
+from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
+from fxopt.ir.region import BufferSpec, Region
+from fxopt.journal import Journal
+from fxopt.lower import Lowered
+from fxopt.options import Options
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.target import Target
+from fxopt.tune.choose import CANDIDATES_AT_MOST, Choice, candidate_count, choose, triton_candidates
+
+tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
+CUDA = torch.device("cuda", 0)
+TARGET = Target.cuda(90)
+
+
+def spec(name: str, *shape: int) -> BufferSpec:
+    return BufferSpec(name, torch.float32, CUDA, shape, contiguous_strides(shape))
+
+
+def row_sum(name: str, source: str, rows: int = 4096, row: int = 1024) -> Region:
+    p, r = Sym("x0", size=rows), Sym("r1", size=row)
+    value = Reduce("sum", (Load(source, symbol(p) * row + symbol(r), torch.float32),), (r,), torch.float32)
+    nest = Nest((p,), (r,), (Store(name, symbol(p), value),))
+    return Region(f"region_{name}", nest, {source: spec(source, rows, row), name: spec(name, rows)}, CUDA)
+
+
+def square(name: str, source: str, n: int) -> Region:
+    x = Sym("x0", size=n)
+    load = Load(source, symbol(x), torch.float32)
+    nest = Nest((x,), (), (Store(name, symbol(x), Op("mul", (load, load), torch.float32)),))
+    return Region(f"region_{name}", nest, {source: spec(source, n), name: spec(name, n)}, CUDA)
+
+
+class Bench:
+    """Stands in for the compiler and the GPU: `seconds` by label, or the same for all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds: dict[str, float] = {}
+        self.compiled: list[KernelSource] = []
+        self.measured: list[str] = []
+        self.failing: tuple[str, ...] = ()
+        monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
+        monkeypatch.setattr(tuner, "compile_kernels", self.compile)
+        monkeypatch.setattr(tuner.Measurements, "compare", lambda own, region, choices: self.compare(region, choices))
+
+    def compile(self, sources: Sequence[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+        self.compiled += sources
+        return [self._artifact(s) for s in sources]
+
+    def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
+        if source.entry in self.failing:
+            return CompileFailure("key", f"no {source.entry}")
+        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": 0})
+
+    def compare(self, region: Region, choices: Sequence[Choice]) -> list[float]:
+        self.measured.append(region.name)
+        return [self.seconds.get(c.label, 1.0) for c in choices]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+def lowered(*regions: Region) -> Lowered:
+    buffers = {n: s for r in regions for n, s in r.buffers.items()}
+    return Lowered(list(regions), buffers, (), {}, ())
+
+
+def choices(regions: Sequence[Region], store: ArtifactStore, **options: Any) -> tuple[dict[str, Choice], list[Any]]:
+    return choose(lowered(*regions), Options(**options), store, Journal("test"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path)
+
+
+def test_equal_regions_are_measured_once_and_keep_their_own_buffers(bench: Bench, store: ArtifactStore) -> None:
+    regions = [row_sum("a", "x"), row_sum("b", "y"), row_sum("c", "z", row=2048)]
+    chosen, failed = choices(regions, store)
+    assert not failed
+    assert bench.measured == ["region_a", "region_c"]
+    assert [k.buffers for k, _ in chosen["region_a"].kernels] == [("x", "a")]
+    assert [k.buffers for k, _ in chosen["region_b"].kernels] == [("y", "b")]
+    assert chosen["region_a"].kernels[0][1] == chosen["region_b"].kernels[0][1]
+
+
+def test_equal_split_regions_have_scratch_of_their_own(bench: Bench, store: ArtifactStore) -> None:
+    chosen, _ = choices([row_sum("a", "x", 4, 1 << 20), row_sum("b", "y", 4, 1 << 20)], store)
+    scratch = {name: [s.name for s in choice.scratch] for name, choice in chosen.items()}
+    assert scratch == {"region_a": ["region_a.scratch0"], "region_b": ["region_b.scratch0"]}
+    assert "region_b.scratch0" in chosen["region_b"].kernels[0][0].buffers
+
+
+def test_the_second_compilation_asks_the_records(bench: Bench, store: ArtifactStore) -> None:
+    labels = [c.label for c in triton_candidates(row_sum("a", "x"), TARGET, "default")]
+    bench.seconds = {labels[1]: 0.5}
+    assert choices([row_sum("a", "x")], store)[0]["region_a"].label == labels[1]
+    assert choices([row_sum("b", "y")], store)[0]["region_b"].label == labels[1]
+    assert bench.measured == ["region_a"]
+
+
+@pytest.mark.parametrize(("second", "winner"), [(0.98, 0), (0.96, 1), (1.5, 0)])
+def test_ties_go_to_the_cost_model(bench: Bench, store: ArtifactStore, second: float, winner: int) -> None:
+    labels = [c.label for c in triton_candidates(row_sum("a", "x"), TARGET, "default")]
+    bench.seconds = {labels[1]: second}
+    assert choices([row_sum("a", "x")], store)[0]["region_a"].label == labels[winner]
+
+
+def test_what_does_not_compile_is_reported_for_every_region(bench: Bench, store: ArtifactStore) -> None:
+    bench.failing = ("fx_row_sum",)
+    chosen, failed = choices([row_sum("a", "x"), row_sum("b", "y")], store)
+    assert not chosen
+    assert [(r.name, reason) for r, reason in failed] == [("region_a", "no fx_row_sum"), ("region_b", "no fx_row_sum")]
+
+
+def test_small_regions_are_not_measured(bench: Bench, store: ArtifactStore) -> None:
+    choices([square("a", "x", 4096), row_sum("b", "y", 16, 64)], store)
+    assert len(bench.compiled) == 2 and not bench.measured
+
+
+def test_regions_that_check_indices_are_not_measured(bench: Bench, store: ArtifactStore) -> None:
+    from tests.codegen.triton_nests import gather
+
+    region = gather().region
+    buffers = {n: replace(s, device=CUDA) for n, s in region.buffers.items()}
+    choices([replace(region, device=CUDA, buffers=buffers)], store, mode="max-autotune")
+    assert len(bench.compiled) > 1 and not bench.measured
+
+
+def test_modes_widen_the_search() -> None:
+    big = row_sum("a", "x")
+    assert candidate_count(big, "default") == 3
+    assert candidate_count(square("a", "x", 1 << 20), "default") == 2
+    assert candidate_count(big, "max-autotune") == CANDIDATES_AT_MOST
+    assert len(triton_candidates(big, TARGET, "max-autotune")) > 3
