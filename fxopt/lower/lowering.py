@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Lowering:
         self.local_ops: dict[str, Callable[..., Any]] = {}
         self.values: dict[fx.Node, Any] = {}
         self.aliases: dict[Stored, str] = {}
+        self.returned: dict[str, fx.Node] = {}
         self.node: fx.Node = next(iter(graph.gm.graph.nodes))
         self.must_store = layout.nodes_needing_memory(graph.gm, self._needs_tensors)
 
@@ -203,10 +204,23 @@ class Lowering:
             return arg
         value = self.values[arg]
         if isinstance(value, (Stored, Computed)):
-            return Ref(self.tensor_name(value, arg))
+            return Ref(self._own_name(self.tensor_name(value, arg), arg))
         if isinstance(value, Opaque):
             return Ref(value.name)
         return value if value is None or isinstance(value, (bool, float)) else Size(value)
+
+    def _own_name(self, name: str, node: fx.Node) -> str:
+        """`name`, or an alias of it when another node returns that already: detached tensors share memory, not the object."""
+        if self.returned.setdefault(name, node) is node:
+            return name
+        spec, alias = self.buffers.get(name), f"returned{len(self.returned)}"
+        if spec is None:  # a view: its own alias step says what of
+            step = next(s for s in self.steps if isinstance(s, Alias) and s.name == name)
+            self.steps.append(replace(step, name=alias))
+        else:
+            self.steps.append(Alias(alias, name, spec.shape, spec.strides, 0))
+        self.returned[alias] = node
+        return alias
 
     # ------------------------------------------------------------------ what lowerings use
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,11 +46,21 @@ def _constant(value: int) -> Callable[..., Computed]:
 
 TABLE.lowers(aten.ones.default, aten.ones_like.default, aten.new_ones.default)(_constant(1))
 TABLE.lowers(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default)(_constant(0))
-# Uninitialised memory may hold anything, so also zeros, which cost nothing where they are inlined.
-TABLE.lowers(
+
+
+@TABLE.lowers(
     aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
     aten.new_empty_strided.default, aten.empty_permuted.default, prims.empty_strided.default,
-)(_constant(0))  # fmt: skip
+)  # fmt: skip
+def _empty(ctx: Lowering, *args: Any, **kwargs: Any) -> Computed:
+    """Uninitialised memory may hold anything, so also zeros, which cost nothing where they are inlined; under deterministic
+    algorithms it holds what eager fills it with (torch.utils.deterministic.fill_uninitialized_memory)."""
+    dtype = ctx.out().dtype
+    if not (torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory):
+        return filled(ctx, 0)
+    if dtype.is_floating_point:
+        return filled(ctx, math.nan)
+    return filled(ctx, True if dtype == torch.bool else torch.iinfo(dtype).max)
 
 
 @TABLE.lowers(aten.full.default)
