@@ -132,7 +132,13 @@ class Writer:
     def _outputs(self) -> str:
         for name in dict.fromkeys(refs(self.plan.outputs)):
             self._allocate(name)
-        return "(" + "".join(f"{self._value(x)}, " for x in self.plan.outputs) + ")"
+        views = {step.name for step in self.plan.steps if isinstance(step, Alias)}
+        return "(" + "".join(f"{self._output(x, views)}, " for x in self.plan.outputs) + ")"
+
+    def _output(self, value: Any, views: set[str]) -> str:
+        """Views are handed out detached: an output without gradient must not be known to autograd as a view of one with."""
+        text = self._value(value)
+        return f"{text}.detach()" if isinstance(value, Ref) and value.name in views else text
 
     def _emit(self, line: str) -> None:
         self.lines.append(line)

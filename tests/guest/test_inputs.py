@@ -121,7 +121,7 @@ ALIASING = {
     "one result twice": lambda x, y: (lambda z: (z, z))(x + y),
     "a view of a result": lambda x, y: (lambda z: (z, z.t(), z[0], z.view(-1)))(x + y),
     "detached": lambda x, y: (lambda z: (z, z.detach(), z))(x + y),
-    "a view twice": lambda x, y: (lambda z: (z.t(), z[1:], z.t()))(x + y),
+    "a view twice": lambda x, y: (lambda z: (z.t(), z[1:].detach(), z.t()))(x + y),
     "no tensor at all": lambda x, y: (None, 3, x.shape[0]),
     "constants": lambda x, y: (torch.arange(3), torch.ones(2, 2), torch.tensor([1.0, 2.0]), x * 0),
 }
