@@ -17,6 +17,7 @@ from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.journal import Journal
 from fxopt.passes.algebra import algebra
 from fxopt.passes.attention import attention
+from fxopt.passes.attention_mask import attention_mask
 from fxopt.passes.canonical_calls import canonical_calls
 from fxopt.passes.constant_folding import constant_folding
 from fxopt.passes.context import Context, PassOptions
@@ -47,6 +48,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("algebra", algebra),
     Pass("no_ops", no_ops),  # folding and algebra make zeros, ones and equal operands
     Pass("views", views),
+    Pass("attention_mask", attention_mask),  # folding has shown which masks hide nothing
     Pass("cse", cse),
     Pass("dead_code", dead_code),  # an unused user would keep a pattern from matching
     *FUSIONS,
