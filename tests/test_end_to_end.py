@@ -1,4 +1,4 @@
-"""`torch.compile(fn, backend="fxopt")` on functions that real models are made of: values and gradients, on every device here."""
+"""`torch.compile(fn, backend="fxopt")` on functions that real models are made of: values and gradients, on every device."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_dynamic_shapes_compile_once(device: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(layer_norm, backend="fxopt", dynamic=True)
     for rows, width in ((3, 16), (5, 24), (9, 33), (2, 7)):
-        args = [torch.randn(2, rows, width, device=device), torch.randn(width, device=device), torch.randn(width, device=device)]
+        shapes = [(2, rows, width), (width,), (width,)]
+        args = [torch.randn(shape, device=device) for shape in shapes]
         assert_closer(compiled(*args), layer_norm(*args), layer_norm(*to_float64(args)), k=16.0)
 
 
@@ -201,3 +202,17 @@ def test_frozen_module_notices_new_weights(device: str) -> None:
         torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
         module[0].weight.mul_(2)
         torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_that_moved_are_seen(device: str) -> None:
+    """Views of parameters are remembered between calls; the memory under them may be updated, moved or replaced."""
+    torch.compiler.reset()
+    module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4)).to(device).eval()
+    compiled = torch.compile(module, backend="fxopt")
+    x = torch.randn(8, 16, device=device)
+    weight = module[0].weight
+    with torch.no_grad():
+        for change in (lambda: None, lambda: weight.mul_(2), lambda: setattr(weight, "data", torch.randn_like(weight)), lambda: None):
+            change()
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)

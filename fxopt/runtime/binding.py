@@ -20,10 +20,11 @@ import torch
 
 from fxopt.errors import PlanError
 from fxopt.ir.exprs import Atom, Expr, Int
+from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
 from fxopt.runtime.encoding import refs
 from fxopt.runtime.memory import Lifetimes
-from fxopt.runtime.plan import Free, Launch, Plan, PlanStep, allocated
+from fxopt.runtime.plan import Free, InputSpec, Launch, Plan, PlanStep, allocated
 
 ALIGNMENT = 16
 """Bytes; what `Launch.aligned` promises a kernel."""
@@ -55,6 +56,10 @@ def resolve_op(op: str) -> Callable[..., Any]:
     return found
 
 
+def _is_static(spec: InputSpec) -> bool:
+    return all(isinstance(x, int) for x in (*spec.shape, *spec.strides))
+
+
 @dataclass
 class Writer:
     """Writes the source of one plan. `helpers` are the runtime functions that the text calls by name."""
@@ -76,6 +81,7 @@ class Writer:
         self.names.update(self.helpers)
         self.specs: dict[str, BufferSpec] = {b.name: b for b in plan.buffers}
         self.own = allocated(plan)
+        self.parameters = {x.name for x in plan.inputs if x.role is Role.PARAMETER and _is_static(x)}
         self.symbols = {s.name: f"y{i}" for i, s in enumerate(plan.symbols)}
         self.tensors: dict[str, str] = {x.name: f"v{i}" for i, x in enumerate(plan.inputs)}
         self.addresses: dict[str, str] = {}
@@ -335,7 +341,20 @@ class Writer:
             offset = f"{base}.storage_offset()" + ("" if offset == "0" else f" + {offset}")
         self.tensors[step.name] = self._fresh("v")
         view = f"as_strided({base}, {self._shape(step.shape)}, {self._shape(step.strides)}, {offset})"
-        self._emit(f"{self.tensors[step.name]} = {view}")
+        if step.of in self.parameters and step.name not in refs(self.plan.outputs):
+            self._remembered_view(step, view)
+        else:
+            self._emit(f"{self.tensors[step.name]} = {view}")
+
+    def _remembered_view(self, step: Alias, view: str) -> None:
+        """A view of a parameter is made again only when the parameter's memory has moved.
+
+        The remembered view keeps that memory alive, so an equal address is the same memory. Entries are replaced whole, so
+        threads may race for one.
+        """
+        held = self._constant([(None, None)])
+        self._emit(f"if {held}[0][0] != {self._address(step.of)}: {held}[0] = ({self._address(step.of)}, {view})")
+        self._emit(f"{self.tensors[step.name]} = {held}[0][1]")
 
     def _itemsize(self, name: str) -> str:
         root = self.roots.get(name, name)
