@@ -95,30 +95,33 @@ def _fill(points: int, block: int, target: Target) -> float:
 
 
 def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
+    """One 16-byte access per thread of the narrowest type first, so that wider ones take several."""
     points = max(1, tiling.x.hint)
-    vector = max(1, 16 // _narrowest(tiling))
+    vector = min(8, max(1, 16 // _narrowest(tiling)))
     room = max(vector, _VALUES_PER_THREAD // _pressure(tiling))
+    first = min(room, 8)
     scored = []
     for warps in (4, 8, 2):
-        for per_thread in (vector, 2 * vector, 4 * vector, max(1, vector // 2)):
+        for per_thread in dict.fromkeys((vector, 8, 16, max(1, vector // 2))):
             block = min(32 * warps * per_thread, max(32, next_power_of_2(points)))
-            cost = abs(per_thread - min(room, 8)) / 8 + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.1)
+            odd = (0.2 if per_thread > first else 0.5) if per_thread != first else 0.0
+            cost = odd + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.25)
             scored.append((cost + (1.0 if per_thread > room else 0.0), TritonConfig(block, num_warps=warps)))
     return [c for _, c in sorted(scored, key=lambda t: t[0])]
 
 
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
-    """Two-dimensional tiles: at least 64 contiguous bytes along both axes."""
+    """Two-dimensional tiles: whole cache lines along both axes, while enough tiles remain to fill the GPU."""
     x, y = tiling.x.hint, tiling.y.hint
-    least = max(16, 64 // _narrowest(tiling))
+    line = max(16, _LINE // _narrowest(tiling))
     scored = []
     for bx, by, warps in _TILES:
         bx, by = min(bx, next_power_of_2(x)), min(by, next_power_of_2(y))
         waste = bx * -(-x // bx) * by * -(-y // by) / (x * y) - 1
-        short = max(0.0, 1 - bx / least) + max(0.0, 1 - by / least)
+        short = max(0.0, 1 - bx / line) + max(0.0, 1 - by / line)
         spill = 1.0 if bx * by * _pressure(tiling) > 32 * warps * 2 * _VALUES_PER_THREAD else 0.0
-        cost = waste + short + spill + 0.5 * (1 - _fill(x * y, bx * by, target))
-        scored.append((cost, TritonConfig(bx, y_block=by, num_warps=warps)))
+        idle = max(0.0, 1 - x * y / (bx * by) / (2 * target.sm_count))
+        scored.append((round(waste + short + spill + idle, 2), TritonConfig(bx, y_block=by, num_warps=warps)))
     return [c for _, c in sorted(scored, key=lambda t: t[0])]
 
 

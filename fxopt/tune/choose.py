@@ -49,7 +49,7 @@ class Candidate:
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for candidates that run the same code on the same sizes, on whatever buffers."""
-        return tuple((s.text, repr(s.compile_options), repr(s.sizes), repr(s.grid)) for s in self.sources)
+        return tuple((s.text, repr(s.compile_options), _sizes(s)) for s in self.sources)
 
 
 @dataclass(frozen=True)
@@ -208,11 +208,16 @@ def _facts(usable: Sequence[Choice], target: Target) -> dict[str, object]:
     """Everything that a contest's result depends on; the kernels' keys hold texts, configurations and compiler versions."""
     return {
         "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],
-        "sizes": [[repr(x) for source, _ in c.kernels for x in (*source.sizes, *source.grid)] for c in usable],
+        "sizes": [[_sizes(source) for source, _ in c.kernels] for c in usable],
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,
     }
+
+
+def _sizes(source: KernelSource) -> str:
+    """Grid and sizes. A size that is a number is the key of a random op, which does not change what the kernel costs."""
+    return repr([*source.grid, *(x for x in source.sizes if not isinstance(x, int))])
 
 
 def _may_fail(choice: Choice) -> bool:

@@ -55,7 +55,7 @@ class Measurements:
         start = time.perf_counter()
         try:
             with torch.cuda.device(region.device):
-                seconds = _compare(region, choices)
+                seconds = time_choices(region, choices)
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{region.name}: not measured, the GPU is out of memory")
             return None
@@ -66,27 +66,41 @@ class Measurements:
         return seconds
 
 
-def _compare(region: Region, choices: Sequence[Choice]) -> list[float]:
+def time_choices(region: Region, choices: Sequence[Choice], cold: bool = False) -> list[float]:
+    """Median seconds of one run of each choice on random data; infinity for one that does not load.
+
+    `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache.
+    """
     sizes = assumed_sizes(region, choices)
     generator = torch.Generator(region.device).manual_seed(0)  # the user's own keeps its state
     tensors = {name: _allocate(spec, sizes, generator) for name, spec in region.buffers.items()}
-    filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=region.device)
-    runs = [_runner(choice, tensors, sizes) for choice in choices]
-    first = [_seconds(run, filler, 1) for run in runs]
+    runs = [runner(choice, tensors, sizes) for choice in choices]
+    return interleaved(runs, region.device, cold)
+
+
+def eager_seconds(run: Run, device: torch.device) -> float:
+    """Median seconds of `run`, which puts any work on the current stream, timed like a candidate with a cold cache."""
+    return interleaved([run], device, cold=True)[0]
+
+
+def interleaved(runs: Sequence[Run | None], device: torch.device, cold: bool) -> list[float]:
+    filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=device)
+    first = [_seconds(run, filler, 1, cold=False) for run in runs]
     launches = max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
-    times: list[list[float]] = [[] for _ in choices]
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for k, run in enumerate(runs):
-            times[k].append(_seconds(run, filler, launches))
+            times[k].append(_seconds(run, filler, 1 if cold else launches, cold))
     return [statistics.median(t) for t in times]
 
 
-def _seconds(run: Run | None, filler: torch.Tensor, launches: int) -> float:
+def _seconds(run: Run | None, filler: torch.Tensor, launches: int, cold: bool) -> float:
     if run is None:
         return float("inf")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     filler.zero_()
-    run()
+    if not cold:
+        run()
     start.record()
     for _ in range(launches):
         run()
@@ -95,7 +109,7 @@ def _seconds(run: Run | None, filler: torch.Tensor, launches: int) -> float:
     return float(start.elapsed_time(end)) / 1e3 / launches
 
 
-def _runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
+def runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
     """A function that runs `choice` once on the current stream; None when it does not load."""
     tensors = shared | {spec.name: _allocate(spec, sizes) for spec in choice.scratch}
     stream = torch.cuda.current_stream().cuda_stream

@@ -1,0 +1,328 @@
+"""Configurations of single generated kernels against each other: `python -m benchmarks.kernels_micro --out FOLDER`.
+
+Every case is one function that lowers to one region. Its values are checked against float64 in every configuration, next to
+eager's own error; then all configurations are timed on this GPU, with inputs in the L2 cache and without. The JSON says what
+the cost model proposes first, so that the cost model can be corrected. About a minute on an H200 with 16 cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from benchmarks.results import target_facts, versions
+from fxopt.capture.symbols import to_int
+from fxopt.codegen import triton
+from fxopt.codegen.compile import compile_kernels
+from fxopt.codegen.triton import TritonConfig
+from fxopt.errors import UnsupportedError
+from fxopt.ir.graph import Graph, Input, Phase, Role
+from fxopt.ir.kernel import Artifact, CompileFailure
+from fxopt.ir.region import Ref, Region
+from fxopt.journal import Journal
+from fxopt.lower import Lowered, lower_graph
+from fxopt.lower.cost import nbytes
+from fxopt.lower.schedule import schedule
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.target import Target
+from fxopt.tune.choose import Candidate, Choice
+from fxopt.tune.measure import eager_seconds, runner, time_choices
+
+BF16, F32 = torch.bfloat16, torch.float32
+EAGER_SHARE, ROUNDINGS = 1.5, 8.0
+"""A value may be this many times as far from float64 as eager's, plus so many rounding errors at the result's scale."""
+
+
+def column_sum(x: Tensor) -> Tensor:
+    return x.sum(0)
+
+
+def activation_and_bias_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    out = grad * torch.tanh(x)
+    return out, out.sum(0)
+
+
+def norm_weight_gradients(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return (grad * (x - mean) * scale).sum(0), grad.sum(0)
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.var_mean(x, (0, 2, 3), correction=0)
+
+
+def layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    wide = total.float() if total.dtype == BF16 else total
+    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    return ((wide - mean) * torch.rsqrt(variance + 1e-5) * weight + bias).to(x.dtype), total
+
+
+def softmax(x: Tensor) -> Tensor:
+    return torch.softmax(x, -1)
+
+
+def log_total(x: Tensor) -> Tensor:
+    return torch.logsumexp(x.float() if x.dtype == BF16 else x, -1)
+
+
+def gelu_mul(x: Tensor, gate: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(gate) * x
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def widen(x: Tensor, y: Tensor) -> Tensor:
+    return x.double() * 2 + y if x.dtype == torch.float64 else x.float() * 2 + y
+
+
+def transposed_add(x: Tensor, y: Tensor) -> Tensor:
+    return x.t() + y
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 1, 3).contiguous()
+
+
+def channels_last_to_first(x: Tensor, bias: Tensor) -> Tensor:
+    return (x + bias[:, None, None]).contiguous()
+
+
+@dataclass(frozen=True)
+class MicroCase:
+    """`shapes` are the inputs'; `dtypes` theirs; a fourth-rank first input is channels-last when `nhwc`."""
+
+    name: str
+    function: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    nhwc: bool = False
+
+    @property
+    def title(self) -> str:
+        dtype = str(self.dtypes[0]).removeprefix("torch.")
+        return f"{self.name} {'x'.join(map(str, self.shapes[0]))} {dtype}{' nhwc' if self.nhwc else ''}"
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(0)
+        made = [
+            torch.empty(s, device=device, dtype=d).normal_(generator=generator)
+            for s, d in zip(self.shapes, self.dtypes, strict=True)
+        ]
+        return [t.contiguous(memory_format=torch.channels_last) if self.nhwc and t.dim() == 4 else t for t in made]
+
+
+def _same(
+    name: str, function: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype, nhwc: bool = False
+) -> MicroCase:
+    return MicroCase(name, function, shapes, (dtype,) * len(shapes), nhwc)
+
+
+def cases(scale: int = 1) -> Iterator[MicroCase]:
+    """What real models spend memory-bound time in. `scale` divides the number of rows (for tests)."""
+    rows = max(8, 4096 // scale)
+    for width, dtype in ((768, BF16), (3072, BF16), (50257, BF16), (768, F32)):
+        yield _same("column-sum", column_sum, (rows, width), dtype=dtype)
+    for width in (768, 3072):
+        yield _same("bias-gradient", activation_and_bias_gradient, (rows, width), (rows, width), dtype=BF16)
+    yield _same("norm-gradients", norm_weight_gradients, (rows, 768), (rows, 768), (rows, 1), (rows, 1), dtype=BF16)
+    for channels, side in ((64, 56), (256, 56), (2048, 7)):
+        shape = (max(2, 64 // scale), channels, side, side)
+        yield _same("batch-statistics", batch_statistics, shape, dtype=BF16, nhwc=True)
+    for count, width, dtype in ((rows, 768, BF16), (4 * rows, 4096, BF16), (rows, 768, F32), (rows, 4096, F32)):
+        yield _same("layer-norm", layer_norm, (count, width), (count, width), (width,), (width,), dtype=dtype)
+    for count, width, dtype in ((12 * rows, 128, F32), (12 * rows, 197, BF16), (4 * rows, 64, BF16), (rows, 4096, BF16)):
+        yield _same("softmax", softmax, (count, width), dtype=dtype)
+    for width in (50257, 32000):
+        many = max(rows, 16)  # fewer long rows become several kernels
+        yield _same("softmax", softmax, (many, width), dtype=BF16)
+        yield _same("log-total", log_total, (many, width), dtype=BF16)
+    for dtype in (BF16, F32):
+        yield _same("gelu-mul", gelu_mul, (2 * rows, 4096), (2 * rows, 4096), dtype=dtype)
+        yield _same("add", add, (rows, 768), (rows, 768), dtype=dtype)
+        yield _same("transposed-add", transposed_add, (rows, 4096), (4096, rows), dtype=dtype)
+        yield _same("heads-first", heads_first, (32, max(8, 512 // scale), 12, 64), dtype=dtype)
+    yield MicroCase("widen", widen, ((rows, 4096), (rows, 4096)), (BF16, F32))
+    yield _same("nhwc-to-nchw", channels_last_to_first, (max(2, 64 // scale), 256, 56, 56), (256,), dtype=BF16, nhwc=True)
+
+
+def lower(case: MicroCase, inputs: Sequence[Tensor]) -> Lowered:
+    """The case as one region. Raises ValueError when it lowers to more, or to library calls."""
+    gm = make_fx(lambda *given: case.function(*given), tracing_mode="fake")(*inputs)
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, case.title, to_int)
+    lowered = schedule(lower_graph(graph, Journal(case.title)))
+    if len(lowered.steps) != 1 or not isinstance(lowered.steps[0], Region):
+        raise ValueError(f"{case.title} is not one kernel: {lowered.steps}")
+    return lowered
+
+
+def variants(region: Region, target: Target) -> list[TritonConfig]:
+    """The cost model's proposals, best first, then a grid of its neighbours."""
+    proposed = triton.configs(region, target)
+    first = proposed[0]
+    grid: list[TritonConfig] = []
+    for factor, warps in itertools.product((0.5, 1, 2), (0.5, 1, 2)):
+        x, w = max(1, int(first.x_block * factor)), min(32, max(1, int(first.num_warps * warps)))
+        grid.append(TritonConfig(x, first.y_block, first.r_block, first.persistent, w))
+    if first.split > 1:
+        grid = [TritonConfig(1, split=p) for p in (first.split * 2, first.split // 4) if p > 1] + grid[3:6]
+    kept = [c for c in grid if c not in proposed and 1 <= c.x_block * c.y_block * c.r_block <= 1 << 17]
+    return [*proposed, *kept]
+
+
+def candidates(region: Region, target: Target) -> list[Candidate]:
+    """Every variant that prints, once per distinct code."""
+    found: dict[object, Candidate] = {}
+    for config in variants(region, target):
+        try:
+            printed = triton.print_region(region, config, target)
+        except UnsupportedError:
+            continue
+        candidate = Candidate(str(config), printed.kernels, printed.scratch)
+        found.setdefault(candidate.identity, candidate)
+    return list(found.values())
+
+
+def build(prepared: Sequence[list[Candidate]], target: Target, store: ArtifactStore) -> list[list[Choice]]:
+    """Compile every candidate of every case in one go; those that fail are left out."""
+    sources = [s for group in prepared for c in group for s in c.sources]
+    results = dict(zip(map(id, sources), compile_kernels(sources, target, store), strict=True))
+    out = []
+    for group in prepared:
+        choices = []
+        for candidate in group:
+            pairs = [(s, results[id(s)]) for s in candidate.sources]
+            kernels = tuple((s, a) for s, a in pairs if isinstance(a, Artifact))
+            if not any(isinstance(a, CompileFailure) for _, a in pairs):
+                choices.append(Choice(candidate.label, kernels, candidate.scratch))
+        out.append(choices)
+    return out
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def excess(outputs: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest error over what is allowed (see EAGER_SHARE); at most 1 is right."""
+    worst = 0.0
+    for got, own, want in zip(outputs, eager, exact, strict=True):
+        error, eagers = ((t.double() - want).abs().max().item() for t in (got, own))
+        allowed = EAGER_SHARE * eagers + ROUNDINGS * torch.finfo(got.dtype).eps * max(want.abs().max().item(), 1e-30)
+        worst = max(worst, error / allowed if math.isfinite(error) else float("inf"))
+    return worst
+
+
+Launch = Callable[[Choice, dict[str, Tensor]], None]
+
+
+def launch_on_gpu(choice: Choice, tensors: dict[str, Tensor]) -> None:
+    run = runner(choice, tensors, {})
+    if run is None:
+        raise RuntimeError(f"{choice.label} does not load")
+    run()
+
+
+def check(lowered: Lowered, choice: Choice, inputs: Sequence[Tensor], eager: Any, exact: Any, launch: Launch) -> float:
+    """`excess` of what `choice` computes from `inputs`; its outputs start as NaN."""
+    tensors = dict(zip(lowered.inputs, inputs, strict=True))
+    for name, spec in lowered.buffers.items():
+        if name not in tensors:
+            tensors[name] = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device).fill_(
+                float("nan")
+            )  # type: ignore[arg-type]
+    launch(choice, tensors)
+    outputs = [_output(tensors, lowered, ref) for ref in lowered.outputs]
+    return excess(outputs, flat(eager), flat(exact))
+
+
+def _output(tensors: dict[str, Tensor], lowered: Lowered, ref: Any) -> Tensor:
+    assert isinstance(ref, Ref)
+    return tensors[ref.name]
+
+
+def measure(case: MicroCase, lowered: Lowered, choices: list[Choice], device: torch.device) -> dict[str, Any]:
+    """Errors and times of every choice, as JSON data."""
+    (region,) = lowered.steps
+    assert isinstance(region, Region)
+    inputs = case.inputs(device)
+    eager = case.function(*inputs)
+    exact = case.function(*(t.double() for t in inputs))
+    errors = [check(lowered, c, inputs, eager, exact, launch_on_gpu) for c in choices]
+    del exact
+    moved = sum(nbytes(spec) for spec in region.buffers.values())
+    hot, cold = time_choices(region, choices), time_choices(region, choices, cold=True)
+    rows = []
+    for choice, error, warm, cool in zip(choices, errors, hot, cold, strict=True):
+        rows.append(
+            {
+                "label": choice.label,
+                "entries": [a.entry for _, a in choice.kernels],
+                "grid": [s.grid[0] for s, _ in choice.kernels],
+                "registers": [a.meta.get("n_regs") for _, a in choice.kernels],
+                "spills": [a.meta.get("n_spills") for _, a in choice.kernels],
+                "excess_error": error,
+                "us_hot": warm * 1e6,
+                "us_cold": cool * 1e6,
+                "gb_per_s_cold": moved / cool / 1e9,
+            }
+        )
+    return {
+        "case": case.title,
+        "bytes": moved,
+        "eager_us": eager_seconds(lambda: case.function(*inputs), device) * 1e6,
+        "rows": rows,
+    }
+
+
+def report(entry: dict[str, Any]) -> str:
+    rows = entry["rows"]
+    first, best = rows[0], min(rows, key=lambda r: r["us_cold"])
+    wrong = sum(r["excess_error"] > 1 for r in rows)
+    text = f"{entry['case']:<44} eager {entry['eager_us']:8.1f} us"
+    for word, row in (("first", first), ("best", best)):
+        text += f" | {word} {row['label']:<28} hot {row['us_hot']:8.1f} cold {row['us_cold']:8.1f} us"
+    return text + f" | {first['gb_per_s_cold']:5.0f} GB/s" + (f" | {wrong} WRONG" if wrong else "")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for kernels_micro.json")],
+    only: Annotated[str, typer.Option(help="run cases whose title contains this")] = "",
+) -> None:
+    """Check and time the configurations of generated kernels on this machine's first GPU."""
+    device = torch.device("cuda", 0)
+    target, store = Target.current(device), ArtifactStore()
+    chosen = [c for c in cases() if only in c.title]
+    start = time.perf_counter()
+    lowered = [lower(case, case.inputs(device)) for case in chosen]
+    regions = [low.steps[0] for low in lowered]
+    built = build([candidates(r, target) for r in regions if isinstance(r, Region)], target, store)
+    compiled = time.perf_counter() - start
+    typer.echo(f"{sum(map(len, built))} configurations of {len(chosen)} kernels compiled in {compiled:.1f} s")
+    data: dict[str, Any] = {"target": target_facts(device), "versions": versions(), "compile_seconds": compiled, "cases": []}
+    out.mkdir(parents=True, exist_ok=True)
+    for case, low, choices in zip(chosen, lowered, built, strict=True):
+        data["cases"].append(measure(case, low, choices, device))
+        typer.echo(report(data["cases"][-1]))
+        (out / "kernels_micro.json").write_text(json.dumps(data, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    wrong = [r["label"] for c in data["cases"] for r in c["rows"] if r["excess_error"] > 1]
+    if wrong:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

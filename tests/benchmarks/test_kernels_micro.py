@@ -1,0 +1,63 @@
+"""The micro-benchmark's cases: each is one kernel, and right in its first configuration (in Triton's interpreter)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.kernels_micro import MicroCase, candidates, cases, check, excess, flat, lower
+from fxopt.ir.kernel import Artifact
+from fxopt.ir.region import Region
+from fxopt.target import Target
+from fxopt.tune.choose import Choice
+from tests.codegen.triton_interpreter import Interpreter
+
+CPU, TARGET = torch.device("cpu"), Target.cuda(90)
+SMALL = [c for c in cases(scale=512) if max(c.shapes[0]) <= 4096 and torch.Size(c.shapes[0]).numel() <= 1 << 17]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    server = Interpreter()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("case", list(cases(scale=512)), ids=lambda c: c.title.replace(" ", "-"))
+def test_every_case_is_one_region(case: MicroCase) -> None:
+    (region,) = lower(case, case.inputs(CPU)).steps
+    assert isinstance(region, Region)
+    assert len(candidates(region, TARGET)) > 3
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.title.replace(" ", "-"))
+def test_values_are_right(interpreter: Interpreter, case: MicroCase) -> None:
+    inputs = case.inputs(CPU)
+    lowered = lower(case, inputs)
+    (region,) = lowered.steps
+    assert isinstance(region, Region)
+    first = candidates(region, TARGET)[0]
+    kernels = tuple((s, Artifact("key", "triton", s.entry, Path())) for s in first.sources)
+
+    def launch(choice: Choice, tensors: dict[str, torch.Tensor]) -> None:
+        memory = {n: t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,)) for n, t in tensors.items()}
+        memory |= {s.name: torch.full((int(s.numel),), float("nan"), dtype=s.dtype) for s in choice.scratch}  # type: ignore[arg-type]
+        for source, _ in choice.kernels:
+            interpreter.run(source, memory)
+
+    eager, exact = case.function(*inputs), case.function(*(t.double() for t in inputs))
+    choice = Choice(first.label, kernels, first.scratch)
+    assert check(lowered, choice, inputs, eager, exact, launch) <= 1
+
+
+def test_a_wrong_value_is_noticed() -> None:
+    exact = torch.ones(4, dtype=torch.float64)
+    assert excess([torch.ones(4)], [torch.ones(4)], [exact]) == 0
+    assert excess([torch.tensor([1, 1, 1, 1.1])], [torch.ones(4)], [exact]) > 1
+    assert excess([torch.full((4,), float("nan"))], [torch.ones(4)], [exact]) == float("inf")
+    assert flat(exact) == [exact]
