@@ -16,7 +16,7 @@ from fxopt.codegen.cpp_domain import Domain, Outer, extent, plan_domain
 from fxopt.codegen.cpp_expr import Emitter, Names, Scope
 from fxopt.codegen.cpp_ops import stored_type
 from fxopt.codegen.cpp_passes import Pass, accumulator, operand_values, plan_passes, point_cost, scan_operand, scan_type
-from fxopt.ir.exprs import Int, Sym, add, ask, bounds, floordiv, mod, mul, prod, symbol
+from fxopt.ir.exprs import Int, Sym, add, ask, bounds, coefficient, floordiv, mod, mul, prod, symbol
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import Nest, Reduce, Scan, Store, postorder
 from fxopt.ir.region import Region
@@ -162,7 +162,9 @@ class _Printer:
 
     def _points(self, scope: Scope, inner: tuple[Sym, ...]) -> None:
         """Everything inside one parallel iteration."""
-        if inner:
+        if self.domain.tiled:
+            self._tiles(scope)
+        elif inner:
             name, (lo, hi) = self.emit.indices[inner[0]], self._range(inner[0])
             body = scope.child(inner[0])
             self._points(body, inner[1:])
@@ -181,6 +183,28 @@ class _Printer:
         lo, hi = self._range(lanes)
         step = f"[&](int64_t {self.emit.indices[lanes]}, [[maybe_unused]] auto on) FX_STEP -> int64_t {{"
         scope.lines += tried(f"fx::each<W, {self._has_tail(lanes, self.domain.width)}>({lo}, {hi}, {step}", body.lines)
+
+    def _tiles(self, scope: Scope) -> None:
+        """Square tiles of the points: loads that run along the other side are transposed into a buffer first."""
+        lanes, (other,) = self._lanes(), self.domain.inner
+        outer_name = self.emit.indices[other]
+        at, end = f"{outer_name}_at", f"{outer_name}_end"
+        tile = scope.child(lanes, on="on")
+        body = tile.child(other)
+        for number, load in enumerate(self.domain.tiled):
+            name, ctype = f"tile{number}", self._stored(load.buffer)
+            source = f"{self.names.buffer(load.buffer)} + {self.emit.index(load.index, {other: at})}"
+            stride = self.emit.index(coefficient(load.index, lanes) or 0)
+            tile.lines.append(f"alignas(64) {ctype} {name}[W * W];")
+            tile.lines.append(f"fx::load_transposed<W>({name}, {source}, {stride}, {end} - {at}, on);")
+            body.values[load] = f"fx::load<W>({name} + ({outer_name} - {at}) * W, on)"
+        self._stores(self.point_stores, body)
+        tile.lines += block(f"for (int64_t {outer_name} = {at}; {outer_name} < {end}; ++{outer_name}) {{", body.lines)
+        (lo, hi), (other_lo, other_hi) = self._range(lanes), self._range(other)
+        step = f"[&](int64_t {self.emit.indices[lanes]}, [[maybe_unused]] auto on) FX_STEP -> int64_t {{"
+        walk = tried(f"fx::each<W, {self._has_tail(lanes, self.domain.width)}>({lo}, {hi}, {step}", tile.lines)
+        last = f"const int64_t {end} = fx::min_of({at} + W, {other_hi});"
+        scope.lines += block(f"for (int64_t {at} = {other_lo}; {at} < {other_hi}; {at} += W) {{", [last, *walk])
 
     def _lanes(self) -> Sym:
         assert self.domain.lanes is not None

@@ -9,9 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shlex
-import shutil
-import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -21,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fxopt import knobs
+from fxopt.codegen import cxx
 from fxopt.ir.kernel import CompileFailure, KernelSource
 
 _HERE = Path(__file__).parent
@@ -34,42 +32,16 @@ _X86_FLAGS = {
     "AVX512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c".split(),
     "AVX2": "-mavx2 -mfma -mf16c".split(),
 }
-_NO_COMPILER = "no C++ compiler found: install g++ or set CXX (or FXOPT_CXX) to one"
-_TIMEOUT = 300
 _CALLS_BEFORE_PRECOMPILING = 2
 """Parsing the headers is most of a small compilation. A process that keeps compiling precompiles them once, which costs
 about as much as three compilations and makes later ones several times faster; one that compiles a single model does not."""
-_REASON_LIMIT = 600
-
-
-def find_compiler() -> tuple[str, ...] | None:
-    """The compiler command: FXOPT_CXX, $CXX, g++, c++ or clang++, the first that exists; None when there is none.
-
-    FXOPT_CXX, when set, is the only one looked for.
-    """
-    forced = knobs.CXX.get()
-    candidates = [forced] if forced else [os.environ.get("CXX"), "g++", "c++", "clang++"]
-    for candidate in candidates:
-        words = shlex.split(candidate) if candidate else []
-        if words and shutil.which(words[0]):
-            return tuple(words)
-    return None
 
 
 def toolchain_id() -> str:
     """Compiler, its version and flags, fxopt's headers and torch's version: what a compiled kernel depends on."""
-    compiler = find_compiler()
-    version = _NO_COMPILER if compiler is None else _version(compiler)
+    compiler = cxx.find_compiler()
+    version = cxx.NOT_FOUND if compiler is None else cxx.version(compiler)
     return f"{version}; {' '.join(_FLAGS)}; runtime {_headers_hash()}; torch {torch.__version__}"
-
-
-@functools.cache
-def _version(compiler: tuple[str, ...]) -> str:
-    try:
-        text = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{' '.join(compiler)}: {error}"
-    return text.partition("\n")[0]
 
 
 @functools.cache
@@ -84,9 +56,9 @@ def compile_cpp(sources: Sequence[KernelSource], directory: Path, capability: st
     complete. A kernel that does not compile comes back as a CompileFailure with the compiler's message, without harm to the
     others. Raises OSError when `directory` cannot be written.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        return [CompileFailure(s.entry, _NO_COMPILER) for s in sources]
+    compiler, reason = cxx.find_compiler(), cxx.unusable()
+    if compiler is None or reason is not None:
+        return [CompileFailure(s.entry, reason or cxx.NOT_FOUND) for s in sources]
     command = (*compiler, *_FLAGS, *_X86_FLAGS.get(capability, []))
     headers = _HEADER_CACHE.directory(command)
     includes = [f"-I{d}" for d in (headers, _HERE, _TORCH / "include") if d is not None]
@@ -95,8 +67,11 @@ def compile_cpp(sources: Sequence[KernelSource], directory: Path, capability: st
         batches = _batches(unique, _workers())
         built = list(pool.map(lambda batch: _build(batch, [*command, *includes], directory), batches))
         results = {s.entry: r for batch, r in zip(batches, built, strict=True) for s in batch}
-        failed = [b for b, r in zip(batches, built, strict=True) if isinstance(r, CompileFailure) and len(b) > 1]
-        suspects = [s for batch in failed for s in batch]
+        failed = [b for b, r in zip(batches, built, strict=True) if isinstance(r, CompileFailure)]
+        reason = cxx.blame(compiler) if failed else None
+        if reason is not None:
+            return [CompileFailure(s.entry, reason) for s in sources]
+        suspects = [s for batch in failed if len(batch) > 1 for s in batch]
         alone = pool.map(lambda s: _build([s], [*command, *includes], directory), suspects)
         results.update(zip((s.entry for s in suspects), alone, strict=True))
     return [_for(results[s.entry], s) for s in sources]
@@ -128,7 +103,7 @@ def _build(batch: list[KernelSource], command: Sequence[str], directory: Path) -
     with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
         source, output = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
         source.write_text('#include "cpp_runtime.h"\n\n' + "\n".join(s.text for s in batch))
-        reason = _run([*command, "-shared", str(source), "-o", str(output), *_link_flags()])
+        _, reason = cxx.execute([*command, "-shared", str(source), "-o", str(output), *_link_flags()], cxx.COMPILE_SECONDS)
         if reason is not None:
             return CompileFailure("", reason)
         final = directory / (hashlib.sha256(output.read_bytes()).hexdigest() + ".so")
@@ -158,8 +133,8 @@ class _HeaderCache:
     def _make(self, command: tuple[str, ...]) -> tempfile.TemporaryDirectory[str] | None:
         place = tempfile.TemporaryDirectory(prefix="fxopt-headers-", ignore_cleanup_errors=True)
         header, output = _HERE / _HEADERS[-1], Path(place.name, _HEADERS[-1] + ".gch")
-        failed = _run([*command, f"-I{_TORCH / 'include'}", "-x", "c++-header", str(header), "-o", str(output)])
-        if failed is None:
+        precompile = [*command, f"-I{_TORCH / 'include'}", "-x", "c++-header", str(header), "-o", str(output)]
+        if cxx.execute(precompile, cxx.COMPILE_SECONDS)[1] is None:
             return place
         place.cleanup()
         return None
@@ -173,21 +148,4 @@ def _link_flags() -> tuple[str, ...]:
     """torch's own libraries, by path: already loaded in every process that runs a kernel, so the loader reuses them."""
     lib = _TORCH / "lib"
     openmp = sorted(p for pattern in ("libgomp*.so*", "libomp*.so*", "libiomp5*.so*") for p in lib.glob(pattern))
-    return ("-Wl,--as-needed", *map(str, [*openmp[:1], lib / "libtorch_cpu.so"]))
-
-
-def _run(command: list[str]) -> str | None:
-    """None when the compiler succeeded, else why not."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return f"the C++ compiler did not finish within {_TIMEOUT} s"
-    except OSError as error:
-        return f"the C++ compiler could not be run: {error}"
-    return None if done.returncode == 0 else _shortened(done.stderr or f"exit status {done.returncode}")
-
-
-def _shortened(message: str) -> str:
-    """The first errors of a compiler's message."""
-    errors = [line for line in message.splitlines() if "error" in line.lower() or "undefined" in line.lower()]
-    return "\n".join(errors or message.splitlines())[:_REASON_LIMIT]
+    return ("-Wl,--as-needed", "-Wl,--no-undefined", *map(str, [*openmp[:1], lib / "libtorch_cpu.so"]))

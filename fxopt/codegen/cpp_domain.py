@@ -12,6 +12,7 @@ from fxopt.ir.loops import (
     Const,
     IndexValue,
     Load,
+    Masked,
     Nest,
     Op,
     Reduce,
@@ -33,6 +34,8 @@ _MAP_BLOCK = 4096
 _TILE = 64
 """Edge of the square in which transposed accesses are walked, so that a cache line is used up before it is evicted."""
 _TILE_VECTORS = 4
+_LITTLE = 1024
+_ENOUGH = 64
 _FEW = 16
 _LONG = 16384
 _COMPARES = frozenset("eq ne lt le gt ge".split())
@@ -63,7 +66,8 @@ class Domain:
     `lanes` is the vectorised symbol (None: scalar code) and `width` the lanes of a vector; `lanes` is among `nest.points`
     ("map" without reduction, "column" with one) or innermost in `reduced` ("row"). `vectors` of columns are reduced at once.
     `split`: few points and long reductions, so that threads share the reduction and points run one after the other.
-    `parallel` is False when different points may add to one element.
+    `parallel` is False when different points may add to one element. `tiled` loads are transposed in square tiles, `inner`
+    being the loop along which they are contiguous.
     """
 
     nest: Nest
@@ -75,6 +79,7 @@ class Domain:
     vectors: int = 1
     split: bool = False
     parallel: bool = True
+    tiled: tuple[Load, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -296,8 +301,39 @@ def _with_outer_loops(domain: Domain) -> Domain:
         block = _TILE if partner else _lane_block(domain, points)
         if block is not None:
             outer.append(Outer(lanes, block))
-    inner = (partner,) if partner else ()
-    return _rebuilt(domain, outer=tuple(outer), inner=inner, split=_worth_splitting(domain, outer))
+    if _worth_splitting(domain, outer):
+        return _rebuilt(domain, outer=tuple(outer), split=True)
+    inner = (partner,) if partner else _sequential(domain, outer)
+    outer = [o for o in outer if o.block is not None or o.sym not in inner]
+    return _rebuilt(domain, outer=tuple(outer), inner=inner, tiled=transposable(domain, partner) if partner else ())
+
+
+def _sequential(domain: Domain, outer: list[Outer]) -> tuple[Sym, ...]:
+    """The innermost point loop, when it is too little work to be a parallel iteration and there are enough without it."""
+    if not outer or outer[-1].block is not None:
+        return ()
+    last = outer[-1].sym
+    here = (domain.lanes,) if domain.lanes in domain.nest.points else domain.reduced
+    work = bounds(prod(extent(s) for s in here if s is not None))[1]
+    others = bounds(prod(extent(o.sym) for o in outer[:-1]))[0]
+    return (last,) if work is not None and work <= _LITTLE and others is not None and others >= _ENOUGH else ()
+
+
+def transposable(domain: Domain, partner: Sym) -> tuple[Load, ...]:
+    """Loads that every point executes and that are contiguous along `partner`, strided along the lanes."""
+    assert domain.lanes is not None
+    out: dict[Load, None] = {}
+    stack, seen = list(reversed(domain.nest.roots)), set(domain.nest.roots)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Load):
+            access = Access(node.index, node.indirect, False)
+            if not node.indirect and access.stride(partner) == 1 and access.stride(domain.lanes) not in (0, 1, None):
+                out[node] = None
+        below = (node.cond,) if isinstance(node, Masked) else node.args
+        stack += [a for a in reversed(below) if a not in seen]
+        seen.update(below)
+    return tuple(out)
 
 
 def _rebuilt(domain: Domain, **changes: object) -> Domain:

@@ -202,9 +202,11 @@ class Emitter:
         if isinstance(node, Reduce | Scan):
             raise UnsupportedError(f"{node.kind} is used where its loop has not run")
         text = self._masked(node, home) if isinstance(node, Masked) else self._text(node, home)
-        name = self.names.fresh()
-        home.lines.append(f"const auto {name} = {text};")
-        home.values[node] = name
+        if not text.isidentifier():  # a cast that changes nothing, or a value that has its variable already
+            name = self.names.fresh()
+            home.lines.append(f"const auto {name} = {text};")
+            text = name
+        home.values[node] = text
 
     def _text(self, node: Scalar, scope: Scope) -> str:
         match node:

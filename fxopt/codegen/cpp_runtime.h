@@ -230,7 +230,7 @@ FX_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 // ---- threads ----
 
 // Iterations a thread should at least get when one costs `cost` units (a cheap operation on one element).
-constexpr int64_t grain(int64_t cost) { return cost >= 131072 ? 1 : 131072 / (cost > 0 ? cost : 1); }
+constexpr int64_t grain(int64_t cost) { return cost >= 262144 ? 1 : 262144 / (cost > 0 ? cost : 1); }
 
 FX_INLINE int64_t team_size(int64_t n, int64_t grain) {
   if (n <= grain || omp_in_parallel()) return 1;

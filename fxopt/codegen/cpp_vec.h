@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -297,6 +298,44 @@ template <class T, class X, class I, class On> FX_INLINE void scatter_add(T* p, 
 template <class T, class X, class On> FX_INLINE void add_strided(T* p, int64_t stride, X x, On on) {
   for (int i = 0; i < lanes<X>; ++i) {
     if (has(on, i)) add1(p + i * stride, x[i]);
+  }
+}
+template <int Base, class X, size_t... I> FX_INLINE X interleaved(X a, X b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>((I % 2) * sizeof...(I) + Base + I / 2)...);
+}
+// The perfect-shuffle transpose of N vectors: log2(N) rounds of interleaving row i with row i + N/2.
+template <int Rounds, class X, int N> FX_INLINE void transpose(X (&row)[N]) {
+  if constexpr (Rounds > 0) {
+    X next[N];
+#pragma GCC unroll 64
+    for (int i = 0; i < N / 2; ++i) {
+      next[2 * i] = interleaved<0>(row[i], row[i + N / 2], std::make_index_sequence<N>{});
+      next[2 * i + 1] = interleaved<N / 2>(row[i], row[i + N / 2], std::make_index_sequence<N>{});
+    }
+    transpose<Rounds - 1>(next);
+#pragma GCC unroll 64
+    for (int i = 0; i < N; ++i) row[i] = next[i];
+  }
+}
+constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+// tile[r*N + i] = p[i*stride + r] for r < rows and the lanes i of `on`: columns of memory become vectors.
+template <int N, class T, class On> FX_INLINE void load_transposed(T* tile, const T* p, int64_t stride, int64_t rows, On on) {
+  if constexpr (std::is_same_v<On, All>) {
+    if (rows == N) {
+      using X = Raw<T, N>;
+      X row[N];
+#pragma GCC unroll 64
+      for (int i = 0; i < N; ++i) row[i] = raw_load<X>(p + i * stride, All{});
+      transpose<log2_of(N)>(row);
+#pragma GCC unroll 64
+      for (int i = 0; i < N; ++i) raw_store(tile + i * N, row[i], All{});
+      return;
+    }
+  }
+  for (int i = 0; i < N; ++i) {
+    if (has(on, i)) {
+      for (int64_t r = 0; r < rows; ++r) tile[r * N + i] = p[i * stride + r];
+    }
   }
 }
 // first, first + step, ... in N lanes.

@@ -12,7 +12,8 @@ import pytest
 
 from fxopt.codegen import cpp_build
 from fxopt.codegen.cpp import print_nest
-from fxopt.codegen.cpp_build import compile_cpp, find_compiler, toolchain_id
+from fxopt.codegen.cpp_build import compile_cpp, toolchain_id
+from fxopt.codegen.cxx import find_compiler
 from fxopt.ir.kernel import CompileFailure, KernelSource
 from tests.codegen import triton_nests as nests
 from tests.codegen.cpp_harness import HOST, check
