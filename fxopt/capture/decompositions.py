@@ -5,8 +5,10 @@ The op set that remains (`ir/ops.py` sorts it into categories):
 - pointwise ops, reductions, scans, indexing and views of core ATen, `aten._to_copy` for every cast (no `prims`);
 - contractions, whole: mm, addmm, bmm, baddbmm, convolution and convolution_backward;
 - attention, whole: the scaled-dot-product ops that torch dispatches to (flash, efficient, cuDNN), both ways;
-- `_softmax`, `_log_softmax` and their backwards, var_mean, cumsum, index_put, scatter, gather, embedding: whole, since a
-  loop nest of their own is better than their pieces. `embedding` stays because, unlike `index`, it refuses negative indices;
+- var_mean, cumsum, index_put, scatter, gather, embedding: whole, since a loop nest of their own is better than their pieces.
+  `embedding` stays because, unlike `index`, it refuses negative indices;
+- softmax, log-softmax, log-sum-exp and their gradients: in pieces (amax, subtract, exp, sum, log; capture/softmax.py), so
+  that the partitioner may save two numbers of a row instead of the row; lower/online.py computes the two in one pass;
 - layer, group, batch and RMS norm, forward and backward: in pieces (var_mean, rsqrt, multiply), so that what stands around
   them fuses. Their decompositions compute in float32 for float16 and bfloat16, as do those of gelu, silu and embedding's
   backward; between pointwise pieces nothing is rounded, because a kernel computes in float32 and rounds what it stores;
@@ -22,12 +24,12 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from fxopt.capture.softmax import SOFTMAX
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
 KEPT_WHOLE = (
-    "_softmax_backward_data",
-    "_log_softmax_backward_data",
     "baddbmm",
     "scaled_dot_product_attention",
     "_scaled_dot_product_attention_math",
@@ -63,6 +65,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
     table.update(get_decompositions([getattr(aten, name) for name in ALSO_DECOMPOSED if hasattr(aten, name)]))
+    table.update(SOFTMAX)
     table[prims.convert_element_type.default] = _convert_element_type
     return table
 

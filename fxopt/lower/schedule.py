@@ -17,6 +17,7 @@ from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region, Step
 from fxopt.lower import cost
 from fxopt.lower.align import Mapping, division_count, mappings
 from fxopt.lower.lowering import Lowered
+from fxopt.lower.online import one_pass
 from fxopt.lower.values import cast
 
 MAX_BUFFERS = 28
@@ -330,7 +331,7 @@ def _combine(first: Nest, second: Nest) -> Nest | None:
         if any(v.symbols() and _loads_from(v, made) for _, v in s.indirect):
             return None
         stores.append(replace(s, value=value))
-    nest = Nest(first.points, first.reduced, (*first.stores, *stores))
+    nest = one_pass(Nest(first.points, first.reduced, (*first.stores, *stores)))
     return nest if _in_place_is_safe(nest) else None
 
 

@@ -210,19 +210,14 @@ def test_whole_ops_stay_whole(phase):
 
     def fn(q, image, kernel):
         attended = F.scaled_dot_product_attention(q, q, q)
-        return attended.softmax(-1), F.conv2d(image, kernel), F.log_softmax(image, 1)
+        return attended, F.conv2d(image, kernel)
 
     grad = phase is Phase.FORWARD
     recorder.compile(fn)(
         torch.randn(1, 2, 8, 16, requires_grad=grad), torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=grad)
     )
     targets = recorder.targets(phase)
-    for name in (
-        "aten._scaled_dot_product",
-        "aten._softmax.default",
-        "aten.convolution.default",
-        "aten._log_softmax.default",
-    ):
+    for name in ("aten._scaled_dot_product", "aten.convolution.default"):
         assert sum(t.startswith(name) for t in targets) == 1, (name, targets)
 
 
