@@ -11,7 +11,17 @@ from fxopt.codegen.triton_config import TritonConfig, next_power_of_2
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
 from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
-from fxopt.codegen.triton_tiling import INT32_MAX, Axis, Tiling, accumulator_dtype, needs_int64, tile
+from fxopt.codegen.triton_tiling import (
+    INT32_LIMIT,
+    INT32_MAX,
+    Axis,
+    Tiling,
+    accumulator_dtype,
+    needs_int64,
+    surely_needs_int64,
+    tile,
+    unbounded,
+)
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
@@ -20,16 +30,12 @@ from fxopt.ir.region import Region
 
 _ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
 _RANDOM = ("rand", "randn", "randint")
-_PREAMBLE = (
-    "import triton",
-    "import triton.language as tl",
-    "from triton.language.extra import libdevice",
-    "",
-    "from fxopt.codegen import triton_helpers as h",
-    "",
-    "",
-    "@triton.jit",
-)
+_BODIES = ("narrow", "wide")
+_PREAMBLE = """import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from fxopt.codegen import triton_helpers as h"""
 
 
 @dataclass
@@ -50,24 +56,33 @@ def print_kernel(region: Region, config: TritonConfig, stage: str | None = None)
 
     `stage` names a part of a split reduction. Raises UnsupportedError for dtypes and atomics that Triton does not have.
     """
-    kernel = _open(region, config, stage)
+    region = replace(region, nest=_with_salts(region.nest))
+    names = Names()
+    if not needs_int64(region):
+        return _finish([_print(region, config, stage, names, index64=False)])
+    wide = _print(region, config, stage, names, index64=True)
+    if surely_needs_int64(region):
+        return _finish([wide])
+    return _finish([_print(region, config, stage, names, index64=False), wide])
+
+
+def _print(region: Region, config: TritonConfig, stage: str | None, names: Names, index64: bool) -> _Kernel:
+    kernel = _open(region, config, stage, names, index64)
     if kernel.tiling.reduces and not config.persistent:
         _print_looped(kernel)
     else:
         _print_straight(kernel)
-    return _finish(kernel)
+    return kernel
 
 
-def _open(region: Region, config: TritonConfig, stage: str | None) -> _Kernel:
-    region = replace(region, nest=_with_salts(region.nest))
+def _open(region: Region, config: TritonConfig, stage: str | None, names: Names, index64: bool) -> _Kernel:
     tiling = tile(region, allow_y=config.y_block > 1)
     blocks = {"x": "XB"}
     if tiling.reduces:
         blocks = {"x": "XB", "r": "RB"}
     elif tiling.y.symbols:
         blocks = {"y": "YB", "x": "XB"}
-    names = Names()
-    frame = Frame(tiling, needs_int64(region), {}, blocks)
+    frame = Frame(tiling, index64, {}, blocks)
     looped = tiling.reduces and not config.persistent
     return _Kernel(kernel_name(tiling, stage), region, tiling, config, names, frame, Emitter(frame, names, looped))
 
@@ -293,13 +308,17 @@ def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str], ea
 # the finished kernel
 
 
-def _finish(kernel: _Kernel) -> KernelSource:
+def _finish(kernels: list[_Kernel]) -> KernelSource:
+    """The source of one kernel, from its body or from one body per index type (int32 first)."""
+    kernel = kernels[-1]
     names, config = kernel.names, kernel.config
+    lines = kernel.emitter.outer if len(kernels) == 1 else _dispatch(kernel)
     pointers, sizes = list(names.buffers.values()), list(names.sizes.values())
     blocks = {name: _block_size(kernel, axis) for axis, name in kernel.frame.blocks.items()}
-    params = [*pointers, *sizes, *(f"{b}: tl.constexpr" for b in blocks)]
-    head = [*_PREAMBLE, f"def {kernel.entry}({', '.join(params)}):"]
-    text = "\n".join([*head, *(f"    {line}" for line in kernel.emitter.outer)]) + "\n"
+    functions = (
+        [] if len(kernels) == 1 else [_function(k, n, k.emitter.outer) for k, n in zip(kernels, _BODIES, strict=True)]
+    )
+    text = "\n\n\n".join([_PREAMBLE, *functions, _function(kernel, kernel.entry, lines)]) + "\n"
     types = {p: ops.POINTER_TYPE[kernel.region.buffers[b].dtype] for b, p in names.buffers.items()}
     options = {
         "signature": types | dict.fromkeys(sizes, "i64" if kernel.frame.index64 else "i32"),
@@ -320,6 +339,24 @@ def _finish(kernel: _Kernel) -> KernelSource:
         compile_options=options,
         errors=tuple(names.errors),
     )
+
+
+def _function(kernel: _Kernel, name: str, lines: list[str]) -> str:
+    params = [*kernel.names.buffers.values(), *kernel.names.sizes.values()]
+    params += [f"{b}: tl.constexpr" for b in kernel.frame.blocks.values()]
+    return "\n".join(["@triton.jit", f"def {name}({', '.join(params)}):", *(f"    {line}" for line in lines)])
+
+
+def _dispatch(wide: _Kernel) -> list[str]:
+    """Sizes that are not known to be small decide at run time, in the kernel, whether int32 indices do: every program of a
+    launch takes the same branch, and one division in int64 costs more than the test."""
+    limits = [f"({wide.emitter.index_text(x)} < {INT32_LIMIT})" for x in unbounded(wide.region)]
+    names, blocks = wide.names, list(wide.frame.blocks.values())
+    sizes = list(names.sizes.values())
+    calls = []
+    for name, own in zip(_BODIES, ([f"{s}.to(tl.int32)" for s in sizes], sizes), strict=True):
+        calls.append(f"    {name}({', '.join([*names.buffers.values(), *own, *blocks])})")
+    return [f"if {' & '.join(limits)}:", calls[0], "else:", calls[1]]
 
 
 def _size_expressions(names: Names) -> list[Int]:

@@ -33,6 +33,8 @@ from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scan, postorder, rebi
 from fxopt.ir.region import Region
 
 INT32_MAX = 2**31 - 1
+INT32_LIMIT = INT32_MAX - 65536
+"""What extents and domains stay below in kernels with int32 indices: lanes past a domain's end still compute theirs."""
 _LINE_NAMES = {"x": "l0", "y": "l1", "r": "l2"}
 _TILE_MIN = 8  # a second tile axis shorter than this cannot coalesce anything
 
@@ -284,13 +286,26 @@ def fits_int32(value: Int) -> bool:
     return lo is not None and hi is not None and lo >= -INT32_MAX and hi <= INT32_MAX
 
 
-def needs_int64(region: Region) -> bool:
-    """Whether some extent or domain of `region` may exceed int32."""
+def _spans(region: Region) -> list[Int]:
+    """Every buffer's extent and the domain's two sizes: what indices stay below."""
     nest = region.nest
     extents = [spec.extent for spec in region.buffers.values()]
-    slack = 65536  # lanes past the end of the domain still compute indices
-    domains = [prod(size_of(s) for s in nest.points), prod(size_of(s) for s in nest.reduced)]
-    return not all(fits_int32(e + slack) for e in (*extents, *domains))
+    return [*extents, prod(size_of(s) for s in nest.points), prod(size_of(s) for s in nest.reduced)]
+
+
+def unbounded(region: Region) -> list[Int]:
+    """The extents and domains of `region` that are not known to leave room in int32, each once."""
+    return list(dict.fromkeys(x for x in _spans(region) if not fits_int32(x + (INT32_MAX - INT32_LIMIT))))
+
+
+def needs_int64(region: Region) -> bool:
+    """Whether some extent or domain of `region` may exceed int32."""
+    return bool(unbounded(region))
+
+
+def surely_needs_int64(region: Region) -> bool:
+    """Whether some extent or domain of `region` exceeds int32 whatever the sizes."""
+    return any((bounds(x)[0] or 0) >= INT32_LIMIT for x in _spans(region))
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

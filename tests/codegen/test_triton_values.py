@@ -205,6 +205,48 @@ def test_int64_indexing_when_sizes_are_unbounded() -> None:
     assert "i64" in kernel.compile_options["signature"].values()
 
 
+def huge(sizes: tuple[int, int]) -> Case:
+    """Column 0 of a strided matrix whose extent a kernel must not take for small: n rows, m elements apart."""
+    s0, s1 = Sym("s0", lo=1), Sym("s1", lo=1)
+    n, m = symbol(s0), symbol(s1)
+    x = Sym("x0", size=n)
+    nest = Nest((x,), (), (Store("o", symbol(x), nests.op("neg", Load("a", symbol(x) * m, F32))),))
+    buffers = [nests.buffer("a", F32, (n,), (m,)), nests.buffer("o", F32, (n,))]
+    return nests.make(nest, buffers, "a", "o", lambda a: -a, s0=sizes[0], s1=sizes[1])
+
+
+def test_unbounded_sizes_take_int32_indices_when_they_fit(interpreter: Interpreter) -> None:
+    (kernel,) = print_region(huge((5, 3)).region, TritonConfig(8), TARGET).kernels
+    narrow, wide, entry = kernel.text.split("@triton.jit")[1:]
+    assert "int64" not in narrow and "int64" in wide
+    assert "narrow(b0, b1, n0.to(tl.int32), n1.to(tl.int32), XB)" in entry
+    assert set(kernel.compile_options["signature"].values()) == {"*fp32", "i64"}
+    check(interpreter, huge((5, 3)), TritonConfig(8))
+
+
+def test_more_than_int32_elements_take_int64_indices() -> None:
+    (kernel,) = print_region(huge((2, 2**31 + 5)).region, TritonConfig(8), TARGET).kernels
+    entry = kernel.text.split("@triton.jit")[-1]
+    condition = entry.split("if ")[1].split(":")[0]
+    for sizes, small in (((5, 3), True), ((2, 2**31 + 5), False), ((2**31, 1), False)):
+        values = dict(zip((repr(s) for s in kernel.sizes), (f"n{k}" for k in range(2)), strict=True))
+        env = {values["s0"]: sizes[0], values["s1"]: sizes[1]}
+        assert eval(condition, {"tl": _Scalars}, env) is small
+
+
+class _Scalars:
+    """The scalar functions that a dispatch condition calls."""
+
+    maximum = staticmethod(max)
+    minimum = staticmethod(min)
+
+
+def test_sizes_known_to_be_huge_have_no_narrow_form() -> None:
+    case = nests.pointwise(2**31 + 64, BF16)
+    (kernel,) = print_region(case.region, TritonConfig(1024), TARGET).kernels
+    assert kernel.text.count("@triton.jit") == 1 and "int64" in kernel.text
+
+
 def test_texts_are_canonical() -> None:
     one, other = nests.pointwise(256, F32), nests.pointwise(256, F32)
     renamed = {b: f"other_{b}" for b in "abo"}
