@@ -1,9 +1,10 @@
 """Masks of `fxopt::attention` in the form that fused kernels take, made once instead of at every call.
 
-Given a boolean mask, or one whose strides do not suit them, the fused backends convert and pad it in every layer, or leave the
-call to the decomposed form. Here a mask that hides nothing disappears (models build one from position indices, and folding
-has shown by now that it is all true), and a boolean one becomes an additive one in the query's dtype, row-major, with rows
-padded to 16 bytes and without the dimensions it is merely broadcast along. Layers that share a mask share the result.
+Given a boolean mask, or one whose strides do not suit them, the fused backends convert and pad it in every layer, or leave
+the call to the decomposed form. Here a mask that hides nothing disappears (models build one from position indices, and
+folding has shown by now that it is all true), and a boolean one becomes an additive one in the query's dtype, row-major,
+with rows padded to 16 bytes and without the dimensions it is merely broadcast along. Layers that share a mask share the
+result.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ ALIGNMENT = 8
 """Elements of two bytes in 16 bytes."""
 
 SLOWDOWN = {1: 3.0, 2: 2.8, 4: 1.25}
-"""How much longer a product takes whose leading dimensions are multiples of only so many elements. Measured for two on an H200
-(bfloat16, 4096 x 768 x 30522: 802 us against 280 us padded); the others are cautious assumptions."""
+"""How much longer a product takes whose leading dimensions are multiples of only so many elements. Measured for two on an
+H200 (bfloat16, 4096 x 768 x 30522: 802 us against 280 us padded); the others are cautious assumptions."""
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND, LAUNCH_SECONDS = 3e12, 700e12, 3e-6
 MARGIN = 0.5

@@ -40,7 +40,9 @@ def test_rejections_are_counted_with_their_reason() -> None:
     assert ("rejected", "mm_bias: the addend is not one value per column x1") in journal.notes
 
 
-NOT_FOR_THIS_LAYER = ("attention_mask", "canonical_calls", "attention", "pad_gemm", "mm_view_bias", "constant_folding", "cse")
+NOT_FOR_THIS_LAYER = (
+    "attention_mask", "canonical_calls", "attention", "pad_gemm", "mm_view_bias", "constant_folding", "cse"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in NOT_FOR_THIS_LAYER])
