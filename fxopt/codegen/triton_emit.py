@@ -16,10 +16,11 @@ from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
 from fxopt.codegen.triton_tiling import Tiling, fits_int32
 from fxopt.ir.exprs import Atom, Expr, Int, Sym, bounds
-from fxopt.ir.loops import Const, IndexValue, Load, Masked, Op, Reduce, Scalar, Scan, postorder
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
 
 Guards = tuple[Scalar, ...]
 Instance = tuple[Scalar, Guards]
+_RELATIVE = ("mul", "truediv", "neg", "where")
 _COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
@@ -70,6 +71,7 @@ class Emitter:
         self._inner_memo: dict[Instance, str] = {}
         self._touches: dict[Scalar, bool] = {}
         self._reduced = frozenset(frame.tiling.nest.reduced)
+        self._rounded = rounded_soon(frame.tiling.nest)
         self._count = 0
         self._states: dict[tuple[object, ...], list[str]] = {}
         self._bound: dict[Sym, str] = {}
@@ -212,7 +214,13 @@ class Emitter:
             args = [ops.literal(a.value) if isinstance(a, Const) else t for a, t in zip(node.args, args, strict=True)]
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
-        return ops.apply(node.name, args, source, node.dtype)
+        return ops.apply(node.name, args, source, node.dtype, fast=node in self._rounded or node.dtype in ops.HALF)
+
+    def _exponential(self) -> str:
+        """What persistent softmax statistics take exp with: the function that the row's other exponentials use, so that the
+        compiler finds them equal; alone, the fast one, whose error vanishes in a sum that is at least 1."""
+        nodes = [n for n in postorder(self.frame.tiling.nest.roots) if isinstance(n, Op) and n.name == "exp"]
+        return "libdevice.exp" if any(n not in self._rounded and n.dtype not in ops.HALF for n in nodes) else "tl.exp"
 
     def _narrow_text(self, node: Scalar) -> str:
         return str(node.value) if isinstance(node, Const) else self.index_text(node.expr)  # type: ignore[attr-defined]
@@ -347,7 +355,7 @@ class Emitter:
             if node.kind == "welford":
                 block = BlockInfo(block.shape, block.mask, f"tl.full([], {block.count}, {ops.compute_type(dtype)})")
             operands = self.reduce_operands(node, instance[1])
-            self.write(instance, persistent(node.kind, names, operands, dtype, block))
+            self.write(instance, persistent(node.kind, names, operands, dtype, block, self._exponential()))
         self.define(instance, self.result(node, names))
 
     def _emit_scan(self, instance: Instance, node: Scan) -> None:
@@ -361,6 +369,31 @@ class Emitter:
             self.outer.append(f"{name}_c = tl.full({column}, {start}, {ops.compute_type(dtype)})")
             self.inner.extend(scan_carry(name, node.kind))
         self.define(instance, ops.cast(name, dtype, node.dtype))
+
+
+def rounded_soon(nest: Nest) -> frozenset[Scalar]:
+    """float32 values that only products, quotients and selections lie between and a rounding to half precision.
+
+    Those keep a relative error as it is, so what `ops.apply` calls fast is invisible after the rounding.
+    """
+    users: dict[Scalar, list[Scalar]] = {}
+    nodes = list(postorder(nest.roots))
+    for node in nodes:
+        for arg in node.args:
+            users.setdefault(arg, []).append(node)
+    exact = {v for v in nest.roots if v.dtype not in ops.HALF}
+    rounded: set[Scalar] = set()
+    for node in reversed(nodes):
+        own = users.get(node, [])
+        if node.dtype == torch.float32 and own and node not in exact and all(_keeps_relative(u, rounded) for u in own):
+            rounded.add(node)
+    return frozenset(rounded)
+
+
+def _keeps_relative(user: Scalar, rounded: set[Scalar]) -> bool:
+    if not isinstance(user, Op):
+        return isinstance(user, Masked) and user in rounded
+    return (user.name == "cast" and user.dtype in ops.HALF) or (user.name in _RELATIVE and user in rounded)
 
 
 def reduced_dtype(node: Reduce) -> torch.dtype:

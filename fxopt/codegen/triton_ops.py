@@ -41,6 +41,9 @@ POINTER_TYPE = {
     torch.bool: "*i1",
 }
 
+HALF = (torch.float16, torch.bfloat16)
+"""Types that are computed in float32 and rounded when stored."""
+
 _UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 _INFIX = {
@@ -91,7 +94,7 @@ _BY_KIND = {  # op -> (floating point, integer)
     "pow": ("libdevice.pow", "h.int_pow"),
 }
 
-_FAST = {"exp": "tl.exp", "rsqrt": "tl.rsqrt", "sin": "libdevice.sin", "log": "tl.log"}
+_FAST = {"exp": "tl.exp", "rsqrt": "tl.rsqrt", "sigmoid": "h.fast_sigmoid"}
 _INTEGER_IDENTITY = frozenset(("floor", "ceil", "trunc", "round"))
 
 
@@ -139,8 +142,11 @@ def bitcast(text: str, source: torch.dtype, target: torch.dtype) -> str:
     return text if accumulator_dtype(target) == target else f"{text}.to(tl.float32)"
 
 
-def apply(name: str, args: list[str], operand: torch.dtype, dtype: torch.dtype) -> str:
-    """Op `name` (not cast, bitcast or checked_index) over printed `args`; `operand` is the dtype of the first argument."""
+def apply(name: str, args: list[str], operand: torch.dtype, dtype: torch.dtype, fast: bool = False) -> str:
+    """Op `name` (not cast, bitcast or checked_index) over printed `args`; `operand` is the dtype of the first argument.
+
+    `fast` allows a relative error of 1e-5 (tl.exp of -100; elsewhere it is below 1e-6): the result is rounded to half precision.
+    """
     floating = operand.is_floating_point
     if name in _INFIX:
         return _infix(name, args, operand)
@@ -152,13 +158,15 @@ def apply(name: str, args: list[str], operand: torch.dtype, dtype: torch.dtype) 
         return f"libdevice.trunc(h.divide({args[0]}, {args[1]}))" if floating else f"({args[0]} // {args[1]})"
     if name == "fmod" and not floating:
         return f"({args[0]} % {args[1]})"
-    return f"{_function(name, operand, dtype)}({', '.join(args)})"
+    if fast and name == "truediv" and operand != torch.float64:
+        return f"({args[0]} / {args[1]})"
+    return f"{_function(name, operand, fast and operand != torch.float64)}({', '.join(args)})"
 
 
-def _function(name: str, operand: torch.dtype, dtype: torch.dtype) -> str:
+def _function(name: str, operand: torch.dtype, fast: bool) -> str:
     if name in _BY_KIND:
         return _BY_KIND[name][0 if operand.is_floating_point else 1]
-    if name in _FAST and dtype in (torch.float16, torch.bfloat16):
+    if name in _FAST and fast:
         return _FAST[name]
     if name in _CALLS:
         return _CALLS[name]

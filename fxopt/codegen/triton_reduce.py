@@ -67,7 +67,9 @@ def neutral_states(kind: str, dtype: torch.dtype) -> list[tuple[str, str]]:
     return [(literal(identity(kind, dtype)), own)]
 
 
-def persistent(kind: str, names: list[str], operands: list[str], dtype: torch.dtype, block: BlockInfo) -> list[str]:
+def persistent(
+    kind: str, names: list[str], operands: list[str], dtype: torch.dtype, block: BlockInfo, exponential: str
+) -> list[str]:
     """Lines that reduce the whole row at once into `names` (one per state; the unused welford count is left out)."""
     neutral = neutral_states(kind, dtype)
     if kind == "sum":
@@ -82,7 +84,7 @@ def persistent(kind: str, names: list[str], operands: list[str], dtype: torch.dt
         ]
     if kind == "softmax_stats":
         low = literal(float("-inf"))
-        term = block.fill(f"tl.exp({operands[0]} - {names[0]})", "0.0")
+        term = block.fill(f"{exponential}({operands[0]} - {names[0]})", "0.0")
         return [
             f"{names[0]} = tl.reduce({block.fill(operands[0], low)}, 1, h.largest, keep_dims=True)",
             f"{names[1]} = tl.sum({term}, 1, keep_dims=True)",

@@ -247,6 +247,23 @@ def test_sizes_known_to_be_huge_have_no_narrow_form() -> None:
     assert kernel.text.count("@triton.jit") == 1 and "int64" in kernel.text
 
 
+def exponential(dtype: torch.dtype, name: str) -> str:
+    """The text of dtype(name(exp(a) / b, 1.0)) over float32 inputs."""
+    x = Sym("x0", size=64)
+    a, b = (Load(n, symbol(x), F32) for n in "ab")
+    value = nests.op(name, nests.op("truediv", nests.op("exp", a), b), Const(1.0, F32))
+    nest = Nest((x,), (), (Store("o", symbol(x), nests.cast(value, dtype)),))
+    buffers = [nests.buffer("a", F32, (64,)), nests.buffer("b", F32, (64,)), nests.buffer("o", dtype, (64,))]
+    case = nests.make(nest, buffers, "a b", "o", lambda a, b: a)
+    return print_region(case.region, TritonConfig(64), TARGET).kernels[0].text
+
+
+def test_fast_functions_only_where_half_precision_hides_their_error() -> None:
+    assert "tl.exp(" in exponential(BF16, "mul") and "h.divide" not in exponential(BF16, "mul")
+    for text in (exponential(F32, "mul"), exponential(BF16, "sub")):  # a difference may cancel
+        assert "libdevice.exp(" in text and "h.divide(" in text
+
+
 def test_texts_are_canonical() -> None:
     one, other = nests.pointwise(256, F32), nests.pointwise(256, F32)
     renamed = {b: f"other_{b}" for b in "abo"}
