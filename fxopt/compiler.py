@@ -7,7 +7,9 @@ from typing import Any
 
 from fxopt import passes, tune
 from fxopt.assemble import assemble
+from fxopt.errors import UnsupportedError
 from fxopt.ir.graph import Graph
+from fxopt.ir.region import Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.schedule import schedule
@@ -42,7 +44,7 @@ def compile_graph(
 def _lower_and_choose(
     graph: Graph, options: Options, journal: Journal, store: ArtifactStore
 ) -> tuple[Lowered, dict[str, tune.Choice]]:
-    """Regions and their kernels. What cannot be built is left to the library in another round; built kernels are in the store."""
+    """Regions and their kernels. What cannot be built is left to the library in another round; those built are stored."""
     library: frozenset[str] = frozenset()
     for _ in range(MAX_ATTEMPTS):
         with journal.timed("lowering"):
@@ -58,5 +60,9 @@ def _lower_and_choose(
         for region, reason in failed:
             journal.retreat(f"{region.name} ({', '.join(region.origins)})", reason)
             library |= frozenset(region.nodes)
+    journal.retreat("the whole graph", f"kernels still failed to build after {MAX_ATTEMPTS} attempts")
     every = frozenset(n.name for n in graph.gm.graph.nodes if n.op == "call_function")
-    return lower_graph(graph, journal, every), {}
+    lowered = lower_graph(graph, journal, every)
+    if any(isinstance(step, Region) for step in lowered.steps):
+        raise UnsupportedError("its kernels cannot be built")
+    return lowered, {}

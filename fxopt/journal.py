@@ -40,7 +40,8 @@ class Journal:
         """Note that `what` runs as ATen and why. Raises RetreatError when strict."""
         if self.strict:
             raise RetreatError(f"{self.graph}: {what} falls back to ATen: {reason} (strict=True forbids this)")
-        self.retreats.append((what, reason))
+        if (what, reason) not in self.retreats:  # a graph is lowered again when a kernel was not built
+            self.retreats.append((what, reason))
 
     def note(self, topic: str, text: str) -> None:
         self.notes.append((topic, text))

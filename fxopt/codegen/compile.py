@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fxopt.codegen import cpp_build, triton_build
+from fxopt.codegen import cpp_build, cxx, triton_build
 from fxopt.codegen.workers import Outcome, WorkersUnavailable, describe, shared_pool, worker_count
 from fxopt.errors import CacheError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
@@ -26,6 +26,7 @@ def compile_kernels(sources: Sequence[KernelSource], target: Target, store: Arti
     """Machine code for each of `sources`, in order; kernels already in `store` are not compiled again.
 
     What does not compile (or finds no compiler, or hangs) comes back as a CompileFailure with the reason; nothing is raised.
+    That a whole language cannot be compiled here is also a warning, once in a process.
     """
     toolchains = {language: _toolchain(language, target) for language in dict.fromkeys(s.language for s in sources)}
     keys = [source.key(toolchains[source.language]) for source in sources]
@@ -35,7 +36,9 @@ def compile_kernels(sources: Sequence[KernelSource], target: Target, store: Arti
     for language, compile_missing in _COMPILERS.items():
         todo = [(key, source) for key, source in missing if source.language == language]
         if todo:
-            results.update(compile_missing(todo, target, store, toolchains[language]))
+            compiled = compile_missing(todo, target, store, toolchains[language])
+            results.update(compiled)
+            _report(any(isinstance(r, CompileFailure) for r in compiled.values()), language, target)
     return [results[key] for key in keys]
 
 
@@ -98,30 +101,53 @@ def triton_job(source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]
     return {"code": base64.b64encode(code).decode(), "meta": meta}
 
 
+_refused: dict[str, str] = {}
+"""Targets (by key) that the installed Triton cannot compile for, with the reason."""
+
+
+def _no_triton(target: Target) -> str | None:
+    """Why no Triton kernel can be compiled for `target`, as far as is known by now."""
+    if not target.compiles_triton:
+        return f"Triton does not support {target.name} (sm_{target.arch})"
+    return triton_build.available() or _refused.get(target.key)
+
+
+def _learn(reason: str, target: Target) -> None:
+    """Remember a target that the compiler behind Triton has no name for: nothing else will compile for it either."""
+    if "gpu-name" in reason:
+        wanted = f"{target.name} (sm_{target.arch})"
+        _refused[target.key] = f"the installed Triton does not know the GPU {wanted}; install a newer one"
+
+
 def _compile_triton(todo: Keyed, target: Target, store: ArtifactStore, toolchain: str) -> dict[str, Result]:
-    reason = triton_build.available()
+    reason = _no_triton(target)
     if reason is not None:
         return {key: CompileFailure(key, reason) for key, _ in todo}
     described = dataclasses.asdict(target)
     fields = ("entry", "text", "compile_options")
     jobs = [{"source": {f: getattr(source, f) for f in fields}, "target": described} for _, source in todo]
     results: dict[str, Result] = {}
-    for (key, source), outcome in zip(todo, _run_jobs(jobs), strict=True):
+    for (key, source), outcome in zip(todo, _run_jobs(jobs, target), strict=True):
         if outcome.error is not None:
-            results[key] = CompileFailure(key, outcome.error)
+            _learn(outcome.error, target)
+            results[key] = CompileFailure(key, _refused.get(target.key) or cxx.essence(outcome.error))
         else:
             code = base64.b64decode(outcome.value["code"])
             results[key] = _keep(key, source, code, outcome.value["meta"], store, toolchain)
     return results
 
 
-def _run_jobs(jobs: list[dict[str, Any]]) -> list[Outcome]:
+def _run_jobs(jobs: list[dict[str, Any]], target: Target) -> list[Outcome]:
     """In workers; here, with one warning, when there can be none."""
     if worker_count() > 0:
         try:
             return shared_pool(_TRITON_JOB, _TRITON_WARM_UP).run(jobs)
         except WorkersUnavailable as error:
-            _warn_once(str(error))
+            reason = triton_build.broken()
+            if reason is not None:
+                _refused[target.key] = reason
+                return [Outcome(error=reason) for _ in jobs]
+            _warn_once("workers", f"fxopt compiles kernels one by one in this process, which is slower: {error}")
     return [_run_here(job) for job in jobs]
 
 
@@ -132,13 +158,24 @@ def _run_here(job: dict[str, Any]) -> Outcome:
         return Outcome(error=describe(error))
 
 
+# --- warnings
+
+
 _warned: set[str] = set()
 
 
-def _warn_once(reason: str) -> None:
-    if "workers" not in _warned:
-        _warned.add("workers")
-        warnings.warn(f"fxopt compiles kernels one by one in this process, which is slower: {reason}", stacklevel=2)
+def _report(failed: bool, language: str, target: Target) -> None:
+    """Warn when nothing at all can be compiled for `language`. A single kernel that fails is for the caller to judge."""
+    general = (cxx.unusable() if language == "cpp" else _no_triton(target)) if failed else None
+    if general is not None:
+        where = "CPU" if language == "cpp" else "GPU"
+        _warn_once(language, f"fxopt leaves {where} operators to ATen instead of fusing them into kernels: {general}")
+
+
+def _warn_once(kind: str, message: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(message, stacklevel=2)
 
 
 _COMPILERS: dict[str, Callable[[Keyed, Target, ArtifactStore, str], dict[str, Result]]] = {

@@ -63,7 +63,7 @@ def compile_cpp(sources: Sequence[KernelSource], directory: Path, capability: st
     headers = _HEADER_CACHE.directory(command)
     includes = [f"-I{d}" for d in (headers, _HERE, _TORCH / "include") if d is not None]
     unique = list({s.entry: s for s in sources}.values())
-    with ThreadPoolExecutor(max_workers=_workers()) as pool:
+    with ThreadPoolExecutor(max_workers=_workers()) as pool, cxx.ended_with_the_block():
         batches = _batches(unique, _workers())
         built = list(pool.map(lambda batch: _build(batch, [*command, *includes], directory), batches))
         results = {s.entry: r for batch, r in zip(batches, built, strict=True) for s in batch}

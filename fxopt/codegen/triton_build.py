@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -31,15 +32,27 @@ _FORMAT_SIZED = 4
 @functools.cache
 def available() -> str | None:
     """None when Triton is installed, else the reason it cannot be used."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
+    try:
+        if importlib.util.find_spec("triton") is not None:
+            return None
+    except (ImportError, ValueError):  # what sys.modules holds under its name is no module
+        pass
+    return "Triton is not installed: pip install triton"
+
+
+def broken() -> str | None:
+    """Why the Triton that is installed cannot be imported, or None. Imports it: ask only when compiling has failed."""
+    try:
+        importlib.import_module("triton.compiler")
+    except Exception as error:
+        return f"Triton cannot be imported ({type(error).__name__}: {error}); reinstall it"
     return None
 
 
 @functools.cache
 def toolchain_id(target: Target) -> str:
     """Everything a cubin depends on beside its source: Triton, ptxas, architecture, options and our device functions."""
-    spec = importlib.util.find_spec("triton")
+    spec = importlib.util.find_spec("triton") if available() is None else None
     if spec is None or spec.origin is None:
         return f"no triton; {target.key}"
     ptxas = os.environ.get("TRITON_PTXAS_PATH") or Path(spec.origin).parent / "backends/nvidia/bin/ptxas"

@@ -52,7 +52,7 @@ class Opaque:
 
 
 def lower_graph(graph: Graph, journal: Journal, library_nodes: frozenset[str] = frozenset()) -> Lowered:
-    """Lower `graph`; nodes named in `library_nodes` stay library calls whatever the table says.
+    """Lower `graph`; nodes named in `library_nodes` stay library calls whatever the table says (the caller has noted why).
 
     Raises UnsupportedError when the graph as a whole cannot be expressed (a data-dependent output size, say).
     """
@@ -130,7 +130,7 @@ class Lowering:
         if node.target is torch.ops.aten.copy_.default:
             return self._copy_into(node)
         if self._is_library(node):
-            if node.target not in LIBRARY_OPS:
+            if node.target not in LIBRARY_OPS and node.name not in self.library_nodes:
                 self.journal.retreat(f"{node.name} ({node.target})", self._library_reason(node))
             return self.call(node)
         mark = len(self.steps)
@@ -153,8 +153,6 @@ class Lowering:
         return node.target is not torch.ops.aten.copy_.default and node.target is not operator.getitem and self._is_library(node)
 
     def _library_reason(self, node: fx.Node) -> str:
-        if node.name in self.library_nodes:
-            return "its kernel could not be built"
         return "no lowering for this op" if node.target not in self.table else "an element type or layout that kernels do not have"
 
     def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -437,6 +435,8 @@ class Lowering:
         if value == dest:  # the op that made the value has written it in place
             return dest
         self.store_pending_readers(dest.buffer, node)
+        if node.name in self.library_nodes:
+            return self.call(node)
         value = self.values[node.args[1]]  # type: ignore[index]
         points = tuple(index(f"x{k}", size) for k, size in enumerate(dest.shape))
         source = _broadcast(value, dest.shape)

@@ -88,13 +88,15 @@ class CacheDirectory:
             self._sweep(path / "tmp")
             with tempfile.TemporaryFile(dir=path / "tmp"):
                 return None
+        except FileExistsError:
+            return "it is not a directory"
         except OSError as error:
             return error.strerror or str(error)
 
     def _retreat(self, reason: str) -> Path:
         warnings.warn(
             f"fxopt cannot use its cache directory {self.asked}: {reason}. Compiled kernels last for this process only; "
-            "set FXOPT_CACHE_DIR to a directory that you own and only you can write",
+            "set FXOPT_CACHE_DIR to a directory with free space that you own and only you can write",
             stacklevel=4,
         )
         return self._temporary_directory(reason)

@@ -137,7 +137,42 @@ def test_nowhere_to_write_is_a_failure_not_an_exception(
 
 def test_no_triton_is_a_failure_that_says_so(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_build, "available", lambda: "Triton is not installed: pip install triton")
-    assert entries(compile_kernels([triton("1")], H100, store)) == ["Triton is not installed: pip install triton"]
+    monkeypatch.setattr(compiling, "_warned", set())
+    with pytest.warns(UserWarning, match="leaves GPU operators to ATen.*pip install triton") as caught:
+        results = [compile_kernels([triton(n)], H100, store) for n in "12"]
+    assert [entries(r) for r in results] == [["Triton is not installed: pip install triton"]] * 2 and len(caught) == 1
+
+
+def test_a_triton_that_cannot_be_imported(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*_: object) -> object:
+        raise workers.WorkersUnavailable("the compile helper cannot work: ImportError: libLLVM is missing")
+
+    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(compiling, "_refused", {})
+    monkeypatch.setattr(compiling, "shared_pool", unavailable)
+    monkeypatch.setitem(sys.modules, "triton.compiler", None)
+    with pytest.warns(UserWarning, match="Triton cannot be imported") as caught:
+        results = [compile_kernels([triton(n)], H100, store) for n in "12"]
+    assert len(caught) == 1 and all(isinstance(r, CompileFailure) for (r,) in results)
+
+
+def test_a_gpu_that_triton_does_not_know(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(compiling, "_refused", {})
+    future = Target.cuda(130)
+    with pytest.warns(UserWarning, match="does not know the GPU sm_130") as caught:
+        first, second = (compile_kernels([triton(n)], future, store)[0] for n in ("1.0", "2.0"))
+    assert isinstance(first, CompileFailure) and isinstance(second, CompileFailure)
+    assert first.reason == second.reason and "\n" not in first.reason and len(caught) == 1
+    assert isinstance(compile_kernels([triton("1.0")], H100, store)[0], Artifact), "other targets are not affected"
+
+
+def test_a_gpu_older_than_triton_supports(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_warned", set())
+    with pytest.warns(UserWarning, match="does not support sm_61"):
+        (result,) = compile_kernels([triton("1.0")], Target.cuda(61), store)
+    assert isinstance(result, CompileFailure)
 
 
 def test_no_workers_means_this_process_with_one_warning(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a directory")
     with pytest.warns(UserWarning, match="cannot use its cache directory") as caught:
         store = ArtifactStore(tmp_path / "cache")
-    refuse(store, tmp_path / "cache", caught, "File exists")
+    refuse(store, tmp_path / "cache", caught, "it is not a directory")
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])

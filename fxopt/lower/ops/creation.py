@@ -56,7 +56,8 @@ def _empty(ctx: Lowering, *args: Any, **kwargs: Any) -> Computed:
     """Uninitialised memory may hold anything, so also zeros, which cost nothing where they are inlined; under deterministic
     algorithms it holds what eager fills it with (torch.utils.deterministic.fill_uninitialized_memory)."""
     dtype = ctx.out().dtype
-    if not (torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory):
+    fill = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009 (a property of the module's class)
+    if not (torch.are_deterministic_algorithms_enabled() and fill):
         return filled(ctx, 0)
     if dtype.is_floating_point:
         return filled(ctx, math.nan)
