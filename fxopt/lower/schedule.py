@@ -327,10 +327,11 @@ def _combine(first: Nest, second: Nest) -> Nest | None:
 
     stores = []
     for s in second.stores:
-        value = transform(s.value, {}, passed)
         if any(v.symbols() and _loads_from(v, made) for _, v in s.indirect):
             return None
-        stores.append(replace(s, value=value))
+        place = transform(Load(s.buffer, s.index, s.value.dtype, s.indirect), {}, passed)
+        assert isinstance(place, Load)
+        stores.append(Store(s.buffer, place.index, transform(s.value, {}, passed), s.mode, place.indirect))
     nest = one_pass(Nest(first.points, first.reduced, (*first.stores, *stores)))
     return nest if _in_place_is_safe(nest) else None
 

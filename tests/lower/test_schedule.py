@@ -97,6 +97,15 @@ def test_mutation_waits_for_readers_of_the_old_value() -> None:
     torch.testing.assert_close(tuple(got), want)
 
 
+def test_an_index_computed_in_the_kernel_that_scatters_with_it() -> None:
+    """The gradient of the maximum of a scalar: the index is a value of the same kernel, not of memory."""
+
+    def fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.scatter(torch.zeros((), dtype=torch.float64), 0, torch.max(x, 0).indices, y)
+
+    check(fn, rand(1)[0], rand(1)[0])
+
+
 def test_in_place_update_at_another_index_is_not_joined() -> None:
     def fn(x: torch.Tensor) -> torch.Tensor:
         y = torch.ops.aten.permute.default(x, [1, 0]) + x
