@@ -146,7 +146,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     looped = [
         TritonConfig(1, r_block=size, persistent=False, num_warps=warps)
         for size, warps in ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
-        if size < block or not static or size == 1024
+        if size < block or not static
     ]
     if not static or block > PERSISTENT_LIMIT:
         return looped
@@ -160,6 +160,8 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
+    if not roomy and not looped:
+        looped = [TritonConfig(1, r_block=block, persistent=False, num_warps=4)]
     return [*roomy, *looped, *(c for c in found if c not in roomy)]
 
 

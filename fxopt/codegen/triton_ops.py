@@ -145,7 +145,7 @@ def bitcast(text: str, source: torch.dtype, target: torch.dtype) -> str:
 def apply(name: str, args: list[str], operand: torch.dtype, dtype: torch.dtype, fast: bool = False) -> str:
     """Op `name` (not cast, bitcast or checked_index) over printed `args`; `operand` is the dtype of the first argument.
 
-    `fast` allows a relative error of 1e-5 (tl.exp of -100; elsewhere it is below 1e-6): the result is rounded to half precision.
+    `fast` allows a relative error of 1e-5 (tl.exp of -100; elsewhere below 1e-6): the result is rounded to half precision.
     """
     floating = operand.is_floating_point
     if name in _INFIX:

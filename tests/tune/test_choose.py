@@ -140,7 +140,7 @@ def test_regions_that_check_indices_are_not_measured(bench: Bench, store: Artifa
     region = gather().region
     buffers = {n: replace(s, device=CUDA) for n, s in region.buffers.items()}
     choices([replace(region, device=CUDA, buffers=buffers)], store, mode="max-autotune")
-    assert len(bench.compiled) > 1 and not bench.measured
+    assert len(bench.compiled) == 1 and not bench.measured
 
 
 def test_modes_widen_the_search() -> None:
@@ -148,4 +148,4 @@ def test_modes_widen_the_search() -> None:
     assert candidate_count(big, "default") == 3
     assert candidate_count(square("a", "x", 1 << 20), "default") == 2
     assert candidate_count(big, "max-autotune") == CANDIDATES_AT_MOST
-    assert len(triton_candidates(big, TARGET, "max-autotune")) > 3
+    assert len(triton_candidates(row_sum("a", "x", row=8192), TARGET, "max-autotune")) > 3
