@@ -67,9 +67,18 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(get_decompositions([getattr(aten, name) for name in ALSO_DECOMPOSED if hasattr(aten, name)]))
     table.update(SOFTMAX)
     table[prims.convert_element_type.default] = _convert_element_type
+    table[aten.soft_margin_loss_backward.default] = _soft_margin_loss_backward
     return table
 
 
 def _convert_element_type(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """torch's decompositions cast with a prim; in the graph a cast is always `aten._to_copy`."""
     return aten._to_copy.default(a, dtype=dtype)
+
+
+def _soft_margin_loss_backward(grad: torch.Tensor, x: torch.Tensor, target: torch.Tensor, reduction: int) -> torch.Tensor:
+    """torch's form, sigmoid(target * x) - 1, cancels to nothing where the margin is wide; sigmoid(-target * x) does not."""
+    wide, sign = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, target))
+    slope = -sign * grad * torch.sigmoid(-sign * wide)
+    mean = reduction == 1  # at::Reduction::Mean
+    return (slope / x.numel() if mean else slope).to(x.dtype)

@@ -317,8 +317,8 @@ def _combine(first: Nest, second: Nest) -> Nest | None:
         if store.buffer in made:
             return None
     for load in second.loads():
-        store = made.get(load.buffer)
-        if store is not None and (store.index != load.index or store.mode != "set" or store.indirect or load.indirect):
+        source = made.get(load.buffer)
+        if source is not None and (source.index != load.index or source.mode != "set" or source.indirect or load.indirect):
             return None
 
     def passed(load: Load) -> Scalar | None:

@@ -61,8 +61,8 @@ _NAMES: dict[str, str] = {
     "view": """
         H T mH mT as_strided as_strided_partial_views atleast_1d atleast_2d atleast_3d broadcast_tensors broadcast_to chunk
         diagonal dsplit expand expand_as flatten hsplit linalg_diagonal movedim narrow permute ravel reshape reshape_as
-        select slice split split_list_args split_with_sizes squeeze squeeze_multiple t tensor_split transpose unbind unflatten
-        unfold unsqueeze view view_as view_as_complex view_as_real vsplit""",
+        select slice split split_list_args split_with_sizes squeeze squeeze_multiple t tensor_split transpose unbind
+        unflatten unfold unsqueeze view view_as view_as_complex view_as_real vsplit""",
     "factory": """
         arange empty empty_like empty_permuted empty_strided eye full full_like linspace linspace_tensor_overload logspace
         logspace_tensor_overload new_empty new_empty_strided new_full new_ones new_zeros ones ones_like scalar_tensor

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tests.numerics import assert_closer, max_error
+from tests.opinfo.classes import op_class
 from tests.opinfo.samples import Problem, fresh_copy, widened
 from tests.opinfo.skips import RANDOM, UNINITIALISED
 
@@ -159,6 +160,8 @@ def _as_close_as_nudged(problem: Problem, reference: Reference, actual: Result) 
     Where a result is a small difference of large numbers, its size says nothing about the error that rounding must cause;
     this does. Every output is compared with the worst of a few such runs.
     """
+    if len(actual.values) != len(reference.exact):
+        return False
     runs = [eager(nudged(problem, seed)).values for seed in range(NUDGES)]
     for k, (a, e, x) in enumerate(zip(actual.values, reference.result.values, reference.exact, strict=True)):
         if not isinstance(e, torch.Tensor) or not (e.is_floating_point() or e.is_complex()):
@@ -173,15 +176,19 @@ def _as_close_as_nudged(problem: Problem, reference: Reference, actual: Result) 
 
 
 def nudged(problem: Problem, seed: int) -> Problem:
-    """The problem with every floating input multiplied by 1 - eps, 1 or 1 + eps, element by element at random."""
+    """The problem with every floating input multiplied by 1 - eps, 1 or 1 + eps, element by element at random.
+
+    Linear algebra promises no more than the exact result for an input some roundings away: there it is 8 eps.
+    """
     generator = torch.Generator().manual_seed(seed)
+    steps = 8 if op_class(problem.op) == "library" else 1
 
     def nudge(x: torch.Tensor) -> torch.Tensor:
         if not x.is_floating_point() or x.layout != torch.strided:
             return x
         signs = torch.randint(-1, 2, x.shape, generator=generator).to(x.dtype)
         moved = fresh_copy(x).detach()
-        return moved.mul_(1 + signs * torch.finfo(x.dtype).eps).requires_grad_(x.requires_grad) if x.numel() else x
+        return moved.mul_(1 + signs * steps * torch.finfo(x.dtype).eps).requires_grad_(x.requires_grad) if x.numel() else x
 
     return replace(problem, tensors=[nudge(t) for t in problem.tensors])
 

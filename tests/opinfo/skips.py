@@ -29,3 +29,8 @@ UNINITIALISED: dict[str, str] = dict.fromkeys(
     "empty empty_like empty_permuted empty_strided new_empty new_empty_strided resize_ resize_as_".split(),
     "memory that nobody has written: only shape, dtype and strides are compared",
 )
+
+NEEDS_DYNAMO: dict[str, str] = {
+    "to_sparse": "makes sparse tensors, which AOTAutograd alone does not differentiate: Dynamo leaves them to eager",
+}
+"""Ops whose every sample goes through torch.compile."""

@@ -1,8 +1,8 @@
 """A process that takes batches of items on stdin and answers on stdout, both as lines of JSON.
 
 `python -m tests.opinfo.worker EXECUTOR`. A batch is a list of [op, dtype, mode, layout, number]. While an item is worked
-on, its key is announced ({"doing": key}), so that whoever reads knows the culprit if the process dies; every item ends in a record,
-and the batch in {"done": true}.
+on, its key is announced ({"doing": key}), so that whoever reads knows the culprit if the process dies; every item ends in a
+record, and the batch in {"done": true}.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from tests.opinfo.compiled import Batch, Outcome, own_code
 from tests.opinfo.judge import Reference, Verdict, evaluate, verdict
 from tests.opinfo.samples import Item, Problem
+from tests.opinfo.skips import NEEDS_DYNAMO
 
 Record = dict[str, Any]
 
@@ -62,7 +63,8 @@ def prepare(item: Item, batch: Batch) -> Candidate | Record:
         reference = Reference.of(problem)
     except Exception as error:
         return record(item, "skipped", f"eager: {_brief(error)}")
-    for route in ("dynamo",) if item.number == 0 else ("autograd", "dynamo"):
+    dynamo = item.number == 0 or item.op in NEEDS_DYNAMO
+    for route in ("dynamo",) if dynamo else ("autograd", "dynamo"):
         try:
             call, outcome = batch.add(problem, dynamo=route == "dynamo")
             evaluate(problem, call)
