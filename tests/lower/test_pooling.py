@@ -69,12 +69,63 @@ def test_gradient_of_dilated_max() -> None:
     check(lambda g, x, i: aten.max_pool2d_with_indices_backward.default(g, x, [3], [2], [1], [2], False, i), grad, x, places)
 
 
+VOLUMES: list[dict[str, Any]] = [
+    {"kernel_size": [2]},
+    {"kernel_size": [3, 2, 1], "stride": [2, 1, 2], "padding": [1, 0, 0]},
+    {"kernel_size": [2], "stride": [3], "padding": [1], "ceil_mode": True},
+]
+
+
+@pytest.mark.parametrize("window", VOLUMES)
+def test_volumes(window: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 5, 6, 7)
+    x[0, 0, 1, 2, 3] = float("nan")
+    check_exact(lambda x: aten.max_pool3d_with_indices.default(x, **window), x)
+    for include in (True, False):
+        arguments = {**window, "count_include_pad": include}
+        check(lambda x, arguments=arguments: aten.avg_pool3d.default(x, **arguments), torch.randn(3, 5, 6, 7))
+
+
+@pytest.mark.parametrize("window", VOLUMES)
+def test_gradients_of_volumes(window: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 5, 6, 7)
+    kernel, stride = window["kernel_size"], window.get("stride", window["kernel_size"])
+    padding, ceil_mode = window.get("padding", [0]), window.get("ceil_mode", False)
+    values, places = aten.max_pool3d_with_indices.default(x, **window)
+    grad = torch.randn_like(values)
+
+    def of_max(g: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return aten.max_pool3d_with_indices_backward.default(g, x, kernel, stride, padding, [1], ceil_mode, i)
+
+    check(of_max, grad, x, places)
+    arguments = (kernel, stride, padding, ceil_mode, False, None)
+    check(lambda g, x: aten.avg_pool3d_backward.default(g, x, *arguments), grad, x)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 4), (8, 6), (10, 2)])
-def test_adaptive_average(size: tuple[int, int]) -> None:
-    check(lambda x: aten._adaptive_avg_pool2d.default(x, list(size)), torch.randn(2, 3, 8, 6))
-    if 8 % size[0] == 0 and 6 % size[1] == 0:
-        grad = torch.randn(2, 3, *size)
-        check(lambda g, x: aten._adaptive_avg_pool2d_backward.default(g, x), grad, torch.randn(2, 3, 8, 6))
+def test_adaptive(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 8, 6)
+    grad = torch.randn(2, 3, *size)
+    check(lambda x: aten._adaptive_avg_pool2d.default(x, list(size)), x)
+    check(lambda g, x: aten._adaptive_avg_pool2d_backward.default(g, x), grad, x)
+    if size == (1, 1):  # one window as large as the plane
+        return
+    check_exact(lambda x: aten.adaptive_max_pool2d.default(x, list(size)), x)
+    places = aten.adaptive_max_pool2d.default(x, list(size))[1]
+    check(lambda g, x, i: aten.adaptive_max_pool2d_backward.default(g, x, i), grad, x, places)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 4), (5, 2, 3), (7, 6, 7)])
+def test_adaptive_volumes(size: tuple[int, int, int]) -> None:
+    x = torch.randn(2, 5, 6, 7)
+    grad = torch.randn(2, *size)
+    check(lambda x: aten._adaptive_avg_pool3d.default(x, list(size)), x)
+    check(lambda g, x: aten._adaptive_avg_pool3d_backward.default(g, x), grad, x)
+    if size == (1, 1, 1):
+        return
+    check_exact(lambda x: aten.adaptive_max_pool3d.default(x, list(size)), x)
+    places = aten.adaptive_max_pool3d.default(x, list(size))[1]
+    check(lambda g, x, i: aten.adaptive_max_pool3d_backward.default(g, x, i), grad, x, places)
 
 
 def test_large_windows_stay_with_eager() -> None:

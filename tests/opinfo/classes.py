@@ -19,11 +19,11 @@ _NAMES: dict[str, str] = {
     "pointwise": """
         _unsafe_masked_index addcdiv addcmul clamp clone contiguous constant_pad_nd lerp logaddexp2 masked_logaddexp
         masked_fill native_dropout_backward nn_functional_gelu nn_functional_glu nn_functional_hardswish
-        nn_functional_leaky_relu resolve_conj resolve_neg to where isin
+        nn_functional_leaky_relu resolve_conj resolve_neg to where isin cross linalg_cross
         nn_functional_binary_cross_entropy nn_functional_binary_cross_entropy_with_logits allclose""",
     "reduction": """
         _batch_norm_with_update _native_batch_norm_legit _softmax_backward_data aminmax corrcoef cov cummax cummin cumprod
-        cumsum cumulative_trapezoid dist linalg_cond linalg_matrix_norm linalg_norm linalg_norm_subgradients_at_zero
+        cumsum cumulative_trapezoid dist linalg_matrix_norm linalg_norm linalg_norm_subgradients_at_zero
         linalg_vecdot log_softmax log_softmax_with_dtype logcumsumexp logsumexp masked_cumprod masked_cumsum
         masked_log_softmax masked_normalize masked_softmax masked_softmin max_reduction_no_dim max_reduction_with_dim
         min_reduction_no_dim min_reduction_with_dim native_batch_norm native_group_norm native_layer_norm
@@ -40,14 +40,16 @@ _NAMES: dict[str, str] = {
         nn_functional_softmin_with_dtype nn_functional_triplet_margin_loss
         nn_functional_triplet_margin_with_distance_loss norm norm_fro norm_inf renorm softmax softmax_with_dtype std_mean
         std_mean_unbiased sum_to_size torch_ops_aten__safe_softmax_default trace trapezoid trapz var_mean var_mean_unbiased
-        linalg_cross cross equal""",
+        nn_functional_adaptive_max_pool1d nn_functional_adaptive_max_pool2d nn_functional_adaptive_max_pool3d
+        _segment_reduce_lengths _segment_reduce_offsets equal""",
     "indexing": """
         __getitem__ _chunk_cat _unsafe_masked_index_put_accumulate alias_copy as_strided_copy as_strided_scatter block_diag
         bucketize cartesian_prod cat column_stack combinations diag diag_embed diagflat diagonal_copy diagonal_scatter diff
         dstack expand_copy flip fliplr flipud gather gradient hstack index_add index_copy index_fill index_put
         index_reduce_amax index_reduce_amin index_reduce_mean index_reduce_prod index_select max_pool2d_with_indices_backward
         narrow_copy nn_functional_channel_shuffle nn_functional_embedding nn_functional_embedding_bag
-        nn_functional_interpolate_area nn_functional_interpolate_bilinear nn_functional_interpolate_linear
+        nn_functional_interpolate_area nn_functional_interpolate_bicubic _upsample_bilinear2d_aa grid_sampler_2d
+        grid_sampler_3d nn_functional_grid_sample nn_functional_interpolate_bilinear nn_functional_interpolate_linear
         nn_functional_interpolate_nearest nn_functional_interpolate_nearest-exact nn_functional_interpolate_trilinear
         nn_functional_max_unpool1d nn_functional_max_unpool1d_grad nn_functional_max_unpool2d nn_functional_max_unpool2d_grad
         nn_functional_max_unpool3d nn_functional_max_unpool3d_grad nn_functional_one_hot nn_functional_pad_circular
@@ -66,7 +68,10 @@ _NAMES: dict[str, str] = {
     "factory": """
         arange empty empty_like empty_permuted empty_strided eye full full_like linspace linspace_tensor_overload logspace
         logspace_tensor_overload new_empty new_empty_strided new_full new_ones new_zeros ones ones_like scalar_tensor
-        tril_indices triu_indices zero_ zeros zeros_like resize_ resize_as_ linalg_vander broadcast_shapes""",
+        tril_indices triu_indices zero_ zeros zeros_like resize_ resize_as_ linalg_vander broadcast_shapes
+        signal_windows_bartlett signal_windows_blackman signal_windows_cosine signal_windows_exponential
+        signal_windows_gaussian signal_windows_general_cosine signal_windows_general_hamming signal_windows_hamming
+        signal_windows_hann signal_windows_kaiser signal_windows_nuttall""",
     "random": """
         bernoulli cauchy exponential geometric log_normal multinomial nn_functional_alpha_dropout nn_functional_dropout
         nn_functional_dropout2d nn_functional_dropout3d nn_functional_feature_alpha_dropout_with_train

@@ -2,6 +2,7 @@
 
 from fxopt.lower.ops import (
     activations,
+    adaptive_pooling,
     comparisons,
     creation,
     indexing,
@@ -31,5 +32,6 @@ TABLES = (
     indexing.TABLE,
     scatters.TABLE,
     pooling.TABLE,
+    adaptive_pooling.TABLE,
     upsampling.TABLE,
 )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.bounds import BOOL, all_of, compare, inside, is_empty
 from fxopt.lower.ops.elements import Indices
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Value, at, cast, known_equal, pointwise, size_value
+from fxopt.lower.values import Computed, Value, at, cast, pointwise, size_value
 
 aten = torch.ops.aten
 TABLE = Table()
@@ -66,48 +67,66 @@ class Window:
         return add(end, mul(start, -1))
 
 
-def _pair(given: Sequence[int] | int, default: tuple[int, int]) -> tuple[int, int]:
+Windows = tuple[Window, ...]
+"""Those of the last dimensions, in order."""
+
+
+def _each(given: Sequence[int] | int, default: Sequence[int]) -> Sequence[int]:
+    """One number for each of the `default`'s dimensions, as torch reads an int, one number, several or none."""
     values = [given] if isinstance(given, int) else list(given)
     if not values:
         return default
-    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+    return values * len(default) if len(values) == 1 else values
 
 
 def _windows(
+    rank: int,
     shape: Sequence[Int],
     out: Sequence[Int],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[Window, Window]:
-    """The windows of the last two dimensions. Raises UnsupportedError for windows too large to unroll."""
-    k = _pair(kernel, (1, 1))
-    s, p, d = _pair(stride, k), _pair(padding, (0, 0)), _pair(dilation, (1, 1))
-    if k[0] * k[1] > MAX_TAPS:
-        raise UnsupportedError(f"a pooling window of {k[0]}x{k[1]}")
-    made = [Window(shape[n - 2], out[n - 2], k[n], s[n], p[n], d[n]) for n in range(2)]
-    return made[0], made[1]
+) -> Windows:
+    """The windows of the last `rank` dimensions. Raises UnsupportedError for windows too large to unroll."""
+    k = _each(kernel, (1,) * rank)
+    s, p, d = _each(stride, k), _each(padding, (0,) * rank), _each(dilation, (1,) * rank)
+    if math.prod(k) > MAX_TAPS:
+        raise UnsupportedError(f"a pooling window of {'x'.join(map(str, k))}")
+    return tuple(Window(shape[n - rank], out[n - rank], k[n], s[n], p[n], d[n]) for n in range(rank))
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     if not dtype.is_floating_point:
         raise UnsupportedError(f"averages of {dtype}")
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _total(terms: Iterable[Scalar], dtype: torch.dtype) -> Scalar:
+def total(terms: Iterable[Scalar], dtype: torch.dtype) -> Scalar:
     return functools.reduce(lambda a, b: Op("add", (a, b), dtype), terms)
 
 
-def _taps(x: Value, i: Indices, pair: tuple[Window, Window], fill: Scalar) -> list[tuple[Scalar, Int, Int, Scalar]]:
-    """(element or `fill` in the padding, its row, its column, whether it is inside) for each tap of window `i`."""
-    rows, columns = pair
+@dataclass(frozen=True)
+class Tap:
+    """An element under a window: its value (the filling, outside), its place in the last dimensions, whether it is inside."""
+
+    value: Scalar
+    place: Indices
+    valid: Scalar
+
+
+def tap(x: Value, i: Indices, place: Indices, valid: Scalar, fill: Scalar) -> Tap:
+    element = cast(at(x, (*i[: len(i) - len(place)], *place)), fill.dtype)
+    return Tap(Masked(valid, element, fill), place, valid)
+
+
+def _taps(x: Value, i: Indices, windows: Windows, fill: Scalar) -> list[Tap]:
+    """The taps of window `i`, `fill` in the padding."""
     out = []
-    for a, b in itertools.product(range(rows.kernel), range(columns.kernel)):
-        h, w = rows.tap(i[-2], a), columns.tap(i[-1], b)
-        valid = all_of((inside(h, rows.size), inside(w, columns.size)))
-        out.append((Masked(valid, cast(at(x, (*i[:-2], h, w)), fill.dtype), fill), h, w, valid))
+    for steps in itertools.product(*(range(w.kernel) for w in windows)):
+        place = tuple(w.tap(k, step) for w, k, step in zip(windows, i[-len(windows) :], steps, strict=True))
+        valid = all_of([inside(p, w.size) for p, w in zip(place, windows, strict=True)])
+        out.append(tap(x, i, place, valid, fill))
     return out
 
 
@@ -118,8 +137,12 @@ def _used(node: fx.Node, position: int) -> bool:
     return any(user.args[1] == position for user in node.users)
 
 
-@TABLE.lowers(aten.max_pool2d_with_indices.default)
-def max_pool2d(
+def lowest(dtype: torch.dtype) -> Const:
+    return Const(-float("inf") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype)
+
+
+@TABLE.lowers(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+def max_pool(
     ctx: Lowering,
     x: Value,
     kernel_size: Sequence[int],
@@ -128,37 +151,50 @@ def max_pool2d(
     dilation: Sequence[int] = (1,),
     ceil_mode: bool = False,
 ) -> tuple[Value | None, Value | None]:
-    """Values and their positions in the input's plane (row * width + column); NaN wins, the last one gives its position."""
+    """Values and their positions in the input's plane or volume; NaN wins, the last one gives its position."""
+    rank = 2 if ctx.node.target is aten.max_pool2d_with_indices.default else 3
+    windows = _windows(rank, x.shape, ctx.sizes(ctx.out(0).shape), kernel_size, stride, padding, dilation)
+    return maxima(ctx, x, rank, lambda i: _taps(x, i, windows, lowest(x.dtype)))
+
+
+def maxima(ctx: Lowering, x: Value, rank: int, taps: Callable[[Indices], list[Tap]]) -> tuple[Value | None, Value | None]:
+    """The largest tap of each output element and, if anyone wants it, its flat position in the last `rank` dimensions."""
     shape = ctx.sizes(ctx.out(0).shape)
-    pair = _windows(x.shape, shape, kernel_size, stride, padding, dilation)
-    lowest = Const(-float("inf") if x.dtype.is_floating_point else torch.iinfo(x.dtype).min, x.dtype)
 
     def best(i: Indices) -> Scalar:
-        return functools.reduce(lambda a, b: Op("maximum", (a, b), x.dtype), [t[0] for t in _taps(x, i, pair, lowest)])
+        return functools.reduce(lambda a, b: Op("maximum", (a, b), x.dtype), [t.value for t in taps(i)])
 
     values = pointwise(shape, x.dtype, x.device, best, (x,))
     if not _used(ctx.node, 1):
         return values, None
-    return values, pointwise(shape, torch.int64, x.device, lambda i: _argmax(_taps(x, i, pair, lowest), pair[1].size), (x,))
+    return values, pointwise(shape, torch.int64, x.device, lambda i: _argmax(taps(i), x.shape[-rank:]), (x,))
 
 
-def _argmax(taps: list[tuple[Scalar, Int, Int, Scalar]], width: Int) -> Scalar:
-    top, place = taps[0][0], Const(-1, torch.int64)
-    chosen: Scalar = place
-    for value, h, w, valid in taps:
+def _flat(place: Indices, sizes: Sequence[Int]) -> Int:
+    """The row-major position of `place` among `sizes`."""
+    flat: Int = 0
+    for index, size in zip(place, sizes, strict=True):
+        flat = add(mul(flat, size), index)
+    return flat
+
+
+def _argmax(taps: list[Tap], sizes: Sequence[Int]) -> Scalar:
+    top = taps[0].value
+    chosen: Scalar = Const(-1, torch.int64)
+    for t in taps:
         better: Scalar = Op(
-            "bitwise_or", (Op("gt", (value, top), BOOL), Op("lt", (chosen, Const(0, torch.int64)), BOOL)), BOOL
+            "bitwise_or", (Op("gt", (t.value, top), BOOL), Op("lt", (chosen, Const(0, torch.int64)), BOOL)), BOOL
         )
-        if value.dtype.is_floating_point:
-            better = Op("bitwise_or", (better, Op("isnan", (value,), BOOL)), BOOL)
-        position = IndexValue(add(mul(h, width), w))
-        chosen = Op("where", (all_of((better, valid)), position, chosen), torch.int64)
-        top = Op("maximum", (top, value), value.dtype)
+        if t.value.dtype.is_floating_point:
+            better = Op("bitwise_or", (better, Op("isnan", (t.value,), BOOL)), BOOL)
+        position = IndexValue(_flat(t.place, sizes))
+        chosen = Op("where", (all_of((better, t.valid)), position, chosen), torch.int64)
+        top = Op("maximum", (top, t.value), t.value.dtype)
     return chosen
 
 
-@TABLE.lowers(aten.max_pool2d_with_indices_backward.default)
-def max_pool2d_backward(
+@TABLE.lowers(aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default)
+def max_pool_backward(
     ctx: Lowering,
     grad: Value,
     x: Value,
@@ -170,37 +206,52 @@ def max_pool2d_backward(
     indices: Value,
 ) -> Computed:
     """The sum of `grad` over the windows whose maximum, by `indices`, each input element is."""
-    pair = _windows(x.shape, grad.shape, kernel_size, stride, padding, dilation)
-    dtype = _accumulator(grad.dtype)
+    rank = 2 if ctx.node.target is aten.max_pool2d_with_indices_backward.default else 3
+    windows = _windows(rank, x.shape, grad.shape, kernel_size, stride, padding, dilation)
+    return _over_windows(ctx, grad, x.shape, windows, of_maximum(grad, x, indices, rank))
+
+
+def of_maximum(grad: Value, x: Value, indices: Value, rank: int) -> Callable[[Indices, Indices], Scalar]:
+    """(input element, output) -> the output's gradient if the element is its maximum, else 0."""
+    dtype = accumulator(grad.dtype)
 
     def term(i: Indices, where: Indices) -> Scalar:
-        own = size_value(add(mul(i[-2], x.shape[-1]), i[-1]))
+        own = size_value(_flat(i[-rank:], x.shape[-rank:]))
         hit = Op("eq", (at(indices, where), own), BOOL)
         return Op("where", (hit, cast(at(grad, where), dtype), Const(0, dtype)), dtype)
 
-    return _over_windows(ctx, grad, x.shape, pair, dtype, term)
+    return term
 
 
 def _over_windows(
+    ctx: Lowering, grad: Value, shape: Sequence[Int], windows: Windows, term: Callable[[Indices, Indices], Scalar]
+) -> Computed:
+    """For each input element i: the sum of term(i, output) over the outputs whose windows cover it."""
+    if math.prod(w.covering() for w in windows) > MAX_TAPS:
+        raise UnsupportedError("the gradient of strongly overlapping windows")
+    rank = len(windows)
+
+    def covering(i: Indices) -> Iterator[tuple[Indices, Scalar]]:
+        for steps in itertools.product(*(reversed(range(w.covering())) for w in windows)):
+            where = tuple(w.cover(h, t) for w, h, t in zip(windows, i[-rank:], steps, strict=True))
+            yield where, all_of([w.covers(h, o) for w, h, o in zip(windows, i[-rank:], where, strict=True)])
+
+    return gathered(ctx, grad, shape, covering, term)
+
+
+def gathered(
     ctx: Lowering,
     grad: Value,
     shape: Sequence[Int],
-    pair: tuple[Window, Window],
-    dtype: torch.dtype,
+    covering: Callable[[Indices], Iterable[tuple[Indices, Scalar]]],
     term: Callable[[Indices, Indices], Scalar],
 ) -> Computed:
-    """For each input element i: the sum of term(i, output) over the outputs whose windows cover it."""
-    rows, columns = pair
-    if rows.covering() * columns.covering() > MAX_TAPS:
-        raise UnsupportedError("the gradient of strongly overlapping windows")
+    """For each input element i: the sum of term(i, output) over covering(i): (an output's last indices, a condition)."""
+    dtype = accumulator(grad.dtype)
 
     def body(i: Indices) -> Scalar:
-        terms: list[Scalar] = []
-        for a, b in itertools.product(reversed(range(rows.covering())), reversed(range(columns.covering()))):
-            h, w = rows.cover(i[-2], a), columns.cover(i[-1], b)
-            covered = all_of((rows.covers(i[-2], h), columns.covers(i[-1], w)))
-            terms.append(Masked(covered, term(i, (*i[:-2], h, w)), Const(0, dtype)))
-        return _total(terms, dtype)
+        terms = [Masked(valid, term(i, (*i[: len(i) - len(o)], *o)), Const(0, dtype)) for o, valid in covering(i)]
+        return total(terms, dtype)
 
     if is_empty(shape) or is_empty(grad.shape):
         return Computed(Const(0, grad.dtype), grad.dtype, grad.device, tuple(shape))
@@ -215,8 +266,8 @@ def _values(ctx: Lowering) -> list[Value]:
 # ---------------------------------------------------------------------- averages
 
 
-@TABLE.lowers(aten.avg_pool2d.default)
-def avg_pool2d(
+@TABLE.lowers(aten.avg_pool2d.default, aten.avg_pool3d.default)
+def avg_pool(
     ctx: Lowering,
     x: Value,
     kernel_size: Sequence[int],
@@ -226,26 +277,26 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Computed:
-    shape, dtype = ctx.sizes(ctx.out().shape), _accumulator(x.dtype)
-    pair = _windows(x.shape, shape, kernel_size, stride, padding, (1,))
+    shape, dtype = ctx.sizes(ctx.out().shape), accumulator(x.dtype)
+    rank = 2 if ctx.node.target is aten.avg_pool2d.default else 3
+    windows = _windows(rank, x.shape, shape, kernel_size, stride, padding, (1,))
 
     def body(i: Indices) -> Scalar:
-        total = _total([t[0] for t in _taps(x, i, pair, Const(0, dtype))], dtype)
-        return Op("truediv", (total, _divisor(pair, i, count_include_pad, divisor_override, dtype)), dtype)
+        added = total([t.value for t in _taps(x, i, windows, Const(0, dtype))], dtype)
+        return Op("truediv", (added, _divisor(windows, i, count_include_pad, divisor_override, dtype)), dtype)
 
     return pointwise(shape, x.dtype, x.device, body, (x,))
 
 
-def _divisor(
-    pair: tuple[Window, Window], i: Indices, include_padding: bool, override: int | None, dtype: torch.dtype
-) -> Scalar:
+def _divisor(windows: Windows, i: Indices, include_padding: bool, override: int | None, dtype: torch.dtype) -> Scalar:
     if override is not None:
         return Const(override, dtype)
-    return size_value(prod(w.extent(k, include_padding) for w, k in zip(pair, i[-2:], strict=True)), dtype)
+    extents = [w.extent(k, include_padding) for w, k in zip(windows, i[-len(windows) :], strict=True)]
+    return size_value(prod(extents), dtype)
 
 
-@TABLE.lowers(aten.avg_pool2d_backward.default)
-def avg_pool2d_backward(
+@TABLE.lowers(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
+def avg_pool_backward(
     ctx: Lowering,
     grad: Value,
     x: Value,
@@ -256,77 +307,12 @@ def avg_pool2d_backward(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Computed:
-    dtype = _accumulator(grad.dtype)
-    pair = _windows(x.shape, grad.shape, kernel_size, stride, padding, (1,))
+    dtype = accumulator(grad.dtype)
+    rank = 2 if ctx.node.target is aten.avg_pool2d_backward.default else 3
+    windows = _windows(rank, x.shape, grad.shape, kernel_size, stride, padding, (1,))
 
     def term(i: Indices, where: Indices) -> Scalar:
-        divisor = _divisor(pair, where, count_include_pad, divisor_override, dtype)
+        divisor = _divisor(windows, where, count_include_pad, divisor_override, dtype)
         return Op("truediv", (cast(at(grad, where), dtype), divisor), dtype)
 
-    return _over_windows(ctx, grad, x.shape, pair, dtype, term)
-
-
-# ---------------------------------------------------------------------- averages to a given size
-
-
-@TABLE.lowers(aten._adaptive_avg_pool2d.default)
-def adaptive_avg_pool2d(ctx: Lowering, x: Value, output_size: Sequence[Int]) -> Value:
-    shape, dtype = ctx.sizes(ctx.out().shape), _accumulator(x.dtype)
-    if all(known_equal(size, 1) for size in shape[-2:]):
-        return _plane_mean(ctx, x, dtype)
-    bins = [_bins(size, count) for size, count in zip(x.shape[-2:], shape[-2:], strict=True)]
-    if bins[0][0] * bins[1][0] > MAX_TAPS:
-        raise UnsupportedError("adaptive pooling with large windows")
-
-    def body(i: Indices) -> Scalar:
-        (rows, top, bottom), (columns, left, right) = ((n, *ends(k)) for (n, ends), k in zip(bins, i[-2:], strict=True))
-        terms = []
-        for a, b in itertools.product(range(rows), range(columns)):
-            h, w = add(top, a), add(left, b)
-            valid = all_of((compare("lt", h, bottom), compare("lt", w, right)))
-            terms.append(Masked(valid, cast(at(x, (*i[:-2], h, w)), dtype), Const(0, dtype)))
-        count = mul(add(bottom, mul(top, -1)), add(right, mul(left, -1)))
-        return Op("truediv", (_total(terms, dtype), size_value(count, dtype)), dtype)
-
-    return pointwise(shape, x.dtype, x.device, body, (x,))
-
-
-def _bins(size: Int, count: Int) -> tuple[int, Callable[[Int], tuple[Int, Int]]]:
-    """(taps of the largest bin, bin i -> [start, end)) of `size` elements cut into `count` bins, as torch cuts them."""
-    if not isinstance(size, int) or not isinstance(count, int):
-        raise UnsupportedError("adaptive pooling of symbolic sizes")
-
-    def ends(i: Int) -> tuple[Int, Int]:
-        return floordiv(mul(i, size), count), floordiv(add(mul(add(i, 1), size), count - 1), count)
-
-    def length(i: int) -> int:
-        start, end = ends(i)
-        assert isinstance(start, int) and isinstance(end, int)
-        return end - start
-
-    return max((length(i) for i in range(count)), default=1), ends
-
-
-def _plane_mean(ctx: Lowering, x: Value, dtype: torch.dtype) -> Value:
-    rank = len(x.shape)
-    (total,) = ctx.reduce(
-        "sum", x.shape, (rank - 2, rank - 1), lambda i: (cast(at(x, i), dtype),),
-        accumulate=dtype, inputs=(x,), results=((0, dtype),), keepdim=True,
-    )  # fmt: skip
-    count = size_value(mul(x.shape[-2], x.shape[-1]), dtype)
-    return pointwise(total.shape, x.dtype, x.device, lambda i: Op("truediv", (at(total, i), count), dtype), (total,))
-
-
-@TABLE.lowers(aten._adaptive_avg_pool2d_backward.default)
-def adaptive_avg_pool2d_backward(ctx: Lowering, grad: Value, x: Value) -> Computed:
-    """Each input element's share of its window's gradient, for windows that do not overlap (equal ones)."""
-    sizes = list(zip(x.shape[-2:], grad.shape[-2:], strict=True))
-    if not all(known_equal(mul(floordiv(size, count), count), size) for size, count in sizes):
-        raise UnsupportedError("the gradient of adaptive pooling with overlapping windows")
-    dtype, (kh, kw) = _accumulator(grad.dtype), (floordiv(size, count) for size, count in sizes)
-
-    def body(i: Indices) -> Scalar:
-        own = cast(at(grad, (*i[:-2], floordiv(i[-2], kh), floordiv(i[-1], kw))), dtype)
-        return Op("truediv", (own, size_value(mul(kh, kw), dtype)), dtype)
-
-    return pointwise(x.shape, grad.dtype, grad.device, body, (grad,))
+    return _over_windows(ctx, grad, x.shape, windows, term)
