@@ -20,7 +20,9 @@ from fxopt.tune import Choice
 
 
 def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal: Journal) -> Plan:
-    """The plan that runs `lowered` with the kernels in `chosen` (by region name). Raises UnsupportedError if a size's source is unknown."""
+    """The plan that runs `lowered` with the kernels in `chosen` (by region name). Raises UnsupportedError if a size's
+    source is unknown.
+    """
     steps: list[PlanStep] = []
     buffers = dict(lowered.buffers)
     for step in lowered.steps:
@@ -35,12 +37,13 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
                 journal.library.append((step.op, step.origin))
     inputs = tuple(_input_spec(graph, lowered, name) for name in lowered.inputs)
     named = _named(steps, lowered)
+    given = {*lowered.inputs, *lowered.constants}
     plan = Plan(
         name=graph.name,
         inputs=inputs,
         constants=tuple(buffers[n] for n in lowered.constants if n in named and n in buffers),
         symbols=_symbol_sources(inputs, graph, lowered, steps, buffers),
-        buffers=tuple(s for n, s in buffers.items() if n in named and n not in lowered.inputs and n not in lowered.constants),
+        buffers=tuple(s for n, s in buffers.items() if n in named and n not in given),
         steps=tuple(steps),
         outputs=lowered.outputs,
     )
@@ -103,7 +106,8 @@ def _note_kernels(region: Region, choice: Choice, journal: Journal) -> None:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     source = choice.kernels[0][0]
     for kernel, artifact in choice.kernels:
-        journal.kernels.append(KernelEntry(artifact.entry, source.language, region.origins, choice.label, moved, kernel.text))
+        entry = KernelEntry(artifact.entry, source.language, region.origins, choice.label, moved, kernel.text)
+        journal.kernels.append(entry)
 
 
 def _input_spec(graph: Graph, lowered: Lowered, name: str) -> InputSpec:

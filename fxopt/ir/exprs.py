@@ -223,7 +223,10 @@ def mul(a: Int, b: Int) -> Int:
 
 
 def prod(xs: Iterable[Int]) -> Int:
-    return functools.reduce(mul, xs, 1)
+    out: Int = 1
+    for x in xs:
+        out = mul(out, x)
+    return out
 
 
 def _divide_term(monomial: Monomial, coef: int, divisor: Int) -> Int | None:

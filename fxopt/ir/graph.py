@@ -14,7 +14,9 @@ from fxopt.ir.exprs import Int
 
 
 class Phase(enum.Enum):
-    """Where in autograd a graph stands. `EARLY` is the Dynamo graph before AOTAutograd; the others are functional ATen graphs."""
+    """Where in autograd a graph stands. `EARLY` is the Dynamo graph before AOTAutograd; the others are functional ATen
+    graphs.
+    """
 
     EARLY = "early"
     INFERENCE = "inference"
@@ -46,8 +48,8 @@ class Graph:
 
     Every node has meta["val"]: a FakeTensor, a (Sym)int/float/bool, or a tuple/list of them. meta["module"] is the qualified
     name of the module the node came from ("" when unknown). `to_int` turns an int or SymInt of any meta["val"] into an `Int`
-    (UnsupportedError when it cannot); below capture nothing else looks into a SymInt. `saved` is how many trailing outputs of a FORWARD graph are
-    activations kept for the backward. `name` labels reports and dumps ("graph 0 forward").
+    (UnsupportedError when it cannot); below capture nothing else looks into a SymInt. `saved` is how many trailing
+    outputs of a FORWARD graph are activations kept for the backward. `name` labels reports and dumps ("graph 0 forward").
     """
 
     gm: fx.GraphModule

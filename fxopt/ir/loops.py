@@ -27,7 +27,9 @@ FLOAT_UNARY = frozenset(
 """Element functions of one floating argument (ints are cast before)."""
 
 SAME_UNARY = frozenset("neg abs sign floor ceil trunc round reciprocal bitwise_not".split())
-"""One argument, result of the same dtype. `round` is half to even; `reciprocal` is floating only; for bool, `bitwise_not` is logical."""
+"""One argument, result of the same dtype. `round` is half to even; `reciprocal` is floating only; for bool, `bitwise_not`
+is logical.
+"""
 
 PREDICATES = frozenset("isnan isinf signbit".split())
 """One argument, bool result."""
@@ -37,8 +39,8 @@ BINARY = frozenset(
     "bitwise_and bitwise_or bitwise_xor lshift rshift".split()
 )
 """Two arguments of one dtype, result of that dtype. `truediv` is floating only. `floordiv`/`remainder` round towards minus
-infinity (torch.floor_divide, torch.remainder: result has the divisor's sign), `truncdiv`/`fmod` towards zero; integer division by
-zero is undefined. `maximum`/`minimum` propagate NaN. `add`, `mul` on bool are or, and. Signed overflow wraps."""
+infinity (torch.floor_divide, torch.remainder: result has the divisor's sign), `truncdiv`/`fmod` towards zero; integer
+division by zero is undefined. `maximum`/`minimum` propagate NaN. `add`, `mul` on bool are or, and. Signed overflow wraps."""
 
 COMPARE = frozenset("eq ne lt le gt ge".split())
 """Two arguments of one dtype, bool result."""
@@ -49,13 +51,15 @@ OTHER = {
     "bitcast": "bitcast(x): reinterpret the bits as `dtype` of the same width (x is stored precision, not the float32 form)",
     "rand": "rand(seed: int64, counter: int64) -> float32 uniform in [0, 1): philox4x32-10, see below",
     "randn": "randn(seed, counter) -> float32 standard normal: Box-Muller on the first two words",
-    "randint": "randint(seed, counter, low: int64, high: int64) -> int64 in [low, high): words 0 and 1 as uint64, modulo the range",
-    "checked_index": "checked_index(i: int64, size: int64) -> int64: i + size when i is negative; outside [0, size) the kernel "
-    "reports an error (C++: returns a status that raises IndexError; Triton: device assert)",
+    "randint": "randint(seed, counter, low: int64, high: int64) -> int64 in [low, high): words 0 and 1 as uint64, modulo "
+    "the range",
+    "checked_index": "checked_index(i: int64, size: int64) -> int64: i + size when i is negative; outside [0, size) the "
+    "kernel reports an error (C++: returns a status that raises IndexError; Triton: device assert)",
 }
-"""rand*: philox4x32-10 with key (low word, high word of seed) and counter (low, high word of `counter`, 0, 0). Word 0 gives rand:
-(word >> 8) * 2**-24. randn is sqrt(-2 log(((word 0 >> 8) + 1) * 2**-24)) * cos(2 pi (word 1 >> 8) * 2**-24). In randint, word 0
-is the low half of the uint64. Both printers give the same bits for rand and randint; ir/random_ops.py is the eager form."""
+"""rand*: philox4x32-10 with key (low word, high word of seed) and counter (low, high word of `counter`, 0, 0). Word 0 gives
+rand: (word >> 8) * 2**-24. randn is sqrt(-2 log(((word 0 >> 8) + 1) * 2**-24)) * cos(2 pi (word 1 >> 8) * 2**-24). In
+randint, word 0 is the low half of the uint64. Both printers give the same bits for rand and randint; ir/random_ops.py is
+the eager form."""
 
 SCALAR_OPS = FLOAT_UNARY | SAME_UNARY | PREDICATES | BINARY | COMPARE | frozenset(OTHER)
 
@@ -69,11 +73,17 @@ REDUCTIONS = {
     "argmax": "argmax(x, i: int64) -> the `i` of the first maximal x (the first NaN wins); int64",
     "argmin": "argmin(x, i: int64) -> the `i` of the first minimal x (the first NaN wins); int64",
     "welford": "welford(x) -> output 0: mean, output 1: sum of squared distances from the mean",
-    "softmax_stats": "softmax_stats(x) -> output 0: max(x), output 1: sum(exp(x - max)); -inf rows give (-inf, NaN) as eager would",
+    "softmax_stats": "softmax_stats(x) -> output 0: max(x), output 1: sum(exp(x - max)); -inf rows give (-inf, NaN) as "
+    "eager would",
 }
-"""Reduction kinds. Accumulated in float32 for float16/bfloat16/float32, float64 for float64, the dtype itself for integers."""
+"""Reduction kinds. Accumulated in float32 for float16/bfloat16/float32, float64 for float64, the dtype itself for
+integers.
+"""
 
 SCANS = {"cumsum": "inclusive sum", "cumprod": "inclusive product", "cummax": "inclusive max", "cummin": "inclusive min"}
+
+
+_interned: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
 
 class Scalar:
@@ -81,7 +91,6 @@ class Scalar:
 
     __slots__ = ("__weakref__", "_symbols", "dtype")
     dtype: torch.dtype
-    _table: weakref.WeakValueDictionary[tuple[Any, ...], Scalar] = weakref.WeakValueDictionary()
 
     @property
     def args(self) -> tuple[Scalar, ...]:
@@ -91,7 +100,7 @@ class Scalar:
     def symbols(self) -> frozenset[Sym]:
         """Free index and size symbols."""
         try:
-            return self._symbols  # type: ignore[has-type, no-any-return]
+            return self._symbols  # type: ignore[has-type]
         except AttributeError:
             self._symbols = self._free()
             return self._symbols
@@ -106,11 +115,11 @@ class Scalar:
 
 def _intern(cls: type, fields: tuple[Any, ...], make: Callable[[Any], None]) -> Any:
     key = (cls, *fields)
-    node = Scalar._table.get(key)
+    node = _interned.get(key)
     if node is None:
         node = object.__new__(cls)
         make(node)
-        node = Scalar._table.setdefault(key, node)
+        node = _interned.setdefault(key, node)
     return node
 
 
@@ -146,7 +155,7 @@ class IndexValue(Scalar):
     __slots__ = ("expr",)
     expr: Int
 
-    def __new__(cls, expr: Int) -> Scalar:
+    def __new__(cls, expr: Int) -> Scalar:  # type: ignore[misc]  # a known integer is a Const
         if isinstance(expr, int):
             return Const(expr, torch.int64)
 
@@ -229,6 +238,7 @@ class Op(Scalar):
 
     __slots__ = ("_args", "name")
     name: str
+    _args: tuple[Scalar, ...]
 
     def __new__(cls, name: str, args: tuple[Scalar, ...], dtype: torch.dtype) -> Op:
         if name not in SCALAR_OPS:
@@ -260,7 +270,9 @@ class Masked(Scalar):
     body: Scalar
     other: Scalar
 
-    def __new__(cls, cond: Scalar, body: Scalar, other: Scalar) -> Scalar:
+    def __new__(  # type: ignore[misc]  # under a known condition it is one of the arms
+        cls, cond: Scalar, body: Scalar, other: Scalar
+    ) -> Scalar:
         if isinstance(cond, Const):
             return body if cond.value else other
 
@@ -289,7 +301,9 @@ class Reduce(Scalar):
     axes: tuple[Sym, ...]
     output: int
 
-    def __new__(cls, kind: str, operands: tuple[Scalar, ...], axes: tuple[Sym, ...], dtype: torch.dtype, output: int = 0) -> Reduce:
+    def __new__(
+        cls, kind: str, operands: tuple[Scalar, ...], axes: tuple[Sym, ...], dtype: torch.dtype, output: int = 0
+    ) -> Reduce:
         if kind not in REDUCTIONS:
             raise ValueError(f"{kind!r} is not a reduction of the loop IR")
 
@@ -366,7 +380,8 @@ def loop_order(syms: Iterable[Sym]) -> tuple[Sym, ...]:
 
 
 def transform(root: Scalar, mapping: dict[Sym, Int], leaf: Callable[[Load], Scalar | None] | None = None) -> Scalar:
-    """`root` with index symbols substituted by `mapping` and, after that, each Load for which `leaf` returns a value replaced.
+    """`root` with index symbols substituted by `mapping` and, after that, each Load for which `leaf` returns a value
+    replaced.
 
     Iterative and memoised: cost is linear in the number of distinct nodes.
     """
@@ -453,9 +468,10 @@ class Store:
 class Nest:
     """Stores executed over the domain `points` x `reduced`.
 
-    A store whose index and value mention no symbol of `reduced` is executed once per point; one that does, once per point and
-    reduced index. Every Reduce and Scan below binds exactly the symbols in `reduced` (all of them). All loads of a buffer that
-    the nest also stores to happen before the first store to it, and at the same index, so a nest may update in place.
+    A store whose index and value mention no symbol of `reduced` is executed once per point; one that does, once per point
+    and reduced index. Every Reduce and Scan below binds exactly the symbols in `reduced` (all of them). All loads of a
+    buffer that the nest also stores to happen before the first store to it, and at the same index, so a nest may update in
+    place.
     """
 
     points: tuple[Sym, ...]

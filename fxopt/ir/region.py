@@ -54,12 +54,12 @@ class Size:
 class Call:
     """A library (ATen or custom) op, called as it is.
 
-    `op` is "namespace::name.overload" (or "local:KEY" for a callable that only this process has, such as a higher-order op with
-    its subgraphs). args/kwargs are nested tuples, lists and dicts of Ref, Size and plain constants (None, bool, int, float,
-    complex, str, torch.dtype, device, layout, memory_format). `outputs` names the tensors of the result in order, flattened;
-    None for one that is not a tensor or that nobody uses. The executor checks that an output has the strides of its BufferSpec and copies it into
-    that layout if not. `writes` names buffers that the op changes in place; `effect` says that it must keep its place among the
-    other effectful calls (random generators, custom ops that print, ...).
+    `op` is "namespace::name.overload" (or "local:KEY" for a callable that only this process has, such as a higher-order op
+    with its subgraphs). args/kwargs are nested tuples, lists and dicts of Ref, Size and plain constants (None, bool, int,
+    float, complex, str, torch.dtype, device, layout, memory_format). `outputs` names the tensors of the result in order,
+    flattened; None for one that is not a tensor or that nobody uses. The executor checks that an output has the strides of
+    its BufferSpec and copies it into that layout if not. `writes` names buffers that the op changes in place; `effect` says
+    that it must keep its place among the other effectful calls (random generators, custom ops that print, ...).
     """
 
     op: str
@@ -76,7 +76,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Alias:
-    """`name` is a strided view of buffer `of`; `offset` counts elements from the first element of `of` (not of its storage)."""
+    """`name` is a strided view of buffer `of`; `offset` counts elements from the first element of `of` (not of its
+    storage).
+    """
 
     name: str
     of: str
@@ -89,9 +91,9 @@ class Alias:
 class Region:
     """A loop nest that becomes one kernel, with what is needed to retreat from it.
 
-    `buffers` describes every buffer that the nest reads or writes. `nodes` names the FX nodes whose computation it holds: they
-    are its reference as ATen calls, and what lowering leaves to the library when the kernel cannot be built. `origins` are the
-    qualified names of the modules and ops it came from, for reports.
+    `buffers` describes every buffer that the nest reads or writes. `nodes` names the FX nodes whose computation it holds:
+    they are its reference as ATen calls, and what lowering leaves to the library when the kernel cannot be built. `origins`
+    are the qualified names of the modules and ops it came from, for reports.
     """
 
     name: str

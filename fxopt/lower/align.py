@@ -11,7 +11,8 @@ Mapping = dict[Sym, Int]
 
 
 def mappings(source: Nest, target: Nest) -> Iterator[Mapping]:
-    """Bijections from `source`'s domain onto `target`'s (or onto target's points, for a nest without reduction that has as many).
+    """Bijections from `source`'s domain onto `target`'s (or onto target's points, for a nest without reduction that has as
+    many).
 
     Each maps every loop symbol of `source` to an expression over `target`'s. The likeliest come first.
     """

@@ -26,8 +26,8 @@ def full_size_loads(body: Scalar, rank_symbols: int) -> int:
 def should_store(value: Computed, readers: int) -> bool:
     """Whether an expression with `readers` readers is cheaper stored once than recomputed in each of them.
 
-    Counted in passes over the value's size: recomputing reads its inputs in every reader; storing reads them once, writes once
-    and reads once per reader. Joining regions may later drop the write, so a tie is stored.
+    Counted in passes over the value's size: recomputing reads its inputs in every reader; storing reads them once, writes
+    once and reads once per reader. Joining regions may later drop the write, so a tie is stored.
     """
     nodes = list(postorder((value.body,)))
     if len(nodes) > MAX_NODES or sum(isinstance(n, Load) for n in nodes) > MAX_LOADS:

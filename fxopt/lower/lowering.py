@@ -22,18 +22,21 @@ from fxopt.lower.table import table
 from fxopt.lower.values import Computed, Indirect, Stored, Value, address, at, cast, known_equal, nodes_of
 
 KERNEL_DTYPES = frozenset(
-    (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-    + (torch.bool,)
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    }
 )
 """Element types that generated kernels read and write; ops on others are library calls."""
 
 
 @dataclass
 class Lowered:
-    """The steps in a valid order, with every buffer they touch. Buffers in `inputs` and `constants` exist before the first step.
+    """The steps in a valid order, with every buffer they touch. Buffers in `inputs` and `constants` exist before the first
+    step.
 
-    `outputs` are Ref, Size, None or plain constants, in the order of the graph's outputs. `local_ops` holds the callables behind
-    "local:KEY" calls.
+    `outputs` are Ref, Size, None or plain constants, in the order of the graph's outputs. `local_ops` holds the callables
+    behind "local:KEY" calls.
     """
 
     steps: list[Step]
@@ -150,10 +153,12 @@ class Lowering:
         return not all(t.dtype in KERNEL_DTYPES and t.layout == torch.strided and not t.is_nested for t in tensors)
 
     def _needs_tensors(self, node: fx.Node) -> bool:
-        return node.target is not torch.ops.aten.copy_.default and node.target is not operator.getitem and self._is_library(node)
+        return node.target not in (torch.ops.aten.copy_.default, operator.getitem) and self._is_library(node)
 
     def _library_reason(self, node: fx.Node) -> str:
-        return "no lowering for this op" if node.target not in self.table else "an element type or layout that kernels do not have"
+        if node.target not in self.table:
+            return "no lowering for this op"
+        return "an element type or layout that kernels do not have"
 
     def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def value_of(arg: fx.Node) -> Any:
@@ -181,7 +186,9 @@ class Lowering:
         return result
 
     def _settle(self, node: fx.Node, result: Any) -> Any:
-        """Put `node` among the nodes that `result` holds, and store it if something needs it in memory or recomputing costs more."""
+        """Put `node` among the nodes that `result` holds, and store it if something needs it in memory or recomputing costs
+        more.
+        """
         if isinstance(result, (tuple, list)):
             vals = node.meta["val"]
             return tuple(self._settle_one(node, r, v) for r, v in zip(result, vals, strict=True))
@@ -208,7 +215,9 @@ class Lowering:
         return value if value is None or isinstance(value, (bool, float)) else Size(value)
 
     def _own_name(self, name: str, node: fx.Node) -> str:
-        """`name`, or an alias of it when another node returns that already: detached tensors share memory, not the object."""
+        """`name`, or an alias of it when another node returns that already: detached tensors share memory, not the
+        object.
+        """
         if self.returned.setdefault(name, node) is node:
             return name
         spec, alias = self.buffers.get(name), f"returned{len(self.returned)}"
@@ -278,8 +287,8 @@ class Lowering:
     ) -> tuple[Value, ...]:
         """Reduce over `dims` of a domain of `shape`; operands(indices) are the reduced scalars at one index of the domain.
 
-        `results` lists (output of the kind, dtype of the buffer) for each value wanted. The results have `shape` without `dims`
-        (or with size 1 there, when keepdim) and `strides` (row-major when None).
+        `results` lists (output of the kind, dtype of the buffer) for each value wanted. The results have `shape` without
+        `dims` (or with size 1 there, when keepdim) and `strides` (row-major when None).
         """
         over = {d % max(len(shape), 1) for d in dims} if shape else set()
         idx = tuple(index(f"{'r' if k in over else 'x'}{k}", size) for k, size in enumerate(shape))
@@ -366,7 +375,7 @@ class Lowering:
         """Run `node` as the call that it was."""
         if any(isinstance(v, torch.SymInt) and not _has_backing(v) for v in _leaves(node.meta.get("val"))):
             raise UnsupportedError(f"{node.name} ({node.target}) has a data-dependent size")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._call_argument)  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._call_argument)
         results, names = self._declare_results(node)
         writes, effect = self._effects(node)
         op, args, kwargs = self._op_name(node, args, kwargs)
@@ -428,7 +437,9 @@ class Lowering:
         return f"local:{key}", tuple(leaves[k] for k in moving), {}
 
     def _copy_into(self, node: fx.Node) -> Any:
-        """copy_(input, value): store into the input's own memory, after everything that still wants its old contents is stored."""
+        """copy_(input, value): store into the input's own memory, after everything that still wants its old contents is
+        stored.
+        """
         dest, value = self.values[node.args[0]], self.values[node.args[1]]  # type: ignore[index]
         if not isinstance(dest, Stored) or dest.dtype not in KERNEL_DTYPES or not isinstance(value, (Stored, Computed)):
             return self.call(node)
@@ -461,7 +472,8 @@ def trivial_reduction(kind: str, args: tuple[Scalar, ...], dtype: torch.dtype, o
     if kind in ("argmax", "argmin"):
         return cast(args[1], dtype)
     if kind in ("welford", "softmax_stats") and output == 1:
-        difference = Op("sub", (cast(args[0], dtype), cast(args[0], dtype)), dtype)  # NaN for infinities, as over many elements
+        # NaN for infinities, as over many elements
+        difference = Op("sub", (cast(args[0], dtype), cast(args[0], dtype)), dtype)
         return difference if kind == "welford" else Op("exp", (difference,), dtype)
     return cast(args[0], dtype)
 

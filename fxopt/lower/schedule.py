@@ -1,8 +1,8 @@
 """Joining regions: which loop nests become one kernel.
 
-Greedy: among all pairs that may be joined, the one that saves most bytes goes first, until none saves any. Two regions may be
-joined when their domains can be made one (`align`), every value passed between them is used at the iteration that makes it,
-and no third step must run between them.
+Greedy: among all pairs that may be joined, the one that saves most bytes goes first, until none saves any. Two regions may
+be joined when their domains can be made one (`align`), every value passed between them is used at the iteration that makes
+it, and no third step must run between them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Scheduler:
             return frozenset(step.nest.reads()), frozenset(step.nest.writes())
         if isinstance(step, Alias):
             return frozenset({self._root(step.of)}), frozenset({step.name})
-        reads = {name for name in _refs((step.args, step.kwargs))}
+        reads = set(_refs((step.args, step.kwargs)))
         writes = {n for n in step.outputs if n is not None} | set(step.writes)
         names = {self._root(n) for n in reads} | {n for n in reads if n in self.base}
         return frozenset(names), frozenset(writes)
@@ -115,7 +115,7 @@ class _Scheduler:
         for a, b in self._neighbours(self.groups):
             self._offer(heap, a, b)
         while heap:
-            saving, a, b = heapq.heappop(heap)
+            _, a, b = heapq.heappop(heap)
             if a in self.groups and b in self.groups and not self._separated(a, b):
                 joined = self._join(a, b)
                 if joined is not None:
@@ -311,7 +311,9 @@ def remap(nest: Nest, mapping: Mapping, onto: Nest) -> Nest:
 
 
 def _combine(first: Nest, second: Nest) -> Nest | None:
-    """The two nests as one, values passed between them in registers; None when a value is needed before its iteration made it."""
+    """The two nests as one, values passed between them in registers; None when a value is needed before its iteration made
+    it.
+    """
     made = {s.buffer: s for s in first.stores}
     for store in second.stores:
         if store.buffer in made:
@@ -341,7 +343,9 @@ def _loads_from(value: Scalar, buffers: dict[str, Store]) -> bool:
 
 
 def _in_place_is_safe(nest: Nest) -> bool:
-    """Every load of a buffer that the nest also writes is at the index written, and the write does not feed several iterations."""
+    """Every load of a buffer that the nest also writes is at the index written, and the write does not feed several
+    iterations.
+    """
     written: dict[str, tuple[Int, bool]] = {s.buffer: (s.index, bool(s.indirect) or s.mode != "set") for s in nest.stores}
     for load in nest.loads():
         if load.buffer in written:
@@ -362,7 +366,8 @@ def _worthwhile(nest: Nest, first: Region) -> bool:
     length = cost.extent(s.size for s in nest.reduced)
     if not cost.needs_split(points, length, first.device):
         return True
-    # Few long rows are reduced by many blocks at once: nothing in such a kernel may wait for a finished reduction row by row.
+    # Few long rows are reduced by many blocks at once: nothing in such a kernel may wait for a finished reduction row by
+    # row.
     waits = any(isinstance(a, Reduce) for n in nodes if isinstance(n, (Reduce, Scan)) for a in postorder(n.args))
     spread = any(set(nest.reduced) & s.symbols() and _has_reduce(s.value) for s in nest.stores)
     return not waits and not spread

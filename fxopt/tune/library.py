@@ -53,7 +53,9 @@ def choose_library(lowered: Lowered, options: Options, store: ArtifactStore, jou
     for step in lowered.steps:
         product = _product(step, lowered, views) if isinstance(step, Call) else None
         steps += [step] if product is None else rewriter.rewrite(product, journal)
-    return replace(lowered, steps=_without_unused_views(steps, lowered), buffers=rewriter.buffers, constants=rewriter.constants)
+    return replace(
+        lowered, steps=_without_unused_views(steps, lowered), buffers=rewriter.buffers, constants=rewriter.constants
+    )
 
 
 def _without_unused_views(steps: list[Step], lowered: Lowered) -> list[Step]:
@@ -90,11 +92,13 @@ class _Rewriter:
         else:
             weight = self._transposed(product, steps)
         bias = None if product.bias is None else Ref(product.bias)
-        args = (Ref(product.a.name), Ref(weight), bias, "none", [], "")
+        args: tuple[Any, ...] = (Ref(product.a.name), Ref(weight), bias, "none", [], "")
         return [*steps, Call(LINEAR, args, {}, product.call.outputs, product.call.origin)]
 
     def _transposed(self, product: Product, steps: list[Step]) -> str:
-        """The name of b as oneDNN wants it, [n, k]: the buffer itself if that is its layout, else a view added to `steps`."""
+        """The name of b as oneDNN wants it, [n, k]: the buffer itself if that is its layout, else a view added to
+        `steps`.
+        """
         flip = replace(product.b, shape=product.b.shape[::-1], strides=product.b.strides[::-1])
         spec = self.buffers[flip.of]
         if flip.offset == 0 and (flip.shape, flip.strides) == (spec.shape, spec.strides):
@@ -202,5 +206,3 @@ def _run(candidate: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | 
     if candidate == "onednn-packed":
         weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), a.shape[0])
     return lambda: torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
-
-
