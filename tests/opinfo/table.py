@@ -1,13 +1,15 @@
-"""The committed summary of a sweep: `python -m tests.opinfo.table RECORDS` writes table/<dtype>.json and prints the shares.
+"""The committed summary of a sweep: `python -m tests.opinfo.table RECORDS` writes table/*.json and prints the shares.
 
-For each op: its class and, for each mode (forward, training), how many samples ran, how many were right, how many of those ran
-through generated code (nothing but kernels, views and planned library calls), bytes moved by kernels and by unplanned library
-calls, and what was not right or not generated. Both layouts are counted together.
+table/<dtype>.json holds for each op its class and, for each mode (forward, training), how many samples ran, how many were
+right, how many ran through generated code (nothing but kernels, views and planned library calls), bytes moved by kernels and
+by unplanned library calls, and what was not right or not generated. Both layouts are counted together.
+table/retreats.json lists the operators that may run as ATen calls, each with the reasons; the slice in CI allows no other.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -58,7 +60,7 @@ def counts(records: list[dict[str, Any]]) -> Summary:
 
 
 def shares(summary: Summary) -> list[tuple[str, str, int, int, int, int, int]]:
-    """(class, mode, samples, right, generated, bytes by kernels, bytes by unplanned calls), and the judged classes together."""
+    """(class, mode, samples, right, generated, bytes of kernels, of unplanned calls); "judged" and "all" sum up classes."""
     totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * 5)
     for entry in summary.values():
         for mode in (m for m in MODES if m in entry):
@@ -70,23 +72,40 @@ def shares(summary: Summary) -> list[tuple[str, str, int, int, int, int, int]]:
     return [(name, mode, *row) for (name, mode), row in sorted(totals.items())]  # type: ignore[misc]
 
 
-def write(summaries: dict[str, Summary], directory: Path = DIRECTORY) -> None:
-    """One file for each dtype, an op a line."""
+def planned_retreats(records: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """operator -> why it ran as an ATen call. A kernel that could not be built is a bug and not among the reasons."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for what, why in record.get("retreats", ()):
+            if record["status"] == "right" and not _is_bug(what, why):
+                found[what].add(re.sub(r"\d+", "N", why))
+    return {what: sorted(found[what]) for what in sorted(found)}
+
+
+def _is_bug(what: str, why: str) -> bool:
+    return "could not be built" in why or "error:" in why or "," in what or what == "the whole graph"
+
+
+def write(summaries: dict[str, Summary], retreats: dict[str, list[str]], directory: Path = DIRECTORY) -> None:
+    """One file for each dtype, an op a line, and the list of retreats."""
     directory.mkdir(exist_ok=True)
+    lines = [f"{json.dumps(what)}: {json.dumps(why)}" for what, why in retreats.items()]
+    (directory / "retreats.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     for dtype, summary in summaries.items():
         lines = [f"{json.dumps(op)}: {json.dumps(entry)}" for op, entry in sorted(summary.items())]
         (directory / f"{dtype}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def read(dtype: str) -> Summary:
-    """The committed table of `dtype`."""
-    found: Summary = json.loads((DIRECTORY / f"{dtype}.json").read_text())
+def read(name: str) -> Summary:
+    """The committed table of a dtype, or "retreats"."""
+    found: Summary = json.loads((DIRECTORY / f"{name}.json").read_text())
     return found
 
 
 def main(path: str) -> None:
-    summaries = summarise(read_records(Path(path)).values())
-    write(summaries)
+    records = read_records(Path(path)).values()
+    summaries = summarise(records)
+    write(summaries, planned_retreats(records))
     for dtype, summary in summaries.items():
         print(f"{dtype}: {len(summary)} ops ({len(NOT_RUN)} that a CPU does not have are left out)")
         print(f"  {'class':15} {'mode':9} {'samples':>8} {'right':>8} {'generated':>10} {'of samples':>11} {'of bytes':>9}")

@@ -108,7 +108,7 @@ def total(terms: Iterable[Scalar], dtype: torch.dtype) -> Scalar:
 
 @dataclass(frozen=True)
 class Tap:
-    """An element under a window: its value (the filling, outside), its place in the last dimensions, whether it is inside."""
+    """An element under a window: its value (outside, the filling), place in the last dimensions, whether it is inside."""
 
     value: Scalar
     place: Indices
