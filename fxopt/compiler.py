@@ -7,8 +7,9 @@ from typing import Any
 
 from fxopt import passes, tune
 from fxopt.assemble import assemble
-from fxopt.errors import UnsupportedError
+from fxopt.errors import CacheError, UnsupportedError
 from fxopt.ir.graph import Graph
+from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
@@ -35,10 +36,25 @@ def compile_graph(
         passes.run(graph, options, journal)
     store = default_store()
     lowered, chosen = _lower_and_choose(graph, options, journal, store)
+    try:
+        return _bind(graph, lowered, chosen, journal)
+    except CacheError as error:  # sound files that this process cannot load: another machine's, say
+        for artifact in _artifacts(chosen).values():
+            store.forget(artifact.key, f"its kernel does not load: {error}")
+        journal.kernels.clear()
+        journal.library.clear()
+    return _bind(graph, *_lower_and_choose(graph, options, journal, store), journal)
+
+
+def _bind(graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], journal: Journal) -> Executor:
+    """Raises CacheError when a kernel cannot be loaded."""
     with journal.timed("assemble"):
         plan = assemble(graph, lowered, chosen, journal)
-        kernels = {artifact.key: artifact for choice in chosen.values() for _, artifact in choice.kernels}
-        return Executor(Plan.from_json(plan.to_json()), kernels, lowered.constants, lowered.local_ops)
+        return Executor(Plan.from_json(plan.to_json()), _artifacts(chosen), lowered.constants, lowered.local_ops)
+
+
+def _artifacts(chosen: dict[str, tune.Choice]) -> dict[str, Artifact]:
+    return {artifact.key: artifact for choice in chosen.values() for _, artifact in choice.kernels}
 
 
 def _lower_and_choose(

@@ -75,6 +75,10 @@ class ArtifactStore:
         path = self.cache.write(lambda: self._write(key, body, data))
         return Artifact(key, language, entry, path, meta)
 
+    def forget(self, key: str, reason: str) -> None:
+        """Set the entry of `key` aside, because of `reason`: the next `get` finds nothing."""
+        self.cache.quarantine(self.directory / "entries" / f"{key}.json", reason, lambda: False)
+
     def _write(self, key: str, body: dict[str, Any], data: bytes) -> Path:
         path = self.directory / "blobs" / str(body["blob"])
         with self.cache.locked():
