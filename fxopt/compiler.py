@@ -14,7 +14,7 @@ from fxopt.ir.region import Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.schedule import schedule
-from fxopt.options import Options
+from fxopt.options import GRAPH_MODES, Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Plan
@@ -36,6 +36,7 @@ def compile_graph(
         passes.run(graph, options, journal)
     store = default_store()
     lowered, chosen = _lower_and_choose(graph, options, journal, store)
+    note_mode(options, {spec.device.type for spec in lowered.buffers.values()}, journal)
     try:
         return _bind(graph, lowered, chosen, journal)
     except CacheError as error:  # sound files that this process cannot load: another machine's, say
@@ -44,6 +45,12 @@ def compile_graph(
         journal.kernels.clear()
         journal.library.clear()
     return _bind(graph, *_lower_and_choose(graph, options, journal, store), journal)
+
+
+def note_mode(options: Options, devices: set[str], journal: Journal) -> None:
+    """Say what a mode does not do on a GPU, where its name promises more."""
+    if "cuda" in devices and options.mode in GRAPH_MODES:
+        journal.note("mode", GRAPH_MODES[options.mode])
 
 
 def _bind(graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], journal: Journal) -> Executor:

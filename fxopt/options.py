@@ -14,9 +14,14 @@ from fxopt.errors import OptionError
 
 MODES = {
     "default": "generated kernels from the cost model, few of them measured",
-    "reduce-overhead": "default, replayed as CUDA graphs where that is safe",
-    "max-autotune": "reduce-overhead, with a wider search over implementations",
+    "reduce-overhead": "the same as default in this version: CUDA graphs are not captured yet",
+    "max-autotune": "default, with more implementations measured for longer; CUDA graphs are not captured yet",
 }
+GRAPH_MODES = {
+    "reduce-overhead": "reduce-overhead: CUDA graphs are not captured in this version; runs as default",
+    "max-autotune": "max-autotune: searches wider; CUDA graphs are not captured in this version",
+}
+"""What to tell, where there is a GPU, users of modes that elsewhere mean replay of CUDA graphs."""
 
 
 def _is_bool(value: Any) -> bool:
