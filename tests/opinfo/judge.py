@@ -18,7 +18,7 @@ from tests.opinfo.skips import RANDOM, UNINITIALISED
 REPEATS = 24
 """Calls whose values stand for a random op's distribution."""
 
-NUDGES = 4
+NUDGES = 24
 """Runs of eager on inputs changed in their last bit."""
 
 

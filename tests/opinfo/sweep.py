@@ -7,9 +7,9 @@ record are not run twice. A process that dies or hangs costs the item that it wa
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -51,20 +51,17 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class Sweep:
-    """The queue of batches, the workers that empty it, and the file of records."""
+    """The items still to run, the workers that run them, and the file of records."""
 
     def __init__(self, path: Path, executor: str, processes: int) -> None:
         self.path, self.executor, self.processes = path, executor, processes
-        self.batches: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
+        self.returned: list[list[Item]] = []
         self.counts: Counter[str] = Counter()
-        self.total = 0
-        self.lock = threading.Lock()
+        self.lock, self.taking = threading.Lock(), threading.Lock()
 
-    def run(self, todo: list[Item]) -> Counter[str]:
+    def run(self, todo: Iterator[Item]) -> Counter[str]:
         """Run every item of `todo`; returns how many had which status."""
-        self.total = len(todo)
-        for start in range(0, len(todo), BATCH):
-            self.batches.put(todo[start : start + BATCH])
+        self.todo = todo
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as self.file:
             threads = [threading.Thread(target=self.serve) for _ in range(self.processes)]
@@ -74,23 +71,24 @@ class Sweep:
                 thread.join()
         return self.counts
 
+    def next_batch(self) -> list[Item]:
+        """The next items, none at the end. Listing them takes making the samples: so late, and one thread at a time."""
+        with self.taking:
+            return self.returned.pop() if self.returned else list(itertools.islice(self.todo, BATCH))
+
     def keep(self, record: dict[str, Any]) -> None:
         with self.lock:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
             self.counts[record["status"]] += 1
             done = sum(self.counts.values())
-            if done % 200 == 0 or done == self.total:
-                print(f"{time.strftime('%H:%M:%S')} {done}/{self.total} {dict(self.counts)}", flush=True)
+            if done % 200 == 0:
+                print(f"{time.strftime('%H:%M:%S')} {done} {dict(self.counts)} {record['key']}", flush=True)
 
     def serve(self) -> None:
-        """Feed one worker at a time until the queue is empty."""
+        """Feed one worker at a time until nothing is left."""
         worker: Worker | None = None
-        while True:
-            try:
-                batch = self.batches.get_nowait()
-            except queue.Empty:
-                break
+        while batch := self.next_batch():
             while batch:
                 worker = worker or Worker(self.executor)
                 left, culprit = worker.work(batch, self.keep)
@@ -108,7 +106,8 @@ class Sweep:
             key = culprit or left[0].key
             self.keep({"key": key, "status": "crash", "why": "the process died or hung"})
             return [item for item in left if item.key != key]
-        self.batches.put(left[len(left) // 2 :])
+        with self.taking:
+            self.returned.append(left[len(left) // 2 :])
         return left[: len(left) // 2]
 
 
@@ -177,8 +176,8 @@ def main() -> None:
     if args.again is not None:
         again = args.again or ["wrong", "error", "crash", "internal", "torch"]
         known = {k: r for k, r in known.items() if r["status"] not in again}
-    todo = [item for item in wanted(args) if item.key not in known]
-    print(f"{len(todo)} items to run, {len(known)} known", flush=True)
+    print(f"{len(known)} items known", flush=True)
+    todo = (item for item in wanted(args) if item.key not in known)
     counts = Sweep(args.records, args.executor, args.processes).run(todo)
     print(dict(counts))
 
