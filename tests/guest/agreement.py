@@ -77,5 +77,5 @@ def gradients(outputs: Any, inputs: Any) -> Any:
     wanted = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.requires_grad and t.is_leaf]
     if not ends or not wanted:
         return None
-    weights = [torch.linspace(0.5, 1.5, t.numel()).to(t.dtype).view(t.shape) for t in ends]
+    weights = [torch.linspace(0.5, 1.5, t.numel()).to(t).view(t.shape) for t in ends]
     return torch.autograd.grad(ends, wanted, weights, allow_unused=True)
