@@ -28,7 +28,8 @@ SCHEMA = (
 _AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
 
 
-def _run(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What the op computes, for callers that have no use for a dispatcher in between."""
     result = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     return result.clone() if _shares_memory(result, value) else result
 
@@ -57,7 +58,7 @@ def _under_autocast(device_type: str) -> Any:
         here = isinstance(x, Tensor) and x.device.type == device_type
         return x.to(dtype) if here and x.is_floating_point() and x.dtype != torch.float64 else x
 
-    def attend(*args: Any, **kwargs: Any) -> Tensor:
+    def lowered(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         given = [cast(a, dtype) for a in args]
         named = {k: cast(a, dtype) for k, a in kwargs.items()}
@@ -65,12 +66,12 @@ def _under_autocast(device_type: str) -> Any:
             result: Tensor = attention(*given, **named)
         return result
 
-    return attend
+    return lowered
 
 
 _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("attention", _run, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention", attend, "CompositeExplicitAutograd")
 torch.library.register_fake("fxopt::attention", _fake, lib=_LIBRARY)
 for _device_type, _key in _AUTOCAST_KEYS.items():
     _LIBRARY.impl("attention", _under_autocast(_device_type), _key)
