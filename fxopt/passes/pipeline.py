@@ -26,6 +26,7 @@ from fxopt.passes.dead_code import dead_code
 from fxopt.passes.fusions import PATTERNS
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.no_ops import no_ops
+from fxopt.passes.open_mask import open_mask
 from fxopt.passes.pad_gemm import pad_gemm
 from fxopt.passes.views import views
 
@@ -60,7 +61,11 @@ PASSES: tuple[Pass, ...] = (
 )
 """What runs on an ATen graph, in this order."""
 
-EARLY_PASSES: tuple[Pass, ...] = (Pass("canonical_calls", canonical_calls), Pass("attention", attention))
+EARLY_PASSES: tuple[Pass, ...] = (
+    Pass("open_mask", open_mask),  # first: canonical spellings hide from which calls a mask was made
+    Pass("canonical_calls", canonical_calls),
+    Pass("attention", attention),
+)
 """What runs on Dynamo's graph, before autograd."""
 
 NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*EARLY_PASSES, *PASSES)))

@@ -41,7 +41,7 @@ def test_rejections_are_counted_with_their_reason() -> None:
 
 
 NOT_FOR_THIS_LAYER = (
-    "attention_mask", "canonical_calls", "attention", "pad_gemm", "mm_view_bias", "constant_folding", "cse"
+    "open_mask", "attention_mask", "canonical_calls", "attention", "pad_gemm", "mm_view_bias", "constant_folding", "cse"
 )  # fmt: skip
 
 
