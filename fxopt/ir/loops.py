@@ -11,6 +11,8 @@ rounded when stored. `Load.dtype` is the dtype of the buffer's elements.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -414,8 +416,6 @@ _hashes: weakref.WeakKeyDictionary[Scalar, str] = weakref.WeakKeyDictionary()
 
 def content_hash(root: Scalar) -> str:
     """A short hash of what `root` says; equal in every process."""
-    import hashlib
-
     for node in postorder((root,)):
         if node not in _hashes:
             own = (type(node).__name__, str(node.dtype), *_own_fields(node), *(_hashes[a] for a in node.args))
@@ -482,12 +482,21 @@ class Nest:
     def roots(self) -> tuple[Scalar, ...]:
         return tuple(r for s in self.stores for r in s.roots)
 
-    def loads(self) -> list[Load]:
-        return [n for n in postorder(self.roots) if isinstance(n, Load)]
+    def loads(self) -> tuple[Load, ...]:
+        """Every distinct load below the stores."""
+        return self._loads
 
     def reads(self) -> tuple[str, ...]:
         """Buffers loaded, in order of first use."""
-        return tuple(dict.fromkeys(load.buffer for load in self.loads()))
+        return self._reads
 
     def writes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(s.buffer for s in self.stores))
+
+    @functools.cached_property
+    def _loads(self) -> tuple[Load, ...]:
+        return tuple(n for n in postorder(self.roots) if isinstance(n, Load))
+
+    @functools.cached_property
+    def _reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(load.buffer for load in self._loads))

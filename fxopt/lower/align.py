@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.ir.exprs import Atom, Expr, Int, Sym, coefficient, prod, ravel, substitute, symbol, unravel
+from fxopt.ir.exprs import Atom, Expr, Int, Sym, coefficient, prod, ravel, symbol, unravel
 from fxopt.ir.loops import Nest, loop_order
 
 Mapping = dict[Sym, Int]
@@ -85,10 +85,10 @@ def _strides(nest: Nest, loops: tuple[Sym, ...]) -> dict[str, dict[Sym, Int | No
     return out
 
 
-def division_count(nest: Nest, mapping: Mapping) -> int:
-    """How many accesses of `nest` would need a division or modulo under `mapping`: a sign of a poor fit."""
+def division_count(nest: Nest) -> int:
+    """How many accesses of `nest` need a division or modulo: a sign of a poor fit."""
     indices = [s.index for s in nest.stores] + [n.index for n in nest.loads()]
-    return sum(_has_division(substitute(i, mapping)) for i in indices)
+    return sum(map(_has_division, indices))
 
 
 def _has_division(x: Int) -> bool:

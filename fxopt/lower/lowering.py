@@ -19,7 +19,19 @@ from fxopt.journal import Journal
 from fxopt.lower import cost, layout
 from fxopt.lower.opsets import LIBRARY_OPS, VIEW_OPS
 from fxopt.lower.table import table
-from fxopt.lower.values import Computed, Indirect, Stored, Value, address, at, cast, known_equal, nodes_of
+from fxopt.lower.values import (
+    Computed,
+    Indirect,
+    Stored,
+    Value,
+    address,
+    at,
+    broadcast_indices,
+    cast,
+    known_equal,
+    nodes_of,
+    pointwise,
+)
 
 KERNEL_DTYPES = frozenset(
     {
@@ -76,6 +88,7 @@ class Lowering:
         self.aliases: dict[Stored, str] = {}
         self.returned: dict[str, fx.Node] = {}
         self.node: fx.Node = next(iter(graph.gm.graph.nodes))
+        self.origins = {node.name: origin(node) for node in graph.gm.graph.nodes}
         self.must_store = layout.nodes_needing_memory(graph.gm, self._needs_tensors)
 
     # ------------------------------------------------------------------ the walk
@@ -268,7 +281,7 @@ class Lowering:
             if self.buffers[name].device != device:
                 raise UnsupportedError(f"reads {self.buffers[name].device} memory from a kernel on {device}")
         nodes = tuple(dict.fromkeys((*nodes, self.node.name)))
-        origins = tuple(dict.fromkeys(origin(n) for n in self.graph.gm.graph.nodes if n.name in nodes))
+        origins = tuple(dict.fromkeys(self.origins[n] for n in nodes))
         buffers = {name: self.buffers[name] for name in names}
         self.steps.append(Region(f"r{len(self.steps)}", nest, buffers, device, nodes, origins))
 
@@ -511,16 +524,9 @@ def origin(node: fx.Node) -> str:
     return f"{module}: {node.target}" if module else str(node.target)
 
 
-def const(value: bool | int | float, dtype: torch.dtype) -> Const:
-    """A literal."""
-    return Const(value, dtype)
-
-
 def _broadcast(value: Value, shape: tuple[Int, ...]) -> Value:
     if value.shape == shape:
         return value
-    from fxopt.lower.values import broadcast_indices, pointwise
-
     return pointwise(shape, value.dtype, value.device, lambda i: at(value, broadcast_indices(value.shape, i)), (value,))
 
 

@@ -1,0 +1,139 @@
+"""Making one region of two: one iteration domain, values passed in registers, and whether that is worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from fxopt.ir.exprs import Int
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
+from fxopt.ir.region import Region
+from fxopt.lower import cost
+from fxopt.lower.align import Mapping, division_count, mappings
+from fxopt.lower.online import one_pass
+from fxopt.lower.values import cast
+
+MAX_BUFFERS = 28
+"""Pointers of one kernel; beyond it registers for addresses cost more than joining saves."""
+
+MAX_NODES = 1200
+"""Scalar operations of one kernel."""
+
+
+def join(first: Region, second: Region) -> Region | None:
+    """One region that does what `first` and then `second` does, or None when that is impossible or not worth it."""
+    if first.device != second.device:
+        return None
+    if len({*first.buffers, *second.buffers}) > MAX_BUFFERS:
+        return None
+    best: tuple[int, Nest] | None = None
+    for one, two in _common_domains(first.nest, second.nest):
+        nest = _combine(one, two)
+        if nest is not None and _worthwhile(nest, first):
+            divisions = division_count(nest)
+            if best is None or divisions < best[0]:
+                best = divisions, nest
+        if best is not None and best[0] == 0:
+            break
+    if best is None or best[0] > division_count(first.nest) + division_count(second.nest):
+        return None
+    nodes = tuple(dict.fromkeys(first.nodes + second.nodes))
+    origins = tuple(dict.fromkeys(first.origins + second.origins))
+    buffers = {**first.buffers, **second.buffers}
+    return with_nest(Region(first.name, best[1], buffers, first.device, nodes, origins), best[1])
+
+
+def with_nest(region: Region, nest: Nest) -> Region:
+    """`region` with another nest, its buffers cut to what that touches."""
+    names = dict.fromkeys((*nest.reads(), *nest.writes()))
+    return replace(region, nest=nest, buffers={n: region.buffers[n] for n in names})
+
+
+def _common_domains(first: Nest, second: Nest) -> Iterator[tuple[Nest, Nest]]:
+    """Both nests over one domain, in every way `align` knows; only loops of nests without reduction are bent."""
+    if (first.points, first.reduced) == (second.points, second.reduced):
+        yield first, second
+    if not second.reduced or first.reduced:
+        for mapping in mappings(second, first):
+            yield first, remap(second, mapping, first)
+    if not first.reduced or second.reduced:
+        for mapping in mappings(first, second):
+            yield remap(first, mapping, second), second
+
+
+def remap(nest: Nest, mapping: Mapping, onto: Nest) -> Nest:
+    """`nest` with its loops replaced by those of `onto`."""
+    stores = []
+    for s in nest.stores:
+        # A Load carries index and bindings through a transformation; so does a store's address, in the shape of one.
+        place = transform(Load(s.buffer, s.index, s.value.dtype, s.indirect), mapping)
+        assert isinstance(place, Load)
+        stores.append(Store(s.buffer, place.index, transform(s.value, mapping), s.mode, place.indirect))
+    return Nest(onto.points, onto.reduced, tuple(stores))
+
+
+def _combine(first: Nest, second: Nest) -> Nest | None:
+    """The two nests as one, values passed between them in registers; None when a value is needed before its iteration made
+    it.
+    """
+    made = {s.buffer: s for s in first.stores}
+    for store in second.stores:
+        if store.buffer in made:
+            return None
+    for load in second.loads():
+        source = made.get(load.buffer)
+        if source is not None and (source.index != load.index or source.mode != "set" or source.indirect or load.indirect):
+            return None
+
+    def passed(load: Load) -> Scalar | None:
+        store = made.get(load.buffer)
+        return None if store is None else cast(store.value, load.dtype)
+
+    stores = []
+    for s in second.stores:
+        if any(v.symbols() and _loads_from(v, made) for _, v in s.indirect):
+            return None
+        place = transform(Load(s.buffer, s.index, s.value.dtype, s.indirect), {}, passed)
+        assert isinstance(place, Load)
+        stores.append(Store(s.buffer, place.index, transform(s.value, {}, passed), s.mode, place.indirect))
+    nest = one_pass(Nest(first.points, first.reduced, (*first.stores, *stores)))
+    return nest if _in_place_is_safe(nest) else None
+
+
+def _loads_from(value: Scalar, buffers: dict[str, Store]) -> bool:
+    return any(isinstance(n, Load) and n.buffer in buffers for n in postorder((value,)))
+
+
+def _in_place_is_safe(nest: Nest) -> bool:
+    """Every load of a buffer that the nest also writes is at the index written, and the write does not feed several
+    iterations.
+    """
+    written: dict[str, tuple[Int, bool]] = {s.buffer: (s.index, bool(s.indirect) or s.mode != "set") for s in nest.stores}
+    for load in nest.loads():
+        if load.buffer in written:
+            where, computed = written[load.buffer]
+            if computed or load.indirect or load.index != where:
+                return False
+    return True
+
+
+def _worthwhile(nest: Nest, first: Region) -> bool:
+    """False for joins that would cost parallelism or registers more than they save in traffic."""
+    nodes = list(postorder(nest.roots))
+    if len(nodes) > MAX_NODES:
+        return False
+    if not nest.reduced:
+        return True
+    points = cost.extent(s.size for s in nest.points)
+    length = cost.extent(s.size for s in nest.reduced)
+    if not cost.needs_split(points, length, first.device):
+        return True
+    # Few long rows are reduced by many blocks at once: nothing in such a kernel may wait for a finished reduction row by
+    # row.
+    waits = any(isinstance(a, Reduce) for n in nodes if isinstance(n, (Reduce, Scan)) for a in postorder(n.args))
+    spread = any(set(nest.reduced) & s.symbols() and _has_reduce(s.value) for s in nest.stores)
+    return not waits and not spread
+
+
+def _has_reduce(value: Scalar) -> bool:
+    return any(isinstance(n, Reduce) for n in postorder((value,)))
