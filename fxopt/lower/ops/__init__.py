@@ -14,6 +14,7 @@ from fxopt.lower.ops import (
     scans,
     scatters,
     softmax,
+    special,
     upsampling,
     views,
 )
@@ -22,6 +23,7 @@ TABLES = (
     pointwise.TABLE,
     comparisons.TABLE,
     activations.TABLE,
+    special.TABLE,
     creation.TABLE,
     random.TABLE,
     reductions.TABLE,
