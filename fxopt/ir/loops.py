@@ -93,6 +93,7 @@ class Scalar:
 
     __slots__ = ("__weakref__", "_symbols", "dtype")
     dtype: torch.dtype
+    _symbols: frozenset[Sym]
 
     @property
     def args(self) -> tuple[Scalar, ...]:
@@ -101,11 +102,14 @@ class Scalar:
 
     def symbols(self) -> frozenset[Sym]:
         """Free index and size symbols."""
-        try:
-            return self._symbols  # type: ignore[has-type]
-        except AttributeError:
-            self._symbols = self._free()
-            return self._symbols
+        waiting: list[Scalar] = [] if hasattr(self, "_symbols") else [self]
+        while waiting:  # a joined kernel may be deeper than Python's stack
+            unknown = [a for a in waiting[-1].args if not hasattr(a, "_symbols")]
+            if not unknown:
+                waiting[-1]._symbols = waiting[-1]._free()
+                waiting.pop()
+            waiting += unknown
+        return self._symbols
 
     def _free(self) -> frozenset[Sym]:
         return frozenset().union(*(a.symbols() for a in self.args))
