@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Int, as_symbol, free_symbols
+from fxopt.ir.exprs import Int, coefficient, free_symbols, substitute
 from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import BufferSpec, Call, Ref, Region, Size
@@ -133,15 +134,13 @@ def _named(steps: Iterable[PlanStep], lowered: Lowered) -> set[str]:
 def _symbol_sources(
     inputs: tuple[InputSpec, ...], graph: Graph, lowered: Lowered, steps: list[PlanStep], buffers: dict[str, BufferSpec]
 ) -> tuple[SymbolSource, ...]:
+    given = list(_readable(inputs, graph))
     known: dict[str, SymbolSource] = {}
-    values = {n.name: n.meta.get("val") for n in graph.gm.graph.nodes if n.op == "placeholder"}
-    for position, spec in enumerate(inputs):
-        if spec.kind == "int":
-            _offer(known, graph.to_int(values[spec.name]), SymbolSource("", position, "value"))
-    for what in ("size", "stride"):
-        for position, spec in enumerate(inputs):
-            for dim, x in enumerate(spec.shape if what == "size" else spec.strides):
-                _offer(known, x, SymbolSource("", position, what, dim))
+    for direct in (True, False):  # a size that is the symbol itself needs no arithmetic at run time
+        for x, source in given:
+            solved = _solved(x, source)
+            if solved is not None and (not direct or (solved.times, solved.plus) == (1, 0)):
+                known.setdefault(solved.name, solved)
     needed = {s.name for x in _integers(lowered, steps, buffers) for s in free_symbols(x)}
     missing = sorted(needed - known.keys())
     if missing:
@@ -149,10 +148,28 @@ def _symbol_sources(
     return tuple(known[name] for name in sorted(needed))
 
 
-def _offer(known: dict[str, SymbolSource], x: Int, source: SymbolSource) -> None:
-    sym = as_symbol(x)
-    if sym is not None and sym.name not in known:
-        known[sym.name] = SymbolSource(sym.name, source.input, source.what, source.dim)
+def _readable(inputs: tuple[InputSpec, ...], graph: Graph) -> Iterator[tuple[Int, SymbolSource]]:
+    """Every integer that can be read off the inputs, the cheapest first, and where."""
+    values = {n.name: n.meta.get("val") for n in graph.gm.graph.nodes if n.op == "placeholder"}
+    for position, spec in enumerate(inputs):
+        if spec.kind == "int":
+            yield graph.to_int(values[spec.name]), SymbolSource("", position, "value")
+    for what in ("size", "stride"):
+        for position, spec in enumerate(inputs):
+            for dim, x in enumerate(spec.shape if what == "size" else spec.strides):
+                yield x, SymbolSource("", position, what, dim)
+
+
+def _solved(x: Int, source: SymbolSource) -> SymbolSource | None:
+    """How to get a symbol from `x`, found at `source`; None unless `x` is linear in one symbol and holds nothing else."""
+    syms = free_symbols(x)
+    if len(syms) != 1:
+        return None
+    sym = next(iter(syms))
+    times, plus = coefficient(x, sym), substitute(x, {sym: 0})
+    if not isinstance(times, int) or not isinstance(plus, int) or times == 0:
+        return None
+    return replace(source, name=sym.name, times=times, plus=plus)
 
 
 def _integers(lowered: Lowered, steps: list[PlanStep], buffers: dict[str, BufferSpec]) -> Iterator[Int]:

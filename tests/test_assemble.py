@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from fxopt.assemble import in_place_pairs
+import pytest
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxopt import passes, tune
+from fxopt.assemble import assemble, in_place_pairs
+from fxopt.capture.symbols import to_int
+from fxopt.compiler import compile_graph
+from fxopt.errors import UnsupportedError
+from fxopt.ir.graph import Graph, Input, Phase, Role
+from fxopt.journal import Journal
+from fxopt.lower import lower_graph
 from fxopt.lower.schedule import schedule
+from fxopt.options import Options
+from fxopt.runtime.artifacts import default_store
+from fxopt.runtime.plan import Plan
 from tests.lower.test_schedule import lowered, rand, regions
 
 
-def pairs(fn, *args: torch.Tensor) -> list[list[tuple[str, str]]]:  # type: ignore[no-untyped-def]
+def pairs(fn: Callable[..., Any], *args: torch.Tensor) -> list[list[tuple[str, str]]]:
     return [list(in_place_pairs(region)) for region in regions(schedule(lowered(fn, *args)))]
 
 
@@ -27,3 +43,94 @@ def test_a_row_that_is_read_again_after_a_store_stays() -> None:
         return h, torch.softmax(h, -1)
 
     assert pairs(fn, rand(4, 6), rand(4, 6)) == [[]]
+
+
+# ---------------------------------------------------------------------- where sizes come from
+
+
+def captured(fn: Callable[..., Any], *args: Any, start: Any = None) -> Graph:
+    """`fn` with symbolic sizes; the result of the first call of `start` becomes the only input when that is given."""
+    gm = make_fx(fn, tracing_mode="symbolic")(*args)
+    if start is not None:
+        _cut(gm, start)
+    inputs = [Input(n.name, Role.USER) for n in gm.graph.nodes if n.op == "placeholder"]
+    return Graph(gm, inputs, Phase.INFERENCE, "test", to_int)
+
+
+def _cut(gm: fx.GraphModule, start: Any) -> None:
+    node = next(n for n in gm.graph.nodes if n.target is start)
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        given = gm.graph.placeholder("given")
+    given.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(given)
+    for other in reversed(list(gm.graph.nodes)):
+        if other.op != "output" and other is not given and not other.users:
+            gm.graph.erase_node(other)
+    gm.recompile()
+
+
+def planned(graph: Graph) -> Plan:
+    journal, options = Journal("test"), Options.parse(None, None)
+    passes.run(graph, options, journal)
+    low = schedule(lower_graph(graph, journal))
+    chosen, failed = tune.choose(low, options, default_store(), journal)
+    assert not failed
+    return assemble(graph, low, chosen, journal)
+
+
+def run(graph: Graph, *args: Any) -> Any:
+    return compile_graph(graph, args, Options.parse(None, None), Journal("test", strict=True))(list(args))
+
+
+def test_a_size_is_read_from_a_shape() -> None:
+    plan = planned(captured(lambda x: x + 1, torch.randn(5, 4)))
+    assert {(s.what, s.times, s.plus) for s in plan.symbols} == {("size", 1, 0)}
+
+
+def test_a_size_is_read_from_an_integer_input() -> None:
+    def fn(x: torch.Tensor, n: int) -> torch.Tensor:
+        return x.new_ones(n) * 3
+
+    graph = captured(fn, torch.randn(4), 7)
+    assert "value" in {s.what for s in planned(graph).symbols}
+    (out,) = run(captured(fn, torch.randn(4), 7), torch.randn(4), 5)
+    torch.testing.assert_close(out, torch.full((5,), 3.0))
+
+
+def test_a_size_is_read_from_a_stride() -> None:
+    wide = torch.randn(5, 11)
+    plan = planned(captured(lambda x: x * 2, wide[:, :4]))
+    assert "stride" in {s.what for s in plan.symbols}
+    (out,) = run(captured(lambda x: x * 2, wide[:, :4]), torch.arange(28.0).reshape(2, 14)[:, 3:8])
+    torch.testing.assert_close(out, torch.arange(28.0).reshape(2, 14)[:, 3:8] * 2)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x]) * 2
+
+
+def test_a_size_is_solved_for_when_inputs_show_a_multiple_of_it() -> None:
+    (symbol,) = planned(captured(doubled, torch.randn(5), start=torch.ops.aten.cat.default)).symbols
+    assert (symbol.what, symbol.times, symbol.plus) == ("size", 2, 0)
+    x = torch.randn(6)
+    torch.testing.assert_close(run(captured(doubled, torch.randn(5), start=torch.ops.aten.cat.default), x), (x * 2,))
+
+
+def test_a_size_is_solved_for_when_inputs_show_it_shifted() -> None:
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return torch.constant_pad_nd(x, [1, 2]) * 2
+
+    graph = captured(padded, torch.randn(5), start=torch.ops.aten.constant_pad_nd.default)
+    (symbol,) = planned(graph).symbols
+    assert (symbol.times, symbol.plus) == (1, 3)
+    x = torch.randn(9)
+    graph = captured(padded, torch.randn(5), start=torch.ops.aten.constant_pad_nd.default)
+    torch.testing.assert_close(run(graph, x), (x * 2,))
+
+
+def test_a_size_that_no_input_tells_is_named() -> None:
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1) * 2
+
+    with pytest.raises(UnsupportedError, match="no input tells the size s"):
+        planned(captured(flat, torch.randn(5, 3), start=torch.ops.aten.view.default))

@@ -140,7 +140,9 @@ class Writer:
         out.append("inputs.clear()")
         for symbol, source in zip(self.symbols.values(), self.plan.symbols, strict=True):
             read = {"size": f".size({source.dim})", "stride": f".stride({source.dim})", "offset": ".storage_offset()"}
-            out.append(f"{symbol} = v{source.input}{read.get(source.what, '')}")
+            found = f"v{source.input}{read.get(source.what, '')}"
+            solved = found if (source.times, source.plus) == (1, 0) else f"({found} - {source.plus}) // {source.times}"
+            out.append(f"{symbol} = {solved}")
         return out
 
     def _has_frame(self) -> bool:

@@ -24,7 +24,7 @@ from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call
 from fxopt.runtime.encoding import Field, decode_value, encode_value, refs, size_values, sizes_json, torch_name
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,15 @@ class InputSpec:
 @dataclass(frozen=True)
 class SymbolSource:
     """Where a size symbol's value is read: `what` is "size" or "stride" (of dimension `dim`), "offset" (the tensor's storage
-    offset) or "value" (the input is the integer), of input number `input`."""
+    offset) or "value" (the input is the integer), of input number `input`. The number found there is times * symbol + plus.
+    """
 
     name: str
     input: int
     what: str = "size"
     dim: int = 0
+    times: int = 1
+    plus: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Plan:
             "name": self.name,
             "inputs": [_input_json(x) for x in self.inputs],
             "constants": [_buffer_json(x) for x in self.constants],
-            "symbols": [[s.name, s.input, s.what, s.dim] for s in self.symbols],
+            "symbols": [[s.name, s.input, s.what, s.dim, s.times, s.plus] for s in self.symbols],
             "buffers": [_buffer_json(x) for x in self.buffers],
             "slots": [[str(s.device), to_json(s.nbytes)] for s in self.slots],
             "placement": self.placement,
@@ -220,8 +223,9 @@ def _parts(x: Field, count: int) -> list[Field]:
 
 
 def _read_symbol(x: Field) -> SymbolSource:
-    name, number, what, dim = _parts(x, 4)
-    return SymbolSource(name.text(), number.integer(), what.choice("size", "stride", "offset", "value"), dim.integer())
+    name, number, what, dim, times, plus = _parts(x, 6)
+    place = what.choice("size", "stride", "offset", "value")
+    return SymbolSource(name.text(), number.integer(), place, dim.integer(), times.integer(), plus.integer())
 
 
 def _read_slot(x: Field) -> Slot:
@@ -430,6 +434,8 @@ def _check_symbols(plan: Plan) -> None:
             raise PlanError(f"plan.symbols[{i}]: input {spec.name!r} ({spec.kind}) has no {source.what}")
         if source.what in ("size", "stride") and not 0 <= source.dim < len(spec.shape):
             raise PlanError(f"plan.symbols[{i}]: input {spec.name!r} has no dimension {source.dim}")
+        if source.times == 0:
+            raise PlanError(f"plan.symbols[{i}]: zero times {source.name} does not tell its value")
     names = {s.name for s in plan.symbols}
     for path, x in _all_expressions(plan):
         for symbol in free_symbols(x):
