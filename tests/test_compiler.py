@@ -1,4 +1,4 @@
-"""The tour with kernels that cannot be built: right values from the library, each retreat named, strict an error."""
+"""The tour's own decisions: what is said of modes, what happens to kernels that cannot be built or do not load."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt import compiler, tune
-from fxopt.errors import RetreatError
+from fxopt.errors import CacheError, RetreatError
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Call, Region
-from fxopt.journal import Journal
+from fxopt.journal import RECENT, Journal
 from fxopt.lower import Lowered
 from fxopt.options import Options
 
@@ -102,3 +102,39 @@ def test_strict_names_what_would_have_fallen_back(monkeypatch: pytest.MonkeyPatc
     breaking(monkeypatch, has_tanh)
     with pytest.raises(RetreatError, match=r"tanh.*broken on purpose.*strict=True"):
         compile_and_run(Journal("test", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices", "said"),
+    [
+        ("reduce-overhead", {"cuda", "cpu"}, ["not captured in this version; runs as default"]),
+        ("max-autotune", {"cuda"}, ["CUDA graphs are not captured"]),
+        ("default", {"cuda"}, []),
+        ("reduce-overhead", {"cpu"}, []),
+    ],
+)
+def test_modes_do_not_claim_cuda_graphs(mode: str, devices: set[str], said: list[str]) -> None:
+    journal = Journal("graph")
+    compiler.note_mode(Options.parse(mode), devices, journal)
+    assert [topic for topic, _ in journal.notes] == ["mode"] * len(said)
+    assert all(words in text for words, (_, text) in zip(said, journal.notes, strict=True))
+
+
+def test_kernels_that_never_load_are_tried_twice_and_the_graph_runs_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, fresh_cache: object
+) -> None:
+    attempts = []
+
+    def refuse(*args: object) -> None:
+        attempts.append(args)
+        raise CacheError("cannot load kernel k: wrong machine")
+
+    monkeypatch.setattr(compiler, "Executor", refuse)
+    torch.compiler.reset()
+    RECENT.clear()
+    x = torch.randn(4)
+    with pytest.warns(UserWarning, match="does not load: cannot load kernel k: wrong machine"):
+        got = torch.compile(lambda x: x.sin() + 1, backend="fxopt")(x)
+    torch.testing.assert_close(got, x.sin() + 1)
+    assert len(attempts) == 2
+    assert [what for j in RECENT for what, _ in j.retreats] == ["the whole graph"]
