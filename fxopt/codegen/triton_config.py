@@ -72,10 +72,6 @@ def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig
     return list(dict.fromkeys(found))[:limit]
 
 
-def _widest(tiling: Tiling) -> int:
-    return max((a.itemsize for a in tiling.accesses), default=4)
-
-
 def _narrowest(tiling: Tiling) -> int:
     return min((a.itemsize for a in tiling.accesses), default=4)
 

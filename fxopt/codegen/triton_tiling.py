@@ -313,15 +313,5 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def free_size_symbols(nest: Nest) -> tuple[Sym, ...]:
-    """Size symbols that the nest's indices, values and domain mention, by name."""
-    found: set[Sym] = set()
-    for sym in (*nest.points, *nest.reduced):
-        found |= free_symbols(size_of(sym))
-    for expression in _index_expressions(nest):
-        found |= _sizes_in(expression)
-    return tuple(sorted(found, key=lambda s: s.name))
-
-
 def _sizes_in(x: Int) -> set[Sym]:
     return {s for s in free_symbols(x) if s.size is None}
