@@ -415,6 +415,11 @@ def postorder(roots: tuple[Scalar, ...]) -> Iterator[Scalar]:
             stack += [(a, False) for a in reversed(node.args) if a not in seen]
 
 
+def loads_below(roots: tuple[Scalar, ...]) -> Iterator[Load]:
+    """Every distinct load below `roots`, those that index others first."""
+    return (n for n in postorder(roots) if isinstance(n, Load))
+
+
 _hashes: weakref.WeakKeyDictionary[Scalar, str] = weakref.WeakKeyDictionary()
 
 
@@ -499,7 +504,7 @@ class Nest:
 
     @functools.cached_property
     def _loads(self) -> tuple[Load, ...]:
-        return tuple(n for n in postorder(self.roots) if isinstance(n, Load))
+        return tuple(loads_below(self.roots))
 
     @functools.cached_property
     def _reads(self) -> tuple[str, ...]:

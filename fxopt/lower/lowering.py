@@ -11,35 +11,28 @@ import torch
 from torch import fx
 
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Int, Sym, as_symbol, contiguous_strides, index
+from fxopt.ir.exprs import Int, as_symbol, contiguous_strides, index
 from fxopt.ir.graph import Graph
-from fxopt.ir.loops import Const, Nest, Op, Reduce, Scalar, Scan, Store
-from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region, Size, Step
+from fxopt.ir.loops import Nest, Reduce, Scalar, Scan, Store, loads_below
+from fxopt.ir.region import Alias, BufferSpec, Ref, Region, Size, Step
 from fxopt.journal import Journal
-from fxopt.lower import cost, layout
-from fxopt.lower.opsets import LIBRARY_OPS, VIEW_OPS
+from fxopt.lower import calls, cost, layout
+from fxopt.lower.opsets import KERNEL_DTYPES, LIBRARY_OPS, VIEW_OPS
+from fxopt.lower.small import empty_reduction, trivial_reduction
 from fxopt.lower.table import table
 from fxopt.lower.values import (
     Computed,
     Indirect,
+    Opaque,
     Stored,
     Value,
     address,
     at,
-    broadcast_indices,
     cast,
     known_equal,
     nodes_of,
-    pointwise,
+    symbols_of,
 )
-
-KERNEL_DTYPES = frozenset(
-    {
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    }
-)
-"""Element types that generated kernels read and write; ops on others are library calls."""
 
 
 @dataclass
@@ -57,13 +50,6 @@ class Lowered:
     constants: dict[str, torch.Tensor]
     outputs: tuple[Any, ...]
     local_ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """An input that is not a tensor or integer (None, a float, a script object); only library calls take it."""
-
-    name: str
 
 
 def lower_graph(graph: Graph, journal: Journal, library_nodes: frozenset[str] = frozenset()) -> Lowered:
@@ -119,7 +105,7 @@ class Lowering:
         if isinstance(val, torch.Tensor):
             if constant is not None:
                 self.constants[node.name] = constant
-            return self._declare(node.name, val)
+            return self.declare(node.name, val)
         if isinstance(val, (int, torch.SymInt)) and not isinstance(val, bool):
             return self.graph.to_int(val)
         return Opaque(node.name)
@@ -129,9 +115,10 @@ class Lowering:
         if not isinstance(target, torch.Tensor):
             return target
         self.constants[node.name] = target
-        return self._declare(node.name, node.meta["val"])
+        return self.declare(node.name, node.meta["val"])
 
-    def _declare(self, name: str, val: torch.Tensor) -> Stored | Opaque:
+    def declare(self, name: str, val: torch.Tensor) -> Stored | Opaque:
+        """A buffer `name` laid out as `val`; opaque when it is no strided tensor."""
         if val.layout != torch.strided or val.is_nested:
             return Opaque(name)
         shape, strides = self.sizes(val.shape), self.sizes(val.stride())
@@ -139,12 +126,12 @@ class Lowering:
         return Stored(name, val.dtype, val.device, shape, strides)
 
     def _call_function(self, node: fx.Node) -> Any:
-        if isinstance(node.meta.get("val"), (torch.SymInt, int)) and not _is_impure(node):
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)) and not calls.has_effect(node):
             return self.graph.to_int(node.meta["val"])
         if node.target is operator.getitem:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         if node.target is torch.ops.aten.copy_.default:
-            return self._copy_into(node)
+            return calls.copy_into(self, node)
         if self._is_library(node):
             if node.target not in LIBRARY_OPS and node.name not in self.library_nodes:
                 self.journal.retreat(f"{node.name} ({node.target})", self._library_reason(node))
@@ -385,149 +372,21 @@ class Lowering:
     # ------------------------------------------------------------------ library calls and mutation
 
     def call(self, node: fx.Node) -> Any:
-        """Run `node` as the call that it was."""
-        if any(isinstance(v, torch.SymInt) and not _has_backing(v) for v in _leaves(node.meta.get("val"))):
-            raise UnsupportedError(f"{node.name} ({node.target}) has a data-dependent size")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._call_argument)
-        results, names = self._declare_results(node)
-        writes, effect = self._effects(node)
-        op, args, kwargs = self._op_name(node, args, kwargs)
-        self.steps.append(Call(op, args, kwargs, names, origin(node), writes, effect))
-        return results
-
-    def _call_argument(self, arg: fx.Node) -> Any:
-        value = self.values[arg]
-        if isinstance(value, (Stored, Computed)):
-            if isinstance(value, Computed) and arg.target not in VIEW_OPS:
-                value = self.values[arg] = self.store(value, layout.dense_strides(self, arg.meta["val"]))
-            return Ref(self.tensor_name(value, arg))
-        if isinstance(value, Opaque):
-            return Ref(value.name)
-        return Size(value) if not isinstance(value, int) and hasattr(value, "terms") else value
-
-    def _declare_results(self, node: fx.Node) -> tuple[Any, tuple[str | None, ...]]:
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor):
-            return self._declare(node.name, val), (node.name,)
-        if not isinstance(val, (tuple, list)):
-            return val, (None,)
-        results, names = [], []
-        picked = {u.args[1] for u in node.users if u.target is operator.getitem}
-        whole = any(u.target is not operator.getitem for u in node.users)
-        for k, item in enumerate(val):
-            # A result nobody picks stays unnamed: fused attention returns None where its FakeTensor version has a tensor.
-            wanted = isinstance(item, torch.Tensor) and (whole or k in picked)
-            name = f"{node.name}_{k}" if wanted else None
-            results.append(self._declare(name, item) if name is not None else item)
-            names.append(name)
-        return tuple(results), tuple(names)
-
-    def _effects(self, node: fx.Node) -> tuple[tuple[str, ...], bool]:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return (), True
-        writes = []
-        for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.is_write and isinstance(given, fx.Node) and isinstance(self.values[given], Stored):
-                writes.append(self.values[given].buffer)
-        return tuple(writes), _is_impure(node)
-
-    def _op_name(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[str, Any, Any]:
-        if isinstance(node.target, torch._ops.OpOverload) and layout.is_plain_data((args, kwargs)):
-            return overload_name(node.target), args, kwargs
-        key = f"{self.graph.name}/{node.name}"
-        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, (Ref, Size)))
-        moving = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (Ref, Size))]
-        target = node.target
-
-        def local(*given: Any) -> Any:
-            filled = list(leaves)
-            for k, value in zip(moving, given, strict=True):
-                filled[k] = value
-            call_args, call_kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
-            return target(*call_args, **call_kwargs)  # type: ignore[operator]
-
-        self.local_ops[key] = local
-        return f"local:{key}", tuple(leaves[k] for k in moving), {}
-
-    def _copy_into(self, node: fx.Node) -> Any:
-        """copy_(input, value): store into the input's own memory, after everything that still wants its old contents is
-        stored.
-        """
-        dest, value = self.values[node.args[0]], self.values[node.args[1]]  # type: ignore[index]
-        if not isinstance(dest, Stored) or dest.dtype not in KERNEL_DTYPES or not isinstance(value, (Stored, Computed)):
-            return self.call(node)
-        if value == dest:  # the op that made the value has written it in place
-            return dest
-        self.store_pending_readers(dest.buffer, node)
-        if node.name in self.library_nodes:
-            return self.call(node)
-        value = self.values[node.args[1]]  # type: ignore[index]
-        points = tuple(index(f"x{k}", size) for k, size in enumerate(dest.shape))
-        source = _broadcast(value, dest.shape)
-        where = address(dest, points)
-        body = cast(at(source, points), dest.dtype)
-        own_reads = [n for n in Nest((), (), (Store("", 0, body),)).loads() if n.buffer == dest.buffer]
-        if any(load.index != where for load in own_reads) or value.device != dest.device:
-            return self.call(node)
-        self.emit(Nest(symbols_of(points), (), (Store(dest.buffer, where, body),)), dest.device, nodes_of(value))
-        return dest
+        """Run `node` as the call that it was. Raises UnsupportedError for a result of data-dependent size."""
+        return calls.call(self, node)
 
     def store_pending_readers(self, buffer: str, writer: fx.Node) -> None:
         """Store every expression that reads `buffer` and is wanted after `writer`, which changes it."""
         for node, value in list(self.values.items()):
-            live = any(user is not writer and user not in self.values for user in node.users)
-            if live and isinstance(value, Computed) and buffer in Nest((), (), (Store("", 0, value.body),)).reads():
+            wanted = any(user is not writer and user not in self.values for user in node.users)
+            if wanted and isinstance(value, Computed) and any(n.buffer == buffer for n in loads_below((value.body,))):
                 self.values[node] = self.store(value, layout.dense_strides(self, node.meta["val"]))
-
-
-def trivial_reduction(kind: str, args: tuple[Scalar, ...], dtype: torch.dtype, output: int) -> Scalar:
-    """The reduction of a single element."""
-    if kind in ("argmax", "argmin"):
-        return cast(args[1], dtype)
-    if kind in ("welford", "softmax_stats") and output == 1:
-        # NaN for infinities, as over many elements
-        difference = Op("sub", (cast(args[0], dtype), cast(args[0], dtype)), dtype)
-        return difference if kind == "welford" else Op("exp", (difference,), dtype)
-    return cast(args[0], dtype)
-
-
-def empty_reduction(kind: str, dtype: torch.dtype, output: int) -> Scalar:
-    """The reduction of no elements: a constant, so that no kernel reads memory that is not there."""
-    if kind not in _OF_NOTHING:
-        raise UnsupportedError(f"{kind} of no elements is an error")
-    return Const(_OF_NOTHING[kind][output], dtype)
-
-
-_OF_NOTHING: dict[str, tuple[float, ...]] = {
-    "sum": (0,),
-    "prod": (1,),
-    "any": (False,),
-    "all": (True,),
-    "welford": (float("nan"), 0.0),
-    "softmax_stats": (-float("inf"), 0.0),
-}
-
-
-def symbols_of(indices: tuple[Int, ...]) -> tuple[Sym, ...]:
-    """The symbols among loop indices (dimensions of size 1 have none)."""
-    return tuple(s for s in map(as_symbol, indices) if s is not None)
-
-
-def overload_name(op: torch._ops.OpOverload) -> str:
-    """ "namespace::name.overload" of an op, as in Call.op."""
-    return f"{op._schema.name}.{op._overloadname}"
 
 
 def origin(node: fx.Node) -> str:
     """Where a node came from, for people: "encoder.layer.0.output: aten.add.Tensor"."""
     module = node.meta.get("module", "")
     return f"{module}: {node.target}" if module else str(node.target)
-
-
-def _broadcast(value: Value, shape: tuple[Int, ...]) -> Value:
-    if value.shape == shape:
-        return value
-    return pointwise(shape, value.dtype, value.device, lambda i: at(value, broadcast_indices(value.shape, i)), (value,))
 
 
 def _one_device(inputs: Sequence[Value]) -> torch.device:
@@ -547,17 +406,6 @@ def _leaves(val: Any) -> list[Any]:
 
 def _tensor_vals(node: fx.Node) -> list[torch.Tensor]:
     return [v for v in _leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-
-
-def _has_backing(size: torch.SymInt) -> bool:
-    return size.node.hint is not None
-
-
-def _is_impure(node: fx.Node) -> bool:
-    op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
-        return op not in (operator.getitem,) and isinstance(op, torch._ops.HigherOrderOperator)
-    return op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags or not op._schema.returns
 
 
 def _is_none(x: Any) -> bool:

@@ -60,3 +60,11 @@ LIBRARY_OPS = frozenset(
     }
 )
 """Contractions, attention and the draw of a seed: running them as library calls is the plan, not a retreat."""
+
+KERNEL_DTYPES = frozenset(
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    }
+)
+"""Element types that generated kernels read and write; ops on others are library calls."""

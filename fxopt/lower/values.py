@@ -40,12 +40,24 @@ class Computed:
     nodes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Opaque:
+    """An input that is not a tensor or integer (None, a float, a script object); only library calls take it."""
+
+    name: str
+
+
 Value = Stored | Computed
 
 
 def dim_indices(shape: Sequence[Int]) -> tuple[Int, ...]:
     """The canonical indices d0, d1, ... of a value of `shape` (0 along dimensions of size 1)."""
     return tuple(index(f"d{k}", size) for k, size in enumerate(shape))
+
+
+def symbols_of(indices: Sequence[Int]) -> tuple[Sym, ...]:
+    """The symbols among loop indices (dimensions of size 1 have none)."""
+    return tuple(s for s in map(as_symbol, indices) if s is not None)
 
 
 def address(value: Stored, indices: Sequence[Int]) -> Int:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from fxopt.errors import PlanError
-from fxopt.ir.exprs import Int, from_json, to_json
+from fxopt.ir.exprs import Int
+from fxopt.ir.exprs_json import from_json, to_json
 from fxopt.ir.region import Ref, Size
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class Field:
         return self.text()
 
     def size(self) -> Int:
-        """An integer expression as `ir.exprs.to_json` writes it."""
+        """An integer expression as `ir.exprs_json.to_json` writes it."""
         try:
             return from_json(self.data)
         except (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError) as error:

@@ -19,7 +19,8 @@ from typing import Any, Union
 import torch
 
 from fxopt.errors import PlanError
-from fxopt.ir.exprs import Int, free_symbols, to_json
+from fxopt.ir.exprs import Int, free_symbols
+from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call
 from fxopt.runtime.encoding import Field, decode_value, encode_value, refs, size_values, sizes_json, torch_name

@@ -24,7 +24,6 @@ from fxopt.ir.exprs import (
     evaluate,
     floordiv,
     free_symbols,
-    from_json,
     in_range,
     index,
     maximum,
@@ -35,9 +34,9 @@ from fxopt.ir.exprs import (
     ravel,
     substitute,
     symbol,
-    to_json,
     unravel,
 )
+from fxopt.ir.exprs_json import from_json, to_json
 
 N = Sym("n", lo=2, hi=4)
 M = Sym("m", lo=1)

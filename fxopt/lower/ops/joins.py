@@ -10,12 +10,12 @@ import torch
 from fxopt.ir.exprs import Int, add, floordiv, index, maximum, minimum, mod, mul, prod
 from fxopt.ir.loops import Const, Masked, Nest, Scalar, Store
 from fxopt.lower import layout
-from fxopt.lower.lowering import Lowering, symbols_of
+from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.bounds import all_of, compare, dim_of, inside, is_empty, reshape_indices
 from fxopt.lower.ops.elements import Indices, moved
 from fxopt.lower.ops.indirect import require_device
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Stored, Value, address, at, cast, known_equal, nodes_of, pointwise
+from fxopt.lower.values import Computed, Stored, Value, address, at, cast, known_equal, nodes_of, pointwise, symbols_of
 
 aten = torch.ops.aten
 TABLE = Table()
