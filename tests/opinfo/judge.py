@@ -182,7 +182,9 @@ def _as_close_as_nudged(problem: Problem, reference: Reference, actual: Result) 
 
 def magnitude(*values: list[Any]) -> float:
     """The largest finite absolute value in lists of tensors (and other things)."""
-    tensors = [v.detach() for vs in values for v in vs if isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex())]
+    tensors = [
+        v.detach() for vs in values for v in vs if isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex())
+    ]
     largest = [float(dense(t).abs().nan_to_num(posinf=0.0).max()) for t in tensors if t.numel()]
     return max(largest, default=0.0)
 

@@ -166,7 +166,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--executor", default="cpp", choices=("cpp", "interpreter"))
     out.add_argument("--processes", type=int, default=2)
     out.add_argument("--records", type=Path, default=Path("build/opinfo.jsonl"), help="where records are kept")
-    out.add_argument("--again", nargs="*", help="run items with these statuses again (none given: all but right ones)")
+    out.add_argument(
+        "--again",
+        nargs="*",
+        help='run items with these statuses again, "retreated" among them (none given: what is not right)',
+    )
     return out
 
 
@@ -175,7 +179,9 @@ def main() -> None:
     known = read_records(args.records)
     if args.again is not None:
         again = args.again or ["wrong", "error", "crash", "internal", "torch"]
-        known = {k: r for k, r in known.items() if r["status"] not in again}
+        retreated = "retreated" in again
+        stale = {k for k, r in known.items() if r["status"] in again or (retreated and not r.get("generated", True))}
+        known = {k: r for k, r in known.items() if k not in stale}
     print(f"{len(known)} items known", flush=True)
     todo = (item for item in wanted(args) if item.key not in known)
     counts = Sweep(args.records, args.executor, args.processes).run(todo)

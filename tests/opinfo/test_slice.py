@@ -61,6 +61,7 @@ def slices() -> list[list[Item]]:
     return groups()
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_slice(slices: list[list[Item]], group: int) -> None:
     allowed = read("retreats")

@@ -12,6 +12,7 @@ from fxopt.ir.exprs import Int, add, floordiv, mod, mul, prod, unravel
 from fxopt.ir.loops import Const, Masked, Op, Scalar
 from fxopt.lower import layout
 from fxopt.lower.lowering import Lowering
+from fxopt.lower.ops import searched
 from fxopt.lower.ops.bounds import BOOL, all_of, compare, dim_of, inside, is_empty, range_start, wrapped
 from fxopt.lower.ops.elements import Indices, fresh, zeros
 from fxopt.lower.ops.in_place import own_memory, own_view
@@ -140,13 +141,15 @@ def scatter_add(ctx: Lowering, x: Value, dim: int, index: Value, src: Value) -> 
 
 @TABLE.lowers(aten.scatter.reduce)
 def scatter_with(ctx: Lowering, x: Value, dim: int, index: Value, src: Value, *, reduce: str) -> Value:
-    _require_sum(reduce)
+    if reduce != "add":
+        return searched.scatter_with(ctx, x, dim, index, src, reduce, True)
     return _scatter(ctx, x, dim, index, src, accumulate=True)
 
 
 @TABLE.lowers(aten.scatter.value_reduce)
 def scatter_value_with(ctx: Lowering, x: Value, dim: int, index: Value, value: Any, *, reduce: str) -> Value:
-    _require_sum(reduce)
+    if reduce != "add":
+        return searched.scatter_with(ctx, x, dim, index, Const(value, x.dtype), reduce, True)
     return _scatter(ctx, x, dim, index, Const(value, x.dtype), accumulate=True)
 
 
@@ -156,7 +159,8 @@ def scatter_reduce(
 ) -> Value:
     if reduce == "mean" and x.dtype.is_floating_point:
         return _scattered_mean(ctx, x, dim, index, src, include_self)
-    _require_sum(reduce)
+    if reduce != "sum":
+        return searched.scatter_with(ctx, x, dim, index, src, reduce, include_self)
     return _scatter(ctx, x if include_self else _cleared(ctx, x, dim, index), dim, index, src, accumulate=True)
 
 
@@ -183,11 +187,6 @@ def _scattered_mean(ctx: Lowering, x: Value, dim: int, index: Value, src: Value,
 
 def _full(like: Value, value: float, dtype: torch.dtype) -> Computed:
     return Computed(Const(value, dtype), dtype, like.device, like.shape)
-
-
-def _require_sum(reduce: str) -> None:
-    if reduce not in ("add", "sum"):
-        raise UnsupportedError(f"scatter with reduction {reduce!r}")
 
 
 # ---------------------------------------------------------------------- along one dimension
