@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Expr, index
+from fxopt.ir.exprs import Expr, Int, index
 from fxopt.ir.loops import Nest, Store, loads_below
 from fxopt.ir.region import Call, Ref, Size
 from fxopt.lower import layout
@@ -130,16 +130,20 @@ def copy_into(ctx: Lowering, node: fx.Node) -> Any:
     if node.name in ctx.library_nodes:
         return call(ctx, node)
     source = _broadcast(ctx.values[node.args[1]], dest.shape)  # type: ignore[index]
-    points = tuple(index(f"x{k}", size) for k, size in enumerate(dest.shape))
-    where, body = address(dest, points), cast(at(source, points), dest.dtype)
-    moved = any(load.buffer == dest.buffer and load.index != where for load in loads_below((body,)))
-    if moved or source.device != dest.device:
+    if source.device != dest.device:
         return call(ctx, node)
-    ctx.emit(Nest(symbols_of(points), (), (Store(dest.buffer, where, body),)), dest.device, nodes_of(source))
+    points = tuple(index(f"x{k}", size) for k, size in enumerate(dest.shape))
+    where = address(dest, points)
+    own = [load for load in loads_below((at(source, points),)) if load.buffer == dest.buffer]
+    if any(load.index != where or load.indirect for load in own):  # elements would be read after they were overwritten
+        source = ctx.store(_broadcast(source, dest.shape, copy=True))
+    store = Store(dest.buffer, where, cast(at(source, points), dest.dtype))
+    ctx.emit(Nest(symbols_of(points), (), (store,)), dest.device, nodes_of(source))
     return dest
 
 
-def _broadcast(value: Value, shape: tuple[Any, ...]) -> Value:
-    if value.shape == shape:
+def _broadcast(value: Value, shape: tuple[Int, ...], copy: bool = False) -> Value:
+    """`value` expanded to `shape`; as an expression of its own when `copy`."""
+    if value.shape == shape and not copy:
         return value
     return pointwise(shape, value.dtype, value.device, lambda i: at(value, broadcast_indices(value.shape, i)), (value,))
