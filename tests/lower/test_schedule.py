@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxopt.capture.decompositions import decompositions
+from fxopt.capture.symbols import to_int
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Region
 from fxopt.journal import Journal
@@ -18,19 +20,20 @@ from fxopt.lower.schedule import schedule
 from tests.lower.interpreter import run_lowered
 
 
-def lowered(fn: Callable[..., Any], *args: torch.Tensor) -> Lowered:
-    gm = make_fx(fn, tracing_mode="fake")(*args)
+def lowered(fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> Lowered:
+    gm = make_fx(fn, decomposition_table=decompositions(), tracing_mode="symbolic" if dynamic else "fake")(*args)
+    gm.graph.eliminate_dead_code()
     inputs = [Input(n.name, Role.USER) for n in gm.graph.nodes if n.op == "placeholder"]
-    return lower_graph(Graph(gm, inputs, Phase.INFERENCE, "test"), Journal("test"))
+    return lower_graph(Graph(gm, inputs, Phase.INFERENCE, "test", to_int), Journal("test"))
 
 
 def regions(low: Lowered) -> list[Region]:
     return [s for s in low.steps if isinstance(s, Region)]
 
 
-def check(fn: Callable[..., Any], *args: torch.Tensor) -> list[Region]:
+def check(fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> list[Region]:
     """Schedule `fn` and compare with eager; returns the regions left."""
-    low = schedule(lowered(fn, *args))
+    low = schedule(lowered(fn, *args, dynamic=dynamic))
     copies = [a.clone() for a in args]
     got = run_lowered(low, dict(zip(low.inputs, copies, strict=True)))
     want = fn(*args)
@@ -122,40 +125,118 @@ def test_in_place_update_at_another_index_is_not_joined() -> None:
 
 
 UNARY = [torch.exp, torch.tanh, lambda x: x * 0.5, lambda x: x + 1.0]
+Pool = list[torch.Tensor]
+
+
+def reduced(rng: random.Random, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    dim = rng.randrange(2)
+    kind = rng.randrange(5)
+    if kind == 0:
+        return torch.softmax(x, dim)
+    if kind == 1:
+        return x + y.sum(dim, keepdim=True)
+    if kind == 2:
+        return x - y.amax(dim, keepdim=True)
+    if kind == 3:
+        return (x - x.mean(dim, keepdim=True)) * (y.var(dim, keepdim=True) + 1).rsqrt()
+    return x + torch.softmax(y.reshape(-1), 0).reshape(y.shape)
+
+
+def viewed(rng: random.Random, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    rows, columns = x.shape
+    kind = rng.randrange(6)
+    if kind == 0:
+        return (x.reshape(columns, rows).t() * 2).reshape(rows, columns)
+    if kind == 1:
+        return torch.cat([x[1:], y[:1]])
+    if kind == 2:
+        return torch.constant_pad_nd(x[:, 1:], [0, 1], 0.5) + y
+    if kind == 3:
+        return torch.flip(x, [rng.randrange(2)]) * y
+    if kind == 4:
+        return torch.roll(x, 1, 1) + y
+    return torch.stack([x, y], 2).sum(2)
+
+
+def indexed(rng: random.Random, x: torch.Tensor, y: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    kind = rng.randrange(5)
+    if kind == 0:
+        return x[picks]
+    if kind == 1:
+        return torch.gather(x, 0, picks[:, None].expand_as(x)) + y
+    if kind == 2:
+        return torch.zeros_like(x).index_add(0, picks, y)
+    if kind == 3:
+        return torch.scatter(x, 0, torch.argsort(picks, stable=True)[:, None].expand_as(x), y)
+    return torch.where(x > y, x, torch.cumsum(y, 1))
+
+
+def step(rng: random.Random, pool: Pool, picks: torch.Tensor) -> torch.Tensor:
+    """One more value of the shape of all others."""
+    x, y = rng.choice(pool), rng.choice(pool)
+    kind = rng.randrange(8)
+    if kind < 2:
+        return reduced(rng, x, y)
+    if kind < 4:
+        return viewed(rng, x, y)
+    if kind == 4:
+        return indexed(rng, x, y, picks)
+    if kind == 5:
+        return torch.mm(x, torch.mm(y.t(), x) * 0.01)
+    return x * y if kind == 6 else rng.choice(UNARY)(torch.tanh(x))
 
 
 def random_program(seed: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A random small function of two [4, 6] tensors and one [6] vector, mixing all that joins treats differently."""
+    """A random small function of two matrices, a vector and row numbers, mixing all that joins treats differently."""
 
-    def program(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def program(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, picks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rng = random.Random(seed)
-        pool = [a, b, c.expand(4, 6)]
+        pool = [a, b, c.expand_as(a)]
         for _ in range(rng.randint(4, 12)):
-            x, y = rng.choice(pool), rng.choice(pool)
-            kind = rng.randrange(8)
-            if kind == 0:
-                pool.append(torch.softmax(x, rng.randrange(2)))
-            elif kind == 1:
-                pool.append(x + y.sum(rng.randrange(2), keepdim=True))
-            elif kind == 2:
-                pool.append(x * y)
-            elif kind == 3:
-                pool.append(torch.mm(x, torch.mm(y.t(), x) * 0.01))
-            elif kind == 4:
-                pool.append((x.reshape(6, 4).t() * 2).reshape(4, 6))
-            elif kind == 5:
-                pool.append(x + torch.softmax(y.reshape(24), 0).reshape(4, 6))
-            else:
-                pool.append(rng.choice(UNARY)(torch.tanh(x)))
+            pool.append(step(rng, pool, picks))
         return tuple(rng.sample(pool[3:], min(4, len(pool) - 3)))
 
     return program
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_programs_keep_their_values(seed: int) -> None:
+def arguments(seed: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(seed)
-    args = rand(4, 6), rand(4, 6), rand(6)
-    program = random_program(seed)
+    return rand(4, 6), rand(4, 6), rand(6), torch.randint(0, 4, (4,))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_programs_keep_their_values(seed: int) -> None:
+    program, args = random_program(seed), arguments(seed)
     joined = check(program, *args)
     assert len(joined) <= len(regions(lowered(program, *args)))
+
+
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_random_programs_of_unknown_sizes_keep_their_values(seed: int) -> None:
+    check(random_program(seed), *arguments(seed), dynamic=True)
+
+
+@pytest.mark.parametrize("seed", range(200, 230))
+def test_random_programs_that_write_their_inputs_keep_their_values(seed: int) -> None:
+    """Both matrices are overwritten in the middle, with values that old and new ones go into."""
+
+    def program(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, picks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rng = random.Random(seed)
+        pool = [a, b, c.expand_as(a)]
+        for _ in range(rng.randint(2, 6)):
+            pool.append(step(rng, pool, picks))
+        old = rng.choice(pool[3:])
+        torch.ops.aten.copy_.default(a, rng.choice(pool[3:]))
+        pool = [a, b, old]
+        for _ in range(rng.randint(1, 4)):
+            pool.append(step(rng, pool, picks))
+        torch.ops.aten.copy_.default(b, rng.choice(pool[2:]))
+        return old * 2, pool[-1] + b
+
+    args = arguments(seed)
+    low = schedule(lowered(program, *(t.clone() for t in args)))
+    mine, eager = [t.clone() for t in args], [t.clone() for t in args]
+    got = run_lowered(low, dict(zip(low.inputs, mine, strict=True)))
+    want = program(*eager)
+    torch.testing.assert_close(tuple(got), want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mine, eager, rtol=1e-9, atol=1e-9)
