@@ -52,6 +52,11 @@ ALSO_DECOMPOSED = (
     "upsample_nearest2d",
     "upsample_bilinear2d",
     "dist",
+    "grid_sampler_2d",
+    "bucketize",
+    "addmv",
+    "tril_indices",
+    "triu_indices",
 )
 """aten ops that core ATen keeps and fxopt decomposes."""
 
