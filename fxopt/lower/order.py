@@ -10,7 +10,7 @@ class Order:
     """A partial order of steps. Step k is bit k of the bit sets; merging two makes a new one and leaves their bits stale.
 
     Both directions are stored transitively, so that the scheduler's one frequent question, whether a third step has to run
-    between two, is a few operations on integers. `merge` must not be called for two steps with a third one between them.
+    between two, is a few operations on integers. `merge` must not be called for two steps that are separated.
     """
 
     def __init__(self, earlier: Sequence[set[int]]) -> None:
@@ -31,9 +31,10 @@ class Order:
         """Whether `a` must run before `b`."""
         return bool(self.before[b] >> a & 1)
 
-    def has_between(self, a: int, b: int) -> bool:
-        """Whether some third step must run after `a` and before `b`."""
-        return bool(self.after[a] & self.before[b] & self.present & ~(1 << a | 1 << b))
+    def are_separated(self, a: int, b: int) -> bool:
+        """Whether some third step must run between the two, whichever comes first."""
+        between = self.after[a] & self.before[b] | self.after[b] & self.before[a]
+        return bool(between & self.present & ~(1 << a | 1 << b))
 
     def merge(self, a: int, b: int) -> int:
         """One step in the place of `a` and `b`; its number."""

@@ -92,7 +92,7 @@ class _Scheduler:
             self._offer_neighbours(heap, k, (n for n in self._neighbours(k) if n > k))
         while heap:
             _, a, b = heapq.heappop(heap)
-            if a in self.groups and b in self.groups and not self.order.has_between(a, b):
+            if a in self.groups and b in self.groups and not self.order.are_separated(a, b):
                 joined = self._join(a, b)
                 if joined is not None:
                     self._offer_neighbours(heap, joined, self._neighbours(joined))
@@ -109,7 +109,7 @@ class _Scheduler:
         """Put the pairs that may be joined and save bytes on the heap, in the order in which they would run."""
         for other in others:
             a, b = self._in_order(k, other)
-            if self.order.has_between(a, b):
+            if self.order.are_separated(a, b):
                 continue
             distance = abs(self.groups[a].position - self.groups[b].position)
             if distance > MAX_DISTANCE and not self.order.runs_before(a, b):

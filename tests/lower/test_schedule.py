@@ -204,7 +204,8 @@ def arguments(seed: int) -> tuple[torch.Tensor, ...]:
     return rand(4, 6), rand(4, 6), rand(6), torch.randint(0, 4, (4,))
 
 
-@pytest.mark.parametrize("seed", range(60))
+# In 1013 two joins put an order between regions that were offered to each other as unordered.
+@pytest.mark.parametrize("seed", [*range(60), 1013])
 def test_random_programs_keep_their_values(seed: int) -> None:
     program, args = random_program(seed), arguments(seed)
     joined = check(program, *args)
