@@ -61,9 +61,16 @@ ALSO_DECOMPOSED = (
 """aten ops that core ATen keeps and fxopt decomposes."""
 
 
-@functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The table for AOTAutograd: OpOverload to a Python function of fewer kinds of op."""
+    table = _table()
+    if hasattr(prims, "fma"):  # exists once Dynamo has met an addcmul_ or addcdiv_ with a factor
+        table[prims.fma.default] = _fma
+    return table
+
+
+@functools.cache
+def _table() -> dict[Any, Callable[..., Any]]:
     table = dict(core_aten_decompositions())
     for name in KEPT_WHOLE:
         packet = getattr(aten, name)
@@ -74,6 +81,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[prims.convert_element_type.default] = _convert_element_type
     table[aten.soft_margin_loss_backward.default] = _soft_margin_loss_backward
     return table
+
+
+def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """As the eager op computes it, with a rounding after the product."""
+    return a * b + c
 
 
 def _convert_element_type(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
