@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from fxopt.ir.exprs import Int, contiguous_strides
 from fxopt.ir.region import Ref, Size
-from fxopt.lower.opsets import VIEW_OPS
+from fxopt.lower.opsets import MULTIPLE_VIEW_OPS, VIEW_OPS
 from fxopt.lower.values import known_equal
 
 if TYPE_CHECKING:
@@ -28,9 +29,17 @@ def nodes_needing_memory(gm: fx.GraphModule, is_library: Callable[[fx.Node], boo
 
 def behind_views(node: fx.Node) -> fx.Node:
     """The tensor that `node` is a view of (itself when it is none)."""
-    while node.op == "call_function" and node.target in VIEW_OPS and node.all_input_nodes:
+    while node.op == "call_function" and _is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether `node` shares its first argument's memory: a view, or one of the parts of a tensor that was split."""
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+        return node.target in MULTIPLE_VIEW_OPS
+    return node.target in VIEW_OPS or node.target in MULTIPLE_VIEW_OPS
 
 
 def reader_count(node: fx.Node) -> int:

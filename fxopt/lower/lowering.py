@@ -209,10 +209,23 @@ class Lowering:
             return arg
         value = self.values[arg]
         if isinstance(value, (Stored, Computed)):
-            return Ref(self._own_name(self.tensor_name(value, arg), arg))
+            return Ref(self._own_name(self.tensor_name(self._as_traced(value, arg), arg), arg))
         if isinstance(value, Opaque):
             return Ref(value.name)
         return value if value is None or isinstance(value, (bool, float)) else Size(value)
+
+    def _as_traced(self, value: Value, node: fx.Node) -> Value:
+        """`value` with the strides of tracing, copied if need be: the backward is compiled for those, and reads by them."""
+        strides = self.sizes(node.meta["val"].stride())
+        if isinstance(value, Computed) or any(known_equal(s, 0) for s in value.shape):
+            return value
+        if _equivalent_strides(value.shape, strides, value.strides):
+            return value
+        copy = self.new_buffer(value.dtype, value.device, value.shape, strides)
+        points = tuple(index(f"x{k}", size) for k, size in enumerate(value.shape))
+        store = Store(copy.buffer, address(copy, points), at(value, points))
+        self.emit(Nest(symbols_of(points), (), (store,)), value.device, (node.name,))
+        return copy
 
     def _own_name(self, name: str, node: fx.Node) -> str:
         """`name`, or an alias of it when another node returns that already: detached tensors share memory, not the

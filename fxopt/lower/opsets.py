@@ -33,6 +33,17 @@ VIEW_OPS = frozenset(
 )
 """Ops whose result shares the memory of their first argument (reshape only when strides allow)."""
 
+MULTIPLE_VIEW_OPS = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split.sizes,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+    }
+)
+"""Ops with several results, each of which shares the memory of the first argument."""
+
 LIBRARY_OPS = frozenset(
     {
         aten.mm.default,

@@ -14,7 +14,7 @@ from fxopt.errors import RetreatError, UnsupportedError
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Alias, Call, Ref, Region, Size, Step
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, lower_graph, lowering
+from fxopt.lower import Lowered, layout, lower_graph, lowering
 from fxopt.lower.schedule import schedule
 from fxopt.lower.table import Table, table
 from tests.lower.interpreter import run_lowered
@@ -251,3 +251,35 @@ def test_values_of_the_old_contents_are_stored_before_a_write() -> None:
     (got,) = run_lowered(low, dict(zip(low.inputs, (x, y), strict=True)))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda y: y.split(2, -1)[1].unsqueeze(1),
+        lambda y: y.split([1, 3], -1)[1].permute(0, 2, 1).view(3, 3, 2, 1),
+        lambda y: y.unbind(1)[1].chunk(2, -1)[0],
+        lambda y: y.transpose(0, 2).relu()[:, ::2],
+    ],
+)
+def test_views_of_computed_values_are_returned_with_the_strides_of_tracing(view: Callable[[torch.Tensor], Any]) -> None:
+    x, index = torch.randn(3, 2, 4), torch.randint(4, (3, 2, 4))
+    low = lower_graph(graph_of(lambda x, index: view(x.gather(-1, index)), x, index), Journal("test"))
+    (got,) = run_lowered(low, dict(zip(low.inputs, (x, index), strict=True)))
+    want = view(x.gather(-1, index))
+    assert torch.equal(got, want)
+    assert got.stride() == want.stride()
+
+
+def test_an_output_whose_value_is_laid_out_otherwise_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward is compiled for the strides of tracing, and reads what the forward saved by them."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return (x + 1).t()
+
+    monkeypatch.setattr(layout, "dense_strides", lambda ctx, val: (1, val.shape[0]))
+    x = torch.randn(3, 4)
+    low = lower_graph(graph_of(fn, x), Journal("test"))
+    (got,) = run_lowered(low, {low.inputs[0]: x})
+    assert torch.equal(got, fn(x))
+    assert got.stride() == fn(x).stride()

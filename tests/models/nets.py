@@ -315,10 +315,14 @@ class HandCell(nn.Module):
 
 
 class Seq2Seq(nn.Module):
-    """nn.Transformer with masks and label-smoothed loss."""
+    """nn.Transformer with masks and label-smoothed loss.
 
-    def __init__(self, width: int = 16, words: int = 20, norm_first: bool = False) -> None:
+    Told that the mask is causal, it is one graph; else it looks at the mask's values, where Dynamo breaks.
+    """
+
+    def __init__(self, width: int = 16, words: int = 20, norm_first: bool = False, told: bool = True) -> None:
         super().__init__()
+        self.told = told or None
         self.source, self.target = nn.Embedding(words, width), nn.Embedding(words, width)
         settings = {"dim_feedforward": 24, "dropout": 0.0, "batch_first": True, "norm_first": norm_first}
         self.body, self.head = nn.Transformer(width, 2, 2, 2, **settings), nn.Linear(width, words)
@@ -326,7 +330,8 @@ class Seq2Seq(nn.Module):
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1] - 1, dtype=self.head.weight.dtype)
         given = self.target(target[:, :-1])
-        y = self.body(self.source(source), given, tgt_mask=mask, src_key_padding_mask=source == 0)
+        masks = {"tgt_mask": mask, "tgt_is_causal": self.told, "src_key_padding_mask": source == 0}
+        y = self.body(self.source(source), given, **masks)
         return F.cross_entropy(self.head(y).flatten(0, 1), target[:, 1:].flatten(), label_smoothing=0.1, ignore_index=0)
 
 

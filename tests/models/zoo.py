@@ -55,6 +55,8 @@ PLAIN_MODELS: dict[str, Callable[[], Problem]] = {
     "transformer": net(nets.Seq2Seq, *({"source": tokens(2, n) % 20, "target": tokens(2, n + 1, 1) % 20} for n in (7, 11))),
     "transformer-pre-norm": net(
         lambda: nets.Seq2Seq(norm_first=True), {"source": tokens(2, 7) % 20, "target": tokens(2, 6) % 20}),
+    "transformer-breaking": net(
+        lambda: nets.Seq2Seq(told=False), {"source": tokens(2, 7) % 20, "target": tokens(2, 6) % 20}),
     "transformer-encoder": net(nets.Encoder, *({"x": values(2, n, 16)} for n in (9, 14))),
     "lstm-gru": net(nets.Recurrent, {"tokens": tokens(3, 6) % 20}),
     "lstm-by-hand": net(nets.HandCell, *({"x": values(n, 6, 8)} for n in (3, 5))),
