@@ -130,6 +130,7 @@ class Expr:
 
 
 Int = Union[int, Expr]
+Bounds = tuple[int | None, int | None]
 
 
 def _atom_key(atom: Sym | Atom) -> tuple[str, str]:
@@ -182,26 +183,29 @@ def add(a: Int, b: Int) -> Int:
 
 
 def _join_division(terms: dict[Monomial, int]) -> Int | None:
-    """Rewrite k*(x%d) + k*d*(x//d) to k*x, and k*(x%d) + k*d*((x//d)%e) to k*(x%(d*e)), if such a pair is present."""
+    """The sum of `terms` with some k*(x%d) and its quotient's term made one; None when no such pair is present."""
     for monomial, k in terms.items():
         if k == 0 or len(monomial) != 1 or not isinstance(monomial[0], Atom) or monomial[0].kind != "mod":
             continue
-        x, d = monomial[0].a, monomial[0].b
-        quotient = floordiv(x, d)
         for other, c in terms.items():
-            if c == 0 or not other:
-                continue
-            scaled = mul(d, k)
-            for position, atom in enumerate(other):
-                rest = _from_terms({other[:position] + other[position + 1 :]: c})
-                if rest != scaled:
-                    continue
-                if symbol_or_atom(atom) == quotient:
-                    left = {m: v for m, v in terms.items() if m not in (monomial, other)}
-                    return add(_from_terms(left), mul(x, k))
-                if isinstance(atom, Atom) and atom.kind == "mod" and atom.a == quotient:
-                    left = {m: v for m, v in terms.items() if m not in (monomial, other)}
-                    return add(_from_terms(left), mul(mod(x, mul(d, atom.b)), k))
+            joined = _with_quotient(monomial[0], k, other, c) if c and other else None
+            if joined is not None:
+                left = {m: v for m, v in terms.items() if m not in (monomial, other)}
+                return add(_from_terms(left), joined)
+    return None
+
+
+def _with_quotient(remainder: Atom, k: int, other: Monomial, c: int) -> Int | None:
+    """k*(x%d) + c*other when the latter is k*d*(x//d), giving k*x, or k*d*((x//d)%e), giving k*(x%(d*e)); else None."""
+    x, d = remainder.a, remainder.b
+    quotient, scaled = floordiv(x, d), mul(d, k)
+    for position, atom in enumerate(other):
+        if _from_terms({other[:position] + other[position + 1 :]: c}) != scaled:
+            continue
+        if symbol_or_atom(atom) == quotient:
+            return mul(x, k)
+        if isinstance(atom, Atom) and atom.kind == "mod" and atom.a == quotient:
+            return mul(mod(x, mul(d, atom.b)), k)
     return None
 
 
@@ -346,7 +350,7 @@ def _extremum(kind: str, a: Int, b: Int) -> Int:
 
 
 @functools.lru_cache(maxsize=65536)
-def bounds(x: Int) -> tuple[int | None, int | None]:
+def bounds(x: Int) -> Bounds:
     """Inclusive numeric (low, high) that `x` is known to lie in; None where unknown."""
     if isinstance(x, int):
         return x, x
@@ -374,29 +378,42 @@ def _interval_mul(p: tuple[Any, Any], q: tuple[Any, Any]) -> tuple[Any, Any]:
     return min(corners), max(corners)
 
 
-def _atom_bounds(atom: Sym | Atom) -> tuple[int | None, int | None]:
+def _atom_bounds(atom: Sym | Atom) -> Bounds:
     if isinstance(atom, Sym):
         if atom.size is None:
             return atom.lo, atom.hi
         hi = bounds(atom.size)[1]
         return atom.lo, None if hi is None else hi - 1
-    a_lo, a_hi = bounds(atom.a)
-    b_lo, b_hi = bounds(atom.b)
-    if atom.kind == "mod":
-        hi = None if b_hi is None else b_hi - 1
-        if a_lo is not None and a_lo >= 0 and a_hi is not None:
-            hi = a_hi if hi is None else min(hi, a_hi)
-        return 0, hi
-    if atom.kind == "floordiv":
-        if isinstance(atom.b, int):
-            return (None if a_lo is None else a_lo // atom.b, None if a_hi is None else a_hi // atom.b)
-        return (0, a_hi) if a_lo is not None and a_lo >= 0 else (None, None)
-    pick = min if atom.kind == "min" else max
-    if atom.kind == "min":
-        hi = a_hi if b_hi is None else b_hi if a_hi is None else min(a_hi, b_hi)
-        return (None if a_lo is None or b_lo is None else pick(a_lo, b_lo)), hi
-    lo = a_lo if b_lo is None else b_lo if a_lo is None else max(a_lo, b_lo)
-    return lo, (None if a_hi is None or b_hi is None else pick(a_hi, b_hi))
+    a, b = bounds(atom.a), bounds(atom.b)
+    match atom.kind:
+        case "mod":
+            return _mod_bounds(a, b)
+        case "floordiv":
+            return _floordiv_bounds(a, atom.b)
+        case "min":
+            return _both(min, a[0], b[0]), _either(min, a[1], b[1])
+    return _either(max, a[0], b[0]), _both(max, a[1], b[1])
+
+
+def _mod_bounds(a: Bounds, d: Bounds) -> Bounds:
+    hi = None if d[1] is None else d[1] - 1
+    return 0, _either(min, hi, a[1]) if a[0] is not None and a[0] >= 0 else hi
+
+
+def _floordiv_bounds(a: Bounds, d: Int) -> Bounds:
+    if isinstance(d, int):
+        return (None if a[0] is None else a[0] // d, None if a[1] is None else a[1] // d)
+    return (0, a[1]) if a[0] is not None and a[0] >= 0 else (None, None)
+
+
+def _both(pick: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
+    """pick(a, b), unknown when one of them is."""
+    return None if a is None or b is None else pick(a, b)
+
+
+def _either(pick: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
+    """pick(a, b), or the one that is known."""
+    return b if a is None else a if b is None else pick(a, b)
 
 
 def _upper(x: Int) -> Int:

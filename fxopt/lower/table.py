@@ -10,11 +10,10 @@ LoweringFn = Callable[..., Any]
 
 
 class Table(dict[Any, LoweringFn]):
-    """OpOverload → lowering. A lowering takes (ctx, *args, **kwargs) as the op does, tensors as Value, sizes as Int, and
-    returns
+    """OpOverload → lowering.
 
-    a Value (or a tuple of them). It raises UnsupportedError(reason) for what it does not cover; the op then runs as a
-    library call.
+    A lowering takes (ctx, *args, **kwargs) as the op does, tensors as Value, sizes as Int, and returns a Value (or a tuple
+    of them). It raises UnsupportedError(reason) for what it does not cover; the op then runs as a library call.
     """
 
     def lowers(self, *ops: Any) -> Callable[[LoweringFn], LoweringFn]:

@@ -30,8 +30,8 @@ from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import Call, Ref, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
-from fxopt.lower.cost import nbytes
 from fxopt.lower.calls import overload_name
+from fxopt.lower.cost import nbytes
 from fxopt.lower.opsets import LIBRARY_OPS
 from fxopt.lower.schedule import schedule
 from fxopt.options import Options
