@@ -14,7 +14,6 @@ CASES = (
     "lstm-gru/train",
     "unet/train",
     "efficientnet-blocks/freeze",
-    "shuffle-dense/train",
     "wavenet/no_grad",
     "vae/train",
     "gan/train",
