@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Expr, Int, index
 from fxopt.ir.loops import Nest, Store, loads_below
-from fxopt.ir.region import Call, Ref, Size
+from fxopt.ir.region import Call, Ref, Region, Size
 from fxopt.lower import layout
-from fxopt.lower.opsets import KERNEL_DTYPES, VIEW_OPS
+from fxopt.lower.opsets import KERNEL_DTYPES, STORAGE_OFFSET_OPS, VIEW_OPS
 from fxopt.lower.values import (
     Computed,
     Opaque,
@@ -39,6 +39,7 @@ def call(ctx: Lowering, node: fx.Node) -> Any:
     if any(size.node.hint is None for size in sizes):
         raise UnsupportedError(f"{node.name} ({node.target}) has a data-dependent size")
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: _argument(ctx, arg))
+    _refuse_offsets_into_arena(ctx, node)
     results, names = _declare_results(ctx, node)
     op, args, kwargs = _op_name(ctx, node, args, kwargs)
     effect = has_effect(node) or not isinstance(node.target, torch._ops.OpOverload)  # nothing is known of other callables
@@ -55,6 +56,16 @@ def _argument(ctx: Lowering, arg: fx.Node) -> Any:
     if isinstance(value, Opaque):
         return Ref(value.name)
     return Size(value) if isinstance(value, Expr) else value
+
+
+def _refuse_offsets_into_arena(ctx: Lowering, node: fx.Node) -> None:
+    """Raise UnsupportedError for an offset from the start of a storage when the plan decides what else lies in that."""
+    if node.target not in STORAGE_OFFSET_OPS:
+        return
+    value = ctx.values[node.args[0]]  # type: ignore[index]
+    own = isinstance(value, Stored) and any(isinstance(s, Region) and value.buffer in s.nest.writes() for s in ctx.steps)
+    if own:
+        raise UnsupportedError(f"{node.name} ({node.target}) counts from the start of memory that other tensors share")
 
 
 def _declare_results(ctx: Lowering, node: fx.Node) -> tuple[Any, tuple[str | None, ...]]:

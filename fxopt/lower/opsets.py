@@ -44,6 +44,9 @@ MULTIPLE_VIEW_OPS = frozenset(
 )
 """Ops with several results, each of which shares the memory of the first argument."""
 
+STORAGE_OFFSET_OPS = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
+"""Ops with an offset that is counted from the start of a storage, not of a tensor."""
+
 LIBRARY_OPS = frozenset(
     {
         aten.mm.default,

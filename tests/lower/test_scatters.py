@@ -110,6 +110,15 @@ def test_into_views(dynamic: bool) -> None:
         check_exact(lambda x, s, k=offset: aten.diagonal_scatter.default(x, s, k), x, s, dynamic=dynamic)
 
 
+def test_into_memory_by_strides() -> None:
+    x, s = torch.randn(4, 6), torch.randn(2, 3)
+    check_exact(lambda x, s: aten.as_strided_scatter.default(x, s, [2, 3], [12, 2], 1), x, s)
+    check_exact(lambda x, s: aten.as_strided_scatter.default(x.exp(), s + 1, [2, 3], [1, 6]) * 2, x, s)
+    check_exact(lambda x, s: aten.as_strided_scatter.default(x.t().exp(), s, [2, 3], [6, 2], 1), x, s)
+    gaps = lower_function(lambda x, s: aten.as_strided_scatter.default(x, s, [2, 3], [6, 1], 0), (x[:, :3], s))
+    assert library_calls(gaps) == ["aten::as_strided_scatter.default"]
+
+
 def test_empty() -> None:
     none = torch.empty(0, dtype=torch.int64)
     x = torch.randn(3, 4)

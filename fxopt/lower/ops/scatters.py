@@ -19,7 +19,7 @@ from fxopt.lower.ops.in_place import own_memory, own_view
 from fxopt.lower.ops.indexing import Advanced, Place, along
 from fxopt.lower.ops.indirect import position, require_device, require_integer
 from fxopt.lower.ops.joins import clamped, edge_padded, reflected
-from fxopt.lower.ops.views import apply, selected, sliced
+from fxopt.lower.ops.views import apply, selected, sliced, strided_view
 from fxopt.lower.table import Table
 from fxopt.lower.values import Computed, Value, at, broadcast_indices, cast, known_equal, pointwise, size_value
 
@@ -373,6 +373,24 @@ def diagonal_in(x: Value, src: Value, offset: int, dim1: int, dim2: int) -> Comp
 
 
 # ---------------------------------------------------------------------- gradients of views
+
+
+@TABLE.lowers(aten.as_strided_scatter.default)
+def as_strided_scatter(
+    ctx: Lowering, x: Value, src: Value, size: Sequence[Int], stride: Sequence[Int], storage_offset: Int | None = None
+) -> Value:
+    """A call would count `storage_offset` from the start of whatever memory the plan gave `x`."""
+    if torch.are_deterministic_algorithms_enabled():
+        raise UnsupportedError("deterministic algorithms are asked for")
+    require_device(x.device, src)
+    val = ctx.node.args[0].meta["val"]  # type: ignore[union-attr]
+    if not all(a == b for a, b in zip(layout.dense_strides(ctx, val), ctx.sizes(val.stride()), strict=True)):
+        raise UnsupportedError("as_strided_scatter into a tensor with gaps")
+    dest = ctx.store(fresh(x), layout.dense_strides(ctx, val))
+    view = strided_view(ctx, dest, val, size, stride, storage_offset)
+    if not is_empty(src.shape):
+        ctx.scatter(view, src.shape, lambda i: (i, (), at(src, i)), "set", (src,))
+    return dest
 
 
 @TABLE.lowers(aten.slice_backward.default)

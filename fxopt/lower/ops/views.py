@@ -360,6 +360,13 @@ def as_strided(
     theirs = ctx.sizes(val.stride())
     if not all(a == b or known_equal(n, 1) for n, a, b in zip(stored.shape, stored.strides, theirs, strict=True)):
         raise UnsupportedError("as_strided of a tensor that is not laid out as in eager")
+    return strided_view(ctx, stored, val, size, stride, storage_offset)
+
+
+def strided_view(
+    ctx: Lowering, stored: Stored, val: torch.Tensor, size: Sequence[Int], stride: Sequence[Int], storage_offset: Int | None
+) -> Stored:
+    """What as_strided gives of `stored`, which holds what is `val` in tracing. Raises UnsupportedError if that lies outside."""
     offset = stored.offset
     if storage_offset is not None:  # counted from the first element of the storage, which may lie before the tensor
         offset = add(add(offset, storage_offset), mul(ctx.graph.to_int(val.storage_offset()), -1))
