@@ -23,10 +23,14 @@ SPECIAL = torch.tensor([[-INF, -INF, -INF], [INF, 0.0, 1.0], [NAN, 0.0, 1.0], [-
 
 
 def check(op: Any, *args: Any) -> None:
-    """The decomposition of `op` is as close to float64 as `op` itself, with its dtype, shape and strides."""
+    """The decomposition of `op` is as close to float64 as `op` itself, with its dtype, shape and strides.
+
+    For float64 itself the reference is eager's own result, whose rounding differs between processors: what cancels in a
+    gradient is of the size of the operands then, not of the result.
+    """
     got, want = SOFTMAX[op](*args), op(*args)
     exact_args = [torch.float64 if isinstance(a, torch.dtype) else a for a in to_float64(list(args))]
-    assert_closer(got, want, op(*exact_args))
+    assert_closer(got, want, op(*exact_args), k=16.0 if want.dtype == torch.float64 else 4.0)
     assert got.stride() == want.stride()
 
 
