@@ -72,6 +72,7 @@ class Lowering:
         self.local_ops: dict[str, Callable[..., Any]] = {}
         self.values: dict[fx.Node, Any] = {}
         self.aliases: dict[Stored, str] = {}
+        self.restored: list[tuple[fx.Node, Any]] = []
         self.returned: dict[str, fx.Node] = {}
         self.node: fx.Node = next(iter(graph.gm.graph.nodes))
         self.origins = {node.name: origin(node) for node in graph.gm.graph.nodes}
@@ -136,15 +137,28 @@ class Lowering:
             if node.target not in LIBRARY_OPS and node.name not in self.library_nodes:
                 self.journal.retreat(f"{node.name} ({node.target})", self._library_reason(node))
             return self.call(node)
-        mark = len(self.steps)
+        mark = self._mark()
         try:
             args, kwargs = self._arguments(node)
             result = self._checked(node, self.table[node.target](self, *args, **kwargs))
         except UnsupportedError as error:
-            del self.steps[mark:]
+            self._roll_back(mark)
             self.journal.retreat(f"{node.name} ({node.target})", error.reason)
             return self.call(node)
         return self._settle(node, result)
+
+    def _mark(self) -> tuple[int, int]:
+        """Where a lowering starts, for `_roll_back`."""
+        self.restored.clear()
+        return len(self.steps), len(self.aliases)
+
+    def _roll_back(self, mark: tuple[int, int]) -> None:
+        """Undo what a lowering that gave up has done: values stored by its steps are expressions again."""
+        steps, aliases = mark
+        del self.steps[steps:]
+        while len(self.aliases) > aliases:
+            self.aliases.popitem()
+        self.values.update(self.restored)
 
     def _is_library(self, node: fx.Node) -> bool:
         if node.target not in self.table or node.name in self.library_nodes:
@@ -393,6 +407,7 @@ class Lowering:
         for node, value in list(self.values.items()):
             wanted = any(user is not writer and user not in self.values for user in node.users)
             if wanted and isinstance(value, Computed) and any(n.buffer == buffer for n in loads_below((value.body,))):
+                self.restored.append((node, value))
                 self.values[node] = self.store(value, layout.dense_strides(self, node.meta["val"]))
 
 

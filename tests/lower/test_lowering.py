@@ -15,6 +15,7 @@ from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Alias, Call, Ref, Region, Size, Step
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, layout, lower_graph, lowering
+from fxopt.lower.ops.elements import fresh
 from fxopt.lower.schedule import schedule
 from fxopt.lower.table import Table, table
 from tests.lower.interpreter import run_lowered
@@ -298,3 +299,24 @@ def test_an_offset_into_memory_of_the_plan_is_never_left_to_a_call() -> None:
     low = lower_graph(graph_of(fn, x), journal, left)
     (got,) = run_lowered(low, dict(zip(low.inputs, (x,), strict=False)))
     assert torch.equal(got, fn(x))
+
+
+def test_a_lowering_that_gives_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it stored early is an expression again: the buffer's writer is gone with its other steps."""
+
+    def gives_up(ctx: Any, x: Any, *args: Any) -> Any:
+        ctx.store_pending_readers(x.buffer, ctx.node)
+        ctx.tensor_name(ctx.store(fresh(x)))
+        raise UnsupportedError("not today")
+
+    monkeypatch.setitem(table(), aten.index_copy.default, gives_up)
+
+    def fn(x: torch.Tensor, i: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        double = x * 2
+        return aten.index_copy.default(x, 0, i, s), double + 1
+
+    args = (torch.randn(4, 3), torch.tensor([2, 0]), torch.randn(2, 3))
+    low = lower_graph(graph_of(fn, *args), Journal("test"))
+    assert [c.op for c in steps_of(low, Call)] == ["aten::index_copy.default"]
+    for got, want in zip(run_lowered(low, dict(zip(low.inputs, args, strict=True))), fn(*args), strict=True):
+        assert torch.equal(got, want)
