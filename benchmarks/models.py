@@ -85,7 +85,26 @@ def _resnet(sizes: Sizes) -> nn.Module:
     config = t.ResNetConfig(
         embedding_size=width, hidden_sizes=[4 * width, 8 * width, 16 * width, 32 * width], num_labels=sizes["classes"]
     )
-    return t.ResNetForImageClassification(config)
+    return _with_statistics(t.ResNetForImageClassification(config))
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    """`model` with BatchNorms like a trained network's.
+
+    A fresh one multiplies by 1 / sqrt(1 + eps): the sum of two bfloat16 values after it is a rounding tie in every other
+    element, and eps alone decides them all one way as soon as nothing is rounded in between. Errors measured so would be those
+    of an accident: 2.4 times eager's with eps, exactly eager's without.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            size = module.running_mean.shape
+            module.running_mean.copy_(0.1 * torch.randn(size, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(size, generator=generator))
+            with torch.no_grad():
+                module.weight.copy_(0.75 + 0.5 * torch.rand(size, generator=generator))
+                module.bias.copy_(0.1 * torch.randn(size, generator=generator))
+    return model
 
 
 def _vit(sizes: Sizes) -> nn.Module:
