@@ -17,6 +17,7 @@ from fxopt.lower import cost
 from fxopt.lower.joining import join, with_nest
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.order import Order
+from fxopt.lower.values import unrounded
 
 MAX_DISTANCE = 96
 """Steps between two side-by-side regions; joining over a longer distance keeps too many buffers alive."""
@@ -164,7 +165,7 @@ class _Scheduler:
                 wanted = [s for s in step.nest.stores if s.buffer in used]
                 if not wanted:
                     continue
-                step = _with_stores(step, wanted)
+                step = _without_roundings(_with_stores(step, wanted))
             elif isinstance(step, Alias) and step.name not in used | self.returned:
                 continue
             live.append(step)
@@ -176,6 +177,12 @@ def _with_stores(region: Region, stores: list[Store]) -> Region:
     if len(stores) == len(region.nest.stores):
         return region
     return with_nest(region, replace(region.nest, stores=tuple(stores)))
+
+
+def _without_roundings(region: Region) -> Region:
+    """`region` without roundings that its stores do anyway; whoever reads the value in a register still has it rounded."""
+    stores = tuple(replace(s, value=unrounded(s.value)) for s in region.nest.stores)
+    return region if stores == region.nest.stores else with_nest(region, replace(region.nest, stores=stores))
 
 
 def _constraints(groups: list[_Group]) -> list[set[int]]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fxopt.ir import random_ops
-from tests.lower.harness import check, outputs
+from fxopt.ir.loops import Op, postorder
+from fxopt.lower.schedule import schedule
+from tests.lower.harness import check, lower, outputs
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 
@@ -97,3 +99,22 @@ def test_random_numbers_are_those_of_eager(seed):
 def test_a_range_that_kernels_cannot_draw_from_is_left_to_eager():
     with pytest.raises(AssertionError, match="randint"):
         outputs(lambda v: random_ops.randint(v, -(2**63), 2**63 - 1, [3]), torch.tensor(1))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_cast_to_a_half_type_rounds(half: torch.dtype) -> None:
+    """As in memory, whatever is fused around it: what a value loses by it is a value too."""
+    x = torch.linspace(-3.0, 3.0, 101) ** 3
+
+    def parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        high = x.to(half)
+        return high, (x - high.float()).to(half), x == high.float(), high.long(), (x * 2).to(half).float()
+
+    for got, want in zip(outputs(parts, x), parts(x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_stored_cast_is_rounded_once() -> None:
+    """In the store; a round trip before it would be work for nothing."""
+    (region,) = schedule(lower(lambda x: x.bfloat16(), (torch.randn(8),))).steps
+    assert not any(isinstance(n, Op) and n.name == "bitcast" for n in postorder(region.nest.roots))

@@ -16,7 +16,7 @@ from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.elementwise import is_number, operand
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Stored, Value, at, cast, pointwise, size_value
+from fxopt.lower.values import Computed, Stored, Value, at, cast, pointwise, rounded, size_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -180,8 +180,12 @@ def _converted(ctx: Lowering, x: Value) -> Computed:
     if x.device != out.device:
         raise UnsupportedError(f"a copy from {x.device} to {out.device}")
 
+    # A cast to a half type rounds, as in memory: splits into high and low parts and simulated quantization live on that.
+    exact = x.dtype == out.dtype or (x.dtype.itemsize == 1 and not x.dtype.is_floating_point)
+
     def body(indices: tuple[Int, ...]) -> Scalar:
-        return cast(at(x, indices), out.dtype)
+        converted = cast(at(x, indices), out.dtype)
+        return converted if exact else rounded(converted)
 
     return pointwise(x.shape, out.dtype, out.device, body, (x,))
 

@@ -15,10 +15,20 @@ from fxopt.ir.loops import Const, Load, Op, Scalar, postorder
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Stored, Value, at, broadcast_indices, broadcast_shape, cast, pointwise, size_value
+from fxopt.lower.values import (
+    HALVES,
+    Computed,
+    Stored,
+    Value,
+    at,
+    broadcast_indices,
+    broadcast_shape,
+    cast,
+    pointwise,
+    rounded,
+    size_value,
+)
 
-HALVES = (torch.float16, torch.bfloat16)
-_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,17 +80,6 @@ def widened(x: Scalar, dtype: torch.dtype) -> Scalar:
         if inner.dtype.is_floating_point:
             return cast(inner, dtype)
     return cast(x, dtype)
-
-
-def rounded(x: Scalar) -> Scalar:
-    """`x` exactly as it would be read back from memory.
-
-    For comparisons of half types: a value computed inline has more bits than its stored copy, and the two must be equal (as
-    in `x == x.amax()`, which a maximum's gradient asks). A round trip through the bits is the loop IR's way to say so.
-    """
-    if x.dtype not in HALVES or isinstance(x, (Load, Const)):
-        return x
-    return Op("bitcast", (Op("bitcast", (x,), _BITS[x.dtype]),), x.dtype)
 
 
 def operand(arg: Any, indices: Sequence[Int], dtype: torch.dtype, *, exact: bool = False) -> Scalar:

@@ -11,10 +11,10 @@ import torch
 from fxopt.errors import UnsupportedError
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
-from fxopt.lower.ops.elementwise import HALVES, compute_dtype, elementwise, formula
+from fxopt.lower.ops.elementwise import compute_dtype, elementwise, formula
 from fxopt.lower.ops.terms import Number, Operand, Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Value
+from fxopt.lower.values import HALVES, Computed, Value
 
 aten = torch.ops.aten
 TABLE = Table()
