@@ -25,7 +25,7 @@ _SHORT_RUN = 64
 
 _CLASSES = {"prod": "Prod", "max": "Max", "min": "Min", "any": "Any", "all": "Every", "argmax": "ArgMax", "argmin": "ArgMin"}
 _ON_BOOL = {"sum": "any", "max": "any", "min": "all", "prod": "all"}
-_SCANS = {"cumsum": "CumSum", "cumprod": "CumProd", "cummax": "CumMax", "cummin": "CumMin"}
+_SCANS = {"cumsum": "CumSum", "cumprod": "CumProd", "cummax": "CumMax", "cummin": "CumMin", "logcumsumexp": "LogCumSumExp"}
 
 
 @dataclass

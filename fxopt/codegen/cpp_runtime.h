@@ -153,6 +153,16 @@ template <class T, int N> struct CumMin {
   V<T, N> acc = splat<N>(highest<T>);
   FX_INLINE V<T, N> step(V<T, N> x) { return acc = minimum(acc, x); }
 };
+template <class T, int N> struct LogCumSumExp {
+  V<ScanElem<T>, N> acc = splat<N>(lowest<ScanElem<T>>);
+  FX_INLINE V<T, N> step(V<T, N> x) {
+    using W = ScanElem<T>;
+    const auto high = maximum(acc, cast<W>(x)), low = minimum(acc, cast<W>(x));
+    const auto infinite = mask_and(high == low, mask_or(high == splat<N>(lowest<W>), high == splat<N>(highest<W>)));
+    acc = select(infinite, high, static_cast<V<W, N>>(high + log1p(exp(static_cast<V<W, N>>(low - high)))));
+    return cast<T>(acc);
+  }
+};
 
 // ---- checks ----
 

@@ -25,6 +25,14 @@ def minimum(a, b):
 
 
 @triton.jit
+def log_add_exp(a, b):
+    """log(exp(a) + exp(b)); equal infinities have no difference."""
+    high = maximum(a, b)
+    low = minimum(a, b)
+    return tl.where((high == low) & (tl.abs(high) == float("inf")), high, high + libdevice.log1p(libdevice.exp(low - high)))
+
+
+@triton.jit
 def product(a, b):
     return a * b
 

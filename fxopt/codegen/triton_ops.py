@@ -206,7 +206,7 @@ def identity(kind: str, dtype: torch.dtype) -> bool | int | float:
         return 0
     if kind in ("prod", "cumprod", "all"):
         return 1
-    largest = kind in ("min", "argmin", "cummin")
+    largest = kind in ("min", "argmin", "cummin")  # of the others, logcumsumexp too starts from -inf
     if dtype.is_floating_point:
         return math.inf if largest else -math.inf
     info = torch.iinfo(dtype)

@@ -22,6 +22,7 @@ _COMBINE = {
     "cumprod": "h.product",
     "cummax": "h.maximum",
     "cummin": "h.minimum",
+    "logcumsumexp": "h.log_add_exp",
     "argmax": "h.arg_max",
     "argmin": "h.arg_min",
     "welford": "h.welford",

@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,13 @@ REDUCTIONS = {
 integers.
 """
 
-SCANS = {"cumsum": "inclusive sum", "cumprod": "inclusive product", "cummax": "inclusive max", "cummin": "inclusive min"}
+SCANS = {
+    "cumsum": "inclusive sum",
+    "cumprod": "inclusive product",
+    "cummax": "inclusive max",
+    "cummin": "inclusive min",
+    "logcumsumexp": "logarithm of the inclusive sum of exponentials (floating only)",
+}
 
 
 _interned: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
@@ -385,7 +391,7 @@ def loop_order(syms: Iterable[Sym]) -> tuple[Sym, ...]:
     return tuple(sorted(syms, key=lambda s: (int(s.name[1:]), s.name)))
 
 
-def transform(root: Scalar, mapping: dict[Sym, Int], leaf: Callable[[Load], Scalar | None] | None = None) -> Scalar:
+def transform(root: Scalar, mapping: Mapping[Sym, Int], leaf: Callable[[Load], Scalar | None] | None = None) -> Scalar:
     """`root` with index symbols substituted by `mapping` and, after that, each Load for which `leaf` returns a value
     replaced.
 
@@ -471,6 +477,15 @@ class Store:
     @property
     def roots(self) -> tuple[Scalar, ...]:
         return (*(v for _, v in self.indirect), self.value)
+
+    def transformed(self, mapping: Mapping[Sym, Int], values: Callable[[Scalar], Scalar] | None = None) -> Store:
+        """The same store with `mapping` substituted in its index and each of its `roots` replaced by what `values` gives for
+        it: by default the root with `mapping` substituted as well."""
+        image = values or functools.partial(transform, mapping=mapping)
+        bound = tuple(image(v) for _, v in self.indirect)
+        index, indirect = rebind_indirect(substitute(self.index, mapping), self.indirect, bound)
+        used = free_symbols(index)
+        return replace(self, index=index, value=image(self.value), indirect=tuple((s, v) for s, v in indirect if s in used))
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ STATIC: dict[str, Callable[[], Case]] = {
     "cumulative product": lambda: nests.cumulative("cumprod", 4, 50),
     "cumulative maximum": lambda: nests.cumulative("cummax", 20, 50),
     "cumulative minimum": lambda: nests.cumulative("cummin", 1, 50),
+    "cumulative sum of exponentials": lambda: nests.cumulative("logcumsumexp", 3, 50),
 }
 for kind in ("sum", "prod", "max", "min", "argmax", "argmin"):
     for columns in (False, True):

@@ -182,7 +182,7 @@ def test_index_out_of_bounds_is_an_assert(interpreter: Interpreter) -> None:
 
 
 @pytest.mark.parametrize("config", [TritonConfig(2), LOOPED])
-@pytest.mark.parametrize("kind", ["cumsum", "cumprod", "cummax", "cummin"])
+@pytest.mark.parametrize("kind", ["cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"])
 def test_scans(interpreter: Interpreter, kind: str, config: TritonConfig) -> None:
     check(interpreter, nests.cumulative(kind, 3, 40), config)
 

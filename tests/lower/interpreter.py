@@ -357,6 +357,7 @@ SCANS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "cumprod": torch.cumprod,
     "cummax": _cummax,
     "cummin": _cummin,
+    "logcumsumexp": torch.logcumsumexp,
 }
 
 

@@ -149,6 +149,12 @@ def test_scans(name, dim):
     check(lambda x: fn(x, dim), WITH_NAN)
 
 
+def test_running_sums_of_exponentials():
+    infinities = torch.tensor([[-INF, -INF, 1.0, INF, 2.0], [INF, INF, NAN, 0.0, 1.0], [-900.0, 800.0, 3.0, -INF, 0.0]])
+    for x in (X, X * 100, X.bfloat16(), X.double(), infinities, torch.empty(3, 0), torch.tensor(2.5)):
+        check(lambda x: (torch.logcumsumexp(x, 0), torch.logcumsumexp(x, -1)), x)
+
+
 def test_scans_of_other_types():
     check(lambda x: (x.cumsum(1), x.cumsum(0, dtype=torch.float32)), X > 0)
     check(lambda x: x.cumsum(2), X.bfloat16())

@@ -1,4 +1,4 @@
-"""Cumulative sums, products and extremes."""
+"""Cumulative sums, products, extremes and sums of exponentials."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fxopt.ir.loops import IndexValue, Scalar
 from fxopt.lower.layout import dense_strides
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
-from fxopt.lower.ops.elementwise import compute_dtype, rounded
+from fxopt.lower.ops.elementwise import compute_dtype
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Value, at, cast, pointwise
+from fxopt.lower.values import Value, at, cast, pointwise, rounded
 
 aten = torch.ops.aten
 TABLE = Table()
@@ -30,6 +30,7 @@ def _cumulative(kind: str) -> Callable[..., Value]:
 
 TABLE.lowers(aten.cumsum.default)(_cumulative("cumsum"))
 TABLE.lowers(aten.cumprod.default)(_cumulative("cumprod"))
+TABLE.lowers(aten.logcumsumexp.default)(_cumulative("logcumsumexp"))
 
 
 def _cumulative_extreme(kind: str) -> Callable[..., tuple[Value, Value]]:
