@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from fxopt.capture import private
 from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
 from fxopt.capture.freeze import Runner
 from fxopt.capture.normalize import copy_module
+from fxopt.errors import OptionError
 from fxopt.ir.graph import Graph
 from fxopt.journal import RECENT, Journal
-from fxopt.options import Options
+from fxopt.options import Options, suggestion
 from fxopt.target import Target
 
 
@@ -27,8 +29,23 @@ def fxopt(
     compile runs as the graph that it was, unless `options={"strict": True}` asks for a RetreatError.
     """
     parsed = Options.parse(mode, options)
+    _check_disabled(parsed, options or {})
     _prestart_compiler(inputs)
     return compile_dynamo_graph(gm, inputs, parsed, _compile_graph)
+
+
+def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
+    """A name that no pass has: an OptionError when the user's options hold it, a warning when FXOPT_DISABLE does."""
+    if not parsed.disable:
+        return
+    from fxopt.passes import NAMES
+
+    unknown = [name for name in parsed.disable if name not in NAMES]
+    for name in unknown:
+        text = f"no pass is called {name!r}{suggestion(name, NAMES)}\nPasses: {', '.join(NAMES)}"
+        if name in given.get("disable", ()):
+            raise OptionError(f"option 'disable': {text}")
+        warnings.warn(f"FXOPT_DISABLE: {text}", stacklevel=3)
 
 
 def _prestart_compiler(inputs: Sequence[Any]) -> None:

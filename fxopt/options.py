@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,15 +107,16 @@ class Options:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
 
 
-def _suggest(name: object, valid: list[str]) -> str:
-    close = difflib.get_close_matches(str(name), valid, n=1)
+def suggestion(name: object, valid: Iterable[str]) -> str:
+    """ "; did you mean ...?" for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(str(name), list(valid), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _check_mode(mode: Any) -> None:
     if mode not in MODES:
         listing = "".join(f"\n  {name}: {doc}" for name, doc in MODES.items())
-        raise OptionError(f"unknown mode {mode!r}{_suggest(mode, list(MODES))}\nValid modes:{listing}")
+        raise OptionError(f"unknown mode {mode!r}{suggestion(mode, MODES)}\nValid modes:{listing}")
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     listing = "".join(f"\n  {name}: {f.metadata['doc']} (default {f.default!r})" for name, f in fields.items())
     for name, value in options.items():
         if name not in fields:
-            raise OptionError(f"unknown option {name!r}{_suggest(name, list(fields))}\nValid options:{listing}")
+            raise OptionError(f"unknown option {name!r}{suggestion(name, fields)}\nValid options:{listing}")
         if not fields[name].metadata["accepts"](value):
             raise OptionError(
                 f"option {name!r} must be {fields[name].metadata['kind']}, got {value!r}\nValid options:{listing}"

@@ -153,3 +153,13 @@ def test_several_threads_may_compile():
     torch._dynamo.reset()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(work, range(1, 5)))
+
+
+def test_a_pass_that_does_not_exist_cannot_be_disabled(monkeypatch):
+    compiled = torch.compile(lambda x: x + 1, backend="fxopt", options={"disable": ["cze"]})
+    with pytest.raises(BackendCompilerFailed, match="no pass is called 'cze'; did you mean 'cse'"):
+        compiled(torch.ones(2))
+    monkeypatch.setenv("FXOPT_DISABLE", "wievs")
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="FXOPT_DISABLE: no pass is called 'wievs'; did you mean 'views'"):
+        assert torch.compile(lambda x: x + 2, backend="fxopt")(torch.ones(2))[0] == 3

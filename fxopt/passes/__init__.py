@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fxopt.passes.pipeline import run, run_early
+from fxopt.passes.pipeline import NAMES, run, run_early
 
-__all__ = ["run", "run_early"]
+__all__ = ["NAMES", "run", "run_early"]

@@ -90,8 +90,6 @@ def run_early(gm: fx.GraphModule, options: PassOptions, journal: Journal) -> Non
 def run_passes(passes: tuple[Pass, ...], graph: Graph, options: PassOptions, journal: Journal, *, check: bool) -> Context:
     """The loop: run, time, count, dump and (when `check`) verify each pass that is not disabled."""
     context = Context(graph, options, journal, fuel=options.fuel)
-    for name in sorted(set(options.disable) - set(NAMES)):
-        journal.note("disable", f"no pass is called {name!r}; the passes are {', '.join(NAMES)}")
     dumps = _Dumps(graph, options.dump)
     if check:
         spec.check(graph, None)

@@ -54,12 +54,6 @@ def test_a_disabled_pass_does_nothing(name: str) -> None:
     torch.testing.assert_close(execute(graph, ARGS)[0], layer(*ARGS))
 
 
-def test_an_unknown_name_to_disable_is_reported() -> None:
-    journal = Journal("test")
-    run(capture(layer, ARGS), DefaultOptions(disable=("no_opts",)), journal)
-    assert any(topic == "disable" and "'no_opts'" in text for topic, text in journal.notes)
-
-
 def test_every_amount_of_fuel_gives_a_legal_and_right_graph() -> None:
     whole = len(optimize(layer, ARGS)[1].log)
     for fuel in range(whole + 1):
