@@ -18,7 +18,7 @@ from torch import fx
 
 from fxopt.capture import private
 from fxopt.capture.decompositions import decompositions
-from fxopt.capture.freeze import FrozenFunction, Runner, freezable
+from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
 from fxopt.capture.random import functionalize_random
 from fxopt.capture.roles import InputFacts
@@ -47,20 +47,22 @@ def compile_with_autograd(
     if any(isinstance(x, (list, tuple, dict)) for x in inputs):
         inner = functools.partial(compile_with_autograd, options=options, compile_graph=compile_graph)
         return private.flatten_graph_inputs(gm, inputs, inner)
-    return Capture(inputs, options, compile_graph).through_autograd(gm)
+    return Capture(options, compile_graph).through_autograd(gm, inputs)
 
 
 class Capture:
-    """The compilation of one Dynamo graph: what its inference, forward and backward graphs have in common."""
+    """The compilation of one Dynamo graph: what its inference, forward and backward graphs have in common.
 
-    def __init__(self, inputs: Sequence[Any], options: Options, compile_graph: CompileGraph) -> None:
+    AOTAutograd keeps it, to compile the backward at its first run.
+    """
+
+    def __init__(self, options: Options, compile_graph: CompileGraph) -> None:
         self.number = next(_numbers)
-        self.facts = InputFacts(inputs)
+        self.facts = InputFacts()
         self.options, self.compile_graph = options, compile_graph
-        self.inputs = inputs
         self._user_outputs: int | None = None
 
-    def through_autograd(self, gm: fx.GraphModule) -> Callable[..., Any]:
+    def through_autograd(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         autograd = private.aot_autograd(
             inference_compiler=functools.partial(self.compile, phase=Phase.INFERENCE),
             fw_compiler=functools.partial(self.compile, phase=Phase.FORWARD),
@@ -69,7 +71,11 @@ class Capture:
             decompositions=decompositions(),
             keep_inference_input_mutations=True,
         )
-        return autograd(gm, self.inputs)
+        self.facts.tensors = inputs
+        try:
+            return autograd(gm, inputs)
+        finally:
+            self.facts.tensors = ()
 
     def partition(self, joint: fx.GraphModule, inputs: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split the joint graph where the fewest bytes need saving; random values can be recomputed from their seed."""
@@ -85,10 +91,16 @@ class Capture:
         if phase is Phase.INFERENCE and not self.options.fallback_random:
             gm = _with_pure_random(gm)
         build = functools.partial(self._build, gm, example_inputs, phase, private.TracingContext.try_get())
-        frozen = freezable(gm, self.facts) if phase is Phase.INFERENCE and self.options.freeze else {}
-        if frozen:
-            return FrozenFunction(build, frozen, len(example_inputs))
-        return _boxed(build({})[0])
+        notes = []
+        if self.options.freeze and phase is Phase.INFERENCE:
+            candidates = Candidates.of(gm, self.facts)
+            if candidates.names:
+                values = [self.facts.value(n) for n in gm.graph.find_nodes(op="placeholder")]
+                return FrozenFunction(build, candidates, values)
+        elif self.options.freeze and phase is Phase.FORWARD:
+            notes.append(IN_TRAINING)
+            warn_once("in training", IN_TRAINING)
+        return _boxed(build({}, notes)[0])
 
     def _build(
         self,
@@ -97,9 +109,15 @@ class Capture:
         phase: Phase,
         context: Any,
         constants: dict[str, torch.Tensor],
+        notes: Sequence[str],
     ) -> tuple[Runner, bool]:
-        """(function, whether it leaves out `constants`); the FX graph itself when compilation fails."""
+        """(function, whether it leaves out `constants`); the FX graph itself when compilation fails.
+
+        `notes` are what the journal shall say about freezing.
+        """
         journal = Journal(f"graph {self.number} {phase.value}", strict=self.options.strict)
+        for note in notes:
+            journal.note("freeze", note)
         RECENT.append(journal)
         try:
             with private.retracing(context), private.outside_tracing():

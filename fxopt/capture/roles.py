@@ -18,11 +18,12 @@ from fxopt.ir.graph import Phase, Role
 class InputFacts:
     """What capture learns about one Dynamo graph's inputs; shared by its forward and backward graphs.
 
-    `tensors` are Dynamo's inputs (real tensors, or FakeTensors for intermediate values). `static` names the placeholders
-    whose address does not change from call to call: parameters, buffers and whatever the user marked static.
+    `tensors` are Dynamo's inputs (real tensors, or FakeTensors for intermediate values), until AOTAutograd returns: backward
+    graphs are compiled later, and the first batch must not live until then. `static` names the placeholders whose address
+    does not change from call to call: parameters, buffers and whatever the user marked static.
     """
 
-    tensors: Sequence[Any]
+    tensors: Sequence[Any] = ()
     static: set[str] = field(default_factory=set)
 
     def observe(self, gm: fx.GraphModule, phase: Phase) -> None:
@@ -39,14 +40,11 @@ class InputFacts:
             return Role.STATE
         return Role.PARAMETER if node.name in self.static else Role.USER
 
-    def frozen_value(self, node: fx.Node) -> torch.Tensor | None:
-        """The real tensor behind a static placeholder, or None when there is none to be had."""
+    def value(self, node: fx.Node) -> torch.Tensor | None:
+        """The real tensor that `node` stands for at the first call, or None when there is none to be had."""
         index = plain_input_index(node)
-        if index is None or node.name not in self.static or not 0 <= index < len(self.tensors):
-            return None
-        value = self.tensors[index]
-        plain = isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, torch.nn.Parameter)
-        return value if plain and not isinstance(value, FakeTensor) else None
+        value = self.tensors[index] if index is not None and 0 <= index < len(self.tensors) else None
+        return value if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else None
 
 
 def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:

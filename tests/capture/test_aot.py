@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -53,6 +55,29 @@ def test_training_matches_eager_with_gradients_and_state():
     forward = recorder.graphs[0]
     assert forward.saved == len(forward.gm.graph.output_node().args[0]) - 1
     assert not any("batch_norm" in t or "layer_norm" in t for t in recorder.targets(Phase.FORWARD))
+
+
+@pytest.mark.parametrize("mode", ["inference", "frozen", "forward", "training"])
+def test_the_first_inputs_are_not_kept(mode):
+    recorder, model = Recorder(freeze=mode == "frozen"), nn.Linear(6, 6)
+    compiled, x = recorder.compile(model), torch.randn(2, 6)
+    with torch.set_grad_enabled(mode in ("forward", "training")):
+        y = compiled(x).relu()
+        if mode == "training":
+            y.sum().backward()
+    alive = weakref.ref(x), weakref.ref(x.untyped_storage())
+    del x, y
+    gc.collect()
+    assert [a() for a in alive] == [None, None]
+
+
+def test_weights_that_are_given_up_are_freed():
+    recorder, model = Recorder(), nn.Linear(6, 6)
+    recorder.compile(model)(torch.randn(2, 6)).sum().backward()
+    weight = weakref.ref(model.weight)
+    del model.weight
+    gc.collect()
+    assert weight() is None
 
 
 def test_roles_and_module_names():
