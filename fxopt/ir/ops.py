@@ -28,7 +28,16 @@ CATEGORIES: dict[str, frozenset[str]] = {
         "mish mul mvlgamma nan_to_num native_dropout_backward ne neg nextafter pow prelu rad2deg reciprocal relu "
         "relu6 remainder round rsqrt rsub selu sgn sigmoid sigmoid_backward sign signbit silu silu_backward sin "
         "sinc sinh softplus softplus_backward softshrink sqrt square sub tan tanh tanh_backward threshold "
-        "threshold_backward true_divide trunc where xlogy _to_copy _conj_physical conj_physical".split()
+        "threshold_backward true_divide trunc where xlogy _to_copy _conj_physical conj_physical frexp i0 polygamma "
+        "special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 "
+        "special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v "
+        "special_chebyshev_polynomial_w special_erfcx special_hermite_polynomial_h special_hermite_polynomial_he "
+        "special_i0e special_i1 special_i1e special_laguerre_polynomial_l special_legendre_polynomial_p "
+        "special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0 special_modified_bessel_k1 "
+        "special_ndtri special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1 "
+        "special_shifted_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_u "
+        "special_shifted_chebyshev_polynomial_v special_shifted_chebyshev_polynomial_w special_spherical_bessel_j0 "
+        "special_zeta".split()
     ),
     # one output element from a range of input elements
     "reduction": frozenset(

@@ -3,6 +3,7 @@
 from fxopt.lower.ops import (
     activations,
     adaptive_pooling,
+    bessel,
     comparisons,
     creation,
     indexing,
@@ -25,6 +26,7 @@ TABLES = (
     comparisons.TABLE,
     activations.TABLE,
     special.TABLE,
+    bessel.TABLE,
     creation.TABLE,
     random.TABLE,
     reductions.TABLE,
