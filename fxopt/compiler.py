@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fxopt import passes, tune
+from fxopt import passes, plan_cache, tune
 from fxopt.assemble import assemble
 from fxopt.errors import CacheError, UnsupportedError
 from fxopt.ir.graph import Graph
@@ -32,19 +32,28 @@ def compile_graph(
     `example_inputs` are the inputs that capture saw, FakeTensors among them. Raises UnsupportedError when the graph as a
     whole cannot be expressed, and RetreatError when something would fall back under options.strict.
     """
+    store = default_store()
+    with journal.timed("plan cache"):
+        key = plan_cache.plan_key(graph, options)
+        known = None if key is None else plan_cache.load(key, graph, store, journal)
+    if known is not None:
+        return known
     with journal.timed("passes"):
         passes.run(graph, options, journal)
-    store = default_store()
     lowered, chosen = _lower_and_choose(graph, options, journal, store)
     note_mode(options, {spec.device.type for spec in lowered.buffers.values()}, journal)
     try:
-        return _bind(graph, lowered, chosen, journal)
+        plan, executor = _bind(graph, lowered, chosen, journal)
     except CacheError as error:  # sound files that this process cannot load: another machine's, say
         for artifact in _artifacts(chosen).values():
             store.forget(artifact.key, f"its kernel does not load: {error}")
         journal.kernels.clear()
         journal.library.clear()
-    return _bind(graph, *_lower_and_choose(graph, options, journal, store), journal)
+        lowered, chosen = _lower_and_choose(graph, options, journal, store)
+        plan, executor = _bind(graph, lowered, chosen, journal)
+    if key is not None:
+        plan_cache.save(key, plan, lowered, journal, store)
+    return executor
 
 
 def note_mode(options: Options, devices: set[str], journal: Journal) -> None:
@@ -53,11 +62,11 @@ def note_mode(options: Options, devices: set[str], journal: Journal) -> None:
         journal.note("mode", GRAPH_MODES[options.mode])
 
 
-def _bind(graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], journal: Journal) -> Executor:
+def _bind(graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], journal: Journal) -> tuple[Plan, Executor]:
     """Raises CacheError when a kernel cannot be loaded."""
     with journal.timed("assemble"):
         plan = assemble(graph, lowered, chosen, journal)
-        return Executor(Plan.from_json(plan.to_json()), _artifacts(chosen), lowered.constants, lowered.local_ops)
+        return plan, Executor(Plan.from_json(plan.to_json()), _artifacts(chosen), lowered.constants, lowered.local_ops)
 
 
 def _artifacts(chosen: dict[str, tune.Choice]) -> dict[str, Artifact]:
@@ -80,6 +89,7 @@ def _lower_and_choose(
             chosen, failed = tune.choose(lowered, options, store, journal)
         if not failed:
             return lowered, chosen
+        journal.provisional = True  # the next process may have a compiler that works
         for region, reason in failed:
             journal.retreat(f"{region.name} ({', '.join(region.origins)})", reason)
             library |= frozenset(region.nodes)

@@ -35,6 +35,7 @@ class Journal:
     kernels: list[KernelEntry] = field(default_factory=list)
     library: list[tuple[str, str]] = field(default_factory=list)  # (op, origin)
     notes: list[tuple[str, str]] = field(default_factory=list)  # (topic, text)
+    provisional: bool = False  # compiled as far as time and tools allowed today: not to be remembered
 
     def retreat(self, what: str, reason: str) -> None:
         """Note that `what` runs as ATen and why. Raises RetreatError when strict."""

@@ -16,6 +16,7 @@ from fxopt.journal import RECENT, Journal
 from fxopt.lower import Lowered
 from fxopt.options import Options
 
+pytestmark = pytest.mark.usefixtures("fresh_cache")  # no plan of an earlier test is loaded instead
 OPTIONS = Options.parse(None, None)
 
 

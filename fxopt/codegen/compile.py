@@ -51,6 +51,11 @@ def prestart(target: Target) -> None:
             return  # reported when there is something to compile
 
 
+def toolchain(target: Target) -> str:
+    """What kernels for `target` are compiled with, versions and flags included."""
+    return _toolchain("cpp" if target.kind == "cpu" else "triton", target)
+
+
 def _toolchain(language: str, target: Target) -> str:
     return cpp_build.toolchain_id() + f"; {target.key}" if language == "cpp" else triton_build.toolchain_id(target)
 

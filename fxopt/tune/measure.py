@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxopt.ir.exprs import Int, evaluate, free_symbols
+from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.journal import Journal
 from fxopt.runtime.launch import CudaError, load_cubin
@@ -27,7 +27,6 @@ SAMPLE_SECONDS = 200e-6
 """A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
 
 FILLER_BYTES = 1 << 28
-ASSUMED_SIZE = 256
 Run = Callable[[], None]
 
 log = logging.getLogger(__name__)
@@ -48,6 +47,7 @@ class Measurements:
     def compare(self, region: Region, choices: Sequence[Choice]) -> list[float] | None:
         """Seconds of one run of each choice (infinity for one that does not load), or None when nothing can be measured."""
         if self.left <= 0:
+            self.journal.provisional = True
             if not self._said:
                 self.journal.note("tuning", f"{region.name} and later regions: not measured, the time budget is spent")
             self._said = True
@@ -58,6 +58,7 @@ class Measurements:
                 seconds = time_choices(region, choices)
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{region.name}: not measured, the GPU is out of memory")
+            self.journal.provisional = True
             return None
         finally:
             self.left -= time.perf_counter() - start
@@ -135,12 +136,7 @@ def assumed_sizes(region: Region, choices: Sequence[Choice]) -> dict[str, int]:
     given: list[Int] = [x for spec in region.buffers.values() for x in (*spec.shape, *spec.strides)]
     given += [x for choice in choices for source, _ in choice.kernels for x in (*source.sizes, *source.grid)]
     given += [x for choice in choices for spec in choice.scratch for x in spec.shape]
-    out: dict[str, int] = {}
-    for x in given:
-        for sym in free_symbols(x):
-            low, high = sym.lo, sym.hi
-            out[sym.name] = min(max(ASSUMED_SIZE, low), high if high is not None else max(ASSUMED_SIZE, low))
-    return out
+    return {sym.name: assumed(symbol(sym)) for x in given for sym in free_symbols(x)}
 
 
 def _allocate(spec: BufferSpec, sizes: dict[str, int], generator: torch.Generator | None = None) -> torch.Tensor:

@@ -1,0 +1,258 @@
+"""Finished plans on disk: a graph that any process has compiled before is loaded, not lowered, printed or measured again.
+
+    plans/<hash of the key>.json      {"key", "plan", "kernels", "constants", "journal"}
+
+The key holds everything that compilation looks at: the captured graph with the layouts of all its values, roles, literals,
+options, torch's global flags, devices, compilers, and fxopt's own source. What cannot be written down (subgraphs, callables
+that only this process has, large constants) has no key: such a graph is compiled each time, from kernels already built.
+A document whose plan or kernels are gone or damaged counts as absent.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.codegen.compile import toolchain
+from fxopt.errors import CacheError, PlanError, UnsupportedError
+from fxopt.ir import ops
+from fxopt.ir.exprs_json import to_json
+from fxopt.ir.graph import Graph
+from fxopt.journal import Journal, KernelEntry
+from fxopt.lower import Lowered
+from fxopt.options import Options
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.encoding import torch_name
+from fxopt.runtime.executor import Executor
+from fxopt.runtime.plan import Launch, Plan
+from fxopt.target import Target
+from fxopt.tune.records import RecordKey
+
+FORMAT = 1
+FOLDER = "plans"
+
+SMALL = 1 << 20
+"""Bytes of constants, all together, that a document holds and a key hashes. Frozen weights are more."""
+
+
+class _NoKeyError(Exception):
+    """Something in the graph cannot be written down."""
+
+
+# ---------------------------------------------------------------------- the key
+
+
+def plan_key(graph: Graph, options: Options) -> RecordKey | None:
+    """What the plan of `graph`, not yet touched by passes, depends on; None when that cannot be written down.
+
+    Graphs that are to be dumped or verified pass by pass have no key either: their passes must run.
+    """
+    if options.dump or options.check:
+        return None
+    try:
+        text = _graph_text(graph)
+    except (_NoKeyError, UnsupportedError):
+        return None
+    targets = [Target.current(device) for device in _devices(graph)]
+    facts = {
+        "graph": hashlib.sha256(text.encode()).hexdigest(),
+        "options": options.cache_key_facts(),
+        "flags": _flags(),
+        "targets": [dataclasses.asdict(target) for target in targets],
+        "toolchains": [toolchain(target) for target in targets],
+        "torch": torch.__version__,
+        "fxopt": _own_source(),
+    }
+    return RecordKey("plan", facts)
+
+
+def _graph_text(graph: Graph) -> str:
+    """Canonical JSON of all that passes and lowering read of a graph."""
+    inputs = [[i.name, i.role.value, _constant_digest(i.value)] for i in graph.inputs]
+    if sum(i.value.nbytes for i in graph.inputs if i.value is not None) > SMALL:
+        raise _NoKeyError
+    nodes = [_node(node, graph) for node in graph.gm.graph.nodes]
+    return json.dumps([graph.phase.value, graph.saved, sorted(graph.notes.items()), inputs, nodes], allow_nan=True)
+
+
+def _constant_digest(value: torch.Tensor | None) -> str | None:
+    return None if value is None else hashlib.sha256(_bytes(value)).hexdigest()
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    """The elements in row-major order. Raises _NoKeyError for a tensor that is no plain memory."""
+    if value.layout != torch.strided or value.is_quantized or value.nbytes > SMALL:
+        raise _NoKeyError
+    plain = value.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    return bytes(plain.view(torch.uint8).numpy().tobytes()) if plain.dim() else _bytes(plain.reshape(1))
+
+
+def _node(node: fx.Node, graph: Graph) -> list[Any]:
+    if node.op == "get_attr":
+        raise _NoKeyError
+    target = _target(node.target) if node.op == "call_function" else str(node.target)
+    given = [_argument(a) for a in (list(node.args), dict(node.kwargs))]
+    value = None if node.op == "output" else _value(node.meta.get("val"), graph)
+    return [node.name, node.op, target, given, value, node.meta.get("module", "")]
+
+
+def _target(target: Any) -> str:
+    if ops.is_overload(target):
+        return str(target)
+    if target is ops.GETITEM or ops.is_symbolic(target):
+        return f"{target.__module__}.{target.__name__}"
+    raise _NoKeyError
+
+
+def _argument(x: Any) -> Any:
+    """A node's argument as JSON in which different arguments differ."""
+    match x:
+        case None | bool() | str():
+            return x
+        case fx.Node():
+            return {"node": x.name}
+        case int() | float() | complex():
+            return {type(x).__name__: repr(x)}
+        case list() | tuple():
+            return [_argument(a) for a in x]
+        case dict():
+            return {"dict": [[_argument(k), _argument(v)] for k, v in x.items()]}
+        case slice():
+            return {"slice": [_argument(a) for a in (x.start, x.stop, x.step)]}
+        case torch.dtype() | torch.layout() | torch.memory_format() | torch.device():
+            return {type(x).__name__: torch_name(x)}
+    raise _NoKeyError
+
+
+def _value(val: Any, graph: Graph) -> Any:
+    """A node's meta["val"]: sizes, strides and offsets with the ranges of their symbols."""
+    match val:
+        case None | bool() | float():
+            return repr(val)
+        case int() | torch.SymInt():
+            return to_json(graph.to_int(val))
+        case list() | tuple():
+            return [_value(v, graph) for v in val]
+        case torch.Tensor() if val.layout == torch.strided and not val.is_nested and not val.is_quantized:
+            numbers = [*val.shape, *val.stride(), val.storage_offset()]
+            bits = [val.is_conj(), val.is_neg()]
+            return [torch_name(val.dtype), str(val.device), [to_json(graph.to_int(n)) for n in numbers], bits]
+    raise _NoKeyError
+
+
+def _devices(graph: Graph) -> list[torch.device]:
+    """The devices of all values in a stable order, those without generated kernels (meta) left out."""
+    leaves = torch.utils._pytree.tree_leaves([n.meta.get("val") for n in graph.gm.graph.nodes])
+    found = {v.device for v in leaves if isinstance(v, torch.Tensor) and v.device.type in ("cpu", "cuda")}
+    return sorted(found, key=str)
+
+
+def _flags() -> dict[str, Any]:
+    """torch's global state that decompositions, passes, lowering and library choice look at."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "default dtype": torch_name(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "cudnn": torch.backends.cudnn.enabled,
+    }
+
+
+@functools.cache
+def _own_source() -> str:
+    """A hash of fxopt's source: another version, or an edited checkout, makes plans of its own."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".h")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- reading and writing
+
+
+def load(key: RecordKey, graph: Graph, store: ArtifactStore, journal: Journal) -> Executor | None:
+    """What runs `graph`, from the plan of `key`; None when there is none, or one that cannot be used any more.
+
+    The journal tells what it told when the plan was made. Under journal.strict a plan with retreats counts as absent:
+    compiling names them.
+    """
+    body = store.cache.get_document(FOLDER, key.digest())
+    if body is None:
+        return None
+    try:
+        if body["format"] != FORMAT or body["key"] != {"kind": key.kind, "facts": key.facts}:
+            raise ValueError("another format")
+        if journal.strict and body["journal"]["retreats"]:
+            return None
+        plan = Plan.from_json(json.dumps({**body["plan"], "name": graph.name}))
+        constants = {name: _decoded(data) for name, data in body["constants"].items()}
+        kernels = {name: store.get(name) for name in body["kernels"]}
+        if not all(kernels.values()):
+            return None
+        executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
+        _restore(journal, body["journal"])
+    except (PlanError, ValueError, KeyError, TypeError, AttributeError) as error:
+        path = store.cache.path / FOLDER / f"{key.digest()}.json"
+        store.cache.quarantine(path, f"its contents are not a plan: {error}", lambda: False)
+        return None
+    except CacheError:  # a kernel that does not load: compiling anew replaces it
+        return None
+    return executor
+
+
+def save(key: RecordKey, plan: Plan, lowered: Lowered, journal: Journal, store: ArtifactStore) -> None:
+    """Remember `plan` for `key`, unless it holds what exists in this process only, or came about under pressure."""
+    if lowered.local_ops or journal.provisional:
+        return
+    try:
+        constants = {name: _encoded(t) for name, t in lowered.constants.items() if name in {s.name for s in plan.constants}}
+    except _NoKeyError:
+        return
+    body = {
+        "format": FORMAT,
+        "key": {"kind": key.kind, "facts": key.facts},
+        "plan": json.loads(plan.to_json()),
+        "kernels": sorted({step.kernel for step in plan.steps if isinstance(step, Launch)}),
+        "constants": constants,
+        "journal": _kept(journal),
+    }
+    store.cache.try_write(lambda: store.cache.put_document(FOLDER, key.digest(), body))
+
+
+def _encoded(value: torch.Tensor) -> list[Any]:
+    shape, strides = list(value.shape), list(value.stride()) if value.layout == torch.strided else []
+    return [torch_name(value.dtype), str(value.device), shape, strides, base64.b64encode(_bytes(value)).decode()]
+
+
+def _decoded(data: list[Any]) -> torch.Tensor:
+    dtype, device, shape, strides, text = data
+    raw = bytearray(base64.b64decode(text))
+    elements = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    plain = elements.view(getattr(torch, dtype)).reshape(shape)
+    return torch.empty_strided(shape, strides, dtype=plain.dtype, device=device).copy_(plain)
+
+
+def _kept(journal: Journal) -> dict[str, Any]:
+    return {
+        "kernels": [dataclasses.astuple(entry) for entry in journal.kernels],
+        "library": journal.library,
+        "retreats": journal.retreats,
+        "notes": journal.notes,
+        "passes": [(name, rewrites, 0.0) for name, rewrites, _ in journal.passes],
+    }
+
+
+def _restore(journal: Journal, kept: dict[str, Any]) -> None:
+    entries = [KernelEntry(n, lang, tuple(o), c, size, source) for n, lang, o, c, size, source in kept["kernels"]]
+    journal.kernels += entries
+    for what in ("library", "retreats", "notes", "passes"):
+        getattr(journal, what).extend(tuple(item) for item in kept[what])
+    journal.note("plan", "loaded from the cache: compiled by an earlier process or call")
