@@ -81,10 +81,10 @@ def _lower_and_choose(
     for _ in range(MAX_ATTEMPTS):
         with journal.timed("lowering"):
             lowered = lower_graph(graph, journal, library)
-        with journal.timed("scheduling"):
-            lowered = schedule(lowered)
         with journal.timed("library choice"):
             lowered = tune.choose_library(lowered, options, store, journal)
+        with journal.timed("scheduling"):
+            lowered = schedule(lowered)
         with journal.timed("kernels"):
             chosen, failed = tune.choose(lowered, options, store, journal)
         if not failed:

@@ -50,6 +50,18 @@ class Size:
     expr: Int
 
 
+def refs(value: Any) -> list[str]:
+    """Names of every buffer that an argument value mentions, in order, repeats included."""
+    match value:
+        case Ref(name):
+            return [name]
+        case list() | tuple():
+            return [n for x in value for n in refs(x)]
+        case dict():
+            return [n for x in value.values() for n in refs(x)]
+    return []
+
+
 @dataclass(frozen=True)
 class Call:
     """A library (ATen or custom) op, called as it is.

@@ -8,11 +8,11 @@ it (`joining`), and no third step must run between them (`order`).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fxopt.ir.loops import Store
-from fxopt.ir.region import Alias, Call, Ref, Region, Step
+from fxopt.ir.region import Alias, Call, Ref, Region, Step, refs
 from fxopt.lower import cost
 from fxopt.lower.joining import join, with_nest
 from fxopt.lower.lowering import Lowered
@@ -67,7 +67,7 @@ class _Scheduler:
             return frozenset(step.nest.reads()), frozenset(step.nest.writes())
         if isinstance(step, Alias):
             return frozenset({self._root(step.of)}), frozenset({step.name})
-        reads = set(_refs((step.args, step.kwargs)))
+        reads = set(refs((step.args, step.kwargs)))
         writes = {n for n in step.outputs if n is not None} | set(step.writes)
         names = {self._root(n) for n in reads} | {n for n in reads if n in self.base}
         return frozenset(names), frozenset(writes)
@@ -202,14 +202,3 @@ def _constraints(groups: list[_Group]) -> list[set[int]]:
             writer[name], readers[name] = k, set()
         out.append(earlier - {k})
     return out
-
-
-def _refs(args: object) -> Iterator[str]:
-    """Names of the tensors in a call's arguments."""
-    if isinstance(args, Ref):
-        yield args.name
-    elif isinstance(args, (tuple, list)):
-        for a in args:
-            yield from _refs(a)
-    elif isinstance(args, dict):
-        yield from _refs(tuple(args.values()))

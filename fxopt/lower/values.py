@@ -115,9 +115,9 @@ def cast(x: Scalar, dtype: torch.dtype) -> Scalar:
 def rounded(x: Scalar) -> Scalar:
     """`x` exactly as it would be read back from memory.
 
-    For casts, whose rounding is what the user asked for, and for comparisons of half types: a value computed inline has more
-    bits than its stored copy, and the two must be equal (as in `x == x.amax()`, which a maximum's gradient asks). A round trip
-    through the bits is the loop IR's way to say so.
+    For casts, whose rounding is what the user asked for, and for comparisons of half types: a value computed inline has
+    more bits than its stored copy, and the two must be equal (as in `x == x.amax()`, which a maximum's gradient asks). A
+    round trip through the bits is the loop IR's way to say so.
     """
     if x.dtype not in HALVES or isinstance(x, (Load, Const)) or unrounded(x) is not x:
         return x

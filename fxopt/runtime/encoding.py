@@ -207,18 +207,6 @@ _DECODERS: dict[str, Callable[[Field], Any]] = {
 }
 
 
-def refs(value: Any) -> list[str]:
-    """Names of every buffer that an argument value mentions, in order, repeats included."""
-    match value:
-        case Ref(name):
-            return [name]
-        case list() | tuple():
-            return [n for x in value for n in refs(x)]
-        case dict():
-            return [n for x in value.values() for n in refs(x)]
-    return []
-
-
 def size_values(value: Any) -> list[Int]:
     """Every integer expression that an argument value mentions."""
     match value:

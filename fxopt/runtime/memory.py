@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fxopt.ir.exprs import Int, contiguous_strides
-from fxopt.ir.region import Alias, BufferSpec, Call, Ref
-from fxopt.runtime.encoding import refs
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, refs
 from fxopt.runtime.plan import Free, Launch, Plan, PlanStep, Slot, allocated, defined, used
 
 _KEPT_OR_RETURNED = frozenset({"native_dropout", "lift"})

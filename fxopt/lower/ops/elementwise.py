@@ -30,7 +30,6 @@ from fxopt.lower.values import (
 )
 
 
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What element-wise ops and reductions of `dtype` compute in: float32 for the half types, else `dtype`."""
     return torch.float32 if dtype in HALVES else dtype

@@ -366,7 +366,10 @@ def as_strided(
 def strided_view(
     ctx: Lowering, stored: Stored, val: torch.Tensor, size: Sequence[Int], stride: Sequence[Int], storage_offset: Int | None
 ) -> Stored:
-    """What as_strided gives of `stored`, which holds what is `val` in tracing. Raises UnsupportedError if that lies outside."""
+    """What as_strided gives of `stored`, which holds what is `val` in tracing.
+
+    Raises UnsupportedError unless that surely lies within the buffer.
+    """
     offset = stored.offset
     if storage_offset is not None:  # counted from the first element of the storage, which may lie before the tensor
         offset = add(add(offset, storage_offset), mul(ctx.graph.to_int(val.storage_offset()), -1))
