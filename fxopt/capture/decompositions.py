@@ -80,6 +80,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table.update(SOFTMAX)
     table[prims.convert_element_type.default] = _convert_element_type
     table[aten.soft_margin_loss_backward.default] = _soft_margin_loss_backward
+    table[aten.native_group_norm.default] = _native_group_norm
     return table
 
 
@@ -91,6 +92,38 @@ def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 def _convert_element_type(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """torch's decompositions cast with a prim; in the graph a cast is always `aten._to_copy`."""
     return aten._to_copy.default(a, dtype=dtype)
+
+
+def _native_group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalized, then scaled, in one domain of (image, group, channel of the group, place), so that it is one kernel.
+
+    torch's form for CPUs first folds weight and statistics into a scale and a shift per channel, in tensors of their own.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    grouped = wide.reshape(N, group, C // group, HxW)
+    variance, mean = torch.var_mean(grouped, (2, 3), unbiased=False, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    out = (grouped - mean) * rstd
+    per_channel = (1, group, C // group, 1)
+    if weight is not None:
+        out = out * weight.reshape(per_channel)
+    if bias is not None:
+        out = out + bias.reshape(per_channel)
+    out = out.reshape(x.shape).to(x.dtype)
+    if x.device.type == "cpu":  # as eager: elsewhere the result is contiguous
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if layout is not None and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
+            out = out.contiguous(memory_format=layout)
+    return out, mean.reshape(N, group).to(x.dtype), rstd.reshape(N, group).to(x.dtype)
 
 
 def _soft_margin_loss_backward(grad: torch.Tensor, x: torch.Tensor, target: torch.Tensor, reduction: int) -> torch.Tensor:

@@ -1,23 +1,39 @@
-"""Decompositions that fxopt has of its own, because torch's lose accuracy."""
+"""Decompositions that are fxopt's own: eager's accuracy, layouts and dtypes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fxopt.capture.decompositions import decompositions
-from tests.numerics import assert_closer
+from fxopt.journal import RECENT
+from tests.numerics import assert_closer, check_compiled, to_float64
 
-aten = torch.ops.aten
+GROUP_NORM = torch.ops.aten.native_group_norm.default
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_the_gradient_of_a_wide_soft_margin(dtype: torch.dtype, reduction: int) -> None:
-    x, target = torch.linspace(10, 30, 16, dtype=dtype), torch.ones(16, dtype=dtype)
-    op = aten.soft_margin_loss_backward.default
-    grad = torch.ones((16,) if reduction == 0 else (), dtype=dtype)
-    exact = op(grad.double(), x.double(), target.double(), reduction)
-    got, eager = (f(grad, x, target, reduction) for f in (decompositions()[op], op))
-    assert_closer(got, eager, exact)
-    assert float((got / exact - 1).abs().max()) < 4 * torch.finfo(dtype).eps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    "shape", [(2, 12, 5, 3), (3, 12), (2, 12, 7), (2, 12, 2, 3, 2), (0, 12, 4)], ids=lambda s: "x".join(map(str, s))
+)
+def test_group_norm(shape: tuple[int, ...], affine: tuple[bool, bool], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype) * 3 + 1
+    layouts = [torch.contiguous_format] + ([torch.channels_last] if len(shape) == 4 else [])
+    weight, bias = (torch.randn(12).to(dtype) if given else None for given in affine)
+    inner = x[0, 0].numel() if shape[0] else 4
+    for layout in layouts:
+        args = (x.contiguous(memory_format=layout), weight, bias, shape[0], 12, inner, 3, 1e-5)
+        got, want = decompositions()[GROUP_NORM](*args), GROUP_NORM(*args)
+        if shape[0]:
+            assert_closer(got, want, GROUP_NORM(*to_float64(args)), k=16.0 if dtype == torch.float64 else 4.0)
+        for ours, theirs in zip(got, want, strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert got[0].stride() == want[0].stride()
+
+
+def test_group_norm_is_one_kernel() -> None:
+    RECENT.clear()
+    check_compiled(lambda x, w, b: F.silu(F.group_norm(x, 4, w, b)), torch.randn(2, 8, 6, 6), torch.randn(8), torch.randn(8))
+    assert sum(len(j.kernels) for j in RECENT) == 1
