@@ -45,13 +45,13 @@ def _is_mode(value: Any) -> bool:
 
 
 def _option(default: Any, doc: str, kind: str, accepts: Callable[[Any], bool], in_key: bool) -> Any:
-    """A dataclass field that knows its description, which values it accepts, and whether it enters cache keys."""
+    """A dataclass field that knows its description, which values it accepts, and whether `cache_key_facts` names it."""
     return field(default=default, metadata={"doc": doc, "kind": kind, "accepts": accepts, "in_key": in_key})
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of one compilation. Field metadata: what it means, and whether it enters cache keys (`in_key`)."""
+    """Options of one compilation. Field metadata: what it means, and whether it changes what is compiled (`in_key`)."""
 
     mode: str = _option("default", "one of " + ", ".join(MODES), "a mode name", _is_mode, in_key=True)
     freeze: bool = _option(
@@ -102,7 +102,12 @@ class Options:
         return cls(**given)
 
     def cache_key_facts(self) -> dict[str, Any]:
-        """The options that can change generated code, by name: what a cache key has to contain. Plain JSON data."""
+        """The options that can change a graph's plan, by name: what the key of a kept plan has to hold. Plain JSON data.
+
+        Keys of kernels and of measurements need none of them: they hold the printed texts. Not among them are `dump` and
+        `check`, which only watch, nor `strict`, under which the plan is the same but one with retreats raises
+        (`plan_cache.load` looks at those).
+        """
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["in_key"]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
 

@@ -19,7 +19,6 @@ _SHARED_PER_BLOCK = {
     120: 101376,
 }
 _SM_COUNT = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
-_BANDWIDTH = {75: 320e9, 80: 1.6e12, 86: 768e9, 87: 200e9, 89: 864e9, 90: 3.0e12, 100: 7.0e12, 103: 7.0e12, 120: 1.7e12}
 _OLDEST_KNOWN = 75
 
 
@@ -28,8 +27,8 @@ class Target:
     """A device that kernels are compiled for.
 
     `kind` is "cuda" or "cpu". CUDA: `arch` is major*10 + minor, `shared_per_block` the opt-in limit in bytes,
-    `registers_per_sm` 32-bit registers, `bandwidth` bytes per second where known. CPU: `cpu_capability` is torch's name for
-    the instruction set ("AVX512", "AVX2", "DEFAULT").
+    `registers_per_sm` 32-bit registers. CPU: `cpu_capability` is torch's name for the instruction set ("AVX512", "AVX2",
+    "DEFAULT").
     """
 
     kind: str
@@ -37,9 +36,7 @@ class Target:
     sm_count: int = 1
     shared_per_block: int = 0
     registers_per_sm: int = 65536
-    max_threads_per_block: int = 1024
     warp_size: int = 32
-    bandwidth: float | None = None
     cpu_capability: str = ""
     name: str = ""
 
@@ -60,7 +57,6 @@ class Target:
             arch=arch,
             sm_count=_SM_COUNT[known],
             shared_per_block=_SHARED_PER_BLOCK[known],
-            bandwidth=_BANDWIDTH[known],
             name=f"sm_{arch}",
         )
 
@@ -81,34 +77,9 @@ class Target:
         return self.kind == "cuda" and self.arch >= _OLDEST_KNOWN
 
     @property
-    def has_bfloat16(self) -> bool:
-        """bfloat16 conversions and arithmetic in hardware."""
-        return self.kind == "cuda" and self.arch >= 80
-
-    @property
-    def has_async_copy(self) -> bool:
-        """cp.async: loads into shared memory that bypass registers."""
-        return self.kind == "cuda" and self.arch >= 80
-
-    @property
-    def has_fp8(self) -> bool:
-        """float8 conversions and matrix instructions."""
-        return self.kind == "cuda" and self.arch >= 89
-
-    @property
-    def has_tma(self) -> bool:
-        """The tensor memory accelerator's bulk copies."""
-        return self.kind == "cuda" and self.arch >= 90
-
-    @property
-    def has_wgmma(self) -> bool:
-        """Hopper's warp-group matrix instructions (no other generation has them)."""
-        return self.kind == "cuda" and 90 <= self.arch < 100
-
-    @property
-    def has_nan_propagating_max(self) -> bool:
-        """max.NaN and min.NaN on float32."""
-        return self.kind == "cuda" and self.arch >= 80
+    def is_blackwell(self) -> bool:
+        """Blackwell or later, for which Triton brings a ptxas of its own."""
+        return self.kind == "cuda" and self.arch >= 100
 
 
 @functools.cache

@@ -30,6 +30,13 @@ def test_every_public_name_loads() -> None:
     assert fxopt.__version__ == PROJECT["version"]
 
 
+def test_every_dependency_is_used() -> None:
+    text = "\n".join(path.read_text() for path in (ROOT / "fxopt").rglob("*.py"))
+    used = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE))
+    used |= {"numpy"} if ".numpy()" in text else set()  # what torch asks for when a tensor becomes an array
+    assert {re.split(r"\W", dependency)[0] for dependency in PROJECT["dependencies"]} <= used
+
+
 def test_cpu_constraints_allow_only_the_cpu_build() -> None:
     pins = [line for line in (ROOT / "constraints-cpu.txt").read_text().splitlines() if line.startswith("torch")]
     assert pins

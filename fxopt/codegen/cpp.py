@@ -194,9 +194,10 @@ class _Printer:
         for number, load in enumerate(self.domain.tiled):
             name, ctype = f"tile{number}", self._stored(load.buffer)
             source = f"{self.names.buffer(load.buffer)} + {self.emit.index(load.index, {other: at})}"
-            stride = self.emit.index(coefficient(load.index, lanes) or 0)
+            stride = coefficient(load.index, lanes)
+            assert stride is not None  # `cpp_domain` tiles only such loads
             tile.lines.append(f"alignas(64) {ctype} {name}[W * W];")
-            tile.lines.append(f"fx::load_transposed<W>({name}, {source}, {stride}, {end} - {at}, on);")
+            tile.lines.append(f"fx::load_transposed<W>({name}, {source}, {self.emit.index(stride)}, {end} - {at}, on);")
             body.values[load] = f"fx::load<W>({name} + ({outer_name} - {at}) * W, on)"
         self._stores(self.point_stores, body)
         tile.lines += block(f"for (int64_t {outer_name} = {at}; {outer_name} < {end}; ++{outer_name}) {{", body.lines)

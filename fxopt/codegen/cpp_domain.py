@@ -20,8 +20,6 @@ from fxopt.ir.loops import (
     Scan,
     Store,
     postorder,
-    rebind_indirect,
-    transform,
 )
 
 HALF = (torch.float16, torch.bfloat16)
@@ -116,18 +114,7 @@ def expand_statistics(nest: Nest) -> Nest:
         args = tuple(memo[a] for a in node.args)
         new = node if args == node.args else node.rebuild(args, {})
         memo[node] = _expanded(new) if isinstance(new, Reduce) else new
-    return Nest(nest.points, nest.reduced, tuple(_mapped_store(s, memo) for s in nest.stores))
-
-
-def _mapped_store(store: Store, memo: dict[Scalar, Scalar]) -> Store:
-    index, indirect = rebind_indirect(store.index, store.indirect, tuple(memo[v] for _, v in store.indirect))
-    return Store(store.buffer, index, memo[store.value], store.mode, indirect)
-
-
-def _substituted_store(store: Store, mapping: dict[Sym, Int]) -> Store:
-    values = tuple(transform(v, mapping) for _, v in store.indirect)
-    index, indirect = rebind_indirect(substitute(store.index, mapping), store.indirect, values)
-    return Store(store.buffer, index, transform(store.value, mapping), store.mode, indirect)
+    return Nest(nest.points, nest.reduced, tuple(s.transformed({}, memo.__getitem__) for s in nest.stores))
 
 
 def _expanded(node: Reduce) -> Scalar:
@@ -183,7 +170,7 @@ def _merged(nest: Nest, high: Sym, low: Sym) -> Nest:
     """`high` and `low` as one symbol: every index has the form c*(high*size + low) + rest, so low becomes it and high 0."""
     joint = Sym(low.name, size=mul(extent(high), extent(low)))  # loop_order reads names
     mapping: dict[Sym, Int] = {high: 0, low: symbol(joint)}
-    stores = tuple(_substituted_store(s, mapping) for s in nest.stores)
+    stores = tuple(s.transformed(mapping) for s in nest.stores)
 
     def renamed(syms: tuple[Sym, ...]) -> tuple[Sym, ...]:
         return tuple(joint if s == low else s for s in syms if s != high)

@@ -45,7 +45,6 @@ class TritonConfig:
     r_block: int = 1
     persistent: bool = True
     num_warps: int = 4
-    num_stages: int = 1
     split: int = 1
     aligned: bool = True
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.triton_index import computed_in_int32
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
-from fxopt.codegen.triton_tiling import Tiling, fits_int32
-from fxopt.ir.exprs import Atom, Expr, Int, Sym, bounds
+from fxopt.codegen.triton_tiling import Tiling
+from fxopt.ir.exprs import Atom, Int, Sym, bounds
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
 
 Guards = tuple[Scalar, ...]
@@ -313,7 +314,7 @@ class Emitter:
         """An integer expression as an int64 value."""
         if self.frame.index64:
             return self.index_text(x)
-        if fits_int32(x) and all(fits_int32(s) for s in _magnitudes(x)):
+        if computed_in_int32(x):
             text = self.index_text(x)
             return f"({text}).to(tl.int64)" if not text.startswith("(") else f"{text}.to(tl.int64)"
         return self.index_text(x, wide=True)
@@ -409,17 +410,7 @@ def _narrow_compare(node: Scalar) -> bool:
 def _narrow(node: Scalar) -> bool:
     if isinstance(node, Const):
         return isinstance(node.value, int) and abs(node.value) < 2**31
-    return isinstance(node, IndexValue) and fits_int32(node.expr) and all(fits_int32(m) for m in _magnitudes(node.expr))
-
-
-def _magnitudes(x: Int) -> list[Int]:
-    """The intermediate values of `x`'s text: its terms and what its divisions and modulos are taken of."""
-    if isinstance(x, int):
-        return [x]
-    out: list[Int] = [Expr((t,)) for t in x.terms]
-    for atom in (a for m, _ in x.terms for a in m if isinstance(a, Atom)):
-        out += [atom.a, atom.b, *_magnitudes(atom.a)]
-    return out
+    return isinstance(node, IndexValue) and computed_in_int32(node.expr)
 
 
 def tight(text: str) -> str:

@@ -9,28 +9,22 @@ import torch
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_config import TritonConfig, next_power_of_2
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
+from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
-from fxopt.codegen.triton_tiling import (
-    INT32_LIMIT,
-    INT32_MAX,
-    Axis,
-    Tiling,
-    accumulator_dtype,
-    needs_int64,
-    surely_needs_int64,
-    tile,
-    unbounded,
-)
+from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Store, postorder, rebind_indirect
+from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Store, postorder
 from fxopt.ir.region import Region
 
 _ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
 _RANDOM = ("rand", "randn", "randint")
 _BODIES = ("narrow", "wide")
+NUM_STAGES = 1
+"""Part of every kernel's compile options, as Triton's own default (3) would stage the loads of a loop through shared memory,
+which only pays where elements are used more than once."""
 _PREAMBLE = """import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -58,12 +52,17 @@ def print_kernel(region: Region, config: TritonConfig, stage: str | None = None)
     """
     region = replace(region, nest=_with_salts(region.nest))
     names = Names()
-    if not needs_int64(region):
+    limits = int32_limits(region, _tiling(region, config))
+    if limits == ():
         return _finish([_print(region, config, stage, names, index64=False)])
     wide = _print(region, config, stage, names, index64=True)
-    if surely_needs_int64(region):
+    if limits is None:
         return _finish([wide])
-    return _finish([_print(region, config, stage, names, index64=False), wide])
+    return _finish([_print(region, config, stage, names, index64=False), wide], limits)
+
+
+def _tiling(region: Region, config: TritonConfig) -> Tiling:
+    return tile(region, allow_y=config.y_block > 1)
 
 
 def _print(region: Region, config: TritonConfig, stage: str | None, names: Names, index64: bool) -> _Kernel:
@@ -76,7 +75,7 @@ def _print(region: Region, config: TritonConfig, stage: str | None, names: Names
 
 
 def _open(region: Region, config: TritonConfig, stage: str | None, names: Names, index64: bool) -> _Kernel:
-    tiling = tile(region, allow_y=config.y_block > 1)
+    tiling = _tiling(region, config)
     blocks = {"x": "XB"}
     if tiling.reduces:
         blocks = {"x": "XB", "r": "RB"}
@@ -99,8 +98,7 @@ def _with_salts(nest: Nest) -> Nest:
         changed[node] = new
     if all(node is new for node, new in changed.items()):
         return nest
-    stores = tuple(_with_values(s, changed) for s in nest.stores)
-    return replace(nest, stores=stores)
+    return replace(nest, stores=tuple(s.transformed({}, changed.__getitem__) for s in nest.stores))
 
 
 def _salted(seed: Scalar) -> Scalar:
@@ -112,12 +110,6 @@ def _salted(seed: Scalar) -> Scalar:
         return seed
     known = symbol(Sym(f"salt{salt}", lo=salt, hi=salt))
     return Op("add", (base, IndexValue(known)), seed.dtype)
-
-
-def _with_values(store: Store, changed: dict[Scalar, Scalar]) -> Store:
-    args = tuple(changed[v] for _, v in store.indirect)
-    index, indirect = rebind_indirect(store.index, store.indirect, args)
-    return replace(store, index=index, value=changed[store.value], indirect=indirect)
 
 
 def _block_size(kernel: _Kernel, axis: str) -> int:
@@ -308,12 +300,12 @@ def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str], ea
 # the finished kernel
 
 
-def _finish(kernels: list[_Kernel]) -> KernelSource:
-    """The source of one kernel, from its body or from one body per index type (int32 first)."""
+def _finish(kernels: list[_Kernel], limits: tuple[Int, ...] = ()) -> KernelSource:
+    """The source of one kernel, from its body or from one body per index type (int32 first, taken within `limits`)."""
     kernel = kernels[-1]
     names, config = kernel.names, kernel.config
-    lines = kernel.emitter.outer if len(kernels) == 1 else _dispatch(kernel)
-    pointers, sizes = list(names.buffers.values()), list(names.sizes.values())
+    lines = kernel.emitter.outer if len(kernels) == 1 else _dispatch(kernel, limits)
+    pointers = list(names.buffers.values())
     blocks = {name: _block_size(kernel, axis) for axis, name in kernel.frame.blocks.items()}
     functions = (
         [] if len(kernels) == 1 else [_function(k, n, k.emitter.outer) for k, n in zip(kernels, _BODIES, strict=True)]
@@ -321,12 +313,11 @@ def _finish(kernels: list[_Kernel]) -> KernelSource:
     text = "\n\n\n".join([_PREAMBLE, *functions, _function(kernel, kernel.entry, lines)]) + "\n"
     types = {p: ops.POINTER_TYPE[kernel.region.buffers[b].dtype] for b, p in names.buffers.items()}
     options = {
-        "signature": types | dict.fromkeys(sizes, "i64" if kernel.frame.index64 else "i32"),
+        "signature": types | {p: _size_type(s, kernel.frame.index64) for s, p in names.sizes.items()},
         "constexprs": blocks,
         "aligned": pointers if config.aligned else [],
-        "divisible": [],
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "num_stages": NUM_STAGES,
         "asserts": bool(names.errors),
     }
     return KernelSource(
@@ -341,22 +332,27 @@ def _finish(kernels: list[_Kernel]) -> KernelSource:
     )
 
 
+def _size_type(sym: Sym, index64: bool) -> str:
+    """How a size is passed: in the index type, or in int64 when it is a number of its own that may not fit."""
+    return "i32" if not index64 and fits_int32(symbol(sym)) else "i64"
+
+
 def _function(kernel: _Kernel, name: str, lines: list[str]) -> str:
     params = [*kernel.names.buffers.values(), *kernel.names.sizes.values()]
     params += [f"{b}: tl.constexpr" for b in kernel.frame.blocks.values()]
     return "\n".join(["@triton.jit", f"def {name}({', '.join(params)}):", *(f"    {line}" for line in lines)])
 
 
-def _dispatch(wide: _Kernel) -> list[str]:
+def _dispatch(wide: _Kernel, limits: tuple[Int, ...]) -> list[str]:
     """Sizes that are not known to be small decide at run time, in the kernel, whether int32 indices do: every program of a
     launch takes the same branch, and one division in int64 costs more than the test."""
-    limits = [f"({wide.emitter.index_text(x)} < {INT32_LIMIT})" for x in unbounded(wide.region)]
+    tests = [f"({wide.emitter.index_text(x)} < {INT32_LIMIT})" for x in limits]
     names, blocks = wide.names, list(wide.frame.blocks.values())
     sizes = list(names.sizes.values())
     calls = []
     for name, own in zip(_BODIES, ([f"{s}.to(tl.int32)" for s in sizes], sizes), strict=True):
         calls.append(f"    {name}({', '.join([*names.buffers.values(), *own, *blocks])})")
-    return [f"if {' & '.join(limits)}:", calls[0], "else:", calls[1]]
+    return [f"if {' & '.join(tests)}:", calls[0], "else:", calls[1]]
 
 
 def _size_expressions(names: Names) -> list[Int]:

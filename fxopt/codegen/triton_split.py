@@ -23,7 +23,6 @@ from fxopt.ir.exprs import (
     mul,
     prod,
     ravel,
-    substitute,
     symbol,
     unravel,
 )
@@ -39,7 +38,6 @@ from fxopt.ir.loops import (
     Scan,
     Store,
     postorder,
-    rebind_indirect,
     transform,
 )
 from fxopt.ir.region import BufferSpec, Region
@@ -231,20 +229,13 @@ def _stage_stores(
     for store in nest.stores:
         varies = bool(reduced & store.symbols())
         if varies and split.guard is None and not any(map(_has_reduce, store.roots)):
-            streamed.append(_at_part(split, store))
+            streamed.append(store.transformed(split.mapping))
         elif varies or any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,))):
             later.append(store)
         else:
             now.append(replace(store, value=_replace(store.value, joined)))
     used = {n for s in later for n in postorder(s.roots)}
     return streamed, now, later, [n for n in joined if n in used]
-
-
-def _at_part(split: _Split, store: Store) -> Store:
-    """`store` in terms of a part and the place inside it."""
-    args = tuple(transform(v, split.mapping) for _, v in store.indirect)
-    index, indirect = rebind_indirect(substitute(store.index, split.mapping), store.indirect, args)
-    return replace(store, index=index, value=transform(store.value, split.mapping), indirect=indirect)
 
 
 def _reads(stores: list[Store]) -> set[str]:

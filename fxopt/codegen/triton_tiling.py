@@ -18,7 +18,7 @@ from fxopt.ir.exprs import (
     Int,
     Sym,
     ask,
-    bounds,
+    assumed,
     coefficient,
     floordiv,
     free_symbols,
@@ -29,13 +29,13 @@ from fxopt.ir.exprs import (
     symbol,
     unravel,
 )
-from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scan, postorder, rebind_indirect, transform
+from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scan, postorder
 from fxopt.ir.region import Region
 
-INT32_MAX = 2**31 - 1
-INT32_LIMIT = INT32_MAX - 65536
-"""What extents and domains stay below in kernels with int32 indices: lanes past a domain's end still compute theirs."""
 _LINE_NAMES = {"x": "l0", "y": "l1", "r": "l2"}
+_TYPICAL = 1024
+"""More than `ASSUMED_SIZE`: this decides whether a grid fills the GPU, and small blocks or a split chosen for a size taken
+too small cost more at large sizes than large blocks do at small ones."""
 _TILE_MIN = 8  # a second tile axis shorter than this cannot coalesce anything
 
 
@@ -102,12 +102,8 @@ def size_of(sym: Sym) -> Int:
 
 
 def size_hint(size: Int) -> int:
-    """A plausible number for `size`: itself, or for a symbolic one 1024 clamped to its known range."""
-    if isinstance(size, int):
-        return size
-    lo, hi = bounds(size)
-    guess = max(1024, lo or 0)
-    return guess if hi is None else min(guess, hi)
+    """A plausible number for `size` in the cost model."""
+    return assumed(size, _TYPICAL)
 
 
 @functools.lru_cache(maxsize=256)
@@ -147,12 +143,8 @@ def rewrite(nest: Nest, mapping: dict[Sym, Int]) -> Nest:
     """`nest` with index symbols substituted; symbols mapped to constants leave the domain."""
     if not mapping:
         return nest
-    stores = []
-    for store in nest.stores:
-        args = tuple(transform(v, mapping) for _, v in store.indirect)
-        index, indirect = rebind_indirect(substitute(store.index, mapping), store.indirect, args)
-        stores.append(replace(store, index=index, value=transform(store.value, mapping), indirect=indirect))
-    return Nest(_images(nest.points, mapping), _images(nest.reduced, mapping), tuple(stores))
+    stores = tuple(s.transformed(mapping) for s in nest.stores)
+    return Nest(_images(nest.points, mapping), _images(nest.reduced, mapping), stores)
 
 
 def _images(symbols: tuple[Sym, ...], mapping: dict[Sym, Int]) -> tuple[Sym, ...]:
@@ -280,38 +272,6 @@ def _split_points(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, 
     return (fast,), (*(s for s in points if s is not slow and s is not fast), slow)
 
 
-def fits_int32(value: Int) -> bool:
-    """True when `value` is known to stay within int32; a symbolic size without an upper bound is not known to."""
-    lo, hi = bounds(value)
-    return lo is not None and hi is not None and lo >= -INT32_MAX and hi <= INT32_MAX
-
-
-def _spans(region: Region) -> list[Int]:
-    """Every buffer's extent and the domain's two sizes: what indices stay below."""
-    nest = region.nest
-    extents = [spec.extent for spec in region.buffers.values()]
-    return [*extents, prod(size_of(s) for s in nest.points), prod(size_of(s) for s in nest.reduced)]
-
-
-def unbounded(region: Region) -> list[Int]:
-    """The extents and domains of `region` that are not known to leave room in int32, each once."""
-    return list(dict.fromkeys(x for x in _spans(region) if not fits_int32(x + (INT32_MAX - INT32_LIMIT))))
-
-
-def needs_int64(region: Region) -> bool:
-    """Whether some extent or domain of `region` may exceed int32."""
-    return bool(unbounded(region))
-
-
-def surely_needs_int64(region: Region) -> bool:
-    """Whether some extent or domain of `region` exceeds int32 whatever the sizes."""
-    return any((bounds(x)[0] or 0) >= INT32_LIMIT for x in _spans(region))
-
-
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a reduction of `dtype` accumulates in and a value of it is computed in."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _sizes_in(x: Int) -> set[Sym]:
-    return {s for s in free_symbols(x) if s.size is None}

@@ -369,6 +369,19 @@ def bounds(x: Int) -> Bounds:
     return lo, hi
 
 
+ASSUMED_SIZE = 256
+"""Stands for a size that is known only at run time, wherever a number is needed to compare plans or to measure one."""
+
+
+def assumed(x: Int, typical: int = ASSUMED_SIZE) -> int:
+    """A plausible number for `x`: itself, or when it depends on sizes `typical`, clamped to its known range."""
+    if isinstance(x, int):
+        return x
+    lo, hi = bounds(x)
+    guess = typical if hi is None else min(typical, hi)
+    return guess if lo is None else max(guess, lo)
+
+
 def _interval_mul(p: tuple[Any, Any], q: tuple[Any, Any]) -> tuple[Any, Any]:
     if p[0] is not None and q[0] is not None and p[0] >= 0 and q[0] >= 0:
         return p[0] * q[0], None if p[1] is None or q[1] is None else p[1] * q[1]

@@ -18,7 +18,7 @@ class KernelSource:
     `text` is canonical: parameters are named by position, so two regions that compute the same thing have equal texts.
     `buffers` names the region's buffer for each pointer parameter and `sizes` the value of each integer parameter (after the
     pointers). `grid` is the launch grid in blocks (Triton only; an entry may be symbolic). `compile_options` is whatever the
-    compiler needs beside the text (signature, divisibility, num_warps, num_stages; C++ flags) as JSON data and is part of
+    compiler needs beside the text (signature, alignment, num_warps, num_stages; C++ flags) as JSON data and is part of
     the key. `errors` are messages for the kernel's error codes 1, 2, ... (an index out of bounds).
     """
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -391,7 +391,7 @@ def loop_order(syms: Iterable[Sym]) -> tuple[Sym, ...]:
     return tuple(sorted(syms, key=lambda s: (int(s.name[1:]), s.name)))
 
 
-def transform(root: Scalar, mapping: Mapping[Sym, Int], leaf: Callable[[Load], Scalar | None] | None = None) -> Scalar:
+def transform(root: Scalar, mapping: dict[Sym, Int], leaf: Callable[[Load], Scalar | None] | None = None) -> Scalar:
     """`root` with index symbols substituted by `mapping` and, after that, each Load for which `leaf` returns a value
     replaced.
 
@@ -478,7 +478,7 @@ class Store:
     def roots(self) -> tuple[Scalar, ...]:
         return (*(v for _, v in self.indirect), self.value)
 
-    def transformed(self, mapping: Mapping[Sym, Int], values: Callable[[Scalar], Scalar] | None = None) -> Store:
+    def transformed(self, mapping: dict[Sym, Int], values: Callable[[Scalar], Scalar] | None = None) -> Store:
         """The same store with `mapping` substituted in its index and each of its `roots` replaced by what `values` gives for
         it: by default the root with `mapping` substituted as well."""
         image = values or functools.partial(transform, mapping=mapping)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fxopt.ir.exprs import Int, bounds, free_symbols
+from fxopt.ir.exprs import Int, assumed, free_symbols
 from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Scalar, postorder
 from fxopt.ir.region import BufferSpec
 from fxopt.lower.values import Computed
@@ -41,16 +41,12 @@ def should_store(value: Computed, readers: int) -> bool:
     return recompute >= stored and loads > 0 if not expensive else loads > 0
 
 
-ASSUMED_SIZE = 256
-"""Stands for a size that is only known at run time, when two plans are compared."""
-
-
 def extent(sizes: Iterable[Int | None]) -> int:
     """The product of sizes, unknown ones assumed."""
     total = 1
     for size in sizes:
         if size is not None:
-            total *= size if isinstance(size, int) else max(bounds(size)[0] or 0, ASSUMED_SIZE)
+            total *= assumed(size)
     return total
 
 

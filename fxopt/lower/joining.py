@@ -63,13 +63,7 @@ def _common_domains(first: Nest, second: Nest) -> Iterator[tuple[Nest, Nest]]:
 
 def remap(nest: Nest, mapping: Mapping, onto: Nest) -> Nest:
     """`nest` with its loops replaced by those of `onto`."""
-    stores = []
-    for s in nest.stores:
-        # A Load carries index and bindings through a transformation; so does a store's address, in the shape of one.
-        place = transform(Load(s.buffer, s.index, s.value.dtype, s.indirect), mapping)
-        assert isinstance(place, Load)
-        stores.append(Store(s.buffer, place.index, transform(s.value, mapping), s.mode, place.indirect))
-    return Nest(onto.points, onto.reduced, tuple(stores))
+    return Nest(onto.points, onto.reduced, tuple(s.transformed(mapping) for s in nest.stores))
 
 
 def _combine(first: Nest, second: Nest) -> Nest | None:
@@ -93,9 +87,7 @@ def _combine(first: Nest, second: Nest) -> Nest | None:
     for s in second.stores:
         if any(v.symbols() and _loads_from(v, made) for _, v in s.indirect):
             return None
-        place = transform(Load(s.buffer, s.index, s.value.dtype, s.indirect), {}, passed)
-        assert isinstance(place, Load)
-        stores.append(Store(s.buffer, place.index, transform(s.value, {}, passed), s.mode, place.indirect))
+        stores.append(s.transformed({}, lambda v: transform(v, {}, passed)))
     nest = one_pass(Nest(first.points, first.reduced, (*first.stores, *stores)))
     return nest if _in_place_is_safe(nest) else None
 

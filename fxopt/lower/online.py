@@ -8,7 +8,7 @@ give NaN for the sum either way.
 
 from __future__ import annotations
 
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder
+from fxopt.ir.loops import Nest, Op, Reduce, Scalar, postorder
 
 
 def one_pass(nest: Nest) -> Nest:
@@ -46,11 +46,4 @@ def _replaced(nest: Nest, merged: dict[Scalar, Scalar]) -> Nest:
     for node in postorder(nest.roots):
         args = tuple(done[a] for a in node.args)
         done[node] = merged[node] if node in merged else node if args == node.args else node.rebuild(args, {})
-    return Nest(nest.points, nest.reduced, tuple(_rebuilt(s, done) for s in nest.stores))
-
-
-def _rebuilt(store: Store, done: dict[Scalar, Scalar]) -> Store:
-    # A Load carries index and bindings through a rebuild; so does a store's address, in the shape of one.
-    place = Load(store.buffer, store.index, store.value.dtype, store.indirect)
-    place = place.rebuild(tuple(done[v] for v in place.args), {})  # type: ignore[assignment]
-    return Store(store.buffer, place.index, done[store.value], store.mode, place.indirect)
+    return Nest(nest.points, nest.reduced, tuple(s.transformed({}, done.__getitem__) for s in nest.stores))

@@ -22,8 +22,7 @@ from fxopt.errors import PlanError
 from fxopt.ir.attention_op import attend
 from fxopt.ir.exprs import Atom, Expr, Int
 from fxopt.ir.graph import Role
-from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
-from fxopt.runtime.encoding import refs
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size, refs
 from fxopt.runtime.memory import Lifetimes
 from fxopt.runtime.plan import Free, InputSpec, Launch, Plan, PlanStep, allocated
 
@@ -139,8 +138,7 @@ class Writer:
         out = [f"{targets}= inputs"] if targets else []
         out.append("inputs.clear()")
         for symbol, source in zip(self.symbols.values(), self.plan.symbols, strict=True):
-            read = {"size": f".size({source.dim})", "stride": f".stride({source.dim})", "offset": ".storage_offset()"}
-            found = f"v{source.input}{read.get(source.what, '')}"
+            found = f"v{source.input}" + ("" if source.what == "value" else f".{source.what}({source.dim})")
             solved = found if (source.times, source.plus) == (1, 0) else f"({found} - {source.plus}) // {source.times}"
             out.append(f"{symbol} = {solved}")
         return out

@@ -22,8 +22,8 @@ from fxopt.errors import PlanError
 from fxopt.ir.exprs import Int, free_symbols
 from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Role
-from fxopt.ir.region import Alias, BufferSpec, Call
-from fxopt.runtime.encoding import Field, decode_value, encode_value, refs, size_values, sizes_json, torch_name
+from fxopt.ir.region import Alias, BufferSpec, Call, refs
+from fxopt.runtime.encoding import Field, decode_value, encode_value, size_values, sizes_json, torch_name
 
 PLAN_VERSION = 2
 
@@ -47,8 +47,8 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class SymbolSource:
-    """Where a size symbol's value is read: `what` is "size" or "stride" (of dimension `dim`), "offset" (the tensor's storage
-    offset) or "value" (the input is the integer), of input number `input`. The number found there is times * symbol + plus.
+    """Where a size symbol's value is read: `what` is "size" or "stride" (of dimension `dim`) or "value" (the input is the
+    integer), of input number `input`. The number found there is times * symbol + plus.
     """
 
     name: str
@@ -225,7 +225,7 @@ def _parts(x: Field, count: int) -> list[Field]:
 
 def _read_symbol(x: Field) -> SymbolSource:
     name, number, what, dim, times, plus = _parts(x, 6)
-    place = what.choice("size", "stride", "offset", "value")
+    place = what.choice("size", "stride", "value")
     return SymbolSource(name.text(), number.integer(), place, dim.integer(), times.integer(), plus.integer())
 
 

@@ -39,9 +39,3 @@ def give(block: torch.Tensor) -> None:
             _kept.append(block)
             if len(_kept) > MOST_KEPT:
                 _kept.pop(min(range(len(_kept)), key=lambda i: _kept[i].numel()))
-
-
-def release() -> None:
-    """Return every kept block to the system."""
-    with _lock:
-        _kept.clear()

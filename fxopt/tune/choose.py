@@ -23,7 +23,7 @@ from fxopt.lower.cost import nbytes
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.measure import METHOD, Measurements
+from fxopt.tune.measure import METHOD, Measurements, assumed_sizes
 from fxopt.tune.records import RecordKey, Records
 
 CANDIDATES_AT_MOST = 8
@@ -197,7 +197,7 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
         return usable[0]
     target = Target.current(contest.region.device)
     records = Records(store.cache, target.key)
-    key = RecordKey("region", _facts(usable, target))
+    key = RecordKey("region", _facts(contest.region, usable, target))
     found = records.get(key)
     labels = [c.label for c in usable]
     if found is None or found.get("winner") not in labels:
@@ -210,11 +210,12 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     return usable[labels.index(str(found["winner"]))]
 
 
-def _facts(usable: Sequence[Choice], target: Target) -> dict[str, object]:
+def _facts(region: Region, usable: Sequence[Choice], target: Target) -> dict[str, object]:
     """Everything that a contest's result depends on; the kernels' keys hold texts, configurations and compiler versions."""
     return {
         "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],
         "sizes": [[_sizes(source) for source, _ in c.kernels] for c in usable],
+        "assumed": assumed_sizes(region, usable),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,

@@ -36,7 +36,6 @@ OPTIONS = {
     "signature": {"b0": "*fp32", "b1": "*fp32", "n0": "i32"},
     "constexprs": {"BLOCK": 256},
     "aligned": ["b0", "b1"],
-    "divisible": [],
     "num_warps": 4,
     "num_stages": 1,
     "asserts": False,

@@ -36,6 +36,10 @@ def with_sizes(case: Case, **sizes: int) -> Case:
     return dataclasses.replace(case, sizes=sizes)
 
 
+def transposed_symbolic(n: int, m: int) -> Case:
+    return nests.transposed(F32, size_symbol("s0", 2), size_symbol("s1", 2), s0=n, s1=m)  # type: ignore[arg-type]
+
+
 # ---- whole families, compiled together ----
 
 STATIC: dict[str, Callable[[], Case]] = {
@@ -46,6 +50,7 @@ STATIC: dict[str, Callable[[], Case]] = {
     "broadcast, symbolic": nests.broadcast_symbolic,
     "transposed": lambda: nests.transposed(F32, 130, 45),
     "transposed, bfloat16": lambda: nests.transposed(BF16),
+    "transposed, symbolic": lambda: transposed_symbolic(130, 45),
     "channels last": nests.nhwc_add,
     "softmax": lambda: nests.softmax(5, 67, F32),
     "softmax of a long row": lambda: nests.softmax(3, 40000, F32),
@@ -55,6 +60,11 @@ STATIC: dict[str, Callable[[], Case]] = {
     "variance of columns": lambda: nests.variance(33, 70),
     "cat": nests.cat,
     "gather": nests.gather,
+    "address beyond int32": lambda: nests.computed_gather(30_000_000, 77),
+    "negative address beyond int32": lambda: nests.computed_gather_backwards(30_000_000, 70_000_001),
+    "address of unknown factor": lambda: nests.computed_gather_symbolic(-30_000_000, 100),
+    "divisor beyond int32": lambda: nests.divided_by_size(2**32 + 5),
+    "number beyond int32": lambda: nests.plus_number(2**40, 100),
     "in place": lambda: nests.in_place(100),
     "cumulative sum": lambda: nests.cumulative("cumsum", 4, 50),
     "cumulative product": lambda: nests.cumulative("cumprod", 4, 50),

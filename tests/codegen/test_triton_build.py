@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from fxopt.codegen.triton import TritonConfig, configs, print_region
 from fxopt.codegen.triton_build import compile_to_text, compile_triton, toolchain_id
 from fxopt.ir.kernel import KernelSource
+from fxopt.ir.region import Region
 from fxopt.target import Target
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -127,7 +128,30 @@ def test_proposals_fit_the_work() -> None:
     assert all(len(configs(c.region, target)) > 1 for c in CASES.values())
 
 
+@pytest.mark.parametrize("region", [nests.computed_gather_symbolic(3, 50).region, nests.plus_number(5, 100).region])
+def test_sizes_of_either_width_compile(region: Region) -> None:
+    target = Target.cuda(90)
+    (kernel,) = print_region(region, TritonConfig(64), target).kernels
+    _, meta = compile_triton(kernel, target)
+    assert "i64" in meta["parameters"]
+
+
 def test_toolchain_names_the_architecture_and_the_helpers() -> None:
     assert toolchain_id(Target.cuda(80)) != toolchain_id(Target.cuda(90))
     assert "triton 3" in toolchain_id(Target.cuda(90))
     assert "helpers" in toolchain_id(Target.cuda(90))
+    assert "ptxas Build cuda_" in toolchain_id(Target.cuda(90))
+
+
+def test_toolchain_tells_assemblers_apart_by_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = []
+    for version in ("12.8", "12.9"):
+        ptxas = tmp_path / f"ptxas-{version}"
+        ptxas.write_text(f"#!/bin/sh\necho Build cuda_{version}\n")
+        ptxas.chmod(0o755)
+        monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))
+        found.append(toolchain_id.__wrapped__(Target.cuda(90)))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "missing"))
+    assert found[0] != found[1]
+    assert toolchain_id.__wrapped__(Target.cuda(90)) == toolchain_id(Target.cuda(90)), "Triton takes its own then"
+    assert "Build cuda_12" in toolchain_id.__wrapped__(Target.cuda(100)), "Blackwell's assembler has a variable of its own"

@@ -247,6 +247,44 @@ def test_sizes_known_to_be_huge_have_no_narrow_form() -> None:
     assert kernel.text.count("@triton.jit") == 1 and "int64" in kernel.text
 
 
+@pytest.mark.parametrize(
+    "case", [nests.computed_gather(30_000_000, 77), nests.computed_gather_backwards(30_000_000, 70_000_001)]
+)
+def test_addresses_computed_beyond_int32(interpreter: Interpreter, case: Case) -> None:
+    (kernel,) = print_region(case.region, TritonConfig(64), TARGET).kernels
+    assert "int64" in kernel.text
+    for config in every_config(case):
+        check(interpreter, case, config)
+
+
+def test_addresses_computed_within_int32_stay_narrow(interpreter: Interpreter) -> None:
+    for case in (nests.computed_gather(20_000_000, 77), nests.computed_gather_backwards(20_000_000, 70_000_001)):
+        assert "int64" not in print_region(case.region, TritonConfig(64), TARGET).kernels[0].text
+        check(interpreter, case, TritonConfig(64))
+
+
+@pytest.mark.parametrize(("times", "size"), [(3, 50), (30_000_000, 100), (-30_000_000, 100), (2**40 + 1, 5)])
+def test_computed_addresses_decide_at_run_time(interpreter: Interpreter, times: int, size: int) -> None:
+    case = nests.computed_gather_symbolic(times, size)
+    (kernel,) = print_region(case.region, TritonConfig(64), TARGET).kernels
+    assert kernel.text.count("@triton.jit") == 3
+    check(interpreter, case, TritonConfig(64))
+
+
+@pytest.mark.parametrize("divisor", [7, 2**32 + 5])
+def test_divisors_beyond_int32(interpreter: Interpreter, divisor: int) -> None:
+    check(interpreter, nests.divided_by_size(divisor), TritonConfig(64))
+
+
+def test_numbers_beyond_int32_are_passed_whole(interpreter: Interpreter) -> None:
+    """Neither the parameter's type nor the int32 body of a kernel with two may cut a number off."""
+    (kernel,) = print_region(nests.plus_number(2**40, 100).region, TritonConfig(64), TARGET).kernels
+    assert kernel.text.count("@triton.jit") == 1
+    assert set(kernel.compile_options["signature"].values()) == {"*i64", "i64"}
+    for number in (5, 2**40, -(2**40)):
+        check(interpreter, nests.plus_number(number, symbol(Sym("s1", lo=2)), s1=9), TritonConfig(64))
+
+
 def exponential(dtype: torch.dtype, name: str) -> str:
     """The text of dtype(name(exp(a) / b, 1.0)) over float32 inputs."""
     x = Sym("x0", size=64)

@@ -42,7 +42,7 @@ class Interpreter:
             "blocks": source.compile_options["constexprs"],
             "grid": grid,
             "buffers": [tensors[b] for b in source.buffers],
-            "sizes": [evaluate(s, env) for s in source.sizes],
+            "sizes": [(evaluate(s, env), t) for s, t in zip(source.sizes, _size_types(source), strict=True)],
         }
         assert self._process.stdin is not None and self._process.stdout is not None
         pickle.dump(job, self._process.stdin)
@@ -58,6 +58,10 @@ class Interpreter:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def _size_types(source: KernelSource) -> list[str]:
+    return [t for t in source.compile_options["signature"].values() if not t.startswith("*")]
 
 
 _TORCH_NAMES = {"rint": "round", "pow": "pow", "copysign": "copysign", "fmod": "fmod"}
@@ -96,6 +100,35 @@ def _enable_asserts() -> None:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
 
 
+class _Size(int):
+    """A size with the type of its parameter, which the interpreter would take from its value."""
+
+    kind: str
+
+
+def _typed(value: int, kind: str) -> _Size:
+    size = _Size(value)
+    size.kind = kind
+    return size
+
+
+def _type_sizes() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def typed(arg: Any) -> Any:
+        if not isinstance(arg, _Size):
+            return convert(arg)
+        dtype = tl.str_to_ty(arg.kind, None)
+        values = np.array([int(arg)], dtype={"i32": np.int32, "i64": np.int64}[arg.kind])
+        return tl.tensor(interpreter.TensorHandle(values, dtype), dtype)
+
+    interpreter._implicit_cvt = typed
+
+
 def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor]:
     path = directory / f"job{number}.py"
     path.write_text(job["text"])
@@ -104,7 +137,7 @@ def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kernel = getattr(module, job["entry"])
-    kernel[job["grid"]](*job["buffers"], *job["sizes"], **job["blocks"])
+    kernel[job["grid"]](*job["buffers"], *(_typed(*s) for s in job["sizes"]), **job["blocks"])
     return job["buffers"]
 
 
@@ -112,6 +145,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     _fake_libdevice()
     _enable_asserts()
+    _type_sizes()
     replies, number = sys.stdout.buffer, 0
     sys.stdout = sys.stderr
     with tempfile.TemporaryDirectory() as directory:

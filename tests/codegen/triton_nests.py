@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, contiguous_strides, evaluate, symbol
+from fxopt.ir.exprs import Int, Sym, contiguous_strides, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, indirect_symbol
 from fxopt.ir.region import BufferSpec, Region
 
@@ -82,12 +82,12 @@ def broadcast_symbolic() -> Case:
     return make(nest, buffers, "a b", "o", lambda a, b: a + b, s0=37, s1=21)
 
 
-def transposed(dtype: torch.dtype, n: int = 70, m: int = 45) -> Case:
+def transposed(dtype: torch.dtype, n: Int = 70, m: Int = 45, **sizes: int) -> Case:
     x, y = Sym("x0", size=n), Sym("x1", size=m)
     a, b = Load("a", symbol(y) * n + symbol(x), dtype), Load("b", symbol(x) * m + symbol(y), dtype)
     nest = Nest((x, y), (), (Store("o", symbol(x) * m + symbol(y), op("add", a, b)),))
     buffers = [buffer("a", dtype, (n, m), (1, n)), buffer("b", dtype, (n, m)), buffer("o", dtype, (n, m))]
-    return make(nest, buffers, "a b", "o", lambda a, b: a + b)
+    return make(nest, buffers, "a b", "o", lambda a, b: a + b, **sizes)
 
 
 def nhwc_add() -> Case:
@@ -205,6 +205,48 @@ def gather() -> Case:
     buffers = [buffer("t", F32, (20, 12)), buffer("i", I64, (9,)), buffer("o", F32, (9, 12))]
     nest = Nest((x, y), (), (Store("o", symbol(x) * 12 + symbol(y), value),))
     return make(nest, buffers, "t i", "o", lambda t, i: t[i])
+
+
+def computed_gather(times: int, divisor: int, size: int = 100) -> Case:
+    """a[i * times % divisor], an address computed by the user."""
+    x = Sym("x0", size=size)
+    nest = Nest((x,), (), (Store("o", symbol(x), op("neg", Load("a", mod(symbol(x) * times, divisor), F32))),))
+    buffers = [buffer("a", F32, (divisor,)), buffer("o", F32, (size,))]
+    return make(nest, buffers, "a", "o", lambda a: -a[torch.arange(size) * times % divisor])
+
+
+def computed_gather_backwards(times: int, divisor: int, size: int = 100) -> Case:
+    """a[-i * times // divisor + n - 1]: the dividend is negative."""
+    x, n = Sym("x0", size=size), (size - 1) * times // divisor + 2
+    at = floordiv(symbol(x) * -times, divisor) + (n - 1)
+    nest = Nest((x,), (), (Store("o", symbol(x), op("neg", Load("a", at, F32))),))
+    buffers = [buffer("a", F32, (n,)), buffer("o", F32, (size,))]
+    return make(nest, buffers, "a", "o", lambda a: -a[-torch.arange(size) * times // divisor + (n - 1)])
+
+
+def computed_gather_symbolic(times: int, size: int) -> Case:
+    """The first, where the factor and the domain are known only at run time; the factor may be of any size and sign."""
+    s0, s1 = Sym("s0", lo=-(2**63)), Sym("s1", lo=2)
+    x = Sym("x0", size=symbol(s1))
+    nest = Nest((x,), (), (Store("o", symbol(x), op("neg", Load("a", mod(symbol(x) * symbol(s0), 77), F32))),))
+    buffers = [buffer("a", F32, (77,)), buffer("o", F32, (symbol(s1),))]
+    return make(nest, buffers, "a", "o", lambda a: -a[torch.arange(size) * times % 77], s0=times, s1=size)
+
+
+def divided_by_size(divisor: int, size: int = 100) -> Case:
+    """a[i % n], where n may be beyond int32 while no buffer is."""
+    x, s0 = Sym("x0", size=size), Sym("s0", lo=1)
+    nest = Nest((x,), (), (Store("o", symbol(x), op("neg", Load("a", mod(symbol(x), symbol(s0)), F32))),))
+    buffers = [buffer("a", F32, (size,)), buffer("o", F32, (size,))]
+    return make(nest, buffers, "a", "o", lambda a: -a[torch.arange(size) % divisor], s0=divisor)
+
+
+def plus_number(number: int, size: Int, **sizes: int) -> Case:
+    """a + n for integers, n being a number that the call is given."""
+    x, s0 = Sym("x0", size=size), Sym("s0", lo=-(2**63))
+    value = op("add", Load("a", symbol(x), I64), IndexValue(symbol(s0)))
+    nest = Nest((x,), (), (Store("o", symbol(x), value),))
+    return make(nest, [buffer(n, I64, (size,)) for n in "ao"], "a", "o", lambda a: a + number, s0=number, **sizes)
 
 
 def scatter_add() -> Case:

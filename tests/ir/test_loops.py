@@ -257,3 +257,15 @@ def test_a_store_s_symbols_include_its_indirect_address() -> None:
     store = Store("out", symbol(sym), load("a", x0), "add", (binding,))
     assert store.symbols() == {X0, X1}
     assert store.roots == (load("i", x1, I64), load("a", x0))
+
+
+def test_a_transformed_store_carries_its_address() -> None:
+    """Index, what the index is loaded from and the value change together; a binding that is no longer used goes."""
+    sym, binding = indirect_symbol(load("i", x1, I64), 6)
+    store = Store("o", symbol(sym) * 4 + x0, load("b", x1), "add", (binding,))
+    shifted = store.transformed({X0: x0 + 1, X1: r2})
+    new, other = indirect_symbol(load("i", r2, I64), 6)
+    assert shifted == Store("o", symbol(new) * 4 + x0 + 1, load("b", r2), "add", (other,))
+    replaced = store.transformed({}, lambda v: double(v) if v.dtype == F64 else v)
+    assert replaced == Store("o", store.index, double(load("b", x1)), "add", (binding,))
+    assert store.transformed({sym: 0}).indirect == ()

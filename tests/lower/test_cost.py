@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxopt.ir.exprs import Sym, mul, symbol
+from fxopt.ir.exprs import ASSUMED_SIZE, Sym, mul, symbol
 from fxopt.ir.loops import Const, Load, Op, Scalar
 from fxopt.ir.region import BufferSpec
 from fxopt.lower import cost
@@ -70,9 +70,10 @@ def test_bytes_count_distinct_elements() -> None:
 
 def test_unknown_sizes_are_assumed_and_their_least_values_kept() -> None:
     n, many = symbol(Sym("n", lo=2)), symbol(Sym("m", lo=5000))
-    assert cost.extent([n, 4]) == 4 * cost.ASSUMED_SIZE
+    assert cost.extent([n, 4]) == 4 * ASSUMED_SIZE
     assert cost.extent([many]) == 5000
-    assert cost.extent([mul(n, n), None]) == cost.ASSUMED_SIZE
+    assert cost.extent([mul(n, n), None]) == ASSUMED_SIZE
+    assert cost.extent([symbol(Sym("few", lo=2, hi=9)), 4]) == 36, "no more than it can be"
 
 
 def test_few_long_rows_are_split() -> None:

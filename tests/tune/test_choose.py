@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.ir.exprs import Sym, contiguous_strides, symbol
+from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
 from fxopt.ir.region import BufferSpec, Region
@@ -20,6 +20,7 @@ from fxopt.lower import Lowered
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
+from fxopt.tune import measure
 from fxopt.tune.choose import CANDIDATES_AT_MOST, Choice, candidate_count, choose, triton_candidates
 
 tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
@@ -27,11 +28,11 @@ CUDA = torch.device("cuda", 0)
 TARGET = Target.cuda(90)
 
 
-def spec(name: str, *shape: int) -> BufferSpec:
+def spec(name: str, *shape: Int) -> BufferSpec:
     return BufferSpec(name, torch.float32, CUDA, shape, contiguous_strides(shape))
 
 
-def row_sum(name: str, source: str, rows: int = 4096, row: int = 1024) -> Region:
+def row_sum(name: str, source: str, rows: Int = 4096, row: int = 1024) -> Region:
     p, r = Sym("x0", size=rows), Sym("r1", size=row)
     value = Reduce("sum", (Load(source, symbol(p) * row + symbol(r), torch.float32),), (r,), torch.float32)
     nest = Nest((p,), (r,), (Store(name, symbol(p), value),))
@@ -113,6 +114,19 @@ def test_the_second_compilation_asks_the_records(bench: Bench, store: ArtifactSt
     assert choices([row_sum("a", "x")], store)[0]["region_a"].label == labels[1]
     assert choices([row_sum("b", "y")], store)[0]["region_b"].label == labels[1]
     assert bench.measured == ["region_a"]
+
+
+def test_records_hold_for_the_sizes_that_were_assumed(
+    bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = symbol(Sym("s0", lo=2))
+    regions = [row_sum("a", "x", rows, 4096)]
+    choices(regions, store)
+    choices(regions, store)
+    assert bench.measured == ["region_a"]
+    monkeypatch.setattr(measure, "assumed", lambda x: 2048)
+    choices(regions, store)
+    assert bench.measured == ["region_a", "region_a"]
 
 
 @pytest.mark.parametrize(("second", "winner"), [(0.98, 0), (0.96, 1), (1.5, 0)])
