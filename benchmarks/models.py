@@ -92,8 +92,8 @@ def _with_statistics(model: nn.Module) -> nn.Module:
     """`model` with BatchNorms like a trained network's.
 
     A fresh one multiplies by 1 / sqrt(1 + eps): the sum of two bfloat16 values after it is a rounding tie in every other
-    element, and eps alone decides them all one way as soon as nothing is rounded in between. Errors measured so would be those
-    of an accident: 2.4 times eager's with eps, exactly eager's without.
+    element, and eps alone decides them all one way as soon as nothing is rounded in between. Errors measured so would be
+    those of an accident: 2.4 times eager's with eps, exactly eager's without.
     """
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
