@@ -213,8 +213,11 @@ def refreeze(model: torch.nn.Module) -> int:
     """Have every frozen graph that uses a parameter or buffer of `model` read its weights again at its next call.
 
     Needed after writes that torch does not count (through `.data`), and to freeze again a graph that is no longer frozen as
-    its weights kept changing. Returns how many graphs are affected. Waits for one that another thread is compiling.
+    its weights kept changing. Returns how many graphs are affected. Waits for one that another thread is compiling. Raises
+    TypeError for what is no module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"fxopt.refreeze takes the module whose weights changed, not a {type(model).__name__}")
     storages = {a for t in (*model.parameters(), *model.buffers()) if (a := _address(t)) is not None}
     with _live_lock:
         functions = list(_live)

@@ -119,7 +119,12 @@ class Lowering:
         return self.declare(node.name, node.meta["val"])
 
     def declare(self, name: str, val: torch.Tensor) -> Stored | Opaque:
-        """A buffer `name` laid out as `val`; opaque when it is no strided tensor."""
+        """A buffer `name` laid out as `val`; opaque when it is no strided tensor.
+
+        Raises UnsupportedError for one whose memory holds the negative of its elements, which no kernel would notice.
+        """
+        if val.is_neg():
+            raise UnsupportedError(f"{name} has torch's negative bit")
         if val.layout != torch.strided or val.is_nested:
             return Opaque(name)
         shape, strides = self.sizes(val.shape), self.sizes(val.stride())

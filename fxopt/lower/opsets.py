@@ -71,9 +71,14 @@ LIBRARY_OPS = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         attention,
         torch.ops.fxopt.seed.default,
+        # Free views between complex tensors and their pairs, which passes/complex_pairs.py computes with.
+        aten.view_as_real.default,
+        aten.view_as_complex.default,
+        aten._conj.default,
+        aten.resolve_conj.default,
     }
 )
-"""Contractions, attention and the draw of a seed: running them as library calls is the plan, not a retreat."""
+"""Contractions, attention, the draw of a seed, complex views: running them as library calls is the plan, not a retreat."""
 
 KERNEL_DTYPES = frozenset(
     {

@@ -19,6 +19,7 @@ from fxopt.passes.algebra import algebra
 from fxopt.passes.attention import attention
 from fxopt.passes.attention_mask import attention_mask
 from fxopt.passes.canonical_calls import canonical_calls
+from fxopt.passes.complex_pairs import complex_pairs
 from fxopt.passes.constant_folding import constant_folding
 from fxopt.passes.context import Context, PassOptions
 from fxopt.passes.cse import cse
@@ -43,6 +44,7 @@ FUSIONS: tuple[Pass, ...] = tuple(Pass(p.name, functools.partial(apply_pattern, 
 
 PASSES: tuple[Pass, ...] = (
     Pass("dead_code", dead_code),
+    Pass("complex_pairs", complex_pairs),  # first: what follows is about real tensors
     Pass("no_ops", no_ops),
     Pass("views", views),
     Pass("constant_folding", constant_folding),

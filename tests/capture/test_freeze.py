@@ -372,3 +372,8 @@ def test_a_failing_compiler_keeps_the_weights_as_inputs():
         torch.testing.assert_close(compiled(x), model(x))
         model.weight.add_(1)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_refreezing_takes_a_module() -> None:
+    with pytest.raises(TypeError, match="takes the module whose weights changed, not a int"):
+        refreeze(3)  # type: ignore[arg-type]

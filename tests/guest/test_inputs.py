@@ -263,3 +263,10 @@ def test_numpy_inside() -> None:
         return torch.from_numpy(np.sin(x.numpy()) + 1)
 
     agree(fn, torch.randn(4), strict=False)
+
+
+def test_an_input_with_the_negative_bit() -> None:
+    """Its memory holds the negatives of its elements: the imaginary part of a conjugate is such a view."""
+    imaginary = torch.randn(4, dtype=torch.complex64).conj().imag
+    assert imaginary.is_neg()
+    torch.testing.assert_close(compiled(lambda x: x * 2 + 1, strict=False)(imaginary), imaginary * 2 + 1)
