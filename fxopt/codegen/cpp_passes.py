@@ -186,6 +186,8 @@ def accumulator(node: Reduce, lanes: str, terms: Int) -> tuple[str, bool]:
     of = computed(node.operands[0].dtype if node.kind in ("argmax", "argmin") else node.dtype)
     kind = _ON_BOOL.get(node.kind, node.kind) if of == torch.bool else node.kind
     if kind == "sum":
+        if value_type(of) == "float" and len(node.axes) > 1:
+            return f"fx::WideSum<{lanes}>", False
         most = bounds(terms)[1]
         long = of.is_floating_point and (most is None or most > _SHORT_RUN)
         return f"fx::{'LongSum' if long else 'Sum'}<{value_type(of)}, {lanes}>", long

@@ -44,6 +44,19 @@ FX_FOLDING(Prod, 1, static_cast<Y>(a * b))
 FX_FOLDING(Max, lowest<T>, maximum(a, b))
 FX_FOLDING(Min, highest<T>, minimum(a, b))
 
+// A sum of float terms, in double. It costs up to twice a plain sum, so only sums over several loops take it: those are the
+// statistics of batch and group norms, which eager's kernels add up in double, and whose gradients cancel out.
+template <int N> struct WideSum {
+  using X = V<float, N>;
+  V<double, N> acc{};
+  FX_INLINE void add(X x, All) { acc = static_cast<V<double, N>>(acc + cast<double>(x)); }
+  template <class On> FX_INLINE void add(X x, On on) { add(keep(on, x, X{}), All{}); }
+  FX_INLINE void merge(const WideSum& o) { acc = static_cast<V<double, N>>(acc + o.acc); }
+  FX_INLINE void flush() {}
+  FX_INLINE X lanes() const { return cast<float>(acc); }
+  FX_INLINE float total() const { return static_cast<float>(fold<double>(acc, [](auto a, auto b) { return a + b; })); }
+};
+
 // A sum of many floating-point terms: short runs are added plainly, then joined with the rounding errors kept (Knuth's two-sum).
 template <class T, int N> struct LongSum {
   using X = V<T, N>;
