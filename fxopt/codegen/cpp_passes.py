@@ -22,6 +22,8 @@ _WORTH_KEEPING = 8
 _SCRATCH_LIMIT = 32768
 """Elements of scratch memory per kept value: beyond this it would not stay in cache."""
 _SHORT_RUN = 64
+"""Terms in one lane that are added without keeping the rounding errors."""
+
 
 _CLASSES = {"prod": "Prod", "max": "Max", "min": "Min", "any": "Any", "all": "Every", "argmax": "ArgMax", "argmin": "ArgMin"}
 _ON_BOOL = {"sum": "any", "max": "any", "min": "all", "prod": "all"}

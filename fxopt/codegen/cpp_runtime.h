@@ -25,6 +25,13 @@ template <class T, class X, class F> FX_INLINE T fold(X x, F f) {
   }
 }
 
+// The sum of a vector's elements, float ones in double: of a short row's sum this is most of the rounding.
+template <class T, class X> FX_INLINE T sum_of(X x) {
+  const auto add = [](auto a, auto b) { return a + b; };
+  if constexpr (std::is_same_v<T, float>) return static_cast<float>(fold<double>(cast<double>(x), add));
+  else return fold<T>(x, add);
+}
+
 #define FX_FOLDING(NAME, IDENTITY, COMBINE)                                             \
   template <class T, int N> struct NAME {                                               \
     using X = V<T, N>;                                                                  \
@@ -39,10 +46,15 @@ template <class T, class X, class F> FX_INLINE T fold(X x, F f) {
   };
 template <class T> constexpr T lowest = std::numeric_limits<T>::has_infinity ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::lowest();
 template <class T> constexpr T highest = std::numeric_limits<T>::has_infinity ? std::numeric_limits<T>::infinity() : std::numeric_limits<T>::max();
-FX_FOLDING(Sum, 0, static_cast<Y>(a + b))
+FX_FOLDING(FewSum, 0, static_cast<Y>(a + b))
 FX_FOLDING(Prod, 1, static_cast<Y>(a * b))
 FX_FOLDING(Max, lowest<T>, maximum(a, b))
 FX_FOLDING(Min, highest<T>, minimum(a, b))
+
+// A sum of few terms in each lane.
+template <class T, int N> struct Sum : FewSum<T, N> {
+  FX_INLINE T total() const { return sum_of<T>(this->acc); }
+};
 
 // A sum of float terms, in double. It costs up to twice a plain sum, so only sums over several loops take it: those are the
 // statistics of batch and group norms, which eager's kernels add up in double, and whose gradients cancel out.
@@ -54,7 +66,7 @@ template <int N> struct WideSum {
   FX_INLINE void merge(const WideSum& o) { acc = static_cast<V<double, N>>(acc + o.acc); }
   FX_INLINE void flush() {}
   FX_INLINE X lanes() const { return cast<float>(acc); }
-  FX_INLINE float total() const { return static_cast<float>(fold<double>(acc, [](auto a, auto b) { return a + b; })); }
+  FX_INLINE float total() const { return static_cast<float>(sum_of<double>(acc)); }
 };
 
 // A sum of many floating-point terms: short runs are added plainly, then joined with the rounding errors kept (Knuth's two-sum).
@@ -84,7 +96,7 @@ template <class T, int N> struct LongSum {
     all.flush();
     return select(all.low == all.low, all.high + all.low, all.high);
   }
-  FX_INLINE T total() const { return fold<T>(lanes(), [](auto a, auto b) { return a + b; }); }
+  FX_INLINE T total() const { return sum_of<T>(lanes()); }
 };
 
 template <int N, bool IsAny> struct Flags {
@@ -201,7 +213,7 @@ template <class X> FX_INLINE X index_max(X a, X b) { return select(a > b, a, b);
 // ---- loops ----
 
 template <int U> struct Count { static constexpr int value = U; };
-constexpr int RUN = 64;  // additions of one lane between two flushes of a long sum
+constexpr int RUN = 32;  // additions of one lane between two flushes of a long sum
 
 // step(i, lanes, accumulator) for i = lo, lo + W, ... below hi; U accumulators hide the latency of dependent additions.
 template <int W, int U, bool Tail, bool Flush, class A, class F> FX_INLINE int64_t sweep(int64_t lo, int64_t hi, A (&acc)[U], F step) {
