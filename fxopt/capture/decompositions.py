@@ -61,6 +61,15 @@ ALSO_DECOMPOSED = (
 """aten ops that core ATen keeps and fxopt decomposes."""
 
 
+BATCH_NORMS = (
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_functional,
+    aten._batch_norm_with_update,
+    aten._batch_norm_with_update_functional,
+)
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The table for AOTAutograd: OpOverload to a Python function of fewer kinds of op."""
     table = _table()
@@ -81,6 +90,11 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table[prims.convert_element_type.default] = _convert_element_type
     table[aten.soft_margin_loss_backward.default] = _soft_margin_loss_backward
     table[aten.native_group_norm.default] = _native_group_norm
+    for packet in BATCH_NORMS:
+        for name in packet.overloads():
+            overload = getattr(packet, name)
+            if overload in table:
+                table[overload] = _with_wide_statistics(table[overload])
     return table
 
 
@@ -92,6 +106,23 @@ def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 def _convert_element_type(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """torch's decompositions cast with a prim; in the graph a cast is always `aten._to_copy`."""
     return aten._to_copy.default(a, dtype=dtype)
+
+
+def _with_wide_statistics(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """`decomposition` of a batch norm, with statistics in the type of its parameters.
+
+    torch's saves them in the input's type on CPUs. Eager does not where the two differ, as under autocast: a mean rounded to
+    bfloat16 is far too coarse for the backward.
+    """
+
+    def batch_norm(x: torch.Tensor, weight: torch.Tensor | None, *rest: Any) -> Any:
+        parameters = [p for p in (weight, *rest) if isinstance(p, torch.Tensor)]
+        if x.device.type != "cpu" or not parameters or parameters[0].dtype == x.dtype:
+            return decomposition(x, weight, *rest)
+        out, *statistics = decomposition(x.to(parameters[0].dtype), weight, *rest)
+        return (out.to(x.dtype), *statistics)
+
+    return batch_norm
 
 
 def _native_group_norm(
