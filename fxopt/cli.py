@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fxopt import cli_cache
 from fxopt.errors import FxoptError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fxopt.report.compare import Row
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(cli_cache.app, name="cache")
 
 DeviceOption = Annotated[str, typer.Option(help='"cuda", "cpu", or "auto": CUDA where there is a GPU')]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
@@ -166,37 +167,6 @@ def _target(target: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
         raise FxoptError(f'cannot load {target!r} ({error}); give "minilm" or "module:function"') from error
     model, args = factory()
     return model, tuple(args)
-
-
-@app.command()
-def cache(clear: Annotated[bool, typer.Option("--clear", help="delete everything in it")] = False) -> None:
-    """Where compiled kernels and measurements are kept, and how much there is."""
-    from fxopt.runtime.cachedir import default_directory, distrust
-
-    directory = default_directory()
-    if not directory.exists():
-        print(f"{directory}: empty")
-        return
-    if clear:
-        if reason := distrust(directory):
-            raise FxoptError(f"{directory} is left alone: {reason}")
-        _clear(directory)
-    for folder in sorted(p for p in directory.iterdir() if p.is_dir()):
-        files = [p for p in folder.rglob("*") if p.is_file()]
-        print(f"{folder.name:<12}{len(files):7d} files {sum(p.stat().st_size for p in files) / 2**20:10.1f} MiB")
-    print(directory)
-
-
-def _clear(directory: Path) -> None:
-    """Empty a cache directory; one that fxopt did not lay out is refused, whatever FXOPT_CACHE_DIR says."""
-    entries = list(directory.iterdir())
-    if entries and not {"tmp", "quarantine"} <= {e.name for e in entries}:
-        raise FxoptError(f"{directory} does not look like a cache of fxopt: delete it yourself if you are sure")
-    for entry in entries:
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """Every FXOPT_* environment variable, typed, in one place. Read at use, never on import, so a test may set them at any time.
 
-`in_key` says whether a knob may change generated code and therefore belongs in cache keys; `Options.parse` folds those knobs
-into the options, whose `cache_key_facts` is the only thing keys need to look at.
+Those that change what a graph is compiled to are folded into the options by `Options.parse`, or, like the C++ compiler, are
+part of a kernel's key themselves (`codegen/cpp_build.py:toolchain_id`); keys need not look here.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ class Knob(Generic[T]):
     parse: Callable[[str], T]
     default: T
     doc: str
-    in_key: bool = False
 
     def get(self) -> T:
         """The current value; the default when unset, empty or malformed."""
@@ -54,6 +54,15 @@ def _count(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    """Bytes: "300000", "500MB" (powers of 1000), "2GiB" or "2G" (powers of 1024)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", text.lower())
+    if found is None:
+        raise ValueError("expected a number of bytes, or one with kB, MB, GB, KiB, MiB, GiB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1000 if binary == "b" else 1024) ** ("kmgt".index(prefix) + 1 if prefix else 0))
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -73,26 +82,28 @@ def _optional_text(text: str) -> str | None:
 CACHE_DIR: Knob[Path | None] = Knob(
     "FXOPT_CACHE_DIR", _path, None, "directory for kernels and measurements; default $XDG_CACHE_HOME/fxopt or ~/.cache/fxopt"
 )
+CACHE_SIZE: Knob[int] = Knob(
+    "FXOPT_CACHE_SIZE",
+    _size,
+    4 << 30,
+    'how large that directory may grow before what was used least recently is deleted: bytes, or "2GiB"; default 4GiB, '
+    "0 for no limit",
+)
 DUMP: Knob[str | None] = Knob(
     "FXOPT_DUMP", _optional_text, None, "directory that receives the graph after each pass that changed it"
 )
-DISABLE: Knob[tuple[str, ...]] = Knob(
-    "FXOPT_DISABLE", _names, (), "comma-separated names of passes to switch off", in_key=True
-)
+DISABLE: Knob[tuple[str, ...]] = Knob("FXOPT_DISABLE", _names, (), "comma-separated names of passes to switch off")
 FUEL: Knob[int | None] = Knob(
     "FXOPT_FUEL",
     _optional_count,
     None,
     "how many rewrites may be applied in all, for bisecting; unlimited when unset",
-    in_key=True,
 )
 STRICT: Knob[bool] = Knob("FXOPT_STRICT", _flag, False, "1: raise RetreatError where something would fall back to ATen")
-CXX: Knob[str | None] = Knob(
-    "FXOPT_CXX", _optional_text, None, "C++ compiler to use instead of $CXX, g++, c++ or clang++", in_key=True
-)
+CXX: Knob[str | None] = Knob("FXOPT_CXX", _optional_text, None, "C++ compiler to use instead of $CXX, g++, c++ or clang++")
 WORKERS: Knob[int | None] = Knob(
     "FXOPT_WORKERS", _optional_count, None, "compile worker processes; default: one per core, at most 16"
 )
 
-ALL: tuple[Knob[object], ...] = (CACHE_DIR, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS)  # type: ignore[assignment]
+ALL: tuple[Knob[object], ...] = (CACHE_DIR, CACHE_SIZE, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS)  # type: ignore[assignment]
 """Every knob, for documentation and tests."""

@@ -225,6 +225,7 @@ def save(key: RecordKey, plan: Plan, lowered: Lowered, journal: Journal, store: 
         "journal": _kept(journal),
     }
     store.cache.try_write(lambda: store.cache.put_document(FOLDER, key.digest(), body))
+    store.trim()
 
 
 def _encoded(value: torch.Tensor) -> list[Any]:

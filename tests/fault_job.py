@@ -1,4 +1,5 @@
-"""A small training and inference job for a process of its own: `python -m tests.fault_job [PRELUDE]`.
+"""A small training and inference job for a process of its own: `python -m tests.fault_job [PRELUDE]`, or a fork of
+`tests.fault_server`, which saves importing torch.
 
 Runs PRELUDE (Python that breaks something) before anything is compiled, compares every result with eager, and prints JSON:
 the warnings that a user would see, the number of generated kernels, the retreats, and what explain says of them.
@@ -44,11 +45,11 @@ def check_dropout() -> None:
     assert set(dropped.tolist()) == {0.0, 4.0}
 
 
-def main() -> None:
+def main(prelude: str) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        exec(sys.argv[1] if len(sys.argv) > 1 else "", {})
+        exec(prelude, {})
         check_training()
         check_dropout()
     from fxopt.journal import RECENT
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main("".join(sys.argv[1:]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ from typer.testing import CliRunner
 
 from fxopt import cli
 from fxopt.errors import FxoptError
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.cachedir import CacheDirectory
+from fxopt.tune.records import RecordKey, Records
 
 runner = CliRunner()
 
@@ -67,24 +73,83 @@ def test_run_compares_and_writes_rows(tmp_path: Path) -> None:
     assert row["kernel_count"] > 50
 
 
-def test_cache_shows_and_clears_its_own_layout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("FXOPT_CACHE_DIR", str(cache))
-    assert "empty" in runner.invoke(cli.app, ["cache"]).stdout
-    for folder in ("tmp", "quarantine", "blobs"):
-        (cache / folder).mkdir(parents=True)
-    cache.chmod(0o700)
-    (cache / "blobs" / "x").write_bytes(b"1234")
-    assert "1 files" in runner.invoke(cli.app, ["cache"]).stdout
-    assert runner.invoke(cli.app, ["cache", "--clear"]).exit_code == 0
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with two kernels, a plan and a measurement for each of two architectures."""
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path / "cache"))
+    store = ArtifactStore(tmp_path / "cache")
+    for n in (1, 2):
+        store.put(f"{n:064d}", "cpp", "entry", b"code %d" % n * 100_000, {}, {})
+    store.cache.put_document("plans", "p", {})
+    for architecture in ("cpu-AVX2", "cuda-sm90"):
+        Records(store.cache, architecture).put(KEY, {"winner": architecture})
+    return tmp_path / "cache"
+
+
+KEY = RecordKey("region", {"n": 1})
+
+
+def lines(*arguments: str) -> list[str]:
+    result = runner.invoke(cli.app, ["cache", *arguments])
+    assert result.exit_code == 0, result.output
+    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+
+def refused(*arguments: str) -> str:
+    result = runner.invoke(cli.app, ["cache", *arguments])
+    assert isinstance(result.exception, FxoptError), result.output
+    return str(result.exception)
+
+
+def test_cache_lists_folders_and_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXOPT_CACHE_SIZE", "2MiB")
+    os.utime(cache / "plans" / "p.json", (time.time() - 5 * 24 * 3600,) * 2)
+    listed = lines("ls")
+    assert listed == lines()
+    assert any(line.startswith("blobs 2 files 1.1 MiB, last used 0 minutes ago") for line in listed), listed
+    assert any(line.startswith("plans 1 file ") and line.endswith("last used 5 days ago") for line in listed), listed
+    assert [line.split(" ")[0] for line in listed if "records" in line] == ["records/cpu-AVX2", "records/cuda-sm90"]
+    assert listed[-1].startswith(f"{cache}: 9 files, 1.1 MiB of at most 2.0 MiB"), listed
+    monkeypatch.setenv("FXOPT_CACHE_SIZE", "0")
+    assert "no limit" in lines()[-1]
+
+
+def test_cache_clears_its_own_layout(cache: Path) -> None:
+    lines("clear")
     assert list(cache.iterdir()) == []
+    cache.rmdir()
+    assert lines() == lines("clear") == [f"{cache}: empty"]
 
 
-def test_cache_refuses_to_clear_a_directory_that_is_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_moves_measurements(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "measured.json"
+    assert lines("export", str(file)) == [f"2 records of cpu-AVX2, cuda-sm90 written to {file}"]
+    Records(CacheDirectory(cache), "cpu-AVX2").put(KEY, {"winner": "chosen here"})
+    shutil.rmtree(cache / "records" / "cuda-sm90")
+    expected = ["cpu-AVX2: 0 new records", "cuda-sm90: 1 new record", f"1 new record from {file}"]
+    assert lines("import", str(file)) == expected
+    assert Records(CacheDirectory(cache), "cpu-AVX2").get(KEY) == {"winner": "chosen here"}
+    assert Records(CacheDirectory(cache), "cuda-sm90").get(KEY) == {"winner": "cuda-sm90"}
+
+
+def test_cache_names_the_file_that_it_cannot_take(cache: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    assert f"{other} is not a file of exported fxopt records" in refused("import", str(other))
+    assert f"{tmp_path / 'none'}: No such file" in refused("import", str(tmp_path / "none"))
+    assert f"{tmp_path / 'no' / 'folder'}: No such file" in refused("export", str(tmp_path / "no" / "folder"))
+
+
+def test_cache_leaves_alone_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precious = tmp_path / "home" / "thesis.tex"
     precious.parent.mkdir(mode=0o700)
     precious.write_text("years of work")
     monkeypatch.setenv("FXOPT_CACHE_DIR", str(precious.parent))
-    result = runner.invoke(cli.app, ["cache", "--clear"])
-    assert isinstance(result.exception, FxoptError)
-    assert precious.exists()
+    assert "does not look like a cache" in refused("clear")
+    precious.parent.chmod(0o777)
+    for command in (["clear"], ["export", str(tmp_path / "x")], ["import", str(tmp_path / "x")]):
+        assert "other users may write" in refused(*command)
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(precious))
+    for command in ([], ["ls"], ["clear"], ["export", str(tmp_path / "x")]):
+        assert f"{precious} is not a directory" in refused(*command)
+    assert precious.read_text() == "years of work"

@@ -31,15 +31,30 @@ def compile_kernels(sources: Sequence[KernelSource], target: Target, store: Arti
     toolchains = {language: _toolchain(language, target) for language in dict.fromkeys(s.language for s in sources)}
     keys = [source.key(toolchains[source.language]) for source in sources]
     unique = dict(zip(keys, sources, strict=True))
-    results: dict[str, Result] = {key: found for key in unique if (found := store.get(key)) is not None}
-    missing = [(key, source) for key, source in unique.items() if key not in results]
+    results = _known(unique, store)
+    if len(results) < len(unique):
+        with store.cache.claimed(min(unique)):  # processes with the same job build its kernels once, not each
+            results = _known(unique, store)
+            missing = {key: source for key, source in unique.items() if key not in results}
+            results.update(_compile(missing, toolchains, target, store))
+    return [results[key] for key in keys]
+
+
+def _known(unique: dict[str, KernelSource], store: ArtifactStore) -> dict[str, Result]:
+    return {key: found for key in unique if (found := store.get(key)) is not None}
+
+
+def _compile(
+    missing: dict[str, KernelSource], toolchains: dict[str, str], target: Target, store: ArtifactStore
+) -> dict[str, Result]:
+    results: dict[str, Result] = {}
     for language, compile_missing in _COMPILERS.items():
-        todo = [(key, source) for key, source in missing if source.language == language]
+        todo = [(key, source) for key, source in missing.items() if source.language == language]
         if todo:
             compiled = compile_missing(todo, target, store, toolchains[language])
             results.update(compiled)
             _report(any(isinstance(r, CompileFailure) for r in compiled.values()), language, target)
-    return [results[key] for key in keys]
+    return results
 
 
 def prestart(target: Target) -> None:

@@ -4,7 +4,7 @@
     entries/<key>.json         for each kernel: which blob, its entry point, and every fact its key was made of
 
 An entry is believed only if its own checksum holds, and its blob only if the content hashes to the name the entry gives it.
-Everything about trust, atomicity and damage is in `runtime/cachedir.py`.
+Everything about trust, atomicity and damage is in `runtime/cachedir.py`, about the size cap in `runtime/eviction.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 from fxopt.ir.kernel import Artifact
+from fxopt.runtime import eviction
 from fxopt.runtime.cachedir import CacheDirectory, default_directory, sha256_of
 
 FORMAT = 1
@@ -31,6 +33,8 @@ class ArtifactStore:
     def __init__(self, directory: Path | str | None = None) -> None:
         self.cache = CacheDirectory(default_directory() if directory is None else directory)
         self._verified: dict[Path, tuple[int, int, int]] = {}
+        self._given: weakref.WeakValueDictionary[int, Artifact] = weakref.WeakValueDictionary()
+        self._given_lock = threading.Lock()
 
     @property
     def directory(self) -> Path:
@@ -50,7 +54,7 @@ class ArtifactStore:
         if not self._sound(path, body["sha256"]):
             self._drop(entry, path, body["sha256"])
             return None
-        return Artifact(key, body["language"], body["entry"], path, body["meta"])
+        return self._give(Artifact(key, body["language"], body["entry"], path, body["meta"]))
 
     def put(
         self, key: str, language: str, entry: str, code: Path | bytes, meta: dict[str, Any], facts: dict[str, Any]
@@ -73,11 +77,33 @@ class ArtifactStore:
             "facts": facts,
         }
         path = self.cache.write(lambda: self._write(key, body, data))
-        return Artifact(key, language, entry, path, meta)
+        artifact = self._give(Artifact(key, language, entry, path, meta))
+        self.trim()
+        return artifact
 
     def forget(self, key: str, reason: str) -> None:
-        """Set the entry of `key` aside, because of `reason`: the next `get` finds nothing."""
+        """Set the entry of `key` aside, because of `reason`: the next `get` finds nothing.
+
+        Not where machine code that this process holds is gone (evicted by another process): that is reason enough for what
+        did not load, and `get` will see it.
+        """
+        if any(not path.exists() for path in self._in_use()):
+            return
         self.cache.quarantine(self.directory / "entries" / f"{key}.json", reason, lambda: False)
+
+    def trim(self) -> None:
+        """Keep the directory within the size cap; what has been written is worth a look only now and then. Never raises."""
+        eviction.keep_within_cap(self.cache, self._in_use)
+
+    def _give(self, artifact: Artifact) -> Artifact:
+        """Remember `artifact` for as long as anybody holds it: it may be about to be loaded."""
+        with self._given_lock:
+            self._given[id(artifact)] = artifact
+        return artifact
+
+    def _in_use(self) -> set[Path]:
+        with self._given_lock:
+            return {artifact.path for artifact in self._given.values()}
 
     def _write(self, key: str, body: dict[str, Any], data: bytes) -> Path:
         path = self.directory / "blobs" / str(body["blob"])
@@ -90,13 +116,13 @@ class ArtifactStore:
     def _sound(self, path: Path, digest: str) -> bool:
         """Whether the file hashes to `digest`; remembered for as long as the file is not touched."""
         try:
-            info = os.stat(path)
+            info = os.lstat(path)
             stamp = (info.st_ino, info.st_size, info.st_mtime_ns)
             if self._verified.get(path) != stamp:
                 if path.stem != digest or sha256_of(path) != digest:
                     return False
                 self._verified[path] = stamp
-        except OSError:
+        except (OSError, ValueError):
             return False
         return True
 

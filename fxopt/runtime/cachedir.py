@@ -3,15 +3,19 @@
 What is read from disk here ends up as machine code in the user's process, so a cache directory must belong to this user and
 nobody else may write to it. Each file is written in a temporary directory of the same file system and renamed into place, so
 that a reader sees all of it or nothing; each carries or is covered by a SHA-256, so that damage is noticed. Damaged files
-move to `quarantine/` and count as absent.
+move to `quarantine/` and count as absent. Links are not followed: they may lead to what somebody else has written.
+
+A file's modification time says when it was last used: reading a document renews it. `runtime/eviction.py` goes by that.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -29,6 +33,15 @@ from fxopt.errors import CacheError
 
 T = TypeVar("T")
 
+RECENT_SECONDS = 600.0
+"""What was used this recently may be about to be loaded by some process: it is not evicted."""
+
+ROOM = 16 << 20
+"""Bytes that must be free where something is compiled: compilers do not say clearly that a disk is full."""
+
+PATIENCE_SECONDS = 120.0
+"""How long to wait for what another process is building before building it too."""
+
 _STALE_SECONDS = 24 * 3600
 
 
@@ -42,13 +55,50 @@ def default_directory() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
+    """Raises as `open_own`."""
+    with open_own(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def distrust(path: Path) -> str | None:
-    """Why the existing directory `path` cannot be trusted, or None. Raises OSError when it cannot be examined."""
-    info = os.stat(path)
+@contextlib.contextmanager
+def open_own(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a file for reading. Raises ValueError when it is no plain file that only this user could have written, OSError
+    when it cannot be read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("it is a symbolic link") from error
+        raise
+    try:
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is not a file")
+        if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ValueError("other users may write to it")
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
+
+
+def walk(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every file below `root`, links not followed; those that vanish meanwhile are left out."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            with contextlib.suppress(OSError):
+                yield path, os.lstat(path)
+
+
+def distrust(path: Path, *, follow: bool = True) -> str | None:
+    """Why the existing directory `path` cannot be trusted, or None. Raises OSError when it cannot be examined.
+
+    Unless `follow`, a link to a directory is none.
+    """
+    info = os.stat(path, follow_symlinks=follow)
+    if stat.S_ISLNK(info.st_mode):
+        return "it is a symbolic link"
     if not stat.S_ISDIR(info.st_mode):
         return "it is not a directory"
     if info.st_uid != os.geteuid():
@@ -70,6 +120,8 @@ class CacheDirectory:
         self.temporary = False
         self.damaged: list[str] = []
         self._lock = threading.RLock()
+        self._locks_held = 0
+        self._written = 0
         reason = self._prepare(self.asked)
         self.path = self.asked if reason is None else self._retreat(reason)
 
@@ -81,15 +133,16 @@ class CacheDirectory:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in ("tmp", "quarantine"):
                 (path / name).mkdir(mode=0o700, exist_ok=True)
-            for folder in (path, *(child for child in path.iterdir() if child.is_dir())):
-                reason = distrust(folder)
+            for folder in (path, *(child for child in path.iterdir() if child.is_dir()), *(path / "records").glob("*/")):
+                reason = distrust(folder, follow=folder == path)
                 if reason is not None:
-                    return reason if folder == path else f"{folder.name}/: {reason}"
+                    return reason if folder == path else f"{folder.relative_to(path)}/: {reason}"
             self._sweep(path / "tmp")
             with tempfile.TemporaryFile(dir=path / "tmp"):
                 return None
-        except FileExistsError:
-            return "it is not a directory"
+        except FileExistsError as error:
+            inside = Path(str(error.filename)).parent == path
+            return f"{Path(error.filename).name} in it is not a directory" if inside else "it is not a directory"
         except OSError as error:
             return error.strerror or str(error)
 
@@ -122,7 +175,7 @@ class CacheDirectory:
         for entry in os.scandir(folder):
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS:
-                    _remove(Path(entry.path))
+                    remove(Path(entry.path))
 
     def folder(self, name: str) -> Path:
         """A subfolder, created when needed. Raises OSError."""
@@ -161,11 +214,18 @@ class CacheDirectory:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A private temporary directory in the cache's file system, removed afterwards."""
-        path = self.write(lambda: Path(tempfile.mkdtemp(dir=self.folder("tmp"))))
+        path = self.write(self._scratch)
         try:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+    def _scratch(self) -> Path:
+        parent = self.folder("tmp")
+        space = os.statvfs(parent)
+        if space.f_blocks and space.f_bavail * space.f_frsize < ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return Path(tempfile.mkdtemp(dir=parent))
 
     def put_bytes(self, folder: str, name: str, data: bytes) -> Path:
         """Write a file atomically, replacing one of that name. Raises OSError."""
@@ -179,15 +239,45 @@ class CacheDirectory:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+        with self._lock:
+            self._written += len(data)
         return target
+
+    def take_written(self) -> int:
+        """Bytes written here since the last call."""
+        with self._lock:
+            written, self._written = self._written, 0
+        return written
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Exclusive among threads and processes; where the file system has no locks, among threads."""
+        """Exclusive among threads and processes; where the file system has no locks, among threads. May be nested."""
         with self._lock, contextlib.ExitStack() as stack:
+            if self._locks_held == 0:
+                with contextlib.suppress(OSError):
+                    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                    handle = os.open(self.path / "lock", flags, 0o600)
+                    stack.callback(os.close, handle)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    # Not left to close(): a child forked meanwhile has the file open too.
+                    stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
+            self._locks_held += 1
+            try:
+                yield
+            finally:
+                self._locks_held -= 1
+
+    @contextlib.contextmanager
+    def claimed(self, name: str) -> Iterator[None]:
+        """While another thread or process is in the block under `name`, wait, but not for ever: nothing but time depends on
+        it."""
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                file = stack.enter_context(open(self.path / "lock", "w"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                handle = os.open(self.folder("claims") / name[:2], flags, 0o600)
+                stack.callback(os.close, handle)
+                stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
+                _wait_for(handle, PATIENCE_SECONDS)
             yield
 
     # --- documents: JSON that knows its own checksum
@@ -201,8 +291,8 @@ class CacheDirectory:
         """What `put_document` wrote, or None when absent or damaged (which is reported once and moved away)."""
         path = self.path / folder / f"{name}.json"
         try:
-            return _body(_read_own(path))
-        except FileNotFoundError:
+            return _body(_read_own(path, used=True))
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             self.report_damage(path, error.strerror or str(error))
@@ -237,6 +327,18 @@ class CacheDirectory:
             )
 
 
+def _wait_for(handle: int, seconds: float) -> None:
+    """Take the lock of a file unless it stays taken for `seconds`. Raises OSError where there are no locks."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        else:
+            return
+
+
 def _digest(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -254,12 +356,12 @@ def _body(data: bytes) -> Any:
     return document["body"]
 
 
-def _read_own(path: Path) -> bytes:
-    """The content of a file. Raises ValueError when someone else could have written it, OSError when it cannot be read."""
-    with open(path, "rb") as file:
-        info = os.fstat(file.fileno())
-        if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ValueError("other users may write to it")
+def _read_own(path: Path, used: bool = False) -> bytes:
+    """The content of a file, which is noted as `used` now. Raises as `open_own`."""
+    with open_own(path) as file:
+        if used and time.time() - os.fstat(file.fileno()).st_mtime > RECENT_SECONDS / 2:
+            with contextlib.suppress(OSError):
+                os.utime(file.fileno())
         return file.read()
 
 
@@ -271,7 +373,8 @@ def _is_sound(path: Path) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory with all that is in it. Raises OSError for the first two."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

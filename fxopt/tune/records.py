@@ -3,7 +3,9 @@
     records/<architecture>/<hash of the key>.json      {"key": {"kind", "facts"}, "value"}
 
 One file per key, written atomically: any number of processes may add records at once, and a damaged one costs only itself
-(`runtime/cachedir.py` sets it aside). The key stands beside the value, so records can be read, exported and merged.
+(`runtime/cachedir.py` sets it aside). The key stands beside the value, so records can be read, exported and imported.
+
+An exported file holds the records of every architecture: {"format", "records": {architecture: [{"key", "value"}, ...]}}.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from fxopt.errors import CacheError
 from fxopt.runtime.cachedir import CacheDirectory
 
 FORMAT = 1
+FOLDER = "records"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Records:
 
     def __init__(self, cache: CacheDirectory, architecture: str) -> None:
         self._cache = cache
-        self._folder = f"records/{_file_name(architecture)}"
+        self._folder = f"{FOLDER}/{_file_name(architecture)}"
         self._known: dict[str, dict[str, Any]] = {}
         self.architecture = architecture
 
@@ -62,7 +65,7 @@ class Records:
 
     def put(self, key: RecordKey, value: dict[str, Any]) -> None:
         """Record `value` (JSON data) for `key`, in this process even when the disk refuses."""
-        name, entry = key.digest(), {"format": FORMAT, "key": _key_json(key), "value": value}
+        name, entry = key.digest(), {"format": FORMAT, **_entry(key, value)}
         self._known[name] = json.loads(json.dumps(value))
         self._cache.try_write(lambda: self._cache.put_document(self._folder, name, entry))
 
@@ -79,40 +82,63 @@ class Records:
         for path in sorted((self._cache.path / self._folder).glob("*.json")):
             entry = self._read(path.stem)
             if entry is not None:
-                yield RecordKey(entry["key"]["kind"], entry["key"]["facts"]), entry["value"]
+                yield _record_key(entry), entry["value"]
 
-    def export(self, path: Path | str) -> int:
-        """Write every record to one JSON file; returns how many. Raises OSError."""
-        records = [{"key": _key_json(key), "value": value} for key, value in self.items()]
-        data = {"format": FORMAT, "architecture": self.architecture, "records": records}
-        Path(path).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-        return len(records)
 
-    def merge(self, path: Path | str) -> int:
-        """Add an exported file's records; returns how many were new. A key already recorded keeps its value, so that choices
-        made here stay as they are. Raises CacheError when the file is not an export for this architecture, OSError when it
-        cannot be read."""
-        entries = self._exported(Path(path))
-        added = 0
-        for entry in entries:
-            key = RecordKey(entry["key"]["kind"], entry["key"]["facts"])
-            if self.get(key) is None:
-                self.put(key, entry["value"])
-                added += 1
-        return added
+def architectures(cache: CacheDirectory) -> list[str]:
+    """Those with records in `cache`."""
+    return sorted(path.name for path in (cache.path / FOLDER).glob("*/"))
 
-    def _exported(self, path: Path) -> list[dict[str, Any]]:
-        try:
-            data = json.loads(path.read_bytes())
-            if data["format"] != FORMAT or not all(_is_entry({"format": FORMAT, **e}) for e in data["records"]):
-                raise ValueError("unknown format")
-            architecture = data["architecture"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CacheError(f"{path} is not a file of exported fxopt records: {error}") from error
-        if architecture != self.architecture:
-            raise CacheError(f"{path} has records of {architecture}, not of {self.architecture}; measure on this machine")
-        entries: list[dict[str, Any]] = data["records"]
-        return entries
+
+def export_records(cache: CacheDirectory, path: Path | str) -> dict[str, int]:
+    """Write every record in `cache` to one JSON file; returns how many there are of each architecture. Raises OSError."""
+    found = {name: [_entry(key, value) for key, value in Records(cache, name).items()] for name in architectures(cache)}
+    data = {"format": FORMAT, "records": found}
+    Path(path).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    return {name: len(entries) for name, entries in found.items()}
+
+
+def import_records(cache: CacheDirectory, path: Path | str) -> dict[str, int]:
+    """Add an exported file's records to `cache`; returns how many of each architecture were new.
+
+    A key already recorded keeps its value, so that choices made here stay as they are. Raises CacheError, before anything is
+    added, when the file is no export, OSError when it cannot be read.
+    """
+    added = {}
+    for architecture, entries in _exported(Path(path)).items():
+        records = Records(cache, architecture)
+        new = [entry for entry in entries if records.get(_record_key(entry)) is None]
+        for entry in new:
+            records.put(_record_key(entry), entry["value"])
+        added[architecture] = len(new)
+    return added
+
+
+def _exported(path: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        data = json.loads(path.read_bytes())
+        if data["format"] != FORMAT:
+            raise ValueError(f"its format is {data['format']!r}, not {FORMAT}")
+        found: dict[str, list[dict[str, Any]]] = data["records"]
+        for architecture, entries in found.items():
+            if architecture != _file_name(architecture) or architecture.startswith("."):
+                raise ValueError(f"{architecture!r} is no architecture")
+            for entry in entries:
+                if not _is_entry({"format": FORMAT, **entry}):
+                    raise ValueError(f"not everything listed for {architecture} is a record")
+                _record_key(entry).digest()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise CacheError(f"{path} is not a file of exported fxopt records: {reason}") from error
+    return found
+
+
+def _record_key(entry: dict[str, Any]) -> RecordKey:
+    return RecordKey(entry["key"]["kind"], entry["key"]["facts"])
+
+
+def _entry(key: RecordKey, value: dict[str, Any]) -> dict[str, Any]:
+    return {"key": _key_json(key), "value": value}
 
 
 def _key_json(key: RecordKey) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fxopt.codegen import compile as compiling
 from fxopt.codegen import cpp_build, triton_build, workers
 from fxopt.codegen.compile import compile_kernels
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.runtime import cachedir
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 
@@ -232,6 +233,14 @@ COLD = """
         assert isinstance(found, Artifact) and found.entry == source.entry, found
         assert found.path.read_text() == source.text * 1000
 """
+
+
+def test_a_builder_that_never_ends_is_not_waited_for(
+    store: ArtifactStore, built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cachedir, "PATIENCE_SECONDS", 0.1)
+    with store.cache.claimed(cpp(1).key(compiling.toolchain(CPU))):
+        assert entries(compile_kernels([cpp(1)], CPU, store)) == ["give_1"]
 
 
 def test_four_processes_on_one_cold_cache(tmp_path: Path) -> None:

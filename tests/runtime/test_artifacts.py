@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -79,15 +81,37 @@ def replace_entry(path: Path) -> None:
     CacheDirectory(path.parent.parent).put_document("entries", path.stem, {"key": path.stem, "blob": "../../etc/passwd"})
 
 
+def link(path: Path) -> None:
+    """The same content, but where somebody else may have put it."""
+    path.symlink_to(path.rename(path.parent.parent.parent / "elsewhere"))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
     ("blobs", truncate),
     ("blobs", empty),
     ("blobs", flip),
     ("blobs", Path.unlink),
+    ("blobs", loosen),
+    ("blobs", link),
+    ("blobs", pipe),
+    ("blobs", folder),
     ("entries", truncate),
     ("entries", empty),
     ("entries", flip),
     ("entries", loosen),
+    ("entries", link),
+    ("entries", pipe),
+    ("entries", folder),
     ("entries", replace_entry),
 ]
 
@@ -145,6 +169,55 @@ def test_a_subdirectory_that_others_may_write(store: ArtifactStore) -> None:
     with pytest.warns(UserWarning, match="cannot use its cache directory") as caught:
         other = ArtifactStore(store.directory)
     refuse(other, store.directory, caught, "blobs/: other users may write")
+
+
+@pytest.mark.parametrize("name", ["blobs", "tmp", "records/cpu"])
+def test_a_link_in_place_of_a_subdirectory(store: ArtifactStore, tmp_path: Path, name: str) -> None:
+    """It is not used and, above all, not swept."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    os.utime(precious / "thesis.tex", (1, 1))
+    planted = store.directory / name
+    planted.parent.mkdir(exist_ok=True)
+    if planted.exists():
+        planted.rename(tmp_path / "away")
+    planted.symlink_to(precious)
+    with pytest.warns(UserWarning, match="cannot use its cache directory") as caught:
+        other = ArtifactStore(store.directory)
+    refuse(other, store.directory, caught, f"{name}/: it is a symbolic link")
+    assert [p.name for p in precious.iterdir()] == ["thesis.tex"]
+
+
+def test_a_link_in_place_of_the_lock(store: ArtifactStore, tmp_path: Path) -> None:
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("years of work")
+    (store.directory / "lock").unlink()
+    (store.directory / "lock").symlink_to(precious)
+    put(store, "cd" * 32, b"new code")
+    assert precious.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["tmp", "quarantine"])
+def test_a_file_in_place_of_a_subdirectory(store: ArtifactStore, name: str) -> None:
+    (store.directory / name).rmdir()
+    (store.directory / name).write_text("mine")
+    with pytest.warns(UserWarning, match="cannot use its cache directory") as caught:
+        other = ArtifactStore(store.directory)
+    refuse(other, store.directory, caught, f"{name} in it is not a directory")
+
+
+@pytest.mark.parametrize("name", ["blobs", "entries"])
+def test_a_file_in_place_of_a_folder_of_kernels(store: ArtifactStore, name: str) -> None:
+    (store.directory / name).rename(store.directory / "away")
+    (store.directory / name).write_text("mine")
+    other = ArtifactStore(store.directory)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fxopt found a damaged file")
+        assert other.get(KEY) is None
+    with pytest.warns(UserWarning, match="cannot use its cache directory") as caught:
+        put(other)
+    refuse(other, store.directory, caught, "File exists")
 
 
 def test_a_directory_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +309,36 @@ def test_leftovers_of_killed_writers_are_harmless_and_swept(store: ArtifactStore
     assert [p.name for p in (store.directory / "tmp").iterdir()] == ["new"], "a young one may belong to a living writer"
 
 
+def test_nothing_is_compiled_on_a_full_disk(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers write there, and do not say clearly what stopped them."""
+    asked, real = store.directory, os.statvfs
+
+    def statvfs(path: Any) -> Any:
+        found = real(path)
+        return os.statvfs_result((*found[:3], 0, 0, *found[5:10])) if asked in Path(path).parents else found
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    with pytest.warns(UserWarning, match="No space left") as caught, store.cache.scratch() as folder:
+        assert asked not in folder.parents
+    assert len(caught) == 1
+
+
+def test_locks_may_be_nested_and_a_forked_child_does_not_keep_them(store: ArtifactStore) -> None:
+    with store.cache.locked():
+        with store.cache.locked():
+            put(store, "cd" * 32, b"new code")
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        script = "import sys; from fxopt.runtime.cachedir import CacheDirectory as C\nwith C(sys.argv[1]).locked(): pass"
+        subprocess.run([sys.executable, "-c", script, str(store.directory)], check=True, timeout=30)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_scratch_is_removed(store: ArtifactStore) -> None:
     with store.cache.scratch() as folder:
         (folder / "x").write_text("x")
@@ -304,3 +407,42 @@ def test_four_processes_on_one_cold_cache(tmp_path: Path, mode: str) -> None:
     damaged = sum(int(out) for out, *_ in results)
     assert damaged == 0 if mode == "clean" else damaged > 0
     assert not any((tmp_path / "cache" / "tmp").iterdir())
+
+
+WRITER = """
+    import sys
+    from fxopt.runtime.artifacts import ArtifactStore
+    store = ArtifactStore(sys.argv[1])
+    print("ready", flush=True)
+    for i in range(10**9):
+        n = i % 200
+        store.put(f"{n:064d}", "cpp", f"entry{n}", b"code %d " % n * 20000, {}, {"i": i})
+        store.cache.put_document("plans", f"plan{n}", {"n": n, "i": i, "text": "plan " * 4000})
+        store.trim()
+"""
+
+
+def test_killed_at_any_moment_of_a_write(tmp_path: Path) -> None:
+    """kill -9: what is there is whole, what is half is in tmp/, and the next process goes on."""
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(WRITER), str(cache)]
+    for _ in range(8):
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0, 0.15))
+        writer.kill()
+        _, errors = writer.communicate()
+        assert not errors
+        store = ArtifactStore(cache)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for path in cache.glob("entries/*"):
+                found = store.get(path.stem)
+                assert found is not None
+                assert found.path.read_bytes() == b"code %d " % int(path.stem) * 20000
+            for path in cache.glob("plans/*"):
+                assert store.cache.get_document("plans", path.stem)["text"] == "plan " * 4000
+            for path in cache.glob("blobs/*"):
+                assert cachedir.sha256_of(path) == path.stem
+        assert {p.name for p in cache.iterdir()} <= {"blobs", "entries", "plans", "quarantine", "tmp", "lock", "usage.json"}
+    assert not any((cache / "quarantine").iterdir())

@@ -13,7 +13,7 @@ import pytest
 
 from fxopt.errors import CacheError
 from fxopt.runtime.cachedir import CacheDirectory
-from fxopt.tune.records import RecordKey, Records
+from fxopt.tune.records import RecordKey, Records, export_records, import_records
 
 KEY = RecordKey("region", {"kernels": ["k1", "k2"], "shape": [4, 8]})
 
@@ -95,31 +95,55 @@ def test_records_hold_in_memory_when_the_disk_refuses(tmp_path: Path, monkeypatc
     assert kept.get(KEY) == {"winner": "k2"}
 
 
-def test_export_and_merge(tmp_path: Path) -> None:
-    here, there = records(tmp_path / "here"), records(tmp_path / "there")
+def test_export_and_import(tmp_path: Path) -> None:
+    here, there = CacheDirectory(tmp_path / "here"), CacheDirectory(tmp_path / "there")
     keys = [RecordKey("region", {"n": i}) for i in range(4)]
     for i, key in enumerate(keys[:3]):
-        here.put(key, {"winner": f"here {i}"})
-    there.put(keys[0], {"winner": "there 0"})
-    there.put(keys[3], {"winner": "there 3"})
-    assert here.export(tmp_path / "out.json") == 3
-    assert there.merge(tmp_path / "out.json") == 2
-    assert [there.get(key) for key in keys] == [{"winner": w} for w in ("there 0", "here 1", "here 2", "there 3")]
-    assert [key for key, _ in records(tmp_path / "there").items()] == sorted(keys, key=RecordKey.digest)
-    assert there.merge(tmp_path / "out.json") == 0
+        Records(here, "cuda-sm90").put(key, {"winner": f"here {i}"})
+    Records(here, "cpu-AVX2").put(keys[0], {"winner": "on the CPU"})
+    Records(there, "cuda-sm90").put(keys[0], {"winner": "there 0"})
+    Records(there, "cuda-sm90").put(keys[3], {"winner": "there 3"})
+    assert export_records(here, tmp_path / "out.json") == {"cpu-AVX2": 1, "cuda-sm90": 3}
+    assert import_records(there, tmp_path / "out.json") == {"cpu-AVX2": 1, "cuda-sm90": 2}
+    found = Records(there, "cuda-sm90")
+    assert [found.get(key) for key in keys] == [{"winner": w} for w in ("there 0", "here 1", "here 2", "there 3")]
+    assert [key for key, _ in found.items()] == sorted(keys, key=RecordKey.digest)
+    assert Records(there, "cpu-AVX2").get(keys[0]) == {"winner": "on the CPU"}
+    assert import_records(there, tmp_path / "out.json") == {"cpu-AVX2": 0, "cuda-sm90": 0}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "records": [{"key": 3}], "architecture": "cuda-sm90"}'])
-def test_not_an_export(tmp_path: Path, text: str) -> None:
-    (tmp_path / "in.json").write_text(text)
+GOOD = {"key": {"kind": "a", "facts": {}}, "value": {}}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {},
+        {"format": 1},
+        {"format": 99, "records": {}},
+        {"format": 1, "records": [GOOD]},
+        {"format": 1, "records": {"cuda-sm90": [{"key": 3}]}},
+        {"format": 1, "records": {"cuda-sm90": [GOOD, 7]}},
+        {"format": 1, "records": {"cuda-sm90": [GOOD | {"key": {"kind": "a", "facts": {"x": float("nan")}}}]}},
+        {"format": 1, "records": {"../../blobs": [GOOD]}},
+        {"format": 1, "records": {"..": [GOOD]}},
+    ],
+    ids=str,
+)
+def test_not_an_export(tmp_path: Path, data: Any) -> None:
+    (tmp_path / "in.json").write_text(json.dumps(data))
+    cache = CacheDirectory(tmp_path / "cache")
     with pytest.raises(CacheError, match=r"in\.json is not a file of exported"):
-        records(tmp_path / "cache").merge(tmp_path / "in.json")
+        import_records(cache, tmp_path / "in.json")
+    assert not any(tmp_path.glob("cache/records/**/*.json"))
 
 
-def test_records_of_another_architecture_are_not_merged(tmp_path: Path) -> None:
-    records(tmp_path / "a").export(tmp_path / "out.json")
-    with pytest.raises(CacheError, match="cuda-sm90, not of cuda-sm80"):
-        records(tmp_path / "b", "cuda-sm80").merge(tmp_path / "out.json")
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b"\x7fELF"])
+def test_no_json_at_all(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "in.json").write_bytes(data)
+    with pytest.raises(CacheError, match=r"in\.json is not a file of exported"):
+        import_records(CacheDirectory(tmp_path / "cache"), tmp_path / "in.json")
 
 
 def test_processes_may_record_at_once(tmp_path: Path) -> None:
