@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,23 @@ def versions() -> dict[str, str | None]:
     return {**own, **{n: installed(n) for n in names}}
 
 
+def revision() -> str | None:
+    """The commit of this checkout, with "+" when files differ from it; None outside of a git checkout."""
+
+    def git(*arguments: str) -> str:
+        where = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 class Results:
     """A results file being written. With `resume`, cases already in the file are kept and `has` knows them."""
 
@@ -59,7 +77,7 @@ class Results:
         self.path = path
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "started": _now(),
             "target": target_facts(device),
             "versions": versions(),
             "settings": settings,
@@ -80,6 +98,8 @@ class Results:
                 "training": workload.training,
                 "dtype": dtype,
                 "sizes": sizes,
+                "finished": _now(),
+                "commit": revision(),
                 "rows": [r.to_dict() for r in rows],
             }
         )
