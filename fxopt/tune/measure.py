@@ -118,7 +118,7 @@ def runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int
     for source, artifact in choice.kernels:
         try:
             launcher = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device()).bind(artifact.entry)
-        except CudaError:
+        except (CudaError, OSError):  # OSError: another process has just evicted its file
             return None
         grid = [evaluate(g, sizes) for g in source.grid]
         pointers = [tensors[name].data_ptr() for name in source.buffers]
