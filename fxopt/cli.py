@@ -165,7 +165,11 @@ def _target(target: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise FxoptError(f'cannot load {target!r} ({error}); give "minilm" or "module:function"') from error
-    model, args = factory()
+    try:
+        model, args = factory()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FxoptError(f"{target} is to take no argument and return (model, args), a tuple: {problem}") from error
     return model, tuple(args)
 
 

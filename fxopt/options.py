@@ -56,7 +56,7 @@ class Options:
     mode: str = _option("default", "one of " + ", ".join(MODES), "a mode name", _is_mode, in_key=True)
     freeze: bool = _option(
         False,
-        "inference graphs treat parameters and unmutated buffers as constants (decision 13)",
+        "inference graphs treat parameters and unmutated buffers as constants",
         "a bool",
         _is_bool,
         in_key=True,

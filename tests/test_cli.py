@@ -153,3 +153,9 @@ def test_cache_leaves_alone_what_is_not_its_own(tmp_path: Path, monkeypatch: pyt
     for command in ([], ["ls"], ["clear"], ["export", str(tmp_path / "x")]):
         assert f"{precious} is not a directory" in refused(*command)
     assert precious.read_text() == "years of work"
+
+
+def test_explaining_a_factory_that_is_none() -> None:
+    result = runner.invoke(cli.app, ["explain", "json:dumps", "--device", "cpu"])
+    assert isinstance(result.exception, FxoptError)
+    assert "json:dumps is to take no argument and return (model, args), a tuple: TypeError" in str(result.exception)

@@ -2,7 +2,7 @@
 
 `compile_graph(graph, example_inputs, options, journal)` is handed in from above. It returns a function of one list, the
 values of those inputs whose role is not CONSTANT, in order, which it may empty; the function returns the outputs. If it
-raises, the graph runs as its FX graph and the journal says why (decision 1); under options.strict that is a RetreatError.
+raises, the graph runs as its FX graph and the journal says why; under options.strict that is a RetreatError.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class Capture:
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], phase: Phase) -> Runner:
         """The compiler that AOTAutograd calls, once for each graph."""
         self.facts.observe(gm, phase)
+        if phase is Phase.FORWARD:
+            private.keep_saved_values(private.TracingContext.try_get())
         if phase is Phase.INFERENCE and not self.options.fallback_random:
             gm = _with_pure_random(gm)
         build = functools.partial(self._build, gm, example_inputs, phase, private.TracingContext.try_get())

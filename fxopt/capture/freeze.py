@@ -1,4 +1,4 @@
-"""Frozen graphs: parameters and unmutated buffers as constants of an inference graph (decision 13, opt-in).
+"""Frozen graphs: parameters and unmutated buffers as constants of an inference graph, for those who ask.
 
 Every call compares the frozen tensors with what they were at freezing (`Watch`); a difference compiles the graph again with
 the new values, and a graph whose weights keep changing goes back to taking them as inputs. Writes through `.data` are not
@@ -217,7 +217,7 @@ def refreeze(model: torch.nn.Module) -> int:
     TypeError for what is no module.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"fxopt.refreeze takes the module whose weights changed, not a {type(model).__name__}")
+        raise TypeError(f"fxopt.refreeze takes the module whose weights changed, not {type(model).__name__!r}")
     storages = {a for t in (*model.parameters(), *model.buffers()) if (a := _address(t)) is not None}
     with _live_lock:
         functions = list(_live)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import flatten_graph_inputs
+from torch._dynamo.utils import counters, flatten_graph_inputs
 from torch._functorch import partitioners
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,10 +29,27 @@ __all__ = [
     "aot_autograd",
     "boxed_code",
     "flatten_graph_inputs",
+    "graph_breaks",
+    "keep_saved_values",
     "min_cut_partition",
     "outside_tracing",
     "retracing",
 ]
+
+def keep_saved_values(context: Any) -> None:
+    """For the forward graph being compiled: its backward is not given the saved activations to overwrite.
+
+    torch then refuses `backward(retain_graph=True)`, and nothing here makes use of the gift.
+    """
+    metadata = getattr(context, "fw_metadata", None)
+    if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
+        metadata.bw_donated_idxs = []
+
+
+def graph_breaks() -> Counter[str]:
+    """Why Dynamo has split functions so far in this process, and how often."""
+    return Counter(counters["graph_break"])
+
 
 PASS_THROUGH: tuple[type[Exception], ...] = (
     dynamo_errors.RestartAnalysis,  # TensorifyScalarRestartAnalysis among them

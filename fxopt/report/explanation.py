@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fxopt.capture import private
 from fxopt.ir.graph import Phase
 from fxopt.journal import RECENT, Journal
 from fxopt.report.backends import resolve_backend, unshared
@@ -71,15 +73,18 @@ def explain(
     When an output requires grad, the backward is compiled and run too; no `.grad` is touched. `fxopt_options` are the
     `options=` of torch.compile. Dynamo's caches are reset, as torch's own explain does, so that nothing is missing from the
     report: functions compiled earlier compile again when next called (from fxopt's disk cache). Errors of the model itself
-    are raised as they are.
+    are raised as they are; TypeError for what cannot be called.
     """
+    if not callable(model):
+        raise TypeError(f"fxopt.explain takes a module or function and its arguments, not {type(model).__name__!r}")
     original = getattr(model, "_orig_mod", model)
     torch.compiler.reset()
+    before = private.graph_breaks()
     compiled = torch.compile(unshared(original), backend=resolve_backend("fxopt"), options=fxopt_options)
     with journals() as found:
         outputs = compiled(*args, **kwargs)
         _run_backward(original, (args, kwargs), outputs)
-    return Explanation(tuple(j for j in found if _says_something(j)), _breaks(found, original, args, kwargs))
+    return Explanation(tuple(j for j in found if _says_something(j)), _breaks(before))
 
 
 def _is_graph(journal: Journal) -> bool:
@@ -105,18 +110,9 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _breaks(
-    found: list[Journal], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[str, ...]:
-    """Why Dynamo split the model. Only asked when there is more than one graph: it costs another trace."""
-    if sum(_is_graph(j) and not j.graph.endswith(Phase.BACKWARD.value) for j in found) < 2:
-        return ()
-    torch.compiler.reset()
-    try:
-        torch.compile(unshared(model), backend="eager", fullgraph=True)(*args, **kwargs)
-    except Exception as error:
-        return ("; ".join(_paragraph(str(error))),)
-    return ()
+def _breaks(before: Counter[str]) -> tuple[str, ...]:
+    """Why Dynamo split what was compiled since `before`."""
+    return tuple("; ".join(_paragraph(reason)) for reason in private.graph_breaks() - before)
 
 
 def _paragraph(message: str) -> list[str]:

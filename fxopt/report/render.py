@@ -51,8 +51,8 @@ def _section(title: str, lines: list[str]) -> str:
 
 
 def _kernel_line(kernel: KernelEntry) -> str:
-    size = f", {_bytes(kernel.nbytes)}" if kernel.nbytes else ""
-    choice = f", {kernel.choice}" if kernel.choice else ""
+    size = f", moves {_bytes(kernel.nbytes)}" if kernel.nbytes else ""
+    choice = f", {kernel.choice}" if kernel.choice and kernel.language != "cpp" else ""  # C++ has but one form
     return f"{kernel.name} [{kernel.language}{choice}{size}] <- {fold_origins(kernel.origins)}"
 
 

@@ -375,5 +375,5 @@ def test_a_failing_compiler_keeps_the_weights_as_inputs():
 
 
 def test_refreezing_takes_a_module() -> None:
-    with pytest.raises(TypeError, match="takes the module whose weights changed, not a int"):
+    with pytest.raises(TypeError, match="takes the module whose weights changed, not 'int'"):
         refreeze(3)  # type: ignore[arg-type]

@@ -137,6 +137,7 @@ def test_nowhere_to_write_is_a_failure_not_an_exception(
 
 def test_no_triton_is_a_failure_that_says_so(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_build, "available", lambda: "Triton is not installed: pip install triton")
+    monkeypatch.setattr(triton_build, "toolchain_id", triton_build.toolchain_id.__wrapped__)  # it remembers what it said
     monkeypatch.setattr(compiling, "_warned", set())
     with pytest.warns(UserWarning, match="leaves GPU operators to ATen.*pip install triton") as caught:
         results = [compile_kernels([triton(n)], H100, store) for n in "12"]

@@ -312,3 +312,13 @@ def test_shared_weights() -> None:
     run(tokens).square().sum().backward()
     eager(tokens).square().sum().backward()
     close(grads(mine), grads(eager))
+
+
+def test_a_graph_kept_for_a_second_backward_after_one_that_was_not() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 8), nn.Softmax(-1))
+    x = torch.randn(4, 8, requires_grad=True)
+    run = compiled(model)
+    (run(x) ** 2).sum().backward()
+    out = (run(x) ** 2).sum()
+    first = torch.autograd.grad(out, x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(out, x)[0], first, rtol=0, atol=0)

@@ -50,3 +50,19 @@ def test_a_graph_break_is_named_with_its_place() -> None:
 def test_an_error_of_the_model_is_raised_as_it_is() -> None:
     with pytest.raises(RuntimeError, match=r"shape|size|mat1"):
         fxopt.explain(lambda a, b: a @ b, torch.randn(2, 3), torch.randn(2, 3))
+
+
+def test_breaks_that_leave_no_graph_before_them_are_named_too() -> None:
+    def talkative(x: torch.Tensor) -> torch.Tensor:
+        print("hello")
+        return x.sin()
+
+    explanation = fxopt.explain(talkative, torch.randn(3))
+    assert len(explanation.graphs) == 1
+    assert len(explanation.breaks) == 1
+    assert fxopt.explain(torch.sin, torch.randn(3)).breaks == ()
+
+
+def test_what_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match="takes a module or function and its arguments, not 'int'"):
+        fxopt.explain(3, torch.randn(3))  # type: ignore[arg-type]
