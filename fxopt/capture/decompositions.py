@@ -12,6 +12,7 @@ The op set that remains (`ir/ops.py` sorts it into categories):
 - layer, group, batch and RMS norm, forward and backward: in pieces (var_mean, rsqrt, multiply), so that what stands around
   them fuses. Their decompositions compute in float32 for float16 and bfloat16, as do those of gelu, silu and embedding's
   backward; between pointwise pieces nothing is rounded, because a kernel computes in float32 and rounds what it stores;
+- list ops (`_foreach_*`): one op per tensor (capture/foreach.py);
 - pooling, sorting and other ops that torch has good kernels for: whole.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from fxopt.capture.foreach import FOREACH
 from fxopt.capture.softmax import SOFTMAX
 
 aten = torch.ops.aten
@@ -87,6 +89,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
             table.pop(getattr(packet, overload), None)
     table.update(get_decompositions([getattr(aten, name) for name in ALSO_DECOMPOSED if hasattr(aten, name)]))
     table.update(SOFTMAX)
+    table.update(FOREACH)
     table[prims.convert_element_type.default] = _convert_element_type
     table[aten.soft_margin_loss_backward.default] = _soft_margin_loss_backward
     table[aten.native_group_norm.default] = _native_group_norm

@@ -74,6 +74,7 @@ class Lowering:
         self.aliases: dict[Stored, str] = {}
         self.restored: list[tuple[fx.Node, Any]] = []
         self.returned: dict[str, fx.Node] = {}
+        self.readers: dict[str, list[fx.Node]] = {n: [] for n in _written(graph)}  # of inputs that are written
         self.node: fx.Node = next(iter(graph.gm.graph.nodes))
         self.origins = {node.name: origin(node) for node in graph.gm.graph.nodes}
         self.must_store = layout.nodes_needing_memory(graph.gm, self._needs_tensors)
@@ -95,11 +96,19 @@ class Lowering:
                 self.values[node] = self._attribute(node)
             elif node.op == "call_function":
                 self.values[node] = self._call_function(node)
+                self._note_reads(node)
             elif node.op == "output":
                 outputs = tuple(self._output(a) for a in torch.utils._pytree.tree_leaves(node.args[0], is_leaf=_is_none))
             else:
                 raise UnsupportedError(f"node {node.name} has op {node.op}")
         return Lowered(self.steps, self.buffers, tuple(names), self.constants, outputs, self.local_ops)
+
+    def _note_reads(self, node: fx.Node) -> None:
+        """Remember which expressions read inputs that are written, for `store_pending_readers`."""
+        value = self.values[node]
+        if self.readers and isinstance(value, Computed):
+            for name in {load.buffer for load in loads_below((value.body,))} & self.readers.keys():
+                self.readers[name].append(node)
 
     def _placeholder(self, node: fx.Node, constant: torch.Tensor | None) -> Any:
         val = node.meta.get("val")
@@ -409,9 +418,10 @@ class Lowering:
 
     def store_pending_readers(self, buffer: str, writer: fx.Node) -> None:
         """Store every expression that reads `buffer` and is wanted after `writer`, which changes it."""
-        for node, value in list(self.values.items()):
+        for node in self.readers[buffer]:
+            value = self.values[node]
             wanted = any(user is not writer and user not in self.values for user in node.users)
-            if wanted and isinstance(value, Computed) and any(n.buffer == buffer for n in loads_below((value.body,))):
+            if wanted and isinstance(value, Computed):
                 self.restored.append((node, value))
                 self.values[node] = self.store(value, layout.dense_strides(self, node.meta["val"]))
 
@@ -420,6 +430,12 @@ def origin(node: fx.Node) -> str:
     """Where a node came from, for people: "encoder.layer.0.output: aten.add.Tensor"."""
     module = node.meta.get("module", "")
     return f"{module}: {node.target}" if module else str(node.target)
+
+
+def _written(graph: Graph) -> set[str]:
+    """Names of the inputs that a copy writes."""
+    copies = graph.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return {node.args[0].name for node in copies if isinstance(node.args[0], fx.Node)}
 
 
 def _one_device(inputs: Sequence[Value]) -> torch.device:
