@@ -11,6 +11,7 @@ from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, coefficient, free_symbols, substitute
 from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import KernelSource
+from fxopt.ir.loops import Masked, loads_below, postorder
 from fxopt.ir.region import BufferSpec, Call, Ref, Region, Size
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
@@ -83,23 +84,27 @@ def _aligned_positions(source: KernelSource) -> tuple[int, ...]:
 
 
 def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
-    """(output, input) pairs where the output may overwrite the input: every access to either is at one and the same index.
+    """(output, input) pairs where the output may overwrite the input: every access to either is at one and the same index,
+    and the output is computed from the input.
 
-    None for nests that reduce: those read a row again after part of it has been stored.
+    Without the second condition threads of one block may store an element before another thread has loaded it. For the same
+    reason an input that is loaded under a mask is left alone: such loads are instructions of their own. None for nests
+    that reduce: those read a row again after part of it has been stored.
     """
     if region.nest.reduced:
         return
     loads = region.nest.loads()
+    masked = {n.buffer for m in postorder(region.nest.roots) if isinstance(m, Masked) for n in loads_below((m.body,))}
     for store in region.nest.stores:
         if store.mode != "set" or store.indirect:
             continue
         out = region.buffers[store.buffer]
-        for name in region.nest.reads():
+        for name in dict.fromkeys(load.buffer for load in loads_below((store.value,))):
             spec = region.buffers[name]
             if name == store.buffer or (spec.dtype, spec.shape, spec.strides) != (out.dtype, out.shape, out.strides):
                 continue
             own = [load for load in loads if load.buffer == name]
-            if all(load.index == store.index and not load.indirect for load in own):
+            if name not in masked and all(load.index == store.index and not load.indirect for load in own):
                 yield store.buffer, name
 
 

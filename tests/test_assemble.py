@@ -45,6 +45,19 @@ def test_a_row_that_is_read_again_after_a_store_stays() -> None:
     assert pairs(fn, rand(4, 6), rand(4, 6)) == [[]]
 
 
+def test_a_result_of_other_operands_does_not_overwrite_this_one() -> None:
+    """Nothing makes a thread load its element of `y` before another stores there what has nothing to do with it."""
+    ((pair, other),) = pairs(lambda x, y: (x * 2, y * 3), rand(4, 6), rand(4, 6))
+    assert {pair[1], other[1]} == {"x_1", "y_1"} and pair[0] != other[0]
+
+
+def test_an_operand_loaded_under_a_mask_stays() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.constant_pad_nd.default(x[:, :4], [0, 2]) + x
+
+    assert pairs(fn, rand(4, 6)) == [[]]
+
+
 # ---------------------------------------------------------------------- where sizes come from
 
 

@@ -212,7 +212,7 @@ class _Printer:
         return self.domain.lanes
 
     def _stores(self, stores: list[Store], scope: Scope) -> None:
-        scope.lines += [self.emit.prepare_store(s, scope) for s in stores]
+        scope.lines += self.emit.prepare_stores(stores, scope)
 
     def _column(self, scope: Scope) -> None:
         """Reductions whose vectors hold different points."""

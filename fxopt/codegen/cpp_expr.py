@@ -286,6 +286,8 @@ class Emitter:
                 return f"fx::load1({base})"
             case "1":
                 return f"fx::load<W>({base}, {on})"
+            case "2":
+                return f"fx::load_every_second<W>({base}, {on})"
             case str():
                 return f"fx::load_strided<W>({base}, {access}, {on})"
             case (index,):
@@ -337,6 +339,29 @@ class Emitter:
         return name
 
     # ---- stores ----
+
+    def prepare_stores(self, stores: list[Store], scope: Scope) -> list[str]:
+        """`prepare_store` for each of `stores`; two that fill the even and the odd elements of one row are one statement."""
+        lines, rest = [], list(stores)
+        while rest:
+            store = rest.pop(0)
+            partner = next((s for s in rest if self._are_pairs(store, s, scope)), None)
+            if partner is None:
+                lines.append(self.prepare_store(store, scope))
+                continue
+            rest.remove(partner)
+            even, odd = (store, partner) if partner.index - store.index == 1 else (partner, store)
+            base, _ = self.address(even.buffer, even.index, (), scope)
+            values = f"{self.vector(even.value, scope)}, {self.vector(odd.value, scope)}"
+            lines.append(f"fx::store_pairs({base}, {values}, {scope.on});")
+        return lines
+
+    def _are_pairs(self, a: Store, b: Store, scope: Scope) -> bool:
+        if a.buffer != b.buffer or (a.mode, b.mode) != ("set", "set") or a.indirect or b.indirect:
+            return False
+        if self.lanes is None or self.lanes not in scope.symbols or coefficient(a.index, self.lanes) != 2:
+            return False
+        return b.index - a.index in (1, -1)
 
     def prepare_store(self, store: Store, scope: Scope) -> str:
         """Compute what `store` needs in `scope`; the store statement itself, to be placed after every load of the step."""

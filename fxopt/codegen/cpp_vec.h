@@ -255,6 +255,18 @@ template <int N, class T, class On> FX_INLINE auto load_strided(const T* p, int6
   }
   return widen<T>(raw);
 }
+template <class X, size_t... I> FX_INLINE X every_second(X low, X high, std::index_sequence<I...>) {
+  return __builtin_shufflevector(low, high, static_cast<int>(2 * I < sizeof...(I) ? 2 * I : 2 * I + 1)...);
+}
+// Element p[2*i] in lane i: two plain loads, of which the second ends with the last element wanted.
+template <int N, class T, class On> FX_INLINE auto load_every_second(const T* p, On on) {
+  if constexpr (N > 1 && std::is_same_v<On, All>) {
+    using R = Raw<T, N>;
+    return widen<T>(every_second(raw_load<R>(p, on), raw_load<R>(p + N - 1, on), std::make_index_sequence<N>{}));
+  } else {
+    return load_strided<N>(p, 2, on);
+  }
+}
 template <class T, class I, class On> FX_INLINE auto gather(const T* p, I index, On on) {
   Raw<T, lanes<I>> raw{};
   for (int i = 0; i < lanes<I>; ++i) {
@@ -302,6 +314,18 @@ template <class T, class X, class On> FX_INLINE void add_strided(T* p, int64_t s
 }
 template <int Base, class X, size_t... I> FX_INLINE X interleaved(X a, X b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, static_cast<int>((I % 2) * sizeof...(I) + Base + I / 2)...);
+}
+// even[i] at p[2*i] and odd[i] at p[2*i + 1].
+template <class T, class X, class On> FX_INLINE void store_pairs(T* p, X even, X odd, On on) {
+  constexpr int N = lanes<X>;
+  if constexpr (N > 1 && std::is_same_v<On, All>) {
+    const auto a = shrink<T>(even), b = shrink<T>(odd);
+    raw_store(p, interleaved<0>(a, b, std::make_index_sequence<N>{}), on);
+    raw_store(p + N, interleaved<N / 2>(a, b, std::make_index_sequence<N>{}), on);
+  } else {
+    store_strided(p, 2, even, on);
+    store_strided(p + 1, 2, odd, on);
+  }
 }
 // The perfect-shuffle transpose of N vectors: log2(N) rounds of interleaving row i with row i + N/2.
 template <int Rounds, class X, int N> FX_INLINE void transpose(X (&row)[N]) {

@@ -511,6 +511,21 @@ def ask(relation: str, a: Int, b: Int) -> bool | None:
     return False if hi is not None and hi < slack else None
 
 
+def never_equal(a: Int, b: Int) -> bool:
+    """Whether `a` and `b` are known to differ whatever values their symbols have, each with symbols of its own.
+
+    They do when their ranges are apart, or those of their remainders by some number: 2*i and 2*j + 1.
+    """
+    terms = [term for x in (a, b) if isinstance(x, Expr) for term in x.terms]
+    moduli = sorted({abs(coef) for monomial, coef in terms if monomial} - {1})
+    pairs = [(a, b), *((mod(a, m), mod(b, m)) for m in moduli)]
+    return any(_are_apart(bounds(x), bounds(y)) for x, y in pairs)
+
+
+def _are_apart(a: Bounds, b: Bounds) -> bool:
+    return (a[1] is not None and b[0] is not None and a[1] < b[0]) or (b[1] is not None and a[0] is not None and b[1] < a[0])
+
+
 def free_symbols(x: Int) -> frozenset[Sym]:
     """Every symbol `x` mentions (not the symbols inside an index symbol's size)."""
     if isinstance(x, int):

@@ -29,6 +29,11 @@ def mappings(source: Nest, target: Nest) -> Iterator[Mapping]:
         yield from _between(source, source.points, target, target.points)
 
 
+def extents(nest: Nest) -> tuple[Int, Int]:
+    """How many points a nest has, and over how many elements each reduces."""
+    return prod(_size(s) for s in nest.points), prod(_size(s) for s in nest.reduced)
+
+
 def _same_count(a: tuple[Sym, ...], b: tuple[Sym, ...]) -> bool:
     return prod(_size(s) for s in a) == prod(_size(s) for s in b)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 
-from fxopt.ir.exprs import Int
+from fxopt.ir.exprs import never_equal
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
 from fxopt.ir.region import Region
 from fxopt.lower import cost
@@ -70,18 +70,19 @@ def _combine(first: Nest, second: Nest) -> Nest | None:
     """The two nests as one, values passed between them in registers; None when a value is needed before its iteration made
     it.
     """
-    made = {s.buffer: s for s in first.stores}
-    for store in second.stores:
-        if store.buffer in made:
-            return None
+    if not all(_are_apart(a, b) for a in first.stores for b in second.stores if a.buffer == b.buffer):
+        return None
+    made: dict[str, list[Store]] = {}
+    for store in first.stores:
+        made.setdefault(store.buffer, []).append(store)
     for load in second.loads():
-        source = made.get(load.buffer)
-        if source is not None and (source.index != load.index or source.mode != "set" or source.indirect or load.indirect):
+        sources = made.get(load.buffer, ())
+        if any(s.index != load.index or s.mode != "set" or s.indirect or load.indirect for s in sources):
             return None
 
     def passed(load: Load) -> Scalar | None:
-        store = made.get(load.buffer)
-        return None if store is None else cast(store.value, load.dtype)
+        sources = made.get(load.buffer)
+        return None if sources is None else cast(sources[0].value, load.dtype)
 
     stores = []
     for s in second.stores:
@@ -92,7 +93,12 @@ def _combine(first: Nest, second: Nest) -> Nest | None:
     return nest if _in_place_is_safe(nest) else None
 
 
-def _loads_from(value: Scalar, buffers: dict[str, Store]) -> bool:
+def _are_apart(a: Store, b: Store) -> bool:
+    """Whether two stores into one buffer never meet in an element, as those of the parts of a cat."""
+    return (a.mode, b.mode) == ("set", "set") and not a.indirect and not b.indirect and never_equal(a.index, b.index)
+
+
+def _loads_from(value: Scalar, buffers: Container[str]) -> bool:
     return any(isinstance(n, Load) and n.buffer in buffers for n in postorder((value,)))
 
 
@@ -100,12 +106,15 @@ def _in_place_is_safe(nest: Nest) -> bool:
     """Every load of a buffer that the nest also writes is at the index written, and the write does not feed several
     iterations.
     """
-    written: dict[str, tuple[Int, bool]] = {s.buffer: (s.index, bool(s.indirect) or s.mode != "set") for s in nest.stores}
+    written: dict[str, list[Store]] = {}
+    for store in nest.stores:
+        written.setdefault(store.buffer, []).append(store)
     for load in nest.loads():
-        if load.buffer in written:
-            where, computed = written[load.buffer]
-            if computed or load.indirect or load.index != where:
-                return False
+        stores = written.get(load.buffer, ())
+        if any(s.indirect or s.mode != "set" for s in stores) or (stores and load.indirect):
+            return False
+        if stores and load.index not in [s.index for s in stores]:
+            return False
     return True
 
 

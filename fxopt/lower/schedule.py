@@ -2,7 +2,8 @@
 
 Greedy: among all pairs that may be joined, the one that saves most bytes goes first, until none saves any. Two regions may
 be joined when their domains can be made one (`align`), every value passed between them is used at the iteration that makes
-it (`joining`), and no third step must run between them (`order`).
+it (`joining`), and no third step must run between them (`order`). What is left of small regions over equal domains is then
+joined for the launches alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from fxopt.ir.loops import Store
 from fxopt.ir.region import Alias, Call, Ref, Region, Step, refs
 from fxopt.lower import cost
+from fxopt.lower.align import extents
 from fxopt.lower.joining import join, with_nest
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.order import Order
@@ -21,6 +23,13 @@ from fxopt.lower.values import unrounded
 
 MAX_DISTANCE = 96
 """Steps between two side-by-side regions; joining over a longer distance keeps too many buffers alive."""
+
+
+LAUNCH_BYTES = {"cuda": 2 << 20, "cpu": 64 << 10}
+"""Regions that move no more than this cost about their launch, by type of device."""
+
+OPEN_GROUPS = 4
+"""How many groups of small regions over one domain are tried for the next one: some are full, or it depends on them."""
 
 
 def schedule(lowered: Lowered) -> Lowered:
@@ -53,6 +62,7 @@ class _Scheduler:
 
     def run(self) -> Lowered:
         self._join_all()
+        self._join_small()
         return replace(self.lowered, steps=self._live(self.order.linear(lambda k: self.groups[k].position)))
 
     # ------------------------------------------------------------------ which step touches what
@@ -97,6 +107,33 @@ class _Scheduler:
                 joined = self._join(a, b)
                 if joined is not None:
                     self._offer_neighbours(heap, joined, self._neighbours(joined))
+
+    def _join_small(self) -> None:
+        """Join small regions that have nothing to do with each other: one launch instead of many.
+
+        Moving them together keeps alive what they read, which is small too, so distance does not matter.
+        """
+        opened: dict[object, list[int]] = {}
+        for k in sorted(self.groups, key=lambda k: self.groups[k].position):
+            step = self.groups[k].step
+            if not isinstance(step, Region) or self._bytes(step) > LAUNCH_BYTES.get(step.device.type, 0):
+                continue
+            same_domain = opened.setdefault((step.device, *extents(step.nest)), [])
+            partner = next((p for p in same_domain[-OPEN_GROUPS:] if self._join_if_independent(p, k, same_domain)), None)
+            if partner is None:
+                same_domain.append(k)
+
+    def _join_if_independent(self, a: int, b: int, groups: list[int]) -> bool:
+        """Whether `a`, one of `groups`, and `b` could be joined; what they have become takes the place of `a`."""
+        if self.order.runs_before(a, b) or self.order.runs_before(b, a):
+            return False
+        joined = self._join(a, b)
+        if joined is not None:
+            groups[groups.index(a)] = joined
+        return joined is not None
+
+    def _bytes(self, region: Region) -> int:
+        return sum(self.nbytes[name] for name in region.buffers)
 
     def _neighbours(self, k: int) -> set[int]:
         """The other regions that touch a buffer which region `k` touches."""

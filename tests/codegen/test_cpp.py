@@ -114,6 +114,22 @@ def test_tails_of_every_length(tmp_path: Path) -> None:
             check(with_sizes(case, s0=3, s1=length), kernel, slack=8.0)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, I64, U8], ids=str)
+def test_pairs_of_every_length(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Elements 2i and 2i + 1 side by side, as real and imaginary parts are; the stores in either order."""
+    n = size_symbol("s0")
+    x = Sym("x0", size=n)
+    even, odd = 2 * symbol(x), 2 * symbol(x) + 1
+    a, b = Load("a", even, dtype), Load("a", odd, dtype)
+    stores = (Store("o", odd, op("add", a, b)), Store("o", even, op("sub", b, a)))
+    buffers = [buffer(name, dtype, (n, 2)) for name in "ao"]
+    case = make(Nest((x,), (), stores), buffers, "a", "o", lambda a: torch.stack([a[:, 1] - a[:, 0], a[:, 0] + a[:, 1]], 1))
+    kernel = compiled(case, tmp_path)
+    assert "store_pairs" in kernel[0].text
+    for length in TAILS:
+        check(with_sizes(case, s0=length), kernel)
+
+
 def test_columns_of_every_width(tmp_path: Path) -> None:
     n = size_symbol("s0", 1)
     case = nests.reduction("sum", n, 5, F32, columns=True)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from fxopt.ir.exprs import (
     minimum,
     mod,
     mul,
+    never_equal,
     prod,
     ravel,
     substitute,
@@ -135,6 +136,23 @@ def test_what_is_decided_holds_everywhere(a: Tree | Sym | int, b: Tree | Sym | i
         known = ask(relation, x, y)
         assert known is None or all(holds(v, w) is known for v, w in values)
     assert x != y or all(v == w for v, w in values)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(TREES, TREES)
+def test_what_is_never_equal_has_no_common_value(a: Tree | Sym | int, b: Tree | Sym | int) -> None:
+    if never_equal(symbolic(a), symbolic(b)):
+        assert {plain(a, env) for env in ENVIRONMENTS}.isdisjoint(plain(b, env) for env in ENVIRONMENTS)
+
+
+def test_parts_of_one_row_are_never_equal() -> None:
+    row, pair, width = Sym("p0", size=symbol(Sym("n"))), Sym("p1", size=5), Sym("q", size=4)
+    assert never_equal(2 * symbol(row), 2 * symbol(row) + 1)
+    assert never_equal(8 * symbol(row) + symbol(width), 8 * symbol(row) + symbol(width) + 4)
+    assert not never_equal(8 * symbol(row) + symbol(width), 8 * symbol(row) + symbol(width) + 3)
+    assert never_equal(symbol(pair), symbol(pair) + 5)
+    assert not never_equal(symbol(pair), symbol(pair) + 4)
+    assert not never_equal(3 * symbol(row), 3 * symbol(row))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

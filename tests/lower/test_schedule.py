@@ -124,6 +124,49 @@ def test_in_place_update_at_another_index_is_not_joined() -> None:
     torch.testing.assert_close(mine, eager)
 
 
+def test_parts_of_one_result_are_one_kernel() -> None:
+    """The halves of a rotation write into one buffer and read the same values."""
+
+    def rotated(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.mm(torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1), x.t())
+
+    assert len(check(rotated, rand(6, 16), rand(6, 8))) == 1
+
+    def complex_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        (a, b), (c, d) = x.unbind(-1), y.unbind(-1)
+        return torch.stack([a * c - b * d, a * d + b * c], -1).view(6, 10) @ x.view(10, 6)
+
+    assert len(check(complex_product, rand(6, 5, 2), rand(6, 5, 2))) == 1
+
+
+def test_a_part_that_reads_what_another_has_written_is_not_joined() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([x * 2, x + 1], -1)
+        return torch.mm(both, both.t()) + both[:, 1:7] @ x.t()[:6]
+
+    check(fn, rand(6, 6))
+
+
+def test_small_regions_that_share_nothing_are_one_kernel() -> None:
+    def fn(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(a * 2 + k for k, a in enumerate(args))
+
+    assert len(check(fn, *(rand(6, 4) for _ in range(5)))) == 1
+    assert len(check(fn, rand(6, 4), rand(4, 6), rand(24), rand(5), rand(5))) == 2
+    assert len(check(lambda *a: tuple(x.sum() for x in a), *(rand(30) for _ in range(6)))) == 1
+    assert len(check(fn, *(rand(6, 4) for _ in range(40)))) == 3  # a kernel has no more than MAX_BUFFERS pointers
+
+
+def test_large_or_dependent_regions_are_not_joined_for_their_launches() -> None:
+    assert len(check(lambda a, b: (a * 2, b * 2), rand(100, 200), rand(100, 200))) == 2
+
+    def dependent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.mm(torch.mm(a * 2, b).exp(), a)
+
+    assert len(check(dependent, rand(6, 6), rand(6, 6))) == 2
+
+
 UNARY = [torch.exp, torch.tanh, lambda x: x * 0.5, lambda x: x + 1.0]
 Pool = list[torch.Tensor]
 
