@@ -1,0 +1,67 @@
+"""Values of Dynamo's graph that follow from sizes alone, such as masks made of position indices: computed, on the CPU."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.passes.in_place import written
+
+MAX_ELEMENTS = 1 << 22
+"""Larger tensors are not computed at compile time."""
+
+FUNCTIONS: frozenset[Any] = frozenset(
+    {
+        *(torch.arange, torch.ones, torch.zeros, torch.full, torch.tril, torch.triu, torch.logical_and, torch.logical_or),
+        *(operator.add, operator.sub, operator.mul, operator.getitem, operator.and_, operator.or_, operator.invert),
+        *(operator.ge, operator.gt, operator.le, operator.lt, operator.eq, operator.ne),
+    }
+)
+METHODS = frozenset("expand view reshape unsqueeze squeeze transpose permute bool tril triu contiguous expand_as".split())
+
+
+class Sizes:
+    """What is known of the nodes of one graph. A node that an in-place call may have changed is not known."""
+
+    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+        self._written = written(nodes)
+        self._values: dict[fx.Node, torch.Tensor | None] = {}
+
+    def value(self, node: fx.Node) -> torch.Tensor | None:
+        """The tensor that `node` is on every call, on the CPU; None where it depends on more than sizes, or is large."""
+        if node not in self._values:
+            self._values[node] = self._compute(node)
+        return self._values[node]
+
+    def _compute(self, node: fx.Node) -> torch.Tensor | None:
+        if not _allowed(node) or node in self._written or not _small(node.meta.get("example_value")):
+            return None
+        inputs = {a: self.value(a) for a in node.all_input_nodes}
+        if any(value is None for value in inputs.values()):
+            return None
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: inputs[n])
+        return _call(node, args, {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
+
+
+def _allowed(node: fx.Node) -> bool:
+    return node.target in FUNCTIONS if node.op == "call_function" else node.op == "call_method" and node.target in METHODS
+
+
+def _small(example: Any) -> bool:
+    if not isinstance(example, torch.Tensor):
+        return False
+    return all(isinstance(s, int) for s in example.shape) and example.numel() <= MAX_ELEMENTS
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> torch.Tensor | None:
+    try:
+        with torch.no_grad():
+            value = getattr(args[0], str(node.target))(*args[1:], **kwargs) if node.op == "call_method" else None
+            value = node.target(*args, **kwargs) if node.op == "call_function" else value  # type: ignore[operator]
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return value if isinstance(value, torch.Tensor) and not hasattr(value, "fake_mode") else None

@@ -1,0 +1,53 @@
+"""What counts as a write in Dynamo's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxopt.passes.in_place import writes, written
+
+
+def captured(fn: Callable[..., Any], *args: Any) -> torch.fx.Graph:
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm.graph)
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(fn, backend=backend)(*args)
+    return graphs[0]
+
+
+WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "method": lambda x: x.mul_(2),
+    "operator": lambda x: x.__iadd__(1),
+    "item": lambda x: x.__setitem__(0, 1.0),
+    "out": lambda x: torch.add(x, 1, out=x),
+    "keyword": lambda x: F.relu(x, inplace=True),
+    "positional flag": lambda x: F.dropout(x, 0.5, True, True),
+    "torch function": lambda x: torch.relu_(x),
+    "overload": lambda x: torch.ops.aten.add_.Tensor(x, 1),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes(name: str) -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        WRITES[name](y)
+        return y * 2
+
+    graph = captured(call, torch.randn(3))
+    assert [n for n in graph.nodes if writes(n)]
+    assert any(n.name.startswith("y") or "add" in n.name for n in written(graph.nodes))
+
+
+def test_pure_calls_do_not_write() -> None:
+    graph = captured(lambda x: F.dropout(F.relu(x), 0.5, True, False).view(-1).add(1) @ x.flatten(), torch.randn(3, 3))
+    assert not written(graph.nodes)
