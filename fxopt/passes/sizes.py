@@ -16,12 +16,35 @@ MAX_ELEMENTS = 1 << 22
 
 FUNCTIONS: frozenset[Any] = frozenset(
     {
-        *(torch.arange, torch.ones, torch.zeros, torch.full, torch.tril, torch.triu, torch.logical_and, torch.logical_or),
-        *(operator.add, operator.sub, operator.mul, operator.getitem, operator.and_, operator.or_, operator.invert),
-        *(operator.ge, operator.gt, operator.le, operator.lt, operator.eq, operator.ne),
+        *(
+            torch.arange,
+            torch.ones,
+            torch.zeros,
+            torch.full,
+            torch.tensor,
+            torch.ones_like,
+            torch.zeros_like,
+            torch.full_like,
+        ),
+        *(
+            torch.tril,
+            torch.triu,
+            torch.logical_and,
+            torch.logical_or,
+            torch.logical_not,
+            torch.where,
+            torch.sqrt,
+            torch.abs,
+        ),
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem),
+        *(operator.and_, operator.or_, operator.invert, operator.ge, operator.gt, operator.le, operator.lt, operator.eq),
+        *(operator.ne, torch.add, torch.sub, torch.mul, torch.div, torch.transpose, torch.masked_fill),
     }
 )
-METHODS = frozenset("expand view reshape unsqueeze squeeze transpose permute bool tril triu contiguous expand_as".split())
+METHODS = frozenset(
+    "expand view reshape unsqueeze squeeze transpose permute bool float tril triu contiguous expand_as to new_ones "
+    "new_zeros new_full logical_not masked_fill abs neg".split()
+)
 
 
 class Sizes:
@@ -36,6 +59,14 @@ class Sizes:
         if node not in self._values:
             self._values[node] = self._compute(node)
         return self._values[node]
+
+    def number(self, x: Any) -> float | None:
+        """A literal, or a tensor without dimensions whose value is known, as a number."""
+        if isinstance(x, int | float) and not isinstance(x, bool):
+            return float(x)
+        shown = x.meta.get("example_value") if isinstance(x, fx.Node) else None
+        value = self.value(x) if isinstance(shown, torch.Tensor) and shown.dim() == 0 else None
+        return None if value is None else float(value)
 
     def _compute(self, node: fx.Node) -> torch.Tensor | None:
         if not _allowed(node) or node in self._written or not _small(node.meta.get("example_value")):
