@@ -161,9 +161,13 @@ def _shapes(written: Written) -> str | None:
         return "values of another size than keys"
     if any(not known_different(size, 0) for x in (query, key, value) for size in x.shape):
         return "sizes that may be zero"
-    if written.reshaped and not all(isinstance(size, int) for lead in written.leads for size in lead):
+    return _views(written) if written.reshaped else None
+
+
+def _views(written: Written) -> str | None:
+    if not all(isinstance(size, int) for lead in written.leads for size in lead):
         return "symbolic sizes in a view of the scores"
-    return None
+    return "scores that are broadcast" if len(set(map(math.prod, written.leads))) > 1 else None
 
 
 def _gradients(written: Written) -> str | None:

@@ -60,7 +60,7 @@ def plan_mask(scores: MaskedScores, sizes: Sizes) -> MaskForm | str:
     if any(_unsuitable(mask) for mask in scores.masks):
         return "a mask of an unsuitable type"
     fills = {mask.value for mask in scores.masks if isinstance(mask, Filled)}
-    if any(not value <= FILL_BOUND for value in fills):
+    if any(not value <= max(FILL_BOUND, torch.finfo(scores.dtype).min) for value in fills):
         return "a fill that may not hide"
     known = _known(scores, sizes)
     if known is not None and bool((known.amax(-1).abs() < -FILL_BOUND).all()):

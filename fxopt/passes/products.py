@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxopt.ir.ops import is_overload
+from fxopt.passes.attention import example
 
 Order = tuple[int, ...] | None
 """A permutation of dimensions; None is the one that changes nothing."""
@@ -49,16 +50,21 @@ def products(node: fx.Node) -> Iterator[Product]:
     if node.op != "call_function" or is_overload(node.target):
         return
     if node.target in PLAIN:
-        first, second = (*node.args, *node.kwargs.values())[:2]
-        if isinstance(first, fx.Node) and isinstance(second, fx.Node):
-            yield Product(Operand(first), Operand(second))
+        yield from _plain(bind(node, PLAIN[node.target]), PLAIN[node.target])
     elif node.target is torch.baddbmm:
         yield from _baddbmm(bind(node, ("input", "batch1", "batch2")))
     elif node.target is torch.einsum:
         yield from _einsum(*node.args)
 
 
-PLAIN = frozenset({torch.matmul, torch.bmm})
+PLAIN = {torch.matmul: ("input", "other"), torch.bmm: ("input", "mat2")}
+"""Function -> names of its parameters."""
+
+
+def _plain(given: dict[str, Any], names: tuple[str, str]) -> Iterator[Product]:
+    nodes = [x for name in names if isinstance(x := given.get(name), fx.Node)]
+    if len(nodes) == len(given) == 2 and all((shown := example(x)) is not None and shown.dim() >= 2 for x in nodes):
+        yield Product(Operand(nodes[0]), Operand(nodes[1]))
 
 
 def _baddbmm(given: dict[str, Any]) -> Iterator[Product]:

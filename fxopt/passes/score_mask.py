@@ -23,7 +23,8 @@ from torch import Tensor, fx
 
 FILL_BOUND = -(2.0**24)
 """From here down a finite fill hides: exp(fill - score) is 0 unless all visible scores of a row are as low, and there
-neighbouring float32 numbers are 2 apart: a softmax says nothing. -1e4 does not pass: scores of that size are plausible."""
+neighbouring float32 numbers are 2 apart: a softmax says nothing. -1e4 does not pass: scores of that size are plausible.
+In float16, whose numbers end before, the least one hides."""
 
 LEAST = -(2.0**126)
 """Lower masks are cut to this, so that kernels that work in powers of two, and multiply by log2(e), do not overflow. It

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxopt.passes.in_place import writes, written
+from fxopt.passes.in_place import Written, writes
 
 
 def captured(fn: Callable[..., Any], *args: Any) -> torch.fx.Graph:
@@ -45,9 +46,29 @@ def test_writes(name: str) -> None:
 
     graph = captured(call, torch.randn(3))
     assert [n for n in graph.nodes if writes(n)]
-    assert any(n.name.startswith("y") or "add" in n.name for n in written(graph.nodes))
+    returned = next(n for n in graph.nodes if n.target is operator.mul)
+    assert returned.args[0] in Written(graph.nodes)
+    assert returned not in Written(graph.nodes)
 
 
 def test_pure_calls_do_not_write() -> None:
-    graph = captured(lambda x: F.dropout(F.relu(x), 0.5, True, False).view(-1).add(1) @ x.flatten(), torch.randn(3, 3))
-    assert not written(graph.nodes)
+    def call(x: torch.Tensor) -> torch.Tensor:
+        hidden = (x > 0) & (x < 1) | (x == 2)
+        return F.dropout(F.relu(x), 0.5, True, False).view(-1).add(1).masked_fill(hidden.flatten(), 0.0)
+
+    assert not [n for n in captured(call, torch.randn(3, 3)).nodes if writes(n)]
+
+
+def test_views_of_what_is_written_are_written() -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        row, other = y.view(-1)[3:6], x * 2
+        row.fill_(0)
+        return y.T + other
+
+    graph = captured(call, torch.randn(3, 3))
+    written = Written(graph.nodes)
+    names = {str(n.target) for n in graph.nodes if n in written}
+    assert "clone" in names
+    assert "view" in names
+    assert not any(n in written for n in graph.nodes if n.target is operator.mul or n.op == "placeholder")
