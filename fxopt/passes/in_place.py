@@ -40,7 +40,7 @@ def writes(node: fx.Node) -> bool:
     return _ends_in_underscore(getattr(node.target, "__name__", "")) or _is_inplace(node)
 
 
-class Written:
+class WrittenMemory:
     """Which memory the calls of a graph may change. Dynamo's example values share storage where the values will."""
 
     def __init__(self, nodes: Iterable[fx.Node]) -> None:

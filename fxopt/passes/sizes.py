@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.passes.in_place import Written
+from fxopt.passes.in_place import WrittenMemory
 
 MAX_ELEMENTS = 1 << 22
 """Larger tensors are not computed at compile time."""
@@ -41,8 +41,8 @@ class Sizes:
         self._values: dict[fx.Node, torch.Tensor | None] = {}
 
     @cached_property
-    def _written(self) -> Written:
-        return Written(self._nodes)
+    def _written(self) -> WrittenMemory:
+        return WrittenMemory(self._nodes)
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
         """The tensor that `node` is on every call, on the CPU; None where it depends on more than sizes, or is large."""

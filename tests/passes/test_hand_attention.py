@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.journal import RECENT
-from fxopt.passes import hand_attention
+from fxopt.passes import written_attention
 from tests.numerics import assert_closer, to_float64
 
 B, H, S, T, E = 2, 3, 20, 24, 16
@@ -21,7 +21,7 @@ FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 @pytest.fixture(autouse=True)
 def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hand_attention, "MIN_CPU_SCORES", 0)
+    monkeypatch.setattr(written_attention, "MIN_CPU_SCORES", 0)
 
 
 def operands(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -199,6 +199,15 @@ def test_a_spelling_is_fused_in_training_and_inference(fn: Callable[..., Tensor]
     judged(fn, *operands(), expected=1)
 
 
+@pytest.mark.parametrize("fn", UNMASKED, ids=lambda fn: fn.__name__)
+def test_results_have_the_strides_of_eager(fn: Callable[..., Tensor]) -> None:
+    for swapped in (False, True):
+        args = [x.transpose(1, 2).contiguous().transpose(1, 2) if swapped else x for x in operands()]
+        result, count, _ = compiled(fn, *args)
+        assert count == 1
+        assert result.stride() == fn(*args).stride()
+
+
 def hidden_padding(*lengths: int) -> Tensor:
     """True at the padding of sequences of these lengths, [B, 1, 1, T]."""
     return (torch.arange(T) >= torch.tensor(lengths)[:, None])[:, None, None, :]
@@ -313,7 +322,9 @@ def test_a_scale_from_symbolic_sizes_stays() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("fn", [plain, upcast, upcast_before, causal_built, merged_heads], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    "fn", [plain, upcast, upcast_before, causal_built, causal_least, merged_heads], ids=lambda fn: fn.__name__
+)
 def test_half_types(fn: Callable[..., Tensor], dtype: torch.dtype) -> None:
     judged(fn, *operands(dtype=dtype), expected=1)
 
@@ -403,6 +414,14 @@ def written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v + keys.sum()
 
 
+def broadcast_by_its_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q[:1] @ k[:1].mT / 4).masked_fill(hidden_padding(T, 7), -math.inf)).softmax(-1) @ v[:1]
+
+
+def times_a_vector(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / 4).softmax(-1) @ v[0, 0, :, 0]
+
+
 def scaled_by_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT * q.mean(), -1) @ v
 
@@ -423,6 +442,8 @@ LEFT: dict[Callable[..., Any], str | None] = {
     values_of_another_size: "values of another size than keys",
     broadcast_heads: "batch or heads that broadcast",
     written_between: "a call between the products may write in place",
+    broadcast_by_its_mask: "scores that are broadcast",
+    times_a_vector: None,
     scaled_by_data: None,
     later_scaled: None,
 }
@@ -439,7 +460,7 @@ def test_float64_stays() -> None:
 
 
 def test_few_scores_stay_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hand_attention, "MIN_CPU_SCORES", S * T + 1)
+    monkeypatch.setattr(written_attention, "MIN_CPU_SCORES", S * T + 1)
     assert judged(plain, *operands(), expected=0) == ["hand_attention: too few scores for the fused kernel to be faster x1"]
 
 

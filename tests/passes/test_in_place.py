@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxopt.passes.in_place import Written, writes
+from fxopt.passes.in_place import WrittenMemory, writes
 
 
 def captured(fn: Callable[..., Any], *args: Any) -> torch.fx.Graph:
@@ -47,8 +47,8 @@ def test_writes(name: str) -> None:
     graph = captured(call, torch.randn(3))
     assert [n for n in graph.nodes if writes(n)]
     returned = next(n for n in graph.nodes if n.target is operator.mul)
-    assert returned.args[0] in Written(graph.nodes)
-    assert returned not in Written(graph.nodes)
+    assert returned.args[0] in WrittenMemory(graph.nodes)
+    assert returned not in WrittenMemory(graph.nodes)
 
 
 def test_pure_calls_do_not_write() -> None:
@@ -67,7 +67,7 @@ def test_views_of_what_is_written_are_written() -> None:
         return y.T + other
 
     graph = captured(call, torch.randn(3, 3))
-    written = Written(graph.nodes)
+    written = WrittenMemory(graph.nodes)
     names = {str(n.target) for n in graph.nodes if n in written}
     assert "clone" in names
     assert "view" in names
