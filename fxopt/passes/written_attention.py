@@ -12,7 +12,7 @@ from torch import fx
 
 from fxopt.ir.spec import known_different, known_equal
 from fxopt.passes.attention import DTYPES, example, is_special
-from fxopt.passes.in_place import writes
+from fxopt.passes.in_place import WrittenMemory, writes
 from fxopt.passes.mask_plan import MaskedScores
 from fxopt.passes.products import Operand
 from fxopt.passes.score_chain import After, Before, softmax_dim
@@ -156,11 +156,17 @@ def _gradients(written: WrittenAttention) -> str | None:
 
 
 def _write_between(written: WrittenAttention) -> str | None:
-    """The operands are read where the second product stands."""
-    node, inner = written.before.nodes[0], set(written.inner)
-    while (node := node.next) is not written.result:
-        if node not in inner and writes(node):
-            return "a call between the products may write in place"
+    """What was read before the second product is read there now: nothing may have written into it."""
+    inner, read = set(written.inner), list[fx.Node]()
+    node = written.before.nodes[0]
+    while node is not written.result:
+        if node in inner:
+            read += node.all_input_nodes
+        elif writes(node):
+            memory = WrittenMemory([node])
+            if any(operand in memory for operand in read):
+                return "an operand is written in place between the products"
+        node = node.next
     return None
 
 

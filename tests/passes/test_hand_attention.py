@@ -176,6 +176,13 @@ def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v[:, :, :S]
 
 
+def mask_built_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT / 4
+    hidden = torch.zeros(S, T, dtype=torch.bool)
+    hidden[:, 7:] = True
+    return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
 def constant_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     distance = torch.arange(T)[None, :] - torch.arange(S)[:, None]
     slopes = torch.tensor([0.5, 0.25, 0.125]).view(H, 1, 1)
@@ -190,7 +197,7 @@ UNMASKED = (
     *(plain, operators, query_scaled, both_scaled, literal_first, unscaled, einsum, einsum_heads_last, einsum_values_first),
     *(merged_heads, one_head, windows, viewed_afterwards, baddbmm, idle_dropout, upcast, upcast_before, grouped),
 )
-MASKED_BY_SIZES = (causal_built, causal_added, causal_least, in_place, constant_bias)
+MASKED_BY_SIZES = (causal_built, causal_added, causal_least, in_place, mask_built_in_place, constant_bias)
 
 
 @pytest.mark.parametrize("fn", [*UNMASKED, *MASKED_BY_SIZES], ids=lambda fn: fn.__name__)
@@ -422,6 +429,13 @@ def times_a_vector(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / 4).softmax(-1) @ v[0, 0, :, 0]
 
 
+def mask_written_after_its_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.zeros(S, T, dtype=torch.bool)
+    scores = (q @ k.mT / 4).masked_fill(hidden, -math.inf)
+    hidden[:, 7:] = True
+    return scores.softmax(-1) @ v
+
+
 def scaled_by_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT * q.mean(), -1) @ v
 
@@ -441,9 +455,10 @@ LEFT: dict[Callable[..., Any], str | None] = {
     fill_and_bias: "a finite fill beside another mask",
     values_of_another_size: "values of another size than keys",
     broadcast_heads: "batch or heads that broadcast",
-    written_between: "a call between the products may write in place",
+    written_between: "an operand is written in place between the products",
     broadcast_by_its_mask: "scores that are broadcast",
     times_a_vector: None,
+    mask_written_after_its_use: "an operand is written in place between the products",
     scaled_by_data: None,
     later_scaled: None,
 }
