@@ -93,12 +93,13 @@ def _as_result(call: Call, written: WrittenAttention, out: fx.Node) -> fx.Node:
 
 def _only_copied(result: fx.Node) -> bool:
     """Whether a result is only permuted and then copied, so that its strides do not show."""
-    swap = next(iter(result.users))
-    copy = next(iter(swap.users), None)
-    shown = example(copy)
-    if copy is None or shown is None or len(result.users) != 1 or len(swap.users) != 1:
+    if len(result.users) != 1 or len((swap := next(iter(result.users))).users) != 1:
         return False
-    return swap.target in SWAPS and copy.target in COPIES and copy.args[0] is swap and shown.is_contiguous()
+    copy = next(iter(swap.users))
+    shown = example(copy)
+    if shown is None or swap.target not in SWAPS or copy.target not in COPIES:
+        return False
+    return copy.args[0] is swap and shown.is_contiguous()
 
 
 SWAPS = frozenset({torch.transpose, torch.permute, "permute"})

@@ -38,7 +38,7 @@ class MaskForm(enum.Enum):
     ADDITIVE = "added as it is; every row sees something"
     NAN_ROWS = "added; rows hidden throughout are NaN"
     OPEN_ROWS = "added; rows hidden throughout have equal scores"
-    NAN_RESULTS = "as before, and their results are NaN"
+    NAN_RESULTS = "as OPEN_ROWS, and the results of these rows are NaN"
 
 
 @dataclass(frozen=True)

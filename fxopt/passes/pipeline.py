@@ -67,7 +67,7 @@ PASSES: tuple[Pass, ...] = (
 EARLY_PASSES: tuple[Pass, ...] = (
     Pass("open_mask", open_mask),  # first: canonical spellings hide from which calls a mask was made
     Pass("canonical_calls", canonical_calls),
-    Pass("hand_attention", hand_attention),
+    Pass("hand_attention", hand_attention),  # reads canonical spellings; its calls are the next pass's
     Pass("attention", attention),
 )
 """What runs on Dynamo's graph, before autograd."""

@@ -479,6 +479,13 @@ def test_few_scores_stay_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert judged(plain, *operands(), expected=0) == ["hand_attention: too few scores for the fused kernel to be faster x1"]
 
 
+def test_it_can_be_switched_off() -> None:
+    torch.compiler.reset()
+    RECENT.clear()
+    torch.compile(plain, backend="fxopt", options={"strict": True, "disable": ["hand_attention"]})(*operands())
+    assert fused_calls() == 0
+
+
 def test_a_mask_with_a_gradient_stays() -> None:
     bias = ADDED["bias"].clone().requires_grad_()
     q, k, v = operands()
