@@ -66,15 +66,15 @@ def _with_grad_mode(context: Context) -> Iterator[tuple[fx.Node, bool]]:
 
 def _obstacle(node: fx.Node, grad_mode: bool) -> str | None:
     """Why this call has to stay, or None. For multi-head attention, `attend` decides about the attention inside it."""
-    tensors = [x for a in node.all_input_nodes if (x := _example(a)) is not None]
-    if any(map(_is_special, tensors)):
+    tensors = [x for a in node.all_input_nodes if (x := example(a)) is not None]
+    if any(map(is_special, tensors)):
         return "a tensor subclass, a transformed or a nested tensor"
     if grad_mode and any(x.requires_grad for x in tensors):
         return "a gradient is wanted"
     if node.target not in SPELLINGS:
         return None
     given: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
-    operands = [x for name in PARAMETERS[:3] if (x := _example(given.get(name))) is not None]
+    operands = [x for name in PARAMETERS[:3] if (x := example(given.get(name))) is not None]
     if len(operands) < 3 or any(isinstance(given.get(name), fx.Node) for name in PARAMETERS[4:]):
         return "a parameter that is not a literal"
     return _unsuitable(*operands, dropout=given.get("dropout_p", 0.0), grouped=bool(given.get("enable_gqa")))
@@ -98,14 +98,15 @@ def _unsuitable(
     return None
 
 
-def _example(node: Any) -> torch.Tensor | None:
+def example(node: Any) -> torch.Tensor | None:
+    """The FakeTensor that Dynamo left with a node; None for what is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _is_special(example: torch.Tensor) -> bool:
+def is_special(tensor: torch.Tensor) -> bool:
     """Subclasses have an attention of their own; under torch.func's transforms Dynamo's example is a wrapped tensor."""
-    return type(example).__name__ not in _FAKE or example.is_nested or example.layout != torch.strided
+    return type(tensor).__name__ not in _FAKE or tensor.is_nested or tensor.layout != torch.strided
 
 
 def attend(

@@ -18,6 +18,7 @@ from fxopt.passes.context import Context
 METHODS: dict[str, Callable[..., Any]] = {
     "matmul": torch.matmul,
     "bmm": torch.bmm,
+    "baddbmm": torch.baddbmm,
     "softmax": torch.softmax,
     "transpose": torch.transpose,
     "masked_fill": torch.masked_fill,

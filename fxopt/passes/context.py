@@ -96,6 +96,15 @@ class Context:
         node.meta = {**origin.meta, "pass": self.pass_name}
         return node
 
+    def call(self, target: Any, args: tuple[Any, ...], origin: fx.Node, kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """A new call in Dynamo's graph, before `origin`, with its example value (requires_grad included)."""
+        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs or {}), lambda n: n.meta["example_value"])
+        with torch.enable_grad(), origin.meta["example_value"].fake_mode:
+            value = target(*fake_args, **fake_kwargs)
+        node = self.emit(target, args, origin, kwargs)
+        node.meta["example_value"] = value
+        return node
+
     def derive(
         self,
         target: Any,

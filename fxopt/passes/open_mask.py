@@ -8,7 +8,6 @@ computing them: on the CPU, where they are small.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -16,28 +15,18 @@ from torch import fx
 
 from fxopt.passes.attention import PARAMETERS, SPELLINGS
 from fxopt.passes.context import Context
-
-MAX_ELEMENTS = 1 << 22
-"""Larger masks are not computed at compile time."""
-
-FUNCTIONS: frozenset[Any] = frozenset(
-    {
-        *(torch.arange, torch.ones, torch.zeros, torch.full, torch.tril, torch.triu, torch.logical_and, torch.logical_or),
-        *(operator.add, operator.sub, operator.mul, operator.getitem, operator.and_, operator.or_, operator.invert),
-        *(operator.ge, operator.gt, operator.le, operator.lt, operator.eq, operator.ne),
-    }
-)
-METHODS = frozenset("expand view reshape unsqueeze squeeze transpose permute bool tril triu contiguous expand_as".split())
+from fxopt.passes.sizes import Sizes
 
 
 def open_mask(context: Context) -> None:
+    known = Sizes(context.nodes)
     for node in context.nodes:
         if context.exhausted:
             return
         if node.op != "call_function" or node.target not in SPELLINGS:
             continue
         mask = _mask(node)
-        if isinstance(mask, fx.Node) and _hides_nothing(mask):
+        if isinstance(mask, fx.Node) and _hides_nothing(mask, known):
             context.spend("hides_nothing", node)
             _remove_mask(node)
 
@@ -55,41 +44,9 @@ def _remove_mask(node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, "attn_mask": None}
 
 
-def _hides_nothing(mask: fx.Node) -> bool:
+def _hides_nothing(mask: fx.Node, known: Sizes) -> bool:
     example = mask.meta.get("example_value")
-    if not isinstance(example, torch.Tensor) or example.dtype != torch.bool or not _small(example):
+    if not isinstance(example, torch.Tensor) or example.dtype != torch.bool:
         return False
-    value = _evaluate(mask, {})
-    return isinstance(value, torch.Tensor) and value.dtype == torch.bool and bool(value.all())
-
-
-def _small(example: torch.Tensor) -> bool:
-    return all(isinstance(s, int) for s in example.shape) and example.numel() <= MAX_ELEMENTS
-
-
-def _evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    """The node's value from sizes alone, on the CPU; None where it depends on anything else."""
-    if node in known:
-        return known[node]
-    allowed = node.target in FUNCTIONS if node.op == "call_function" else node.op == "call_method" and node.target in METHODS
-    inputs = [_evaluate(a, known) for a in node.all_input_nodes] if allowed else []
-    known[node] = None
-    if allowed and all(isinstance(x, torch.Tensor) for x in inputs) and not _symbolic(node):
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
-        known[node] = _call(node, args, {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
-    return known[node]
-
-
-def _symbolic(node: fx.Node) -> bool:
-    example = node.meta.get("example_value")
-    return not isinstance(example, torch.Tensor) or not _small(example)
-
-
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    try:
-        with torch.no_grad():
-            value = getattr(args[0], str(node.target))(*args[1:], **kwargs) if node.op == "call_method" else None
-            value = node.target(*args, **kwargs) if node.op == "call_function" else value  # type: ignore[operator]
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return None
-    return None if hasattr(value, "fake_mode") else value
+    value = known.value(mask)
+    return value is not None and value.dtype == torch.bool and bool(value.all())

@@ -50,14 +50,28 @@ def test_a_positional_argument_is_dropped_too() -> None:
     assert masks(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, every_position(q)), *operands()) == [None]
 
 
+def written_directly(q: Tensor) -> Tensor:
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[:, 3:] = False
+    return mask
+
+
+def written_through_a_view(q: Tensor) -> Tensor:
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask.view(-1)[7:12].fill_(False)
+    return mask.expand(2, 1, 6, 6)
+
+
 @pytest.mark.parametrize(
     "mask",
     [
+        written_directly,
+        written_through_a_view,
         lambda q: torch.arange(6)[:, None] >= torch.arange(6),  # causal
         lambda q: (torch.arange(6)[:, None] >= 0).expand(6, 6) & (q[0, 0, :, :1] < 1e9),  # depends on data
         lambda q: torch.zeros(6, 6),  # additive: adds nothing, but is not boolean
     ],
-    ids=["causal", "data", "additive"],
+    ids=["written directly", "written through a view", "causal", "data", "additive"],
 )
 def test_other_masks_stay(mask: Callable[[Tensor], Tensor]) -> None:
     found = masks(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q)), *operands())

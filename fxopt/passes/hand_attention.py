@@ -1,0 +1,106 @@
+"""Before autograd: attention that is written out becomes a call of `scaled_dot_product_attention`.
+
+What is looked for is a softmax over the last dimension between two products (score_chain.py reads what lies between them,
+products.py the products themselves). It is replaced where a fused kernel exists (written_attention.py) and every value stays
+what it was, gradients included: score_mask.py says how masks are carried over. Two differences remain: intermediate
+roundings to a half type are not made, and what score_mask.py names.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxopt.passes.attention import example
+from fxopt.passes.context import Context
+from fxopt.passes.mask_plan import Call, MaskForm, emit_mask, plan_mask
+from fxopt.passes.products import Operand
+from fxopt.passes.score_chain import SOFTMAX, after, before
+from fxopt.passes.score_mask import in_heads, with_nan_results, without_hidden_rows
+from fxopt.passes.sizes import Sizes
+from fxopt.passes.written_attention import WrittenAttention, obstacle
+
+
+def hand_attention(context: Context) -> None:
+    sizes = Sizes(context.nodes)
+    for node in context.nodes:
+        if context.exhausted:
+            return
+        if node.op != "call_function" or node.target not in SOFTMAX:
+            continue
+        first, second = before(node, sizes), after(node)
+        if first is None or second is None:
+            continue
+        written = WrittenAttention(node, first, second)
+        form = obstacle(written) or plan_mask(written.scores, sizes)
+        if isinstance(form, str):
+            context.reject("hand_attention", form)
+        else:
+            context.spend("written_out", written.result)
+            _replace(context, written, form)
+
+
+def _replace(context: Context, written: WrittenAttention, form: MaskForm) -> None:
+    """Put the fused call where the second product stands, and take away what it replaces."""
+    result, scores = written.result, written.scores
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return context.call(function, args, result, kwargs)
+
+    def operand(given: Operand, transposed: bool = False) -> fx.Node:
+        x = given.node if given.order is None else call(torch.permute, given.node, given.order)
+        x = call(torch.transpose, x, -1, -2) if transposed else x
+        if len(written.leads[0]) != 2 or written.heads is not None:
+            x = call(in_heads, x, written.leads[0] if written.heads else None, written.heads)
+        if x.meta["example_value"].dtype != scores.dtype:
+            x = call(torch.Tensor.to, x, scores.dtype)  # as autocast has it
+        return x if x.meta["example_value"].stride(-1) == 1 else call(torch.Tensor.contiguous, x)
+
+    query, key = operand(written.before.product.first), operand(written.before.product.second, transposed=True)
+    value, mask = operand(written.after.product.second), emit_mask(call, scores, form)
+    if mask.hidden is not None:
+        query = call(without_hidden_rows, query, mask.hidden)
+    options = {"dropout_p": 0.0, "is_causal": form is MaskForm.CAUSAL, "scale": written.before.scale}
+    out = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask.mask, **options)
+    if form is MaskForm.NAN_RESULTS:
+        out = call(with_nan_results, out, value, mask.hidden)
+    new = _as_result(call, written, out)
+    new.meta["example_value"] = result.meta["example_value"]
+    result.replace_all_uses_with(new)
+    for node in (result, *reversed(written.inner)):  # dead in-place calls would not go by themselves
+        context.graph.gm.graph.erase_node(node)
+
+
+def _as_result(call: Call, written: WrittenAttention, out: fx.Node) -> fx.Node:
+    """A fused result [B, H, S, E] in the shape of the product that it replaces, and where that shows, in its strides."""
+    result, order = written.result, written.after.product.order
+    shows = not _only_copied(result)
+    permuted = order is not None and not result.meta["example_value"].is_contiguous()
+    if permuted and shows:
+        out = call(torch.Tensor.contiguous, out)
+    if written.heads is not None:
+        out = call(torch.reshape, out, (*written.leads[-1], *out.meta["example_value"].shape[-2:]))
+    elif len(written.leads[-1]) < 2:
+        out = call(operator.getitem, out, (0,) * (2 - len(written.leads[-1])))
+    if order is not None:
+        out = call(torch.permute, out, order)
+    return call(torch.Tensor.contiguous, out) if shows and not permuted else out
+
+
+def _only_copied(result: fx.Node) -> bool:
+    """Whether a result is only permuted and then copied, so that its strides do not show."""
+    if len(result.users) != 1 or len((swap := next(iter(result.users))).users) != 1:
+        return False
+    copy = next(iter(swap.users))
+    shown = example(copy)
+    if shown is None or swap.target not in SWAPS or copy.target not in COPIES:
+        return False
+    return copy.args[0] is swap and shown.is_contiguous()
+
+
+SWAPS = frozenset({torch.transpose, torch.permute, "permute"})
+COPIES = frozenset({"contiguous", "reshape", "flatten"})
