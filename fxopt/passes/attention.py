@@ -8,7 +8,6 @@ With gradients the traced form has a backward that fits it, so those calls stay 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import fx
 from fxopt.ir.attention_op import attention as attention_op
 from fxopt.ir.spec import known_equal
 from fxopt.passes.context import Context
+from fxopt.passes.dynamo_facts import example, is_special, with_grad_mode
 
 SPELLINGS = frozenset(
     {
@@ -30,7 +30,6 @@ SPELLINGS = frozenset(
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-_FAKE = frozenset({"FakeTensor", "Parameter", "Buffer"})
 
 
 def chooses_late(device: torch.device) -> bool:
@@ -39,7 +38,7 @@ def chooses_late(device: torch.device) -> bool:
 
 
 def attention(context: Context) -> None:
-    for node, grad_mode in _with_grad_mode(context):
+    for node, grad_mode in with_grad_mode(context):
         if context.exhausted:
             return
         if node.op != "call_function" or node.target not in (*SPELLINGS, F.multi_head_attention_forward):
@@ -55,26 +54,17 @@ def attention(context: Context) -> None:
             node.target = multi_head_attention
 
 
-def _with_grad_mode(context: Context) -> Iterator[tuple[fx.Node, bool]]:
-    """Every node with whether gradients are recorded where it stands."""
-    enabled = torch.is_grad_enabled()
-    for node in context.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
-            enabled = node.args[0] is not False
-        yield node, enabled
-
-
 def _obstacle(node: fx.Node, grad_mode: bool) -> str | None:
     """Why this call has to stay, or None. For multi-head attention, `attend` decides about the attention inside it."""
-    tensors = [x for a in node.all_input_nodes if (x := _example(a)) is not None]
-    if any(map(_is_special, tensors)):
+    tensors = [x for a in node.all_input_nodes if (x := example(a)) is not None]
+    if any(map(is_special, tensors)):
         return "a tensor subclass, a transformed or a nested tensor"
     if grad_mode and any(x.requires_grad for x in tensors):
         return "a gradient is wanted"
     if node.target not in SPELLINGS:
         return None
     given: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
-    operands = [x for name in PARAMETERS[:3] if (x := _example(given.get(name))) is not None]
+    operands = [x for name in PARAMETERS[:3] if (x := example(given.get(name))) is not None]
     if len(operands) < 3 or any(isinstance(given.get(name), fx.Node) for name in PARAMETERS[4:]):
         return "a parameter that is not a literal"
     return _unsuitable(*operands, dropout=given.get("dropout_p", 0.0), grouped=bool(given.get("enable_gqa")))
@@ -96,16 +86,6 @@ def _unsuitable(
     if not all(known_equal(query.shape[d], x.shape[d]) for x in (key, value) for d in same):
         return "batch or heads that broadcast"
     return None
-
-
-def _example(node: Any) -> torch.Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _is_special(example: torch.Tensor) -> bool:
-    """Subclasses have an attention of their own; under torch.func's transforms Dynamo's example is a wrapped tensor."""
-    return type(example).__name__ not in _FAKE or example.is_nested or example.layout != torch.strided
 
 
 def attend(

@@ -25,6 +25,7 @@ from fxopt.passes.context import Context, PassOptions
 from fxopt.passes.cse import cse
 from fxopt.passes.dead_code import dead_code
 from fxopt.passes.fusions import PATTERNS
+from fxopt.passes.linear_cross_entropy import linear_cross_entropy
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.no_ops import no_ops
 from fxopt.passes.open_mask import open_mask
@@ -67,6 +68,7 @@ EARLY_PASSES: tuple[Pass, ...] = (
     Pass("open_mask", open_mask),  # first: canonical spellings hide from which calls a mask was made
     Pass("canonical_calls", canonical_calls),
     Pass("attention", attention),
+    Pass("linear_cross_entropy", linear_cross_entropy),
 )
 """What runs on Dynamo's graph, before autograd."""
 
