@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxopt.ir import ops
 from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy as chunked
 from fxopt.ir.spec import known_equal
 from fxopt.passes.context import Context
@@ -270,16 +271,24 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a call may write into a tensor: the product moves behind it, and its operands must not have changed."""
+    """Whether a call may write into a tensor: the product moves behind it, and its operands must not have changed.
+
+    Custom and higher-order ops are not looked into.
+    """
+    target = node.target
+    if isinstance(target, _PACKET) or ops.is_overload(target) or ops.is_higher_order(target):
+        return True
     if node.op == "call_module" or "out" in node.kwargs or node.kwargs.get("inplace"):
         return True
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = getattr(operator, name, None) is node.target and name.startswith("i") and name[1:] in _AUGMENTED
-    return in_place or node.target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
+    name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
+    in_place = getattr(operator, name, None) is target and name.startswith("i") and name[1:] in _AUGMENTED
+    return in_place or target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
 
 
 _AUGMENTED = frozenset("add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split())
 """Operators that have a form in place, whose name has an "i" before it."""
+
+_PACKET = type(torch.ops.aten.add)
 
 
 # ---------------------------------------------------------------------- what it becomes
