@@ -70,13 +70,15 @@ def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
 class _Loss:
     """The rows that count (None: all), what depends on their labels, and how their losses are put together.
 
-    `labels` [n] int64; `row_weight` [n] and `class_weight` [V] in `dtype`, None where all are 1.
+    `labels` [n] int64; `row_weight` [n] and `class_weight` [V] in `dtype`, None where all are 1; `every` is the sum of all
+    classes' weights.
     """
 
     rows: Tensor | None
     labels: Tensor
     row_weight: Tensor | None
     class_weight: Tensor | None
+    every: Tensor | int
     reduction: str
     smoothing: float
     classes: int
@@ -94,15 +96,15 @@ class _Loss:
         dtype: torch.dtype,
     ) -> _Loss:
         """Raises IndexError for a label out of range on a CPU."""
-        rows: Tensor | None = (labels != ignore_index).nonzero().squeeze(1)
-        if rows is not None and len(rows) == len(labels):
-            rows = None
+        kept = (labels != ignore_index).nonzero().squeeze(1)
+        rows = None if len(kept) == len(labels) else kept
         counted = labels if rows is None else labels[rows]
         _check_range(counted, classes)
         wide = torch.promote_types(dtype, torch.float32)
         class_weight = None if class_weight is None else class_weight.to(wide)
         row_weight = None if class_weight is None else class_weight[counted]
-        return cls(rows, counted, row_weight, class_weight, reduction, smoothing, classes, wide)
+        every = classes if class_weight is None else class_weight.sum()
+        return cls(rows, counted, row_weight, class_weight, every, reduction, smoothing, classes, wide)
 
     def counted(self, x: Tensor) -> Tensor:
         """The rows of `x` [N, ...] that count."""
@@ -127,41 +129,57 @@ class _Loss:
         factor = grad_loss / self.total() if self.reduction == "mean" else grad_loss
         return factor.expand(len(self.labels))
 
-    def losses(self, log_p: Tensor, rows: slice) -> Tensor:
-        """The losses of `rows` from their log-probabilities [r, V].
+    def label_and_spread(self, logits: Tensor, p: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Overwrite `p` [r, V] with the softmax of `logits` [r, V] (the same memory, or of `dtype`).
+
+        Returns the label's log p_t [r, 1] and, for label smoothing, the sum over c of w_c log p_c [r, 1].
+        """
+        top = logits.amax(1, keepdim=True).to(self.dtype)
+        at_label = logits.gather(1, self.labels[rows, None]).to(self.dtype)
+        spread = self._over_classes(logits) if self.smoothing else None
+        torch.ops.aten.softmax.int_out(logits, 1, self.dtype, out=p)
+        log_total = top - p.amax(1, keepdim=True).log()  # the largest p is at least 1 / V: its logarithm is accurate
+        if spread is not None:
+            spread -= log_total * self.every
+        return at_label - log_total, spread
+
+    def _over_classes(self, x: Tensor) -> Tensor:
+        """The sum over c of w_c x_c, [r, 1]."""
+        if self.class_weight is None:
+            return x.sum(1, keepdim=True, dtype=self.dtype)
+        return x.to(self.dtype) @ self.class_weight[:, None]
+
+    def losses(self, log_p: Tensor, spread: Tensor | None, rows: slice) -> Tensor:
+        """The losses of `rows` from what `label_and_spread` returned.
 
         As `torch.nn.functional.cross_entropy` defines them: (1 - s) w_t (-log p_t) + s / V * sum over c of w_c (-log p_c).
         """
-        out = -log_p.gather(1, self.labels[rows, None]).squeeze(1)
+        out = -log_p
         if self.row_weight is not None:
-            out *= self.row_weight[rows]
-        if self.smoothing:
-            spread = log_p.sum(1) if self.class_weight is None else log_p @ self.class_weight
+            out *= self.row_weight[rows, None]
+        if spread is not None:
             out = (1 - self.smoothing) * out - self.smoothing / self.classes * spread
-        return out
+        return out.squeeze(1)
 
-    def slopes(self, log_p: Tensor, rows: slice, factor: Tensor | None, out: Tensor) -> None:
-        """Write into `out` [r, V] the gradient of the rows' losses, times `factor` [n], in the logits.
+    def make_slopes(self, p: Tensor, log_p: Tensor, rows: slice, factor: Tensor | None) -> None:
+        """Turn `p` [r, V] into the gradient of the rows' losses in the logits, times `factor` [n].
 
         It is a * p_c - s / V * w_c, with a = (1 - s) w_t + s / V * sum of w, less (1 - s) w_t for the label's class: there
-        in a form that does not cancel where p_t is close to 1.
+        from log p_t, in a form that does not cancel where p_t is close to 1.
         """
-        label = self.labels[rows, None]
-        at_label = torch.expm1(log_p.gather(1, label))
-        torch.exp(log_p, out=out)
-        share = self.smoothing / self.classes
-        if self.class_weight is not None and self.row_weight is not None:
-            own, every = self.row_weight[rows, None], self.class_weight.sum()
-            scale = (1 - self.smoothing) * own + share * every
-            out *= scale
-            at_label = scale * at_label + share * (every - own)
+        at_label, share = torch.expm1(log_p), self.smoothing / self.classes
+        if self.row_weight is not None:
+            own = self.row_weight[rows, None]
+            scale = (1 - self.smoothing) * own + share * self.every
+            p *= scale
+            at_label = scale * at_label + share * (self.every - own)
         elif self.smoothing:
             at_label += share * (self.classes - 1)
         if self.smoothing:
-            out -= share if self.class_weight is None else share * self.class_weight
-        out.scatter_(1, label, at_label.to(out.dtype))
+            p -= share if self.class_weight is None else share * self.class_weight
+        p.scatter_(1, self.labels[rows, None], at_label)
         if factor is not None:
-            out *= factor[rows, None]
+            p *= factor[rows, None]
 
 
 class _Gradients:
@@ -173,7 +191,8 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> None:
         self.weight, wide = weight, torch.promote_types(hidden.dtype, torch.float32)
         self.of_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
-        self.of_weight = weight.new_zeros(weight.shape, dtype=wide) if wanted[1] else None
+        empty = weight.new_empty if len(hidden) else weight.new_zeros
+        self.of_weight = empty(weight.shape, dtype=wide) if wanted[1] else None
         self.of_bias = weight.new_zeros(len(weight), dtype=wide) if wanted[2] else None
 
     def add(self, rows: slice, hidden: Tensor, slopes: Tensor) -> None:
@@ -181,7 +200,7 @@ class _Gradients:
         if self.of_hidden is not None:
             torch.mm(slopes, self.weight, out=self.of_hidden[rows])
         if self.of_weight is not None:
-            _add_product(self.of_weight, slopes.t(), hidden)
+            _add_product(self.of_weight, slopes.t(), hidden, beta=1 if rows.start else 0)
         if self.of_bias is not None:
             self.of_bias += slopes.sum(0, dtype=self.of_bias.dtype)
 
@@ -199,14 +218,16 @@ class _Gradients:
         return hidden if self.of_hidden is None else _spread(hidden, rows, count), weight, bias
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where the product is not rounded to the dtype of a and b if the device can leave that out."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta * total + a @ b, the product unrounded where the device has that. With beta 0, total may be unset."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif _adds_wide_products(a.device, a.dtype, total.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif beta:
         total += a @ b
+    else:
+        total.copy_(a @ b)
 
 
 @functools.cache
@@ -260,19 +281,20 @@ def _compute(
     chunk = chunk_rows(*counted.shape)
     block = min(chunk, _block_rows(classes, terms.dtype, hidden.device))
     all_logits = hidden.new_empty((chunk, classes))
-    all_log_p = hidden.new_empty((block, classes), dtype=terms.dtype)
+    wide = None if terms.dtype == hidden.dtype else hidden.new_empty((block, classes), dtype=terms.dtype)
     for rows in _slices(0, count, chunk):
         logits = all_logits[: rows.stop - rows.start]
         _linear(counted[rows], weight, bias, out=logits)
         for part in _slices(rows.start, rows.stop, block):
             here = logits[part.start - rows.start : part.stop - rows.start]
-            log_p = all_log_p[: part.stop - part.start]
-            torch.ops.aten.log_softmax.int_out(here, 1, terms.dtype, out=log_p)
-            losses[part] = terms.losses(log_p, part)
+            p = here if wide is None else wide[: len(here)]
+            log_p, spread = terms.label_and_spread(here, p, part)
+            losses[part] = terms.losses(log_p, spread, part)
             if any(wanted):
-                terms.slopes(log_p, part, factor, out=here)
+                terms.make_slopes(p, log_p, part, factor)
+                here.copy_(p)
         gradients.add(rows, counted[rows], logits)
-    del all_logits, all_log_p  # casts of the gradients may need as much
+    del all_logits, wide  # casts of the gradients may need as much
     divisor = terms.total() if reduction == "mean" and factor is None and count else None
     loss = terms.reduce(losses, len(labels), dtype)
     return (loss, *gradients.finished(terms.rows, len(labels), divisor))
