@@ -43,8 +43,9 @@ MIN_CHUNK, MAX_CHUNK, CHUNKS = 512, 4096, 4
 """Rows of a chunk: with fewer, reading the weight and its gradient once a chunk takes longer than multiplying; with more,
 nothing is gained. And into how many chunks even few rows are split."""
 
-BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
-"""Logits whose softmax is computed at a time: on a CPU they stay in its cache, on a GPU there is work for all of it."""
+BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
+"""Logits whose softmax is computed at a time: about a CPU's cache, and enough that its threads seldom wait for each other; on a
+GPU, work for all of it."""
 
 
 def chunk_rows(rows: int, features: int) -> int:
