@@ -44,8 +44,8 @@ MIN_CHUNK, MAX_CHUNK, CHUNKS = 512, 4096, 4
 nothing is gained. And into how many chunks even few rows are split."""
 
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
-"""Logits whose softmax is computed at a time: about a CPU's cache, and enough that its threads seldom wait for each other; on a
-GPU, work for all of it."""
+"""Logits whose softmax is computed at a time: about a CPU's cache, and enough that its threads seldom wait for each other;
+on a GPU, work for all of it."""
 
 
 def chunk_rows(rows: int, features: int) -> int:
