@@ -6,6 +6,7 @@ import torch
 
 import fxopt.ir.random_ops  # noqa: F401  (defines torch.ops.fxopt.seed)
 from fxopt.ir.attention_op import attention
+from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy_backward, linear_cross_entropy_op
 
 aten = torch.ops.aten
 
@@ -70,6 +71,8 @@ LIBRARY_OPS = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         attention,
+        linear_cross_entropy_op,
+        linear_cross_entropy_backward,
         torch.ops.fxopt.seed.default,
         # Free views between complex tensors and their pairs, which passes/complex_pairs.py computes with.
         aten.view_as_real.default,
@@ -78,7 +81,8 @@ LIBRARY_OPS = frozenset(
         aten.resolve_conj.default,
     }
 )
-"""Contractions, attention, the draw of a seed, complex views: running them as library calls is the plan, not a retreat."""
+"""Contractions, attention, losses over many classes, the draw of a seed, complex views: running them as library calls is the
+plan, not a retreat."""
 
 KERNEL_DTYPES = frozenset(
     {

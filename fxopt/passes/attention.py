@@ -8,7 +8,6 @@ With gradients the traced form has a backward that fits it, so those calls stay 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import fx
 from fxopt.ir.attention_op import attention as attention_op
 from fxopt.ir.spec import known_equal
 from fxopt.passes.context import Context
+from fxopt.passes.dynamo_facts import example, is_special, with_grad_mode
 
 SPELLINGS = frozenset(
     {
@@ -30,7 +30,6 @@ SPELLINGS = frozenset(
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-_FAKE = frozenset({"FakeTensor", "Parameter", "Buffer"})
 
 
 def chooses_late(device: torch.device) -> bool:
@@ -39,7 +38,7 @@ def chooses_late(device: torch.device) -> bool:
 
 
 def attention(context: Context) -> None:
-    for node, grad_mode in _with_grad_mode(context):
+    for node, grad_mode in with_grad_mode(context):
         if context.exhausted:
             return
         if node.op != "call_function" or node.target not in (*SPELLINGS, F.multi_head_attention_forward):
@@ -53,15 +52,6 @@ def attention(context: Context) -> None:
         else:
             context.spend("inside_multi_head", node)
             node.target = multi_head_attention
-
-
-def _with_grad_mode(context: Context) -> Iterator[tuple[fx.Node, bool]]:
-    """Every node with whether gradients are recorded where it stands."""
-    enabled = torch.is_grad_enabled()
-    for node in context.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
-            enabled = node.args[0] is not False
-        yield node, enabled
 
 
 def _obstacle(node: fx.Node, grad_mode: bool) -> str | None:
@@ -96,17 +86,6 @@ def _unsuitable(
     if not all(known_equal(query.shape[d], x.shape[d]) for x in (key, value) for d in same):
         return "batch or heads that broadcast"
     return None
-
-
-def example(node: Any) -> torch.Tensor | None:
-    """The FakeTensor that Dynamo left with a node; None for what is no tensor."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def is_special(tensor: torch.Tensor) -> bool:
-    """Subclasses have an attention of their own; under torch.func's transforms Dynamo's example is a wrapped tensor."""
-    return type(tensor).__name__ not in _FAKE or tensor.is_nested or tensor.layout != torch.strided
 
 
 def attend(

@@ -13,7 +13,7 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.ir import ops
-from fxopt.passes.attention import is_special
+from fxopt.passes.dynamo_facts import is_special
 
 OPERATORS: frozenset[Callable[..., Any]] = frozenset(
     {

@@ -25,7 +25,8 @@ from fxopt.passes.context import Context, PassOptions
 from fxopt.passes.cse import cse
 from fxopt.passes.dead_code import dead_code
 from fxopt.passes.fusions import PATTERNS
-from fxopt.passes.hand_attention import hand_attention
+from fxopt.passes.hand_attention.rewrite import hand_attention
+from fxopt.passes.linear_cross_entropy import linear_cross_entropy
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.no_ops import no_ops
 from fxopt.passes.open_mask import open_mask
@@ -69,6 +70,7 @@ EARLY_PASSES: tuple[Pass, ...] = (
     Pass("canonical_calls", canonical_calls),
     Pass("hand_attention", hand_attention),  # reads canonical spellings; its calls are the next pass's
     Pass("attention", attention),
+    Pass("linear_cross_entropy", linear_cross_entropy),
 )
 """What runs on Dynamo's graph, before autograd."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import fxopt.ir.linear_cross_entropy_op  # noqa: F401  (defines ops that plans name)
 from fxopt.errors import PlanError
 from fxopt.ir.attention_op import attend
 from fxopt.ir.exprs import Atom, Expr, Int

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.journal import RECENT
-from fxopt.passes import written_attention
+from fxopt.passes.hand_attention import written
 from tests.numerics import assert_closer, to_float64
 
 B, H, S, T, E = 2, 3, 20, 24, 16
@@ -21,7 +21,7 @@ FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 @pytest.fixture(autouse=True)
 def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_attention, "MIN_CPU_SCORES", 0)
+    monkeypatch.setattr(written, "MIN_CPU_SCORES", 0)
 
 
 def operands(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -475,7 +475,7 @@ def test_float64_stays() -> None:
 
 
 def test_few_scores_stay_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_attention, "MIN_CPU_SCORES", S * T + 1)
+    monkeypatch.setattr(written, "MIN_CPU_SCORES", S * T + 1)
     assert judged(plain, *operands(), expected=0) == ["hand_attention: too few scores for the fused kernel to be faster x1"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.passes import written_attention
+from fxopt.passes.hand_attention import written
 from tests.numerics import assert_closer, to_float64
 from tests.passes.test_hand_attention import compiled
 
@@ -65,7 +65,7 @@ def outputs(model: Any, given: dict[str, Any]) -> Any:
 
 @pytest.fixture(autouse=True)
 def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_attention, "MIN_CPU_SCORES", 0)
+    monkeypatch.setattr(written, "MIN_CPU_SCORES", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,8 +14,8 @@ from functools import reduce
 import torch
 from torch import fx
 
-from fxopt.passes.attention import example
-from fxopt.passes.score_mask import (
+from fxopt.passes.dynamo_facts import example
+from fxopt.passes.hand_attention.score_mask import (
     FILL_BOUND,
     LEAST,
     Added,

@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from fxopt.ir.spec import known_different, known_equal
-from fxopt.passes.attention import DTYPES, example, is_special
+from fxopt.passes.attention import DTYPES
+from fxopt.passes.dynamo_facts import example, is_special
+from fxopt.passes.hand_attention.mask_plan import MaskedScores
+from fxopt.passes.hand_attention.products import Operand
+from fxopt.passes.hand_attention.score_chain import After, Before, softmax_dim
+from fxopt.passes.hand_attention.score_mask import Lead
 from fxopt.passes.in_place import WrittenMemory, writes
-from fxopt.passes.mask_plan import MaskedScores
-from fxopt.passes.products import Operand
-from fxopt.passes.score_chain import After, Before, softmax_dim
-from fxopt.passes.score_mask import Lead
 
 MIN_CPU_SCORES = 1 << 15
 """Scores of a head (S * T) from which the fused kernel is faster on CPUs; below, generated code between two products is."""

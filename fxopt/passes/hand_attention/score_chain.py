@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.passes.attention import example
-from fxopt.passes.products import Operand, Product, bind, products
-from fxopt.passes.score_mask import Added, Filled, Lead
+from fxopt.passes.dynamo_facts import example
+from fxopt.passes.hand_attention.products import Operand, Product, bind, products
+from fxopt.passes.hand_attention.score_mask import Added, Filled, Lead
 from fxopt.passes.sizes import Sizes
 
 SOFTMAX: dict[Any, tuple[str, ...]] = {

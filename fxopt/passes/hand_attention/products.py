@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxopt.ir.ops import is_overload
-from fxopt.passes.attention import example
+from fxopt.passes.dynamo_facts import example
 
 Order = tuple[int, ...] | None
 """A permutation of dimensions; None is the one that changes nothing."""

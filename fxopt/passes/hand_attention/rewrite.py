@@ -1,7 +1,7 @@
 """Before autograd: attention that is written out becomes a call of `scaled_dot_product_attention`.
 
 What is looked for is a softmax over the last dimension between two products (score_chain.py reads what lies between them,
-products.py the products themselves). It is replaced where a fused kernel exists (written_attention.py) and every value stays
+products.py the products themselves). It is replaced where a fused kernel exists (written.py) and every value stays
 what it was, gradients included: score_mask.py says how masks are carried over. Two differences remain: intermediate
 roundings to a half type are not made, and what score_mask.py names.
 """
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.passes.attention import example
 from fxopt.passes.context import Context
-from fxopt.passes.mask_plan import Call, MaskForm, emit_mask, plan_mask
-from fxopt.passes.products import Operand
-from fxopt.passes.score_chain import SOFTMAX, after, before
-from fxopt.passes.score_mask import in_heads, with_nan_results, without_hidden_rows
+from fxopt.passes.dynamo_facts import example
+from fxopt.passes.hand_attention.mask_plan import Call, MaskForm, emit_mask, plan_mask
+from fxopt.passes.hand_attention.products import Operand
+from fxopt.passes.hand_attention.score_chain import SOFTMAX, after, before
+from fxopt.passes.hand_attention.score_mask import in_heads, with_nan_results, without_hidden_rows
+from fxopt.passes.hand_attention.written import WrittenAttention, obstacle
 from fxopt.passes.sizes import Sizes
-from fxopt.passes.written_attention import WrittenAttention, obstacle
 
 
 def hand_attention(context: Context) -> None:

@@ -1,0 +1,1 @@
+"""Attention that is written out, recognised before autograd: `rewrite.py` is the pass."""
