@@ -74,6 +74,9 @@ LIBRARY_OPS = frozenset(
         linear_cross_entropy_op,
         linear_cross_entropy_backward,
         torch.ops.fxopt.seed.default,
+        # What tracing one_hot, repeat_interleave and the like leaves to be checked at run time.
+        aten._assert_async.default,
+        aten._assert_async.msg,
         # Free views between complex tensors and their pairs, which passes/complex_pairs.py computes with.
         aten.view_as_real.default,
         aten.view_as_complex.default,
@@ -81,8 +84,8 @@ LIBRARY_OPS = frozenset(
         aten.resolve_conj.default,
     }
 )
-"""Contractions, attention, losses over many classes, the draw of a seed, complex views: running them as library calls is the
-plan, not a retreat."""
+"""Contractions, attention, losses over many classes, the draw of a seed, assertions, complex views: running them as library
+calls is the plan, not a retreat."""
 
 KERNEL_DTYPES = frozenset(
     {

@@ -46,6 +46,16 @@ def test_errors_of_the_user_stay_the_users() -> None:
         compiled(lambda x, n: x + 1 // n)(torch.ones(3), 0)
 
 
+def test_one_hot_checks_its_classes_as_eager_does() -> None:
+    def fn(labels: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(labels, 4).float().mean(0)
+
+    agree(fn, torch.tensor([0, 3, 1]))
+    for bad in (torch.tensor([0, 4]), torch.tensor([-1, 0])):
+        with pytest.raises(RuntimeError, match="Class values must be"):
+            compiled(fn)(bad)
+
+
 def test_functional_call() -> None:
     module = nn.Linear(3, 3)
     weights = {k: torch.randn_like(v) for k, v in module.named_parameters()}
