@@ -57,6 +57,7 @@ STATIC: dict[str, Callable[[], Case]] = {
     "log-softmax, bfloat16": lambda: nests.softmax(5, 1000, BF16, log=True),
     "layer norm": lambda: nests.layer_norm(7, 384, F32),
     "layer norm, bfloat16": lambda: nests.layer_norm(7, 131, BF16),
+    "side by side": lambda: nests.side_by_side(33, 70),
     "variance of columns": lambda: nests.variance(33, 70),
     "cat": nests.cat,
     "gather": nests.gather,

@@ -151,6 +151,11 @@ def test_column_variance(interpreter: Interpreter, config: TritonConfig) -> None
     check(interpreter, nests.variance(6, 130), config)
 
 
+@pytest.mark.parametrize("config", [TritonConfig(4), LOOPED, TritonConfig(1, split=3)])
+def test_side_by_side(interpreter: Interpreter, config: TritonConfig) -> None:
+    check(interpreter, nests.side_by_side(7, 50), config)
+
+
 @pytest.mark.parametrize("config", [TritonConfig(8), LOOPED, TritonConfig(8, split=4)])
 def test_stores_along_a_reduced_axis(interpreter: Interpreter, config: TritonConfig) -> None:
     check(interpreter, nests.gelu_backward(64, 12, F32), config)

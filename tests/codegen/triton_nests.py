@@ -160,6 +160,29 @@ def reduction(kind: str, points: int, row: int, dtype: torch.dtype, columns: boo
     return make(nest, buffers, "a", "o", lambda a: function(a, dim))
 
 
+def side_by_side(points: int, row: int) -> Case:
+    """What was joined for the launches alone: two sums that share nothing, and the halves of one result."""
+    p, r, at = rows(points, row)
+    a, b = Load("a", at, F32), Load("b", at, F32)
+    nest = Nest(
+        (p,),
+        (r,),
+        (
+            Store("s", symbol(p), Reduce("sum", (a,), (r,), F32)),
+            Store("o", 2 * symbol(p) + 1, Reduce("max", (b,), (r,), F32)),
+            Store("o", 2 * symbol(p), Load("c", symbol(p), F32)),
+        ),
+    )
+    buffers = [*(buffer(n, F32, (points, row)) for n in "ab"), *(buffer(n, F32, (points,)) for n in "cs")]
+    return make(
+        nest,
+        [*buffers, buffer("o", F32, (points, 2))],
+        "a b c",
+        "s o",
+        lambda a, b, c: (a.sum(1), torch.stack([c, b.amax(1)], 1)),
+    )
+
+
 def variance(points: int, row: int) -> Case:
     """Column statistics, as in BatchNorm."""
     p, r = Sym("x0", size=points), Sym("r1", size=row)
