@@ -109,10 +109,7 @@ class _Scheduler:
                     self._offer_neighbours(heap, joined, self._neighbours(joined))
 
     def _join_small(self) -> None:
-        """Join small regions that have nothing to do with each other: one launch instead of many.
-
-        Moving them together keeps alive what they read, which is small too, so distance does not matter.
-        """
+        """Join small regions that have nothing to do with each other: one launch instead of many."""
         opened: dict[object, list[int]] = {}
         for k in sorted(self.groups, key=lambda k: self.groups[k].position):
             step = self.groups[k].step
@@ -127,6 +124,10 @@ class _Scheduler:
         """Whether `a`, one of `groups`, and `b` could be joined; what they have become takes the place of `a`."""
         if self.order.runs_before(a, b) or self.order.runs_before(b, a):
             return False
+        one, two = self.groups[a], self.groups[b]
+        far = abs(one.position - two.position) > MAX_DISTANCE
+        if far and any(self._readers(name) for name in one.writes | two.writes):
+            return False  # what waits for one of them may be large; results of the graph wait for nothing
         joined = self._join(a, b)
         if joined is not None:
             groups[groups.index(a)] = joined

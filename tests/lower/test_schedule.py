@@ -16,7 +16,7 @@ from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
-from fxopt.lower.schedule import schedule
+from fxopt.lower.schedule import MAX_DISTANCE, schedule
 from tests.lower.interpreter import run_lowered
 
 
@@ -160,6 +160,17 @@ def test_small_regions_that_share_nothing_are_one_kernel() -> None:
 
 def test_large_or_dependent_regions_are_not_joined_for_their_launches() -> None:
     assert len(check(lambda a, b: (a * 2, b * 2), rand(100, 200), rand(100, 200))) == 2
+
+    def branches(*args: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(6, 6, dtype=torch.float64)
+        for a in args:  # each a chain of products that ends before the next begins
+            for _ in range(MAX_DISTANCE // 3):
+                a = torch.mm(a.sin(), a)
+            total = torch.mm(total, a)
+        return total
+
+    joined = check(branches, *(rand(6, 6) for _ in range(4)))
+    assert len(joined) > 2 * (MAX_DISTANCE // 3), "chains that wait for each other are alive together"
 
     def dependent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.mm(torch.mm(a * 2, b).exp(), a)
