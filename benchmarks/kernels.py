@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workload import Sizes, Workload
+from benchmarks.workload import Sizes, Values, Workload
 from fxopt.report.cases import Case
 
 Maker = Callable[..., Tensor]
@@ -75,21 +75,6 @@ def adamw_step(parameters: list[Tensor], gradients: list[Tensor], first: list[Te
     return parameters
 
 
-class _Make:
-    """Tensors for a case: reproducible normal values on the device, in the dtype; `grad` makes them leaves."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, grad: bool = False) -> None:
-        self.device, self.dtype, self.grad = device, dtype, grad
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        values = torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
-        return values.requires_grad_(self.grad)
-
-    def classes(self, count: int, upper: int) -> Tensor:
-        return torch.randint(upper, (count,), generator=self.generator).to(self.device)
-
-
 _ROWS = {"full": {"rows": 16384, "cols": 4096}, "tiny": {"rows": 12, "cols": 40}}
 _ROW_RANGES = {"rows": (1, 32768), "cols": (17, 8192)}
 
@@ -97,7 +82,7 @@ _ROW_RANGES = {"rows": (1, 32768), "cols": (17, 8192)}
 def _rowwise(
     name: str,
     fn: Callable[..., Any],
-    inputs: Callable[[_Make, int, int], tuple[Any, ...]],
+    inputs: Callable[[Values, int, int], tuple[Any, ...]],
     *,
     training: bool = False,
     **case: Any,
@@ -106,9 +91,9 @@ def _rowwise(
 
     def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
         rows, cols = sizes["rows"], sizes["cols"]
-        make = _Make(device, dtype, grad=training)
+        make = Values(device, dtype, grad=training)
         tensors = inputs(make, rows, cols)
-        grad = _Make(device, dtype)(rows, cols) if training else None
+        grad = Values(device, dtype)(rows, cols) if training else None
         return Case(fn, tensors, training=training, grad_output=grad, **case)
 
     full, tiny = _ROWS["full"], _ROWS["tiny"]
@@ -116,7 +101,7 @@ def _rowwise(
 
 
 def _build_adamw(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
-    make = _Make(device, dtype)
+    make = Values(device, dtype)
     groups = [[make(sizes["width"], sizes["width"]) for _ in range(sizes["count"])] for _ in range(4)]
     groups[3] = [v.abs() for v in groups[3]]
     saved = [[t.clone() for t in group] for group in groups]
@@ -129,19 +114,19 @@ def _build_adamw(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case
 
 
 def _build_rotary(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
-    make, heads, tokens = _Make(device, dtype), sizes["heads"], sizes["tokens"]
+    make, heads, tokens = Values(device, dtype), sizes["heads"], sizes["tokens"]
     return Case(rotary, (make(heads, tokens, 64), make(tokens, 64), make(tokens, 64)))
 
 
 def _build_group_norm(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
-    make, batch, side = _Make(device, dtype), sizes["batch"], sizes["side"]
+    make, batch, side = Values(device, dtype), sizes["batch"], sizes["side"]
     x = make(batch, 64, side, side).contiguous(memory_format=torch.channels_last)
     return Case(group_norm_silu, (x, make(64), make(64)))
 
 
 def _build_cross_entropy(training: bool) -> Callable[[Sizes, torch.device, torch.dtype], Case]:
     def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
-        make = _Make(device, dtype, grad=training)
+        make = Values(device, dtype, grad=training)
         logits = make(sizes["rows"], sizes["cols"])
         return Case(cross_entropy, (logits, make.classes(sizes["rows"], sizes["cols"])), training=training)
 

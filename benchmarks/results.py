@@ -9,13 +9,12 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.workload import Sizes, Workload
 from fxopt import __version__
-from fxopt.report.compare import Row
 
 SCHEMA = 1
 
@@ -30,6 +29,7 @@ def target_facts(device: torch.device) -> dict[str, Any]:
             "arch": f"sm_{p.major}{p.minor}",
             "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory,
+            "l2_bytes": p.L2_cache_size,
         }
     return {
         "kind": "cpu",
@@ -48,7 +48,7 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             return None
 
-    names = ("triton", "numpy", "transformers")
+    names = ("triton", "numpy", "transformers", "liger-kernel")
     own = {"fxopt": __version__, "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     return {**own, **{n: installed(n) for n in names}}
 
@@ -70,6 +70,12 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+class Measured(Protocol):
+    """A row of a case."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 class Results:
     """A results file being written. With `resume`, cases already in the file are kept and `has` knows them."""
 
@@ -89,8 +95,8 @@ class Results:
     def has(self, workload: Workload, sizes: Sizes, dtype: str) -> bool:
         return any((c["workload"], c["sizes"], c["dtype"]) == (workload.name, sizes, dtype) for c in self.data["cases"])
 
-    def add(self, workload: Workload, sizes: Sizes, dtype: str, rows: Sequence[Row]) -> None:
-        """Append a case and rewrite the file (atomically: a reader or a kill never sees half of it)."""
+    def add(self, workload: Workload, sizes: Sizes, dtype: str, rows: Sequence[Measured]) -> None:
+        """Append a case and rewrite the file."""
         self.data["cases"].append(
             {
                 "workload": workload.name,
@@ -98,11 +104,16 @@ class Results:
                 "training": workload.training,
                 "dtype": dtype,
                 "sizes": sizes,
+                "one_pass": list(workload.one_pass),
                 "finished": _now(),
                 "commit": revision(),
                 "rows": [r.to_dict() for r in rows],
             }
         )
+        self.save()
+
+    def save(self) -> None:
+        """Rewrite the file, atomically: a reader or a kill never sees half of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.data, indent=1) + "\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +57,7 @@ class Budget:
     compile_limit: float
     slow: bool
     longest: dict[tuple[str, str], float] = field(default_factory=dict)
+    longest_case: dict[str, float] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -71,7 +74,17 @@ class Budget:
             )
         return ""
 
-    def learn(self, workload: Workload, rows: Sequence[Row]) -> None:
+    def limit(self) -> float:
+        """Seconds that one compilation may take now."""
+        return max(1.0, min(self.compile_limit, self.left))
+
+    def fits(self, workload: Workload) -> bool:
+        """Whether a whole case of this kind can be expected to end in time."""
+        return self.left > self.longest_case.get(workload.kind, 0.0)
+
+    def learn(self, workload: Workload, rows: Sequence[Row], took: float = 0.0) -> None:
+        """What the case's compilations, and all of it, took."""
+        self.longest_case[workload.kind] = max(self.longest_case.get(workload.kind, 0.0), took)
         for row in rows:
             key = (workload.kind, row.contender)
             self.longest[key] = max(self.longest.get(key, 0.0), row.compile_seconds or 0.0)
@@ -80,11 +93,15 @@ class Budget:
         return Plan(
             device,
             seconds=min(seconds, max(0.5, self.left / 4)),
-            compile_limit=max(1.0, min(self.compile_limit, self.left)),
+            compile_limit=self.limit(),
             cold=cold,
             flush=workload.kind == "kernel",
             skip=lambda contender: self.why_skip(workload, contender),
         )
+
+
+Job = tuple[Workload, Sizes, str]
+"""A workload, its sizes and the name of its dtype."""
 
 
 def jobs(workloads: Sequence[Workload], tiny: bool, seed: int | None, draws: int) -> list[tuple[Workload, Sizes]]:
@@ -121,28 +138,51 @@ def bench(
     """Compare fxopt with eager and Inductor on kernels and whole models; JSON after every case, tables and a plot."""
     where = pick_device(device)
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    precision, chosen, console = pick_dtype(dtype), pick(contenders), open_console()
+    pick_dtype(dtype)  # a wrong name ends the run before anything is measured
+    chosen, console = pick(contenders), open_console()
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "random_shapes": random_shapes, "warm": warm}
     results = Results(out, where, settings, resume)
-    todo = jobs(choose(workloads), tiny, random_shapes, draws)
+    todo = [(w, sizes, dtype) for w, sizes in jobs(choose(workloads), tiny, random_shapes, draws)]
+    measure(todo, chosen, results, budget, lambda w: budget.plan(w, where, seconds, not warm), console)
+    console.print(f"results: {out}")
+    if picture := plot_results(results.data, out.with_suffix(".png")):
+        console.print(f"plot:    {picture}")
+
+
+def measure(
+    todo: Sequence[Job],
+    chosen: Sequence[Contender],
+    results: Results,
+    budget: Budget,
+    plan: Callable[[Workload], Plan],
+    console: Console,
+    whole: bool = False,
+) -> int:
+    """Run the cases that `results` does not have, each with a table; how many were left out.
+
+    Where time ends, rows say what was skipped. With `whole`, cases run whole or not at all: those that do not fit are left
+    to a later run.
+    """
+    left = 0
     with progress_bar(Console(stderr=True)) as progress:
-        for number, (workload, sizes) in enumerate(todo):
+        for number, (workload, sizes, dtype) in enumerate(todo):
             if results.has(workload, sizes, dtype):
+                continue
+            if whole and not budget.fits(workload):
+                left += 1
                 continue
 
             def report(what: str, share: float, number: int = number, name: str = workload.name) -> None:
                 progress(f"{number + 1}/{len(todo)} {name}: {what}", (number + share) / len(todo))
 
-            plan = budget.plan(workload, where, seconds, not warm)
-            rows = _one(workload, sizes, precision, chosen, plan, report)
-            budget.learn(workload, rows)
+            start = time.monotonic()
+            rows = _one(workload, sizes, pick_dtype(dtype), chosen, plan(workload), report)
+            budget.learn(workload, rows, time.monotonic() - start)
             results.add(workload, sizes, dtype, rows)
             label = ", ".join(f"{k} {v}" for k, v in sizes.items())
             console.print(comparison_table(f"{workload.name} ({label}; {dtype})", rows))
-    console.print(f"results: {out}")
-    if picture := plot_results(results.data, out.with_suffix(".png")):
-        console.print(f"plot:    {picture}")
+    return left
 
 
 def _one(
@@ -150,13 +190,14 @@ def _one(
 ) -> list[Row]:
     """Rows of one case; when the case itself cannot be made or run, rows that say so: the other cases go on."""
     try:
-        case = workload.build(sizes, plan.device, dtype)
-        return compare(case, chosen, plan, progress)
+        build = functools.partial(workload.build, sizes, plan.device, dtype)
+        return compare(build(), chosen, plan, progress, rebuild=build if plan.split else None)
     except Exception as error:
         reason = f"failed: {type(error).__name__}: {error}"[:300]
         return [Row(c.name, c.mode_label, c.frozen, skipped=reason) for c in chosen]
     finally:
         if plan.device.type == "cuda":
+            gc.collect()  # what a case holds may hold the case
             torch.cuda.empty_cache()
 
 

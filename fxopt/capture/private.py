@@ -14,6 +14,7 @@ from torch import fx
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters, flatten_graph_inputs
+from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
@@ -34,6 +35,7 @@ __all__ = [
     "min_cut_partition",
     "outside_tracing",
     "retracing",
+    "saved_values_kept",
 ]
 
 def keep_saved_values(context: Any) -> None:
@@ -103,6 +105,13 @@ def retracing(context: Any) -> Iterator[None]:
         yield
         return
     with tracing(context):
+        yield
+
+
+@contextlib.contextmanager
+def saved_values_kept() -> Iterator[None]:
+    """No backward compiled in the block reuses the memory of what its forward saved, so that it can run more than once."""
+    with functorch_config.patch(donated_buffer=False):
         yield
 
 

@@ -20,7 +20,8 @@ class Contender:
     """One way to run a model: `backend` None is eager; `mode` and `options` as torch.compile takes them (one of the two).
 
     `frozen` says that weights are treated as constants, so it only makes sense for inference. `slow` marks compilations of
-    minutes, which harness runs leave out of large workloads unless asked.
+    minutes, which harness runs leave out of large workloads unless asked. `alternative` names the implementation to run
+    instead of the case's own (`Case.alternatives`), as it is.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
     frozen: bool = False
     slow: bool = False
+    alternative: str = ""
 
     @property
     def mode_label(self) -> str:
@@ -98,11 +100,17 @@ _ALL = (
     Contender("fxopt-reduce-overhead-freeze", "fxopt", options={"mode": "reduce-overhead", "freeze": True}, frozen=True),
     Contender("fxopt-max-autotune", "fxopt", mode="max-autotune", slow=True),
 )
-CONTENDERS = {c.name: c for c in _ALL}
+COPY = Contender("copy")
+"""No implementation of the case: a copy that moves as many bytes as the case must."""
+_PEERS = (COPY, Contender("liger", alternative="liger"), Contender("fused", alternative="fused"))
+CONTENDERS = {c.name: c for c in (*_ALL, *_PEERS)}
 
 
 def pick(names: str) -> list[Contender]:
-    """Contenders from a comma-separated list, "all", or "plain" (default modes only). ValueError lists the valid names."""
+    """Contenders from a comma-separated list, "all", or "plain" (default modes only). ValueError lists the valid names.
+
+    "all" are the ways of running a torch model; those that only some cases have (liger, fused, copy) are asked for by name.
+    """
     if names == "all":
         return list(_ALL)
     if names == "plain":

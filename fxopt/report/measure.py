@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Call = Callable[[], Any]
+Key = TypeVar("Key", bound=Hashable)
+MOST_FLUSHES = 100
+"""Of the L2 cache before one call: some milliseconds."""
 
 
 @dataclass
@@ -33,22 +37,26 @@ class Timing:
 
 
 def interleaved(
-    calls: dict[str, Call],
+    calls: Mapping[Key, Call],
     device: torch.device,
     *,
     seconds: float,
     min_rounds: int = 3,
     max_rounds: int = 100,
     flush: bool = False,
+    ahead: bool = False,
     tick: Callable[[float], None] = lambda share: None,
-) -> dict[str, Timing]:
+) -> dict[Key, Timing]:
     """Time warmed-up `calls` round by round, each once per round, for about `seconds` in all.
 
     Interleaving spreads drift of the machine's clock and of its other tenants evenly. The order turns with every round. A
     sample is the mean of as many calls as fill 10 ms. On CUDA times are between device events; `flush` writes over the L2
-    cache before every call, so that memory-bound kernels are not timed on cached inputs. `tick` gets the share done.
+    cache before every call, so that memory-bound kernels are not timed on cached inputs. With `ahead` it does so for as long
+    as the host needs to launch the call, so that the time is the device's alone. `tick` gets the share done.
     """
-    timer = _CudaTimer(device, flush) if device.type == "cuda" else _HostTimer()
+    timer = _CudaTimer(device, flush or ahead) if device.type == "cuda" else _HostTimer()
+    if ahead:
+        timer.stay_ahead(calls.values())
     timings = {name: Timing() for name in calls}
     repeats = {name: timer.repeats(call) for name, call in calls.items()}
     start, order = time.perf_counter(), list(calls)
@@ -65,6 +73,9 @@ def interleaved(
 
 
 class _HostTimer:
+    def stay_ahead(self, calls: Iterable[Call]) -> None:
+        """Nothing to do: the host is the device."""
+
     def sample(self, call: Call, repeats: int) -> float:
         start = time.perf_counter()
         for _ in range(repeats):
@@ -80,6 +91,21 @@ class _CudaTimer:
         self.device = device
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
         self.scratch = torch.empty(size, dtype=torch.uint8, device=device) if flush else None
+        self.flushes, self.flush_seconds = 1, 0.0
+
+    def stay_ahead(self, calls: Iterable[Call]) -> None:
+        """Flush before each call for twice the time that the slowest of `calls` keeps the host."""
+        assert self.scratch is not None
+        self.flush_seconds = self._between_events(self.scratch.zero_, 10)
+        host = max(min(self._launching(call) for _ in range(3)) for call in calls)
+        self.flushes = max(1, min(MOST_FLUSHES, math.ceil(2 * host / self.flush_seconds)))
+
+    def _launching(self, call: Call) -> float:
+        """Seconds until `call` returns on an idle device."""
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
     def sample(self, call: Call, repeats: int) -> float:
         if self.scratch is not None:
@@ -89,7 +115,8 @@ class _CudaTimer:
     def _between_events(self, call: Call, repeats: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if self.scratch is not None:
-            self.scratch.zero_()
+            for _ in range(self.flushes):
+                self.scratch.zero_()
         start.record()
         for _ in range(repeats):
             call()
@@ -99,7 +126,8 @@ class _CudaTimer:
 
     def repeats(self, call: Call) -> int:
         torch.cuda.synchronize(self.device)
-        return _repeats(lambda: self._between_events(call, 1), 200)
+        between = self.flushes * self.flush_seconds
+        return _repeats(lambda: self._between_events(call, 1) + between, 200)
 
 
 def _repeats(sample: Callable[[], float], limit: int) -> int:

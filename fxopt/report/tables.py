@@ -48,7 +48,7 @@ def comparison_table(title: str, rows: Sequence[Row]) -> Table:
 def _cells(row: Row, rows: Sequence[Row], memory: bool) -> list[str]:
     factor = speedup(row, rows)
     cells = [
-        row.contender,
+        f"{row.contender} {row.part}".rstrip(),
         milliseconds(row.seconds),
         "" if row.quartiles is None else f"{(row.quartiles[1] - row.quartiles[0]) * 500:.2g}",
         "" if factor is None else f"{factor:.2f}x",

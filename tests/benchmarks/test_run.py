@@ -102,3 +102,9 @@ def test_speedups_are_over_eager_and_labels_tell_cases_apart() -> None:
     cases = [case(3, 0.5), case(5, 0.25)]
     assert speedups({"cases": cases}) == {"fxopt": {"softmax 4x3": 2.0, "softmax 4x5": 4.0}}
     assert label_of(cases[0], cases[:1]) == "softmax"
+    split = [
+        {"contender": c, "seconds": s, "part": p}
+        for c, s in (("eager", 3.0), ("fxopt", 1.0))
+        for p in ("forward", "backward")
+    ]
+    assert speedups({"cases": [{**cases[0], "rows": split}]}) == {"fxopt": {"softmax forward": 3.0, "softmax backward": 3.0}}

@@ -7,13 +7,15 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
-from fxopt.report.cases import Case, relative_error
+from fxopt.report.cases import BACKWARD, FORWARD, Case, relative_error
 from fxopt.report.compare import CompileTimeout, Plan, Row, compare, speedup, time_limit
-from fxopt.report.contenders import CACHE_VARIABLES, CONTENDERS, Contender, caches_under, pick
+from fxopt.report.contenders import CACHE_VARIABLES, CONTENDERS, COPY, Contender, caches_under, pick
 from fxopt.report.measure import interleaved, kernels_seen
 from fxopt.report.tables import comparison_table
 
@@ -107,6 +109,81 @@ def test_in_place_cases_are_judged_from_their_initial_state() -> None:
     case = Case(lambda x: x.mul_(0.5), (state,), reset=lambda: state.fill_(1.0))
     (row,) = compare(case, [PASS_THROUGH], Plan(CPU, seconds=0.01))
     assert row.error == 0.0
+
+
+def scaled(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * y
+
+
+def scaled_case() -> Case:
+    x, y = (torch.full((4, 8), v, requires_grad=True) for v in (2.0, 3.0))
+    case = Case(scaled, (x, y), True, torch.ones(4, 8), backward_reads=(0, 1))
+    case.alternatives = {
+        "liger": lambda: replace(case, module=lambda x, y: y * x),
+        "fused": lambda: replace(case, module=lambda x, y: x * y * 1.001),
+    }
+    return case
+
+
+def test_passes_are_timed_each_alone_against_a_copy_of_as_many_bytes() -> None:
+    rows = compare(
+        scaled_case(),
+        [CONTENDERS["eager"], COPY, PASS_THROUGH, CONTENDERS["liger"]],
+        Plan(CPU, seconds=0.01, split=True),
+        rebuild=scaled_case,
+    )
+    assert [(r.contender, r.part) for r in rows] == [
+        (c, p) for c in ("eager", "copy", "aot", "liger") for p in (FORWARD, BACKWARD)
+    ]
+    for row in rows:
+        assert row.skipped == ""
+        assert row.bytes_moved == 32 * 4 * (3 if row.part == FORWARD else 5)
+        assert row.seconds and row.copy_share == pytest.approx(speedup(row, rows, "copy"))
+    kernels = {(r.contender, r.part): r.kernels for r in rows}
+    assert kernels["aot", FORWARD] == {"aten::mul": 1}
+    assert kernels["aot", BACKWARD] == {"aten::mul": 2}
+    assert "eager backward" in _text(comparison_table("passes", rows))
+
+
+def _text(table: object) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_wrong_values_are_not_timed_alone_and_missing_implementations_are_named() -> None:
+    contenders = [CONTENDERS["eager"], CONTENDERS["fused"]]
+    _, _, wrong = compare(scaled_case(), contenders, Plan(CPU, seconds=0.01, split=True))
+    assert wrong.seconds is None
+    assert "off by 1.0e-03" in wrong.skipped
+    missing, copy = compare(linear_case(), [CONTENDERS["liger"], COPY], Plan(CPU, seconds=0.01))
+    assert missing.skipped == "no implementation of this by liger"
+    assert "single passes" in copy.skipped
+
+
+def test_a_random_case_is_judged_by_the_draws_that_it_shows() -> None:
+    x = torch.full((64,), 3.0, requires_grad=True)
+
+    def reference(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        kept = (outputs[1] != 0).double() * 2
+        return x.detach().double() * kept, kept
+
+    case = Case(lambda x: torch.nn.functional.dropout(x, 0.5), (x,), True, torch.ones(64), random=True, reference=reference)
+    (row,) = compare(case, [PASS_THROUGH], Plan(CPU, seconds=0.01))
+    assert row.error == 0.0
+
+
+def test_what_a_call_changes_and_does_not_return_is_an_output() -> None:
+    state = torch.ones(4)
+
+    def double(x: torch.Tensor) -> None:
+        x.mul_(2)
+
+    case = Case(double, (state,), state=(state,), traffic={FORWARD: 7})
+    (after,) = case.drive(double)
+    assert after.tolist() == [2.0] * 4
+    assert case.bytes_moved((after,)) == {FORWARD: 7}
 
 
 def test_time_limit_stops_a_compilation() -> None:
