@@ -332,14 +332,18 @@ def product_inside(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(flat(logits), y.view(-1))
 
 
+ONE_ROUNDING = 0.5 * torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
+"""Results in float32 of products in bfloat16: one value more or less may be rounded on the way."""
+
+
 @pytest.mark.parametrize("step", [all_inside, product_inside])
 def test_autocast_inside(step: Step) -> None:
-    check(step, *operands())
+    check(step, *operands(), k=ONE_ROUNDING)
 
 
 def test_autocast_around_the_call() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        check(SPELLINGS["linear"], *operands())
+        check(SPELLINGS["linear"], *operands(), k=ONE_ROUNDING)
 
 
 def test_the_same_bits_each_time() -> None:
