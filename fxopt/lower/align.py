@@ -35,7 +35,9 @@ def extents(nest: Nest) -> tuple[Int, Int]:
 
 
 def _same_count(a: tuple[Sym, ...], b: tuple[Sym, ...]) -> bool:
-    return prod(_size(s) for s in a) == prod(_size(s) for s in b)
+    """Whether one of the two numbers the elements of the other. Where there are none, shapes say nothing of each other."""
+    count = prod(_size(s) for s in a)
+    return count != 0 and count == prod(_size(s) for s in b)
 
 
 def _size(sym: Sym) -> Int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -156,6 +157,14 @@ def test_small_regions_that_share_nothing_are_one_kernel() -> None:
     assert len(check(fn, rand(6, 4), rand(4, 6), rand(24), rand(5), rand(5))) == 2
     assert len(check(lambda *a: tuple(x.sum() for x in a), *(rand(30) for _ in range(6)))) == 1
     assert len(check(fn, *(rand(6, 4) for _ in range(40)))) == 3  # a kernel has no more than MAX_BUFFERS pointers
+
+
+def test_domains_without_points_are_left_apart() -> None:
+    """Equal in size but not in shape: there is no way from one index to the other."""
+    shapes = ((0,), (0, 2), (2, 0), (0, 0), (0, 0, 2), (2, 0, 0), (2, 3, 0))
+    for one, two in itertools.permutations(shapes, 2):
+        check(lambda x, y: (x * 2, y + 1), rand(*one), rand(*two))
+        check(lambda x, y: (x.sum(0), y.sum(-1)), rand(*one), rand(*two))
 
 
 def test_large_or_dependent_regions_are_not_joined_for_their_launches() -> None:
