@@ -55,7 +55,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
 def _launches(region: Region, choice: Choice) -> list[PlanStep]:
     """One launch per kernel of the choice (a split reduction has two)."""
     out: list[PlanStep] = []
-    written = {*region.nest.writes(), *(spec.name for spec in choice.scratch)}
+    written = {*region.writes(), *(spec.name for spec in choice.scratch)}
     pairs = tuple(in_place_pairs(region))
     for source, artifact in choice.kernels:
         out.append(

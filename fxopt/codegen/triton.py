@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fxopt.codegen.triton_across import apart, join_config, together
 from fxopt.codegen.triton_config import TritonConfig, configs
 from fxopt.codegen.triton_nest import print_kernel
 from fxopt.codegen.triton_split import split_region
@@ -45,6 +46,8 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
     Of a split configuration only `split` and `aligned` are used: the parts are regions with configurations of their own.
     Raises UnsupportedError as `print_nest` does, or when the reduction cannot be split.
     """
+    if region.across is not None:
+        return _print_across(region, config, target)
     if config.split == 1:
         return Printed((print_nest(region, config, target),))
     pieces = split_region(region, config.split)
@@ -57,3 +60,14 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
         kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target, stage))
     scratch = {n: s for piece in pieces for n, s in piece.buffers.items() if n not in region.buffers}
     return Printed(tuple(kernels), tuple(scratch.values()))
+
+
+def _print_across(region: Region, config: TritonConfig, target: Target) -> Printed:
+    """Rows and sums over them in one kernel and one that joins its parts, or, without `split`, apart."""
+    if config.split == 1:
+        each = [print_region(r, replace(configs(r, target)[0], aligned=config.aligned), target) for r in apart(region)]
+        return Printed(tuple(k for p in each for k in p.kernels), tuple(s for p in each for s in p.scratch))
+    rows, join = together(region, config)
+    first = print_kernel(rows, config, "rows")
+    second = print_nest(join, join_config(join, target, config.aligned), target, "join")
+    return Printed((first, second), tuple(s for n, s in rows.buffers.items() if n not in region.buffers))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fxopt.codegen.triton_tiling import Tiling, tile
-from fxopt.ir.loops import Op, Reduce, Scan, postorder
+from fxopt.ir.exprs import Int, floordiv, mul
+from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
 from fxopt.ir.region import Region
 from fxopt.target import Target
 
@@ -28,6 +29,7 @@ _SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
 _LINE = 128  # bytes of a cache line
 _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
 _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
+_PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -36,8 +38,9 @@ class TritonConfig:
     """How a nest is laid out on the GPU.
 
     `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
-    row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own. `aligned` assumes
-    that every pointer is 16-byte aligned.
+    row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own, or, for a region
+    with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead.
+    `aligned` assumes that every pointer is 16-byte aligned.
     """
 
     x_block: int
@@ -46,13 +49,15 @@ class TritonConfig:
     persistent: bool = True
     num_warps: int = 4
     split: int = 1
+    stages: int = 1
     aligned: bool = True
 
     def __str__(self) -> str:
         shape = f"x{self.x_block}"
         shape += f" y{self.y_block}" if self.y_block > 1 else ""
         shape += f" r{self.r_block}{'' if self.persistent else ' looped'}" if self.r_block > 1 else ""
-        return f"{shape} w{self.num_warps}" + (f" split{self.split}" if self.split > 1 else "")
+        ahead = f" stages{self.stages}" if self.stages > 1 else ""
+        return f"{shape} w{self.num_warps}{ahead}" + (f" split{self.split}" if self.split > 1 else "")
 
 
 def next_power_of_2(n: int) -> int:
@@ -62,7 +67,9 @@ def next_power_of_2(n: int) -> int:
 def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig]:
     """Up to `limit` distinct configurations of `region` for `target`, best first by the cost model. Never empty."""
     two_dimensional = tile(region)
-    if two_dimensional.y.symbols:
+    if region.across is not None:
+        found = _across_configs(region, two_dimensional, target)
+    elif two_dimensional.y.symbols:
         found = _tile_configs(two_dimensional, target)
     elif two_dimensional.reduces:
         found = _reduction_configs(two_dimensional, target)
@@ -233,3 +240,46 @@ def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
         return power
     divisor = next((p for p in range(wanted, max(1, wanted // 4), -1) if row % p == 0), 1)
     return divisor if streams or divisor > 1 else power
+
+
+def part_of_rows(rows: Int, config: TritonConfig) -> Int:
+    """How many of `rows` points each of about `config.split` programs takes, `config.x_block` at a time."""
+    return mul(floordiv(rows + (config.split * config.x_block - 1), config.split * config.x_block), config.x_block)
+
+
+def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[TritonConfig]:
+    """A row reduction with sums over the rows: together, where a row and the sums fit into registers, or apart.
+
+    As many programs as the GPU holds at once, unless their sums would then be much of what is written.
+    """
+    alone = TritonConfig(1)
+    if not (tiling.inner_reduction and tiling.x.symbols and isinstance(tiling.r.extent, int)):
+        return [alone]
+    rows, block = tiling.x.hint, next_power_of_2(tiling.r.hint)
+    streams, sums = _streams_and_sums(region)
+    found = []
+    for wanted in (8, 16, 32, 4):
+        warps = min(16, max(4, block // (32 * wanted)))
+        together = max(1, 32 * warps * wanted // block)
+        per_thread = together * block / (32 * warps)
+        registers = per_thread * (streams + sums + 1.5) + 28
+        if registers > min(255, target.registers_per_sm // (32 * warps)):
+            continue
+        resident = max(1, min(8, int(target.registers_per_sm / (registers * 32 * warps)), 64 // warps))
+        light = rows * streams * _narrowest(tiling) // (_PART_SHARE * 4 * sums)
+        parts = min(resident * target.sm_count, max(light, target.sm_count), -(-rows // together))
+        found.append(TritonConfig(together, r_block=block, num_warps=warps, split=parts))
+    found = list(dict.fromkeys(c for c in found if c.split > 1))
+    ahead = [replace(c, stages=2) for c in found[:1]]
+    return [*found[:1], *ahead, alone, *found[1:]]
+
+
+def _streams_and_sums(region: Region) -> tuple[int, int]:
+    """How many elements a region with sums over its rows loads for each element of a row, and how many sums it keeps."""
+    assert region.across is not None
+    points, reduced = frozenset(region.nest.points), frozenset(region.nest.reduced)
+    made = region.nest.writes()  # passed in registers
+    loads = [n for n in loads_below(region.nest.roots + region.across.roots) if n.buffer not in made]
+    full = sum(bool(points & load.symbols()) and bool(reduced & load.symbols()) for load in loads)
+    sums = {n for n in postorder(region.across.roots) if isinstance(n, Reduce) and points >= frozenset(n.axes)}
+    return max(1, full), max(1, len(sums))

@@ -1,8 +1,8 @@
 """Scalar expressions of a nest as Triton statements.
 
-Every node is printed once per scope and mask. A kernel has the outer scope and, while a loop over the reduced axis is open,
-that loop's body; nodes that do not vary along the row go to the outer scope even when met inside a loop. A node below
-the body of a `Masked` carries the conditions it stands under (`Guards`), which mask its memory accesses.
+Every node is printed once per scope and mask. A kernel has the outer scope and, while a loop is open (over the reduced axis
+or over points), that loop's body; nodes that do not vary along the loop go to the outer scope even when met inside. A node
+below the body of a `Masked` carries the conditions it stands under (`Guards`), which mask its memory accesses.
 """
 
 from __future__ import annotations
@@ -61,10 +61,14 @@ class Frame:
 
 
 class Emitter:
-    """Prints nodes into `outer` and, between `open_loop` and `close_loop`, `inner`."""
+    """Prints nodes into `outer` and, between `open_loop` and `close_loop`, `inner`.
 
-    def __init__(self, frame: Frame, names: Names, looped: bool) -> None:
+    Loops run along the symbols `along`; `looped` says that those are the reduced ones.
+    """
+
+    def __init__(self, frame: Frame, names: Names, looped: bool, along: tuple[Sym, ...]) -> None:
         self.frame, self.names, self.looped = frame, names, looped
+        self._along = frozenset(along)
         self.outer: list[str] = []
         self.inner: list[str] | None = None
         self.eviction = ""
@@ -92,8 +96,8 @@ class Emitter:
         return f"v{self._count - 1}"
 
     def varies(self, node: Scalar, guards: Guards) -> bool:
-        """The instance differs along the row."""
-        return bool(self._reduced & node.symbols()) or any(self._reduced & g.symbols() for g in guards)
+        """The instance differs along the loop."""
+        return bool(self._along & node.symbols()) or any(self._along & g.symbols() for g in guards)
 
     def _scope(self, instance: Instance) -> tuple[list[str], dict[Instance, str]]:
         if self.inner is not None and self.varies(*instance):
@@ -293,7 +297,7 @@ class Emitter:
     def _atom_text(self, atom: Sym | Atom, wide: bool) -> str:
         if isinstance(atom, Sym):
             return self._symbol_text(atom, wide)
-        a, b = self.index_text(atom.a, wide), self.index_text(atom.b, wide)
+        a, b = (tight(self.index_text(x, wide)) for x in (atom.a, atom.b))
         if atom.kind in ("min", "max"):
             return f"tl.{atom.kind}imum({a}, {b})"
         low = bounds(atom.a)[0]
@@ -414,4 +418,17 @@ def _narrow(node: Scalar) -> bool:
 
 
 def tight(text: str) -> str:
-    return text if text.isidentifier() or text.isdigit() or text.startswith("(") else f"({text})"
+    """`text` in parentheses unless it is one operand already."""
+    return text if text.isidentifier() or text.isdigit() or _enclosed(text) else f"({text})"
+
+
+def _enclosed(text: str) -> bool:
+    """The first parenthesis is closed by the last character."""
+    if not text.startswith("("):
+        return False
+    depth = 0
+    for place, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0:
+            return place == len(text) - 1
+    return False

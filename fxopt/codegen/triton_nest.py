@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_config import TritonConfig, next_power_of_2
+from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_of_rows
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
@@ -67,7 +67,9 @@ def _tiling(region: Region, config: TritonConfig) -> Tiling:
 
 def _print(region: Region, config: TritonConfig, stage: str | None, names: Names, index64: bool) -> _Kernel:
     kernel = _open(region, config, stage, names, index64)
-    if kernel.tiling.reduces and not config.persistent:
+    if _sums_parts(kernel):
+        _print_parts(kernel)
+    elif kernel.tiling.reduces and not config.persistent:
         _print_looped(kernel)
     else:
         _print_straight(kernel)
@@ -83,7 +85,9 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
         blocks = {"y": "YB", "x": "XB"}
     frame = Frame(tiling, index64, {}, blocks)
     looped = tiling.reduces and not config.persistent
-    return _Kernel(kernel_name(tiling, stage), region, tiling, config, names, frame, Emitter(frame, names, looped))
+    along = tiling.nest.reduced if looped else tiling.nest.points
+    emitter = Emitter(frame, names, looped, along)
+    return _Kernel(kernel_name(tiling, stage), region, tiling, config, names, frame, emitter)
 
 
 def _with_salts(nest: Nest) -> Nest:
@@ -212,7 +216,7 @@ def _barrier(kernel: _Kernel) -> list[str]:
     return ["tl.debug_barrier()"] if set(nest.reads()) & set(nest.writes()) else []
 
 
-# the two shapes of a kernel
+# the three shapes of a kernel
 
 
 def _print_straight(kernel: _Kernel) -> None:
@@ -245,6 +249,42 @@ def _print_looped(kernel: _Kernel) -> None:
         body = emitter.close_loop()
         emitter.outer += _loop(kernel, along, [*body, *_barrier(kernel), *statements])
     emitter.outer += [*_barrier(kernel), *at_end]
+
+
+def _sums_parts(kernel: _Kernel) -> bool:
+    return any(s.mode == "part" for s in kernel.tiling.nest.stores)
+
+
+def _print_parts(kernel: _Kernel) -> None:
+    """One loop over a part of the points, whole rows at a time, with sums over those points in registers."""
+    emitter, outer = kernel.emitter, kernel.emitter.outer
+    rows, each = kernel.tiling.x.extent, part_of_rows(kernel.tiling.x.extent, kernel.config)
+    cast = ".to(tl.int64)" if kernel.frame.index64 else ""
+    outer += [f"pid = tl.program_id(0){cast}", f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
+    outer.append(f"x_lane = {_lanes(kernel, 'x')}")
+    along = _axis_lines(kernel, "x")
+    shape = f"[{', '.join(kernel.frame.blocks.values())}]"
+    parts = [s for s in kernel.tiling.nest.stores if s.mode == "part"]
+    emitter.open_loop("")
+    statements = _prepare(kernel, [s for s in kernel.tiling.nest.stores if s.mode != "part"])
+    sums = []
+    for number, store in enumerate(parts):
+        value = f"tl.broadcast_to({emitter.value(store.value)}, {shape})"
+        if along:
+            value = f"tl.where(x_mask, {value}, 0.0)"
+        sums.append(f"s{number} += {value}")
+    body = [*emitter.close_loop(), *_barrier(kernel), *statements, *sums]
+    outer += [f"s{n} = tl.zeros({shape}, {ops.compute_type(s.value.dtype)})" for n, s in enumerate(parts)]
+    first = f"pid * {tight(emitter.index_text(each))}"
+    last = f"tl.minimum({first} + {emitter.index_text(each)}, {emitter.index_text(rows)})"
+    ahead = kernel.config.stages
+    steps = f"tl.range({first}, {last}, XB, num_stages={ahead})" if ahead > 1 else f"range({first}, {last}, XB)"
+    outer += [f"for x_base in {steps}:", *(f"    {line}" for line in ["x = x_base + x_lane", *along, *body])]
+    row = emitter.index_text(kernel.tiling.r.extent)
+    for number, store in enumerate(parts):
+        address = f"{kernel.names.buffer(store.buffer)} + (pid * {tight(row)} + {tight(emitter.index_text(store.index))})"
+        mask = f", {kernel.frame.masks['r']}" if "r" in kernel.frame.masks else ""
+        outer.append(f"tl.store({address}, tl.sum(s{number}, 0, keep_dims=True){mask})")
 
 
 def _stores_reduction(store: Store) -> bool:
@@ -326,7 +366,7 @@ def _finish(kernels: list[_Kernel], limits: tuple[Int, ...] = ()) -> KernelSourc
         text=text,
         buffers=tuple(names.buffers),
         sizes=tuple(_size_expressions(names)),
-        grid=(_grid(kernel), 1, 1),
+        grid=(_part_count(kernel) if _sums_parts(kernel) else _grid(kernel), 1, 1),
         compile_options=options,
         errors=tuple(names.errors),
     )
@@ -357,6 +397,12 @@ def _dispatch(wide: _Kernel, limits: tuple[Int, ...]) -> list[str]:
 
 def _size_expressions(names: Names) -> list[Int]:
     return [s.lo if s.lo == s.hi else symbol(s) for s in names.sizes]
+
+
+def _part_count(kernel: _Kernel) -> Int:
+    rows = kernel.tiling.x.extent
+    each = part_of_rows(rows, kernel.config)
+    return floordiv(rows + each - 1, each)
 
 
 def _grid(kernel: _Kernel) -> Int:

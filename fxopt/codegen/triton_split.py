@@ -83,7 +83,7 @@ class _Split:
     def count(self, dtype: torch.dtype) -> Scalar:
         """How many elements a part has."""
         start = mul(symbol(self.part), self.chunk)
-        return _cast(IndexValue(maximum(minimum(self.chunk, self.row - start), 0)), dtype)
+        return cast_to(IndexValue(maximum(minimum(self.chunk, self.row - start), 0)), dtype)
 
 
 def scratch_spec(region: Region, number: int, dtype: torch.dtype, shape: tuple[Int, ...]) -> BufferSpec:
@@ -101,7 +101,7 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
         return None
     split = _cut(replace(region, nest=nest), parts)
     level = [n for n in postorder(nest.roots) if isinstance(n, Reduce) and not _reduces_below(n)]
-    joined: dict[Scalar, Scalar] = {n: _cast(_partial(split, n), n.dtype) for n in level}
+    joined: dict[Scalar, Scalar] = {n: cast_to(_partial(split, n), n.dtype) for n in level}
     streamed, now, later, finals = _stage_stores(split, nest, joined)
     part = Nest((split.part, *nest.points), (split.inside,), (*split.stores, *streamed))
     first = _subregion(region, "part", part, split.scratch)
@@ -112,10 +112,10 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
         spec = scratch_spec(region, len(split.scratch) + len(extra), accumulator_dtype(node.dtype), shape)
         index = ravel(tuple(map(symbol, nest.points)), shape)
         extra[spec.name] = spec
-        now.append(Store(spec.name, index, _cast(joined[node], spec.dtype)))
-        loads[node] = _cast(Load(spec.name, index, spec.dtype), node.dtype)
+        now.append(Store(spec.name, index, cast_to(joined[node], spec.dtype)))
+        loads[node] = cast_to(Load(spec.name, index, spec.dtype), node.dtype)
     second = _subregion(region, "join", Nest(nest.points, (split.part,), tuple(now)), split.scratch | extra)
-    rest = [replace(s, value=_replace(s.value, loads)) for s in later]
+    rest = [replace(s, value=replaced(s.value, loads)) for s in later]
     if (_reads(rest) - extra.keys()) & {s.buffer for s in (*streamed, *now)} or _reads(now) & {s.buffer for s in streamed}:
         return None
     return [first, second, *_remainder(region, nest, rest, extra, parts)]
@@ -192,12 +192,12 @@ def _partial_welford(split: _Split, node: Reduce) -> Scalar:
         mean, m2 = (split.reduce("welford", inner, dtype, output) for output in (0, 1))
     else:
         nonzero = Op("maximum", (count, Const(1.0, dtype)), dtype)
-        total = split.reduce("sum", (_cast(split.along(node.operands[0], 0.0), dtype),), dtype)
+        total = split.reduce("sum", (cast_to(split.along(node.operands[0], 0.0), dtype),), dtype)
         mean = Op("truediv", (total, nonzero), dtype)
-        away = Op("sub", (_cast(transform(node.operands[0], split.mapping), dtype), mean), dtype)
+        away = Op("sub", (cast_to(transform(node.operands[0], split.mapping), dtype), mean), dtype)
         m2 = split.reduce("sum", (Masked(split.guard, Op("mul", (away, away), dtype), Const(0.0, dtype)),), dtype)
     means, m2s = split.save(mean), split.save(m2)
-    row = _cast(IndexValue(split.row), dtype)
+    row = cast_to(IndexValue(split.row), dtype)
     overall = Op("truediv", (split.join("sum", (Op("mul", (count, means), dtype),), dtype), row), dtype)
     if node.output == 0:
         return overall
@@ -209,7 +209,7 @@ def _partial_welford(split: _Split, node: Reduce) -> Scalar:
 def _partial_softmax(split: _Split, node: Reduce) -> Scalar:
     """Joined as sum of s_i * exp(m_i - m); a part that is all -inf has a NaN sum, which only counts when every part is."""
     dtype = accumulator_dtype(node.dtype)
-    operand = _cast(split.along(node.operands[0], -float("inf")), dtype)
+    operand = cast_to(split.along(node.operands[0], -float("inf")), dtype)
     tops, sums = (split.save(split.reduce("softmax_stats", (operand,), dtype, output)) for output in (0, 1))
     top = split.join("max", (tops,), dtype)
     if node.output == 0:
@@ -233,7 +233,7 @@ def _stage_stores(
         elif varies or any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,))):
             later.append(store)
         else:
-            now.append(replace(store, value=_replace(store.value, joined)))
+            now.append(replace(store, value=replaced(store.value, joined)))
     used = {n for s in later for n in postorder(s.roots)}
     return streamed, now, later, [n for n in joined if n in used]
 
@@ -242,7 +242,8 @@ def _reads(stores: list[Store]) -> set[str]:
     return {n.buffer for s in stores for n in postorder(s.roots) if isinstance(n, Load)}
 
 
-def _replace(root: Scalar, mapping: dict[Scalar, Scalar]) -> Scalar:
+def replaced(root: Scalar, mapping: dict[Scalar, Scalar]) -> Scalar:
+    """`root` with every node that `mapping` has an image for replaced by that."""
     done: dict[Scalar, Scalar] = {}
     for node in postorder((root,)):
         if node in mapping:
@@ -259,5 +260,6 @@ def _subregion(region: Region, suffix: str, nest: Nest, scratch: dict[str, Buffe
     return replace(region, name=f"{region.name}.{suffix}", nest=nest, buffers=buffers, nodes=())
 
 
-def _cast(value: Scalar, dtype: torch.dtype) -> Scalar:
+def cast_to(value: Scalar, dtype: torch.dtype) -> Scalar:
+    """`value` as `dtype`."""
     return value if value.dtype == dtype else Op("cast", (value,), dtype)

@@ -459,7 +459,9 @@ def _own_fields(node: Scalar) -> tuple[Any, ...]:
 class Store:
     """buffer[index] = value (mode "set") or += value (mode "add": several iterations may hit one element).
 
-    `indirect` binds symbols of `index`, as in Load.
+    Mode "part" is a printer's own: each program adds up the values of the points that it runs and stores the sums at
+    `index`, which no point varies, of a row of `buffer` that is the program's. `indirect` binds symbols of `index`, as in
+    Load.
     """
 
     buffer: str

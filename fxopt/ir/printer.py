@@ -117,10 +117,10 @@ def print_region(region: Region) -> str:
     """A region: its buffers, what it came from, its loops."""
     lines = [f"# region {region.name} on {region.device}"]
     lines += [f"# from {origin}" for origin in region.origins]
-    written = set(region.nest.writes())
+    written = set(region.writes())
     for spec in region.buffers.values():
         lines.append(f"{_buffer(spec)}{'  # written' if spec.name in written else ''}")
-    return "\n".join([*lines, print_nest(region.nest).rstrip("\n")]) + "\n"
+    return "\n".join([*lines, *(print_nest(nest).rstrip("\n") for nest in region.nests)]) + "\n"
 
 
 def _buffer(spec: BufferSpec) -> str:

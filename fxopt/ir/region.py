@@ -103,9 +103,13 @@ class Alias:
 class Region:
     """A loop nest that becomes one kernel, with what is needed to retreat from it.
 
-    `buffers` describes every buffer that the nest reads or writes. `nodes` names the FX nodes whose computation it holds:
+    `buffers` describes every buffer that is read or written. `nodes` names the FX nodes whose computation it holds:
     they are its reference as ATen calls, and what lowering leaves to the library when the kernel cannot be built. `origins`
     are the qualified names of the modules and ops it came from, for reports.
+
+    `across` is a second nest over the same iterations with the axes exchanged: it sums over the points of `nest`, and its
+    own points are the axes that `nest` reduces (gradients of a normalization's input and of its weights). It runs after
+    `nest` and loads what that stores at the index stored to.
     """
 
     name: str
@@ -114,9 +118,23 @@ class Region:
     device: torch.device
     nodes: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    across: Nest | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+    @property
+    def nests(self) -> tuple[Nest, ...]:
+        """The nests in the order in which they run."""
+        return (self.nest,) if self.across is None else (self.nest, self.across)
+
+    def reads(self) -> tuple[str, ...]:
+        """Buffers loaded, in order of first use."""
+        return tuple(dict.fromkeys(name for nest in self.nests for name in nest.reads()))
+
+    def writes(self) -> tuple[str, ...]:
+        """Buffers stored to, in order."""
+        return tuple(dict.fromkeys(name for nest in self.nests for name in nest.writes()))
 
 
 Step = Region | Call | Alias

@@ -45,8 +45,13 @@ def join(first: Region, second: Region) -> Region | None:
 
 def with_nest(region: Region, nest: Nest) -> Region:
     """`region` with another nest, its buffers cut to what that touches."""
-    names = dict.fromkeys((*nest.reads(), *nest.writes()))
-    return replace(region, nest=nest, buffers={n: region.buffers[n] for n in names})
+    return with_nests(region, nest, region.across)
+
+
+def with_nests(region: Region, nest: Nest, across: Nest | None) -> Region:
+    """`region` with other nests, its buffers cut to what they touch."""
+    new = replace(region, nest=nest, across=across)
+    return replace(new, buffers={n: region.buffers[n] for n in dict.fromkeys((*new.reads(), *new.writes()))})
 
 
 def _common_domains(first: Nest, second: Nest) -> Iterator[tuple[Nest, Nest]]:

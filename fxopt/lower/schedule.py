@@ -2,24 +2,25 @@
 
 Greedy: among all pairs that may be joined, the one that saves most bytes goes first, until none saves any. Two regions may
 be joined when their domains can be made one (`align`), every value passed between them is used at the iteration that makes
-it (`joining`), and no third step must run between them (`order`). What is left of small regions over equal domains is then
-joined for the launches alone.
+it (`joining`), and no third step must run between them (`order`). Row reductions then take in the sums over their rows
+(`across`), and what is left of small regions over equal domains is joined for the launches alone.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from fxopt.ir.loops import Store
+from fxopt.ir.loops import Nest
 from fxopt.ir.region import Alias, Call, Ref, Region, Step, refs
+from fxopt.ir.rounding import unrounded
 from fxopt.lower import cost
+from fxopt.lower.across import join_across
 from fxopt.lower.align import extents
-from fxopt.lower.joining import join, with_nest
+from fxopt.lower.joining import join, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.order import Order
-from fxopt.lower.values import unrounded
 
 MAX_DISTANCE = 96
 """Steps between two side-by-side regions; joining over a longer distance keeps too many buffers alive."""
@@ -62,6 +63,7 @@ class _Scheduler:
 
     def run(self) -> Lowered:
         self._join_all()
+        self._join_across()
         self._join_small()
         return replace(self.lowered, steps=self._live(self.order.linear(lambda k: self.groups[k].position)))
 
@@ -74,7 +76,7 @@ class _Scheduler:
 
     def _accesses(self, step: Step) -> tuple[frozenset[str], frozenset[str]]:
         if isinstance(step, Region):
-            return frozenset(step.nest.reads()), frozenset(step.nest.writes())
+            return frozenset(step.reads()), frozenset(step.writes())
         if isinstance(step, Alias):
             return frozenset({self._root(step.of)}), frozenset({step.name})
         reads = set(refs((step.args, step.kwargs)))
@@ -108,12 +110,29 @@ class _Scheduler:
                 if joined is not None:
                     self._offer_neighbours(heap, joined, self._neighbours(joined))
 
+    def _join_across(self) -> None:
+        """Join row reductions with sums over their rows, most bytes saved first."""
+        offers = []
+        for a, group in self.groups.items():
+            if isinstance(group.step, Region) and group.step.nest.reduced:
+                for b in self._neighbours(a):
+                    apart = self.order.runs_before(b, a) or self.order.are_separated(a, b)
+                    if not apart and self._saving(a, b) > 0:
+                        offers.append((-self._saving(a, b), a, b))
+        for _, a, b in sorted(offers):
+            if a in self.groups and b in self.groups and not self.order.are_separated(a, b):
+                rows, columns = self.groups[a].step, self.groups[b].step
+                assert isinstance(rows, Region) and isinstance(columns, Region)
+                region = join_across(rows, columns)
+                if region is not None:
+                    self._merge(a, b, region)
+
     def _join_small(self) -> None:
         """Join small regions that have nothing to do with each other: one launch instead of many."""
         opened: dict[object, list[int]] = {}
         for k in sorted(self.groups, key=lambda k: self.groups[k].position):
             step = self.groups[k].step
-            if not isinstance(step, Region) or self._bytes(step) > LAUNCH_BYTES.get(step.device.type, 0):
+            if not isinstance(step, Region) or self._bytes(step) > LAUNCH_BYTES.get(step.device.type, 0) or step.across:
                 continue
             same_domain = opened.setdefault((step.device, *extents(step.nest)), [])
             partner = next((p for p in same_domain[-OPEN_GROUPS:] if self._join_if_independent(p, k, same_domain)), None)
@@ -177,11 +196,14 @@ class _Scheduler:
         region = join(first.step, second.step)
         if region is None:
             return None
-        self._leave(a)
-        self._leave(b)
+        return self._merge(a, b, region)
+
+    def _merge(self, a: int, b: int, region: Region) -> int:
+        """`region` in the place of `a` and `b`; the number of its group."""
+        position = min(self._leave(a).position, self._leave(b).position)
         region = self._without_unread(region)
         new = self.order.merge(a, b)
-        group = _Group(region, min(first.position, second.position), *self._accesses(region))
+        group = _Group(region, position, *self._accesses(region))
         self.groups[new] = group
         self._enter(new, group)
         return new
@@ -190,9 +212,9 @@ class _Scheduler:
 
     def _without_unread(self, region: Region) -> Region:
         """`region`, not among the groups now, without stores to buffers that nothing reads any more."""
-        own = region.nest.reads()
-        wanted = [s for s in region.nest.stores if s.buffer in self.kept or s.buffer in own or self._readers(s.buffer)]
-        return _with_stores(region, wanted) if wanted else region
+        own = region.reads()
+        read = {name for name in region.writes() if name in self.kept or name in own or self._readers(name)}
+        return _with_stores(region, read) or region
 
     def _live(self, order: list[int]) -> list[Step]:
         """The steps in `order` without stores and whole steps whose results nobody uses."""
@@ -200,10 +222,10 @@ class _Scheduler:
         for k in reversed(order):
             step = self.groups[k].step
             if isinstance(step, Region):
-                wanted = [s for s in step.nest.stores if s.buffer in used]
-                if not wanted:
+                wanted = _with_stores(step, used)
+                if wanted is None:
                     continue
-                step = _without_roundings(_with_stores(step, wanted))
+                step = _without_roundings(wanted)
             elif isinstance(step, Alias) and step.name not in used | self.returned:
                 continue
             live.append(step)
@@ -211,16 +233,27 @@ class _Scheduler:
         return live[::-1]
 
 
-def _with_stores(region: Region, stores: list[Store]) -> Region:
-    if len(stores) == len(region.nest.stores):
-        return region
-    return with_nest(region, replace(region.nest, stores=tuple(stores)))
+def _with_stores(region: Region, used: Collection[str]) -> Region | None:
+    """`region` with only its stores to buffers in `used`; None if there are none."""
+    across = None if region.across is None else _filtered(region.across, used)
+    nest = _filtered(region.nest, used if across is None else {*used, *across.reads()})
+    if nest is None:
+        return None if across is None else with_nests(region, across, None)
+    unchanged = nest is region.nest and across is region.across
+    return region if unchanged else with_nests(region, nest, across)
+
+
+def _filtered(nest: Nest, used: Collection[str]) -> Nest | None:
+    stores = tuple(s for s in nest.stores if s.buffer in used)
+    if len(stores) == len(nest.stores):
+        return nest
+    return replace(nest, stores=stores) if stores else None
 
 
 def _without_roundings(region: Region) -> Region:
     """`region` without roundings that its stores do anyway; whoever reads the value in a register still has it rounded."""
-    stores = tuple(replace(s, value=unrounded(s.value)) for s in region.nest.stores)
-    return region if stores == region.nest.stores else with_nest(region, replace(region.nest, stores=stores))
+    nests = [replace(n, stores=tuple(replace(s, value=unrounded(s.value)) for s in n.stores)) for n in region.nests]
+    return with_nests(region, nests[0], nests[1] if region.across else None) if tuple(nests) != region.nests else region
 
 
 def _constraints(groups: list[_Group]) -> list[set[int]]:

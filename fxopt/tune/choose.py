@@ -170,6 +170,8 @@ def candidate_count(region: Region, mode: str) -> int:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     if 0 < moved < WORTH_MEASURING:
         return 1
+    if region.across is not None:
+        return 4
     return 3 if region.nest.reduced else 2
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from fxopt.codegen.triton import TritonConfig, configs, print_region
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Sym, evaluate, symbol
+from fxopt.ir.exprs import Sym, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store
 from fxopt.target import Target
 
@@ -82,6 +82,28 @@ def every_config(case: Case) -> list[TritonConfig]:
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16, torch.float64])
 def test_pointwise(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, nests.pointwise(1000, dtype), TritonConfig(128))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("row", [5, 64, 200])
+def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) -> None:
+    """In parts of one, some and all rows, one and several rows at a time; the last part and the last rows incomplete."""
+    for points in (37, 64):
+        case = nests.norm_gradients(points, row, dtype)
+        length = 1 << (row - 1).bit_length()
+        for block, split in ((1, 5), (4, 3), (8, 2), (16, 64), (1, 1)):
+            config = TritonConfig(block, r_block=length, split=split, stages=2 if block == 4 else 1)
+            check(interpreter, case, config, slack=32.0)
+    for config in every_config(nests.norm_gradients(600, row, dtype)):
+        check(interpreter, nests.norm_gradients(600, row, dtype), config, slack=64.0)
+
+
+def test_sums_over_a_symbolic_number_of_rows(interpreter: Interpreter) -> None:
+    rows = symbol(Sym("s0", lo=2))
+    for points in (5, 64, 100):
+        case = nests.norm_gradients(rows, 48, F32, s0=points)
+        for config in every_config(case):
+            check(interpreter, case, config, slack=64.0)
 
 
 def test_symbolic_broadcast(interpreter: Interpreter) -> None:
@@ -484,3 +506,23 @@ def test_masked_reduction_keeps_its_guard(interpreter: Interpreter) -> None:
     for config in (TritonConfig(4), LOOPED):
         check(interpreter, case, config)
         assert "&" in print_region(case.region, config, TARGET).kernels[0].text
+
+
+def test_dividing_by_a_product_of_sizes(interpreter: Interpreter) -> None:
+    """`i // (n * m)` is not `i // n * m`, and a divisor that starts with a parenthesis may need another."""
+    n, m = symbol(Sym("s0", lo=2)), symbol(Sym("s1", lo=2))
+    sizes = {"s0": 3, "s1": 5}
+    blocks = floordiv(n + 1, 2) * 2
+    x = Sym("x0", size=n * m * 4)
+    at = symbol(x)
+    for divisor in (n * m, blocks * m, blocks * 2):
+        index = IndexValue(floordiv(at, divisor) * 100 + mod(at, divisor))
+        nest = Nest((x,), (), (Store("o", at, index),))
+        spec = nests.buffer("o", I64, (n * m * 4,))
+        value = evaluate(divisor, sizes)
+
+        def reference(value: int = value) -> torch.Tensor:
+            place = torch.arange(60)
+            return place // value * 100 + place % value
+
+        check(interpreter, nests.make(nest, [spec], "", "o", reference, **sizes), TritonConfig(16))

@@ -40,13 +40,19 @@ def buffer(name: str, dtype: torch.dtype, shape: tuple[Int, ...], strides: tuple
 
 
 def make(
-    nest: Nest, buffers: list[BufferSpec], inputs: str, outputs: str, reference: Callable[..., object], **sizes: int
+    nest: Nest,
+    buffers: list[BufferSpec],
+    inputs: str,
+    outputs: str,
+    reference: Callable[..., object],
+    across: Nest | None = None,
+    **sizes: int,
 ) -> Case:
     def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = reference(*args)
         return out if isinstance(out, tuple) else (out,)
 
-    region = Region("region", nest, {b.name: b for b in buffers}, CPU)
+    region = Region("region", nest, {b.name: b for b in buffers}, CPU, across=across)
     return Case(region, tuple(inputs.split()), tuple(outputs.split()), call, sizes)
 
 
@@ -62,6 +68,38 @@ def rows(points: Int, row: Int) -> tuple[Sym, Sym, Int]:
     """Symbols of a (points, row) domain and its row-major index."""
     p, r = Sym("x0", size=points), Sym("r1", size=row)
     return p, r, symbol(p) * row + symbol(r)
+
+
+def norm_gradients(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> Case:
+    """Gradients of a normalization's input, weight and bias, and the sum over rows of the first."""
+    p, r, at = rows(points, row)
+    grad, x = (cast(Load(name, at, dtype), F32) for name in ("grad", "x"))
+    mean, scale = (Load(name, symbol(p), F32) for name in ("mean", "scale"))
+    weighted = op("mul", grad, cast(Load("weight", symbol(r), dtype), F32))
+    normal = op("mul", op("sub", x, mean), scale)
+    length = cast(IndexValue(row), F32)
+    middle, along = (
+        op("truediv", Reduce("sum", (v,), (r,), F32), length) for v in (weighted, op("mul", weighted, normal))
+    )
+    away = op("mul", op("sub", op("sub", weighted, middle), op("mul", normal, along)), scale)
+    nest = Nest((p,), (r,), (Store("dx", at, cast(away, dtype)),))
+    sums = {"dw": op("mul", grad, normal), "db": grad, "total": cast(Load("dx", at, dtype), F32)}
+    across = Nest(
+        (r,), (p,), tuple(Store(n, symbol(r), cast(Reduce("sum", (v,), (p,), F32), dtype)) for n, v in sums.items())
+    )
+    wide, narrow, flat = (points, row), (row,), (points,)
+    buffers = [buffer("grad", dtype, wide), buffer("x", dtype, wide), buffer("mean", F32, flat), buffer("scale", F32, flat)]
+    buffers += [buffer("weight", dtype, narrow), buffer("dx", dtype, wide), *(buffer(n, dtype, narrow) for n in sums)]
+
+    def reference(*given: torch.Tensor) -> object:
+        grad, x, mean, scale, weight = given
+        normal = (x - mean[:, None]) * scale[:, None]
+        weighted = grad * weight
+        along = (weighted * normal).mean(1, keepdim=True)
+        dx = (weighted - weighted.mean(1, keepdim=True) - normal * along) * scale[:, None]
+        return dx, (grad * normal).sum(0), grad.sum(0), dx.sum(0)
+
+    return make(nest, buffers, "grad x mean scale weight", "dx dw db total", reference, across, **sizes)
 
 
 def pointwise(n: int, dtype: torch.dtype) -> Case:

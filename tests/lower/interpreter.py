@@ -73,12 +73,16 @@ class _Run:
                 self._call(step)
 
     def _region(self, region: Region) -> None:
-        touched = {*region.nest.reads(), *region.nest.writes()}
+        touched = {*region.reads(), *region.writes()}
         assert touched <= region.buffers.keys(), f"{region.name} does not describe {touched - region.buffers.keys()}"
-        if any(s.size is not None and self.int(s.size) == 0 for s in region.nest.points):
+        for nest in region.nests:
+            self._nest(nest)
+
+    def _nest(self, nest: Nest) -> None:
+        if any(s.size is not None and self.int(s.size) == 0 for s in nest.points):
             return
-        values = _NestValues(region.nest, self.sizes, self._memory)
-        for store, (where, value) in zip(region.nest.stores, values.stores(), strict=True):
+        values = _NestValues(nest, self.sizes, self._memory)
+        for store, (where, value) in zip(nest.stores, values.stores(), strict=True):
             _write(self._memory(store.buffer), where, value, store.mode)
 
     def _call(self, call: Call) -> None:

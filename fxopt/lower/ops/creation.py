@@ -11,12 +11,13 @@ import torch
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Expr, Int
 from fxopt.ir.loops import Scalar
+from fxopt.ir.rounding import rounded
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.elementwise import is_number, operand
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Stored, Value, at, cast, pointwise, rounded, size_value
+from fxopt.lower.values import Computed, Stored, Value, at, cast, pointwise, size_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -12,22 +12,11 @@ import torch
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Expr, Int
 from fxopt.ir.loops import Const, Load, Op, Scalar, postorder
+from fxopt.ir.rounding import HALVES, rounded
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import (
-    HALVES,
-    Computed,
-    Stored,
-    Value,
-    at,
-    broadcast_indices,
-    broadcast_shape,
-    cast,
-    pointwise,
-    rounded,
-    size_value,
-)
+from fxopt.lower.values import Computed, Stored, Value, at, broadcast_indices, broadcast_shape, cast, pointwise, size_value
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

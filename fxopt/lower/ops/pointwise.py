@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from fxopt.errors import UnsupportedError
+from fxopt.ir.rounding import HALVES
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.elementwise import compute_dtype, elementwise, formula
 from fxopt.lower.ops.terms import Number, Operand, Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import HALVES, Computed, Value
+from fxopt.lower.values import Computed, Value
 
 aten = torch.ops.aten
 TABLE = Table()

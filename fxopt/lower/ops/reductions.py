@@ -10,13 +10,14 @@ import torch
 
 from fxopt.ir.exprs import Int, prod, ravel
 from fxopt.ir.loops import IndexValue, Scalar
+from fxopt.ir.rounding import rounded
 from fxopt.lower.layout import dense_strides
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.elementwise import compute_dtype, widened
 from fxopt.lower.ops.terms import Number, Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Value, at, cast, pointwise, rounded, size_value
+from fxopt.lower.values import Computed, Value, at, cast, pointwise, size_value
 
 aten = torch.ops.aten
 TABLE = Table()

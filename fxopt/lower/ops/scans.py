@@ -8,13 +8,14 @@ import torch
 
 from fxopt.ir.exprs import Int
 from fxopt.ir.loops import IndexValue, Scalar
+from fxopt.ir.rounding import rounded
 from fxopt.lower.layout import dense_strides
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.elementwise import compute_dtype
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Value, at, cast, pointwise, rounded
+from fxopt.lower.values import Value, at, cast, pointwise
 
 aten = torch.ops.aten
 TABLE = Table()

@@ -1,0 +1,94 @@
+"""Row reductions with sums over the rows: one kernel that reads its rows once, one that joins its parts.
+
+Each program takes a part of the rows, some at a time, does what the region's nest says to them, and adds what the sums over
+the rows want of every element to accumulators in registers. At the end it stores those; a second, small kernel adds up the
+parts in a fixed order and finishes. The alternative, a kernel for each of the two nests, is a candidate as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_of_rows
+from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
+from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
+from fxopt.ir.exprs import Int, Sym, floordiv, prod, ravel, symbol
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.rounding import rounded
+from fxopt.target import Target
+
+_SECTOR = 8  # float32 elements of the smallest piece that is read from memory
+
+
+def apart(region: Region) -> tuple[Region, Region]:
+    """The two nests of `region` as regions of their own, to run in this order."""
+    assert region.across is not None
+    columns = replace(region, name=f"{region.name}.columns", nest=region.across, across=None)
+    return _only(replace(region, across=None)), _only(columns)
+
+
+def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
+    """(the rows in `config.split` parts with sums of each part, the sums of the parts), to run in this order.
+
+    The first region's sums are stores of mode "part". Buffers that are not the region's own are scratch memory.
+    """
+    assert region.across is not None
+    rows, across = _forwarded(region)
+    part = Sym("u0", size=_part_count(region, config))
+    sizes = tuple(map(size_of, across.points))
+    place = ravel(tuple(map(symbol, across.points)), sizes)
+    scratch: dict[str, BufferSpec] = {}
+    partial: list[Store] = []
+    joined: dict[Scalar, Scalar] = {}
+    for node in postorder(across.roots):
+        if isinstance(node, Reduce) and node.axes == across.reduced:
+            dtype = accumulator_dtype(node.dtype)
+            spec = scratch_spec(region, len(scratch), dtype, (size_of(part), prod(sizes)))
+            scratch[spec.name] = spec
+            partial.append(Store(spec.name, place, cast_to(node.operands[0], dtype), mode="part"))
+            load = Load(spec.name, symbol(part) * prod(sizes) + place, dtype)
+            joined[node] = cast_to(Reduce("sum", (load,), (part,), dtype), node.dtype)
+    first = replace(rows, stores=(*rows.stores, *partial))
+    second = Nest(across.points, (part,), tuple(s.transformed({}, lambda v: replaced(v, joined)) for s in across.stores))
+    buffers = region.buffers | scratch
+    return (
+        _only(replace(region, name=f"{region.name}.rows", nest=first, across=None, buffers=buffers)),
+        _only(replace(region, name=f"{region.name}.join", nest=second, across=None, buffers=buffers)),
+    )
+
+
+def join_config(region: Region, target: Target, aligned: bool) -> TritonConfig:
+    """For the kernel that adds up the parts: they lie in the L2 cache, so narrow reads that fill the GPU are the fastest."""
+    tiling = tile(region, allow_y=False)
+    width = 4 * _SECTOR
+    while width > _SECTOR and -(-tiling.x.hint // width) < target.sm_count:
+        width //= 2
+    width = min(width, next_power_of_2(tiling.x.hint))
+    block = min(next_power_of_2(tiling.r.hint), 4096 // width)
+    whole = isinstance(tiling.r.extent, int) and tiling.r.extent <= block
+    return TritonConfig(width, r_block=block, persistent=whole, num_warps=4, aligned=aligned)
+
+
+def _part_count(region: Region, config: TritonConfig) -> Int:
+    rows = prod(map(size_of, region.nest.points))
+    each = part_of_rows(rows, config)
+    return floordiv(rows + each - 1, each)
+
+
+def _forwarded(region: Region) -> tuple[Nest, Nest]:
+    """The nests with values that the second loads of the first passed in registers, as they would be read from memory."""
+    assert region.across is not None
+    made = {s.buffer: s.value for s in region.nest.stores}
+
+    def passed(load: Load) -> Scalar | None:
+        value = made.get(load.buffer)
+        return None if value is None else rounded(value)
+
+    stores = tuple(s.transformed({}, lambda v: transform(v, {}, passed)) for s in region.across.stores)
+    return region.nest, replace(region.across, stores=stores)
+
+
+def _only(region: Region) -> Region:
+    """`region` with the buffers that it touches."""
+    return replace(region, buffers={n: region.buffers[n] for n in dict.fromkeys((*region.reads(), *region.writes()))})

@@ -1,0 +1,96 @@
+"""Sums over the rows of a row reduction: when they join its region, and that its values stay what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.ir.region import Region
+from fxopt.lower import Lowered
+from fxopt.lower.across import FEWEST_ROWS, LONGEST_ROW
+from fxopt.lower.schedule import schedule
+from tests.lower.harness import lower
+from tests.lower.interpreter import run_lowered
+from tests.numerics import assert_closer, to_float64
+
+ROWS, ROW = FEWEST_ROWS, 24
+
+
+def moved(lowered: Lowered, device: str) -> Lowered:
+    """`lowered` as if its tensors were on `device`."""
+    buffers = {n: replace(b, device=torch.device(device)) for n, b in lowered.buffers.items()}
+    steps = [
+        replace(s, device=torch.device(device), buffers={n: buffers[n] for n in s.buffers}) if isinstance(s, Region) else s
+        for s in lowered.steps
+    ]
+    return replace(lowered, buffers=buffers, steps=steps)
+
+
+def joined(fn: Callable[..., object], *args: Tensor, device: str = "cuda") -> list[Region]:
+    """The regions of `fn` on a GPU that have sums over their rows; values are compared with eager's on the way."""
+    scheduled = schedule(moved(lower(fn, args), device))
+    low = moved(scheduled, "cpu")
+    actual = tuple(run_lowered(low, dict(zip(low.inputs, args, strict=True))))
+    assert_closer(actual, fn(*args), fn(*to_float64(args)))
+    return [s for s in scheduled.steps if isinstance(s, Region) and s.across is not None]
+
+
+def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an RMS norm's input and weight, and the input's summed over the rows."""
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    weighted = grad * weight
+    dx = weighted * scale - x * scale.pow(3) * (weighted * x).mean(-1, keepdim=True)
+    axes = list(range(x.dim() - 1))
+    return dx, (grad * x * scale).sum(axes), dx.sum(axes)
+
+
+def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), torch.randn(shape[-1:], dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, ROW), (4, ROWS // 4, ROW), (2, 2, ROWS, 8)])
+def test_gradients_of_a_norm_are_one_region(shape: tuple[int, ...]) -> None:
+    (region,) = joined(gradients, *tensors(*shape))
+    assert len(region.writes()) == 3
+    assert region.across is not None
+    assert set(region.nest.writes()) & set(region.across.reads())
+    assert not joined(gradients, *tensors(*shape), device="cpu")
+
+
+def test_half_precision_sums_what_was_stored() -> None:
+    grad, x, weight = tensors(ROWS, ROW, dtype=torch.bfloat16)
+    assert len(joined(lambda g, x, w: gradients(g.float(), x.float(), w.float()), grad, x, weight)) == 1
+
+
+@pytest.mark.parametrize("rows, row", [(FEWEST_ROWS - 1, ROW), (FEWEST_ROWS, LONGEST_ROW + 1)])
+def test_few_or_long_rows_stay_apart(rows: int, row: int) -> None:
+    args = tensors(rows, row)
+    scheduled = schedule(moved(lower(gradients, args), "cuda"))
+    assert not [s for s in scheduled.steps if isinstance(s, Region) and s.across is not None]
+
+
+def _rolled(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dx = x - x.mean(-1, keepdim=True)
+    return dx, dx.roll(1, 0).mul(grad).sum(0)
+
+
+def _sums_first(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = (grad * x).sum(0)
+    return total, (x * total).softmax(-1)
+
+
+def _largest(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x - x.mean(-1, keepdim=True), x.amax(0)
+
+
+def _scanned(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.cumsum(-1), x.sum(0)
+
+
+@pytest.mark.parametrize("fn", [_rolled, _sums_first, _largest, _scanned])
+def test_near_misses_stay_apart(fn: Callable[..., object]) -> None:
+    assert not joined(fn, *tensors(ROWS, ROW))
