@@ -49,7 +49,8 @@ def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
             partial.append(Store(spec.name, place, cast_to(node.operands[0], dtype), mode="part"))
             load = Load(spec.name, symbol(part) * prod(sizes) + place, dtype)
             joined[node] = cast_to(Reduce("sum", (load,), (part,), dtype), node.dtype)
-    first = replace(rows, stores=(*rows.stores, *partial))
+    stored = (s for s in rows.stores if s.buffer not in region.passed)
+    first = replace(rows, stores=(*stored, *partial))
     second = Nest(across.points, (part,), tuple(s.transformed({}, lambda v: replaced(v, joined)) for s in across.stores))
     buffers = region.buffers | scratch
     return (

@@ -109,7 +109,8 @@ class Region:
 
     `across` is a second nest over the same iterations with the axes exchanged: it sums over the points of `nest`, and its
     own points are the axes that `nest` reduces (gradients of a normalization's input and of its weights). It runs after
-    `nest` and loads what that stores at the index stored to.
+    `nest` and loads what that stores at the index stored to; `passed` names buffers that nobody else reads, which a kernel
+    for both need not store.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Region:
     nodes: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     across: Nest | None = None
+    passed: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
         return hash(self.name)

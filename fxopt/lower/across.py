@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxopt.ir.exprs import coefficient
-from fxopt.ir.loops import Load, Masked, Nest, Reduce, Scalar, Scan, Store, postorder
+from fxopt.ir.loops import Load, Masked, Nest, Reduce, Scalar, Scan, Store, loop_order, postorder
 from fxopt.ir.region import Region
 from fxopt.lower import cost
 from fxopt.lower.align import division_count, mappings
-from fxopt.lower.joining import MAX_BUFFERS, MAX_NODES
+from fxopt.lower.joining import MAX_BUFFERS, MAX_NODES, join, with_nests
 
 LONGEST_ROW = 16384
 """Elements; a sum for each of them stays in a register from row to row."""
@@ -23,12 +23,53 @@ FEWEST_ROWS = 512
 """With fewer, each program would see so few rows that its sums are as much to write as the rows are to read."""
 
 
-def join_across(rows: Region, columns: Region) -> Region | None:
-    """`rows` with the sums of `columns`, which runs after it, over its points; None when that is impossible."""
+def join_across(rows: Region, columns: Region, columns_first: bool) -> Region | None:
+    """`rows` with the sums of `columns` over its points; None when that is impossible.
+
+    What `columns` stores on the way, element by element, is left to `rows`, which may be waiting for it: `columns_first`
+    tells that `columns` must run before.
+    """
     if rows.device.type != "cuda" or rows.device != columns.device or rows.across or columns.across:
         return None
-    if not (_reduces_rows(rows.nest) and _sums_only(columns.nest)):
+    if not _reduces_rows(rows.nest):
         return None
+    elements, sums = _taken_apart(columns.nest)
+    if elements is not None:
+        first, second = (replace(columns, nest=elements), rows) if columns_first else (rows, replace(columns, nest=elements))
+        joined = join(first, second)
+        if joined is None or not _reduces_rows(joined.nest):
+            return None
+        rows = joined
+    elif columns_first:
+        return None
+    return _with_sums(rows, replace(columns, nest=sums)) if sums is not None and _sums_only(sums) else None
+
+
+def join_rows(first: Region, second: Region) -> Region | None:
+    """What `first` and then `second` does, one of them a row reduction with sums over its rows; None when impossible."""
+    if (first.across is None) == (second.across is None):
+        return None
+    own = first if first.across is not None else second
+    joined = join(replace(first, across=None), replace(second, across=None))
+    if joined is None or (joined.nest.points, joined.nest.reduced) != (own.nest.points, own.nest.reduced):
+        return None
+    assert own.across is not None
+    buffers = {**joined.buffers, **own.buffers}
+    if len(buffers) > MAX_BUFFERS or not _passes_in_registers(joined.nest, own.across):
+        return None
+    return with_nests(replace(joined, buffers=buffers), joined.nest, own.across)
+
+
+def _taken_apart(nest: Nest) -> tuple[Nest | None, Nest | None]:
+    """(what `nest` stores for each element on its way, what it stores at the end)."""
+    reduced = frozenset(nest.reduced)
+    elements = tuple(s for s in nest.stores if reduced & s.symbols() and not any(map(_has_reduce, s.roots)))
+    rest = tuple(s for s in nest.stores if s not in elements)
+    points = loop_order((*nest.points, *nest.reduced))
+    return Nest(points, (), elements) if elements else None, replace(nest, stores=rest) if rest else None
+
+
+def _with_sums(rows: Region, columns: Region) -> Region | None:
     if len({*rows.buffers, *columns.buffers}) > MAX_BUFFERS:
         return None
     across = _aligned(rows.nest, columns.nest)
@@ -36,7 +77,8 @@ def join_across(rows: Region, columns: Region) -> Region | None:
         return None
     nodes = tuple(dict.fromkeys(rows.nodes + columns.nodes))
     origins = tuple(dict.fromkeys(rows.origins + columns.origins))
-    return replace(rows, across=across, buffers={**rows.buffers, **columns.buffers}, nodes=nodes, origins=origins)
+    both = replace(rows, buffers={**rows.buffers, **columns.buffers}, nodes=nodes, origins=origins)
+    return with_nests(both, rows.nest, across)
 
 
 def _aligned(rows: Nest, columns: Nest) -> Nest | None:
@@ -64,7 +106,7 @@ def _reduces_rows(nest: Nest) -> bool:
 
 
 def _sums_only(nest: Nest) -> bool:
-    """Floating sums, each over what has no reduction in it, and nothing stored on the way."""
+    """Floating sums, each over what has no reduction in it, and nothing that varies along them."""
     nodes = list(postorder(nest.roots))
     sums = [n for n in nodes if isinstance(n, Reduce)]
     if not sums or any(isinstance(n, Scan) or (isinstance(n, Masked) and _has_reduce(n)) for n in nodes):

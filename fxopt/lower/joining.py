@@ -22,7 +22,7 @@ MAX_NODES = 1200
 
 def join(first: Region, second: Region) -> Region | None:
     """One region that does what `first` and then `second` does, or None when that is impossible or not worth it."""
-    if first.device != second.device:
+    if first.device != second.device or first.across is not None or second.across is not None:
         return None
     if len({*first.buffers, *second.buffers}) > MAX_BUFFERS:
         return None

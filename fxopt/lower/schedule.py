@@ -16,7 +16,7 @@ from fxopt.ir.loops import Nest
 from fxopt.ir.region import Alias, Call, Ref, Region, Step, refs
 from fxopt.ir.rounding import unrounded
 from fxopt.lower import cost
-from fxopt.lower.across import join_across
+from fxopt.lower.across import join_across, join_rows
 from fxopt.lower.align import extents
 from fxopt.lower.joining import join, with_nests
 from fxopt.lower.lowering import Lowered
@@ -111,21 +111,34 @@ class _Scheduler:
                     self._offer_neighbours(heap, joined, self._neighbours(joined))
 
     def _join_across(self) -> None:
-        """Join row reductions with sums over their rows, most bytes saved first."""
+        """Join row reductions with sums over their rows, most bytes saved first, and then with each other."""
         offers = []
         for a, group in self.groups.items():
             if isinstance(group.step, Region) and group.step.nest.reduced:
                 for b in self._neighbours(a):
-                    apart = self.order.runs_before(b, a) or self.order.are_separated(a, b)
-                    if not apart and self._saving(a, b) > 0:
-                        offers.append((-self._saving(a, b), a, b))
+                    saving = self._saving(*self._in_order(a, b))
+                    if saving > 0 and not self.order.are_separated(a, b):
+                        offers.append((-saving, a, b))
         for _, a, b in sorted(offers):
             if a in self.groups and b in self.groups and not self.order.are_separated(a, b):
                 rows, columns = self.groups[a].step, self.groups[b].step
                 assert isinstance(rows, Region) and isinstance(columns, Region)
-                region = join_across(rows, columns)
+                region = join_across(rows, columns, columns_first=self.order.runs_before(b, a))
                 if region is not None:
-                    self._merge(a, b, region)
+                    self._join_rows(self._merge(a, b, region))
+
+    def _join_rows(self, k: int) -> None:
+        """Join region `k`, which has sums over its rows, with row reductions that read or write the same."""
+        for n in sorted(self._neighbours(k), key=lambda n: self.groups[n].position):
+            first, second = self._in_order(k, n)
+            if self._saving(first, second) <= 0 or self.order.are_separated(first, second):
+                continue
+            one, two = self.groups[first].step, self.groups[second].step
+            assert isinstance(one, Region) and isinstance(two, Region)
+            region = join_rows(one, two)
+            if region is not None:
+                self._join_rows(self._merge(first, second, region))
+                return
 
     def _join_small(self) -> None:
         """Join small regions that have nothing to do with each other: one launch instead of many."""
@@ -226,6 +239,8 @@ class _Scheduler:
                 if wanted is None:
                     continue
                 step = _without_roundings(wanted)
+                if step.across is not None:
+                    step = replace(step, passed=frozenset(step.nest.writes()) - used)
             elif isinstance(step, Alias) and step.name not in used | self.returned:
                 continue
             live.append(step)

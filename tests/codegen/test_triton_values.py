@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,17 @@ def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) 
             check(interpreter, case, config, slack=32.0)
     for config in every_config(nests.norm_gradients(600, row, dtype)):
         check(interpreter, nests.norm_gradients(600, row, dtype), config, slack=64.0)
+
+
+def test_what_only_the_sums_read_is_not_stored(interpreter: Interpreter) -> None:
+    case = nests.norm_gradients(40, 64, F32)
+    alone = replace(case, region=replace(case.region, passed=frozenset({"dx"})))
+    config = TritonConfig(4, r_block=64, split=4)
+    assert "dx" not in print_region(alone.region, config, TARGET).kernels[0].buffers
+    inputs = {n: sample(case, n) for n in case.inputs}
+    _, *expected = run(interpreter, case, config, inputs)
+    _, *actual = run(interpreter, alone, config, inputs)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_sums_over_a_symbolic_number_of_rows(interpreter: Interpreter) -> None:

@@ -66,7 +66,25 @@ def test_half_precision_sums_what_was_stored() -> None:
     assert len(joined(lambda g, x, w: gradients(g.float(), x.float(), w.float()), grad, x, weight)) == 1
 
 
-@pytest.mark.parametrize("rows, row", [(FEWEST_ROWS - 1, ROW), (FEWEST_ROWS, LONGEST_ROW + 1)])
+def _turned(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What both the row reduction and the sums read is worth storing, and may be stored by either."""
+    turned = torch.cat((-grad[:, ROW // 2 :], grad[:, : ROW // 2]), 1).exp()
+    return gradients(turned, x, weight)[:2]
+
+
+def test_what_sums_store_on_their_way_is_left_to_the_rows() -> None:
+    grad, x, weight = tensors(ROWS, ROW)
+    (region,) = joined(_turned, grad, x, weight)
+    assert len(set(region.writes()) - region.passed) == 2
+
+    def two(grad: Tensor, x: Tensor, weight: Tensor, other: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        return _turned(grad, x, weight), _turned(other, x, weight)
+
+    (region,) = joined(lambda *args: sum(two(*args), ()), grad, x, weight, torch.randn(ROWS, ROW))
+    assert len(set(region.writes()) - region.passed) == 4
+
+
+@pytest.mark.parametrize(("rows", "row"), [(FEWEST_ROWS - 1, ROW), (FEWEST_ROWS, LONGEST_ROW + 1)])
 def test_few_or_long_rows_stay_apart(rows: int, row: int) -> None:
     args = tensors(rows, row)
     scheduled = schedule(moved(lower(gradients, args), "cuda"))
