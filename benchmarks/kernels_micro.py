@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +55,25 @@ def activation_and_bias_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tenso
 
 def norm_weight_gradients(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return (grad * (x - mean) * scale).sum(0), grad.sum(0)
+
+
+def layer_norm_gradients(
+    grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, normal = (t.to(mean.dtype) for t in (grad, x))
+    normal = (normal - mean) * scale
+    weighted = wide * weight
+    along = (weighted * normal).mean(-1, keepdim=True)
+    dx = (weighted - weighted.mean(-1, keepdim=True) - normal * along) * scale
+    return dx.to(x.dtype), (wide * normal).sum(0), wide.sum(0)
+
+
+def rms_norm_gradients(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    wide, normal = (t.to(scale.dtype) for t in (grad, x))
+    normal = normal * scale
+    weighted = wide * weight
+    dx = (weighted - normal * (weighted * normal).mean(-1, keepdim=True)) * scale
+    return dx.to(x.dtype), (wide * normal).sum(0)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +157,20 @@ def cases(scale: int = 1) -> Iterator[MicroCase]:
     for width in (768, 3072):
         yield _same("bias-gradient", activation_and_bias_gradient, (rows, width), (rows, width), dtype=BF16)
     yield _same("norm-gradients", norm_weight_gradients, (rows, 768), (rows, 768), (rows, 1), (rows, 1), dtype=BF16)
+    for count, width, dtype in (
+        (2 * rows, 1024, BF16),
+        (16 * rows, 1024, BF16),
+        (4 * rows, 768, BF16),
+        (128 * rows, 64, F32),
+        (16 * rows, 256, F32),
+        (2 * rows, 8192, BF16),
+        (rows, 4096, F32),
+    ):
+        count = max(count, 512)  # fewer rows have sums of their own
+        whole, row, line = (count, width), (count, 1), (width,)
+        yield MicroCase("rms-norm-gradients", rms_norm_gradients, (whole, whole, row, line), (dtype, dtype, F32, F32))
+        shapes, types = (whole, whole, row, row, line), (dtype, dtype, F32, F32, F32)
+        yield MicroCase("layer-norm-gradients", layer_norm_gradients, shapes, types)
     for channels, side in ((64, 56), (256, 56), (2048, 7)):
         shape = (max(2, 64 // scale), channels, side, side)
         yield _same("batch-statistics", batch_statistics, shape, dtype=BF16, nhwc=True)
@@ -146,7 +179,7 @@ def cases(scale: int = 1) -> Iterator[MicroCase]:
     for count, width, dtype in ((12 * rows, 128, F32), (12 * rows, 197, BF16), (4 * rows, 64, BF16), (rows, 4096, BF16)):
         yield _same("softmax", softmax, (count, width), dtype=dtype)
     for width in (50257, 32000):
-        many = max(rows, 16)  # fewer long rows become several kernels
+        many = max(rows, 256)  # fewer long rows become several kernels
         yield _same("softmax", softmax, (many, width), dtype=BF16)
         yield _same("log-total", log_total, (many, width), dtype=BF16)
     for dtype in (BF16, F32):
@@ -158,12 +191,14 @@ def cases(scale: int = 1) -> Iterator[MicroCase]:
     yield _same("nhwc-to-nchw", channels_last_to_first, (max(2, 64 // scale), 256, 56, 56), (256,), dtype=BF16, nhwc=True)
 
 
-def lower(case: MicroCase, inputs: Sequence[Tensor]) -> Lowered:
-    """The case as one region. Raises ValueError when it lowers to more, or to library calls."""
+def lower(case: MicroCase, inputs: Sequence[Tensor], prepare: Callable[[Lowered], Lowered] = lambda x: x) -> Lowered:
+    """The case as one region; `prepare` sees it before it is scheduled. Raises ValueError when it lowers to more, or to
+    library calls.
+    """
     gm = make_fx(lambda *given: case.function(*given), tracing_mode="fake")(*inputs)
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, case.title, to_int)
-    lowered = schedule(lower_graph(graph, Journal(case.title)))
+    lowered = schedule(prepare(lower_graph(graph, Journal(case.title))))
     if len(lowered.steps) != 1 or not isinstance(lowered.steps[0], Region):
         raise ValueError(f"{case.title} is not one kernel: {lowered.steps}")
     return lowered
@@ -177,7 +212,10 @@ def variants(region: Region, target: Target) -> list[TritonConfig]:
     for factor, warps in itertools.product((0.5, 1, 2), (0.5, 1, 2)):
         x, w = max(1, int(first.x_block * factor)), min(32, max(1, int(first.num_warps * warps)))
         grid.append(TritonConfig(x, first.y_block, first.r_block, first.persistent, w))
-    if first.split > 1:
+    if region.across is not None and first.split > 1:
+        grid = [replace(first, stages=s, split=int(first.split * f)) for s in (1, 2, 3) for f in (1, 0.5, 2)]
+        grid += [replace(first, x_block=2 * first.x_block), replace(first, num_warps=2 * first.num_warps)]
+    elif first.split > 1:
         grid = [TritonConfig(1, split=p) for p in (first.split * 2, first.split // 4) if p > 1] + grid[3:6]
     kept = [c for c in grid if c not in proposed and 1 <= c.x_block * c.y_block * c.r_block <= 1 << 17]
     return [*proposed, *kept]

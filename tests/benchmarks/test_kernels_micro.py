@@ -13,12 +13,18 @@ pytest.importorskip("triton")
 from benchmarks.kernels_micro import MicroCase, candidates, cases, check, excess, flat, lower
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Region
+from fxopt.lower import Lowered
 from fxopt.target import Target
 from fxopt.tune.choose import Choice
 from tests.codegen.triton_interpreter import Interpreter
+from tests.lower.capturing import moved
 
 CPU, TARGET = torch.device("cpu"), Target.cuda(90)
 SMALL = [c for c in cases(scale=512) if max(c.shapes[0]) <= 4096 and torch.Size(c.shapes[0]).numel() <= 1 << 17]
+
+
+def on_gpu(lowered: Lowered) -> Lowered:
+    return moved(lowered, "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def interpreter() -> Iterator[Interpreter]:
 
 @pytest.mark.parametrize("case", list(cases(scale=512)), ids=lambda c: c.title.replace(" ", "-"))
 def test_every_case_is_one_region(case: MicroCase) -> None:
-    (region,) = lower(case, case.inputs(CPU)).steps
+    (region,) = lower(case, case.inputs(CPU), on_gpu).steps
     assert isinstance(region, Region)
     assert len(candidates(region, TARGET)) > 3
 
@@ -38,7 +44,7 @@ def test_every_case_is_one_region(case: MicroCase) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.title.replace(" ", "-"))
 def test_values_are_right(interpreter: Interpreter, case: MicroCase) -> None:
     inputs = case.inputs(CPU)
-    lowered = lower(case, inputs)
+    lowered = moved(lower(case, inputs, on_gpu), "cpu")
     (region,) = lowered.steps
     assert isinstance(region, Region)
     first = candidates(region, TARGET)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture.symbols import to_int
 from fxopt.ir.graph import Graph, Input, Phase, Role
-from fxopt.ir.region import Call
+from fxopt.ir.region import Call, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from tests.lower.interpreter import run_lowered
@@ -30,6 +31,16 @@ def lower_function(
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, "test", to_int)
     return lower_graph(graph, Journal("test"))
+
+
+def moved(lowered: Lowered, device: str) -> Lowered:
+    """`lowered` as if its tensors were on `device`."""
+    buffers = {n: replace(b, device=torch.device(device)) for n, b in lowered.buffers.items()}
+    steps = [
+        replace(s, device=torch.device(device), buffers={n: buffers[n] for n in s.buffers}) if isinstance(s, Region) else s
+        for s in lowered.steps
+    ]
+    return replace(lowered, buffers=buffers, steps=steps)
 
 
 def library_calls(lowered: Lowered) -> list[str]:

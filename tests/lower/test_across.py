@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fxopt.ir.region import Region
-from fxopt.lower import Lowered
 from fxopt.lower.across import FEWEST_ROWS, LONGEST_ROW
 from fxopt.lower.schedule import schedule
+from tests.lower.capturing import moved
 from tests.lower.harness import lower
 from tests.lower.interpreter import run_lowered
 from tests.numerics import assert_closer, to_float64
 
 ROWS, ROW = FEWEST_ROWS, 24
-
-
-def moved(lowered: Lowered, device: str) -> Lowered:
-    """`lowered` as if its tensors were on `device`."""
-    buffers = {n: replace(b, device=torch.device(device)) for n, b in lowered.buffers.items()}
-    steps = [
-        replace(s, device=torch.device(device), buffers={n: buffers[n] for n in s.buffers}) if isinstance(s, Region) else s
-        for s in lowered.steps
-    ]
-    return replace(lowered, buffers=buffers, steps=steps)
 
 
 def joined(fn: Callable[..., object], *args: Tensor, device: str = "cuda") -> list[Region]:
