@@ -30,6 +30,7 @@ _LINE = 128  # bytes of a cache line
 _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
 _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
 _PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
+_ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -270,8 +271,11 @@ def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[Trit
         parts = min(resident * target.sm_count, max(light, target.sm_count), -(-rows // together))
         found.append(TritonConfig(together, r_block=block, num_warps=warps, split=parts))
     found = list(dict.fromkeys(c for c in found if c.split > 1))
-    ahead = [replace(c, stages=2) for c in found[:1]]
-    return [*found[:1], *ahead, alone, *found[1:]]
+    if not found:
+        return [alone]
+    ahead = replace(found[0], stages=3)
+    first = [ahead, found[0]] if block >= _ROW_WORTH_FETCHING else [found[0], ahead]
+    return [*first, *found[1:2], alone, *found[2:]]
 
 
 def _streams_and_sums(region: Region) -> tuple[int, int]:

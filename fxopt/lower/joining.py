@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import replace
 
-from fxopt.ir.exprs import never_equal
+from fxopt.ir.exprs import coefficient, never_equal
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
 from fxopt.ir.region import Region
 from fxopt.lower import cost
@@ -28,7 +28,7 @@ def join(first: Region, second: Region) -> Region | None:
         return None
     best: tuple[int, Nest] | None = None
     for one, two in _common_domains(first.nest, second.nest):
-        nest = _combine(one, two)
+        nest = None if _are_transposed(one, two) else _combine(one, two)
         if nest is not None and _worthwhile(nest, first):
             divisions = division_count(nest)
             if best is None or divisions < best[0]:
@@ -64,6 +64,28 @@ def _common_domains(first: Nest, second: Nest) -> Iterator[tuple[Nest, Nest]]:
     if not first.reduced or second.reduced:
         for mapping in mappings(first, second):
             yield remap(first, mapping, second), second
+
+
+def _are_transposed(one: Nest, two: Nest) -> bool:
+    """One nest reduces a buffer along memory, the other across it, which a square lets happen in one domain: every other
+    access would be strided, and nothing is read once for both.
+    """
+    if not one.reduced:
+        return False
+    mine, theirs = _directions(one), _directions(two)
+    return any(mine[b] and theirs[b] and mine[b].isdisjoint(theirs[b]) for b in mine.keys() & theirs.keys())
+
+
+def _directions(nest: Nest) -> dict[str, set[bool]]:
+    """For each buffer loaded element by element: whether memory runs along the reduced axes (True), the points (False)."""
+    points, reduced = frozenset(nest.points), frozenset(nest.reduced)
+    out: dict[str, set[bool]] = {}
+    for load in nest.loads():
+        own = load.symbols()
+        if points & own and reduced & own:
+            unit = [s in reduced for s in points | reduced if coefficient(load.index, s) == 1]
+            out.setdefault(load.buffer, set()).update(unit)
+    return out
 
 
 def remap(nest: Nest, mapping: Mapping, onto: Nest) -> Nest:

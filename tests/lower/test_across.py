@@ -50,6 +50,16 @@ def test_gradients_of_a_norm_are_one_region(shape: tuple[int, ...]) -> None:
     assert not joined(gradients, *tensors(*shape), device="cpu")
 
 
+def test_a_square_does_not_let_sums_run_along_the_rows() -> None:
+    """Its rows are as many as its columns, so a sum over rows could take the place of one along them, reading askew."""
+
+    def fn(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        normal = x * scale
+        return (grad - normal * (grad * normal).mean(-1, keepdim=True)) * scale, (grad * normal).sum(0)
+
+    assert len(joined(fn, torch.randn(ROWS, ROWS), torch.randn(ROWS, ROWS), torch.rand(ROWS, 1))) == 1
+
+
 def test_half_precision_sums_what_was_stored() -> None:
     grad, x, weight = tensors(ROWS, ROW, dtype=torch.bfloat16)
     assert len(joined(lambda g, x, w: gradients(g.float(), x.float(), w.float()), grad, x, weight)) == 1
