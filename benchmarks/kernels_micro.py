@@ -2,7 +2,7 @@
 
 Every case is one function that lowers to one region. Its values are checked against float64 in every configuration, next to
 eager's own error; then all configurations are timed on this GPU, with inputs in the L2 cache and without. The JSON says what
-the cost model proposes first, so that the cost model can be corrected. About a minute on an H200 with 16 cores.
+the cost model proposes first, so that the cost model can be corrected. About a minute on an H100 with 16 cores.
 """
 
 from __future__ import annotations
