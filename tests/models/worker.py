@@ -29,7 +29,8 @@ def main(device: str) -> None:
         answers.flush()
 
     for line in sys.stdin:
-        record = run_case(*json.loads(line), device)
+        name, mode = json.loads(line)
+        record = run_case(name, mode, device)
         if device != "cpu":
             try:
                 torch.cuda.synchronize()

@@ -38,14 +38,22 @@ PROGRESS = 10.0
 
 
 def wanted(args: argparse.Namespace) -> Iterator[Item]:
-    """The items asked for, in the order of op_db."""
+    """The items asked for, in the order of op_db.
+
+    An op whose samples cannot be made is one item, so that a worker meets the same error and records it.
+    """
+    device = DEVICES[args.executor]
     for dtype in args.dtypes:
         for mode in args.modes:
             for name, op in ops().items():
-                if (args.ops and name not in args.ops) or not supports(op, dtype, mode, DEVICES[args.executor]):
+                if (args.ops and name not in args.ops) or not supports(op, dtype, mode, device):
                     continue
                 for layout in args.layouts:
-                    yield from items(name, dtype, mode, layout, args.samples, DEVICES[args.executor])
+                    try:
+                        found = items(name, dtype, mode, layout, args.samples, device)
+                    except Exception:
+                        found = [Item(name, dtype, mode, layout, 0, device)]
+                    yield from found
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
@@ -82,7 +90,7 @@ class Sweep:
     def run(self, todo: Iterator[Item]) -> Counter[str]:
         """Run every item of `todo`, or those that time allows; returns how many had which status.
 
-        Raises RuntimeError when workers do not even start.
+        Raises RuntimeError when workers do not even start, or `todo` fails.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as self.file:
@@ -93,7 +101,7 @@ class Sweep:
             for thread in threads:
                 thread.join()
         if self.unusable:
-            raise RuntimeError(f"workers do not start: {self.unusable}")
+            raise RuntimeError(self.unusable)
         return self.counts
 
     def is_over(self, grace: float = 0.0) -> bool:
@@ -102,8 +110,11 @@ class Sweep:
 
     def list_batches(self, todo: Iterator[Item]) -> None:
         """Batches for the workers, an empty one for each at the end. Listing items takes making all samples of their ops."""
-        while not self.is_over() and (batch := list(itertools.islice(todo, BATCH[self.executor]))):
-            self.listed.put(batch)
+        try:
+            while not self.is_over() and (batch := list(itertools.islice(todo, BATCH[self.executor]))):
+                self.listed.put(batch)
+        except Exception as error:
+            self.unusable = f"items cannot be listed: {type(error).__name__}: {error}"
         for _ in range(self.processes):
             self.listed.put([])
 
@@ -144,7 +155,7 @@ class Sweep:
                 if culprit is not None:
                     worker.close()
                     if not worker.works and not self.is_over(GRACE):
-                        self.unusable = worker.last_words
+                        self.unusable = f"workers do not start: {worker.last_words}"
                     if self.is_over(GRACE):
                         return
                     left = self.blame(culprit, left, worker.last_words)

@@ -89,6 +89,15 @@ def test_workers_that_do_not_start_are_no_fault_of_the_items(tmp_path: Path, mon
     assert not read_records(tmp_path / "records")
 
 
+def test_items_that_cannot_be_listed_end_the_sweep(tmp_path: Path) -> None:
+    def todo() -> Iterator[Item]:
+        raise ValueError("no such op")
+        yield
+
+    with pytest.raises(RuntimeError, match="cannot be listed: ValueError: no such op"):
+        Sweep(tmp_path / "records", "triton", 2).run(todo())
+
+
 def test_a_batch_compiles_its_kernels_for_the_device_of_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as that goes without a GPU: a sample with fake CUDA tensors is captured, and its kernels are printed."""
     given: list[tuple[str, list[str]]] = []
