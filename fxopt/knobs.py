@@ -54,6 +54,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError("expected a number of seconds")
+    return value
+
+
 def _size(text: str) -> int:
     """Bytes: "300000", "500MB" (powers of 1000), "2GiB" or "2G" (powers of 1024)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", text.lower())
@@ -105,5 +112,12 @@ WORKERS: Knob[int | None] = Knob(
     "FXOPT_WORKERS", _optional_count, None, "compile worker processes; default: one per core, at most 16"
 )
 
-ALL: tuple[Knob[object], ...] = (CACHE_DIR, CACHE_SIZE, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS)  # type: ignore[assignment]
+TUNING_SECONDS: Knob[float | None] = Knob(
+    "FXOPT_TUNING_SECONDS",
+    _seconds,
+    None,
+    "time for measuring kernels in one graph; 0: the cost model's choice, unmeasured; default: what the mode allows",
+)
+
+ALL: tuple[Knob[object], ...] = (CACHE_DIR, CACHE_SIZE, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS, TUNING_SECONDS)  # type: ignore[assignment]
 """Every knob, for documentation and tests."""

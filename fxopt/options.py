@@ -32,6 +32,10 @@ def _is_fuel(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
+def _is_seconds(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"))
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, (tuple, list, set, frozenset)) and all(isinstance(name, str) for name in value)
 
@@ -70,6 +74,13 @@ class Options:
         _is_bool,
         in_key=True,
     )
+    tuning_seconds: float | None = _option(
+        None,
+        "time for measuring kernels in one graph; 0 takes the cost model's choice; None what the mode allows",
+        "a number >= 0 or None",
+        _is_seconds,
+        in_key=True,
+    )
     disable: tuple[str, ...] = _option((), "names of passes to switch off", "a list of pass names", _is_names, in_key=True)
     fuel: int | None = _option(
         None, "how many rewrites may be applied in all", "a number >= 0 or None", _is_fuel, in_key=True
@@ -81,7 +92,7 @@ class Options:
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
-        """Options from torch.compile's `mode` and `options`; FXOPT_DISABLE, _FUEL, _DUMP and _STRICT are folded in.
+        """Options from torch.compile's `mode` and `options`; FXOPT_DISABLE, _FUEL, _STRICT and the like are folded in.
 
         Raises OptionError for an unknown mode or option, or a value of the wrong type; the message lists what is valid.
         """
@@ -94,6 +105,8 @@ class Options:
         given["disable"] = tuple(sorted({*given.get("disable", ()), *knobs.DISABLE.get()}))
         if given.get("fuel") is None:
             given["fuel"] = knobs.FUEL.get()
+        if given.get("tuning_seconds") is None:
+            given["tuning_seconds"] = knobs.TUNING_SECONDS.get()
         if given.get("dump") is None:
             given["dump"] = knobs.DUMP.get()
         elif not isinstance(given["dump"], str):

@@ -26,6 +26,12 @@ def to_float64(value: Any) -> Any:
     return pytree.tree_map(convert, value)
 
 
+def exact_products() -> None:
+    """Have CUDA's libraries compute float32 in float32: with TF32, eager's own errors would hide anybody's."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._C._set_cudnn_allow_tf32(False)  # torch.backends.cudnn is frozen once torch's own test modules are imported
+
+
 def max_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """Largest absolute difference from `exact` (float64), NaN and infinities of equal sign counting as equal.
 

@@ -33,6 +33,7 @@ def test_defaults_and_modes(monkeypatch):
         (None, {"fuel": True}, ["'fuel'"]),
         (None, {"disable": "cse"}, ["'disable'", "list of pass names"]),
         (None, {"dump": 3}, ["'dump'"]),
+        (None, {"tuning_seconds": -1}, ["'tuning_seconds'", ">= 0"]),
         ("default", {"mode": "max-autotune"}, ["contradicts"]),
     ],
 )
@@ -48,10 +49,13 @@ def test_environment_is_folded_in(monkeypatch):
     monkeypatch.setenv("FXOPT_FUEL", "7")
     monkeypatch.setenv("FXOPT_DUMP", "/tmp/somewhere")
     monkeypatch.setenv("FXOPT_STRICT", "1")
+    monkeypatch.setenv("FXOPT_TUNING_SECONDS", "0.5")
     parsed = Options.parse(None, {"disable": ["algebra"]})
     assert parsed.disable == ("algebra", "cse", "views")
     assert (parsed.fuel, parsed.dump, parsed.strict) == (7, "/tmp/somewhere", True)
+    assert parsed.tuning_seconds == 0.5
     assert Options.parse(None, {"fuel": 3, "dump": Path("x")}).fuel == 3
+    assert Options.parse(None, {"tuning_seconds": 0}).tuning_seconds == 0
 
 
 def test_malformed_environment_warns_and_keeps_the_default(monkeypatch):
@@ -63,8 +67,9 @@ def test_malformed_environment_warns_and_keeps_the_default(monkeypatch):
 def test_cache_key_facts_follow_what_changes_code():
     base = Options.parse()
     json.dumps(base.cache_key_facts())
-    for change in ({"freeze": True}, {"mode": "max-autotune"}, {"disable": ["cse"]}, {"fuel": 1}, {"fallback_random": True}):
-        assert Options.parse(None, change).cache_key_facts() != base.cache_key_facts()
+    changes = {"freeze": True, "mode": "max-autotune", "disable": ["cse"], "fuel": 1, "fallback_random": True}
+    for name, value in (changes | {"tuning_seconds": 0}).items():
+        assert Options.parse(None, {name: value}).cache_key_facts() != base.cache_key_facts()
     for change in ({"strict": True}, {"dump": "d"}, {"check": True}):
         assert Options.parse(None, change).cache_key_facts() == base.cache_key_facts()
 

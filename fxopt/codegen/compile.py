@@ -132,24 +132,62 @@ def _no_triton(target: Target) -> str | None:
     return triton_build.available() or _refused.get(target.key)
 
 
-def _learn(reason: str, target: Target) -> None:
-    """Remember a target that the compiler behind Triton has no name for: nothing else will compile for it either."""
-    if "gpu-name" in reason:
-        wanted = f"{target.name} (sm_{target.arch})"
+_PROBE = KernelSource(
+    "triton",
+    "fx_probe",
+    "import triton\nimport triton.language as tl\n\n\n@triton.jit\ndef fx_probe(b0):\n    tl.store(b0, 1.0)\n",
+    ("b0",),
+    compile_options={
+        "signature": {"b0": "*fp32"},
+        "constexprs": {},
+        "aligned": [],
+        "num_warps": 1,
+        "num_stages": 1,
+        "asserts": False,
+    },
+)
+"""A kernel that compiles for every target that Triton compiles for."""
+
+_probed: set[str] = set()
+"""Targets (by key) for which the probe has been compiled, or tried."""
+
+
+def _learn(outcomes: Sequence[Outcome], target: Target) -> None:
+    """Where no kernel compiles, remember whether the target is to blame: then nothing else will compile for it either.
+
+    The assembler says so where it has no name for the GPU. Otherwise (it is missing, say) the simplest kernel tells.
+    """
+    errors = [o.error for o in outcomes if o.error is not None]
+    if len(errors) < len(outcomes) or target.key in _refused:
+        return
+    wanted = f"{target.name} (sm_{target.arch})"
+    nameless = any("gpu-name" in error for error in errors)
+    if not nameless and target.key not in _probed:
+        _probed.add(target.key)
+        (probe,) = _run_jobs([_job(_PROBE, target)], target)
+        if probe.error is not None:
+            nameless = "gpu-name" in probe.error
+            reason = f"the installed Triton compiles nothing for the GPU {wanted}: {cxx.essence(probe.error)}"
+            _refused.setdefault(target.key, reason)
+    if nameless:
         _refused[target.key] = f"the installed Triton does not know the GPU {wanted}; install a newer one"
+
+
+def _job(source: KernelSource, target: Target) -> dict[str, Any]:
+    """The arguments of `triton_job`."""
+    fields = ("entry", "text", "compile_options")
+    return {"source": {f: getattr(source, f) for f in fields}, "target": dataclasses.asdict(target)}
 
 
 def _compile_triton(todo: Keyed, target: Target, store: ArtifactStore, toolchain: str) -> dict[str, Result]:
     reason = _no_triton(target)
     if reason is not None:
         return {key: CompileFailure(key, reason) for key, _ in todo}
-    described = dataclasses.asdict(target)
-    fields = ("entry", "text", "compile_options")
-    jobs = [{"source": {f: getattr(source, f) for f in fields}, "target": described} for _, source in todo]
     results: dict[str, Result] = {}
-    for (key, source), outcome in zip(todo, _run_jobs(jobs, target), strict=True):
+    outcomes = _run_jobs([_job(source, target) for _, source in todo], target)
+    _learn(outcomes, target)
+    for (key, source), outcome in zip(todo, outcomes, strict=True):
         if outcome.error is not None:
-            _learn(outcome.error, target)
             results[key] = CompileFailure(key, _refused.get(target.key) or cxx.essence(outcome.error))
         else:
             code = base64.b64decode(outcome.value["code"])

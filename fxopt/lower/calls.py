@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from fxopt.lower.lowering import Lowering
 
 
+_COPIES: dict[Any, int] = {
+    torch.ops.aten._to_copy.default: 0,
+    torch.ops.aten.copy.default: 1,
+    torch.ops.prims.device_put.default: 0,
+}
+"""Ops that may copy between devices, with the position of the argument that is copied."""
+
+
 def call(ctx: Lowering, node: fx.Node) -> Any:
     """Append `node` as a Call; its results as values. Raises UnsupportedError for a result of data-dependent size."""
     sizes = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.SymInt)]
@@ -45,6 +53,28 @@ def call(ctx: Lowering, node: fx.Node) -> Any:
     effect = has_effect(node) or not isinstance(node.target, torch._ops.OpOverload)  # nothing is known of other callables
     ctx.steps.append(Call(op, args, kwargs, names, ctx.origins[node.name], _written(ctx, node), effect))
     return results
+
+
+def changes_device(node: fx.Node) -> bool:
+    """Whether the call copies a tensor from one device to another, which no kernel can do: a call by design."""
+    position = _COPIES.get(node.target)
+    if position is None or len(node.args) <= position:
+        return False
+    source = node.args[position]
+    read = source.meta.get("val") if isinstance(source, fx.Node) else None
+    made = node.meta.get("val")
+    return isinstance(read, torch.Tensor) and isinstance(made, torch.Tensor) and read.device != made.device
+
+
+def moved(ctx: Lowering, value: Value, device: torch.device) -> Value:
+    """`value` in memory of `device`, copied there by a call when it is elsewhere."""
+    if value.device == device:
+        return value
+    copy = ctx.new_buffer(value.dtype, device, value.shape)
+    source = Ref(ctx.tensor_name(value))
+    name = overload_name(torch.ops.aten._to_copy.default)
+    ctx.steps.append(Call(name, (source,), {"device": device}, (copy.buffer,), ctx.origins[ctx.node.name], (), False))
+    return copy
 
 
 def _argument(ctx: Lowering, arg: fx.Node) -> Any:

@@ -148,7 +148,8 @@ class Lowering:
         if node.target is torch.ops.aten.copy_.default:
             return calls.copy_into(self, node)
         if self._is_library(node):
-            if node.target not in LIBRARY_OPS and node.name not in self.library_nodes:
+            planned = node.target in LIBRARY_OPS or calls.changes_device(node)
+            if not planned and node.name not in self.library_nodes:
                 self.journal.retreat(f"{node.name} ({node.target})", self._library_reason(node))
             return self.call(node)
         mark = self._mark()
@@ -175,7 +176,7 @@ class Lowering:
         self.values.update(self.restored)
 
     def _is_library(self, node: fx.Node) -> bool:
-        if node.target not in self.table or node.name in self.library_nodes:
+        if node.target not in self.table or node.name in self.library_nodes or calls.changes_device(node):
             return True
         tensors = [*_tensor_vals(node), *(t for a in node.all_input_nodes for t in _tensor_vals(a))]
         return not all(t.dtype in KERNEL_DTYPES and t.layout == torch.strided and not t.is_nested for t in tensors)

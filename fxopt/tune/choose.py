@@ -86,7 +86,8 @@ def choose(
         for device in dict.fromkeys(c.region.device for c in contests):
             _build([c for c in contests if c.region.device == device], Target.current(device), store, journal)
     with journal.timed("kernels: measuring"):
-        measurements = Measurements(journal, BUDGET_SECONDS[options.mode])
+        budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
+        measurements = Measurements(journal, budget)
         winners = [_fastest(contest, store, measurements) if contest.built else None for contest in contests]
     places = {region.name: k for k, contest in enumerate(contests) for region in contest.regions}
     chosen: dict[str, Choice] = {}
@@ -135,14 +136,17 @@ def candidates(region: Region, options: Options) -> list[Candidate]:
         return [Candidate("C++", (cpp.print_nest(region, target),))]
     if region.device.type != "cuda":
         raise UnsupportedError(f"no printer for {region.device.type} kernels")
-    return triton_candidates(region, target, options.mode)
+    return triton_candidates(region, target, options.mode, 1 if options.tuning_seconds == 0 else CANDIDATES_AT_MOST)
 
 
-def triton_candidates(region: Region, target: Target, mode: str) -> list[Candidate]:
-    """The Triton candidates of `region`; `target` need not be a GPU of this machine. Raises UnsupportedError without any."""
+def triton_candidates(region: Region, target: Target, mode: str, most: int = CANDIDATES_AT_MOST) -> list[Candidate]:
+    """The Triton candidates of `region`, `most` of them at most; `target` need not be a GPU of this machine.
+
+    Raises UnsupportedError without any.
+    """
     out: list[Candidate] = []
     reason = "no configuration"
-    count = candidate_count(region, mode)
+    count = min(candidate_count(region, mode), most)
     for config in triton.configs(region, target):
         try:
             printed = triton.print_region(region, config, target)

@@ -41,9 +41,10 @@ def choose_library(lowered: Lowered, options: Options, store: ArtifactStore, jou
     """`lowered`, not yet scheduled, with every float32 matrix product on the CPU given to the library that is fastest at its
     shape.
     """
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or options.tuning_seconds == 0:
         return lowered
-    contests = _Contests(Records(store.cache, Target.cpu().key), BUDGET_SECONDS[options.mode], journal)
+    budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
+    contests = _Contests(Records(store.cache, Target.cpu().key), budget, journal)
     return with_forms(lowered, {product: contests.winner(product) for product in find_products(lowered)})
 
 

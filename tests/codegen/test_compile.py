@@ -53,6 +53,13 @@ def triton(constant: str) -> KernelSource:
     return KernelSource("triton", "increment", TRITON.replace("CONSTANT", constant), ("x", "y"), compile_options=OPTIONS)
 
 
+@pytest.fixture(autouse=True)
+def _no_target_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's broken compilers teach about a target is forgotten after it."""
+    monkeypatch.setattr(compiling, "_refused", {})
+    monkeypatch.setattr(compiling, "_probed", set())
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "cache")
@@ -160,13 +167,38 @@ def test_a_triton_that_cannot_be_imported(store: ArtifactStore, monkeypatch: pyt
 def test_a_gpu_that_triton_does_not_know(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(compiling, "_warned", set())
-    monkeypatch.setattr(compiling, "_refused", {})
     future = Target.cuda(130)
     with pytest.warns(UserWarning, match="does not know the GPU sm_130") as caught:
         first, second = (compile_kernels([triton(n)], future, store)[0] for n in ("1.0", "2.0"))
     assert isinstance(first, CompileFailure) and isinstance(second, CompileFailure)
     assert first.reason == second.reason and "\n" not in first.reason and len(caught) == 1
     assert isinstance(compile_kernels([triton("1.0")], H100, store)[0], Artifact), "other targets are not affected"
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_a_gpu_that_nothing_compiles_for(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, sound: bool) -> None:
+    """Whatever the compiler says of a GPU that it cannot serve: when not even the simplest kernel compiles, that is why."""
+    tried: list[str] = []
+
+    def run_jobs(jobs: list[dict[str, Any]], target: Target) -> list[workers.Outcome]:
+        tried.extend(job["source"]["entry"] for job in jobs)
+        fine, failed = workers.Outcome({"code": "", "meta": {}}), workers.Outcome(error="no ptxas")
+        return [fine if sound and job["source"]["entry"] == "fx_probe" else failed for job in jobs]
+
+    monkeypatch.setattr(compiling, "_run_jobs", run_jobs)
+    monkeypatch.setattr(compiling, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reasons = [compile_kernels([triton(n)], Target.cuda(130), store)[0].reason for n in "12"]
+    assert tried == ["increment", "fx_probe", *(["increment"] if sound else [])]
+    told = [str(w.message) for w in caught if "fxopt" in str(w.message)]
+    assert len(told) == (0 if sound else 1) and all("compiles nothing for the GPU sm_130" in t for t in told)
+    assert all(("compiles nothing" in r) is not sound and "no ptxas" in r for r in reasons)
+
+
+def test_the_simplest_kernel_compiles() -> None:
+    pytest.importorskip("triton")
+    assert triton_build.compile_triton(compiling._PROBE, H100)[0].startswith(b"\x7fELF")
 
 
 def test_a_gpu_older_than_triton_supports(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +220,8 @@ def test_no_workers_means_this_process_with_one_warning(store: ArtifactStore, mo
 
 def test_zero_workers_means_this_process(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(source: KernelSource, target: Target) -> tuple[bytes, dict[str, Any]]:
+        if source.entry == "fx_probe":
+            return b"", {}
         raise ValueError(f"cannot compile for {target.name}")
 
     monkeypatch.setenv("FXOPT_WORKERS", "0")

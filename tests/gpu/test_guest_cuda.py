@@ -144,7 +144,7 @@ CHECK = """
         ("from fxopt.codegen import triton_build as b; b.available = lambda: 'Triton is not installed'", "not installed"),
         ("from fxopt.target import Target; real = Target.current; "
          "Target.current = staticmethod(lambda d: Target.cuda(130) if torch.device(d).type == 'cuda' else real(d))",
-         "does not know the GPU sm_130"),
+         "the GPU sm_130"),
     ],
     ids=["no Triton", "unknown GPU"],
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.capture.symbols import to_int
@@ -42,6 +43,46 @@ def steps_of(low: Lowered, kind: type) -> list[Any]:
 
 def kinds(steps: list[Step]) -> list[str]:
     return [type(s).__name__ for s in steps]
+
+
+# ---------------------------------------------------------------------- several devices
+
+
+def _on_two_devices(fn: Callable[..., Any]) -> tuple[Lowered, Journal]:
+    """fn(x on a GPU, y and the number z on the CPU), lowered; the tensors are fake, and no retreat is allowed."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = torch.empty(8, 8, device="cuda"), torch.empty(8), torch.empty(())
+        graph = graph_of(fn, *given, mode="real")
+    journal = Journal("test", strict=True)
+    return lower_graph(graph, journal), journal
+
+
+def test_a_copy_between_devices_is_a_planned_call() -> None:
+    def fn(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Any:
+        return (x * 2).cpu().sum() + y, y.to("cuda:0", torch.float64) * 2, (y + 1).cos()
+
+    low, journal = _on_two_devices(fn)
+    assert [c.op for c in steps_of(low, Call)] == ["aten::_to_copy.default"] * 2
+    assert [r.device.type for r in steps_of(low, Region)] == ["cuda", "cpu", "cpu", "cuda", "cpu"]
+    assert not journal.retreats
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, y, z: x + z,
+        lambda x, y, z: torch.where(x > z, x, z.sin()),
+        lambda x, y, z: x + torch.tensor(2.0),
+        lambda x, y, z: aten.copy.default(x, y) + 1,
+    ],
+    ids=["number", "computed", "constant", "copy"],
+)
+def test_a_number_on_the_cpu_is_copied_to_the_gpus_kernel(fn: Callable[..., Any]) -> None:
+    low, _ = _on_two_devices(fn)
+    calls = steps_of(low, Call)
+    assert calls and {c.op for c in calls} <= {"aten::_to_copy.default", "aten::copy.default"}
+    assert steps_of(low, Region)[-1].device.type == "cuda"
+    assert all(spec.device == region.device for region in steps_of(low, Region) for spec in region.buffers.values())
 
 
 # ---------------------------------------------------------------------- falling back
@@ -210,15 +251,6 @@ def test_kernels_do_not_mix_devices() -> None:
     regions: list[Region] = steps_of(low, Region)
     assert {r.device.type for r in regions} == {"cpu", "meta"}
     assert all({spec.device for spec in r.buffers.values()} == {r.device} for r in regions)
-
-
-def test_a_number_on_the_other_device_makes_a_call() -> None:
-    """torch lets a zero-dimensional CPU tensor meet tensors elsewhere; a kernel cannot read both memories."""
-    journal = Journal("test")
-    graph = graph_of(lambda x, y: x + y, torch.randn(4, device="meta"), torch.tensor(2.0))
-    low = lower_graph(graph, journal)
-    assert kinds(low.steps) == ["Call"]
-    assert any("device" in reason or "memory" in reason for _, reason in journal.retreats)
 
 
 # ---------------------------------------------------------------------- mutation

@@ -42,10 +42,25 @@ class Problem:
     more: tuple[Inputs, ...] = ()
 
 
+def moved(problem: Problem, device: torch.device | str) -> Problem:
+    """The problem with its module and all its tensors on `device`."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.detach().to(device).requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+
+    inputs, *more = (pytree.tree_map(move, given) for given in (problem.inputs, *problem.more))
+    return Problem(problem.module.to(device), inputs, tuple(more))
+
+
+def device_of(inputs: Inputs) -> torch.device:
+    """Where the model runs."""
+    return next(leaf.device for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+
+
 @dataclass
 class Record:
-    """What came out. `status`: right, wrong, error, or torch (AOTAutograd alone gets it wrong too, without fxopt); `worst`:
-    the largest error, as a share of the error allowed.
+    """What came out. `status`: right, wrong, error, torch (AOTAutograd alone gets it wrong too, without fxopt), or crash;
+    `worst`: the largest error, as a share of the error allowed.
     """
 
     status: str = "right"
@@ -161,8 +176,8 @@ def _module(name: str) -> str:
 
 
 def _ratio(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, eager_error: float, noise: float) -> float:
-    """Error over what is allowed; infinite where shape or dtype differ, or integers do."""
-    if (actual.shape, actual.dtype) != (eager.shape, eager.dtype):
+    """Error over what is allowed; infinite where shape, dtype or device differ, or integers do."""
+    if (actual.shape, actual.dtype, actual.device) != (eager.shape, eager.dtype, eager.device):
         return float("inf")
     if not actual.is_floating_point():
         return 0.0 if torch.equal(actual, eager) else float("inf")
@@ -194,7 +209,7 @@ def _nudged(value: Any, seed: int) -> Any:
         if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
             return leaf
         step = torch.randint(-1, 2, leaf.shape, generator=generator) * torch.finfo(leaf.dtype).eps
-        return (leaf.detach() * (1 + step.to(leaf.dtype))).requires_grad_(leaf.requires_grad)
+        return (leaf.detach() * (1 + step.to(leaf.device, leaf.dtype))).requires_grad_(leaf.requires_grad)
 
     if not isinstance(value, nn.Module):
         return pytree.tree_map(nudge, value)
@@ -212,7 +227,7 @@ def run(module: Callable[..., Any], inputs: Inputs, mode: str) -> Named:
     """
     torch.manual_seed(0)
     inputs = pytree.tree_map(_detached, inputs)
-    with _context(mode):
+    with _context(mode, device_of(inputs)):
         leaves, loss = _outputs(module(**inputs))
     named = {f"output {k}": leaf.detach() for k, leaf in enumerate(leaves)}
     original = getattr(module, "_orig_mod", module)
@@ -242,10 +257,10 @@ def _gradients(ends: list[torch.Tensor], module: nn.Module, inputs: Inputs) -> N
 
 
 @contextlib.contextmanager
-def _context(mode: str) -> Iterator[None]:
+def _context(mode: str, device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not mode.startswith("train") and mode != "eval":
             stack.enter_context(torch.no_grad())
         if mode.endswith("autocast"):
-            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
         yield

@@ -186,15 +186,15 @@ class GCN(nn.Module):
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         source, target = edges
         nodes = x.shape[0]
-        degree = torch.zeros(nodes, dtype=x.dtype).scatter_add(0, target, torch.ones_like(target, dtype=x.dtype))
+        degree = x.new_zeros(nodes).scatter_add(0, target, torch.ones_like(target, dtype=x.dtype))
         norm = degree.clamp(min=1).rsqrt()
         messages = self.one(x)[source] * (norm[source] * norm[target])[:, None]
-        x = torch.zeros(nodes, messages.shape[1], dtype=x.dtype).index_add(0, target, messages).relu()
+        x = x.new_zeros(nodes, messages.shape[1]).index_add(0, target, messages).relu()
         x = self.two(x)
         logits = F.leaky_relu(self.score(torch.cat([x[source], x[target]], 1)).squeeze(1), 0.2)
-        top = torch.full((nodes,), -1e4, dtype=x.dtype).scatter_reduce(0, target, logits.detach(), "amax")
+        top = x.new_full((nodes,), -1e4).scatter_reduce(0, target, logits.detach(), "amax")
         weights = (logits - top[target]).exp()
-        total = torch.zeros(nodes, dtype=x.dtype).index_add(0, target, weights)
+        total = x.new_zeros(nodes).index_add(0, target, weights)
         attended = x[source] * (weights / total[target])[:, None]
         return torch.zeros_like(x).index_add_(0, target, attended)
 
@@ -271,7 +271,7 @@ class DiffusionBlock(nn.Module):
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, steps: Tensor) -> Tensor:
-        rates = torch.exp(-math.log(1e4) * torch.arange(8, dtype=x.dtype) / 8)
+        rates = torch.exp(-math.log(1e4) * torch.arange(8, dtype=x.dtype, device=x.device) / 8)
         angles = steps[:, None].to(x.dtype) * rates
         time = self.time(torch.cat([angles.cos(), angles.sin()], -1))
         y = self.conv1(F.silu(self.norm1(x))) + time[:, :, None, None]
@@ -357,7 +357,7 @@ class PointNet(nn.Module):
 
     def forward(self, points: Tensor) -> Tensor:
         near = torch.cdist(points, points).topk(4, largest=False).indices
-        batch = torch.arange(points.shape[0])[:, None, None]
+        batch = torch.arange(points.shape[0], device=points.device)[:, None, None]
         neighbours = points[batch, near]
         centre = points[:, :, None].expand_as(neighbours)
         features = self.edge(torch.cat([centre, neighbours - centre], -1)).amax(2)
@@ -375,7 +375,7 @@ class Contrastive(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         one, two = F.normalize(self.one(x), dim=-1), F.normalize(self.two(y), dim=-1)
         logits = self.scale.exp() * one @ two.t()
-        labels = torch.arange(x.shape[0])
+        labels = torch.arange(x.shape[0], device=x.device)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
 
 

@@ -2,7 +2,8 @@
 
 Nothing here is known to fxopt by name: these are the models that nobody listed. Results are written after every case, and
 cases that FILE already holds as right are not run again, so the command can be killed and started again. A case during
-which the process died stays in FILE as a crash.
+which the process died stays in FILE as a crash. With `--processes` (always on a GPU) cases run in processes of their own,
+several at once, and a death costs its case only.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
+import threading
+import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,20 @@ from torch import nn
 
 from tests.models import architectures, nets
 from tests.models.architectures import tokens, values
-from tests.models.judge import MODES, Problem, Record, judge
+from tests.models.judge import MODES, Problem, Record, judge, moved
+from tests.numerics import exact_products
+from tests.processes import Worker
 
 COMMITTED = Path(__file__).with_name("results.json")
+"""Results on the CPU."""
+
+WORKER = ("-m", "tests.models.worker")
+
+PATIENCE = 300.0
+"""Seconds after which a process that judges one case is given up."""
+
+GRACE = 30.0
+"""Seconds that begun cases have when the time is up."""
 
 
 def net(made: Callable[[], nn.Module], *given: dict[str, Any]) -> Callable[[], Problem]:
@@ -101,35 +116,93 @@ def modes(name: str) -> list[str]:
     return [mode for mode in MODES if mode in wanted]
 
 
-def run_case(name: str, mode: str) -> Record:
-    """Build model `name` and judge it in `mode`."""
+def run_case(name: str, mode: str, device: str = "cpu") -> Record:
+    """Build model `name` and judge it in `mode` on `device`."""
+    exact_products()
     torch.manual_seed(0)
-    return judge(MODELS[name](), mode)
+    try:
+        problem = moved(MODELS[name](), device)
+    except Exception as error:
+        return Record("error", f"building the model: {type(error).__name__}: {error}"[:600])
+    return judge(problem, mode)
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The pairs of model and mode asked for, mode by mode in the order given."""
     names = list(MODELS) if args.all else args.models
     unknown = set(names) - set(MODELS)
     if unknown:
         raise SystemExit(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
-    return [(name, mode) for mode in MODES for name in names if mode in (args.modes or modes(name))]
+    chosen = args.all or not args.modes
+    return [(name, mode) for mode in args.modes or MODES for name in names if not chosen or mode in modes(name)]
 
 
-def run_all(todo: list[tuple[str, str]], path: Path | None) -> dict[str, dict[str, Any]]:
-    """Records by "model/mode", those known from `path` kept; `path` is written after every case."""
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path and path.exists() else {}
-    for name, mode in todo:
-        key = f"{name}/{mode}"
-        if known.get(key, {}).get("status") == "right":
-            continue
-        known[key] = {"status": "crash", "why": "the process died"}
-        write(known, path)
-        record = run_case(name, mode)
-        known[key] = dataclasses.asdict(record)
-        write(known, path)
-        said = f"{record.status} {record.worst} {record.graphs}g {record.kernels}k {record.library}l {record.seconds}s"
-        print(f"{key}: {said} {len(record.retreats)} retreats {record.why}", flush=True)
-    return known
+class Run:
+    """Records by "model/mode", those known from `path` kept; `path` is written after every case.
+
+    After `minutes` no case is begun; those that are not finished soon are cut off, and keep the record they had.
+    """
+
+    def __init__(self, path: Path | None, device: str, minutes: float) -> None:
+        self.path, self.device = path, device
+        self.records: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path and path.exists() else {}
+        self.deadline = time.monotonic() + 60 * minutes
+        self.lock = threading.Lock()
+
+    def missing(self, todo: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The cases that are not known to be right."""
+        return [case for case in todo if self.records.get("/".join(case), {}).get("status") != "right"]
+
+    def is_over(self, grace: float = 0.0) -> bool:
+        return time.monotonic() >= self.deadline + grace
+
+    def here(self, todo: list[tuple[str, str]]) -> None:
+        """Run the cases in this process."""
+        for name, mode in todo:
+            if self.is_over():
+                return
+            self.put(name, mode, {"status": "crash", "why": "the process died"}, tell=False)
+            self.put(name, mode, dataclasses.asdict(run_case(name, mode, self.device)))
+
+    def apart(self, todo: list[tuple[str, str]], processes: int) -> None:
+        """Run the cases in `processes` processes."""
+        left = deque(todo)
+        threads = [threading.Thread(target=self._serve, args=(left, processes)) for _ in range(processes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _serve(self, left: deque[tuple[str, str]], processes: int) -> None:
+        worker: Worker | None = None
+        threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+        # Kernels of these sizes are all launch: measuring them, beside other processes, says nothing.
+        settings = {"OMP_NUM_THREADS": threads, "FXOPT_TUNING_SECONDS": "0"}
+        while not self.is_over():
+            try:
+                name, mode = left.popleft()
+            except IndexError:
+                break
+            worker = worker or Worker((*WORKER, self.device), PATIENCE, processes, **settings)
+            answer = list(worker.ask([name, mode], self.deadline + GRACE))
+            if len(answer) == 2:
+                self.put(name, mode, answer[0])
+                continue
+            worker.close()
+            if not self.is_over(GRACE):
+                self.put(name, mode, {"status": "crash", "why": worker.last_words})
+            worker = None
+        if worker is not None:
+            worker.close()
+
+    def put(self, name: str, mode: str, record: dict[str, Any], tell: bool = True) -> None:
+        with self.lock:
+            self.records[f"{name}/{mode}"] = record
+            write(self.records, self.path)
+        if tell:
+            r = {**dataclasses.asdict(Record()), **record}
+            said = f"{r['status']} {r['worst']} {r['graphs']}g {r['kernels']}k {r['library']}l {r['seconds']}s"
+            print(f"{name}/{mode}: {said} {len(r['retreats'])} retreats {r['why']}", flush=True)
 
 
 def write(records: dict[str, dict[str, Any]], path: Path | None) -> None:
@@ -145,16 +218,34 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m tests.models.zoo", description=__doc__)
     out.add_argument("models", nargs="*", help="names of models")
     out.add_argument("--all", action="store_true", help="every model")
-    out.add_argument("--modes", nargs="+", choices=MODES, help="default: those chosen for each model")
+    out.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        help="in this order; default, and at most with --all: those chosen for each model",
+    )
     out.add_argument("--json", type=Path, help="where results are kept; what is right there is not run again")
+    out.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="results of each belong in a FILE of its own")
+    out.add_argument("--processes", type=int, help="run cases in so many other processes (default: one on a GPU, else none)")
+    out.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after this time")
     return out
 
 
 def main() -> None:
     args = parser().parse_args()
     warnings.filterwarnings("ignore")
-    records = run_all(cases(args), args.json)
-    print(dict(Counter(r["status"] for r in records.values())))
+    if args.device == "cuda" and args.json and args.json.resolve() == COMMITTED:
+        raise SystemExit(f"{args.json} holds results of the CPU")
+    run = Run(args.json, args.device, args.minutes)
+    todo, processes = run.missing(cases(args)), args.processes
+    if processes is None:
+        processes = 1 if args.device == "cuda" else 0
+    if processes:
+        run.apart(todo, processes)
+    else:
+        run.here(todo)
+    records = run.records
+    print(dict(Counter(r["status"] for r in records.values())), "; the time is up" if run.is_over() else "")
     ops = Counter(what for r in records.values() for what, _ in r.get("retreats", ()))
     print("retreats:", *(f"{count} {what}" for what, count in ops.most_common()), sep="\n  ")
     if any(r["status"] != "right" for r in records.values()):

@@ -39,11 +39,12 @@ from fxopt.runtime.artifacts import default_store
 from fxopt.target import Target
 from fxopt.tune.choose import candidates
 from tests.lower.interpreter import run_lowered
-from tests.opinfo.samples import Problem
+from tests.opinfo.samples import DEVICES, Problem
 
-OPTIONS = Options()
+OPTIONS = {"cpu": Options(), "cuda": Options(tuning_seconds=0)}
+"""By device. Samples are too small to measure kernels with, and processes that share a GPU would disturb each other."""
+
 PLANNED = frozenset(overload_name(op) for op in LIBRARY_OPS)
-EXECUTORS = ("cpp", "interpreter")
 
 
 @dataclass
@@ -111,17 +112,18 @@ class Postponed:
             self.graph.saved,
             dict(self.graph.notes),
         )
-        passes.run(graph, OPTIONS, journal)
+        passes.run(graph, self.batch.options, journal)
         return schedule(lower_graph(graph, journal))
 
 
 class Batch:
-    """Problems whose kernels are compiled together. `executor` "interpreter" runs schedules without a compiler."""
+    """Problems whose kernels are compiled together. `executor` is one of DEVICES; "interpreter" does without a compiler."""
 
     def __init__(self, executor: str = "cpp") -> None:
         self.executor = executor
+        self.options = OPTIONS[DEVICES[executor]]
         self.ready = False
-        self.sources: list[KernelSource] = []
+        self.sources: dict[torch.device, list[KernelSource]] = {}
 
     def add(self, problem: Problem, dynamo: bool) -> tuple[Callable[..., Any], Outcome]:
         """(a function of the problem's tensors that gives its result's leaves, how its graphs were compiled).
@@ -130,7 +132,7 @@ class Batch:
         """
         outcome = Outcome()
         collect = functools.partial(self.collect, outcome)
-        return (through_dynamo if dynamo else through_autograd)(problem, collect), outcome
+        return (through_dynamo if dynamo else through_autograd)(problem, collect, self.options), outcome
 
     def collect(
         self, outcome: Outcome, graph: Graph, examples: Sequence[Any], options: Options, journal: Journal
@@ -143,21 +145,21 @@ class Batch:
         except Exception:  # comes again, and is noted, when the graph is compiled for good
             return postponed
         count_bytes(outcome, lowered)
-        if self.executor == "cpp":
+        if self.executor != "interpreter":
             for region in (s for s in lowered.steps if isinstance(s, Region)):
-                self.sources += _sources(region)
+                self.sources.setdefault(region.device, []).extend(_sources(region, self.options))
         return postponed
 
     def compile(self) -> None:
         """Compile every kernel seen so far into the store; from here on graphs run compiled."""
-        if self.sources:
-            compile_kernels(self.sources, Target.cpu(), default_store())
+        for device, sources in self.sources.items():
+            compile_kernels(sources, Target.current(device), default_store())
         self.sources.clear()
         self.ready = True
 
     def build(self, postponed: Postponed) -> Callable[[list[Any]], Sequence[Any]]:
-        if self.executor == "cpp":
-            return compile_graph(postponed.graph, postponed.examples, OPTIONS, postponed.journal)
+        if self.executor != "interpreter":
+            return compile_graph(postponed.graph, postponed.examples, self.options, postponed.journal)
         lowered = postponed.lowered(postponed.journal)
 
         def run(args: list[Any]) -> list[Any]:
@@ -168,9 +170,9 @@ class Batch:
         return run
 
 
-def _sources(region: Region) -> list[KernelSource]:
+def _sources(region: Region, options: Options) -> list[KernelSource]:
     try:
-        return [s for candidate in candidates(region, OPTIONS) for s in candidate.sources]
+        return [s for candidate in candidates(region, options) for s in candidate.sources]
     except UnsupportedError:  # a retreat, noted when the graph is compiled for good
         return []
 
@@ -197,7 +199,7 @@ class NeedsDynamo(Exception):
     """The result holds something that is not a tensor, which a graph of one node cannot return."""
 
 
-def through_autograd(problem: Problem, collect: Callable[..., Any]) -> Callable[..., Any]:
+def through_autograd(problem: Problem, collect: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """The op as a graph of one node, handed to AOTAutograd. Its result's leaves come back as a list."""
     graph = fx.Graph()
     inputs = [graph.placeholder(f"x{k}") for k in range(len(problem.tensors))]
@@ -212,18 +214,18 @@ def through_autograd(problem: Problem, collect: Callable[..., Any]) -> Callable[
     count = len(apply_op(*problem.inputs()))
     graph.output(tuple(graph.call_function(_item, (result, k)) for k in range(count)))
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    return compile_with_autograd(gm, problem.inputs(), OPTIONS, collect)
+    return compile_with_autograd(gm, problem.inputs(), options, collect)
 
 
 def _item(values: tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
     return values[k]
 
 
-def through_dynamo(problem: Problem, collect: Callable[..., Any]) -> Callable[..., Any]:
+def through_dynamo(problem: Problem, collect: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """The op through torch.compile, graph breaks and all. Its result's leaves come back as a list."""
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_dynamo_graph(gm, inputs, OPTIONS, collect)
+        return compile_dynamo_graph(gm, inputs, options, collect)
 
     compiled = torch.compile(own_code(problem), backend=backend, dynamic=False)
 

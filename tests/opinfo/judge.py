@@ -64,7 +64,7 @@ def cotangent(problem: Problem, position: int, output: torch.Tensor) -> torch.Te
     """The same values for every precision: multiples of 1/8, which all of them hold."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{problem.item.op}|{position}".encode()))
     values = torch.randint(-16, 17, output.shape, generator=generator) / 8
-    return values.to(output.dtype)
+    return values.to(output.device, output.dtype)
 
 
 def eager(problem: Problem, seed: int = 0) -> Result:
@@ -200,7 +200,7 @@ def nudged(problem: Problem, seed: int) -> Problem:
     def nudge(x: torch.Tensor) -> torch.Tensor:
         if not x.is_floating_point() or x.layout != torch.strided:
             return x
-        signs = torch.randint(-1, 2, x.shape, generator=generator).to(x.dtype)
+        signs = torch.randint(-1, 2, x.shape, generator=generator).to(x.device, x.dtype)
         moved = fresh_copy(x).detach()
         return moved.mul_(1 + signs * steps * torch.finfo(x.dtype).eps).requires_grad_(x.requires_grad) if x.numel() else x
 

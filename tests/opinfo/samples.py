@@ -20,6 +20,8 @@ from tests.opinfo.skips import NOT_RUN
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.int64, "bool": torch.bool}
 MODES = ("forward", "training")
 LAYOUTS = ("given", "noncontiguous")
+DEVICES = {"cpp": "cpu", "interpreter": "cpu", "triton": "cuda"}
+"""The executors, each with the device that its samples are on."""
 
 
 def _plainly(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -32,13 +34,17 @@ common_methods_invocations.wrapper_set_seed = _plainly
 
 @dataclass(frozen=True, order=True)
 class Item:
-    """One sample of one op to be compiled one way. `op` is OpInfo.formatted_name."""
+    """One sample of one op to be compiled one way. `op` is OpInfo.formatted_name.
+
+    The device is that of a whole sweep and its file of records: it is no part of the key.
+    """
 
     op: str
     dtype: str
     mode: str
     layout: str
     number: int
+    device: str = "cpu"
 
     @property
     def key(self) -> str:
@@ -51,23 +57,23 @@ def ops() -> dict[str, Any]:
     return {op.formatted_name: op for op in op_db}
 
 
-def supports(op: Any, dtype: str, mode: str) -> bool:
-    """Whether the op has samples of `dtype` on the CPU, differentiable ones for training."""
-    if op.formatted_name in NOT_RUN or not op.supports_dtype(DTYPES[dtype], "cpu"):
+def supports(op: Any, dtype: str, mode: str, device: str = "cpu") -> bool:
+    """Whether the op has samples of `dtype` on `device`, differentiable ones for training."""
+    if op.formatted_name in NOT_RUN[device] or not op.supports_dtype(DTYPES[dtype], device):
         return False
     if mode == "forward":
         return True
-    return bool(op.supports_autograd and DTYPES[dtype] in op.supported_backward_dtypes("cpu"))
+    return bool(op.supports_autograd and DTYPES[dtype] in op.supported_backward_dtypes(device))
 
 
 @functools.lru_cache(maxsize=8)
-def samples_of(name: str, dtype: str, mode: str) -> tuple[Any, ...]:
+def samples_of(name: str, dtype: str, mode: str, device: str) -> tuple[Any, ...]:
     """The SampleInputs of an op, the same in every process."""
     seed = zlib.crc32(f"{name}|{dtype}".encode())
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-    return tuple(ops()[name].sample_inputs("cpu", DTYPES[dtype], requires_grad=mode == "training"))
+    return tuple(ops()[name].sample_inputs(device, DTYPES[dtype], requires_grad=mode == "training"))
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -77,13 +83,13 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(k * (count - 1) / max(most - 1, 1)) for k in range(most)})
 
 
-def items(name: str, dtype: str, mode: str, layout: str, most: int) -> list[Item]:
+def items(name: str, dtype: str, mode: str, layout: str, most: int, device: str = "cpu") -> list[Item]:
     """The items of one op; those of layout "noncontiguous" only where the sample has a tensor that can be."""
-    samples = samples_of(name, dtype, mode)
+    samples = samples_of(name, dtype, mode, device)
     numbers = spread(len(samples), most)
     if layout == "noncontiguous":
         numbers = [n for n in numbers if any(t.dim() and t.numel() for t in tensors_of(samples[n]))]
-    return [Item(name, dtype, mode, layout, n) for n in numbers]
+    return [Item(name, dtype, mode, layout, n, device) for n in numbers]
 
 
 def tensors_of(sample: Any) -> Iterator[torch.Tensor]:
@@ -109,7 +115,7 @@ class Problem:
 
     @classmethod
     def of(cls, item: Item) -> Problem:
-        sample = samples_of(item.op, item.dtype, item.mode)[item.number]
+        sample = samples_of(item.op, item.dtype, item.mode, item.device)[item.number]
         if item.layout == "noncontiguous":
             sample = sample.noncontiguous()
         leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
@@ -137,9 +143,7 @@ def fresh_copy(x: torch.Tensor) -> torch.Tensor:
     else:
         reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         memory = plain.as_strided((1 + reach if x.numel() else 0,), (1,), x.storage_offset()).clone()
-        copy = (
-            memory.as_strided(x.shape, x.stride()) if x.numel() else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-        )
+        copy = memory.as_strided(x.shape, x.stride()) if x.numel() else x.new_empty_strided(x.shape, x.stride())
     return copy.requires_grad_(x.requires_grad)
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-NOT_RUN: dict[str, str] = {
-    "jiterator_2inputs_2outputs": "compiles CUDA source",
-    "jiterator_4inputs_with_extra_args": "compiles CUDA source",
-    "jiterator_binary": "compiles CUDA source",
-    "jiterator_binary_return_by_ref": "compiles CUDA source",
-    "jiterator_unary": "compiles CUDA source",
-    "torch_ops_aten__efficient_attention_forward": "exists on CUDA only",
-    "torch_ops_aten__flash_attention_forward": "exists on CUDA only",
+_JITERATOR: dict[str, str] = dict.fromkeys(
+    """
+    jiterator_2inputs_2outputs jiterator_4inputs_with_extra_args jiterator_binary jiterator_binary_return_by_ref
+    jiterator_unary
+    """.split(),
+    "compiles CUDA source",
+)
+
+NOT_RUN: dict[str, dict[str, str]] = {
+    "cpu": {
+        **_JITERATOR,
+        "torch_ops_aten__efficient_attention_forward": "exists on CUDA only",
+        "torch_ops_aten__flash_attention_forward": "exists on CUDA only",
+    },
+    "cuda": _JITERATOR,
 }
-"""Ops that a CPU does not have."""
+"""By device: ops that it does not have, or that are no graph of operators."""
 
 RANDOM: dict[str, str] = dict.fromkeys(
     """

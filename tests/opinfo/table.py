@@ -1,5 +1,7 @@
 """The committed summary of a sweep: `python -m tests.opinfo.table RECORDS` writes table/*.json and prints the shares.
 
+The committed tables are of the CPU: those of a GPU's records go elsewhere, `python -m tests.opinfo.table RECORDS DIRECTORY`.
+
 table/<dtype>.json holds for each op its class and, for each mode (forward, training), how many samples ran, how many were
 right, how many ran through generated code (nothing but kernels, views and planned library calls), bytes moved by kernels and
 by unplanned library calls, and what was not right or not generated. Both layouts are counted together.
@@ -18,7 +20,6 @@ from typing import Any
 
 from tests.opinfo.classes import JUDGED, op_class
 from tests.opinfo.samples import DTYPES, MODES, ops
-from tests.opinfo.skips import NOT_RUN
 from tests.opinfo.sweep import read_records
 
 DIRECTORY = Path(__file__).parent / "table"
@@ -34,7 +35,8 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, Summary]:
         grouped[dtype, op, mode].append(record)
     out: dict[str, Summary] = {dtype: {} for dtype in DTYPES}
     for (dtype, op, mode), found in sorted(grouped.items()):
-        entry = out[dtype].setdefault(op, {"class": op_class(ops()[op])})
+        known = op_class(ops()[op]) if op in ops() else "of another torch"
+        entry = out[dtype].setdefault(op, {"class": known})
         entry[mode] = counts(found)
     return {dtype: summary for dtype, summary in out.items() if summary}
 
@@ -88,7 +90,7 @@ def _is_bug(what: str, why: str) -> bool:
 
 def write(summaries: dict[str, Summary], retreats: dict[str, list[str]], directory: Path = DIRECTORY) -> None:
     """One file for each dtype, an op a line, and the list of retreats."""
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(what)}: {json.dumps(why)}" for what, why in retreats.items()]
     (directory / "retreats.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     for dtype, summary in summaries.items():
@@ -102,12 +104,12 @@ def read(name: str) -> Summary:
     return found
 
 
-def main(path: str) -> None:
+def main(path: str, directory: str | Path = DIRECTORY) -> None:
     records = read_records(Path(path)).values()
     summaries = summarise(records)
-    write(summaries, planned_retreats(records))
+    write(summaries, planned_retreats(records), Path(directory))
     for dtype, summary in summaries.items():
-        print(f"{dtype}: {len(summary)} ops ({len(NOT_RUN)} that a CPU does not have are left out)")
+        print(f"{dtype}: {len(summary)} ops")
         print(f"  {'class':15} {'mode':9} {'samples':>8} {'right':>8} {'generated':>10} {'of samples':>11} {'of bytes':>9}")
         for name, mode, samples, right, generated, kernels, calls in shares(summary):
             by_samples, by_bytes = generated / max(samples, 1), kernels / max(kernels + calls, 1)
@@ -115,4 +117,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

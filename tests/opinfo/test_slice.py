@@ -29,7 +29,7 @@ def drawn() -> list[Item]:
     generator = random.Random(SEED)
     by_class: dict[str, list[str]] = defaultdict(list)
     for name, op in ops().items():
-        if name not in NOT_RUN:
+        if name not in NOT_RUN["cpu"]:
             by_class[op_class(op)].append(name)
     names = []
     for kind, members in sorted(by_class.items()):
@@ -90,5 +90,5 @@ def test_the_table_is_complete() -> None:
 
 
 def test_lists_of_exceptions_name_ops_that_exist() -> None:
-    for names in (NOT_RUN, RANDOM, UNINITIALISED):
+    for names in (*NOT_RUN.values(), RANDOM, UNINITIALISED):
         assert not set(names) - set(ops())

@@ -1,8 +1,9 @@
 """A process that takes batches of items on stdin and answers on stdout, both as lines of JSON.
 
-`python -m tests.opinfo.worker EXECUTOR`. A batch is a list of [op, dtype, mode, layout, number]. While an item is worked
-on, its key is announced ({"doing": key}), so that whoever reads knows the culprit if the process dies; every item ends in a
-record, and the batch in {"done": true}.
+`python -m tests.opinfo.worker EXECUTOR`. A batch is a list of an Item's fields. While an item is worked on, its key is
+announced ({"doing": key}), so that whoever reads knows the culprit if the process dies; every item ends in a record, and the
+batch in {"done": true}. An item that ends the CUDA context (a device-side assertion) ends the process, which can do nothing
+more: {"died": reason} are its last words.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from typing import Any, TextIO
 
 import torch
 
+from tests.numerics import exact_products
 from tests.opinfo.compiled import Batch, Outcome, own_code
 from tests.opinfo.judge import Reference, Verdict, evaluate, verdict
-from tests.opinfo.samples import Item, Problem
+from tests.opinfo.samples import DEVICES, Item, Problem
 from tests.opinfo.skips import NEEDS_DYNAMO
 
 Record = dict[str, Any]
+
+
+class DeviceLost(Exception):
+    """An item has left the CUDA context unusable."""
 
 
 @dataclass
@@ -45,6 +51,7 @@ def run_batch(items: Iterable[Item], executor: str, doing: Callable[[str], None]
     for item in items:
         doing(item.key)
         prepared = prepare(item, batch)
+        check_device(item, prepared)
         if isinstance(prepared, Candidate):
             waiting.append(prepared)
         else:
@@ -52,8 +59,22 @@ def run_batch(items: Iterable[Item], executor: str, doing: Callable[[str], None]
     doing("")
     batch.compile()
     for candidate in waiting:
-        doing(candidate.problem.item.key)
-        yield judged(candidate)
+        item = candidate.problem.item
+        doing(item.key)
+        finished = judged(candidate)
+        check_device(item, finished)
+        yield finished
+
+
+def check_device(item: Item, outcome: Candidate | Record) -> None:
+    """Raises DeviceLost when the item, of which `outcome` is what was seen so far, was the CUDA context's last."""
+    if item.device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        seen = outcome.get("why", outcome["status"]) if isinstance(outcome, dict) else "capture"
+        raise DeviceLost(f"{seen}: {_brief(error)}") from error
 
 
 def prepare(item: Item, batch: Batch) -> Candidate | Record:
@@ -129,6 +150,7 @@ def main(executor: str) -> None:
     answers: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
+    exact_products()
     warnings.simplefilter("ignore")
 
     def say(line: Any) -> None:
@@ -136,8 +158,15 @@ def main(executor: str) -> None:
         answers.flush()
 
     for line in sys.stdin:
-        for result in run_batch([Item(*fields) for fields in json.loads(line)], executor, lambda key: say({"doing": key})):
-            say(result)
+        items = [Item(*fields) for fields in json.loads(line)]
+        try:
+            for result in run_batch(items, executor, lambda key: say({"doing": key})):
+                say(result)
+        except DeviceLost as lost:
+            say({"died": str(lost)})
+            os._exit(1)
+        if DEVICES[executor] == "cuda":
+            torch.cuda.empty_cache()  # others share the GPU
         say({"done": True})
 
 

@@ -47,7 +47,7 @@ def with_gradients(step: Step, *args: Any, grad: Any = None) -> tuple[Any, ...]:
     wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     if not loss.requires_grad:
         return (loss,)
-    given = torch.ones_like(loss) if grad is None else torch.as_tensor(grad, dtype=loss.dtype).expand(loss.shape)
+    given = torch.as_tensor(1.0 if grad is None else grad).to(loss).expand(loss.shape)
     return loss.detach(), *torch.autograd.grad(loss, wanted, given, allow_unused=True)
 
 

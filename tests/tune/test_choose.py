@@ -148,6 +148,15 @@ def test_small_regions_are_not_measured(bench: Bench, store: ArtifactStore) -> N
     assert len(bench.compiled) == 2 and not bench.measured
 
 
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_without_time_for_measuring_the_cost_models_choice_alone_is_compiled(
+    bench: Bench, store: ArtifactStore, mode: str
+) -> None:
+    first = triton_candidates(row_sum("a", "x"), TARGET, mode)[0].label
+    chosen, _ = choices([row_sum("a", "x")], store, mode=mode, tuning_seconds=0)
+    assert chosen["region_a"].label == first and len(bench.compiled) == 1 and not bench.measured
+
+
 def test_regions_that_check_indices_are_not_measured(bench: Bench, store: ArtifactStore) -> None:
     from tests.codegen.triton_nests import gather
 

@@ -14,7 +14,7 @@ from fxopt.ir.loops import Scalar
 from fxopt.ir.rounding import rounded
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
-from fxopt.lower.ops.elementwise import is_number, operand
+from fxopt.lower.ops.elementwise import is_number, on_device, operand
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
 from fxopt.lower.values import Computed, Stored, Value, at, cast, pointwise, size_value
@@ -32,9 +32,9 @@ def filled(ctx: Lowering, value: Any) -> Computed:
     out = ctx.out()
     if not is_number(value) and not isinstance(value, (Stored, Computed)):
         raise UnsupportedError(f"a fill value of type {type(value).__name__}")
+    if isinstance(value, (Stored, Computed)):
+        value = on_device(ctx, value, out.device)
     inputs = (value,) if isinstance(value, (Stored, Computed)) else ()
-    if any(v.device != out.device for v in inputs):
-        raise UnsupportedError("a fill value on another device")
     return pointwise(ctx.sizes(out.shape), out.dtype, out.device, lambda i: operand(value, i, out.dtype), inputs)
 
 
@@ -178,9 +178,6 @@ TABLE.lowers(aten.triu.default)(_triangle("ge"))
 
 def _converted(ctx: Lowering, x: Value) -> Computed:
     out = ctx.out()
-    if x.device != out.device:
-        raise UnsupportedError(f"a copy from {x.device} to {out.device}")
-
     # A cast to a half type rounds, as in memory: splits into high and low parts and simulated quantization live on that.
     exact = x.dtype == out.dtype or (x.dtype.itemsize == 1 and not x.dtype.is_floating_point)
 
@@ -205,6 +202,4 @@ def _convert_element_type(ctx: Lowering, x: Value, dtype: torch.dtype) -> Comput
 def _copy(ctx: Lowering, x: Value, source: Value, non_blocking: bool = False) -> Computed:
     """`source` broadcast to the shape of `x`, in its dtype. What `x` held is of no interest."""
     out = ctx.out()
-    if source.device != out.device:
-        raise UnsupportedError(f"a copy from {source.device} to {out.device}")
     return pointwise(x.shape, out.dtype, out.device, lambda i: operand(source, i, out.dtype), (source,))

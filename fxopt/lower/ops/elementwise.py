@@ -13,6 +13,7 @@ from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Expr, Int
 from fxopt.ir.loops import Const, Load, Op, Scalar, postorder
 from fxopt.ir.rounding import HALVES, rounded
+from fxopt.lower.calls import moved
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
@@ -82,12 +83,14 @@ def operand(arg: Any, indices: Sequence[Int], dtype: torch.dtype, *, exact: bool
     return Const(arg, dtype)
 
 
-def _check_device(value: Value, device: torch.device) -> None:
+def on_device(ctx: Lowering, value: Value, device: torch.device) -> Value:
+    """`value` where a kernel on `device` can read it: a single element from elsewhere, which eager takes too, is copied."""
     if value.device == device:
-        return
+        return value
     loads = isinstance(value, Stored) or any(isinstance(n, Load) for n in postorder((value.body,)))
-    if loads:
+    if loads and value.shape:
         raise UnsupportedError(f"combines {value.device} memory with tensors on {device}")
+    return moved(ctx, value, device) if loads else value
 
 
 def elementwise(
@@ -107,9 +110,8 @@ def elementwise(
     """
     out = ctx.out(position)
     computes = computes or [compute or compute_dtype(out.dtype)] * len(args)
+    args = [on_device(ctx, a, out.device) if isinstance(a, (Stored, Computed)) else a for a in args]
     values = [a for a in args if isinstance(a, (Stored, Computed))]
-    for value in values:
-        _check_device(value, out.device)
     shape = broadcast_shape(*(v.shape for v in values))
 
     def body(indices: tuple[Int, ...]) -> Scalar:
