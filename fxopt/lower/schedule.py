@@ -2,19 +2,21 @@
 
 Greedy: among all pairs that may be joined, the one that saves most bytes goes first, until none saves any. Two regions may
 be joined when their domains can be made one (`align`), every value passed between them is used at the iteration that makes
-it (`joining`), and no third step must run between them (`order`). What is left of small regions over equal domains is then
-joined for the launches alone.
+it (`joining`), and no third step must run between them (`order`). Launches alone are saved after that: many regions that do
+the same to buffers of their own become one batch (`batching`), and what is left of small regions over equal domains is
+joined.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.ir.loops import Store
-from fxopt.ir.region import Alias, Call, Ref, Region, Step, refs
-from fxopt.lower import cost
+from fxopt.ir.region import Alias, Batch, Call, Ref, Region, Step, refs
+from fxopt.lower import batching, cost
 from fxopt.lower.align import extents
 from fxopt.lower.joining import join, with_nest
 from fxopt.lower.lowering import Lowered
@@ -29,12 +31,16 @@ LAUNCH_BYTES = {"cuda": 2 << 20, "cpu": 64 << 10}
 """Regions that move no more than this cost about their launch, by type of device."""
 
 OPEN_GROUPS = 4
-"""How many groups of small regions over one domain are tried for the next one: some are full, or it depends on them."""
+"""How many groups of small regions over one domain are tried for the next one: some are full, or it depends on them. The
+same for batches."""
+
+HELD_BYTES = 4 << 10
+"""Values of no more than this may be kept alive by a batch, however long it takes until all its regions can run."""
 
 
-def schedule(lowered: Lowered) -> Lowered:
-    """The same computation in fewer, larger regions, in a valid order."""
-    return _Scheduler(lowered).run()
+def schedule(lowered: Lowered, *, batch: bool = True) -> Lowered:
+    """The same computation in fewer, larger regions, in a valid order. `batch` allows Batch steps where a device has them."""
+    return _Scheduler(lowered).run(batch)
 
 
 @dataclass
@@ -60,8 +66,10 @@ class _Scheduler:
         for k, group in self.groups.items():
             self._enter(k, group)
 
-    def run(self) -> Lowered:
+    def run(self, batch: bool) -> Lowered:
         self._join_all()
+        if batch:
+            self._batch_all()
         self._join_small()
         return replace(self.lowered, steps=self._live(self.order.linear(lambda k: self.groups[k].position)))
 
@@ -75,6 +83,8 @@ class _Scheduler:
     def _accesses(self, step: Step) -> tuple[frozenset[str], frozenset[str]]:
         if isinstance(step, Region):
             return frozenset(step.nest.reads()), frozenset(step.nest.writes())
+        if isinstance(step, Batch):
+            return frozenset(step.reads()), frozenset(step.writes())
         if isinstance(step, Alias):
             return frozenset({self._root(step.of)}), frozenset({step.name})
         reads = set(refs((step.args, step.kwargs)))
@@ -132,6 +142,63 @@ class _Scheduler:
         if joined is not None:
             groups[groups.index(a)] = joined
         return joined is not None
+
+    # ------------------------------------------------------------------ batching
+
+    def _batch_all(self) -> None:
+        """Make batches of regions of one form that do not wait for each other."""
+        alike: dict[object, list[int]] = {}
+        for k in sorted(self.groups, key=lambda k: self.groups[k].position):
+            step = self.groups[k].step
+            own = batching.form(step) if isinstance(step, Region) else None
+            if own is not None:
+                alike.setdefault(own.key, []).append(k)
+        for candidates in alike.values():
+            if len(candidates) >= batching.FEWEST_MEMBERS:
+                for members in self._independent(candidates):
+                    self._batch(members)
+
+    def _independent(self, candidates: Iterable[int]) -> list[list[int]]:
+        """`candidates` in lists within which none waits for another, nor keeps much alive until the others can run."""
+        opened: list[list[int]] = []
+        for k in candidates:
+            for members in opened[-OPEN_GROUPS:]:
+                if self._may_wait(members[0], k) and not any(self._ordered(m, k) for m in members):
+                    members.append(k)
+                    break
+            else:
+                opened.append([k])
+        return opened
+
+    def _ordered(self, a: int, b: int) -> bool:
+        return self.order.runs_before(a, b) or self.order.runs_before(b, a)
+
+    def _may_wait(self, first: int, k: int) -> bool:
+        """Whether memory allows that region `k` runs together with `first`: no large value waits for it or in it, or both are
+        near."""
+        group = self.groups[k]
+        read = sum(self.nbytes[n] for n in group.reads if n not in self.kept)
+        waited_for = sum(self.nbytes[n] for n in group.writes if self._readers(n) - {k})
+        if read + waited_for <= HELD_BYTES:
+            return True
+        assert isinstance(group.step, Region)
+        near = group.position - self.groups[first].position <= MAX_DISTANCE
+        return near and self._bytes(group.step) <= LAUNCH_BYTES.get(group.step.device.type, 0)
+
+    def _batch(self, members: list[int]) -> None:
+        """Make one step of `members`, if their forms allow a single batch; else of those that do."""
+        by_region = {id(step): k for k in members if isinstance(step := self.groups[k].step, Region)}
+        regions = [step for k in members if isinstance(step := self.groups[k].step, Region)]
+        for step in batching.steps_of(regions[0].name, regions):
+            if isinstance(step, Batch):
+                joined = [by_region[id(region)] for region in step.members]
+                position = min(self.groups[k].position for k in joined)
+                for k in joined:
+                    self._leave(k)
+                group = _Group(step, position, *self._accesses(step))
+                new = functools.reduce(self.order.merge, joined)
+                self.groups[new] = group
+                self._enter(new, group)
 
     def _bytes(self, region: Region) -> int:
         return sum(self.nbytes[name] for name in region.buffers)
@@ -198,17 +265,24 @@ class _Scheduler:
         """The steps in `order` without stores and whole steps whose results nobody uses."""
         used, live = set(self.kept), []
         for k in reversed(order):
-            step = self.groups[k].step
-            if isinstance(step, Region):
-                wanted = [s for s in step.nest.stores if s.buffer in used]
-                if not wanted:
+            for step in _used_part(self.groups[k].step, used):
+                if isinstance(step, Alias) and step.name not in used | self.returned:
                     continue
-                step = _without_roundings(_with_stores(step, wanted))
-            elif isinstance(step, Alias) and step.name not in used | self.returned:
-                continue
-            live.append(step)
-            used |= self._accesses(step)[0]
+                live.append(step)
+                used |= self._accesses(step)[0]
         return live[::-1]
+
+
+def _used_part(step: Step, used: set[str]) -> Sequence[Step]:
+    """What remains of `step` without stores to buffers that are not in `used`."""
+    if isinstance(step, Region):
+        wanted = [s for s in step.nest.stores if s.buffer in used]
+        return [_without_roundings(_with_stores(step, wanted))] if wanted else []
+    if isinstance(step, Batch):
+        members = [part for m in step.members for part in _used_part(m, used) if isinstance(part, Region)]
+        same = all(a is b for a, b in zip(members, step.members, strict=False)) and len(members) == len(step.members)
+        return [step] if same else batching.steps_of(step.name, members)
+    return [step]
 
 
 def _with_stores(region: Region, stores: list[Store]) -> Region:
