@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxopt.ir.exprs import Int, Sym, coefficient, free_symbols, prod, substitute, symbol
+from fxopt.ir.exprs import Int, Sym, coefficient, free_symbols, mul, prod, substitute, symbol
 from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
 from fxopt.ir.region import Batch, BufferSpec, Region
 
@@ -70,12 +70,11 @@ def _needs_index(node: Scalar) -> bool:
 
 def _is_dense(x: Int, symbols: Sequence[Sym], elements: int) -> bool:
     """Whether `x` takes every value from 0 to `elements` - 1 once."""
-    strides = sorted((_stride(x, s), s.size) for s in symbols)
-    expected = 1
-    for stride, size in strides:
-        if stride != expected:
+    expected: Int = 1
+    for sym in sorted(symbols, key=lambda s: _stride(x, s)):
+        if sym.size is None or _stride(x, sym) != expected:
             return False
-        expected *= size
+        expected = mul(expected, sym.size)
     return expected == elements and substitute(x, dict.fromkeys(symbols, 0)) == 0 and free_symbols(x) <= {*symbols}
 
 
@@ -88,8 +87,9 @@ def _stride(x: Int, sym: Sym) -> int:
 def _walked(nest: Nest, names: Sequence[str], flat: Int, ones: dict[Sym, Int]) -> tuple[bool, ...] | None:
     """Which buffers are accessed at `flat`; None if one is accessed anywhere but there or, instead, at its first element."""
     indices: dict[str, set[Int]] = {name: set() for name in names}
-    for access in (*nest.loads(), *nest.stores):
-        indices[access.buffer].add(substitute(access.index, ones))
+    accesses = [(a.buffer, a.index) for a in nest.loads()] + [(a.buffer, a.index) for a in nest.stores]
+    for name, index in accesses:
+        indices[name].add(substitute(index, ones))
     if any(found not in ({flat}, {0}) for found in indices.values()):
         return None
     return tuple(indices[name] == {flat} for name in names)
@@ -156,12 +156,8 @@ def _body(name: str, region: Region, names: tuple[str, ...], walked: tuple[bool,
     x = Sym("x0", size=n)
     number = {buffer: k for k, buffer in enumerate(names)}
     at: list[Int] = [symbol(x) if w else 0 for w in walked]
-    stores = tuple(
-        Store(f"b{number[s.buffer]}", symbol(x), _numbered(s.value, number, at)) for s in region.nest.stores
-    )
-    specs = [
-        BufferSpec(f"b{k}", region.buffers[buffer].dtype, region.device, (n,) if walked[k] else (), (1,) if walked[k] else ())
-        for buffer, k in number.items()
-    ]
+    stores = tuple(Store(f"b{number[s.buffer]}", symbol(x), _numbered(s.value, number, at)) for s in region.nest.stores)
+    layouts: list[tuple[tuple[Int, ...], tuple[Int, ...]]] = [((n,), (1,)) if w else ((), ()) for w in walked]
+    specs = [BufferSpec(f"b{k}", region.buffers[buffer].dtype, region.device, *layouts[k]) for buffer, k in number.items()]
     nest = Nest((x,), (), stores)
     return replace(region, name=name, nest=nest, buffers={spec.name: spec for spec in specs}, nodes=(), origins=())

@@ -34,12 +34,15 @@ OPEN_GROUPS = 4
 """How many groups of small regions over one domain are tried for the next one: some are full, or it depends on them. The
 same for batches."""
 
+SCALAR_BYTES = 16
+"""Reading no more than this twice is no reason to join regions."""
+
 HELD_BYTES = 4 << 10
 """Values of no more than this may be kept alive by a batch, however long it takes until all its regions can run."""
 
 
 def schedule(lowered: Lowered, *, batch: bool = True) -> Lowered:
-    """The same computation in fewer, larger regions, in a valid order. `batch` allows Batch steps where a device has them."""
+    """The same computation in fewer, larger regions, in a valid order. `batch` allows Batch steps where there may be any."""
     return _Scheduler(lowered).run(batch)
 
 
@@ -174,8 +177,8 @@ class _Scheduler:
         return self.order.runs_before(a, b) or self.order.runs_before(b, a)
 
     def _may_wait(self, first: int, k: int) -> bool:
-        """Whether memory allows that region `k` runs together with `first`: no large value waits for it or in it, or both are
-        near."""
+        """Whether memory allows that region `k` runs together with `first`: no large value waits for it or in it, or both
+        are near."""
         group = self.groups[k]
         read = sum(self.nbytes[n] for n in group.reads if n not in self.kept)
         waited_for = sum(self.nbytes[n] for n in group.writes if self._readers(n) - {k})
@@ -236,6 +239,8 @@ class _Scheduler:
         first, second = self.groups[a], self.groups[b]
         passed = first.writes & second.reads
         saved = sum(self.nbytes[n] for n in first.reads & second.reads | passed)
+        if not passed and saved <= SCALAR_BYTES and first.step.device.type in batching.BATCHED_DEVICES:  # type: ignore[union-attr]
+            return 0  # a learning rate that is a tensor must not tie together what can be a batch
         return saved + sum(self.nbytes[n] for n in passed if n not in self.kept and self._readers(n) <= {b})
 
     def _join(self, a: int, b: int) -> int | None:

@@ -124,10 +124,20 @@ def _frame_maker(binding: Binding, kernels: Mapping[str, Artifact]) -> Callable[
 
     def new_frame() -> tuple[Any, ...]:
         pointers, sizes = array("Q", binding.pointers), array("q", binding.sizes)
-        launchers = [kernel.bind(launch.label or launch.entry) for kernel, launch in zip(loaded, binding.cuda, strict=True)]
+        launchers = [_launcher(kernel, launch) for kernel, launch in zip(loaded, binding.cuda, strict=True)]
         return pointers, sizes, pointers.buffer_info()[0], sizes.buffer_info()[0], launchers
 
     return new_frame
+
+
+def _launcher(kernel: Any, launch: Launch) -> Callable[..., None]:
+    bound: Callable[..., None] = kernel.bind(launch.label or launch.entry)
+    if not launch.members:
+        return bound
+    from fxopt.runtime.batch import BatchLauncher
+
+    width = len(launch.buffers) // len(launch.members)
+    return BatchLauncher(bound, launch.members, launch.block, width, launch.device)
 
 
 def _loaded_cuda(launches: list[Launch], kernels: Mapping[str, Artifact]) -> list[Any]:
@@ -235,6 +245,7 @@ _HELPERS: dict[str, Any] = {
     "align": _align,
     "stream": _stream,
     "changed": _changed,
+    "data_ptr": torch.Tensor.data_ptr,
     "set_device": torch.cuda.set_device,
     "take": workspace.take,
     "give": workspace.give,
