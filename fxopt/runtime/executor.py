@@ -83,6 +83,8 @@ class Executor:
         names = dict(binding.names)
         names["frames"] = []
         names["new_frame"] = _frame_maker(binding, kernels)
+        if any(launch.members for launch in binding.cuda):  # a first call on a stream that is captured could make none
+            names["frames"].append(names["new_frame"]())
         exec(compile(binding.source, filename, "exec"), names)
         run: Callable[[list[Any]], tuple[Any, ...]] = names["run"]
         return run
@@ -231,9 +233,10 @@ def _stream(device: int) -> int:
 
 def _changed(tensors: tuple[torch.Tensor, ...]) -> None:
     """Bump version counters, as the in-place op that the kernel stands for would have."""
-    watched = [t for t in tensors if not t.is_inference()]
-    if watched:
-        torch.autograd.graph.increment_version(watched)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # tensors made in inference mode have no counter; asking each costs more than counting
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 _HELPERS: dict[str, Any] = {
