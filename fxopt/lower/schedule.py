@@ -35,7 +35,7 @@ OPEN_GROUPS = 4
 same for batches."""
 
 SCALAR_BYTES = 16
-"""Reading no more than this twice is no reason to join regions."""
+"""Reading no more than this twice is no reason to join regions that move more."""
 
 HELD_BYTES = 4 << 10
 """Values of no more than this may be kept alive by a batch, however long it takes until all its regions can run."""
@@ -239,9 +239,15 @@ class _Scheduler:
         first, second = self.groups[a], self.groups[b]
         passed = first.writes & second.reads
         saved = sum(self.nbytes[n] for n in first.reads & second.reads | passed)
-        if not passed and saved <= SCALAR_BYTES and first.step.device.type in batching.BATCHED_DEVICES:  # type: ignore[union-attr]
+        if not passed and self._is_trifle(saved, first.step, second.step):
             return 0  # a learning rate that is a tensor must not tie together what can be a batch
         return saved + sum(self.nbytes[n] for n in passed if n not in self.kept and self._readers(n) <= {b})
+
+    def _is_trifle(self, nbytes: int, *steps: Step) -> bool:
+        """Whether not reading `nbytes` twice is no reason to join `steps`, where batches save launches."""
+        moved = max(self._bytes(s) for s in steps if isinstance(s, Region))
+        batched = all(isinstance(s, Region) and s.device.type in batching.BATCHED_DEVICES for s in steps)
+        return batched and nbytes <= SCALAR_BYTES and 2 * nbytes <= moved
 
     def _join(self, a: int, b: int) -> int | None:
         first, second = self.groups[a], self.groups[b]
