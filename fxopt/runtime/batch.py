@@ -31,10 +31,10 @@ def program_count(members: Sequence[int], block: int) -> int:
 
 def layout(members: Sequence[int], block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(the member of each program, [number of elements, first program] of each member)."""
-    counts = torch.tensor([-(-count // block) for count in members])
-    owners = torch.repeat_interleave(torch.arange(len(members), dtype=torch.int32), counts)
+    counts = torch.tensor([-(-count // block) for count in members], device="cpu")
+    owners = torch.repeat_interleave(torch.arange(len(members), dtype=torch.int32, device="cpu"), counts)
     first = torch.cumsum(counts, 0) - counts
-    return owners, torch.stack([torch.tensor(list(members)), first], 1).contiguous()
+    return owners, torch.stack([torch.tensor(members, device="cpu"), first], 1)
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def device_layout(members: tuple[int, ...], block: int, device: torch.device) ->
     stream or recorded in CUDA graphs."""
     with torch.inference_mode(False):
         owners, sizes = layout(members, block)
-        return _on_device(owners, device), _on_device(sizes, device)
+        return _on_device(owners, device, wait=True), _on_device(sizes, device, wait=True)
 
 
 def page_locked(count: int) -> torch.Tensor:
@@ -51,9 +51,9 @@ def page_locked(count: int) -> torch.Tensor:
     return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
-def _on_device(source: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy, made in the current stream's order."""
-    return torch.empty_like(source, device=device).copy_(source, non_blocking=source.is_pinned())
+def _on_device(source: torch.Tensor, device: torch.device, wait: bool = False) -> torch.Tensor:
+    """A copy, made in the current stream's order; with `wait` it is there for every stream on return."""
+    return torch.empty_like(source, device=device).copy_(source, non_blocking=not wait)
 
 
 _sources_of_graphs: list[torch.Tensor] = []
@@ -70,7 +70,7 @@ class BatchLauncher:
         self._programs, self._owners, self._sizes = len(owners), owners.data_ptr(), sizes.data_ptr()
         self._count = len(members) * width
         self._spare: torch.Tensor | None = page_locked(self._count)  # a stream that is captured should not have to allocate
-        self._table = torch.empty(0)
+        self._table = torch.empty(0, device="cpu")
         self._known: Any = None
 
     def __call__(self, stream: int, addresses: tuple[int, ...]) -> None:
@@ -81,6 +81,7 @@ class BatchLauncher:
             key = (stream, addresses)
             if key != self._known:
                 self._known = None
+                self._spare = self._spare if self._spare is not None else page_locked(self._count)
                 self._table = self._copied(addresses, page_locked(self._count))
                 self._known = key
             table = self._table

@@ -96,7 +96,7 @@ class Machine:
     def page_locked(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int64)
 
-    def on_device(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def on_device(self, source: torch.Tensor, device: torch.device, wait: bool = False) -> torch.Tensor:
         self.copied += source.dim() == 1 and source.dtype == torch.int64
         return source.clone()
 

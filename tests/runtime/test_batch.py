@@ -40,7 +40,7 @@ class Machine:
         assert not self.capturing, "no page-locked memory can be had while a stream is captured"
         return torch.empty(count, dtype=torch.int64)
 
-    def on_device(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def on_device(self, source: torch.Tensor, device: torch.device, wait: bool = False) -> torch.Tensor:
         if source.dim() == 1 and source.dtype == torch.int64:
             self.copies.append(source.tolist())
         return source.clone()
