@@ -114,8 +114,9 @@ def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
 def _note_kernels(region: Region | Batch, choice: Choice, journal: Journal) -> None:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     source = choice.kernels[0][0]
+    label = f"{choice.label}, {len(region.members)} members" if isinstance(region, Batch) else choice.label
     for kernel, artifact in choice.kernels:
-        entry = KernelEntry(artifact.entry, source.language, region.origins, choice.label, moved, kernel.text)
+        entry = KernelEntry(artifact.entry, source.language, region.origins, label, moved, kernel.text)
         journal.kernels.append(entry)
 
 

@@ -9,7 +9,6 @@ joined.
 
 from __future__ import annotations
 
-import functools
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -164,17 +163,18 @@ class _Scheduler:
     def _independent(self, candidates: Iterable[int]) -> list[list[int]]:
         """`candidates` in lists within which none waits for another, nor keeps much alive until the others can run."""
         opened: list[list[int]] = []
+        bits: list[int] = []  # the members of each list as a bit set
         for k in candidates:
-            for members in opened[-OPEN_GROUPS:]:
-                if self._may_wait(members[0], k) and not any(self._ordered(m, k) for m in members):
-                    members.append(k)
+            related = self.order.related(k)
+            for i in range(max(0, len(opened) - OPEN_GROUPS), len(opened)):
+                if not related & bits[i] and self._may_wait(opened[i][0], k):
+                    opened[i].append(k)
+                    bits[i] |= 1 << k
                     break
             else:
                 opened.append([k])
+                bits.append(1 << k)
         return opened
-
-    def _ordered(self, a: int, b: int) -> bool:
-        return self.order.runs_before(a, b) or self.order.runs_before(b, a)
 
     def _may_wait(self, first: int, k: int) -> bool:
         """Whether memory allows that region `k` runs together with `first`: no large value waits for it or in it, or both
@@ -199,7 +199,7 @@ class _Scheduler:
                 for k in joined:
                     self._leave(k)
                 group = _Group(step, position, *self._accesses(step))
-                new = functools.reduce(self.order.merge, joined)
+                new = self.order.merge(*joined)
                 self.groups[new] = group
                 self._enter(new, group)
 
