@@ -12,7 +12,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Batch, Region
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, lower_graph
+from fxopt.lower import Lowered, batching, lower_graph
 from fxopt.lower.schedule import schedule
 from fxopt.options import GRAPH_MODES, Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
@@ -78,7 +78,7 @@ def _lower_and_choose(
 ) -> tuple[Lowered, dict[str, tune.Choice]]:
     """Regions and their kernels. What cannot be built is left to the library in another round; those built are stored."""
     library: frozenset[str] = frozenset()
-    batch = True
+    batch = batching.NAME not in options.disable
     for _ in range(MAX_ATTEMPTS):
         with journal.timed("lowering"):
             lowered = lower_graph(graph, journal, library)

@@ -121,6 +121,10 @@ def test_a_batch_without_a_kernel_is_its_regions_again(monkeypatch: pytest.Monke
     ((topic, said),) = journal.notes
     assert topic == "batching" and "10 regions" in said and "Triton" in said
 
+    plain = Journal("test", strict=True)
+    compiler.compile_graph(graph_of(many, args), args, Options.parse(None, {"disable": ["batching"]}), plain)
+    assert not plain.notes and not plain.provisional
+
 
 @pytest.mark.parametrize(
     ("mode", "devices", "said"),

@@ -17,6 +17,9 @@ from fxopt.ir.exprs import Int, Sym, coefficient, free_symbols, mul, prod, subst
 from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
 from fxopt.ir.region import Batch, BufferSpec, Region
 
+NAME = "batching"
+"""What `disable` calls it."""
+
 BATCHED_DEVICES = ("cuda",)
 """Types of devices with batched kernels. On a CPU a launch costs too little to save."""
 
