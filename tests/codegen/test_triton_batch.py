@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from fxopt.ir.exprs import Sym, symbol
-from fxopt.ir.loops import Const, Load, Nest, Scalar, Store
+from fxopt.ir.loops import Const, Load, Nest, Op, Scalar, Store
 from fxopt.ir.region import Batch, BufferSpec, Region
 from fxopt.lower.batching import steps_of
-from tests.codegen.triton_nests import BF16, F32, cast, op
+from tests.codegen.triton_interpreter import Interpreter
+from tests.codegen.triton_nests import BF16, BOOL, F32, I64, cast, op
 
 pytest.importorskip("triton")
 
@@ -129,3 +131,41 @@ def test_what_triton_does_not_hold_is_refused() -> None:
         print_batch(batch, TritonConfig(64), TARGET)
     with pytest.raises(UnsupportedError):
         print_batch(batch_of(BERT), TritonConfig(64), Target.cpu())
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    server = Interpreter()
+    yield server
+    server.close()
+
+
+def chosen(k: int, size: int, dtype: torch.dtype) -> Region:
+    """a, and where the mask `c` says so, the first element of `s` added (booleans: exclusive or)."""
+    x, at = Sym("x0", size=size), symbol(Sym("x0", size=size)) if size > 1 else 0
+    a, s = Load(f"a{k}", at, dtype), Load(f"s{k}", 0, dtype)
+    both = Op("bitwise_xor", (a, s), dtype) if dtype == BOOL else op("add", cast(a, wide(dtype)), cast(s, wide(dtype)))
+    value = Op("where", (Load(f"c{k}", at, BOOL), cast(both, dtype), a), dtype)
+    specs = {f"{n}{k}": BufferSpec(f"{n}{k}", BOOL if n == "c" else dtype, CUDA, (size,), (1,)) for n in "aco"}
+    specs[f"s{k}"] = BufferSpec(f"s{k}", dtype, CUDA, (3,), (1,))
+    return Region(f"r{k}", Nest((x,) if size > 1 else (), (), (Store(f"o{k}", at, value),)), specs, CUDA)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return F32 if dtype.itemsize == 2 and dtype.is_floating_point else dtype
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16, torch.float64, I64, torch.int8, torch.uint8, BOOL], ids=str)
+def test_values(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    sizes = [1, 2, 64, 65, 130, 7, 1, 128, 200]
+    (batch,) = steps_of("test", [chosen(k, size, dtype) for k, size in enumerate(sizes)])
+    assert isinstance(batch, Batch)
+    memory = {
+        n: torch.randint(0, 2 if n[0] in "c" or dtype == BOOL else 9, s.shape).to(s.dtype) for n, s in batch.buffers.items()
+    }
+    source = print_batch(batch, TritonConfig(64), TARGET)
+    compile_triton(source, TARGET)
+    interpreter.run(source, memory)
+    for k in range(len(sizes)):
+        a, s, c, o = (memory[f"{n}{k}"] for n in "asco")
+        assert torch.equal(o, torch.where(c, a ^ s[0] if dtype == BOOL else a + s[0], a))
