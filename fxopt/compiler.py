@@ -78,14 +78,14 @@ def _lower_and_choose(
 ) -> tuple[Lowered, dict[str, tune.Choice]]:
     """Regions and their kernels. What cannot be built is left to the library in another round; those built are stored."""
     library: frozenset[str] = frozenset()
-    batch = batching.NAME not in options.disable
+    batch, apart = batching.NAME not in options.disable, frozenset[str]()
     for _ in range(MAX_ATTEMPTS):
         with journal.timed("lowering"):
             lowered = lower_graph(graph, journal, library)
         with journal.timed("library choice"):
             lowered = tune.choose_library(lowered, options, store, journal)
         with journal.timed("scheduling"):
-            lowered = schedule(lowered, batch=batch)
+            lowered = schedule(lowered, batch=batch, apart=apart)
         with journal.timed("kernels"):
             chosen, failed = tune.choose(lowered, options, store, journal)
         if not failed:
@@ -93,8 +93,8 @@ def _lower_and_choose(
         journal.provisional = True  # the next process may have a compiler that works
         for region, reason in failed:
             if isinstance(region, Batch):  # its members are regions again
-                batch = False
-                journal.note("batching", f"none: no kernel for {region.name} ({len(region.members)} regions): {reason}")
+                apart |= {node for member in region.members for node in member.nodes}
+                journal.note("batching", f"{len(region.members)} regions, {region.name}, run one by one: {reason}")
                 continue
             journal.retreat(f"{region.name} ({', '.join(region.origins)})", reason)
             library |= frozenset(region.nodes)

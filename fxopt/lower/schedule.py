@@ -40,9 +40,12 @@ HELD_BYTES = 4 << 10
 """Values of no more than this may be kept alive by a batch, however long it takes until all its regions can run."""
 
 
-def schedule(lowered: Lowered, *, batch: bool = True) -> Lowered:
-    """The same computation in fewer, larger regions, in a valid order. `batch` allows Batch steps where there may be any."""
-    return _Scheduler(lowered).run(batch)
+def schedule(lowered: Lowered, *, batch: bool = True, apart: frozenset[str] = frozenset()) -> Lowered:
+    """The same computation in fewer, larger regions, in a valid order.
+
+    `batch` allows Batch steps where there may be any; regions that hold an FX node named in `apart` are in none.
+    """
+    return _Scheduler(lowered).run(batch, apart)
 
 
 @dataclass
@@ -68,10 +71,10 @@ class _Scheduler:
         for k, group in self.groups.items():
             self._enter(k, group)
 
-    def run(self, batch: bool) -> Lowered:
+    def run(self, batch: bool, apart: frozenset[str]) -> Lowered:
         self._join_all()
         if batch:
-            self._batch_all()
+            self._batch_all(apart)
         self._join_small()
         return replace(self.lowered, steps=self._live(self.order.linear(lambda k: self.groups[k].position)))
 
@@ -147,12 +150,12 @@ class _Scheduler:
 
     # ------------------------------------------------------------------ batching
 
-    def _batch_all(self) -> None:
+    def _batch_all(self, apart: frozenset[str]) -> None:
         """Make batches of regions of one form that do not wait for each other."""
         alike: dict[object, list[int]] = {}
         for k in sorted(self.groups, key=lambda k: self.groups[k].position):
             step = self.groups[k].step
-            own = batching.form(step) if isinstance(step, Region) else None
+            own = batching.form(step) if isinstance(step, Region) and apart.isdisjoint(step.nodes) else None
             if own is not None:
                 alike.setdefault(own.key, []).append(k)
         for candidates in alike.values():

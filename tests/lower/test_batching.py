@@ -101,6 +101,17 @@ def test_few_regions_are_no_batch() -> None:
     assert not batches(scheduled(fn, *tensors(*SIZES), batch=False))
 
 
+def test_regions_named_to_stay_apart_do() -> None:
+    def fn(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.sin() for x in xs)
+
+    low = on_cuda(lowered(fn, *tensors(*SIZES)))
+    (one, *_) = regions(low.steps)
+    found = schedule(low, apart=frozenset(one.nodes))
+    assert [len(b.members) for b in batches(found.steps)] == [len(SIZES) - 1]
+    assert one.name in [r.name for r in regions(found.steps)]
+
+
 def test_what_waits_for_another_is_not_in_its_batch() -> None:
     def fn(x: torch.Tensor) -> torch.Tensor:
         for _ in range(10):
