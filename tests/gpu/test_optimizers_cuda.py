@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.optimizers import Lion
-from fxopt.journal import RECENT
+from fxopt.report.explanation import journals
 from tests.numerics import assert_closer, to_float64
 
 pytestmark = pytest.mark.gpu
@@ -29,12 +29,13 @@ MAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def values(dtype: torch.dtype, seed: int, moved: int = 0) -> list[torch.Tensor]:
-    """One tensor of each size; every third starts past an aligned address, the others too if `moved` is odd."""
+def values(dtype: torch.dtype, given: torch.dtype, seed: int, moved: int = 0) -> list[torch.Tensor]:
+    """One tensor of each size, of numbers that `given` holds; every third starts past an aligned address, the others too if
+    `moved`."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for k, shape in enumerate(SIZES):
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", dtype)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", given)
         skip = 1 if k % 3 == 2 else moved
         memory = torch.empty(drawn.numel() + skip, dtype=dtype, device="cuda")[skip:]
         out.append(memory.view(shape).copy_(drawn))
@@ -43,19 +44,22 @@ def values(dtype: torch.dtype, seed: int, moved: int = 0) -> list[torch.Tensor]:
 
 def trained(
     make: Callable[..., Any],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
+    given: torch.dtype,
     *,
     compiled: bool = True,
     keep: bool = False,
     around: Callable[[int, Callable[[], None]], None] = lambda number, step: step(),
 ) -> list[torch.Tensor]:
-    """Parameters and state after some steps. Gradients stay in their memory if `keep`, else each step has new ones, aligned
-    or not in turn. `around` runs each step."""
-    parameters = [torch.nn.Parameter(v) for v in values(dtype, 1)]
+    """Parameters and state of `dtype` after some steps from numbers of `given`. `around` runs each step.
+
+    Gradients stay in their memory if `keep`, else each step has new ones, aligned or not in turn.
+    """
+    parameters = [torch.nn.Parameter(v) for v in values(dtype, given, 1)]
     optimizer = make(parameters, capturable=True)
     step = torch.compile(optimizer.step, backend="fxopt", options={"strict": True}) if compiled else optimizer.step
     for number in range(STEPS):
-        for p, g in zip(parameters, values(dtype, 10 + number, number % 2), strict=True):
+        for p, g in zip(parameters, values(dtype, given, 10 + number, number % 2), strict=True):
             if keep and p.grad is not None:
                 p.grad.copy_(g)
             else:
@@ -68,29 +72,27 @@ def trained(
     return [p.detach() for p in (*parameters, *state)]
 
 
-def check(name: str, **how: Any) -> None:
+def check(name: str, dtype: torch.dtype = torch.float32, **how: Any) -> None:
     torch.compiler.reset()
-    got = trained(MAKES[name], **how)
+    got = trained(MAKES[name], dtype, dtype, **how)
     keep = how.get("keep", False)
-    eager, exact = (trained(MAKES[name], d, compiled=False, keep=keep) for d in (torch.float32, torch.float64))
-    assert_closer(got, eager, to_float64(exact))
+    eager, exact = (trained(MAKES[name], d, dtype, compiled=False, keep=keep) for d in (dtype, torch.float64))
+    assert_closer(got, eager, to_float64(exact), k=32.0)  # what remains of a single element may be small after five steps
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["new gradients", "gradients stay"])
 @pytest.mark.parametrize("name", MAKES)
 def test_steps_are_as_near_to_float64_as_eager_ones(name: str, keep: bool) -> None:
-    before = len(RECENT)
-    check(name, keep=keep)
-    graphs = [[k.name for k in j.kernels] for j in list(RECENT)[before:] if j.kernels]
+    with journals() as found:
+        check(name, keep=keep)
+    graphs = [[k.name for k in j.kernels] for j in found if j.kernels]
     assert graphs and all(any(n.startswith("fx_batch_") for n in names) for names in graphs)
     assert max(map(len, graphs)) <= 4
 
 
 def test_half_precision_parameters() -> None:
-    torch.compiler.reset()
-    got, eager = (trained(MAKES["SGD"], torch.bfloat16, compiled=c) for c in (True, False))
-    for g, e in zip(got, eager, strict=True):
-        torch.testing.assert_close(g, e, rtol=3e-2, atol=3e-2)
+    check("SGD", torch.bfloat16)
+    check("Lion", torch.bfloat16)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["new gradients", "gradients stay"])
@@ -195,8 +197,8 @@ def test_more_elements_than_int32_counts() -> None:
     def add(xs: list[torch.Tensor]) -> None:
         torch._foreach_add_(xs, 1)
 
-    before = len(RECENT)
-    add(xs)
-    assert any(k.name.startswith("fx_batch_") for j in list(RECENT)[before:] for k in j.kernels)
+    with journals() as found:
+        add(xs)
+    assert any(k.name.startswith("fx_batch_") for j in found for k in j.kernels)
     assert all(bool((x == 1).all()) for x in xs[1:]) and int(large[-1]) == 1
     assert all(bool((part == 1).all()) for part in large.split(2**28))
