@@ -38,11 +38,12 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
     """A name that no pass has: an OptionError when the user's options hold it, a warning when FXOPT_DISABLE does."""
     if not parsed.disable:
         return
+    from fxopt.lower import batching
     from fxopt.passes import NAMES
 
-    unknown = [name for name in parsed.disable if name not in NAMES]
-    for name in unknown:
-        text = f"no pass is called {name!r}{suggestion(name, NAMES)}\nPasses: {', '.join(NAMES)}"
+    known = (*NAMES, batching.NAME)
+    for name in (name for name in parsed.disable if name not in known):
+        text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"
         if name in given.get("disable", ()):
             raise OptionError(f"option 'disable': {text}")
         warnings.warn(f"FXOPT_DISABLE: {text}", stacklevel=3)

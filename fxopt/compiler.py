@@ -10,9 +10,9 @@ from fxopt.assemble import assemble
 from fxopt.errors import CacheError, UnsupportedError
 from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import Artifact
-from fxopt.ir.region import Region
+from fxopt.ir.region import Batch, Region
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, lower_graph
+from fxopt.lower import Lowered, batching, lower_graph
 from fxopt.lower.schedule import schedule
 from fxopt.options import GRAPH_MODES, Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
@@ -78,19 +78,24 @@ def _lower_and_choose(
 ) -> tuple[Lowered, dict[str, tune.Choice]]:
     """Regions and their kernels. What cannot be built is left to the library in another round; those built are stored."""
     library: frozenset[str] = frozenset()
+    batch, apart = batching.NAME not in options.disable, frozenset[str]()
     for _ in range(MAX_ATTEMPTS):
         with journal.timed("lowering"):
             lowered = lower_graph(graph, journal, library)
         with journal.timed("library choice"):
             lowered = tune.choose_library(lowered, options, store, journal)
         with journal.timed("scheduling"):
-            lowered = schedule(lowered)
+            lowered = schedule(lowered, batch=batch, apart=apart)
         with journal.timed("kernels"):
             chosen, failed = tune.choose(lowered, options, store, journal)
         if not failed:
             return lowered, chosen
         journal.provisional = True  # the next process may have a compiler that works
         for region, reason in failed:
+            if isinstance(region, Batch):  # its members are regions again
+                apart |= {node for member in region.members for node in member.nodes}
+                journal.note("batching", f"{len(region.members)} regions, {region.name}, run one by one: {reason}")
+                continue
             journal.retreat(f"{region.name} ({', '.join(region.origins)})", reason)
             library |= frozenset(region.nodes)
     journal.retreat("the whole graph", f"kernels still failed to build after {MAX_ATTEMPTS} attempts")

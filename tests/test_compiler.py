@@ -13,7 +13,7 @@ from fxopt.errors import CacheError, RetreatError
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Call, Region
 from fxopt.journal import RECENT, Journal
-from fxopt.lower import Lowered
+from fxopt.lower import Lowered, batching
 from fxopt.options import Options
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")  # no plan of an earlier test is loaded instead
@@ -103,6 +103,27 @@ def test_strict_names_what_would_have_fallen_back(monkeypatch: pytest.MonkeyPatc
     breaking(monkeypatch, has_tanh)
     with pytest.raises(RetreatError, match=r"tanh.*broken on purpose.*strict=True"):
         compile_and_run(Journal("test", strict=True))
+
+
+def test_a_batch_without_a_kernel_is_its_regions_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no batched kernels for CPUs, so saying that there are makes one fail."""
+    monkeypatch.setattr(batching, "BATCHED_DEVICES", ("cpu",))
+    args = [torch.randn(k + 1) for k in range(10)]
+
+    def many(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.sin() * 2 for x in xs)
+
+    journal = Journal("test", strict=True)
+    run = compiler.compile_graph(graph_of(many, args), args, OPTIONS, journal)
+    torch.testing.assert_close(tuple(run(list(args))), many(*args))
+    assert journal.retreats == [] and journal.kernels and journal.library == []
+    assert journal.provisional, "the next process may do better"
+    ((topic, said),) = journal.notes
+    assert topic == "batching" and "10 regions" in said and "Triton" in said
+
+    plain = Journal("test", strict=True)
+    compiler.compile_graph(graph_of(many, args), args, Options.parse(None, {"disable": ["batching"]}), plain)
+    assert not plain.notes and not plain.provisional
 
 
 @pytest.mark.parametrize(

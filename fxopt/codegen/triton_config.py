@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.codegen.triton_tiling import Tiling, tile
@@ -111,6 +112,20 @@ def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
             cost = odd + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.25)
             scored.append((cost + (1.0 if per_thread > room else 0.0), TritonConfig(block, num_warps=warps)))
     return [c for _, c in sorted(scored, key=lambda t: t[0])]
+
+
+def batch_configs(tiling: Tiling, elements: Sequence[int], target: Target) -> list[TritonConfig]:
+    """Configurations of a batched kernel over members of these sizes: what a program looks up is spread over several
+    accesses per thread."""
+    vector = min(8, max(1, 16 // _narrowest(tiling)))
+    room = max(vector, _VALUES_PER_THREAD // _pressure(tiling))
+    most = max(32, next_power_of_2(max(elements)))
+    found = []
+    for warps, per_thread in ((4, max(8, vector)), (4, vector), (8, max(8, vector)), (4, 16), (8, vector), (2, vector)):
+        block = min(32 * warps * per_thread, most)
+        config = TritonConfig(block, num_warps=max(1, min(warps, block // (32 * vector))))
+        found.append((per_thread > 2 * room, config))
+    return list(dict.fromkeys(c for _, c in sorted(found, key=lambda t: t[0])))
 
 
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:

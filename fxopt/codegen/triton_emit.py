@@ -66,7 +66,7 @@ class Emitter:
     Loops run along the symbols `along`; `looped` says that those are the reduced ones.
     """
 
-    def __init__(self, frame: Frame, names: Names, looped: bool, along: tuple[Sym, ...]) -> None:
+    def __init__(self, frame: Frame, names: Names, looped: bool, along: tuple[Sym, ...] = ()) -> None:
         self.frame, self.names, self.looped = frame, names, looped
         self._along = frozenset(along)
         self.outer: list[str] = []

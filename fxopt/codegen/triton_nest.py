@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ _BODIES = ("narrow", "wide")
 NUM_STAGES = 1
 """Part of every kernel's compile options, as Triton's own default (3) would stage the loads of a loop through shared memory,
 which only pays where elements are used more than once."""
-_PREAMBLE = """import triton
+PREAMBLE = """import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
@@ -174,25 +175,35 @@ def _store_varies(kernel: _Kernel, store: Store) -> bool:
 
 
 def _prepare(kernel: _Kernel, stores: list[Store]) -> list[str]:
+    return _prepared(kernel.region, kernel.frame, kernel.emitter, stores)
+
+
+def _prepared(region: Region, frame: Frame, emitter: Emitter, stores: Sequence[Store]) -> list[str]:
     """Print what `stores` need and return the store statements themselves."""
-    emitter = kernel.emitter
     lines = []
     for store in stores:
         for _, bound in store.indirect:
             emitter.value(bound)
         value = emitter.value(store.value)
-        lines.append(_store_line(kernel, store, value))
+        lines.append(_store_line(region, frame, emitter, store, value))
     return lines
 
 
-def _store_line(kernel: _Kernel, store: Store, value: str) -> str:
-    emitter, frame = kernel.emitter, kernel.frame
-    dtype = kernel.region.buffers[store.buffer].dtype
-    wanted = frozenset(a for a in frame.blocks if a != "r" or _store_varies(kernel, store))
-    domain = frozenset(line for axis, line in kernel.tiling.lines.items() if axis in wanted)
+def straight_line(region: Region, frame: Frame, emitter: Emitter) -> list[str]:
+    """The statements of `region`, which does not reduce, on one block of its points."""
+    nest = frame.tiling.nest
+    statements = _prepared(region, frame, emitter, nest.stores)
+    return [*emitter.outer, *_barrier(nest), *statements]
+
+
+def _store_line(region: Region, frame: Frame, emitter: Emitter, store: Store, value: str) -> str:
+    dtype = region.buffers[store.buffer].dtype
+    varies = bool(frozenset(frame.tiling.nest.reduced) & store.symbols())
+    wanted = frozenset(a for a in frame.blocks if a != "r" or varies)
+    domain = frozenset(line for axis, line in frame.tiling.lines.items() if axis in wanted)
     emitter.bind(store.indirect, ())
     address = emitter.address(store.index, _address_symbols(store), wanted)
-    pointer = f"{kernel.names.buffer(store.buffer)} + {tight(address)}"
+    pointer = f"{emitter.names.buffer(store.buffer)} + {tight(address)}"
     mask = emitter.mask(domain, ())
     if accumulator_dtype(dtype) != dtype:
         value = f"{value}.to({ops.tl_type(dtype)})"
@@ -210,9 +221,8 @@ def _address_symbols(store: Store) -> frozenset[Sym]:
     return Load(store.buffer, store.index, torch.int8, store.indirect).symbols()
 
 
-def _barrier(kernel: _Kernel) -> list[str]:
+def _barrier(nest: Nest) -> list[str]:
     """In place: no thread may store an element before another, holding a copy of it, has loaded it."""
-    nest = kernel.tiling.nest
     return ["tl.debug_barrier()"] if set(nest.reads()) & set(nest.writes()) else []
 
 
@@ -227,7 +237,7 @@ def _print_straight(kernel: _Kernel) -> None:
         outer.append(f"r = {_lanes(kernel, 'r')}")
         outer += _axis_lines(kernel, "r")
     statements = _prepare(kernel, list(kernel.tiling.nest.stores))
-    outer += [*_barrier(kernel), *statements]
+    outer += [*_barrier(kernel.tiling.nest), *statements]
 
 
 def _print_looped(kernel: _Kernel) -> None:
@@ -247,8 +257,8 @@ def _print_looped(kernel: _Kernel) -> None:
         emitter.open_loop("evict_first")
         statements = _prepare(kernel, varying)
         body = emitter.close_loop()
-        emitter.outer += _loop(kernel, along, [*body, *_barrier(kernel), *statements])
-    emitter.outer += [*_barrier(kernel), *at_end]
+        emitter.outer += _loop(kernel, along, [*body, *_barrier(kernel.tiling.nest), *statements])
+    emitter.outer += [*_barrier(kernel.tiling.nest), *at_end]
 
 
 def _sums_parts(kernel: _Kernel) -> bool:
@@ -273,7 +283,7 @@ def _print_parts(kernel: _Kernel) -> None:
         if along:
             value = f"tl.where(x_mask, {value}, 0.0)"
         sums.append(f"s{number} += {value}")
-    body = [*emitter.close_loop(), *_barrier(kernel), *statements, *sums]
+    body = [*emitter.close_loop(), *_barrier(kernel.tiling.nest), *statements, *sums]
     outer += [f"s{n} = tl.zeros({shape}, {ops.compute_type(s.value.dtype)})" for n, s in enumerate(parts)]
     first = f"pid * {tight(emitter.index_text(each))}"
     last = f"tl.minimum({first} + {emitter.index_text(each)}, {emitter.index_text(rows)})"
@@ -327,7 +337,7 @@ def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str], ea
             emitter.inner += accumulate(node.kind, names, operands, dtype, emitter.block())
             fresh.append((node.kind, names, dtype))
     statements = _prepare(kernel, early)
-    body = [*emitter.close_loop(), *(_barrier(kernel) if early else []), *statements]
+    body = [*emitter.close_loop(), *(_barrier(kernel.tiling.nest) if early else []), *statements]
     emitter.outer += _loop(kernel, along, body)
     for kind, names, dtype in fresh:
         emitter.outer += close_accumulators(kind, names, dtype, emitter.block())
@@ -350,7 +360,7 @@ def _finish(kernels: list[_Kernel], limits: tuple[Int, ...] = ()) -> KernelSourc
     functions = (
         [] if len(kernels) == 1 else [_function(k, n, k.emitter.outer) for k, n in zip(kernels, _BODIES, strict=True)]
     )
-    text = "\n\n\n".join([_PREAMBLE, *functions, _function(kernel, kernel.entry, lines)]) + "\n"
+    text = "\n\n\n".join([PREAMBLE, *functions, _function(kernel, kernel.entry, lines)]) + "\n"
     types = {p: ops.POINTER_TYPE[kernel.region.buffers[b].dtype] for b, p in names.buffers.items()}
     options = {
         "signature": types | {p: _size_type(s, kernel.frame.index64) for s, p in names.sizes.items()},

@@ -19,7 +19,9 @@ class KernelSource:
     `buffers` names the region's buffer for each pointer parameter and `sizes` the value of each integer parameter (after the
     pointers). `grid` is the launch grid in blocks (Triton only; an entry may be symbolic). `compile_options` is whatever the
     compiler needs beside the text (signature, alignment, num_warps, num_stages; C++ flags) as JSON data and is part of
-    the key. `errors` are messages for the kernel's error codes 1, 2, ... (an index out of bounds).
+    the key. `errors` are messages for the kernel's error codes 1, 2, ... (an index out of bounds). A batched kernel (Triton
+    only) has `members`, the number of elements of each: its parameters are tables, and `buffers` what they point to, one
+    member's after another's.
     """
 
     language: str  # "triton" or "cpp"
@@ -30,6 +32,12 @@ class KernelSource:
     grid: tuple[Int, Int, Int] = (1, 1, 1)
     compile_options: dict[str, Any] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
+    members: tuple[int, ...] = ()
+
+    @property
+    def block(self) -> int:
+        """Elements that one program of a batched kernel does; 0 for any other."""
+        return int(self.compile_options["constexprs"]["XB"]) if self.members else 0
 
     def __hash__(self) -> int:
         return hash(self.text)

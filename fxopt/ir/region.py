@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -139,4 +140,55 @@ class Region:
         return tuple(dict.fromkeys(name for nest in self.nests for name in nest.writes()))
 
 
-Step = Region | Call | Alias
+@dataclass(frozen=True)
+class Batch:
+    """Independent regions that do the same to buffers and numbers of elements of their own: one kernel for all.
+
+    `body` is what each does: a nest over one symbol, whose size is the only size symbol, and buffers named b0, b1, ...
+    Those of shape () are read at their first element, the others walked element by element. Member k does it to
+    `elements[k]` elements of the buffers `arguments[k]`, which `buffers` describes; `members[k]` is the same as a region.
+    """
+
+    name: str
+    body: Region
+    members: tuple[Region, ...]
+    arguments: tuple[tuple[str, ...], ...]
+    elements: tuple[int, ...]
+    buffers: dict[str, BufferSpec]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.body.device
+
+    @functools.cached_property
+    def origins(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(o for m in self.members for o in m.origins))
+
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for m in self.members for n in m.nest.reads()))
+
+    def writes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for m in self.members for n in m.nest.writes()))
+
+    def sample(self, nbytes: int) -> Batch:
+        """A batch without regions that moves about `nbytes` bytes at most: the first elements, in buffers of its own."""
+        specs = list(self.body.buffers.values())
+        width = max(1, sum(spec.dtype.itemsize for spec in specs if spec.shape))
+        left, elements = max(1, nbytes // width), []
+        for count in self.elements:
+            if left > 0:
+                elements.append(min(count, left))
+                left -= count
+        arguments = tuple(tuple(f"{k}.{spec.name}" for spec in specs) for k in range(len(elements)))
+        buffers = {
+            name: replace(spec, name=name, shape=(count,) if spec.shape else ())
+            for names, count in zip(arguments, elements, strict=True)
+            for name, spec in zip(names, specs, strict=True)
+        }
+        return Batch(self.name, self.body, (), arguments, tuple(elements), buffers)
+
+
+Step = Region | Batch | Call | Alias

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class Order:
-    """A partial order of steps. Step k is bit k of the bit sets; merging two makes a new one and leaves their bits stale.
+    """A partial order of steps. Step k is bit k of the bit sets; merging makes a new one and leaves their bits stale.
 
     Both directions are stored transitively, so that the scheduler's one frequent question, whether a third step has to run
-    between two, is a few operations on integers. `merge` must not be called for two steps that are separated.
+    between two, is a few operations on integers. `merge` must not be called for steps of which two are separated.
     """
 
     def __init__(self, earlier: Sequence[set[int]]) -> None:
@@ -31,20 +31,27 @@ class Order:
         """Whether `a` must run before `b`."""
         return bool(self.before[b] >> a & 1)
 
+    def related(self, a: int) -> int:
+        """The steps that must run before or after `a`, as a bit set."""
+        return self.before[a] | self.after[a]
+
     def are_separated(self, a: int, b: int) -> bool:
         """Whether some third step must run between the two, whichever comes first."""
         between = self.after[a] & self.before[b] | self.after[b] & self.before[a]
         return bool(between & self.present & ~(1 << a | 1 << b))
 
-    def merge(self, a: int, b: int) -> int:
-        """One step in the place of `a` and `b`; its number."""
-        both, new = 1 << a | 1 << b, max(self.direct) + 1
-        before = (self.before.pop(a) | self.before.pop(b)) & self.present & ~both
-        after = (self.after.pop(a) | self.after.pop(b)) & self.present & ~both
-        self.direct[new] = self.direct.pop(a) | self.direct.pop(b)
-        self.merged_into[a] = self.merged_into[b] = new
-        self.before[new], self.after[new] = before, after
-        self.present = self.present & ~both | 1 << new
+    def merge(self, *steps: int) -> int:
+        """One step in the place of `steps`; its number."""
+        own, before, after, new = 0, 0, 0, max(self.direct) + 1
+        direct: set[int] = set()
+        for step in steps:
+            own |= 1 << step
+            before, after = before | self.before.pop(step), after | self.after.pop(step)
+            direct |= self.direct.pop(step)
+            self.merged_into[step] = new
+        before, after = before & self.present & ~own, after & self.present & ~own
+        self.direct[new], self.before[new], self.after[new] = direct, before, after
+        self.present = self.present & ~own | 1 << new
         for k in _bits(before):
             self.after[k] |= after | 1 << new
         for k in _bits(after):

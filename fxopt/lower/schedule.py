@@ -3,19 +3,20 @@
 Greedy: among all pairs that may be joined, the one that saves most bytes goes first, until none saves any. Two regions may
 be joined when their domains can be made one (`align`), every value passed between them is used at the iteration that makes
 it (`joining`), and no third step must run between them (`order`). Row reductions then take in the sums over their rows
-(`across`), and what is left of small regions over equal domains is joined for the launches alone.
+(`across`). Launches alone are saved after that: many regions that do the same to buffers of their own become one batch
+(`batching`), and what is left of small regions over equal domains is joined.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.ir.loops import Nest
-from fxopt.ir.region import Alias, Call, Ref, Region, Step, refs
+from fxopt.ir.region import Alias, Batch, Call, Ref, Region, Step, refs
 from fxopt.ir.rounding import unrounded
-from fxopt.lower import cost
+from fxopt.lower import batching, cost
 from fxopt.lower.across import join_across, join_rows
 from fxopt.lower.align import extents
 from fxopt.lower.joining import join, with_nests
@@ -30,12 +31,22 @@ LAUNCH_BYTES = {"cuda": 2 << 20, "cpu": 64 << 10}
 """Regions that move no more than this cost about their launch, by type of device."""
 
 OPEN_GROUPS = 4
-"""How many groups of small regions over one domain are tried for the next one: some are full, or it depends on them."""
+"""How many groups of small regions over one domain are tried for the next one: some are full, or it depends on them. The
+same for batches."""
+
+SCALAR_BYTES = 16
+"""Reading no more than this twice is no reason to join regions that move more."""
+
+HELD_BYTES = 4 << 10
+"""Values of no more than this may be kept alive by a batch, however long it takes until all its regions can run."""
 
 
-def schedule(lowered: Lowered) -> Lowered:
-    """The same computation in fewer, larger regions, in a valid order."""
-    return _Scheduler(lowered).run()
+def schedule(lowered: Lowered, *, batch: bool = True, apart: frozenset[str] = frozenset()) -> Lowered:
+    """The same computation in fewer, larger regions, in a valid order.
+
+    `batch` allows Batch steps where there may be any; regions that hold an FX node named in `apart` are in none.
+    """
+    return _Scheduler(lowered).run(batch, apart)
 
 
 @dataclass
@@ -61,9 +72,11 @@ class _Scheduler:
         for k, group in self.groups.items():
             self._enter(k, group)
 
-    def run(self) -> Lowered:
+    def run(self, batch: bool, apart: frozenset[str]) -> Lowered:
         self._join_all()
         self._join_across()
+        if batch:
+            self._batch_all(apart)
         self._join_small()
         return replace(self.lowered, steps=self._live(self.order.linear(lambda k: self.groups[k].position)))
 
@@ -75,7 +88,7 @@ class _Scheduler:
         return name
 
     def _accesses(self, step: Step) -> tuple[frozenset[str], frozenset[str]]:
-        if isinstance(step, Region):
+        if isinstance(step, Region | Batch):
             return frozenset(step.reads()), frozenset(step.writes())
         if isinstance(step, Alias):
             return frozenset({self._root(step.of)}), frozenset({step.name})
@@ -165,6 +178,64 @@ class _Scheduler:
             groups[groups.index(a)] = joined
         return joined is not None
 
+    # ------------------------------------------------------------------ batching
+
+    def _batch_all(self, apart: frozenset[str]) -> None:
+        """Make batches of regions of one form that do not wait for each other."""
+        alike: dict[object, list[int]] = {}
+        for k in sorted(self.groups, key=lambda k: self.groups[k].position):
+            step = self.groups[k].step
+            own = batching.form(step) if isinstance(step, Region) and apart.isdisjoint(step.nodes) else None
+            if own is not None:
+                alike.setdefault(own.key, []).append(k)
+        for candidates in alike.values():
+            if len(candidates) >= batching.FEWEST_MEMBERS:
+                for members in self._independent(candidates):
+                    self._batch(members)
+
+    def _independent(self, candidates: Iterable[int]) -> list[list[int]]:
+        """`candidates` in lists within which none waits for another, nor keeps much alive until the others can run."""
+        opened: list[list[int]] = []
+        bits: list[int] = []  # the members of each list as a bit set
+        for k in candidates:
+            related = self.order.related(k)
+            for i in range(max(0, len(opened) - OPEN_GROUPS), len(opened)):
+                if not related & bits[i] and self._may_wait(opened[i][0], k):
+                    opened[i].append(k)
+                    bits[i] |= 1 << k
+                    break
+            else:
+                opened.append([k])
+                bits.append(1 << k)
+        return opened
+
+    def _may_wait(self, first: int, k: int) -> bool:
+        """Whether memory allows that region `k` runs together with `first`: no large value waits for it or in it, or both
+        are near."""
+        group = self.groups[k]
+        read = sum(self.nbytes[n] for n in group.reads if n not in self.kept)
+        waited_for = sum(self.nbytes[n] for n in group.writes if self._readers(n) - {k})
+        if read + waited_for <= HELD_BYTES:
+            return True
+        assert isinstance(group.step, Region)
+        near = group.position - self.groups[first].position <= MAX_DISTANCE
+        return near and self._bytes(group.step) <= LAUNCH_BYTES.get(group.step.device.type, 0)
+
+    def _batch(self, members: list[int]) -> None:
+        """Make one step of `members`, if their forms allow a single batch; else of those that do."""
+        by_region = {id(step): k for k in members if isinstance(step := self.groups[k].step, Region)}
+        regions = [step for k in members if isinstance(step := self.groups[k].step, Region)]
+        for step in batching.steps_of(regions[0].name, regions):
+            if isinstance(step, Batch):
+                joined = [by_region[id(region)] for region in step.members]
+                position = min(self.groups[k].position for k in joined)
+                for k in joined:
+                    self._leave(k)
+                group = _Group(step, position, *self._accesses(step))
+                new = self.order.merge(*joined)
+                self.groups[new] = group
+                self._enter(new, group)
+
     def _bytes(self, region: Region) -> int:
         return sum(self.nbytes[name] for name in region.buffers)
 
@@ -201,7 +272,15 @@ class _Scheduler:
         first, second = self.groups[a], self.groups[b]
         passed = first.writes & second.reads
         saved = sum(self.nbytes[n] for n in first.reads & second.reads | passed)
+        if not passed and self._is_trifle(saved, first.step, second.step):
+            return 0  # a learning rate that is a tensor must not tie together what can be a batch
         return saved + sum(self.nbytes[n] for n in passed if n not in self.kept and self._readers(n) <= {b})
+
+    def _is_trifle(self, nbytes: int, *steps: Step) -> bool:
+        """Whether not reading `nbytes` twice is no reason to join `steps`, where batches save launches."""
+        moved = max(self._bytes(s) for s in steps if isinstance(s, Region))
+        batched = all(isinstance(s, Region) and s.device.type in batching.BATCHED_DEVICES for s in steps)
+        return batched and nbytes <= SCALAR_BYTES and 2 * nbytes <= moved
 
     def _join(self, a: int, b: int) -> int | None:
         first, second = self.groups[a], self.groups[b]
@@ -233,19 +312,27 @@ class _Scheduler:
         """The steps in `order` without stores and whole steps whose results nobody uses."""
         used, live = set(self.kept), []
         for k in reversed(order):
-            step = self.groups[k].step
-            if isinstance(step, Region):
-                wanted = _with_stores(step, used)
-                if wanted is None:
+            for step in _used_part(self.groups[k].step, used):
+                if isinstance(step, Alias) and step.name not in used | self.returned:
                     continue
-                step = _without_roundings(wanted)
-                if step.across is not None:
-                    step = replace(step, passed=frozenset(step.nest.writes()) - used)
-            elif isinstance(step, Alias) and step.name not in used | self.returned:
-                continue
-            live.append(step)
-            used |= self._accesses(step)[0]
+                live.append(step)
+                used |= self._accesses(step)[0]
         return live[::-1]
+
+
+def _used_part(step: Step, used: set[str]) -> Sequence[Step]:
+    """What remains of `step` without stores to buffers that are not in `used`."""
+    if isinstance(step, Region):
+        wanted = _with_stores(step, used)
+        if wanted is None:
+            return []
+        step = _without_roundings(wanted)
+        return [step if step.across is None else replace(step, passed=frozenset(step.nest.writes()) - used)]
+    if isinstance(step, Batch):
+        members = [part for m in step.members for part in _used_part(m, used) if isinstance(part, Region)]
+        same = all(a is b for a, b in zip(members, step.members, strict=False)) and len(members) == len(step.members)
+        return [step] if same else batching.steps_of(step.name, members)
+    return [step]
 
 
 def _with_stores(region: Region, used: Collection[str]) -> Region | None:

@@ -31,6 +31,8 @@ ALIGNMENT = 16
 """Bytes; what `Launch.aligned` promises a kernel."""
 LINE = 64
 """Bytes of a CPU's cache line."""
+MANY = 16
+"""Buffers of one launch whose addresses are asked for together."""
 
 
 @dataclass
@@ -328,6 +330,16 @@ class Writer:
             self._emit(f"{self.addresses[name]} = {tensor}.data_ptr()")
         return self.addresses[name]
 
+    def _fetch_addresses(self, buffers: tuple[str, ...]) -> None:
+        """The addresses of all of `buffers` in one statement, which takes two thirds of the time of one for each."""
+        names = [n for n in dict.fromkeys(buffers) if n not in self.addresses and n not in self.constants]
+        if not names:
+            return
+        for name in names:
+            self.addresses[name] = self._fresh("p")
+        targets = "".join(f"{self.addresses[n]}, " for n in names)
+        self._emit(f"{targets}= map(data_ptr, ({''.join(f'{self.tensors[n]}, ' for n in names)}))")
+
     def _free(self, step: Free) -> None:
         gone = []
         for name in step.names:
@@ -417,6 +429,8 @@ class Writer:
         if self._writes_nothing(step):
             return
         emitted = len(self.lines)
+        if len(step.buffers) > MANY:
+            self._fetch_addresses(step.buffers)
         addresses, copies = self._aligned_addresses(step)
         if step.language == "cpp":
             self._launch_native(step, addresses)
@@ -465,14 +479,21 @@ class Writer:
         opening = f"{stream} = stream({device})"
         if opening not in self.prologue:
             self.prologue.append(opening)
+        if step.members:
+            self._enter_device(device)
+            self._emit(f"L[{index}]({stream}, ({''.join(f'{a}, ' for a in addresses)}))")
+            return
         arguments = [stream, *grid, *addresses, *(self._size(s) for s in step.sizes)]
         skip = " and ".join(g for g, size in zip(grid, step.grid, strict=True) if not isinstance(size, int))
         if any(size == 0 for size in step.grid):
             return
+        self._enter_device(device)
+        self._emit((f"if {skip}: " if skip else "") + f"L[{index}]({', '.join(arguments)})")
+
+    def _enter_device(self, device: int) -> None:
         if device != self.device:
             self.device = device
             self._emit(f"set_device({device})")
-        self._emit((f"if {skip}: " if skip else "") + f"L[{index}]({', '.join(arguments)})")
 
     # --- alignment
 

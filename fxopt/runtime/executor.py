@@ -83,6 +83,8 @@ class Executor:
         names = dict(binding.names)
         names["frames"] = []
         names["new_frame"] = _frame_maker(binding, kernels)
+        if any(launch.members for launch in binding.cuda):  # a first call on a stream that is captured could make none
+            names["frames"].append(names["new_frame"]())
         exec(compile(binding.source, filename, "exec"), names)
         run: Callable[[list[Any]], tuple[Any, ...]] = names["run"]
         return run
@@ -124,10 +126,20 @@ def _frame_maker(binding: Binding, kernels: Mapping[str, Artifact]) -> Callable[
 
     def new_frame() -> tuple[Any, ...]:
         pointers, sizes = array("Q", binding.pointers), array("q", binding.sizes)
-        launchers = [kernel.bind(launch.label or launch.entry) for kernel, launch in zip(loaded, binding.cuda, strict=True)]
+        launchers = [_launcher(kernel, launch) for kernel, launch in zip(loaded, binding.cuda, strict=True)]
         return pointers, sizes, pointers.buffer_info()[0], sizes.buffer_info()[0], launchers
 
     return new_frame
+
+
+def _launcher(kernel: Any, launch: Launch) -> Callable[..., None]:
+    bound: Callable[..., None] = kernel.bind(launch.label or launch.entry)
+    if not launch.members:
+        return bound
+    from fxopt.runtime.batch import BatchLauncher
+
+    width = len(launch.buffers) // len(launch.members)
+    return BatchLauncher(bound, launch.members, launch.block, width, launch.device)
 
 
 def _loaded_cuda(launches: list[Launch], kernels: Mapping[str, Artifact]) -> list[Any]:
@@ -221,9 +233,10 @@ def _stream(device: int) -> int:
 
 def _changed(tensors: tuple[torch.Tensor, ...]) -> None:
     """Bump version counters, as the in-place op that the kernel stands for would have."""
-    watched = [t for t in tensors if not t.is_inference()]
-    if watched:
-        torch.autograd.graph.increment_version(watched)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # tensors made in inference mode have no counter; asking each costs more than counting
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 _HELPERS: dict[str, Any] = {
@@ -235,6 +248,7 @@ _HELPERS: dict[str, Any] = {
     "align": _align,
     "stream": _stream,
     "changed": _changed,
+    "data_ptr": torch.Tensor.data_ptr,
     "set_device": torch.cuda.set_device,
     "take": workspace.take,
     "give": workspace.give,

@@ -25,7 +25,7 @@ from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
 from fxopt.runtime.encoding import Field, decode_value, encode_value, size_values, sizes_json, torch_name
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ class Launch:
     stores to. `aligned` lists the positions in `buffers` that the code assumes 16-byte aligned (CUDA only). `inplace` pairs
     (output, input): the output may take over the input's storage if the input dies here, because the kernel reads and writes
     each element at the same index. `label` is for profilers and reports.
+
+    A batched kernel has `members`, the number of elements of each, and does `block` of them in a program: its `buffers` are
+    not arguments but go into a table (`runtime/batch.py`), as many for each member, one member's after another's.
     """
 
     kernel: str
@@ -90,6 +93,8 @@ class Launch:
     aligned: tuple[int, ...] = ()
     inplace: tuple[tuple[str, str], ...] = ()
     label: str = ""
+    members: tuple[int, ...] = ()
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -282,6 +287,8 @@ def _launch_json(x: Launch) -> dict[str, Any]:
         "aligned": list(x.aligned),
         "inplace": [list(pair) for pair in x.inplace],
         "label": x.label,
+        "members": list(x.members),
+        "block": x.block,
     }
 
 
@@ -304,6 +311,8 @@ def _read_launch(x: Field) -> Launch:
         aligned=x["aligned"].each(Field.integer),
         inplace=x["inplace"].each(_read_pair),
         label=x["label"].text(),
+        members=x["members"].each(Field.integer),
+        block=x["block"].integer(),
     )
 
 
@@ -424,6 +433,15 @@ def _check_step(step: PlanStep, path: str, live: set[str]) -> None:
         for name in (*step.writes, *(n for pair in step.inplace for n in pair)):
             if name not in step.buffers:
                 raise PlanError(f"{path}: {name!r} is not an argument of the kernel")
+        if step.members:
+            _check_batch(step, path)
+
+
+def _check_batch(step: Launch, path: str) -> None:
+    if step.block < 1 or min(step.members) < 1:
+        raise PlanError(f"{path}.members: a batched kernel has at least one element in each member and in a block")
+    if len(step.buffers) % len(step.members) or step.language != "triton" or step.sizes or step.aligned:
+        raise PlanError(f"{path}.buffers: not the table of a batched kernel of {len(step.members)} members")
 
 
 def _check_symbols(plan: Plan) -> None:

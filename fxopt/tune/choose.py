@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fxopt.codegen import cpp, triton
+from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
-from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.region import Batch, BufferSpec, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.cost import nbytes
@@ -36,6 +36,13 @@ BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
 
 log = logging.getLogger(__name__)
+
+
+SAMPLE_BYTES = 256 << 20
+"""As much of a batch is measured."""
+
+Work = Region | Batch
+"""What becomes kernels."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +72,22 @@ class Choice:
 class _Contest:
     """Candidates, and the regions that have just these."""
 
-    regions: list[Region]
+    regions: list[Work]
     candidates: list[Candidate]
     built: list[Choice] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
     @property
-    def region(self) -> Region:
+    def region(self) -> Work:
         return self.regions[0]
 
 
 def choose(
     lowered: Lowered, options: Options, store: ArtifactStore, journal: Journal
-) -> tuple[dict[str, Choice], list[tuple[Region, str]]]:
+) -> tuple[dict[str, Choice], list[tuple[Work, str]]]:
     """(the choice for each region by name, the regions that nothing could be built for with the reason)."""
     with journal.timed("kernels: printing"):
-        printed, failed = _print([s for s in lowered.steps if isinstance(s, Region)], options)
+        printed, failed = _print([s for s in lowered.steps if isinstance(s, Region | Batch)], options)
         contests = _grouped(printed)
     with journal.timed("kernels: compiling"):
         for device in dict.fromkeys(c.region.device for c in contests):
@@ -100,11 +107,9 @@ def choose(
     return chosen, failed
 
 
-def _print(
-    regions: Sequence[Region], options: Options
-) -> tuple[list[tuple[Region, list[Candidate]]], list[tuple[Region, str]]]:
-    printed: list[tuple[Region, list[Candidate]]] = []
-    failed: list[tuple[Region, str]] = []
+def _print(regions: Sequence[Work], options: Options) -> tuple[list[tuple[Work, list[Candidate]]], list[tuple[Work, str]]]:
+    printed: list[tuple[Work, list[Candidate]]] = []
+    failed: list[tuple[Work, str]] = []
     for region in regions:
         try:
             printed.append((region, candidates(region, options)))
@@ -113,7 +118,7 @@ def _print(
     return printed, failed
 
 
-def _grouped(printed: Sequence[tuple[Region, list[Candidate]]]) -> list[_Contest]:
+def _grouped(printed: Sequence[tuple[Work, list[Candidate]]]) -> list[_Contest]:
     """One contest for all regions that print the same kernels for the same sizes."""
     contests: dict[object, _Contest] = {}
     for region, own in printed:
@@ -129,9 +134,11 @@ def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
     return replace(winner, kernels=tuple(zip(candidate.sources, artifacts, strict=True)), scratch=candidate.scratch)
 
 
-def candidates(region: Region, options: Options) -> list[Candidate]:
+def candidates(region: Work, options: Options) -> list[Candidate]:
     """The printed candidates of `region`, best first by the cost model. Raises UnsupportedError when no printer takes it."""
     target = Target.current(region.device)
+    if isinstance(region, Batch):
+        return batch_candidates(region, target, options.mode)
     if region.device.type == "cpu":
         return [Candidate("C++", (cpp.print_nest(region, target),))]
     if region.device.type != "cuda":
@@ -161,22 +168,28 @@ def triton_candidates(region: Region, target: Target, mode: str, most: int = CAN
     return out
 
 
+def batch_candidates(batch: Batch, target: Target, mode: str) -> list[Candidate]:
+    """As `triton_candidates`, of a batch."""
+    configs = triton_batch.batch_candidates(batch, target)[: candidate_count(batch, mode)]
+    return [Candidate(str(c), (triton_batch.print_batch(batch, c, target),)) for c in configs]
+
+
 def _checks_indices(kernels: Sequence[KernelSource]) -> bool:
     """Such a kernel ends the CUDA context when an index is out of bounds; measuring on made-up data must not risk that, so
     one candidate is enough."""
     return any(kernel.errors for kernel in kernels)
 
 
-def candidate_count(region: Region, mode: str) -> int:
+def candidate_count(region: Work, mode: str) -> int:
     """How many configurations to compile: the cost model is surer about element-wise nests than about reductions."""
     if mode == "max-autotune":
         return CANDIDATES_AT_MOST
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     if 0 < moved < WORTH_MEASURING:
         return 1
-    if region.across is not None:
+    if isinstance(region, Region) and region.across is not None:
         return 4
-    return 3 if region.nest.reduced else 2
+    return 3 if isinstance(region, Region) and region.nest.reduced else 2
 
 
 def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, journal: Journal) -> None:
@@ -207,7 +220,7 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     found = records.get(key)
     labels = [c.label for c in usable]
     if found is None or found.get("winner") not in labels:
-        seconds = measurements.compare(contest.region, usable)
+        seconds = measurements.compare(*_measurable(contest.region, usable))
         if seconds is None:
             return usable[0]
         figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}
@@ -216,7 +229,16 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     return usable[labels.index(str(found["winner"]))]
 
 
-def _facts(region: Region, usable: Sequence[Choice], target: Target) -> dict[str, object]:
+def _measurable(region: Work, usable: Sequence[Choice]) -> tuple[Work, Sequence[Choice]]:
+    """What stands for `region` and its choices in measuring: of a batch, whose members may fill the memory, a part."""
+    if isinstance(region, Region):
+        return region, usable
+    sample = region.sample(SAMPLE_BYTES)
+    sources = [[(triton_batch.for_members(s, sample), a) for s, a in choice.kernels] for choice in usable]
+    return sample, [replace(c, kernels=tuple(kernels)) for c, kernels in zip(usable, sources, strict=True)]
+
+
+def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, object]:
     """Everything that a contest's result depends on; the kernels' keys hold texts, configurations and compiler versions."""
     return {
         "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],

@@ -6,13 +6,14 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
-from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.region import Batch, BufferSpec, Region
 from fxopt.journal import Journal
+from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.launch import CudaError, load_cubin
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Measurements:
         self.journal, self.left = journal, budget
         self._said = False
 
-    def compare(self, region: Region, choices: Sequence[Choice]) -> list[float] | None:
+    def compare(self, region: Region | Batch, choices: Sequence[Choice]) -> list[float] | None:
         """Seconds of one run of each choice (infinity for one that does not load), or None when nothing can be measured."""
         if self.left <= 0:
             self.journal.provisional = True
@@ -67,7 +68,7 @@ class Measurements:
         return seconds
 
 
-def time_choices(region: Region, choices: Sequence[Choice], cold: bool = False) -> list[float]:
+def time_choices(region: Region | Batch, choices: Sequence[Choice], cold: bool = False) -> list[float]:
     """Median seconds of one run of each choice on random data; infinity for one that does not load.
 
     `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache.
@@ -114,7 +115,7 @@ def runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int
     """A function that runs `choice` once on the current stream; None when it does not load."""
     tensors = shared | {spec.name: _allocate(spec, sizes) for spec in choice.scratch}
     stream = torch.cuda.current_stream().cuda_stream
-    launches = []
+    launches: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
     for source, artifact in choice.kernels:
         try:
             launcher = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device()).bind(artifact.entry)
@@ -122,6 +123,11 @@ def runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int
             return None
         grid = [evaluate(g, sizes) for g in source.grid]
         pointers = [tensors[name].data_ptr() for name in source.buffers]
+        if source.members:
+            device, width = tensors[source.buffers[0]].device, len(source.buffers) // len(source.members)
+            batch = BatchLauncher(launcher, source.members, source.block, width, device)
+            launches.append((batch, (stream, tuple(pointers))))
+            continue
         launches.append((launcher, (stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))))
 
     def run() -> None:
@@ -131,7 +137,7 @@ def runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int
     return run
 
 
-def assumed_sizes(region: Region, choices: Sequence[Choice]) -> dict[str, int]:
+def assumed_sizes(region: Region | Batch, choices: Sequence[Choice]) -> dict[str, int]:
     """A number for every size symbol: what is measured when a size is known only at run time."""
     given: list[Int] = [x for spec in region.buffers.values() for x in (*spec.shape, *spec.strides)]
     given += [x for choice in choices for source, _ in choice.kernels for x in (*source.sizes, *source.grid)]

@@ -20,6 +20,7 @@ import torch
 
 from fxopt.ir.exprs import evaluate
 from fxopt.ir.kernel import KernelSource
+from fxopt.runtime.batch import layout
 
 
 class Interpreter:
@@ -42,6 +43,7 @@ class Interpreter:
             "blocks": source.compile_options["constexprs"],
             "grid": grid,
             "buffers": [tensors[b] for b in source.buffers],
+            "batch": (source.members, source.block),
             "sizes": [(evaluate(s, env), t) for s, t in zip(source.sizes, _size_types(source), strict=True)],
         }
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -129,6 +131,11 @@ def _type_sizes() -> None:
     interpreter._implicit_cvt = typed
 
 
+def _tables(members: tuple[int, ...], block: int, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What a batched kernel is called with."""
+    return [*layout(members, block), torch.tensor([b.data_ptr() for b in buffers])]
+
+
 def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor]:
     path = directory / f"job{number}.py"
     path.write_text(job["text"])
@@ -137,7 +144,8 @@ def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kernel = getattr(module, job["entry"])
-    kernel[job["grid"]](*job["buffers"], *(_typed(*s) for s in job["sizes"]), **job["blocks"])
+    pointers = _tables(*job["batch"], job["buffers"]) if job["batch"][0] else job["buffers"]
+    kernel[job["grid"]](*pointers, *(_typed(*s) for s in job["sizes"]), **job["blocks"])
     return job["buffers"]
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt.ir.exprs import Atom, Expr, Int, Sym, as_symbol, evaluate
+from fxopt.ir.exprs import Atom, Expr, Int, Sym, as_symbol, evaluate, free_symbols
 from fxopt.ir.loops import BINARY, COMPARE, Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder
-from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region, Size
+from fxopt.ir.region import Alias, Batch, BufferSpec, Call, Ref, Region, Size, Step
 from fxopt.lower.lowering import Lowered
 
 Env = dict[Sym, torch.Tensor]
@@ -61,10 +61,12 @@ class _Run:
         extent = 1 + reach if tensor.numel() else 0
         self.flat[name] = tensor.as_strided((extent,), (1,), tensor.storage_offset())
 
-    def _step(self, step: Region | Call | Alias) -> None:
+    def _step(self, step: Step) -> None:
         match step:
             case Region():
                 self._region(step)
+            case Batch():
+                self._batch(step)
             case Alias():
                 shape, strides = self.ints(step.shape), self.ints(step.strides)
                 base = self._memory(step.of)
@@ -84,6 +86,15 @@ class _Run:
         values = _NestValues(nest, self.sizes, self._memory)
         for store, (where, value) in zip(nest.stores, values.stores(), strict=True):
             _write(self._memory(store.buffer), where, value, store.mode)
+
+    def _batch(self, batch: Batch) -> None:
+        """The body once for each member: what a batched kernel does."""
+        (size,) = {s for x in batch.body.nest.points if x.size is not None for s in free_symbols(x.size)}
+        for names, count in zip(batch.arguments, batch.elements, strict=True):
+            real = dict(zip(batch.body.buffers, names, strict=True))
+            values = _NestValues(batch.body.nest, {size.name: count}, lambda name, real=real: self._memory(real[name]))
+            for store, (where, value) in zip(batch.body.nest.stores, values.stores(), strict=True):
+                _write(self._memory(real[store.buffer]), where, value, store.mode)
 
     def _call(self, call: Call) -> None:
         is_leaf = lambda a: isinstance(a, (Ref, Size))  # noqa: E731

@@ -14,9 +14,10 @@ import torch
 from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
-from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.region import Batch, BufferSpec, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
+from fxopt.lower.batching import steps_of
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
@@ -77,12 +78,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(monkeypatch)
 
 
-def lowered(*regions: Region) -> Lowered:
+def lowered(*regions: Region | Batch) -> Lowered:
     buffers = {n: s for r in regions for n, s in r.buffers.items()}
     return Lowered(list(regions), buffers, (), {}, ())
 
 
-def choices(regions: Sequence[Region], store: ArtifactStore, **options: Any) -> tuple[dict[str, Choice], list[Any]]:
+def choices(regions: Sequence[Region | Batch], store: ArtifactStore, **options: Any) -> tuple[dict[str, Choice], list[Any]]:
     return choose(lowered(*regions), Options(**options), store, Journal("test"))
 
 
@@ -172,3 +173,47 @@ def test_modes_widen_the_search() -> None:
     assert candidate_count(square("a", "x", 1 << 20), "default") == 2
     assert candidate_count(big, "max-autotune") == CANDIDATES_AT_MOST
     assert len(triton_candidates(row_sum("a", "x", row=8192), TARGET, "max-autotune")) > 3
+
+
+def batch_of_squares(*sizes: int) -> Batch:
+    (batch,) = steps_of("region", [square(f"o{k}", f"x{k}", n) for k, n in enumerate(sizes)])
+    assert isinstance(batch, Batch)
+    return batch
+
+
+def test_a_batch_is_one_contest_over_all_of_its_members(bench: Bench, store: ArtifactStore) -> None:
+    batch = batch_of_squares(*([1 << 20] * 7), 5)
+    chosen, failed = choices([batch], store)
+    assert not failed and bench.measured == [batch.name]
+    ((source, _),) = chosen[batch.name].kernels
+    assert source.members == batch.elements and source.grid[0] == 7 * (1 << 20) // source.block + 1
+    assert source.buffers[:4] == ("x0", "o0", "x1", "o1") and source.entry == "fx_batch_mul"
+
+
+def test_a_part_of_a_batch_is_measured(bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, Sequence[Choice]]] = []
+
+    def compare(own: Any, region: Any, choices: Sequence[Choice]) -> list[float]:
+        seen.append((region, choices))
+        return [1.0] * len(choices)
+
+    monkeypatch.setattr(tuner.Measurements, "compare", compare)
+    monkeypatch.setattr(tuner, "SAMPLE_BYTES", 1 << 20)
+    choices([batch_of_squares(*([1 << 20] * 8))], store)
+    ((region, measured),) = seen
+    assert sum(s.numel * 4 for s in region.buffers.values()) == 1 << 20
+    for choice in measured:
+        ((source, _),) = choice.kernels
+        assert set(source.buffers) == set(region.buffers) and source.members == region.elements
+
+
+def test_small_batches_are_not_measured(bench: Bench, store: ArtifactStore) -> None:
+    choices([batch_of_squares(*range(1, 12))], store)
+    assert len(bench.compiled) == 1 and not bench.measured
+
+
+def test_a_batch_that_does_not_compile_is_reported(bench: Bench, store: ArtifactStore) -> None:
+    bench.failing = ("fx_batch_mul",)
+    batch = batch_of_squares(*range(100, 112))
+    chosen, failed = choices([batch], store)
+    assert not chosen and failed == [(batch, "no fx_batch_mul")]
