@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def fxopt(
     """
     parsed = Options.parse(mode, options)
     _check_disabled(parsed, options or {})
-    _prestart_compiler(inputs)
+    _prestart_compiler({x.device for x in inputs if isinstance(x, torch.Tensor)})
     return compile_dynamo_graph(gm, inputs, parsed, _compile_graph)
 
 
@@ -49,13 +49,13 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
         warnings.warn(f"FXOPT_DISABLE: {text}", stacklevel=3)
 
 
-def _prestart_compiler(inputs: Sequence[Any]) -> None:
-    """On a GPU: the process that compiles kernels takes seconds to start, which pass while the graph is captured."""
-    devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
-    if devices:
+def _prestart_compiler(devices: Collection[torch.device]) -> None:
+    """For a GPU: the process that compiles kernels takes seconds to start, which pass while the graph is captured."""
+    gpu = next((d for d in devices if d.type == "cuda"), None)
+    if gpu is not None:
         from fxopt.codegen.compile import prestart
 
-        prestart(Target.current(next(iter(devices))))
+        prestart(Target.current(gpu))
 
 
 def _compile_graph(graph: Graph, example_inputs: Sequence[Any], options: Options, journal: Journal) -> Runner:
@@ -90,3 +90,8 @@ def _run_early(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
     from fxopt.passes import run_early
 
     run_early(gm, options, journal)
+
+
+# torch.compile imports this module when it looks the backend up, before Dynamo traces: seconds won for a model on a GPU.
+if torch.cuda.is_initialized():
+    _prestart_compiler([torch.device("cuda", torch.cuda.current_device())])
