@@ -31,6 +31,8 @@ _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access patte
 _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
 _PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
 _ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
+_MOST_PROGRAMS_PER_SM = 24  # where parts stay long: so many that the last wave, which is not full, does not count
+_LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -226,7 +228,8 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
     if programs >= 2 * target.sm_count or row * config.x_block < _SPLIT_ROW:
         return []
     least = 512 if tiling.inner_reduction else 64
-    wanted = min(-(-_PROGRAMS_PER_SM * target.sm_count // programs), row // least, 1024)
+    few, many = (-(-n * target.sm_count // programs) for n in (_PROGRAMS_PER_SM, _MOST_PROGRAMS_PER_SM))
+    wanted = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least, 1024)
     parts = (_even_parts(tiling, row, p) for p in (wanted, wanted // 2))
     return list(dict.fromkeys(p for p in parts if p > 1))
 

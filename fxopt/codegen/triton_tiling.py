@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxopt.ir.exprs import (
+    Atom,
     Int,
     Sym,
+    add,
     ask,
     assumed,
     coefficient,
@@ -27,6 +29,7 @@ from fxopt.ir.exprs import (
     prod,
     substitute,
     symbol,
+    symbol_or_atom,
     unravel,
 )
 from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scan, postorder
@@ -72,9 +75,11 @@ class Tiling:
     """A nest in normal form with its axes.
 
     `r.symbols` is empty when nothing is reduced, `y.symbols` when the tile has no y. `accesses` are in terms of the axes'
-    symbols; `nest` is in terms of one linear symbol per axis that has any: `lines` maps the axis's name to it.
+    symbols, as is `merged`; `nest` is in terms of one linear symbol per axis that has any: `lines` maps the axis's name
+    to it.
     """
 
+    merged: Nest
     nest: Nest
     lines: dict[str, Sym]
     x: Axis
@@ -117,7 +122,7 @@ def _tile_nest(nest: Nest, itemsizes: tuple[tuple[str, int], ...], allow_y: bool
     x, y = _split_points(nest, accesses) if allow_y and not nest.reduced else (nest.points, ())
     axes = {"x": Axis(x), "y": Axis(y), "r": Axis(nest.reduced)}
     linear, lines = _linearise(nest, axes)
-    return Tiling(linear, lines, axes["x"], axes["y"], axes["r"], accesses)
+    return Tiling(nest, linear, lines, axes["x"], axes["y"], axes["r"], accesses)
 
 
 def _linearise(nest: Nest, axes: dict[str, Axis]) -> tuple[Nest, dict[str, Sym]]:
@@ -169,6 +174,32 @@ def _has_reduction(nest: Nest) -> bool:
     return any(isinstance(n, Reduce | Scan) for n in postorder(nest.roots))
 
 
+def unit_stride(index: Int, sym: Sym) -> bool:
+    """Whether neighbours along `sym` are neighbours in memory, but for the ends of runs of `_TILE_MIN` or more."""
+    return coefficient(_within_runs(index, sym), sym) == 1
+
+
+def _within_runs(index: Int, sym: Sym) -> Int:
+    """`index` as it goes on along `sym` where none of its divisions by `_TILE_MIN` or more carries."""
+    if isinstance(index, int) or coefficient(index, sym) is not None:
+        return index
+    out: Int = 0
+    for monomial, factor in index.terms:
+        term: Int = factor
+        for atom in monomial:
+            long_runs = isinstance(atom, Atom) and ask("<=", _TILE_MIN, atom.b) is True
+            if not isinstance(atom, Atom) or not long_runs or atom.kind not in ("floordiv", "mod"):
+                term = mul(term, symbol_or_atom(atom))
+            elif atom.kind == "mod":
+                term = mul(term, _within_runs(atom.a, sym))
+            elif sym not in free_symbols(atom.a):
+                term = mul(term, symbol_or_atom(atom))
+            else:
+                term = 0
+        out = add(out, term)
+    return out
+
+
 def unit_stride_votes(accesses: Iterable[Access], symbols: tuple[Sym, ...]) -> dict[Sym, int]:
     """For each symbol, the bytes of accesses in which it has stride 1; a store counts twice (partial writes cost most).
 
@@ -179,7 +210,7 @@ def unit_stride_votes(accesses: Iterable[Access], symbols: tuple[Sym, ...]) -> d
         used = free_symbols(access.index)
         touched = Axis(tuple(s for s in symbols if s in used)).hint
         for sym in symbols:
-            if sym in used and coefficient(access.index, sym) == 1:
+            if sym in used and unit_stride(access.index, sym):
                 votes[sym] += touched * access.itemsize * (2 if access.writes else 1)
     return votes
 

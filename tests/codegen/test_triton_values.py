@@ -195,6 +195,21 @@ def test_stores_along_a_reduced_axis(interpreter: Interpreter, config: TritonCon
     check(interpreter, nests.gelu_backward(64, 12, F32), config)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4, 12, 24, 5])
+def test_a_reduction_over_images_and_pixels_in_parts(interpreter: Interpreter, parts: int) -> None:
+    check(interpreter, nests.channel_variance(12, 3, 14, F32), TritonConfig(1, r_block=16, persistent=False, split=parts))
+
+
+def test_parts_of_whole_images_are_read_along_their_pixels() -> None:
+    """A row of several axes is cut along the outer ones, and its parts stay row reductions."""
+    region = nests.channel_variance(64, 32, 8192, BF16).region
+    first = configs(region, TARGET)[0]
+    part = print_region(region, first, TARGET).kernels[0]
+    assert first.split > 1
+    assert part.grid[0] == 32 * first.split
+    assert part.compile_options["constexprs"]["XB"] == 1
+
+
 def test_split_parts_store_along_the_row_themselves() -> None:
     """Equal parts: everything is read once. Unequal ones would need a mask, so the row is read again by a third kernel."""
     case = nests.gelu_backward(64, 12, F32)
