@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fxopt.codegen.triton_tiling import Tiling, tile
-from fxopt.ir.exprs import Int, floordiv, mul
+from fxopt.ir.exprs import Int, coefficient, floordiv, mul
 from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
 from fxopt.ir.region import Region
 from fxopt.target import Target
@@ -27,6 +27,7 @@ _TILES = (
 )
 _SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
 _LINE = 128  # bytes of a cache line
+_LONG_BLOCK = 8192  # elements of a row that take many warps to hold, all waiting for each other; half where looping is cheap
 _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
 _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
 _PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
@@ -148,9 +149,11 @@ def _warps_for(elements: int, per_thread: int) -> int:
 def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Target) -> list[TritonConfig]:
     """The reduced axis is contiguous: rows in registers when they fit, several short rows per program; else looped over."""
     block = next_power_of_2(row)
+    once = _reads_once(tiling)
+    shapes = ((2048, 4), (4096, 8), (1024, 4), (8192, 16)) if once else ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
     looped = [
         TritonConfig(1, r_block=size, persistent=False, num_warps=warps)
-        for size, warps in ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
+        for size, warps in shapes
         if size < block or not static
     ]
     if not static or block > PERSISTENT_LIMIT:
@@ -167,7 +170,19 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
         looped = [TritonConfig(1, r_block=block, persistent=False, num_warps=4)]
+    if once and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
+        return [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
     return [*roomy, *looped, *(c for c in found if c not in roomy)]
+
+
+def _reads_once(tiling: Tiling) -> bool:
+    """Whether one loop over the row makes everything: reductions do not wait for each other, nor what varies along the row
+    for any of them. Holding the row in registers then only keeps other programs out."""
+    reductions = [n for n in postorder(tiling.nest.roots) if isinstance(n, Reduce | Scan)]
+    if any(isinstance(n, Scan) or any(isinstance(a, Reduce | Scan) for a in postorder(n.args)) for n in reductions):
+        return False
+    along = [s for s in tiling.nest.stores if frozenset(tiling.nest.reduced) & s.symbols()]
+    return not any(isinstance(n, Reduce) for s in along for n in postorder(s.roots))
 
 
 def _fits_registers(tiling: Tiling, config: TritonConfig, target: Target) -> bool:
@@ -196,11 +211,27 @@ def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list
             width //= 2
     values = _column_values(tiling)
     found = []
-    for bx, per_thread, warps in ((width, values, 4), (width, values, 8), (2 * width, values, 4), (width, values // 2, 4)):
+    shapes = [(width, values, 4), (width, values, 8), (2 * width, values, 4), (4 * width, values, 8)]
+    shapes.append((width, values // 2, 4))
+    if not _aligned_rows(tiling):  # element by element: more threads, each with fewer
+        shapes = [(width, min(16, values), 8), (width // 2, min(16, values), 8), *shapes]
+    for bx, per_thread, warps in shapes:
         bx = min(bx, next_power_of_2(rows))
         size = max(1, min(next_power_of_2(row), per_thread * 32 * warps // bx))
         found.append(TritonConfig(bx, r_block=size, persistent=_whole(tiling, size), num_warps=warps))
     return found
+
+
+def _aligned_rows(tiling: Tiling) -> bool:
+    """Whether what is contiguous along the points starts at multiples of 16 bytes whatever the reduced index."""
+    if not tiling.x.symbols:
+        return True
+    for access in tiling.accesses:
+        if coefficient(access.index, tiling.x.symbols[-1]) == 1:
+            strides = [coefficient(access.index, s) for s in tiling.r.symbols]
+            if any(isinstance(s, int) and s * access.itemsize % 16 for s in strides):
+                return False
+    return True
 
 
 def _column_values(tiling: Tiling) -> int:
@@ -234,13 +265,18 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
     return list(dict.fromkeys(p for p in parts if p > 1))
 
 
+def _has_welford(tiling: Tiling) -> bool:
+    return any(isinstance(n, Reduce) and n.kind == "welford" for n in postorder(tiling.nest.roots))
+
+
 def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
     """A number of parts near `wanted`: a power of two, which cuts most rows exactly. Where equal parts matter, a divisor of
     the row: a store along the row has no mask for the last part, and Welford's sums need one more pass."""
-    power = next_power_of_2(wanted + 1) // 2 if wanted > 1 else 1
+    power = next_power_of_2(wanted)
+    if power * power > 2 * wanted * wanted:
+        power //= 2
     streams = any(frozenset(tiling.nest.reduced) & s.symbols() for s in tiling.nest.stores)
-    welford = any(isinstance(n, Reduce) and n.kind == "welford" for n in postorder(tiling.nest.roots))
-    if row % power == 0 or not (streams or welford):
+    if row % power == 0 or not (streams or _has_welford(tiling)):
         return power
     divisor = next((p for p in range(wanted, max(1, wanted // 4), -1) if row % p == 0), 1)
     return divisor if streams or divisor > 1 else power
