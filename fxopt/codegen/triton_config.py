@@ -44,7 +44,7 @@ class TritonConfig:
     `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
     row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own, or, for a region
     with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead.
-    `aligned` assumes that every pointer is 16-byte aligned.
+    With `rows` the points of a program all lie in one row. `aligned` assumes that every pointer is 16-byte aligned.
     """
 
     x_block: int
@@ -55,10 +55,12 @@ class TritonConfig:
     split: int = 1
     stages: int = 1
     aligned: bool = True
+    rows: bool = False
 
     def __str__(self) -> str:
         shape = f"x{self.x_block}"
         shape += f" y{self.y_block}" if self.y_block > 1 else ""
+        shape += " rows" if self.rows else ""
         shape += f" r{self.r_block}{'' if self.persistent else ' looped'}" if self.r_block > 1 else ""
         ahead = f" stages{self.stages}" if self.stages > 1 else ""
         return f"{shape} w{self.num_warps}{ahead}" + (f" split{self.split}" if self.split > 1 else "")
@@ -78,7 +80,7 @@ def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig
     elif two_dimensional.reduces:
         found = _reduction_configs(two_dimensional, target)
     else:
-        found = _pointwise_configs(two_dimensional, target)
+        found = _row_point_configs(tile(region, "rows")) + _pointwise_configs(two_dimensional, target)
     return list(dict.fromkeys(found))[:limit]
 
 
@@ -114,6 +116,19 @@ def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
             cost = odd + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.25)
             scored.append((cost + (1.0 if per_thread > room else 0.0), TritonConfig(block, num_warps=warps)))
     return [c for _, c in sorted(scored, key=lambda t: t[0])]
+
+
+def _row_point_configs(tiling: Tiling) -> list[TritonConfig]:
+    """One program in one row: the block that leaves fewest lanes idle at the row's end, the larger of nearly equal ones."""
+    if not tiling.y.symbols:
+        return []
+    row = tiling.x.hint
+
+    def idle(block: int) -> float:
+        return block * -(-row // block) / row + 64 / block
+
+    block = min((1024, 2048, 512, 256), key=idle)
+    return [TritonConfig(block, num_warps=max(1, min(4, block // 256)), rows=True)]
 
 
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:

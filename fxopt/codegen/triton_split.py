@@ -104,7 +104,7 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
 
     The new regions' `buffers` include the scratch they share: those absent from the region's own.
     """
-    nest = tile(region, allow_y=False).merged
+    nest = tile(region, "flat").merged
     if not _can_split(nest):
         return None
     split = _cut(replace(region, nest=nest), parts)

@@ -39,6 +39,7 @@ _LINE_NAMES = {"x": "l0", "y": "l1", "r": "l2"}
 _TYPICAL = 1024
 """More than `ASSUMED_SIZE`: this decides whether a grid fills the GPU, and small blocks or a split chosen for a size taken
 too small cost more at large sizes than large blocks do at small ones."""
+_ROW_MIN = 256  # a program for each row is no use with shorter ones
 _TILE_MIN = 8  # a second tile axis shorter than this cannot coalesce anything
 
 
@@ -112,14 +113,14 @@ def size_hint(size: Int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_nest(nest: Nest, itemsizes: tuple[tuple[str, int], ...], allow_y: bool) -> Tiling:
+def _tile_nest(nest: Nest, itemsizes: tuple[tuple[str, int], ...], form: str) -> Tiling:
     nest = rewrite(nest, {s: 0 for s in (*nest.points, *nest.reduced) if s.size == 1})
     sizes = dict(itemsizes)
     points = _by_stride(nest.points, _accesses(nest, sizes))
     reduced = nest.reduced if _has_scan(nest) else _by_stride(nest.reduced, _accesses(nest, sizes))
     nest = _merge(replace(nest, points=points, reduced=reduced))
     accesses = _accesses(nest, sizes)
-    x, y = _split_points(nest, accesses) if allow_y and not nest.reduced else (nest.points, ())
+    x, y = (nest.points, ()) if nest.reduced else _FORMS[form](nest, accesses)
     axes = {"x": Axis(x), "y": Axis(y), "r": Axis(nest.reduced)}
     linear, lines = _linearise(nest, axes)
     return Tiling(nest, linear, lines, axes["x"], axes["y"], axes["r"], accesses)
@@ -137,11 +138,13 @@ def _linearise(nest: Nest, axes: dict[str, Axis]) -> tuple[Nest, dict[str, Sym]]
     return rewrite(nest, mapping), lines
 
 
-def tile(region: Region, allow_y: bool = True) -> Tiling:
-    """The tiling of `region`'s nest; with `allow_y` False all points lie on x."""
+def tile(region: Region, form: str = "tiles") -> Tiling:
+    """The tiling of `region`'s nest. `form` says what of its points lies on y: the "tiles" form has them there when accesses
+    are unit-stride along different symbols, "rows" all but the fastest symbol when that pays, "flat" none.
+    """
     nest = region.nest
     names = sorted({load.buffer for load in nest.loads()} | set(nest.writes()))
-    return _tile_nest(nest, tuple((n, region.buffers[n].dtype.itemsize) for n in names), allow_y)
+    return _tile_nest(nest, tuple((n, region.buffers[n].dtype.itemsize) for n in names), form)
 
 
 def rewrite(nest: Nest, mapping: dict[Sym, Int]) -> Nest:
@@ -301,6 +304,25 @@ def _split_points(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, 
     if not votes[slow] or min(size_hint(size_of(slow)), size_hint(size_of(fast))) < _TILE_MIN:
         return points, ()
     return (fast,), (*(s for s in points if s is not slow and s is not fast), slow)
+
+
+def _split_rows(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, ...], tuple[Sym, ...]]:
+    """(x, y) symbols: x is the fastest alone when it is long and something is the same along it, which a program of one row
+    then loads and computes once."""
+    *slow, fast = nest.points or (None,)
+    if not slow or fast is None or not isinstance(fast.size, int) or fast.size < _ROW_MIN or fast.size % 16:
+        return nest.points, ()
+    used = [free_symbols(a.index) for a in accesses]
+    if not any(fast not in symbols and symbols & set(slow) for symbols in used):
+        return nest.points, ()
+    return (fast,), tuple(s for s in slow if s is not None)
+
+
+def _all_on_x(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, ...], tuple[Sym, ...]]:
+    return nest.points, ()
+
+
+_FORMS = {"tiles": _split_points, "rows": _split_rows, "flat": _all_on_x}
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

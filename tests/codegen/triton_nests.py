@@ -321,6 +321,24 @@ def channel_variance(images: int, channels: int, pixels: int, dtype: torch.dtype
     return make(nest, buffers, "a", "o", reference)
 
 
+def channel_scale(images: Int, channels: int, pixels: int, dtype: torch.dtype, **sizes: int) -> Case:
+    """[images, channels, pixels] times a number for each channel and a mask of channels, whose false ones are not read."""
+    n, c, p = Sym("x0", size=images), Sym("x1", size=channels), Sym("x2", size=pixels)
+    at = (symbol(n) * channels + symbol(c)) * pixels + symbol(p)
+    scale = Masked(Load("m", symbol(c), BOOL), Load("w", symbol(c), dtype), Const(1.0, dtype))
+    value = op("mul", Load("a", at, dtype), scale)
+    nest = Nest((n, c, p), (), (Store("o", at, value), Store("r", at, cast(value, F32))))
+    shape = (images, channels, pixels)
+    buffers = [buffer("a", dtype, shape), buffer("m", BOOL, (channels,)), buffer("w", dtype, (channels,))]
+    buffers += [buffer("o", dtype, shape), buffer("r", F32, shape)]
+
+    def reference(a: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = a * torch.where(m, w, 1)[:, None]
+        return out, out.to(a.dtype if a.dtype == torch.float64 else F32)
+
+    return make(nest, buffers, "a m w", "o r", reference, **sizes)
+
+
 def scatter_add() -> Case:
     x, y = Sym("x0", size=30), Sym("x1", size=8)
     t, bound = indirect_symbol(Op("checked_index", (Load("i", symbol(x), I64), Const(5, I64)), I64), 5)
