@@ -43,6 +43,14 @@ def should_store(value: Computed, readers: int) -> bool:
     return read > 0 and (expensive or recompute >= stored)
 
 
+def recomputation(value: Scalar, device: torch.device) -> float:
+    """What computing an element of `value` once more costs beside its loads, in bytes moved in that time."""
+    nodes = [n for n in postorder((value,)) if isinstance(n, Op)]
+    expensive = sum(n.name in EXPENSIVE_OPS for n in nodes)
+    each, per_operator = (2.0, 0.1) if device.type == "cuda" else (8.0, 0.5)
+    return each * expensive + per_operator * len(nodes)
+
+
 def extent(sizes: Iterable[Int | None]) -> int:
     """The product of sizes, unknown ones assumed."""
     total = 1
