@@ -65,6 +65,7 @@ def test_softmax_with_its_input_and_a_row_sum_is_one_kernel() -> None:
 
 def test_column_and_row_reductions_are_two_kernels() -> None:
     assert len(check(lambda x: (x.sum(0), x.sum(1)), rand(6, 16))) == 2
+    assert len(check(lambda x: (x.sum(0), x.sum(1)), rand(16, 16))) == 2, "of a square as well"
 
 
 def test_reductions_with_different_numbers_of_rows_stay_apart() -> None:
