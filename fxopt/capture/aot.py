@@ -20,6 +20,7 @@ from fxopt.capture import private
 from fxopt.capture.decompositions import decompositions
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
+from fxopt.capture.pool_offsets import save_pool_offsets
 from fxopt.capture.random import functionalize_random
 from fxopt.capture.roles import InputFacts
 from fxopt.errors import UnsupportedError
@@ -82,6 +83,7 @@ class Capture:
         self._user_outputs = settings.get("num_fwd_outputs")
         if not self.options.fallback_random:
             functionalize_random(joint)
+        save_pool_offsets(joint)
         recomputable = RECOMPUTABLE if self.options.recompute_random else ()
         if _gathers_are_repeatable(joint, settings.get("num_fwd_outputs", 0)):
             recomputable = (*recomputable, torch.ops.aten.embedding)
