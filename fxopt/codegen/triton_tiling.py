@@ -312,7 +312,8 @@ def _split_rows(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, ..
     *slow, fast = nest.points or (None,)
     if not slow or fast is None or not isinstance(fast.size, int) or fast.size < _ROW_MIN or fast.size % 16:
         return nest.points, ()
-    used = [free_symbols(a.index) for a in accesses]
+    integers = (n.expr for n in postorder(nest.roots) if isinstance(n, IndexValue))
+    used = [free_symbols(e) for e in (*(a.index for a in accesses), *integers)]
     if not any(fast not in symbols and symbols & set(slow) for symbols in used):
         return nest.points, ()
     return (fast,), tuple(s for s in slow if s is not None)

@@ -187,13 +187,13 @@ def _flat(place: Indices, sizes: Sequence[Int]) -> Int:
 def _argmax(taps: list[Tap], positions: Sequence[Scalar]) -> Scalar:
     """The position, none of which is negative, of the tap that eager takes for the largest."""
     top, dtype = taps[0].value, positions[0].dtype
-    chosen: Scalar = Const(-1, dtype)
-    for t, position in zip(taps, positions, strict=True):
+    chosen: Scalar = Op("where", (taps[0].valid, positions[0], Const(-1, dtype)), dtype)
+    for t, position in zip(taps[1:], positions[1:], strict=True):
         better: Scalar = Op("bitwise_or", (Op("gt", (t.value, top), BOOL), Op("lt", (chosen, Const(0, dtype)), BOOL)), BOOL)
         if t.value.dtype.is_floating_point:
             better = Op("bitwise_or", (better, Op("isnan", (t.value,), BOOL)), BOOL)
         chosen = Op("where", (all_of((better, t.valid)), position, chosen), dtype)
-        top = Op("maximum", (top, t.value), t.value.dtype)
+        top = Op("maximum", (top, t.value), t.value.dtype)  # as in `maxima`: what both compute is computed once
     return chosen
 
 
