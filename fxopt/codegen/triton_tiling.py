@@ -9,6 +9,7 @@ every access that walks memory in the same order, so that it stays linear and ve
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ _LINE_NAMES = {"x": "l0", "y": "l1", "r": "l2"}
 _TYPICAL = 1024
 """More than `ASSUMED_SIZE`: this decides whether a grid fills the GPU, and small blocks or a split chosen for a size taken
 too small cost more at large sizes than large blocks do at small ones."""
+_SIDE_SHARE = 8  # what moves less than one part in so many has no say in the order of loops
 _ROW_MIN = 256  # a program for each row is no use with shorter ones
 _TILE_MIN = 8  # a second tile axis shorter than this cannot coalesce anything
 
@@ -219,11 +221,12 @@ def unit_stride_votes(accesses: Iterable[Access], symbols: tuple[Sym, ...]) -> d
 
 
 def _by_stride(symbols: tuple[Sym, ...], accesses: tuple[Access, ...]) -> tuple[Sym, ...]:
-    """Symbols by falling stride in the access that uses most of them (stores first); the unknown keep their order."""
+    """Symbols by falling stride in the access that uses most of them, of those the one that moves most; the unknown keep
+    their order."""
     if len(symbols) < 2:
         return symbols
-    ranked = sorted(accesses, key=lambda a: (-len(free_symbols(a.index) & set(symbols)), not a.writes))
-    guide = ranked[0].index
+    heaviest = min(accesses, key=lambda a: (-len(free_symbols(a.index) & set(symbols)), -_weight(a)))
+    guide = heaviest.index
     strides = {s: coefficient(guide, s) for s in symbols}
     out: list[Sym] = []
     for sym in symbols:
@@ -233,7 +236,15 @@ def _by_stride(symbols: tuple[Sym, ...], accesses: tuple[Access, ...]) -> tuple[
         out.insert(at, sym)
     votes = unit_stride_votes(accesses, symbols)
     fastest = max(out, key=lambda s: (votes[s], out.index(s)))
-    return (*(s for s in out if s is not fastest), fastest) if votes[fastest] else tuple(out)
+    if votes[fastest] * _SIDE_SHARE < _weight(heaviest):  # statistics of rows, say, which lie in another order than the rows
+        return tuple(out)
+    return (*(s for s in out if s is not fastest), fastest)
+
+
+def _weight(access: Access) -> int:
+    """Bytes that the access moves over the whole domain, twice for a store."""
+    touched = (size_hint(size_of(s)) for s in free_symbols(access.index) if s.size is not None)
+    return math.prod(touched) * access.itemsize * (2 if access.writes else 1)
 
 
 def _smaller(a: Int | None, b: Int | None) -> bool:
