@@ -28,6 +28,7 @@ _TILES = (
 _SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
 _LINE = 128  # bytes of a cache line
 _LONG_BLOCK = 8192  # elements of a row that take many warps to hold, all waiting for each other; half where looping is cheap
+_FEW_WARPS = 4096  # elements of a row from which on a program has warps enough with 32 elements each thread
 _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
 _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
 _PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
@@ -178,7 +179,8 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         together //= 2
     values = max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling))
     found = []
-    for per_thread, count in ((min(16, values), together), (min(8, values), together), (min(16, values), 2 * together)):
+    other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
+    for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
     if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
