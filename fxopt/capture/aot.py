@@ -20,6 +20,7 @@ from fxopt.capture import private
 from fxopt.capture.decompositions import decompositions
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
+from fxopt.capture.pool_offsets import save_pool_offsets
 from fxopt.capture.random import functionalize_random
 from fxopt.capture.roles import InputFacts
 from fxopt.errors import UnsupportedError
@@ -82,7 +83,10 @@ class Capture:
         self._user_outputs = settings.get("num_fwd_outputs")
         if not self.options.fallback_random:
             functionalize_random(joint)
+        save_pool_offsets(joint)
         recomputable = RECOMPUTABLE if self.options.recompute_random else ()
+        if _gathers_are_repeatable(joint, settings.get("num_fwd_outputs", 0)):
+            recomputable = (*recomputable, torch.ops.aten.embedding)
         return private.min_cut_partition(joint, inputs, recomputable, **settings)
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], phase: Phase) -> Runner:
@@ -153,6 +157,21 @@ def retreat(journal: Journal, what: str, error: Exception) -> None:
 def as_it_is(gm: fx.GraphModule) -> Runner:
     """`gm` op by op, freeing each value after its last use. Takes its inputs in a list, which it empties."""
     return private.boxed_code(copy_module(gm))
+
+
+def _gathers_are_repeatable(joint: fx.GraphModule, outputs: int) -> bool:
+    """Whether each embedding's table is an input that is trained and not written in the graph: it then still is what it was
+    when the backward runs, and kernels pick its rows on the way. The partitioner takes it where it is smaller than the rows.
+
+    `outputs` of the joint graph's results are the forward's; the gradients of the inputs, or None, follow in their order.
+    """
+    aten = torch.ops.aten
+    inputs = [n for n in joint.graph.find_nodes(op="placeholder") if "tangents" not in n.name]
+    gradients = torch.utils._pytree.tree_leaves(joint.graph.output_node().args[0], is_leaf=lambda x: x is None)[outputs:]
+    trained = {n for n, gradient in zip(inputs, gradients, strict=False) if gradient is not None}
+    tables = {n.args[0] for n in joint.graph.find_nodes(op="call_function", target=aten.embedding.default)}
+    written = {n.args[0] for n in joint.graph.find_nodes(op="call_function", target=aten.copy_.default)}
+    return tables <= trained - written
 
 
 def _with_pure_random(gm: fx.GraphModule) -> fx.GraphModule:

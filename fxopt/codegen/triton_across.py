@@ -61,7 +61,7 @@ def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
 
 def join_config(region: Region, target: Target, aligned: bool) -> TritonConfig:
     """For the kernel that adds up the parts: they lie in the L2 cache, so narrow reads that fill the GPU are the fastest."""
-    tiling = tile(region, allow_y=False)
+    tiling = tile(region, "flat")
     width = 4 * _SECTOR
     while width > _SECTOR and -(-tiling.x.hint // width) < target.sm_count:
         width //= 2

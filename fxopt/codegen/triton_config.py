@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.codegen.triton_tiling import Tiling, tile
-from fxopt.ir.exprs import Int, floordiv, mul
+from fxopt.ir.exprs import Int, coefficient, floordiv, mul
 from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
 from fxopt.ir.region import Region
 from fxopt.target import Target
@@ -28,10 +28,14 @@ _TILES = (
 )
 _SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
 _LINE = 128  # bytes of a cache line
+_LONG_BLOCK = 8192  # elements of a row that take many warps to hold, all waiting for each other; half where looping is cheap
+_FEW_WARPS = 4096  # elements of a row from which on a program has warps enough with 32 elements each thread
 _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
 _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
 _PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
 _ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
+_MOST_PROGRAMS_PER_SM = 24  # where parts stay long: so many that the last wave, which is not full, does not count
+_LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -42,7 +46,7 @@ class TritonConfig:
     `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
     row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own, or, for a region
     with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead.
-    `aligned` assumes that every pointer is 16-byte aligned.
+    With `rows` the points of a program all lie in one row. `aligned` assumes that every pointer is 16-byte aligned.
     """
 
     x_block: int
@@ -53,10 +57,12 @@ class TritonConfig:
     split: int = 1
     stages: int = 1
     aligned: bool = True
+    rows: bool = False
 
     def __str__(self) -> str:
         shape = f"x{self.x_block}"
         shape += f" y{self.y_block}" if self.y_block > 1 else ""
+        shape += " rows" if self.rows else ""
         shape += f" r{self.r_block}{'' if self.persistent else ' looped'}" if self.r_block > 1 else ""
         ahead = f" stages{self.stages}" if self.stages > 1 else ""
         return f"{shape} w{self.num_warps}{ahead}" + (f" split{self.split}" if self.split > 1 else "")
@@ -76,7 +82,7 @@ def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig
     elif two_dimensional.reduces:
         found = _reduction_configs(two_dimensional, target)
     else:
-        found = _pointwise_configs(two_dimensional, target)
+        found = _row_point_configs(tile(region, "rows")) + _pointwise_configs(two_dimensional, target)
     return list(dict.fromkeys(found))[:limit]
 
 
@@ -128,6 +134,19 @@ def batch_configs(tiling: Tiling, elements: Sequence[int], target: Target) -> li
     return list(dict.fromkeys(c for _, c in sorted(found, key=lambda t: t[0])))
 
 
+def _row_point_configs(tiling: Tiling) -> list[TritonConfig]:
+    """One program in one row: the block that leaves fewest lanes idle at the row's end, the larger of nearly equal ones."""
+    if not tiling.y.symbols:
+        return []
+    row = tiling.x.hint
+
+    def idle(block: int) -> float:
+        return block * -(-row // block) / row + 64 / block
+
+    block = min((1024, 2048, 512, 256), key=idle)
+    return [TritonConfig(block, num_warps=max(1, min(4, block // 256)), rows=True)]
+
+
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     """Two-dimensional tiles: whole cache lines along both axes, while enough tiles remain to fill the GPU."""
     x, y = tiling.x.hint, tiling.y.hint
@@ -161,9 +180,11 @@ def _warps_for(elements: int, per_thread: int) -> int:
 def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Target) -> list[TritonConfig]:
     """The reduced axis is contiguous: rows in registers when they fit, several short rows per program; else looped over."""
     block = next_power_of_2(row)
+    once = _reads_once(tiling)
+    shapes = ((2048, 4), (4096, 8), (1024, 4), (8192, 16)) if once else ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
     looped = [
         TritonConfig(1, r_block=size, persistent=False, num_warps=warps)
-        for size, warps in ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
+        for size, warps in shapes
         if size < block or not static
     ]
     if not static or block > PERSISTENT_LIMIT:
@@ -173,14 +194,27 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         together //= 2
     values = max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling))
     found = []
-    for per_thread, count in ((min(16, values), together), (min(8, values), together), (min(16, values), 2 * together)):
+    other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
+    for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
     if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
         looped = [TritonConfig(1, r_block=block, persistent=False, num_warps=4)]
+    if once and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
+        return [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
     return [*roomy, *looped, *(c for c in found if c not in roomy)]
+
+
+def _reads_once(tiling: Tiling) -> bool:
+    """Whether one loop over the row makes everything: reductions do not wait for each other, nor what varies along the row
+    for any of them. Holding the row in registers then only keeps other programs out."""
+    reductions = [n for n in postorder(tiling.nest.roots) if isinstance(n, Reduce | Scan)]
+    if any(isinstance(n, Scan) or any(isinstance(a, Reduce | Scan) for a in postorder(n.args)) for n in reductions):
+        return False
+    along = [s for s in tiling.nest.stores if frozenset(tiling.nest.reduced) & s.symbols()]
+    return not any(isinstance(n, Reduce) for s in along for n in postorder(s.roots))
 
 
 def _fits_registers(tiling: Tiling, config: TritonConfig, target: Target) -> bool:
@@ -209,11 +243,27 @@ def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list
             width //= 2
     values = _column_values(tiling)
     found = []
-    for bx, per_thread, warps in ((width, values, 4), (width, values, 8), (2 * width, values, 4), (width, values // 2, 4)):
+    shapes = [(width, values, 4), (width, values, 8), (2 * width, values, 4), (4 * width, values, 8)]
+    shapes.append((width, values // 2, 4))
+    if not _aligned_rows(tiling):  # element by element: more threads, each with fewer
+        shapes = [(width, min(16, values), 8), (width // 2, min(16, values), 8), *shapes]
+    for bx, per_thread, warps in shapes:
         bx = min(bx, next_power_of_2(rows))
         size = max(1, min(next_power_of_2(row), per_thread * 32 * warps // bx))
         found.append(TritonConfig(bx, r_block=size, persistent=_whole(tiling, size), num_warps=warps))
     return found
+
+
+def _aligned_rows(tiling: Tiling) -> bool:
+    """Whether what is contiguous along the points starts at multiples of 16 bytes whatever the reduced index."""
+    if not tiling.x.symbols:
+        return True
+    for access in tiling.accesses:
+        if coefficient(access.index, tiling.x.symbols[-1]) == 1:
+            strides = [coefficient(access.index, s) for s in tiling.r.symbols]
+            if any(isinstance(s, int) and s * access.itemsize % 16 for s in strides):
+                return False
+    return True
 
 
 def _column_values(tiling: Tiling) -> int:
@@ -241,18 +291,24 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
     if programs >= 2 * target.sm_count or row * config.x_block < _SPLIT_ROW:
         return []
     least = 512 if tiling.inner_reduction else 64
-    wanted = min(-(-_PROGRAMS_PER_SM * target.sm_count // programs), row // least, 1024)
+    few, many = (-(-n * target.sm_count // programs) for n in (_PROGRAMS_PER_SM, _MOST_PROGRAMS_PER_SM))
+    wanted = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least, 1024)
     parts = (_even_parts(tiling, row, p) for p in (wanted, wanted // 2))
     return list(dict.fromkeys(p for p in parts if p > 1))
+
+
+def _has_welford(tiling: Tiling) -> bool:
+    return any(isinstance(n, Reduce) and n.kind == "welford" for n in postorder(tiling.nest.roots))
 
 
 def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
     """A number of parts near `wanted`: a power of two, which cuts most rows exactly. Where equal parts matter, a divisor of
     the row: a store along the row has no mask for the last part, and Welford's sums need one more pass."""
-    power = next_power_of_2(wanted + 1) // 2 if wanted > 1 else 1
+    power = next_power_of_2(wanted)
+    if power * power > 2 * wanted * wanted:
+        power //= 2
     streams = any(frozenset(tiling.nest.reduced) & s.symbols() for s in tiling.nest.stores)
-    welford = any(isinstance(n, Reduce) and n.kind == "welford" for n in postorder(tiling.nest.roots))
-    if row % power == 0 or not (streams or welford):
+    if row % power == 0 or not (streams or _has_welford(tiling)):
         return power
     divisor = next((p for p in range(wanted, max(1, wanted // 4), -1) if row % p == 0), 1)
     return divisor if streams or divisor > 1 else power

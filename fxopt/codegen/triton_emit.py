@@ -48,6 +48,7 @@ class Frame:
     index64: bool
     masks: dict[str, str]  # axis -> mask variable, for axes that need one
     blocks: dict[str, str]  # axis -> block size name, in tile order
+    scalars: frozenset[str] = frozenset()  # axes of which a program has one index, a scalar: what it loads is loaded once
 
     def axis_of(self, sym: Sym) -> str | None:
         return next((name for name, line in self.tiling.lines.items() if line == sym), None)
@@ -257,10 +258,11 @@ class Emitter:
         parts += [self._text(self.instance(g, guards[:i])) for i, g in enumerate(guards)]
         return " & ".join(parts) if parts else None
 
-    def address(self, index: Int, symbols: frozenset[Sym], wanted: frozenset[str]) -> str:
-        """Index text whose block varies along every axis in `wanted`."""
+    def address(self, index: Int, symbols: frozenset[Sym], wanted: frozenset[str], block: bool = False) -> str:
+        """Index text whose block varies along every axis in `wanted`; a scalar, unless `block`, if only scalars vary it."""
         text = self.index_text(index)
-        if wanted <= self.frame.axes(symbols):
+        own, needed = (axes - self.frame.scalars for axes in (self.frame.axes(symbols), wanted))
+        if needed <= own and (own or not block):
             return text
         return f"tl.zeros({self.frame.shape(wanted)}, tl.int32) + {text}"
 
@@ -272,7 +274,7 @@ class Emitter:
         self.bind(node.indirect, guards)
         symbols = node.symbols()
         wanted = self.frame.axes(symbols.union(*(g.symbols() for g in guards)))
-        address = self.address(node.index, symbols, wanted)
+        address = self.address(node.index, symbols, wanted, block=bool(guards and wanted))
         mask = self.mask(symbols, guards)
         extra = f", {mask}" if mask else ""
         if self.eviction and self.varies(*self.instance(node, guards)):

@@ -63,7 +63,7 @@ def print_kernel(region: Region, config: TritonConfig, stage: str | None = None)
 
 
 def _tiling(region: Region, config: TritonConfig) -> Tiling:
-    return tile(region, allow_y=config.y_block > 1)
+    return tile(region, "rows" if config.rows else "tiles" if config.y_block > 1 else "flat")
 
 
 def _print(region: Region, config: TritonConfig, stage: str | None, names: Names, index64: bool) -> _Kernel:
@@ -84,7 +84,9 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
         blocks = {"x": "XB", "r": "RB"}
     elif tiling.y.symbols:
         blocks = {"y": "YB", "x": "XB"}
-    frame = Frame(tiling, index64, {}, blocks)
+    single = (a for a, size in (("x", config.x_block), ("y", config.y_block)) if a in blocks and size == 1)
+    in_parts = any(s.mode == "part" for s in tiling.nest.stores)  # whose loop fetches blocks ahead, and no scalars
+    frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else frozenset(single))
     looped = tiling.reduces and not config.persistent
     along = tiling.nest.reduced if looped else tiling.nest.points
     emitter = Emitter(frame, names, looped, along)
@@ -143,11 +145,17 @@ def _point_lines(kernel: _Kernel) -> list[str]:
     cast = ".to(tl.int64)" if kernel.frame.index64 else ""
     lines = [f"pid = tl.program_id(0){cast}"]
     if "y" not in kernel.frame.blocks:
-        lines.append(f"x = pid * XB + {_lanes(kernel, 'x')}")
+        lines.append(_position_line(kernel, "x", "pid"))
         return lines + _axis_lines(kernel, "x")
     columns = kernel.emitter.index_text(_blocks_along(kernel, "x"))
-    lines += [f"x = pid % {columns} * XB + {_lanes(kernel, 'x')}", f"y = pid // {columns} * YB + {_lanes(kernel, 'y')}"]
+    lines += [_position_line(kernel, "x", f"pid % {columns}"), _position_line(kernel, "y", f"pid // {columns}")]
     return lines + _axis_lines(kernel, "x") + _axis_lines(kernel, "y")
+
+
+def _position_line(kernel: _Kernel, axis: str, number: str) -> str:
+    if axis in kernel.frame.scalars:
+        return f"{axis} = {number}"
+    return f"{axis} = {number} * {kernel.frame.blocks[axis]} + {_lanes(kernel, axis)}"
 
 
 def _blocks_along(kernel: _Kernel, axis: str) -> Int:
@@ -161,6 +169,8 @@ def _axis_lines(kernel: _Kernel, name: str) -> list[str]:
     axis: Axis = getattr(kernel.tiling, name)
     lines = []
     extent, size = axis.extent, _block_size(kernel, name)
+    if name in kernel.frame.scalars:
+        return []
     if not isinstance(extent, int) or extent == 0 or extent % size:
         kernel.frame.masks[name] = f"{name}_mask"
         lines.append(f"{name}_mask = {name} < {kernel.emitter.index_text(extent)}")
@@ -202,7 +212,7 @@ def _store_line(region: Region, frame: Frame, emitter: Emitter, store: Store, va
     wanted = frozenset(a for a in frame.blocks if a != "r" or varies)
     domain = frozenset(line for axis, line in frame.tiling.lines.items() if axis in wanted)
     emitter.bind(store.indirect, ())
-    address = emitter.address(store.index, _address_symbols(store), wanted)
+    address = emitter.address(store.index, _address_symbols(store), wanted, block=True)
     pointer = f"{emitter.names.buffer(store.buffer)} + {tight(address)}"
     mask = emitter.mask(domain, ())
     if accumulator_dtype(dtype) != dtype:
@@ -272,7 +282,7 @@ def _print_parts(kernel: _Kernel) -> None:
     cast = ".to(tl.int64)" if kernel.frame.index64 else ""
     outer += [f"pid = tl.program_id(0){cast}", f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
     outer.append(f"x_lane = {_lanes(kernel, 'x')}")
-    along = _axis_lines(kernel, "x")
+    along = ["x = x_base + x_lane", *_axis_lines(kernel, "x")]
     shape = f"[{', '.join(kernel.frame.blocks.values())}]"
     parts = [s for s in kernel.tiling.nest.stores if s.mode == "part"]
     emitter.open_loop("")
@@ -280,7 +290,7 @@ def _print_parts(kernel: _Kernel) -> None:
     sums = []
     for number, store in enumerate(parts):
         value = f"tl.broadcast_to({emitter.value(store.value)}, {shape})"
-        if along:
+        if "x" in kernel.frame.masks:
             value = f"tl.where(x_mask, {value}, 0.0)"
         sums.append(f"s{number} += {value}")
     body = [*emitter.close_loop(), *_barrier(kernel.tiling.nest), *statements, *sums]
@@ -289,7 +299,7 @@ def _print_parts(kernel: _Kernel) -> None:
     last = f"tl.minimum({first} + {emitter.index_text(each)}, {emitter.index_text(rows)})"
     ahead = kernel.config.stages
     steps = f"tl.range({first}, {last}, XB, num_stages={ahead})" if ahead > 1 else f"range({first}, {last}, XB)"
-    outer += [f"for x_base in {steps}:", *(f"    {line}" for line in ["x = x_base + x_lane", *along, *body])]
+    outer += [f"for x_base in {steps}:", *(f"    {line}" for line in [*along, *body])]
     row = emitter.index_text(kernel.tiling.r.extent)
     for number, store in enumerate(parts):
         address = f"{kernel.names.buffer(store.buffer)} + (pid * {tight(row)} + {tight(emitter.index_text(store.index))})"

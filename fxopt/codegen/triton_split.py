@@ -6,6 +6,8 @@ Each part reduces its share of the row into scratch memory, a second kernel join
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,11 +47,14 @@ from fxopt.ir.region import BufferSpec, Region
 
 @dataclass
 class _Split:
-    """One reduction round: how the row is cut, and the scratch it needs."""
+    """One reduction round: how the row is cut, and the scratch it needs.
+
+    `part` numbers the parts, `inside` the elements of one: several symbols each when the row has several axes.
+    """
 
     region: Region
-    part: Sym
-    inside: Sym
+    part: tuple[Sym, ...]
+    inside: tuple[Sym, ...]
     mapping: dict[Sym, Int]
     guard: Scalar | None
     row: Int
@@ -59,8 +64,9 @@ class _Split:
 
     def save(self, value: Scalar) -> Scalar:
         """Store a partial result per (part, point), once; returns its load for the joining nest."""
-        shape = (size_of(self.part), *map(size_of, self.region.nest.points))
-        index = ravel((symbol(self.part), *map(symbol, self.region.nest.points)), shape)
+        where = (*self.part, *self.region.nest.points)
+        shape = tuple(map(size_of, where))
+        index = ravel(tuple(map(symbol, where)), shape)
         for store in self.stores:
             if store.value is value:
                 return Load(store.buffer, index, value.dtype)
@@ -75,14 +81,16 @@ class _Split:
         return inner if self.guard is None else Masked(self.guard, inner, Const(neutral, value.dtype))
 
     def reduce(self, kind: str, operands: tuple[Scalar, ...], dtype: torch.dtype, output: int = 0) -> Scalar:
-        return Reduce(kind, operands, (self.inside,), dtype, output)
+        return Reduce(kind, operands, self.inside, dtype, output)
 
     def join(self, kind: str, operands: tuple[Scalar, ...], dtype: torch.dtype, output: int = 0) -> Scalar:
-        return Reduce(kind, operands, (self.part,), dtype, output)
+        return Reduce(kind, operands, self.part, dtype, output)
 
     def count(self, dtype: torch.dtype) -> Scalar:
         """How many elements a part has."""
-        start = mul(symbol(self.part), self.chunk)
+        if self.guard is None:
+            return cast_to(IndexValue(self.chunk), dtype)
+        start = mul(symbol(self.part[0]), self.chunk)
         return cast_to(IndexValue(maximum(minimum(self.chunk, self.row - start), 0)), dtype)
 
 
@@ -96,14 +104,14 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
 
     The new regions' `buffers` include the scratch they share: those absent from the region's own.
     """
-    nest = tile(region, allow_y=False).nest
+    nest = tile(region, "flat").merged
     if not _can_split(nest):
         return None
     split = _cut(replace(region, nest=nest), parts)
     level = [n for n in postorder(nest.roots) if isinstance(n, Reduce) and not _reduces_below(n)]
     joined: dict[Scalar, Scalar] = {n: cast_to(_partial(split, n), n.dtype) for n in level}
     streamed, now, later, finals = _stage_stores(split, nest, joined)
-    part = Nest((split.part, *nest.points), (split.inside,), (*split.stores, *streamed))
+    part = Nest((*split.part, *nest.points), split.inside, (*split.stores, *streamed))
     first = _subregion(region, "part", part, split.scratch)
     extra: dict[str, BufferSpec] = {}
     loads: dict[Scalar, Scalar] = {}
@@ -114,7 +122,7 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
         extra[spec.name] = spec
         now.append(Store(spec.name, index, cast_to(joined[node], spec.dtype)))
         loads[node] = cast_to(Load(spec.name, index, spec.dtype), node.dtype)
-    second = _subregion(region, "join", Nest(nest.points, (split.part,), tuple(now)), split.scratch | extra)
+    second = _subregion(region, "join", Nest(nest.points, split.part, tuple(now)), split.scratch | extra)
     rest = [replace(s, value=replaced(s.value, loads)) for s in later]
     if (_reads(rest) - extra.keys()) & {s.buffer for s in (*streamed, *now)} or _reads(now) & {s.buffer for s in streamed}:
         return None
@@ -153,6 +161,9 @@ def _cut(region: Region, parts: int) -> _Split:
     nest = region.nest
     sizes = tuple(map(size_of, nest.reduced))
     row = prod(sizes)
+    cuts = whole_cuts(sizes, parts)
+    if cuts is not None:
+        return _cut_axes(region, row, cuts)
     chunk = floordiv(row + (parts - 1), parts)
     if isinstance(row, int) and isinstance(chunk, int) and row % parts:
         chunk = -(-chunk // 128) * 128 if chunk >= 128 else chunk
@@ -162,7 +173,36 @@ def _cut(region: Region, parts: int) -> _Split:
     mapping = dict(zip(nest.reduced, unravel(linear, sizes), strict=True))
     exact = isinstance(row, int) and isinstance(chunk, int) and row == chunk * parts
     guard = None if exact else Op("lt", (IndexValue(linear), IndexValue(row)), torch.bool)
-    return _Split(region, part, inside, mapping, guard, row, chunk)
+    return _Split(region, (part,), (inside,), mapping, guard, row, chunk)
+
+
+def whole_cuts(sizes: Sequence[Int], parts: int) -> list[int] | None:
+    """How many pieces to cut each axis into, outermost first, for `parts` equal parts: an axis is cut only when the one
+    outside it is down to single elements. None when that does not come out even.
+
+    Such parts are boxes: their loops need no division, as those of a cut along the linear index would.
+    """
+    cuts, left = [], parts
+    for size in sizes:
+        cut = 1 if left == 1 else math.gcd(size, left) if isinstance(size, int) else 0
+        if cut not in (size, left):
+            return None
+        cuts.append(cut)
+        left //= cut
+    return cuts if left == 1 else None
+
+
+def _cut_axes(region: Region, row: Int, cuts: list[int]) -> _Split:
+    part: list[Sym] = []
+    inside: list[Sym] = []
+    mapping: dict[Sym, Int] = {}
+    for k, (sym, cut) in enumerate(zip(region.nest.reduced, cuts, strict=True)):
+        length = floordiv(size_of(sym), cut)
+        outer, inner = Sym(f"u{k}", size=cut), Sym(f"w{k}", size=length)
+        part += [outer] * (cut != 1)
+        inside += [inner] * (length != 1)
+        mapping[sym] = mul(symbol(outer) if cut != 1 else 0, length) + (symbol(inner) if length != 1 else 0)
+    return _Split(region, tuple(part), tuple(inside), mapping, None, row, floordiv(row, prod(cuts)))
 
 
 def _partial(split: _Split, node: Reduce) -> Scalar:

@@ -9,14 +9,17 @@ every access that walks memory in the same order, so that it stays linear and ve
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from fxopt.ir.exprs import (
+    Atom,
     Int,
     Sym,
+    add,
     ask,
     assumed,
     coefficient,
@@ -27,6 +30,7 @@ from fxopt.ir.exprs import (
     prod,
     substitute,
     symbol,
+    symbol_or_atom,
     unravel,
 )
 from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scan, postorder
@@ -36,6 +40,8 @@ _LINE_NAMES = {"x": "l0", "y": "l1", "r": "l2"}
 _TYPICAL = 1024
 """More than `ASSUMED_SIZE`: this decides whether a grid fills the GPU, and small blocks or a split chosen for a size taken
 too small cost more at large sizes than large blocks do at small ones."""
+_SIDE_SHARE = 8  # what moves less than one part in so many has no say in the order of loops
+_ROW_MIN = 256  # a program for each row is no use with shorter ones
 _TILE_MIN = 8  # a second tile axis shorter than this cannot coalesce anything
 
 
@@ -72,9 +78,11 @@ class Tiling:
     """A nest in normal form with its axes.
 
     `r.symbols` is empty when nothing is reduced, `y.symbols` when the tile has no y. `accesses` are in terms of the axes'
-    symbols; `nest` is in terms of one linear symbol per axis that has any: `lines` maps the axis's name to it.
+    symbols, as is `merged`; `nest` is in terms of one linear symbol per axis that has any: `lines` maps the axis's name
+    to it.
     """
 
+    merged: Nest
     nest: Nest
     lines: dict[str, Sym]
     x: Axis
@@ -107,17 +115,17 @@ def size_hint(size: Int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_nest(nest: Nest, itemsizes: tuple[tuple[str, int], ...], allow_y: bool) -> Tiling:
+def _tile_nest(nest: Nest, itemsizes: tuple[tuple[str, int], ...], form: str) -> Tiling:
     nest = rewrite(nest, {s: 0 for s in (*nest.points, *nest.reduced) if s.size == 1})
     sizes = dict(itemsizes)
     points = _by_stride(nest.points, _accesses(nest, sizes))
     reduced = nest.reduced if _has_scan(nest) else _by_stride(nest.reduced, _accesses(nest, sizes))
     nest = _merge(replace(nest, points=points, reduced=reduced))
     accesses = _accesses(nest, sizes)
-    x, y = _split_points(nest, accesses) if allow_y and not nest.reduced else (nest.points, ())
+    x, y = (nest.points, ()) if nest.reduced else _FORMS[form](nest, accesses)
     axes = {"x": Axis(x), "y": Axis(y), "r": Axis(nest.reduced)}
     linear, lines = _linearise(nest, axes)
-    return Tiling(linear, lines, axes["x"], axes["y"], axes["r"], accesses)
+    return Tiling(nest, linear, lines, axes["x"], axes["y"], axes["r"], accesses)
 
 
 def _linearise(nest: Nest, axes: dict[str, Axis]) -> tuple[Nest, dict[str, Sym]]:
@@ -132,11 +140,13 @@ def _linearise(nest: Nest, axes: dict[str, Axis]) -> tuple[Nest, dict[str, Sym]]
     return rewrite(nest, mapping), lines
 
 
-def tile(region: Region, allow_y: bool = True) -> Tiling:
-    """The tiling of `region`'s nest; with `allow_y` False all points lie on x."""
+def tile(region: Region, form: str = "tiles") -> Tiling:
+    """The tiling of `region`'s nest. `form` says what of its points lies on y: the "tiles" form has them there when accesses
+    are unit-stride along different symbols, "rows" all but the fastest symbol when that pays, "flat" none.
+    """
     nest = region.nest
     names = sorted({load.buffer for load in nest.loads()} | set(nest.writes()))
-    return _tile_nest(nest, tuple((n, region.buffers[n].dtype.itemsize) for n in names), allow_y)
+    return _tile_nest(nest, tuple((n, region.buffers[n].dtype.itemsize) for n in names), form)
 
 
 def rewrite(nest: Nest, mapping: dict[Sym, Int]) -> Nest:
@@ -169,6 +179,32 @@ def _has_reduction(nest: Nest) -> bool:
     return any(isinstance(n, Reduce | Scan) for n in postorder(nest.roots))
 
 
+def unit_stride(index: Int, sym: Sym) -> bool:
+    """Whether neighbours along `sym` are neighbours in memory, but for the ends of runs of `_TILE_MIN` or more."""
+    return coefficient(_within_runs(index, sym), sym) == 1
+
+
+def _within_runs(index: Int, sym: Sym) -> Int:
+    """`index` as it goes on along `sym` where none of its divisions by `_TILE_MIN` or more carries."""
+    if isinstance(index, int) or coefficient(index, sym) is not None:
+        return index
+    out: Int = 0
+    for monomial, factor in index.terms:
+        term: Int = factor
+        for atom in monomial:
+            long_runs = isinstance(atom, Atom) and ask("<=", _TILE_MIN, atom.b) is True
+            if not isinstance(atom, Atom) or not long_runs or atom.kind not in ("floordiv", "mod"):
+                term = mul(term, symbol_or_atom(atom))
+            elif atom.kind == "mod":
+                term = mul(term, _within_runs(atom.a, sym))
+            elif sym not in free_symbols(atom.a):
+                term = mul(term, symbol_or_atom(atom))
+            else:
+                term = 0
+        out = add(out, term)
+    return out
+
+
 def unit_stride_votes(accesses: Iterable[Access], symbols: tuple[Sym, ...]) -> dict[Sym, int]:
     """For each symbol, the bytes of accesses in which it has stride 1; a store counts twice (partial writes cost most).
 
@@ -179,17 +215,18 @@ def unit_stride_votes(accesses: Iterable[Access], symbols: tuple[Sym, ...]) -> d
         used = free_symbols(access.index)
         touched = Axis(tuple(s for s in symbols if s in used)).hint
         for sym in symbols:
-            if sym in used and coefficient(access.index, sym) == 1:
+            if sym in used and unit_stride(access.index, sym):
                 votes[sym] += touched * access.itemsize * (2 if access.writes else 1)
     return votes
 
 
 def _by_stride(symbols: tuple[Sym, ...], accesses: tuple[Access, ...]) -> tuple[Sym, ...]:
-    """Symbols by falling stride in the access that uses most of them (stores first); the unknown keep their order."""
+    """Symbols by falling stride in the access that uses most of them, of those the one that moves most; the unknown keep
+    their order."""
     if len(symbols) < 2:
         return symbols
-    ranked = sorted(accesses, key=lambda a: (-len(free_symbols(a.index) & set(symbols)), not a.writes))
-    guide = ranked[0].index
+    heaviest = min(accesses, key=lambda a: (-len(free_symbols(a.index) & set(symbols)), -_weight(a)))
+    guide = heaviest.index
     strides = {s: coefficient(guide, s) for s in symbols}
     out: list[Sym] = []
     for sym in symbols:
@@ -199,7 +236,15 @@ def _by_stride(symbols: tuple[Sym, ...], accesses: tuple[Access, ...]) -> tuple[
         out.insert(at, sym)
     votes = unit_stride_votes(accesses, symbols)
     fastest = max(out, key=lambda s: (votes[s], out.index(s)))
-    return (*(s for s in out if s is not fastest), fastest) if votes[fastest] else tuple(out)
+    if votes[fastest] * _SIDE_SHARE < _weight(heaviest):  # statistics of rows, say, which lie in another order than the rows
+        return tuple(out)
+    return (*(s for s in out if s is not fastest), fastest)
+
+
+def _weight(access: Access) -> int:
+    """Bytes that the access moves over the whole domain, twice for a store."""
+    touched = (size_hint(size_of(s)) for s in free_symbols(access.index) if s.size is not None)
+    return math.prod(touched) * access.itemsize * (2 if access.writes else 1)
 
 
 def _smaller(a: Int | None, b: Int | None) -> bool:
@@ -270,6 +315,26 @@ def _split_points(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, 
     if not votes[slow] or min(size_hint(size_of(slow)), size_hint(size_of(fast))) < _TILE_MIN:
         return points, ()
     return (fast,), (*(s for s in points if s is not slow and s is not fast), slow)
+
+
+def _split_rows(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, ...], tuple[Sym, ...]]:
+    """(x, y) symbols: x is the fastest alone when it is long and something is the same along it, which a program of one row
+    then loads and computes once."""
+    *slow, fast = nest.points or (None,)
+    if not slow or fast is None or not isinstance(fast.size, int) or fast.size < _ROW_MIN or fast.size % 16:
+        return nest.points, ()
+    integers = (n.expr for n in postorder(nest.roots) if isinstance(n, IndexValue))
+    used = [free_symbols(e) for e in (*(a.index for a in accesses), *integers)]
+    if not any(fast not in symbols and symbols & set(slow) for symbols in used):
+        return nest.points, ()
+    return (fast,), tuple(s for s in slow if s is not None)
+
+
+def _all_on_x(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, ...], tuple[Sym, ...]]:
+    return nest.points, ()
+
+
+_FORMS = {"tiles": _split_points, "rows": _split_rows, "flat": _all_on_x}
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,27 +18,37 @@ MAX_NODES = 192
 MAX_LOADS = 24
 
 
-def full_size_loads(body: Scalar, rank_symbols: int) -> int:
-    """Loads in `body` that move about as many bytes as the value itself: those indexed by every loop symbol."""
-    return sum(1 for n in postorder((body,)) if isinstance(n, Load) and len(free_symbols(n.index)) >= rank_symbols)
+def full_size_bytes(body: Scalar, rank_symbols: int) -> int:
+    """Bytes per element of the loads in `body` that run over about as many elements as the value itself: those indexed by
+    every loop symbol."""
+    loads = (n for n in postorder((body,)) if isinstance(n, Load) and len(free_symbols(n.index)) >= rank_symbols)
+    return sum(n.dtype.itemsize for n in loads)
 
 
 def should_store(value: Computed, readers: int) -> bool:
     """Whether an expression with `readers` readers is cheaper stored once than recomputed in each of them.
 
-    Counted in passes over the value's size: recomputing reads its inputs in every reader; storing reads them once, writes
-    once and reads once per reader. Joining regions may later drop the write, so a tie is stored.
+    Counted in bytes per element: recomputing reads its inputs in every reader; storing reads them once, writes once and
+    reads once per reader. Joining regions may later drop the write, so a tie is stored.
     """
     nodes = list(postorder((value.body,)))
     if len(nodes) > MAX_NODES or sum(isinstance(n, Load) for n in nodes) > MAX_LOADS:
         return True
     if readers <= 1:
         return False
-    loads = full_size_loads(value.body, len(value.body.symbols()))
+    read = full_size_bytes(value.body, len(value.body.symbols()))
     expensive = any(isinstance(n, Op) and n.name in EXPENSIVE_OPS for n in nodes)
-    recompute = readers * loads
-    stored = loads + 1 + (readers - 1)  # one reader usually joins with the producer and reads nothing
-    return recompute >= stored and loads > 0 if not expensive else loads > 0
+    recompute = readers * read
+    stored = read + readers * value.dtype.itemsize  # one reader usually joins with the producer and reads nothing
+    return read > 0 and (expensive or recompute >= stored)
+
+
+def recomputation(value: Scalar, device: torch.device) -> float:
+    """What computing an element of `value` once more costs beside its loads, in bytes moved in that time."""
+    nodes = [n for n in postorder((value,)) if isinstance(n, Op)]
+    expensive = sum(n.name in EXPENSIVE_OPS for n in nodes)
+    each, per_operator = (2.0, 0.1) if device.type == "cuda" else (8.0, 0.5)
+    return each * expensive + per_operator * len(nodes)
 
 
 def extent(sizes: Iterable[Int | None]) -> int:

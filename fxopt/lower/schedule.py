@@ -2,9 +2,10 @@
 
 Greedy: among all pairs that may be joined, the one that saves most bytes goes first, until none saves any. Two regions may
 be joined when their domains can be made one (`align`), every value passed between them is used at the iteration that makes
-it (`joining`), and no third step must run between them (`order`). Row reductions then take in the sums over their rows
-(`across`). Launches alone are saved after that: many regions that do the same to buffers of their own become one batch
-(`batching`), and what is left of small regions over equal domains is joined.
+it (`joining`), and no third step must run between them (`order`). What is stored between regions although it is cheaper to
+compute again (`recompute`) then makes way for more joins. Row reductions take in the sums over their rows (`across`).
+Launches alone are saved after that: many regions that do the same to buffers of their own become one batch (`batching`), and
+what is left of small regions over equal domains is joined.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import heapq
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fxopt.ir.loops import Nest
+from fxopt.ir.loops import Nest, Store, loads_below
 from fxopt.ir.region import Alias, Batch, Call, Ref, Region, Step, refs
 from fxopt.ir.rounding import unrounded
-from fxopt.lower import batching, cost
+from fxopt.lower import batching, cost, recompute
 from fxopt.lower.across import join_across, join_rows
 from fxopt.lower.align import extents
 from fxopt.lower.joining import join, with_nests
@@ -66,19 +67,26 @@ class _Scheduler:
         self.returned = {o.name for o in lowered.outputs if isinstance(o, Ref)}
         self.kept = {self._root(n) for n in self.returned} | set(lowered.inputs) | set(lowered.constants)
         self.nbytes = {name: cost.nbytes(spec) for name, spec in lowered.buffers.items()}
-        self.groups = {k: _Group(step, k, *self._accesses(step)) for k, step in enumerate(lowered.steps)}
-        self.order = Order(_constraints(list(self.groups.values())))
+        self.groups: dict[int, _Group] = {}
         self.touching: dict[str, set[int]] = {}  # base buffer → the groups that read or write it
-        for k, group in self.groups.items():
-            self._enter(k, group)
+        self._arrange([_Group(step, k, *self._accesses(step)) for k, step in enumerate(lowered.steps)])
 
     def run(self, batch: bool, apart: frozenset[str]) -> Lowered:
         self._join_all()
+        if self._recompute():
+            self._join_all()
         self._join_across()
         if batch:
             self._batch_all(apart)
         self._join_small()
         return replace(self.lowered, steps=self._live(self.order.linear(lambda k: self.groups[k].position)))
+
+    def _arrange(self, groups: list[_Group]) -> None:
+        """Take up `groups`, given in an order in which they may run, with only what their accesses demand of it."""
+        self.groups, self.touching = dict(enumerate(groups)), {}
+        self.order = Order(_constraints(groups))
+        for k, group in self.groups.items():
+            self._enter(k, group)
 
     # ------------------------------------------------------------------ which step touches what
 
@@ -122,6 +130,72 @@ class _Scheduler:
                 joined = self._join(a, b)
                 if joined is not None:
                     self._offer_neighbours(heap, joined, self._neighbours(joined))
+
+    def _recompute(self) -> bool:
+        """Do without buffers between regions that are cheaper computed again in each reader; whether there were any."""
+        gone: set[int] = set()
+        changed = False
+        for k in list(self.groups):
+            step = self.groups[k].step
+            for store in step.nest.stores if isinstance(step, Region) else ():
+                readers = self._recomputed(k, store)
+                for reader, region in readers.items():
+                    self._replace(reader, region)
+                if readers:
+                    changed = True
+                    gone |= self._drop(k, store.buffer)
+        if changed:  # readers need no longer wait
+            order = self.order.linear(lambda k: self.groups[k].position)
+            self._arrange([self.groups[k] for k in order if k not in gone])
+        return changed
+
+    def _recomputed(self, k: int, store: Store) -> dict[int, Region]:
+        """The readers of what `store`, of region `k`, stores, computing it themselves; empty where that saves nothing."""
+        name, source, readers = store.buffer, self.groups[k], self._readers(store.buffer)
+        assert isinstance(source.step, Region)
+        device, nbytes = source.step.device, self.nbytes[store.buffer]
+        alone = [n for n in self.touching[name] if name in self.groups[n].writes] == [k]
+        if name in self.kept or not alone or k in readers or nbytes < LAUNCH_BYTES.get(device.type, 0):
+            return {}
+        needed = {load.buffer for load in loads_below(store.roots)}
+        if not recompute.is_repeatable(store) or not all(self._is_final(n, k) for n in needed):
+            return {}
+        left = _with_stores(source.step, set(source.step.writes()) - {name})
+        saved: float = nbytes + sum(self.nbytes[n] for n in source.reads - set(left.reads() if left else ()))
+        each = cost.recomputation(store.value, device) * nbytes / store.value.dtype.itemsize
+        out: dict[int, Region] = {}
+        for reader in readers:
+            step = self.groups[reader].step
+            region = None
+            if isinstance(step, Region) and not needed & self.groups[reader].writes:
+                region = recompute.with_value(step, store, source.step)
+            if region is None:
+                return {}
+            out[reader] = region
+            saved += nbytes - each - sum(self.nbytes[n] for n in needed - self.groups[reader].reads)
+        return out if saved > 0 else {}
+
+    def _is_final(self, name: str, k: int) -> bool:
+        """Whether nothing writes buffer `name` but before region `k`."""
+        writers = (n for n in self.touching[name] if name in self.groups[n].writes)
+        return all(self.order.runs_before(n, k) for n in writers)
+
+    def _replace(self, k: int, region: Region) -> None:
+        position = self._leave(k).position
+        self.groups[k] = _Group(region, position, *self._accesses(region))
+        self._enter(k, self.groups[k])
+
+    def _drop(self, k: int, name: str) -> set[int]:
+        """Take the store to `name` from region `k`; {k} if that was all it did, and it touches nothing now."""
+        group = self.groups[k]
+        assert isinstance(group.step, Region)
+        left = _with_stores(group.step, set(group.step.writes()) - {name})
+        if left is not None:
+            self._replace(k, left)
+            return set()
+        self._leave(k)
+        self.groups[k] = replace(group, reads=frozenset(), writes=frozenset())
+        return {k}
 
     def _join_across(self) -> None:
         """Join row reductions with sums over their rows, most bytes saved first, and then with each other."""

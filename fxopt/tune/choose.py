@@ -32,6 +32,9 @@ CANDIDATES_AT_MOST = 8
 WORTH_MEASURING = 1 << 20
 """Bytes: what moves less is bound by its launch, whatever the configuration."""
 
+WORTH_MORE = 256 << 20
+"""Bytes: a region that moves more is worth two more candidates."""
+
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
 
@@ -187,9 +190,10 @@ def candidate_count(region: Work, mode: str) -> int:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     if 0 < moved < WORTH_MEASURING:
         return 1
+    more = 0 if moved < WORTH_MORE else 2
     if isinstance(region, Region) and region.across is not None:
-        return 4
-    return 3 if isinstance(region, Region) and region.nest.reduced else 2
+        return more + 4
+    return more + (3 if isinstance(region, Region) and region.nest.reduced else 2)
 
 
 def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, journal: Journal) -> None:

@@ -285,6 +285,20 @@ def test_saved_masks_on_request():
     assert "fxopt.rand.default" not in recorder.targets(Phase.BACKWARD)
 
 
+@pytest.mark.parametrize(("words", "trained", "gathered"), [(8, True, True), (4000, True, False), (8, False, False)])
+def test_rows_of_a_small_trained_table_are_picked_again(words: int, trained: bool, gathered: bool):
+    recorder = Recorder()
+    table, scale = torch.randn(words, 16, requires_grad=trained), torch.ones(16, requires_grad=True)
+    ids = torch.randint(words, (500,))
+    results = []
+    for run in (fn := lambda ids, table, scale: torch.sin(F.embedding(ids, table) * scale), recorder.compile(fn)):
+        table.grad = scale.grad = None
+        run(ids, table, scale).sum().backward()
+        results.append((scale.grad, table.grad if trained else None))
+    torch.testing.assert_close(*results)
+    assert ("aten.embedding.default" in recorder.targets(Phase.BACKWARD)) is gathered
+
+
 @pytest.mark.parametrize("fallback", [False, True])
 def test_checkpoint_recomputes_the_same_mask(fallback):
     recorder = Recorder(fallback_random=fallback)

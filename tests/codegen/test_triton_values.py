@@ -195,6 +195,38 @@ def test_stores_along_a_reduced_axis(interpreter: Interpreter, config: TritonCon
     check(interpreter, nests.gelu_backward(64, 12, F32), config)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4, 12, 24, 5])
+def test_a_reduction_over_images_and_pixels_in_parts(interpreter: Interpreter, parts: int) -> None:
+    check(interpreter, nests.channel_variance(12, 3, 14, F32), TritonConfig(1, r_block=16, persistent=False, split=parts))
+
+
+def test_parts_of_whole_images_are_read_along_their_pixels() -> None:
+    """A row of several axes is cut along the outer ones, and its parts stay row reductions."""
+    region = nests.channel_variance(64, 32, 8192, BF16).region
+    first = configs(region, TARGET)[0]
+    part = print_region(region, first, TARGET).kernels[0]
+    assert first.split > 1
+    assert part.grid[0] == 32 * first.split
+    assert part.compile_options["constexprs"]["XB"] == 1
+
+
+@pytest.mark.parametrize("config", [TritonConfig(128, rows=True), TritonConfig(256, rows=True), TritonConfig(128)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_programs_of_one_row(interpreter: Interpreter, config: TritonConfig, dtype: torch.dtype) -> None:
+    images = symbol(Sym("s0", lo=1))
+    check(interpreter, nests.channel_scale(2, 3, 272, dtype), config)
+    check(interpreter, nests.channel_scale(images, 3, 272, dtype, s0=2), config)
+
+
+def test_what_is_the_same_along_a_row_is_loaded_once() -> None:
+    region = nests.channel_scale(64, 32, 8192, BF16).region
+    first = configs(region, TARGET)[0]
+    assert first.rows
+    (kernel,) = print_region(region, first, TARGET).kernels
+    assert "tl.load(b1 + (y % 32))" in kernel.text
+    assert not any(c.rows for c in configs(nests.channel_scale(64, 32, 49, BF16).region, TARGET)), "too short"
+
+
 def test_split_parts_store_along_the_row_themselves() -> None:
     """Equal parts: everything is read once. Unequal ones would need a mask, so the row is read again by a third kernel."""
     case = nests.gelu_backward(64, 12, F32)

@@ -310,6 +310,35 @@ def plus_number(number: int, size: Int, **sizes: int) -> Case:
     return make(nest, [buffer(n, I64, (size,)) for n in "ao"], "a", "o", lambda a: a + number, s0=number, **sizes)
 
 
+def channel_variance(images: int, channels: int, pixels: int, dtype: torch.dtype) -> Case:
+    """Variance over images and pixels of [images, channels, pixels], as batch normalization takes it."""
+    n, c, p = Sym("r0", size=images), Sym("x1", size=channels), Sym("r2", size=pixels)
+    value = cast(Load("a", (symbol(n) * channels + symbol(c)) * pixels + symbol(p), dtype), F32)
+    variance = Reduce("welford", (value,), (n, p), F32, output=1)
+    nest = Nest((c,), (n, p), (Store("o", symbol(c), variance),))
+    buffers = [buffer("a", dtype, (images, channels, pixels)), buffer("o", F32, (channels,))]
+    reference = lambda a: a.var((0, 2), correction=0) * (images * pixels)  # noqa: E731
+    return make(nest, buffers, "a", "o", reference)
+
+
+def channel_scale(images: Int, channels: int, pixels: int, dtype: torch.dtype, **sizes: int) -> Case:
+    """[images, channels, pixels] times a number for each channel and a mask of channels, whose false ones are not read."""
+    n, c, p = Sym("x0", size=images), Sym("x1", size=channels), Sym("x2", size=pixels)
+    at = (symbol(n) * channels + symbol(c)) * pixels + symbol(p)
+    scale = Masked(Load("m", symbol(c), BOOL), Load("w", symbol(c), dtype), Const(1.0, dtype))
+    value = op("mul", Load("a", at, dtype), scale)
+    nest = Nest((n, c, p), (), (Store("o", at, value), Store("r", at, cast(value, F32))))
+    shape = (images, channels, pixels)
+    buffers = [buffer("a", dtype, shape), buffer("m", BOOL, (channels,)), buffer("w", dtype, (channels,))]
+    buffers += [buffer("o", dtype, shape), buffer("r", F32, shape)]
+
+    def reference(a: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = a * torch.where(m, w, 1)[:, None]
+        return out, out.to(a.dtype if a.dtype == torch.float64 else F32)
+
+    return make(nest, buffers, "a m w", "o r", reference, **sizes)
+
+
 def scatter_add() -> Case:
     x, y = Sym("x0", size=30), Sym("x1", size=8)
     t, bound = indirect_symbol(Op("checked_index", (Load("i", symbol(x), I64), Const(5, I64)), I64), 5)

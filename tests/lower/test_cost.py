@@ -19,6 +19,10 @@ Y = Load("y", I * 32 + J, F32)
 ROW = Load("bias", J, F32)
 
 
+NARROW = Op("cast", (Load("n", I * 32 + J, torch.bfloat16),), F32)
+MASK = Load("m", I * 32 + J, torch.bool)
+
+
 def value(body: Scalar) -> Computed:
     return Computed(body, F32, CPU, SHAPE)
 
@@ -37,6 +41,8 @@ def op(name: str, *args: Scalar) -> Scalar:
         (op("exp", op("exp", X)), 1, False),
         (op("exp", Const(2.0, F32)), 3, False),  # no memory behind it
         (op("add", ROW, Const(1.0, F32)), 4, False),  # a vector is cheap to read again
+        (op("where", MASK, NARROW, Const(0.0, F32)), 3, False),  # nine bytes read again; stored, 15 moved
+        (op("add", op("add", NARROW, NARROW), X), 3, True),  # as much read as three passes over the value
     ],
 )
 def test_what_is_stored(body: Scalar, readers: int, stored: bool) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.ir.loops import Masked, postorder
 from fxopt.ir.region import Region
-from tests.lower.capturing import check_exact
+from fxopt.lower.schedule import schedule
+from tests.lower.capturing import check_exact, lower_function
 
 aten = torch.ops.aten
 
@@ -48,6 +50,23 @@ def test_cat_of_many_writes_each_into_its_slice() -> None:
     lowered = check_exact(lambda *parts: torch.cat([p + 1 for p in parts], 1), *parts)
     assert len(_regions(lowered)) == len(parts)
     assert {r.nest.writes() for r in _regions(lowered)} == {_regions(lowered)[0].nest.writes()}
+
+
+def test_parts_that_share_their_inputs_are_one_kernel_without_a_selection_on_a_gpu() -> None:
+    def gradients(g: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+        share = torch.sigmoid(x)
+        return torch.cat([g * share, g * x * (1 - share)], dim)
+
+    with FakeTensorMode():
+        g, x = (torch.empty(8, 64, device="cuda") for _ in range(2))
+        joined = schedule(lower_function(lambda g, x: gradients(g, x, 1), (g, x)))
+        narrow = schedule(lower_function(lambda g, x: gradients(g.unsqueeze(-1), x.unsqueeze(-1), -1), (g, x)))
+        apart = schedule(lower_function(lambda g, x: torch.cat([g, x], 1), (g, x)))
+    (region,) = _regions(joined)
+    assert (set(region.nest.reads()), len(region.nest.stores)) == (set(joined.inputs), 2)
+    assert not any(isinstance(n, Masked) for n in postorder(region.nest.roots))
+    for lowered in (narrow, apart):
+        assert any(isinstance(n, Masked) for r in _regions(lowered) for n in postorder(r.nest.roots))
 
 
 def test_stack() -> None:

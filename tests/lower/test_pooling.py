@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt.ir.pool_ops import max_pool_offsets, max_pool_offsets_backward
 from tests.lower.capturing import check_exact, library_calls, lower_function
 from tests.lower.harness import check
 
@@ -56,6 +57,20 @@ def test_gradients(window: dict[str, Any]) -> None:
     check(of_max, grad, x, places)
     _check_average_gradient(grad, x, (kernel, stride, padding, ceil_mode, True, None))
     _check_average_gradient(grad, x, (kernel, stride, padding, ceil_mode, False, None))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_offsets(window: dict[str, Any], dynamic: bool) -> None:
+    kernel = window["kernel_size"] * (3 - len(window["kernel_size"]))
+    stride, padding, ceil_mode = window.get("stride", kernel), window.get("padding", [0]), window.get("ceil_mode", False)
+    arguments = (kernel, stride * (3 - len(stride)), padding * (3 - len(padding)), ceil_mode)
+    for x in (torch.randn(2, 3, 8, 7), torch.randn(2, 8, 7, 3).permute(0, 3, 1, 2)):
+        x[0, 0, 2:4, 2:4] = float("nan")
+        check_exact(lambda x: max_pool_offsets(x, *arguments), x, dynamic=dynamic)
+        values, offsets = max_pool_offsets(x, *arguments)
+        grad = values.round()
+        check_exact(lambda g, x, o: max_pool_offsets_backward(g, x, *arguments, o), grad, x, offsets, dynamic=dynamic)
 
 
 def _check_average_gradient(grad: torch.Tensor, x: torch.Tensor, arguments: tuple[Any, ...]) -> None:

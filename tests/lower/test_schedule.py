@@ -16,7 +16,8 @@ from fxopt.capture.symbols import to_int
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Region
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, lower_graph
+from fxopt.lower import Lowered, cost, lower_graph
+from fxopt.lower import schedule as schedule_module
 from fxopt.lower.schedule import MAX_DISTANCE, schedule
 from tests.lower.interpreter import run_lowered
 
@@ -64,6 +65,7 @@ def test_softmax_with_its_input_and_a_row_sum_is_one_kernel() -> None:
 
 def test_column_and_row_reductions_are_two_kernels() -> None:
     assert len(check(lambda x: (x.sum(0), x.sum(1)), rand(6, 16))) == 2
+    assert len(check(lambda x: (x.sum(0), x.sum(1)), rand(16, 16))) == 2, "of a square as well"
 
 
 def test_reductions_with_different_numbers_of_rows_stay_apart() -> None:
@@ -267,21 +269,42 @@ def arguments(seed: int) -> tuple[torch.Tensor, ...]:
     return rand(4, 6), rand(4, 6), rand(6), torch.randint(0, 4, (4,))
 
 
+@pytest.fixture(params=["by cost", "whatever it costs"])
+def recomputing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values between regions are stored or computed again as the estimate says, or computed again wherever possible."""
+    if request.param != "by cost":
+        monkeypatch.setattr(schedule_module, "LAUNCH_BYTES", {})
+        monkeypatch.setattr(cost, "recomputation", lambda value, device: -1e9)
+
+
 # In 1013 two joins put an order between regions that were offered to each other as unordered.
 @pytest.mark.parametrize("seed", [*range(60), 1013])
-def test_random_programs_keep_their_values(seed: int) -> None:
+def test_random_programs_keep_their_values(seed: int, recomputing: None) -> None:
     program, args = random_program(seed), arguments(seed)
     joined = check(program, *args)
     assert len(joined) <= len(regions(lowered(program, *args)))
 
 
+def test_what_two_kernels_read_is_computed_in_both() -> None:
+    """A gradient that a column and a row reduction need, from inputs that both read anyway."""
+
+    def fn(g: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = (x * 2 + g) * x
+        return (h * x).sum(0), h - h.sum(1, keepdim=True) * x
+
+    small, large = check(fn, rand(6, 8), rand(6, 8)), check(fn, rand(512, 512), rand(512, 512))
+    assert sorted(len(r.nest.stores) for r in small) == [1, 2], "what one of them stores costs less than a launch"
+    assert [len(r.nest.stores) for r in large] == [1, 1]
+    assert len({name for r in large for name in r.reads()}) == 2
+
+
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_random_programs_of_unknown_sizes_keep_their_values(seed: int) -> None:
+def test_random_programs_of_unknown_sizes_keep_their_values(seed: int, recomputing: None) -> None:
     check(random_program(seed), *arguments(seed), dynamic=True)
 
 
 @pytest.mark.parametrize("seed", range(200, 230))
-def test_random_programs_that_write_their_inputs_keep_their_values(seed: int) -> None:
+def test_random_programs_that_write_their_inputs_keep_their_values(seed: int, recomputing: None) -> None:
     """Both matrices are overwritten in the middle, with values that old and new ones go into."""
 
     def program(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, picks: torch.Tensor) -> tuple[torch.Tensor, ...]:

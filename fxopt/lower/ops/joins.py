@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fxopt.ir.exprs import Int, add, floordiv, index, maximum, minimum, mod, mul, prod
-from fxopt.ir.loops import Const, Masked, Nest, Scalar, Store
+from fxopt.ir.exprs import Int, add, floordiv, free_symbols, index, maximum, minimum, mod, mul, prod
+from fxopt.ir.loops import Const, Masked, Nest, Scalar, Store, loads_below
 from fxopt.lower import layout
+from fxopt.lower.cost import extent
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.bounds import all_of, compare, dim_of, inside, is_empty, reshape_indices
 from fxopt.lower.ops.elements import Indices, moved
@@ -22,6 +24,9 @@ TABLE = Table()
 
 MAX_SELECTED = 8
 """A cat of more inputs than this is not worth evaluating every input's expression for every element."""
+
+LONG_RUN = 16
+"""Elements side by side in memory, from which on a kernel writes them no slower than a whole row."""
 
 
 # ---------------------------------------------------------------------- cat, stack
@@ -53,18 +58,40 @@ def _joined(ctx: Lowering, parts: list[Value], dim: int, shape: tuple[Int, ...],
     require_device(out.device, *parts)
     if is_empty(shape) or not parts:
         return Computed(Const(0, out.dtype), out.dtype, out.device, shape)
-    if _by_parts(ctx, parts, out):
+    if _by_parts(ctx, parts, dim, out):
         return _stored_parts(ctx, parts, dim, shape, out)
     return _selected(parts, dim, shape, out)
 
 
-def _by_parts(ctx: Lowering, parts: list[Value], out: torch.Tensor) -> bool:
-    """Whether each part is better written into its slice of one buffer by itself.
+def _by_parts(ctx: Lowering, parts: list[Value], dim: int, out: torch.Tensor) -> bool:
+    """Whether each part is better written into its slice of one buffer by itself, if that is wanted in memory anyway.
 
-    On a CPU several plain loops beat one with a selection in it, when the result is wanted in memory anyway; on a GPU one
-    launch beats several, and its selections are uniform within nearly every warp.
+    On a CPU several plain loops beat one with a selection in it. On a GPU one launch beats several, and its selections are
+    uniform within nearly every warp; but parts over one domain that read the same memory become one kernel in the end, which
+    reads it once and computes what they share once (the two gradients of a gated linear unit).
     """
-    return len(parts) > MAX_SELECTED or (out.device.type == "cpu" and ctx.node in ctx.must_store and len(parts) > 1)
+    if len(parts) > MAX_SELECTED:
+        return True
+    if len(parts) < 2 or ctx.node not in ctx.must_store:
+        return False
+    return out.device.type == "cpu" or _share_reads(parts, ctx.sizes(out.stride())[dim], dim)
+
+
+def _share_reads(parts: list[Value], stride: Int, dim: int) -> bool:
+    """Whether `parts`, with `stride` along `dim` in the result, have one shape, each reads some of what the one before
+    reads, and their slices are long enough to be written apart."""
+    if any(part.shape != parts[0].shape for part in parts) or extent([parts[0].shape[dim], stride]) < LONG_RUN:
+        return False
+    reads = [_full_size_reads(part) for part in parts]
+    return all(a & b for a, b in itertools.pairwise(reads))
+
+
+def _full_size_reads(value: Value) -> set[str]:
+    """The buffers of which `value` reads about as many elements as it has."""
+    if isinstance(value, Stored):
+        return {value.buffer}
+    rank = len(value.body.symbols())
+    return {load.buffer for load in loads_below((value.body,)) if len(free_symbols(load.index)) >= rank}
 
 
 def _selected(parts: list[Value], dim: int, shape: tuple[Int, ...], out: torch.Tensor) -> Computed:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import UnsupportedError
+from fxopt.ir import pool_ops
 from fxopt.ir.exprs import Int, add, floordiv, maximum, minimum, mul, prod
 from fxopt.ir.loops import Const, IndexValue, Masked, Op, Scalar
 from fxopt.lower.lowering import Lowering
@@ -167,7 +168,12 @@ def maxima(ctx: Lowering, x: Value, rank: int, taps: Callable[[Indices], list[Ta
     values = pointwise(shape, x.dtype, x.device, best, (x,))
     if not _used(ctx.node, 1):
         return values, None
-    return values, pointwise(shape, torch.int64, x.device, lambda i: _argmax(taps(i), x.shape[-rank:]), (x,))
+
+    def position(i: Indices) -> Scalar:
+        chosen = taps(i)
+        return _argmax(chosen, [IndexValue(_flat(t.place, x.shape[-rank:])) for t in chosen])
+
+    return values, pointwise(shape, torch.int64, x.device, position, (x,))
 
 
 def _flat(place: Indices, sizes: Sequence[Int]) -> Int:
@@ -178,19 +184,59 @@ def _flat(place: Indices, sizes: Sequence[Int]) -> Int:
     return flat
 
 
-def _argmax(taps: list[Tap], sizes: Sequence[Int]) -> Scalar:
-    top = taps[0].value
-    chosen: Scalar = Const(-1, torch.int64)
-    for t in taps:
-        better: Scalar = Op(
-            "bitwise_or", (Op("gt", (t.value, top), BOOL), Op("lt", (chosen, Const(0, torch.int64)), BOOL)), BOOL
-        )
+def _argmax(taps: list[Tap], positions: Sequence[Scalar]) -> Scalar:
+    """The position, none of which is negative, of the tap that eager takes for the largest."""
+    top, dtype = taps[0].value, positions[0].dtype
+    chosen: Scalar = Op("where", (taps[0].valid, positions[0], Const(-1, dtype)), dtype)
+    for t, position in zip(taps[1:], positions[1:], strict=True):
+        better: Scalar = Op("bitwise_or", (Op("gt", (t.value, top), BOOL), Op("lt", (chosen, Const(0, dtype)), BOOL)), BOOL)
         if t.value.dtype.is_floating_point:
             better = Op("bitwise_or", (better, Op("isnan", (t.value,), BOOL)), BOOL)
-        position = IndexValue(_flat(t.place, sizes))
-        chosen = Op("where", (all_of((better, t.valid)), position, chosen), torch.int64)
-        top = Op("maximum", (top, t.value), t.value.dtype)
+        chosen = Op("where", (all_of((better, t.valid)), position, chosen), dtype)
+        top = Op("maximum", (top, t.value), t.value.dtype)  # as in `maxima`: what both compute is computed once
     return chosen
+
+
+@TABLE.lowers(pool_ops.max_pool_offsets)
+def max_pool_offsets(
+    ctx: Lowering, x: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool
+) -> tuple[Value, Value]:
+    """Values and the numbers of their taps."""
+    shape = ctx.sizes(ctx.out(0).shape)
+    windows = _windows(2, x.shape, shape, kernel, stride, padding, (1,))
+
+    def best(i: Indices) -> Scalar:
+        taps = _taps(x, i, windows, lowest(x.dtype))
+        return functools.reduce(lambda a, b: Op("maximum", (a, b), x.dtype), [t.value for t in taps])
+
+    def number(i: Indices) -> Scalar:
+        taps = _taps(x, i, windows, lowest(x.dtype))
+        return cast(_argmax(taps, [Const(k, torch.int32) for k in range(len(taps))]), torch.int8)
+
+    return pointwise(shape, x.dtype, x.device, best, (x,)), pointwise(shape, torch.int8, x.device, number, (x,))
+
+
+@TABLE.lowers(pool_ops.max_pool_offsets_backward)
+def max_pool_offsets_backward(
+    ctx: Lowering,
+    grad: Value,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    offsets: Value,
+) -> Computed:
+    """The sum of `grad` over the windows in which each input element is the tap with the number in `offsets`."""
+    windows, dtype = _windows(2, x.shape, grad.shape, kernel, stride, padding, (1,)), accumulator(grad.dtype)
+
+    def term(i: Indices, where: Indices) -> Scalar:
+        rows, columns = (add(h, mul(w.tap(o, 0), -1)) for w, h, o in zip(windows, i[-2:], where[-2:], strict=True))
+        own = cast(IndexValue(add(mul(rows, windows[1].kernel), columns)), torch.int32)
+        hit = Op("eq", (cast(at(offsets, where), torch.int32), own), BOOL)
+        return Op("where", (hit, cast(at(grad, where), dtype), Const(0, dtype)), dtype)
+
+    return _over_windows(ctx, grad, x.shape, windows, term)
 
 
 @TABLE.lowers(aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default)
