@@ -210,11 +210,10 @@ def _store_line(region: Region, frame: Frame, emitter: Emitter, store: Store, va
     dtype = region.buffers[store.buffer].dtype
     varies = bool(frozenset(frame.tiling.nest.reduced) & store.symbols())
     wanted = frozenset(a for a in frame.blocks if a != "r" or varies)
-    domain = frozenset(line for axis, line in frame.tiling.lines.items() if axis in wanted)
     emitter.bind(store.indirect, ())
     address = emitter.address(store.index, _address_symbols(store), wanted, block=True)
     pointer = f"{emitter.names.buffer(store.buffer)} + {tight(address)}"
-    mask = emitter.mask(domain, ())
+    mask = " & ".join(frame.masks[a] for a in frame.blocks if a in wanted and a in frame.masks)  # of one point as well
     if accumulator_dtype(dtype) != dtype:
         value = f"{value}.to({ops.tl_type(dtype)})"
     if store.value.dtype != dtype:

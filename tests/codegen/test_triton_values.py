@@ -239,7 +239,10 @@ def test_a_split_reduction_of_uneven_parts(interpreter: Interpreter) -> None:
     check(interpreter, nests.gelu_backward(64, 12, F32), TritonConfig(8, split=5))
 
 
-@pytest.mark.parametrize("make", [nests.cat, nests.gather, nests.scatter_add, lambda: nests.in_place(77)])
+FORMS = [nests.cat, nests.gather, nests.scatter_add, nests.add_to_scalar, lambda: nests.in_place(77)]
+
+
+@pytest.mark.parametrize("make", FORMS)
 def test_memory_forms(interpreter: Interpreter, make: object) -> None:
     assert callable(make)
     check(interpreter, make(), TritonConfig(32))

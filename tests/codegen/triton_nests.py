@@ -348,6 +348,13 @@ def scatter_add() -> Case:
     return make(Nest((x, y), (), (store,)), buffers, "i a o", "o", reference)
 
 
+def add_to_scalar() -> Case:
+    """A domain of one point: lanes beyond it must not add again."""
+    nest = Nest((), (), (Store("o", 0, op("mul", Load("a", 0, F32), Load("a", 0, F32)), "add"),))
+    buffers = [buffer("a", F32, ()), buffer("o", F32, ())]
+    return make(nest, buffers, "a o", "o", lambda a, o: o + a * a)
+
+
 def cumulative(kind: str, points: int, row: int) -> Case:
     p, r, at = rows(points, row)
     scan = Scan(kind, Load("a", at, F32), r, F32)
