@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fxopt.codegen.triton_tiling import Tiling, tile
-from fxopt.ir.exprs import Int, coefficient, floordiv, mul
+from fxopt.codegen.triton_tiling import Access, Axis, Tiling, tile
+from fxopt.ir.exprs import Int, coefficient, floordiv, free_symbols, mul
 from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
 from fxopt.ir.region import Region
 from fxopt.target import Target
@@ -26,6 +26,7 @@ _TILES = (
     (64, 16, 4),
     (16, 32, 2),
 )
+_SECTOR_BYTES = 32  # the smallest piece that is read from memory
 _SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
 _LINE = 128  # bytes of a cache line
 _LONG_BLOCK = 8192  # elements of a row that take many warps to hold, all waiting for each other; half where looping is cheap
@@ -36,6 +37,7 @@ _PART_SHARE = 4  # what is loaded, over what parts may store and load again for 
 _ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
 _MOST_PROGRAMS_PER_SM = 24  # where parts stay long: so many that the last wave, which is not full, does not count
 _LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
+_KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -90,6 +92,29 @@ def _narrowest(tiling: Tiling) -> int:
     return min((a.itemsize for a in tiling.accesses), default=4)
 
 
+def _even(tiling: Tiling) -> int:
+    """Most elements per thread and step with which the widest accesses stay coalesced.
+
+    Triton gives each thread as many neighbours as make 16 bytes of the narrowest type, in all accesses: 16 bytes of a mask
+    are 64 of the float32 values beside it, of which one instruction then reads a quarter of every second line. A sector
+    (32 bytes) for each thread is still whole.
+    """
+    sizes = [a.itemsize for a in _streams(tiling)] or [1]
+    most = max(1, _SECTOR_BYTES // max(sizes))
+    return most if 16 // min(sizes) > most else _VALUES_PER_THREAD
+
+
+def _streams(tiling: Tiling) -> list[Access]:
+    """The accesses that touch an element of their own at every iteration, or nearly so."""
+    axes = (*tiling.x.symbols, *tiling.y.symbols, *tiling.r.symbols)
+
+    def touched(access: Access) -> int:
+        used = free_symbols(access.index)
+        return Axis(tuple(s for s in axes if s in used)).hint
+
+    return [a for a in tiling.accesses if 2 * touched(a) > Axis(axes).hint]
+
+
 def _pressure(tiling: Tiling) -> int:
     """Roughly how many block values are live at once: one per stream and a share of the heavy operators."""
     heavy = sum(isinstance(n, Op) and n.name not in _CHEAP for n in postorder(tiling.nest.roots))
@@ -107,12 +132,13 @@ def _fill(points: int, block: int, target: Target) -> float:
 def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     """One 16-byte access per thread of the narrowest type first, so that wider ones take several."""
     points = max(1, tiling.x.hint)
-    vector = min(8, max(1, 16 // _narrowest(tiling)))
+    even = _even(tiling)
+    vector = min(8, even, max(1, 16 // _narrowest(tiling)))
     room = max(vector, _VALUES_PER_THREAD // _pressure(tiling))
-    first = min(room, 8)
+    first = min(room, even, 8)
     scored = []
     for warps in (4, 8, 2):
-        for per_thread in dict.fromkeys((vector, 8, 16, max(1, vector // 2))):
+        for per_thread in dict.fromkeys((vector, min(even, 8), min(even, 16), max(1, vector // 2))):
             block = min(32 * warps * per_thread, max(32, next_power_of_2(points)))
             odd = (0.2 if per_thread > first else 0.5) if per_thread != first else 0.0
             cost = odd + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.25)
@@ -144,7 +170,8 @@ def _row_point_configs(tiling: Tiling) -> list[TritonConfig]:
         return block * -(-row // block) / row + 64 / block
 
     block = min((1024, 2048, 512, 256), key=idle)
-    return [TritonConfig(block, num_warps=max(1, min(4, block // 256)), rows=True)]
+    warps = max(min(4, block // 256), block // (32 * min(16, _even(tiling))))
+    return [TritonConfig(block, num_warps=max(1, warps), rows=True)]
 
 
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
@@ -182,17 +209,22 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     block = next_power_of_2(row)
     once = _reads_once(tiling)
     shapes = ((2048, 4), (4096, 8), (1024, 4), (8192, 16)) if once else ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
+    even = _even(tiling)
     looped = [
-        TritonConfig(1, r_block=size, persistent=False, num_warps=warps)
+        TritonConfig(1, r_block=size, persistent=False, num_warps=max(warps, min(16, size // (32 * even))))
         for size, warps in shapes
         if size < block or not static
     ]
     if not static or block > PERSISTENT_LIMIT:
+        read = row * sum(a.itemsize for a in _streams(tiling) if not a.writes)
+        if not once and rows >= target.sm_count and read * target.sm_count < _KEPT_IN_CACHE:
+            each = min(even, 8 if _has_pairs(tiling) else 16)
+            looped.insert(0, TritonConfig(1, r_block=32 * 32 * each, persistent=False, num_warps=32))
         return looped
     together = max(1, 512 // block)
     while together > 1 and -(-rows // together) < target.sm_count:
         together //= 2
-    values = max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling))
+    values = min(even, max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling)))
     found = []
     other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
     for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
@@ -241,7 +273,7 @@ def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list
     if rows * row <= _SMALL:
         while width > line // 2 and -(-rows // width) < target.sm_count:
             width //= 2
-    values = _column_values(tiling)
+    values = min(_column_values(tiling), _even(tiling))
     found = []
     shapes = [(width, values, 4), (width, values, 8), (2 * width, values, 4), (4 * width, values, 8)]
     shapes.append((width, values // 2, 4))
@@ -295,6 +327,12 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
     wanted = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least, 1024)
     parts = (_even_parts(tiling, row, p) for p in (wanted, wanted // 2))
     return list(dict.fromkeys(p for p in parts if p > 1))
+
+
+def _has_pairs(tiling: Tiling) -> bool:
+    """Whether a reduction carries two values for each element of a block."""
+    kinds = {n.kind for n in postorder(tiling.nest.roots) if isinstance(n, Reduce)}
+    return bool(kinds & {"welford", "softmax_stats", "argmax", "argmin"})
 
 
 def _has_welford(tiling: Tiling) -> bool:
