@@ -11,11 +11,13 @@ A document whose plan or kernels are gone or damaged counts as absent.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +208,14 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
             raise ValueError("another format")
         if journal.strict and body["journal"]["retreats"]:
             return None
-        plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
-        constants = {name: _decoded(data) for name, data in body["constants"].items()}
-        kernels = {name: store.get(name) for name in body["kernels"]}
-        if not all(kernels.values()):
-            return None
-        executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
-        _restore(journal, body["journal"])
+        with _no_collections():
+            plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
+            constants = {name: _decoded(data) for name, data in body["constants"].items()}
+            kernels = {name: store.get(name) for name in body["kernels"]}
+            if not all(kernels.values()):
+                return None
+            executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
+            _restore(journal, body["journal"])
     except (PlanError, ValueError, KeyError, TypeError, AttributeError) as error:
         _set_aside(store, name, str(error))
         return None
@@ -220,6 +223,19 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
         return None
     executor.kept_as = name
     return executor
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage collection meanwhile: a plan is some ten thousand objects that all stay, enough to have one start that walks
+    over a whole process's modules, which takes longer than everything else about a plan."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _set_aside(store: ArtifactStore, name: str, reason: str) -> None:
