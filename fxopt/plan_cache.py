@@ -227,8 +227,8 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """No garbage collection meanwhile: a plan is some ten thousand objects that all stay, enough to have one start that walks
-    over a whole process's modules, which takes longer than everything else about a plan."""
+    """No garbage collection meanwhile: a plan is some ten thousand objects that all stay, enough to start one that walks
+    over all objects of the process, which takes longer than everything else about a plan."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,11 +1,12 @@
 """What AOTAutograd made of a Dynamo graph, on disk: a warm start neither traces, nor partitions, nor normalizes it again.
 
 torch has a cache for this (AOTAutogradCache), which knows how to hash Dynamo's graph and how to put a finished graph back
-behind its runtime wrappers. It is used here with entries of fxopt's own. What torch would pickle as compiled code is a
-`KeptCode`: the name of a finished plan, from which the executor is bound again. Entries lie in fxopt's cache directory under
-its rules (`Shelf`), because unpickling a file runs it: no file that another user could have written is ever read.
+behind its runtime wrappers. It is used here with keys and entries of fxopt's own. What torch would pickle as compiled code
+is a `KeptCode`: the name of a finished plan, from which the executor is bound again. Entries lie in fxopt's cache directory
+under its rules (`Shelf`), because unpickling a file runs it: no file that another user could have written is ever read.
 
-The key is torch's hash of the graph together with everything else that decides the result (`Session.facts`). An entry is
+The key is torch's hash of the graph, its inputs and torch's settings, together with everything else that decides the result
+(`Session.facts`). What torch hashes for Inductor's sake is left out: it takes a second to import and to read. An entry is
 kept only when all its graphs have plans on disk, and never for
 
 - symbolic sizes, tensor subclasses, layouts other than strided;
@@ -27,7 +28,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -42,10 +43,13 @@ from fxopt.journal import RECENT, Journal
 from fxopt.options import Options
 
 try:
+    from torch._functorch._aot_autograd import autograd_cache
     from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
     from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler
+    from torch._inductor import config as inductor_config
     from torch._inductor.output_code import OutputCode
 except ImportError:  # another torch: `usable` says no
+    autograd_cache = inductor_config = None  # type: ignore[assignment]
     AOTAutogradCache = SerializableAOTDispatchCompiler = None  # type: ignore[assignment, misc]
     OutputCode = object  # type: ignore[assignment, misc]
 
@@ -55,6 +59,9 @@ TESTED = ("2.11", "2.13")
 """Versions of torch whose cache is known to work as this file says."""
 
 FORMAT = 1
+
+_KEY_SANITIZES = not torch.__version__.startswith("2.11.")
+"""Whether it is the function that makes the key, and not its caller, that clears names out of the graph meanwhile."""
 
 _PARAMETERS = {
     "_lookup": ["key", "local", "remote", "args", "cache_info", "aot_config"],
@@ -140,6 +147,21 @@ class Session:
         self._found[0].seconds["autograd cache"] = self.seconds
         return found
 
+    def key(self, mod: Any, args: Sequence[Any], aot_config: Any) -> str:
+        """torch's hash of what AOTAutograd is given, and of the settings that it and the partitioner read.
+
+        Raises where torch would not cache the graph: AOTAutograd's cache is then bypassed.
+        """
+        start = time.perf_counter()
+        sanitized = autograd_cache.sanitize_gm_for_cache(mod) if _KEY_SANITIZES else nullcontext()
+        with sanitized:  # of names that mean nothing
+            autograd_cache.check_cacheable(mod)
+            settings = functorch_config.save_config(), inductor_config.save_config_portable(ignore_private_configs=False)
+            pickler = autograd_cache.AOTAutogradCachePickler(mod)
+            hashed: str = pickler.get_hash((mod, list(args), aot_config, settings))
+        self.seconds += time.perf_counter() - start
+        return hashed
+
     def _read(self, name: str) -> tuple[Any, bytes] | None:
         body = self.shelf.get(name)
         if body is None:
@@ -219,9 +241,12 @@ def usable() -> bool:
         for name, parameters in _PARAMETERS.items():
             if list(inspect.signature(getattr(AOTAutogradCache, name)).parameters) != parameters:
                 return False
-        if not callable(AOTAutogradCache.make_entry):
+        if list(inspect.signature(autograd_cache.autograd_cache_key).parameters)[1] != "example_inputs":
             return False
-    except (AttributeError, TypeError, ValueError):
+        needed = (AOTAutogradCache.make_entry, autograd_cache.sanitize_gm_for_cache, autograd_cache.check_cacheable)
+        if not all(map(callable, (*needed, autograd_cache.AOTAutogradCachePickler.get_hash))):
+            return False
+    except (AttributeError, IndexError, TypeError, ValueError):
         return False
     _install()
     return True
@@ -250,8 +275,15 @@ def serializable(compiler: Callable[..., Any]) -> Any:
 
 
 def _install() -> None:
-    """Three functions of torch's cache ask first whether it is about a graph of fxopt's; all else goes on to torch's own."""
+    """Four functions of torch's cache ask first whether it is about a graph of fxopt's; all else goes on to torch's own."""
     lookup, make_entry, save = AOTAutogradCache._lookup, AOTAutogradCache.make_entry, AOTAutogradCache.save
+    cache_key = autograd_cache.autograd_cache_key
+
+    @functools.wraps(cache_key)
+    def fxopt_key(mod: Any, args: Any, aot_config: Any, *rest: Any, **more: Any) -> tuple[str, list[str]]:
+        if _current.session is None:
+            return cache_key(mod, args, aot_config, *rest, **more)
+        return _current.session.key(mod, args, aot_config), []
 
     @functools.wraps(lookup)
     def fxopt_lookup(key: str, local: bool, remote: bool, args: Any, cache_info: Any, aot_config: Any) -> Any:
@@ -281,6 +313,7 @@ def _install() -> None:
         elif entry is not None:
             save(key, entry, remote)
 
+    autograd_cache.autograd_cache_key = fxopt_key  # type: ignore[assignment]
     AOTAutogradCache._lookup = staticmethod(fxopt_lookup)  # type: ignore[method-assign]
     AOTAutogradCache.make_entry = staticmethod(fxopt_make_entry)  # type: ignore[method-assign]
     AOTAutogradCache.save = staticmethod(fxopt_save)  # type: ignore[method-assign]
@@ -324,7 +357,7 @@ def _is_symbolic(x: torch.Tensor) -> bool:
 
 def _is_known(node: fx.Node) -> bool:
     """Whether the node's text says all that it does, and its sizes are numbers."""
-    if node.op in ("get_attr", "call_module"):
+    if node.op in ("get_attr", "call_module") or node.meta.get("custom"):  # annotations, a memory budget among them
         return False
     if node.op == "call_function" and not _is_own(node.target):
         return False
@@ -386,6 +419,7 @@ def _state() -> dict[str, Any]:
         device: str(torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     }
     return {
+        "torch": torch.version.git_version,
         "autocast": autocast,
         "autocast cache": torch.is_autocast_cache_enabled(),
         "grad": torch.is_grad_enabled(),
