@@ -219,9 +219,8 @@ def begin(shelf: Shelf | None, gm: fx.GraphModule, inputs: Sequence[Any], option
     start = time.perf_counter()
     if not _can_be_kept(gm, inputs) or (decomposed := fingerprint()) is None:
         return None
-    devices = sorted({x.device for x in inputs if x.device.type != "meta"}, key=str)
     facts = {
-        "surroundings": shelf.surroundings(options, devices),
+        "surroundings": shelf.surroundings(options, _devices(gm, inputs)),
         "decompositions": decomposed,
         "inputs": [[type(x).__name__, x.requires_grad, x.is_leaf, x._is_view(), x.is_inference()] for x in inputs],
         "shared memory": _shared_memory(inputs),
@@ -404,6 +403,13 @@ def _guards() -> int:
     """How many guards AOTAutograd has added so far in this compilation."""
     context: Any = TracingContext.try_get()
     return 0 if context is None else len(context.guards_context.aotautograd_guards)
+
+
+def _devices(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[torch.device]:
+    """Those of all values that have generated kernels, in a stable order."""
+    leaves = torch.utils._pytree.tree_leaves([node.meta.get("example_value") for node in gm.graph.nodes])
+    found = {x.device for x in (*inputs, *leaves) if isinstance(x, torch.Tensor)}
+    return sorted((device for device in found if device.type in ("cpu", "cuda")), key=str)
 
 
 def _shared_memory(inputs: Sequence[torch.Tensor]) -> list[int]:
