@@ -11,6 +11,7 @@ from torch import fx
 
 from fxopt.capture import private
 from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
+from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
 from fxopt.capture.normalize import copy_module
 from fxopt.errors import OptionError
@@ -31,7 +32,7 @@ def fxopt(
     parsed = Options.parse(mode, options)
     _check_disabled(parsed, options or {})
     _prestart_compiler({x.device for x in inputs if isinstance(x, torch.Tensor)})
-    return compile_dynamo_graph(gm, inputs, parsed, _compile_graph)
+    return compile_dynamo_graph(gm, inputs, parsed, _compile_graph, _shelf())
 
 
 def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
@@ -65,15 +66,31 @@ def _compile_graph(graph: Graph, example_inputs: Sequence[Any], options: Options
     return compile_graph(graph, example_inputs, options, journal)
 
 
+def _shelf() -> Shelf | None:
+    try:
+        from fxopt.plan_cache import AutogradShelf
+
+        return AutogradShelf()
+    except Exception:  # an incomplete installation, no place for a cache: shows where it is needed
+        return None
+
+
 def compile_dynamo_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compile_graph: CompileGraph
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    compile_graph: CompileGraph,
+    shelf: Shelf | None = None,
 ) -> Callable[..., Any]:
-    """Early passes, then AOTAutograd with `compile_graph` for each graph that comes out; `gm` itself if capture fails."""
+    """Early passes, then AOTAutograd with `compile_graph` for each graph that comes out; `gm` itself if capture fails.
+
+    On the `shelf` lies what AOTAutograd and `compile_graph` have made of the same graph before.
+    """
     original = copy_module(gm)
     journal = Journal("capture", strict=options.strict)
     try:
         _run_early(gm, options, journal)
-        compiled = compile_with_autograd(gm, inputs, options, compile_graph)
+        compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf)
     except private.PASS_THROUGH:
         raise
     except Exception as error:

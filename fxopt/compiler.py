@@ -51,8 +51,8 @@ def compile_graph(
         journal.library.clear()
         lowered, chosen = _lower_and_choose(graph, options, journal, store)
         plan, executor = _bind(graph, lowered, chosen, journal)
-    if key is not None:
-        plan_cache.save(key, plan, lowered, journal, store)
+    if key is not None and plan_cache.save(key, plan, lowered, journal, store):
+        executor.kept_as = key.digest()
     return executor
 
 

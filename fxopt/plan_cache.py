@@ -11,10 +11,13 @@ A document whose plan or kernels are gone or damaged counts as absent.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from fxopt.ir.graph import Graph
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
-from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.artifacts import ArtifactStore, default_store
 from fxopt.runtime.encoding import torch_name
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Launch, Plan
@@ -38,6 +41,7 @@ from fxopt.tune.records import RecordKey
 
 FORMAT = 1
 FOLDER = "plans"
+AUTOGRAD_FOLDER = "autograd"
 
 SMALL = 1 << 20
 """Bytes of constants, all together, that a document holds and a key hashes. Frozen weights are more."""
@@ -61,9 +65,13 @@ def plan_key(graph: Graph, options: Options) -> RecordKey | None:
         text = _graph_text(graph)
     except (_NoKeyError, UnsupportedError):
         return None
-    targets = [Target.current(device) for device in _devices(graph)]
-    facts = {
-        "graph": hashlib.sha256(text.encode()).hexdigest(),
+    return RecordKey("plan", {"graph": hashlib.sha256(text.encode()).hexdigest(), **surroundings(options, _devices(graph))})
+
+
+def surroundings(options: Options, devices: Sequence[torch.device]) -> dict[str, Any]:
+    """What beside the graph decides its plan: JSON data."""
+    targets = [Target.current(device) for device in devices]
+    return {
         "options": options.cache_key_facts(),
         "flags": _flags(),
         "targets": [dataclasses.asdict(target) for target in targets],
@@ -71,7 +79,6 @@ def plan_key(graph: Graph, options: Options) -> RecordKey | None:
         "torch": torch.__version__,
         "fxopt": _own_source(),
     }
-    return RecordKey("plan", facts)
 
 
 def _graph_text(graph: Graph) -> str:
@@ -184,38 +191,69 @@ def load(key: RecordKey, graph: Graph, store: ArtifactStore, journal: Journal) -
     The journal tells what it told when the plan was made. Under journal.strict a plan with retreats counts as absent:
     compiling names them.
     """
-    body = store.cache.get_document(FOLDER, key.digest())
+    name = key.digest()
+    body = store.cache.get_document(FOLDER, name)
+    if body is not None and body.get("key") != {"kind": key.kind, "facts": key.facts}:
+        _set_aside(store, name, "another key")
+        return None
+    return _executor(name, body, graph.name, store, journal)
+
+
+def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: Journal) -> Executor | None:
+    """What runs the plan in `body`, for the graph of that name."""
     if body is None:
         return None
     try:
-        if body["format"] != FORMAT or body["key"] != {"kind": key.kind, "facts": key.facts}:
+        if body["format"] != FORMAT:
             raise ValueError("another format")
         if journal.strict and body["journal"]["retreats"]:
             return None
-        plan = Plan.from_json(json.dumps({**body["plan"], "name": graph.name}))
-        constants = {name: _decoded(data) for name, data in body["constants"].items()}
-        kernels = {name: store.get(name) for name in body["kernels"]}
-        if not all(kernels.values()):
-            return None
-        executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
-        _restore(journal, body["journal"])
+        with _no_collections():
+            plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
+            constants = {name: _decoded(data) for name, data in body["constants"].items()}
+            kernels = {name: store.get(name) for name in body["kernels"]}
+            if not all(kernels.values()):
+                return None
+            executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
+            _restore(journal, body["journal"])
     except (PlanError, ValueError, KeyError, TypeError, AttributeError) as error:
-        path = store.cache.path / FOLDER / f"{key.digest()}.json"
-        store.cache.quarantine(path, f"its contents are not a plan: {error}", lambda: False)
+        _set_aside(store, name, str(error))
         return None
     except CacheError:  # a kernel that does not load: compiling anew replaces it
         return None
+    executor.kept_as = name
     return executor
 
 
-def save(key: RecordKey, plan: Plan, lowered: Lowered, journal: Journal, store: ArtifactStore) -> None:
-    """Remember `plan` for `key`, unless it holds what exists in this process only, or came about under pressure."""
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage collection meanwhile: a plan is some ten thousand objects that all stay, enough to start one that walks
+    over all objects of the process, which takes longer than everything else about a plan."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _set_aside(store: ArtifactStore, name: str, reason: str) -> None:
+    path = store.cache.path / FOLDER / f"{name}.json"
+    store.cache.quarantine(path, f"its contents are not a plan: {reason}", lambda: False)
+
+
+def save(key: RecordKey, plan: Plan, lowered: Lowered, journal: Journal, store: ArtifactStore) -> bool:
+    """Remember `plan` for `key`, unless it holds what exists in this process only, or came about under pressure.
+
+    Returns whether it is on disk now.
+    """
     if lowered.local_ops or journal.provisional:
-        return
+        return False
     try:
         constants = {name: _encoded(t) for name, t in lowered.constants.items() if name in {s.name for s in plan.constants}}
     except _NoKeyError:
-        return
+        return False
     body = {
         "format": FORMAT,
         "key": {"kind": key.kind, "facts": key.facts},
@@ -224,8 +262,9 @@ def save(key: RecordKey, plan: Plan, lowered: Lowered, journal: Journal, store: 
         "constants": constants,
         "journal": _kept(journal),
     }
-    store.cache.try_write(lambda: store.cache.put_document(FOLDER, key.digest(), body))
+    written = store.cache.try_write(lambda: store.cache.put_document(FOLDER, key.digest(), body))
     store.trim()
+    return written
 
 
 def _encoded(value: torch.Tensor) -> list[Any]:
@@ -257,3 +296,32 @@ def _restore(journal: Journal, kept: dict[str, Any]) -> None:
     for what in ("library", "retreats", "notes", "passes"):
         getattr(journal, what).extend(tuple(item) for item in kept[what])
     journal.note("plan", "loaded from the cache: compiled by an earlier process or call")
+
+
+# ---------------------------------------------------------------------- whole Dynamo graphs
+
+
+class AutogradShelf:
+    """What AOTAutograd made of Dynamo graphs (capture/autograd_cache.py), beside the plans that it names."""
+
+    def __init__(self) -> None:
+        self._store = default_store()
+
+    def surroundings(self, options: Options, devices: Sequence[torch.device]) -> dict[str, Any]:
+        return surroundings(options, devices)
+
+    def get(self, name: str) -> Any:
+        return self._store.cache.get_document(AUTOGRAD_FOLDER, name)
+
+    def put(self, name: str, entry: dict[str, Any]) -> None:
+        self._store.cache.try_write(lambda: self._store.cache.put_document(AUTOGRAD_FOLDER, name, entry))
+        self._store.trim()
+
+    def reject(self, name: str, reason: str) -> None:
+        path = self._store.cache.path / AUTOGRAD_FOLDER / f"{name}.json"
+        self._store.cache.quarantine(path, reason, lambda: False)
+
+    def load(self, plan: str, journal: Journal) -> Executor | None:
+        """As `load`, by the name of the plan's document."""
+        body = self._store.cache.get_document(FOLDER, plan)
+        return _executor(plan, body, journal.graph, self._store, journal)

@@ -128,10 +128,10 @@ def all_sound(cache: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert all(store.get(path.stem) for path in cache.glob("entries/*"))
-        for path in (*cache.glob("plans/*"), *cache.glob("records/*/*"), *cache.glob("usage*")):
+        for path in (*cache.glob("plans/*"), *cache.glob("autograd/*"), *cache.glob("records/*/*"), *cache.glob("usage*")):
             assert path.suffix == ".json"
             assert store.cache.get_document(str(path.parent.relative_to(cache)), path.stem) is not None
-    known = {"blobs", "claims", "entries", "lock", "plans", "quarantine", "records", "tmp", "usage.json"}
+    known = {"autograd", "blobs", "claims", "entries", "lock", "plans", "quarantine", "records", "tmp", "usage.json"}
     assert {path.name for path in cache.iterdir()} <= known
     assert not any((cache / "quarantine").iterdir())
 
@@ -297,7 +297,7 @@ def spoil(path: Path, how: int) -> None:
     path.write_bytes([data[:middle], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], b""][how % 3])
 
 
-@pytest.mark.parametrize("kind", ["entries", "blobs", "plans", "records"])
+@pytest.mark.parametrize("kind", ["entries", "blobs", "plans", "autograd", "records"])
 def test_damaged_files_are_set_aside_with_one_warning(cache: Path, kind: str) -> None:
     if kind == "records":
         shutil.rmtree(cache / "plans")  # with a plan nothing needs to be chosen

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.capture import private
+from fxopt.capture import autograd_cache, private
 from fxopt.capture.decompositions import decompositions
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
@@ -39,16 +39,21 @@ _numbers = itertools.count()
 
 
 def compile_with_autograd(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compile_graph: CompileGraph
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    compile_graph: CompileGraph,
+    shelf: autograd_cache.Shelf | None = None,
 ) -> Callable[..., Any]:
     """A function with `gm`'s calling convention, differentiable where `gm` is.
 
-    `inputs` are Dynamo's example inputs: tensors (parameters included), SymInts, or lists and dicts of them.
+    `inputs` are Dynamo's example inputs: tensors (parameters included), SymInts, or lists and dicts of them. With a `shelf`,
+    what was compiled before is found there as a whole, without tracing.
     """
     if any(isinstance(x, (list, tuple, dict)) for x in inputs):
         inner = functools.partial(compile_with_autograd, options=options, compile_graph=compile_graph)
         return private.flatten_graph_inputs(gm, inputs, inner)
-    return Capture(options, compile_graph).through_autograd(gm, inputs)
+    return Capture(options, compile_graph).through_autograd(gm, inputs, shelf)
 
 
 class Capture:
@@ -62,11 +67,16 @@ class Capture:
         self.facts = InputFacts()
         self.options, self.compile_graph = options, compile_graph
         self._user_outputs: int | None = None
+        self._session: autograd_cache.Session | None = None
 
-    def through_autograd(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def through_autograd(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], shelf: autograd_cache.Shelf | None = None
+    ) -> Callable[..., Any]:
+        self._session = autograd_cache.begin(shelf, gm, inputs, self.options, self.number)
+        forward: Any = functools.partial(self.compile, phase=Phase.FORWARD)
         autograd = private.aot_autograd(
             inference_compiler=functools.partial(self.compile, phase=Phase.INFERENCE),
-            fw_compiler=functools.partial(self.compile, phase=Phase.FORWARD),
+            fw_compiler=forward if self._session is None else autograd_cache.serializable(forward),
             bw_compiler=functools.partial(self.compile, phase=Phase.BACKWARD),
             partition_fn=self.partition,
             decompositions=decompositions(),
@@ -74,9 +84,13 @@ class Capture:
         )
         self.facts.tensors = inputs
         try:
-            return autograd(gm, inputs)
+            with autograd_cache.looking_up(self._session):
+                compiled = autograd(gm, inputs)
         finally:
             self.facts.tensors = ()
+        if self._session is not None:
+            self._session.tell()
+        return compiled
 
     def partition(self, joint: fx.GraphModule, inputs: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split the joint graph where the fewest bytes need saving; random values can be recomputed from their seed."""
@@ -91,6 +105,8 @@ class Capture:
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], phase: Phase) -> Runner:
         """The compiler that AOTAutograd calls, once for each graph."""
+        if self._session is not None:
+            self._session.compiled_anew()
         self.facts.observe(gm, phase)
         if phase is Phase.FORWARD:
             private.keep_saved_values(private.TracingContext.try_get())
@@ -106,7 +122,10 @@ class Capture:
         elif self.options.freeze and phase is Phase.FORWARD:
             notes.append(IN_TRAINING)
             warn_once("in training", IN_TRAINING)
-        return _boxed(build({}, notes)[0])
+        run = build({}, notes)[0]
+        if self._session is None:
+            return _boxed(run)
+        return autograd_cache.KeptCode(run, phase, getattr(run, "kept_as", None), self._session)
 
     def _build(
         self,

@@ -19,6 +19,7 @@ The op set that remains (`ir/ops.py` sorts it into categories):
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,20 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     if hasattr(prims, "fma"):  # exists once Dynamo has met an addcmul_ or addcdiv_ with a factor
         table[prims.fma.default] = _fma
     return table
+
+
+def fingerprint() -> str | None:
+    """A hash of what the table does with torch's own ops; None when some of it is neither torch's nor fxopt's code."""
+    lines = []
+    for op, function in decompositions().items():
+        if op.namespace not in ("aten", "prims"):
+            continue
+        inner = function.func if isinstance(function, functools.partial) else function
+        module = str(getattr(inner, "__module__", ""))
+        if module.partition(".")[0] not in ("torch", "fxopt"):
+            return None
+        lines.append(f"{op} {module} {getattr(inner, '__qualname__', '')}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 @functools.cache

@@ -106,7 +106,8 @@ def _rubbish(root: Path, now: float) -> Iterator[_Item]:
 def _kernels_and_plans(root: Path, in_use: set[Path], now: float) -> Iterator[_Item]:
     """Those that may be deleted."""
     blobs: dict[Path, list[tuple[Path, int, float]]] = {}
-    plans = [[(path, info.st_size, info.st_mtime)] for path, info in walk(root / "plans")]
+    folders = ("plans", "autograd")
+    plans = [[(path, info.st_size, info.st_mtime)] for folder in folders for path, info in walk(root / folder)]
     for path, info in walk(root / "entries"):
         blobs.setdefault(root / "blobs" / _blob(path), []).append((path, info.st_size, info.st_mtime))
     for path, info in walk(root / "blobs"):

@@ -52,6 +52,7 @@ class Executor:
                 "the executor runs only what Plan.from_json returned: Executor(Plan.from_json(plan.to_json()), ...)"
             )
         self.plan = plan
+        self.kept_as: str | None = None  # the name under which the plan is on disk, for whoever put it there
         self._boxed_call = True  # how AOTAutograd tells that the input list is handed over
         self._constants = _checked_constants(plan, constants or {})
         launches = [s for s in plan.steps if isinstance(s, Launch)]

@@ -1,7 +1,8 @@
 """Launching cubins through the CUDA driver by ctypes, without Triton; what its launch convention asks for is here.
 
 The context is torch's primary context: load with the device current and torch.cuda initialised, launch on a raw stream
-handle (`torch.cuda.current_stream(device).cuda_stream`) of that device.
+handle (`torch.cuda.current_stream(device).cuda_stream`) of that device. A thread of autograd's has no context before its
+first call of CUDA's runtime, which a backward out of the cache may come before: a launch then sets that of loading.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class CudaError(FxoptError, RuntimeError):
 
 
 _ENDS_CONTEXT = "; the CUDA context of this process is lost"
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _FATAL = (700, 709, 710, 714, 715, 716, 717, 718, 719)
 
 
@@ -46,6 +48,8 @@ def driver() -> ctypes.CDLL:
     lib.cuModuleGetFunction.argtypes = [pointer(handle), handle, ctypes.c_char_p]
     lib.cuFuncSetAttribute.argtypes = [handle, ctypes.c_int, ctypes.c_int]
     lib.cuModuleUnload.argtypes = [handle]
+    lib.cuCtxGetCurrent.argtypes = [pointer(handle)]
+    lib.cuCtxSetCurrent.argtypes = [handle]
     # cuLaunchKernel has no prototype: converting eleven arguments by one adds 0.9 us to 1.4 us. Handles are passed as
     # c_void_p objects, and every other argument fits a C int.
     return lib
@@ -73,6 +77,7 @@ class CudaKernel:
     shared: int
     parameters: tuple[str, ...]
     scratch_pointers: int
+    context: int | None = None
 
     def bind(self, launch: Any = None) -> Launcher:
         """A launcher with argument slots of its own. Not to be shared between threads: give each its own.
@@ -85,12 +90,15 @@ class CudaKernel:
         base = ctypes.addressof(slots)
         addresses = (ctypes.c_void_p * len(slots))(*(base + 8 * i for i in range(len(slots))))
         function, threads, shared = ctypes.c_void_p(self.function), self.threads, self.shared
-        lib, call, handle = self.lib, self.lib.cuLaunchKernel, ctypes.c_void_p
+        lib, call, handle, context = self.lib, self.lib.cuLaunchKernel, ctypes.c_void_p, ctypes.c_void_p(self.context)
         what = getattr(launch, "label", "") or self.name
 
         def run(stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: int) -> None:
             slots[:count] = arguments  # type: ignore[call-overload]  # any sequence will do
             code = call(function, grid_x, grid_y, grid_z, threads, 1, 1, shared, handle(stream), addresses, None)
+            if code == _NO_CONTEXT and context:
+                check(lib, lib.cuCtxSetCurrent(context), f"launching {what}")
+                code = call(function, grid_x, grid_y, grid_z, threads, 1, 1, shared, handle(stream), addresses, None)
             if code:
                 check(lib, code, f"launching {what}")
 
@@ -113,7 +121,10 @@ def load_cubin(path: Path, meta: dict[str, Any], device_index: int, lib: Any = N
     check(lib, lib.cuModuleGetFunction(ctypes.byref(function), module, meta["name"].encode()), what)
     if meta["shared"] > _SHARED_WITHOUT_ASKING:
         check(lib, lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, meta["shared"]), what)
+    context = ctypes.c_void_p()
+    check(lib, lib.cuCtxGetCurrent(ctypes.byref(context)), what)
     assert function.value is not None
     threads = meta["num_warps"] * _WARP
     parameters = tuple(meta["parameters"])
-    return CudaKernel(lib, function.value, meta["name"], threads, meta["shared"], parameters, meta["scratch_pointers"])
+    scratch = meta["scratch_pointers"]
+    return CudaKernel(lib, function.value, meta["name"], threads, meta["shared"], parameters, scratch, context.value)

@@ -27,6 +27,15 @@ class FakeDriver:
         self.refuse = refuse or {}
         self.launches: list[dict[str, Any]] = []
         self.attributes: list[tuple[int, int]] = []
+        self.context: int | None = 5
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = self.context
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.context = context.value
+        return 0
 
     def cuModuleLoadData(self, module: Any, data: bytes) -> int:
         ctypes.cast(module, ctypes.POINTER(ctypes.c_void_p))[0] = 1
@@ -41,6 +50,8 @@ class FakeDriver:
         return 0
 
     def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
+        if self.context is None:
+            return 201
         addresses = rest[8]
         values = [ctypes.c_uint64.from_address(a).value for a in addresses]
         self.launches.append({"function": function.value, "shape": rest[:7], "stream": rest[7].value, "values": values})
@@ -104,6 +115,14 @@ def test_errors_are_named(cubin: Path) -> None:
     launch = load_cubin(cubin, META, 0, FakeDriver({"launch": 700})).bind()
     with pytest.raises(CudaError, match=r"launching kernel: .*illegal memory access.*context of this process is lost"):
         launch(0, 1, 1, 1, 1, 2, 3, 4)
+
+
+def test_a_thread_without_a_context_gets_that_of_loading(cubin: Path) -> None:
+    driver = FakeDriver()
+    launch = load_cubin(cubin, META, 0, driver).bind()
+    driver.context = None
+    launch(7, 3, 2, 1, 1, 2, 3, 4)
+    assert driver.context == 5 and len(driver.launches) == 1
 
 
 def test_unknown_parameter_kinds_are_refused(cubin: Path) -> None:
