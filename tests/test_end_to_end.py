@@ -219,3 +219,19 @@ def test_weights_that_moved_are_seen(device: str) -> None:
             elif change == "replaced":
                 weight.data = torch.randn_like(weight)
             torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_results_of_data_dependent_size_in_a_backward() -> None:
+    """The gradient of the filling value sums over the distinct indices, whose number FakeTensor may not know."""
+    grad = torch.arange(25.0).view(5, 5)
+    indices = torch.tensor([2, 1, 4, 2, 2])
+    found = []
+
+    def fill(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return x.index_fill(-1, indices, v)
+
+    for run in (fill, torch.compile(fill, backend="fxopt")):
+        x, v = torch.randn(5, 5, requires_grad=True), torch.tensor(-1.7, requires_grad=True)
+        found.append(torch.autograd.grad(run(x, v), [x, v], grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])

@@ -41,10 +41,14 @@ _COPIES: dict[Any, int] = {
 """Ops that may copy between devices, with the position of the argument that is copied."""
 
 
+_WRONG_SIZES = (torch.ops.aten._unique.default,)
+"""Ops of data-dependent size for which FakeTensor makes one up (torch 2.11: one element, however many there are)."""
+
+
 def call(ctx: Lowering, node: fx.Node) -> Any:
     """Append `node` as a Call; its results as values. Raises UnsupportedError for a result of data-dependent size."""
     sizes = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.SymInt)]
-    if any(size.node.hint is None for size in sizes):
+    if node.target in _WRONG_SIZES or any(size.node.hint is None for size in sizes):
         raise UnsupportedError(f"{node.name} ({node.target}) has a data-dependent size")
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: _argument(ctx, arg))
     _refuse_offsets_into_arena(ctx, node)
