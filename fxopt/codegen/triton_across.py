@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_of_rows
+from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count
 from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
-from fxopt.ir.exprs import Int, Sym, floordiv, prod, ravel, symbol
+from fxopt.ir.exprs import Sym, prod, ravel, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded
@@ -35,7 +35,7 @@ def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
     """
     assert region.across is not None
     rows, across = _forwarded(region)
-    part = Sym("u0", size=_part_count(region, config))
+    part = Sym("u0", size=part_count(prod(map(size_of, region.nest.points)), config))
     sizes = tuple(map(size_of, across.points))
     place = ravel(tuple(map(symbol, across.points)), sizes)
     scratch: dict[str, BufferSpec] = {}
@@ -69,12 +69,6 @@ def join_config(region: Region, target: Target, aligned: bool) -> TritonConfig:
     block = min(next_power_of_2(tiling.r.hint), 4096 // width)
     whole = isinstance(tiling.r.extent, int) and tiling.r.extent <= block
     return TritonConfig(width, r_block=block, persistent=whole, num_warps=4, aligned=aligned)
-
-
-def _part_count(region: Region, config: TritonConfig) -> Int:
-    rows = prod(map(size_of, region.nest.points))
-    each = part_of_rows(rows, config)
-    return floordiv(rows + each - 1, each)
 
 
 def _forwarded(region: Region) -> tuple[Nest, Nest]:

@@ -357,6 +357,12 @@ def part_of_rows(rows: Int, config: TritonConfig) -> Int:
     return mul(floordiv(rows + (config.split * config.x_block - 1), config.split * config.x_block), config.x_block)
 
 
+def part_count(rows: Int, config: TritonConfig) -> Int:
+    """How many programs that is."""
+    each = part_of_rows(rows, config)
+    return floordiv(rows + each - 1, each)
+
+
 def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[TritonConfig]:
     """A row reduction with sums over the rows: together, where a row and the sums fit into registers, or apart.
 

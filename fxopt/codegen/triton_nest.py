@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_of_rows
+from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count, part_of_rows
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
@@ -385,7 +385,7 @@ def _finish(kernels: list[_Kernel], limits: tuple[Int, ...] = ()) -> KernelSourc
         text=text,
         buffers=tuple(names.buffers),
         sizes=tuple(_size_expressions(names)),
-        grid=(_part_count(kernel) if _sums_parts(kernel) else _grid(kernel), 1, 1),
+        grid=(part_count(kernel.tiling.x.extent, kernel.config) if _sums_parts(kernel) else _grid(kernel), 1, 1),
         compile_options=options,
         errors=tuple(names.errors),
     )
@@ -416,12 +416,6 @@ def _dispatch(wide: _Kernel, limits: tuple[Int, ...]) -> list[str]:
 
 def _size_expressions(names: Names) -> list[Int]:
     return [s.lo if s.lo == s.hi else symbol(s) for s in names.sizes]
-
-
-def _part_count(kernel: _Kernel) -> Int:
-    rows = kernel.tiling.x.extent
-    each = part_of_rows(rows, kernel.config)
-    return floordiv(rows + each - 1, each)
 
 
 def _grid(kernel: _Kernel) -> Int:

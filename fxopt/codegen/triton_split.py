@@ -39,6 +39,7 @@ from fxopt.ir.loops import (
     Scalar,
     Scan,
     Store,
+    holds_reduction,
     postorder,
     transform,
 )
@@ -144,17 +145,13 @@ def _can_split(nest: Nest) -> bool:
     empty = any(s.size == 0 for s in (*nest.points, *nest.reduced))
     if not nest.reduced or empty or any(isinstance(n, Scan) for n in nodes):
         return False
-    if any(_has_reduce(v) for store in nest.stores for _, v in store.indirect):
+    if any(holds_reduction(v) for store in nest.stores for _, v in store.indirect):
         return False
-    return any(map(_has_reduce, nodes)) and not any(isinstance(n, Masked) and _has_reduce(n) for n in nodes)
-
-
-def _has_reduce(node: Scalar) -> bool:
-    return any(isinstance(n, Reduce) for n in postorder((node,)))
+    return any(map(holds_reduction, nodes)) and not any(isinstance(n, Masked) and holds_reduction(n) for n in nodes)
 
 
 def _reduces_below(node: Reduce) -> bool:
-    return any(map(_has_reduce, node.operands))
+    return any(map(holds_reduction, node.operands))
 
 
 def _cut(region: Region, parts: int) -> _Split:
@@ -268,7 +265,7 @@ def _stage_stores(
     reduced = frozenset(nest.reduced)
     for store in nest.stores:
         varies = bool(reduced & store.symbols())
-        if varies and split.guard is None and not any(map(_has_reduce, store.roots)):
+        if varies and split.guard is None and not any(map(holds_reduction, store.roots)):
             streamed.append(store.transformed(split.mapping))
         elif varies or any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,))):
             later.append(store)

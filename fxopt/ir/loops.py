@@ -421,6 +421,11 @@ def postorder(roots: tuple[Scalar, ...]) -> Iterator[Scalar]:
             stack += [(a, False) for a in reversed(node.args) if a not in seen]
 
 
+def holds_reduction(root: Scalar) -> bool:
+    """Whether a Reduce is `root` or lies below it."""
+    return any(isinstance(n, Reduce) for n in postorder((root,)))
+
+
 def loads_below(roots: tuple[Scalar, ...]) -> Iterator[Load]:
     """Every distinct load below `roots`, those that index others first."""
     return (n for n in postorder(roots) if isinstance(n, Load))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxopt.ir.exprs import coefficient
-from fxopt.ir.loops import Load, Masked, Nest, Reduce, Scalar, Scan, Store, loop_order, postorder
+from fxopt.ir.loops import Load, Masked, Nest, Reduce, Scalar, Scan, Store, holds_reduction, loop_order, postorder
 from fxopt.ir.region import Region
 from fxopt.lower import cost
 from fxopt.lower.align import division_count, mappings
@@ -63,7 +63,7 @@ def join_rows(first: Region, second: Region) -> Region | None:
 def _taken_apart(nest: Nest) -> tuple[Nest | None, Nest | None]:
     """(what `nest` stores for each element on its way, what it stores at the end)."""
     reduced = frozenset(nest.reduced)
-    elements = tuple(s for s in nest.stores if reduced & s.symbols() and not any(map(_has_reduce, s.roots)))
+    elements = tuple(s for s in nest.stores if reduced & s.symbols() and not any(map(holds_reduction, s.roots)))
     rest = tuple(s for s in nest.stores if s not in elements)
     points = loop_order((*nest.points, *nest.reduced))
     return Nest(points, (), elements) if elements else None, replace(nest, stores=rest) if rest else None
@@ -109,9 +109,9 @@ def _sums_only(nest: Nest) -> bool:
     """Floating sums, each over what has no reduction in it, and nothing that varies along them."""
     nodes = list(postorder(nest.roots))
     sums = [n for n in nodes if isinstance(n, Reduce)]
-    if not sums or any(isinstance(n, Scan) or (isinstance(n, Masked) and _has_reduce(n)) for n in nodes):
+    if not sums or any(isinstance(n, Scan) or (isinstance(n, Masked) and holds_reduction(n)) for n in nodes):
         return False
-    if any(n.kind != "sum" or not n.dtype.is_floating_point or any(map(_has_reduce, n.operands)) for n in sums):
+    if any(n.kind != "sum" or not n.dtype.is_floating_point or any(map(holds_reduction, n.operands)) for n in sums):
         return False
     return not any(s.mode != "set" or s.indirect or s.symbols() & frozenset(nest.reduced) for s in nest.stores)
 
@@ -141,7 +141,3 @@ def _depends_on_made(store: Store, made: dict[str, list[Store]]) -> bool:
         if not isinstance(node, Reduce):
             stack += node.args
     return False
-
-
-def _has_reduce(value: Scalar) -> bool:
-    return any(isinstance(n, Reduce) for n in postorder((value,)))

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 
 from fxopt.ir.exprs import coefficient, never_equal
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, holds_reduction, postorder, transform
 from fxopt.ir.region import Region
 from fxopt.lower import cost
 from fxopt.lower.align import Mapping, division_count, mappings
@@ -40,12 +40,7 @@ def join(first: Region, second: Region) -> Region | None:
     nodes = tuple(dict.fromkeys(first.nodes + second.nodes))
     origins = tuple(dict.fromkeys(first.origins + second.origins))
     buffers = {**first.buffers, **second.buffers}
-    return with_nest(Region(first.name, best[1], buffers, first.device, nodes, origins), best[1])
-
-
-def with_nest(region: Region, nest: Nest) -> Region:
-    """`region` with another nest, its buffers cut to what that touches."""
-    return with_nests(region, nest, region.across)
+    return with_nests(Region(first.name, best[1], buffers, first.device, nodes, origins), best[1], None)
 
 
 def with_nests(region: Region, nest: Nest, across: Nest | None) -> Region:
@@ -159,9 +154,5 @@ def _worthwhile(nest: Nest, first: Region) -> bool:
     # Few long rows are reduced by many blocks at once: nothing in such a kernel may wait for a finished reduction row by
     # row.
     waits = any(isinstance(a, Reduce) for n in nodes if isinstance(n, (Reduce, Scan)) for a in postorder(n.args))
-    spread = any(set(nest.reduced) & s.symbols() and _has_reduce(s.value) for s in nest.stores)
+    spread = any(set(nest.reduced) & s.symbols() and holds_reduction(s.value) for s in nest.stores)
     return not waits and not spread
-
-
-def _has_reduce(value: Scalar) -> bool:
-    return any(isinstance(n, Reduce) for n in postorder((value,)))
