@@ -393,3 +393,4 @@ def touches_memory(root: Scalar) -> bool:
         isinstance(n, Load) or (isinstance(n, Op) and (n.name == "checked_index" or divides_integers(n)))
         for n in postorder((root,))
     )
+
