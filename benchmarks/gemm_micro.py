@@ -38,7 +38,7 @@ from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.choose import Choice
+from fxopt.tune.candidate import Choice
 from fxopt.tune.measure import interleaved, runner
 
 JOIN_BLOCK = 512
@@ -216,7 +216,7 @@ def measure(case: GemmCase, built: Built, target: Target, device: torch.device) 
     out = torch.empty_like(eager)
     names, runs, rows = [], list[Callable[[], None]](), list[dict[str, Any]]()
     for config, choice in built:
-        run = None if isinstance(choice, str) else runner(choice, {**inputs, "out": out}, {})
+        run = None if isinstance(choice, str) else runner(choice.trial, {**inputs, "out": out}, {})
         if isinstance(choice, str) or run is None:
             rows.append({"label": str(config), "error": choice if isinstance(choice, str) else "does not load"})
             continue
