@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.binding import resolve_op
 from fxopt.runtime.launch import CudaError, load_cubin
 
-METHOD = 3
+METHOD = 4
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -30,6 +31,10 @@ SAMPLE_SECONDS = 200e-6
 """A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
 
 FILLER_BYTES = 1 << 28
+FASTEST_MEMORY = 8e12
+"""Bytes a second that no GPU fills faster."""
+
+MOST_FILLS = 32
 Run = Callable[[], None]
 
 
@@ -57,8 +62,8 @@ log = logging.getLogger(__name__)
 class Measurements:
     """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
-    Every sample starts with a large fill and one launch that is not timed: while they run, the timed launches are queued, so
-    that kernels shorter than the launch overhead are told apart. The launches share their buffers, so what fits the L2 cache
+    Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
+    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the L2 cache
     is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved are
     not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm cache
     serves well enough look good.
@@ -124,21 +129,36 @@ def eager_seconds(run: Run, device: torch.device) -> float:
 
 
 def interleaved(runs: Sequence[Run | None], device: torch.device, cold: bool) -> list[float]:
+    torch.cuda.synchronize(device)  # a thread of autograd's has the device's context from here on
     filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=device)
-    first = [_seconds(run, filler, 1, cold=False) for run in runs]
-    launches = max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
+    first = [_seconds(run, filler, 1, 1, cold=False) for run in runs]
+    launches = 1 if cold else max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
+    fills = [_fills(run, launches) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for k, run in enumerate(runs):
-            times[k].append(_seconds(run, filler, 1 if cold else launches, cold))
+            times[k].append(_seconds(run, filler, fills[k], launches, cold))
     return [statistics.median(t) for t in times]
 
 
-def _seconds(run: Run | None, filler: torch.Tensor, launches: int, cold: bool) -> float:
+def _fills(run: Run | None, launches: int) -> int:
+    """How many fills keep the GPU busy while the host queues the launches of a sample; library calls take it a while."""
+    if run is None:
+        return 0
+    start = time.perf_counter()
+    for _ in range(launches):
+        run()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return min(MOST_FILLS, 1 + math.ceil(host / (FILLER_BYTES / FASTEST_MEMORY)))
+
+
+def _seconds(run: Run | None, filler: torch.Tensor, fills: int, launches: int, cold: bool) -> float:
     if run is None:
         return float("inf")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    filler.zero_()
+    for _ in range(fills):
+        filler.zero_()
     if not cold:
         run()
     start.record()
