@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxopt import knobs
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
 from fxopt.ir.region import Batch, BufferSpec, Region
 from fxopt.journal import Journal
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
+from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.launch import CudaError, load_cubin
 
 if TYPE_CHECKING:
@@ -29,6 +33,10 @@ SAMPLE_SECONDS = 200e-6
 """A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
 
 FILLER_BYTES = 1 << 28
+
+PATIENCE_SECONDS = 60.0
+"""How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
+
 Run = Callable[[], None]
 
 log = logging.getLogger(__name__)
@@ -46,7 +54,22 @@ class Measurements:
 
     def __init__(self, journal: Journal, budget: float) -> None:
         self.journal, self.left = journal, budget
+        self._patience = PATIENCE_SECONDS
         self._said = False
+
+    @contextlib.contextmanager
+    def turn(self, device: torch.device, cache: Path) -> Iterator[None]:
+        """No other process with the same `cache` (or FXOPT_LOCK_DIR) measures on `device` in the block, unless this one has
+        waited too long. Waiting is not charged to the budget."""
+        if self.left <= 0:
+            yield  # `compare` is going to measure nothing
+            return
+        start, patience = time.monotonic(), self._patience
+        with turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience) as held:
+            self._patience = max(0.0, patience - (time.monotonic() - start))
+            if not held and patience > 0.0 == self._patience:
+                self.journal.note("tuning", "measured while another process measured on this GPU, after a long wait for it")
+            yield
 
     def compare(self, region: Region | Batch, choices: Sequence[Choice]) -> list[float] | None:
         """Seconds of one run of each choice (infinity for one that does not load), or None when nothing can be measured."""
