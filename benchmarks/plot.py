@@ -19,7 +19,7 @@ MOST_SHARE = 1.3
 
 def rows_of(case: dict[str, Any]) -> list[Row]:
     """A case's rows as they were measured."""
-    return [Row(**{k: v for k, v in row.items() if k != "kernel_count"}) for row in case["rows"]]
+    return [Row.from_dict(row) for row in case["rows"]]
 
 
 def speedups(data: dict[str, Any]) -> dict[str, dict[str, float]]:

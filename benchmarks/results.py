@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
+import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +18,21 @@ import torch
 
 from benchmarks.workload import Sizes, Workload
 from fxopt import __version__
+from fxopt.report.compare import Row
 
 SCHEMA = 1
+
+DIGITS = 4
+"""Significant digits of a compact file: more than any time repeats."""
+
+MOST_NAME = 28
+"""Characters of a kernel's name in one."""
+
+MOST_LINE = 400
+"""Characters of JSON that stand on one line of a compact file."""
+
+_USUAL: dict[str, Any] = {**Row("", "default", False).to_dict(), "contender": None}
+"""What a compact file leaves out of a row."""
 
 
 def target_facts(device: torch.device) -> dict[str, Any]:
@@ -77,10 +93,16 @@ class Measured(Protocol):
 
 
 class Results:
-    """A results file being written. With `resume`, cases already in the file are kept and `has` knows them."""
+    """A results file being written. With `resume`, cases already in the file are kept and `has` knows them.
 
-    def __init__(self, path: Path, device: torch.device, settings: dict[str, Any], resume: bool = False) -> None:
-        self.path = path
+    A `compact` file, for hundreds of cases, has rounded numbers and short kernel names, and leaves out of a row what it says
+    once as usual; `load` fills that in.
+    """
+
+    def __init__(
+        self, path: Path, device: torch.device, settings: dict[str, Any], resume: bool = False, compact: bool = False
+    ) -> None:
+        self.path, self.compact = path, compact
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "started": _now(),
@@ -116,7 +138,8 @@ class Results:
         """Rewrite the file, atomically: a reader or a kill never sees half of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
+        text = folded(compacted(self.data)) if self.compact else json.dumps(self.data, indent=1)
+        temporary.write_text(text + "\n")
         os.replace(temporary, self.path)
 
 
@@ -125,4 +148,57 @@ def load(path: Path) -> dict[str, Any]:
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a results file of schema {SCHEMA}")
+    usual = data.pop("usual", {})
+    for case in data["cases"]:
+        case["rows"] = [_completed(row, usual) for row in case["rows"]]
     return data
+
+
+def _completed(row: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    if not usual:
+        return row
+    row = copy.deepcopy(usual) | row
+    if row["kernels"] is not None:
+        row["kernel_count"] = sum(row["kernels"].values())
+    return row
+
+
+def compacted(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` of comparison rows as a compact file has it."""
+    cases = [{**case, "rows": [_compact_row(row) for row in case["rows"]]} for case in data["cases"]]
+    return _rounded({**data, "usual": _USUAL, "cases": cases})
+
+
+def _compact_row(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in row.items() if k != "kernel_count" and v != _USUAL[k]}
+    if row["kernels"] is not None:
+        kept["kernels"] = dict(sum((Counter({short_name(k): n}) for k, n in row["kernels"].items()), Counter()))
+    return kept
+
+
+def short_name(kernel: str) -> str:
+    """A C++ kernel's own name, without result type, namespaces, template arguments and parameters, and not all of it."""
+    name = kernel.replace("(anonymous namespace)::", "")
+    own = re.split(r"[<(]", name, maxsplit=1)[0]
+    return (name if own == name else own.rsplit("::", 1)[-1].rsplit(" ", 1)[-1])[:MOST_NAME]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def folded(value: Any, margin: str = "") -> str:
+    """JSON in which whatever fits on a line stands on one."""
+    line = json.dumps(value, separators=(",", ":"))
+    if len(line) <= MOST_LINE or not isinstance(value, (list, dict)):
+        return line
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(k)}:{folded(v, margin + ' ')}" for k, v in value.items()]
+    else:
+        parts = [folded(v, margin + " ") for v in value]
+    first, last = "[]" if isinstance(value, list) else "{}"
+    return f"{first}\n{margin} " + f",\n{margin} ".join(parts) + f"\n{margin}{last}"
