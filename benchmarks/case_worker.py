@@ -20,7 +20,6 @@ from benchmarks.memory_bound import WORKLOADS, plan_case
 from benchmarks.run import Budget, run_case
 from fxopt import knobs
 from fxopt.cli import pick_device, pick_dtype
-from fxopt.report.compare import Row
 from fxopt.report.contenders import CONTENDERS, Contender
 from fxopt.runtime.device_lock import device_identity, turn
 
@@ -42,15 +41,14 @@ def inductor_tunes_in_turn(device_turn: Any) -> None:
     tuner.benchmark_all_configs = benchmark_all_configs
 
 
-def culprit(rows: list[Row], device: torch.device) -> str:
-    """The contender after which this process can no longer use the device, or ""."""
+def is_broken(device: torch.device) -> bool:
+    """Whether this process can no longer use the device."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except RuntimeError:
-        failed = [row.contender for row in rows if row.skipped.startswith("failed")]
-        return next((row.contender for row in rows if "CUDA error" in row.skipped), (failed or ["eager"])[0])
-    return ""
+        return True
+    return False
 
 
 def answer(request: dict[str, Any], device: torch.device, device_turn: Any, channel: TextIO) -> bool:
@@ -60,8 +58,12 @@ def answer(request: dict[str, Any], device: torch.device, device_turn: Any, chan
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
+    busy = ""
+
     def report(what: str, share: float) -> None:
-        say({"progress": what, "contender": what.split()[-1] if what.startswith(("compiling", "checking")) else ""})
+        nonlocal busy
+        busy = what.split()[-1] if what.startswith(("compiling", "checking")) else ""
+        say({"progress": what, "contender": busy})
 
     def why_not(contender: Contender) -> str:
         return str(request["without"].get(contender.name, ""))
@@ -72,8 +74,8 @@ def answer(request: dict[str, Any], device: torch.device, device_turn: Any, chan
     plan.turn, plan.skip = device_turn, why_not
     chosen = [CONTENDERS[name] for name in request["contenders"]]
     rows = run_case(workload, request["sizes"], pick_dtype(request["dtype"]), chosen, plan, report)
-    broken = culprit(rows, device)
-    say({"rows": [row.to_dict() for row in rows], "broken": broken})
+    broken = is_broken(device)
+    say({"rows": [row.to_dict() for row in rows], "broken": (busy or chosen[0].name) if broken else ""})
     return not broken
 
 

@@ -118,14 +118,15 @@ def _figure(data: dict[str, Any], path: Path, labels: list[str], lines: int) -> 
     except ImportError:
         yield None
         return
-    figure, axes = plt.subplots(figsize=(10, 1 + 0.16 * len(labels) * lines))
+    height = 1 + 0.16 * len(labels) * lines
+    figure, axes = plt.subplots(figsize=(10, height))
     axes.set_yticks([i + 0.4 for i in range(len(labels))], labels)
     axes.set_ylim(len(labels), -0.2)
     axes.set_title(f"{data['target']['name']}, torch {data['versions']['torch']}")
     yield axes
     axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130 if height < 20 else 80)
     plt.close(figure)
 
 

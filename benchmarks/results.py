@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import platform
 import re
@@ -24,6 +25,8 @@ SCHEMA = 1
 
 DIGITS = 4
 """Significant digits of a compact file: more than any time repeats."""
+
+SAVE_SECONDS = 4.0
 
 MOST_NAME = 28
 """Characters of a kernel's name in one."""
@@ -95,14 +98,15 @@ class Measured(Protocol):
 class Results:
     """A results file being written. With `resume`, cases already in the file are kept and `has` knows them.
 
-    A `compact` file, for hundreds of cases, has rounded numbers and short kernel names, and leaves out of a row what it says
-    once as usual; `load` fills that in.
+    A `compact` file, for hundreds of cases, has rounded numbers and short kernel names. What a row lacks is as in the row
+    before when it lacks its contender too, else as in `usual`; `load` fills it in.
     """
 
     def __init__(
         self, path: Path, device: torch.device, settings: dict[str, Any], resume: bool = False, compact: bool = False
     ) -> None:
         self.path, self.compact = path, compact
+        self._saved = -math.inf
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "started": _now(),
@@ -118,7 +122,7 @@ class Results:
         return any((c["workload"], c["sizes"], c["dtype"]) == (workload.name, sizes, dtype) for c in self.data["cases"])
 
     def add(self, workload: Workload, sizes: Sizes, dtype: str, rows: Sequence[Measured]) -> None:
-        """Append a case and rewrite the file."""
+        """Append a case and rewrite the file; a compact one, of hundreds, not more often than every SAVE_SECONDS."""
         self.data["cases"].append(
             {
                 "workload": workload.name,
@@ -132,10 +136,12 @@ class Results:
                 "rows": [r.to_dict() for r in rows],
             }
         )
-        self.save()
+        if not self.compact or time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
 
     def save(self) -> None:
         """Rewrite the file, atomically: a reader or a kill never sees half of it."""
+        self._saved = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         text = folded(compacted(self.data)) if self.compact else json.dumps(self.data, indent=1)
@@ -149,31 +155,39 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a results file of schema {SCHEMA}")
     usual = data.pop("usual", {})
-    for case in data["cases"]:
-        case["rows"] = [_completed(row, usual) for row in case["rows"]]
+    for case in data["cases"] if usual else []:
+        case["rows"] = _completed(case["rows"], usual)
     return data
 
 
-def _completed(row: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    if not usual:
-        return row
-    row = copy.deepcopy(usual) | row
-    if row["kernels"] is not None:
-        row["kernel_count"] = sum(row["kernels"].values())
-    return row
+def _completed(rows: Sequence[dict[str, Any]], usual: dict[str, Any]) -> list[dict[str, Any]]:
+    full: list[dict[str, Any]] = []
+    for row in rows:
+        same = full[-1] if full and "contender" not in row else usual
+        full.append(copy.deepcopy(same) | row)
+        kernels = full[-1]["kernels"]
+        full[-1]["kernel_count"] = None if kernels is None else sum(kernels.values())
+    return full
 
 
 def compacted(data: dict[str, Any]) -> dict[str, Any]:
     """`data` of comparison rows as a compact file has it."""
-    cases = [{**case, "rows": [_compact_row(row) for row in case["rows"]]} for case in data["cases"]]
-    return _rounded({**data, "usual": _USUAL, "cases": cases})
+    rounded: dict[str, Any] = _rounded({**data, "usual": _USUAL})
+    for case in rounded["cases"]:
+        for row in case["rows"]:
+            names = Counter[str]()
+            for name, count in (row["kernels"] or {}).items():
+                names[short_name(name)] += count
+            row["kernels"] = None if row["kernels"] is None else dict(names)
+        bases = [_USUAL, *case["rows"]]
+        case["rows"] = [_unlike(row, base) for row, base in zip(case["rows"], bases, strict=False)]
+    return rounded
 
 
-def _compact_row(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in row.items() if k != "kernel_count" and v != _USUAL[k]}
-    if row["kernels"] is not None:
-        kept["kernels"] = dict(sum((Counter({short_name(k): n}) for k, n in row["kernels"].items()), Counter()))
-    return kept
+def _unlike(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What `row` has otherwise than the row before it, if that is the same contender's, or than is usual."""
+    base = before if before["contender"] == row["contender"] else _USUAL
+    return {k: v for k, v in row.items() if k != "kernel_count" and v != base[k]}
 
 
 def short_name(kernel: str) -> str:

@@ -230,7 +230,10 @@ def _is_compiled(contender: Contender) -> bool:
 
 
 def _attempt(entrant: _Entrant, action: Callable[[_Entrant], None]) -> None:
-    """Run `action` unless the contender is out; what it raises puts it out."""
+    """Run `action` unless the contender is out; what it raises puts it out.
+
+    An error after which the GPU cannot be used ends the comparison: it is raised here, while this contender is at work.
+    """
     if entrant.row.skipped:
         return
     try:
@@ -238,6 +241,8 @@ def _attempt(entrant: _Entrant, action: Callable[[_Entrant], None]) -> None:
     except Exception as error:
         entrant.row.skipped = f"failed: {_summary(error)}"
         entrant.case = entrant.compiled = None
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
 
 def _judge_and_time(subject: _Subject, entrants: Sequence[_Entrant], progress: Progress) -> list[Row]:

@@ -180,10 +180,13 @@ def test_compact_files_hold_the_rows_in_short(tmp_path: Path) -> None:
     long = "void at::native::(anonymous namespace)::reduce<4, f(int)>(float*, std::array<char*, 2ul>)"
     row = Row("fxopt", "default", False, seconds=1 / 3, kernels={long: 2, long + "x": 1, "triton_red_0": 1}, part=FORWARD)
     results = Results(tmp_path / "r.json", CPU, {}, compact=True)
-    results.add(WORKLOADS["softmax"], {"rows": 2, "cols": 3}, "float32", [row, Row("liger", "default", False, skipped="no")])
+    again = Row("fxopt", "default", False, seconds=None, kernels={"k": 1}, part=BACKWARD)
+    rows = [row, again, Row("liger", "default", False, skipped="no")]
+    results.add(WORKLOADS["softmax"], {"rows": 2, "cols": 3}, "float32", rows)
     (case,) = load(tmp_path / "r.json")["cases"]
-    own, liger = case["rows"]
+    own, backward, liger = case["rows"]
     assert own == {**row.to_dict(), "seconds": 0.3333, "kernels": {"reduce": 3, "triton_red_0": 1}}
+    assert backward == again.to_dict()
     assert liger == Row("liger", "default", False, skipped="no").to_dict()
     text = (tmp_path / "r.json").read_text()
     assert "retreats" not in text.split('"usual"')[0]
