@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxopt import knobs
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
@@ -20,6 +23,7 @@ from fxopt.journal import Journal
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.binding import resolve_op
+from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.launch import CudaError, load_cubin
 
 METHOD = 4
@@ -35,6 +39,10 @@ FASTEST_MEMORY = 8e12
 """Bytes a second that no GPU fills faster."""
 
 MOST_FILLS = 32
+
+PATIENCE_SECONDS = 60.0
+"""How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
+
 Run = Callable[[], None]
 
 
@@ -63,15 +71,30 @@ class Measurements:
     """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
     Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
-    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the L2 cache
-    is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved are
-    not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm cache
-    serves well enough look good.
+    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the
+    L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved
+    are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
+    cache serves well enough look good.
     """
 
     def __init__(self, journal: Journal, budget: float) -> None:
         self.journal, self.left = journal, budget
+        self._patience = PATIENCE_SECONDS
         self._said = False
+
+    @contextlib.contextmanager
+    def turn(self, device: torch.device, cache: Path) -> Iterator[None]:
+        """No other process with the same `cache` (or FXOPT_LOCK_DIR) measures on `device` in the block, unless this one has
+        waited too long. Waiting is not charged to the budget."""
+        if self.left <= 0:
+            yield  # `compare` is going to measure nothing
+            return
+        start, patience = time.monotonic(), self._patience
+        with turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience) as held:
+            self._patience = max(0.0, patience - (time.monotonic() - start))
+            if not held and patience > 0.0 == self._patience:
+                self.journal.note("tuning", "measured while another process measured on this GPU, after a long wait for it")
+            yield
 
     def compare(
         self, name: str, buffers: Mapping[str, BufferSpec], device: torch.device, trials: Sequence[Trial]
