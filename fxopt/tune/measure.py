@@ -71,8 +71,8 @@ class Measurements:
     """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
     Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
-    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the
-    L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved
+    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits
+    the L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what was saved
     are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
     cache serves well enough look good.
     """
