@@ -38,6 +38,7 @@ LIBRARY_EFFICIENCY = 0.97
 RESERVED_SHARED = 1024
 _REGISTERS_BESIDE_ACCUMULATOR = 56
 _MOST_REGISTERS = 255
+_LARGE_ACCUMULATOR = 128
 _THREADS_PER_SM = 2048
 _LARGEST_BOX = 256
 
@@ -258,7 +259,9 @@ def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
         if rows >= 2 * problem.m or columns >= 2 * max(problem.n, 64):
             continue
         for stages in (3, 4, 5):
-            config = GemmConfig(tma, rows, columns, inner, warps, stages)
+            # Halves of a tile with more than this of accumulator a thread leave registers to the epilogue.
+            subtile = 2 if rows * columns >= _LARGE_ACCUMULATOR * warps * target.warp_size else 1
+            config = GemmConfig(tma, rows, columns, inner, warps, stages, subtile=subtile)
             yield from _persistent(problem, config, target) if tma else (config,)
             yield from _split(problem, config, target)
 
@@ -268,16 +271,18 @@ def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Ite
     yield config
     programs = target.sm_count * config.per_sm(problem.itemsize, target)
     if 0 < programs < config.tiles(problem):
-        for subtile in (1, 2):
-            yield replace(config, programs=programs, subtile=subtile)
-            yield replace(config, programs=programs, subtile=subtile, flatten=True)
+        yield replace(config, programs=programs)
+        for subtile in dict.fromkeys((config.subtile, 2)):
+            flat = replace(config, subtile=subtile, flatten=True)
+            programs = target.sm_count * flat.per_sm(problem.itemsize, target)
+            yield replace(flat, programs=min(programs, config.tiles(problem)))
 
 
 def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
     """Parts of the inner dimension while whole tiles leave multiprocessors idle."""
     for split in _SPLITS[1:]:
         if config.tiles(problem) * split <= 2 * target.sm_count and problem.k >= 4 * split * config.block_k:
-            yield replace(config, split=split)
+            yield replace(config, split=split, subtile=1)
 
 
 def _few_rows(problem: GemmProblem, target: Target, tma: bool) -> Iterator[GemmConfig]:
