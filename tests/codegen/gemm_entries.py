@@ -10,7 +10,6 @@ from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.kernel import KernelSource
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-SIZES = ("n0", "n1", "n2")
 
 
 def matrix(rows: int, columns: int, transposed: bool = False, batch: int = 1, offset: int = 0) -> Matrix:
@@ -27,15 +26,15 @@ def problem(
     return GemmProblem(batch, m, n, k, dtype, a, b, written=batch * m * n * dtype.itemsize)
 
 
-def entry(p: GemmProblem, config: GemmConfig) -> KernelSource:
+def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSource:
     """The product of buffers a and b to c [batch, m, n] (of p's dtype), or its partial sums (float32).
 
-    With `p.static` off, m, n and k are the kernel's parameters n0, n1, n2.
+    The sizes named in `run_time` (of "mnk") are parameters of these names.
     """
-    m, n, k = (str(p.m), str(p.n), str(p.k)) if p.static else SIZES
+    m, n, k = (name if name in run_time else str(getattr(p, name)) for name in "mnk")
     split = config.split > 1
     call = gemm_call(p, config, extra="b2" if split else f"(b2, {m}, {n})", sizes=(str(p.batch), m, n, k))
-    sizes = [] if p.static else list(SIZES)
+    sizes = list(run_time)
     text = (
         f"import triton\nimport triton.language as tl\n\n{MODULE}\n\n\n"
         "@triton.jit\ndef epilogue(acc, y, x, z, extra):\n    b2, m, n = extra\n"

@@ -40,7 +40,7 @@ def check(interpreter: Interpreter, p: GemmProblem, config: GemmConfig, source: 
     (a, a_view), (b, b_view) = operand(p.a), operand(p.b)
     shape = result_shape(p, config)
     c = torch.full((torch.Size(shape).numel(),), float("nan"), dtype=torch.float32 if config.split > 1 else p.dtype)
-    interpreter.run(source or entry(p, config), {"a": a, "b": b, "c": c}, {"n0": p.m, "n1": p.n, "n2": p.k})
+    interpreter.run(source or entry(p, config), {"a": a, "b": b, "c": c}, {"m": p.m, "n": p.n, "k": p.k})
     got = c.double().view(shape).sum(0)
     torch.testing.assert_close(got, a_view.double() @ b_view.double(), rtol=1e-5, atol=1e-4)
 
@@ -83,10 +83,10 @@ def test_a_view_in_a_larger_buffer(interpreter: Interpreter) -> None:
 
 
 def test_sizes_known_at_run_time(interpreter: Interpreter) -> None:
-    for layout in LAYOUTS:
+    for layout, names in zip(LAYOUTS, ("m", "n", "k", "mnk"), strict=True):
         p = replace(problem(41, 71, 45, layout, batch=2), static=False)
-        check(interpreter, p, POINTER)
-        check(interpreter, p, replace(POINTER, split=2))
+        for config in (POINTER, replace(POINTER, split=2)):
+            check(interpreter, p, config, entry(p, config, names))
 
 
 def test_wide_offsets(interpreter: Interpreter) -> None:
@@ -135,8 +135,10 @@ def test_hopper_multiplies_by_warp_groups(config: GemmConfig) -> None:
 def test_sizes_known_at_run_time_compile() -> None:
     p = replace(problem(4096, 768, 768, dtype=BF16), static=False)
     first = configs(p, Target.cuda(90))[0]
-    _, meta = compile_triton(entry(p, first), Target.cuda(90))
-    assert meta["n_spills"] == 0 and meta["parameters"] == ["ptr", "ptr", "ptr", "i32", "i32", "i32"]
+    source = entry(p, first, "m")
+    _, meta = compile_triton(source, Target.cuda(90))
+    assert meta["n_spills"] == 0 and meta["parameters"] == ["ptr", "ptr", "ptr", "i32"]
+    assert "cp.async.cg" in compile_to_text(source, Target.cuda(90), "ptx")
 
 
 def test_what_the_launcher_is_told_of_a_descriptor() -> None:

@@ -116,6 +116,11 @@ class GemmProblem:
         return self.dtype.itemsize
 
     @property
+    def exact(self) -> bool:
+        """float32 products that no tensor core does."""
+        return self.dtype == torch.float32 and self.precision == "ieee"
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.batch * self.m * self.n * self.k
 
@@ -186,8 +191,8 @@ class GemmConfig:
         A flattened loop needs both at once.
         """
         pipeline = self.stages * self.stage_bytes(itemsize)
-        epilogue = self.block_m * self.block_n * 4 // self.subtile
-        return (pipeline + epilogue // 2 if self.flatten else max(pipeline, epilogue // 2)) + RESERVED_SHARED
+        epilogue = self.block_m * self.block_n * max(itemsize, 2) // self.subtile
+        return (pipeline + epilogue if self.flatten else max(pipeline, epilogue)) + RESERVED_SHARED
 
     def per_sm(self, itemsize: int, target: Target) -> int:
         """Programs that one multiprocessor holds at a time; 0 when the configuration does not fit."""
@@ -221,7 +226,12 @@ def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
 
 
 def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
-    """Everything that fits `target` and could be right for such a problem: what a benchmark tries."""
+    """Everything that fits `target` and could be right for such a problem: what a benchmark tries.
+
+    Nothing for exact float32 products of more than a few rows: without tensor cores, the library's kernels are better.
+    """
+    if problem.exact and problem.m > _FEWEST_ROWS:
+        return []
     found = dict.fromkeys(_forms(problem, target))
     return [c for c in found if c.per_sm(problem.itemsize, target) > 0 and _inner_blocks_fit(problem, c)]
 
@@ -243,7 +253,7 @@ _BLOCKS = (
     (64, 128, 4),
     (64, 64, 4),
 )
-_FEW_ROWS = 64
+_FEW_ROWS, _FEWEST_ROWS = 64, 16
 _SPLITS = (1, 2, 4, 8, 16)
 
 
@@ -287,9 +297,10 @@ def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator
 
 def _few_rows(problem: GemmProblem, target: Target, tma: bool) -> Iterator[GemmConfig]:
     """At most 64 rows: memory decides, so many loads must be in flight on every multiprocessor."""
-    rows = max(16, 1 << (problem.m - 1).bit_length())
-    for columns, inner, stages, split in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 6), _SPLITS):
-        swap = target.has_warpgroup_products and columns >= 64
+    rows = max(_FEWEST_ROWS, 1 << (problem.m - 1).bit_length())
+    inners = (32, 64) if problem.exact else (64, 128, 256)
+    for columns, inner, stages, split in itertools.product((32, 64, 128), inners, (3, 4, 6), _SPLITS):
+        swap = target.has_warpgroup_products and columns >= 64 and not problem.exact
         if split == 1 or problem.k >= 2 * split * inner:
             yield GemmConfig(tma, rows, columns, inner, 4, stages, group=1, split=split, swap=swap)
 
