@@ -45,7 +45,7 @@ def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSourc
     options = {
         "signature": signature,
         "constexprs": {},
-        "aligned": [name for name, kind in signature.items() if kind.startswith("*")],
+        "aligned": ["b0", "b1", "b2"],
         "num_warps": config.warps,
         "num_stages": config.stages,
         "asserts": False,

@@ -70,19 +70,15 @@ class Matrix:
 
     def batch_rows(self, batch: int) -> int:
         """Rows of the descriptor (steps of `pitch`) from one matrix of the batch to the next."""
-        return self.batch // self.pitch if batch > 1 else 0
+        return self.batch // max(self.pitch, 1) if batch > 1 else 0
 
     def describable(self, batch: int, itemsize: int) -> bool:
         """Whether one two-dimensional tensor descriptor can cover all matrices of the batch."""
         steps = (self.pitch * itemsize, self.offset * itemsize)
-        folds = batch == 1 or self.batch % self.pitch == 0
-        return (
-            self.aligned
-            and 1 in (self.row, self.column)
-            and self.pitch > 0
-            and not any(s % ALIGNMENT for s in steps)
-            and folds
-        )
+        folds = batch == 1 or self.batch % max(self.pitch, 1) == 0
+        fits = max(self.rows, self.columns) + self.batch_rows(batch) * batch < 2**31
+        contiguous = 1 in (self.row, self.column) and self.pitch > 0
+        return self.aligned and contiguous and folds and fits and not any(s % ALIGNMENT for s in steps)
 
     @property
     def extent(self) -> int:

@@ -24,7 +24,8 @@ _TYPES = {
 @dataclass(frozen=True)
 class GemmCall:
     """`text` is the statement; `signature` the types of the operands' parameters; `tensor_maps` what the parameters that are
-    tensor descriptors describe (`KernelSource.compile_options`); `grid` the number of programs, for static sizes.
+    tensor descriptors describe (`KernelSource.compile_options`, whose `aligned` has to list these parameters); `grid` the
+    number of programs, for static sizes.
     """
 
     text: str
