@@ -27,32 +27,39 @@ def problem(
 
 
 def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSource:
-    """The product of buffers a and b to c [batch, m, n] (of p's dtype), or its partial sums (float32).
+    """The product of buffers a and b to `result` [batch, m, n] (of p's dtype), or its partial sums (float32).
+
+    With an operand c it is a @ b * (a @ c + 1).
 
     The sizes named in `run_time` (of "mnk") are parameters of these names.
     """
     m, n, k = (name if name in run_time else str(getattr(p, name)) for name in "mnk")
     split = config.split > 1
-    call = gemm_call(p, config, extra="b2" if split else f"(b2, {m}, {n})", sizes=(str(p.batch), m, n, k))
+    call = gemm_call(p, config, c="b3", extra="b2" if split else f"(b2, {m}, {n})", sizes=(str(p.batch), m, n, k))
     sizes = list(run_time)
+    blocks, value = ("acc", "") if p.c is None else ("one, two", "    acc = one * (two + 1.0)\n")
+    third = [] if p.c is None else ["b3"]
     text = (
         f"import triton\nimport triton.language as tl\n\n{MODULE}\n\n\n"
-        "@triton.jit\ndef epilogue(acc, y, x, z, extra):\n    b2, m, n = extra\n"
+        f"@triton.jit\ndef epilogue({blocks}, y, x, z, extra):\n    b2, m, n = extra\n{value}"
         "    tl.store(b2 + (z * (m * n) + y * n + x), acc.to(b2.dtype.element_ty), (y < m) & (x < n))\n\n\n"
-        f"@triton.jit\ndef product({', '.join(['b0', 'b1', 'b2', *sizes])}):\n    {call.text}\n"
+        f"@triton.jit\ndef product({', '.join(['b0', 'b1', 'b2', *third, *sizes])}):\n    {call.text}\n"
     )
-    signature = call.signature | {"b2": "*fp32" if split else TYPES[p.dtype]} | dict.fromkeys(sizes, "i32")
+    types = call.signature | {"b2": "*fp32" if split else TYPES[p.dtype]} | dict.fromkeys(sizes, "i32")
+    signature = {name: types[name] for name in ("b0", "b1", "b2", *third, *sizes)}
     options = {
         "signature": signature,
         "constexprs": {},
-        "aligned": ["b0", "b1", "b2"],
+        "aligned": ["b0", "b1", "b2", *third],
         "num_warps": config.warps,
         "num_stages": config.stages,
         "asserts": False,
         "tensor_maps": call.tensor_maps,
     }
     values = tuple(symbol(Sym(name)) for name in sizes)
-    return KernelSource("triton", "product", text, ("a", "b", "c"), values, (call.grid, 1, 1), options)
+    return KernelSource(
+        "triton", "product", text, ("a", "b", "result", *(["c"] if third else [])), values, (call.grid, 1, 1), options
+    )
 
 
 def result_shape(p: GemmProblem, config: GemmConfig) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ def test_proposals_fit_and_are_ordered(shape: tuple[int, int, int], target: Targ
     assert len({c.kind for c in proposed}) == len(proposed) == len({str(c) for c in proposed})
     seconds = [estimate(p, c, target) for c in proposed]
     assert seconds == sorted(seconds) and seconds[0] < float("inf")
-    assert all(c.shared_bytes(2) <= target.shared_per_block for c in plausible(p, target))
+    assert all(c.shared_bytes(p) <= target.shared_per_block for c in plausible(p, target))
 
 
 def test_large_products_take_large_tiles_and_persistent_programs() -> None:
@@ -95,3 +95,14 @@ def test_wide_offsets_are_asked_for() -> None:
     p = problem(128, 256, 512, dtype=BF16)
     assert not p.wide
     assert replace(p, b=matrix(2**23, 256)).wide
+
+
+def test_two_products_share_the_left_operand() -> None:
+    p = problem(2048, 14336, 4096, dtype=BF16)
+    dual = replace(p, c=p.b)
+    assert dual.flops == 2 * p.flops and dual.operand_bytes < 2 * p.operand_bytes
+    first = configs(dual, H100)[0]
+    assert 1.8 < estimate(dual, first, H100) / estimate(p, configs(p, H100)[0], H100) < 2.4
+    assert not any(c.split > 1 or c.swap for c in plausible(replace(dual, m=16), H100))
+    with pytest.raises(ValueError, match="strides"):
+        replace(p, c=matrix(4096, 14336))
