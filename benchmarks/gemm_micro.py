@@ -183,8 +183,7 @@ def _join(case: GemmCase, config: GemmConfig) -> KernelSource:
 
 
 def _options(signature: dict[str, str]) -> dict[str, Any]:
-    aligned = [p for p, t in signature.items() if t.startswith("*")]
-    return {"signature": signature, "constexprs": {}, "aligned": aligned, "asserts": False}
+    return {"signature": signature, "constexprs": {}, "aligned": list(signature), "asserts": False}
 
 
 Built = list[tuple[GemmConfig, Choice | str]]
