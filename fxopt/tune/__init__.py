@@ -1,6 +1,7 @@
 """Which implementation runs each region and each library call."""
 
+from fxopt.tune.attention import choose_attention
 from fxopt.tune.choose import Choice, choose
 from fxopt.tune.library import choose_library
 
-__all__ = ["Choice", "choose", "choose_library"]
+__all__ = ["Choice", "choose", "choose_attention", "choose_library"]

@@ -29,7 +29,7 @@ SAMPLE_SECONDS = 200e-6
 """A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
 
 FILLER_BYTES = 1 << 28
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 log = logging.getLogger(__name__)
 
