@@ -27,6 +27,7 @@ from torch import fx
 from fxopt.codegen.compile import toolchain
 from fxopt.errors import CacheError, PlanError, UnsupportedError
 from fxopt.ir import ops
+from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Graph
 from fxopt.journal import Journal, KernelEntry
@@ -170,6 +171,7 @@ def _flags() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "cudnn": torch.backends.cudnn.enabled,
+        "attention": enabled_backends(),
     }
 
 
