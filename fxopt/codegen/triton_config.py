@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fxopt.codegen.triton_apart import statistics_first
 from fxopt.codegen.triton_tiling import Access, Axis, Tiling, tile
 from fxopt.ir.exprs import Int, coefficient, floordiv, free_symbols, mul
 from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
@@ -48,7 +49,9 @@ class TritonConfig:
     `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
     row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own, or, for a region
     with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead.
-    With `rows` the points of a program all lie in one row. `aligned` assumes that every pointer is 16-byte aligned.
+    With `rows` the points of a program all lie in one row. With `statistics` a region with sums over its rows first has what
+    the rows reduce to in a kernel of their own; the rest of the configuration is that of all else. `aligned` assumes that
+    every pointer is 16-byte aligned.
     """
 
     x_block: int
@@ -60,9 +63,10 @@ class TritonConfig:
     stages: int = 1
     aligned: bool = True
     rows: bool = False
+    statistics: bool = False
 
     def __str__(self) -> str:
-        shape = f"x{self.x_block}"
+        shape = f"{'statistics ' if self.statistics else ''}x{self.x_block}"
         shape += f" y{self.y_block}" if self.y_block > 1 else ""
         shape += " rows" if self.rows else ""
         shape += f" r{self.r_block}{'' if self.persistent else ' looped'}" if self.r_block > 1 else ""
@@ -364,13 +368,25 @@ def part_count(rows: Int, config: TritonConfig) -> Int:
 
 
 def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[TritonConfig]:
-    """A row reduction with sums over the rows: together, where a row and the sums fit into registers, or apart.
+    """A row reduction with sums over the rows: together, where a row and the sums fit into registers; else what the rows
+    reduce to first, or apart.
 
     As many programs as the GPU holds at once, unless their sums would then be much of what is written.
     """
     alone = TritonConfig(1)
     if not (tiling.inner_reduction and tiling.x.symbols and isinstance(tiling.r.extent, int)):
         return [alone]
+    found = _together_configs(region, tiling, target)
+    if not found:
+        pieces = statistics_first(region)
+        down = [] if pieces is None else [replace(c, statistics=True) for c in configs(pieces[1], target, 3)]
+        return [*down[:2], alone, *down[2:]] if tiling.r.hint > PERSISTENT_LIMIT else [alone, *down]
+    ahead = replace(found[0], stages=3)
+    first = [ahead, found[0]] if found[0].r_block >= _ROW_WORTH_FETCHING else [found[0], ahead]
+    return [*first, *found[1:2], alone, *found[2:]]
+
+
+def _together_configs(region: Region, tiling: Tiling, target: Target) -> list[TritonConfig]:
     rows, block = tiling.x.hint, next_power_of_2(tiling.r.hint)
     streams, sums = _streams_and_sums(region)
     found = []
@@ -385,12 +401,7 @@ def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[Trit
         light = rows * streams * _narrowest(tiling) // (_PART_SHARE * 4 * sums)
         parts = min(resident * target.sm_count, max(light, target.sm_count), -(-rows // together))
         found.append(TritonConfig(together, r_block=block, num_warps=warps, split=parts))
-    found = list(dict.fromkeys(c for c in found if c.split > 1))
-    if not found:
-        return [alone]
-    ahead = replace(found[0], stages=3)
-    first = [ahead, found[0]] if block >= _ROW_WORTH_FETCHING else [found[0], ahead]
-    return [*first, *found[1:2], alone, *found[2:]]
+    return list(dict.fromkeys(c for c in found if c.split > 1))
 
 
 def _streams_and_sums(region: Region) -> tuple[int, int]:

@@ -99,15 +99,37 @@ def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) 
         check(interpreter, nests.norm_gradients(600, row, dtype), config, slack=64.0)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("points", [1, 37, 64])
+def test_sums_over_rows_after_what_the_rows_reduce_to(interpreter: Interpreter, points: int, dtype: torch.dtype) -> None:
+    """Down the columns with a loop over the rows, with all rows at once, and in parts."""
+    case = nests.norm_gradients(points, 200, dtype)
+    for config in (
+        TritonConfig(32, r_block=16, persistent=False, statistics=True),
+        TritonConfig(64, r_block=64, statistics=True),
+        *([TritonConfig(32, r_block=16, persistent=False, split=4, statistics=True)] if points > 1 else []),
+    ):
+        check(interpreter, case, config, slack=32.0)
+
+
+def test_long_rows_are_reduced_first() -> None:
+    case = nests.norm_gradients(16, 65536, F32)
+    found = every_config(case)
+    assert found[0].statistics and any(c.split == 1 and not c.statistics for c in found)
+    entries = [k.entry for k in print_region(case.region, found[0], TARGET).kernels]
+    assert sum("column" in e for e in entries) == 1 and "column" in entries[-1]
+    assert not any(c.statistics for c in every_config(nests.norm_gradients(8192, 1024, F32)))
+
+
 def test_what_only_the_sums_read_is_not_stored(interpreter: Interpreter) -> None:
     case = nests.norm_gradients(40, 64, F32)
     alone = replace(case, region=replace(case.region, passed=frozenset({"dx"})))
-    config = TritonConfig(4, r_block=64, split=4)
-    assert "dx" not in print_region(alone.region, config, TARGET).kernels[0].buffers
     inputs = {n: sample(case, n) for n in case.inputs}
-    _, *expected = run(interpreter, case, config, inputs)
-    _, *actual = run(interpreter, alone, config, inputs)
-    assert all(map(torch.equal, actual, expected))
+    for config in (TritonConfig(4, r_block=64, split=4), TritonConfig(32, r_block=16, persistent=False, statistics=True)):
+        assert not any("dx" in k.buffers for k in print_region(alone.region, config, TARGET).kernels)
+        _, *expected = run(interpreter, case, config, inputs)
+        _, *actual = run(interpreter, alone, config, inputs)
+        assert all(map(torch.equal, actual, expected))
 
 
 def test_sums_over_a_symbolic_number_of_rows(interpreter: Interpreter) -> None:
