@@ -151,14 +151,18 @@ def _lanes(kernel: _Kernel, axis: str) -> str:
 
 def _point_lines(kernel: _Kernel) -> list[str]:
     """Program id to x (and y) indices."""
-    cast = ".to(tl.int64)" if kernel.frame.index64 else ""
-    lines = [f"pid = tl.program_id(0){cast}"]
+    lines = [_program_line(kernel)]
     if "y" not in kernel.frame.blocks:
         lines.append(_position_line(kernel, "x", "pid"))
         return lines + _axis_lines(kernel, "x")
     columns = kernel.emitter.index_text(_blocks_along(kernel, "x"))
     lines += [_position_line(kernel, "x", f"pid % {columns}"), _position_line(kernel, "y", f"pid // {columns}")]
     return lines + _axis_lines(kernel, "x") + _axis_lines(kernel, "y")
+
+
+def _program_line(kernel: _Kernel) -> str:
+    number = "(tl.num_programs(0) - 1 - tl.program_id(0))" if kernel.region.backwards else "tl.program_id(0)"
+    return f"pid = {number}{'.to(tl.int64)' if kernel.frame.index64 else ''}"
 
 
 def _position_line(kernel: _Kernel, axis: str, number: str) -> str:
@@ -271,18 +275,19 @@ def _print_looped(kernel: _Kernel) -> None:
     levels = _levels(emitter, [emitter.instance(v, ()) for s in stores for v in s.roots])
     varying = [s for s in stores if _store_varies(kernel, s)]
     early = varying if len(levels) == 1 and not any(map(_stores_reduction, varying)) else []
+    at_last = "" if kernel.region.reread else "evict_first"
     turning, backwards = not any(isinstance(n, Scan) for n in postorder(kernel.tiling.nest.roots)), False
     for number, level in enumerate(levels, 1):
         last = number == len(levels) and len(early) == len(varying)
         counts = any(isinstance(n, Reduce) and n.kind == "welford" for n, _ in level)  # it counts its steps
         backwards = turning and number > 1 and not backwards and not counts
-        _reduction_pass(kernel, level, _Loop(along, backwards, "evict_first" if last else "evict_last"), early)
+        _reduction_pass(kernel, level, _Loop(along, backwards, at_last if last else "evict_last"), early)
     at_end = _prepare(kernel, [s for s in stores if s not in varying])
     if varying and not early:
-        emitter.open_loop("evict_first")
+        emitter.open_loop(at_last)
         statements = _prepare(kernel, varying)
         body = emitter.close_loop()
-        last_loop = _Loop(along, turning and bool(levels) and not backwards, "evict_first")
+        last_loop = _Loop(along, turning and bool(levels) and not backwards, at_last)
         emitter.outer += _loop(kernel, last_loop, [*body, *_barrier(kernel.tiling.nest), *statements])
     emitter.outer += [*_barrier(kernel.tiling.nest), *at_end]
 
@@ -295,8 +300,7 @@ def _print_parts(kernel: _Kernel) -> None:
     """One loop over a part of the points, whole rows at a time, with sums over those points in registers."""
     emitter, outer = kernel.emitter, kernel.emitter.outer
     rows, each = kernel.tiling.x.extent, part_of_rows(kernel.tiling.x.extent, kernel.config)
-    cast = ".to(tl.int64)" if kernel.frame.index64 else ""
-    outer += [f"pid = tl.program_id(0){cast}", f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
+    outer += [_program_line(kernel), f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
     outer.append(f"x_lane = {_lanes(kernel, 'x')}")
     along = ["x = x_base + x_lane", *_axis_lines(kernel, "x")]
     shape = f"[{', '.join(kernel.frame.blocks.values())}]"

@@ -130,6 +130,19 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
     return [first, second, *_remainder(region, nest, rest, extra, parts)]
 
 
+def turning(region: Region, pieces: Sequence[Region]) -> list[Region]:
+    """`pieces` of `region` in turns forwards and backwards over its elements, but for those that only join parts."""
+    backwards, out = region.backwards, []
+    walking = [piece for piece in pieces if not piece.name.endswith(".join")]
+    for piece in pieces:
+        if piece not in walking:
+            out.append(replace(piece, backwards=False, reread=False))
+            continue
+        out.append(replace(piece, backwards=backwards, reread=region.reread or piece is not walking[-1]))
+        backwards = not backwards
+    return out
+
+
 def _remainder(region: Region, nest: Nest, rest: list[Store], extra: dict[str, BufferSpec], parts: int) -> list[Region]:
     """What is left once the innermost reductions are loads: another round, or a pointwise nest over the whole domain."""
     if not rest:
@@ -190,15 +203,19 @@ def whole_cuts(sizes: Sequence[Int], parts: int) -> list[int] | None:
 
 
 def _cut_axes(region: Region, row: Int, cuts: list[int]) -> _Split:
+    """Parts as boxes of the elements. Along axes that are not contiguous, the parts take turns: then all of them together
+    walk through memory in order, and what comes next finds the end in the L2 cache."""
     part: list[Sym] = []
     inside: list[Sym] = []
     mapping: dict[Sym, Int] = {}
+    contiguous = region.nest.reduced[-1:] if tile(region, "flat").inner_reduction else ()
     for k, (sym, cut) in enumerate(zip(region.nest.reduced, cuts, strict=True)):
         length = floordiv(size_of(sym), cut)
         outer, inner = Sym(f"u{k}", size=cut), Sym(f"w{k}", size=length)
         part += [outer] * (cut != 1)
         inside += [inner] * (length != 1)
-        mapping[sym] = mul(symbol(outer) if cut != 1 else 0, length) + (symbol(inner) if length != 1 else 0)
+        number, place = symbol(outer) if cut != 1 else 0, symbol(inner) if length != 1 else 0
+        mapping[sym] = mul(number, length) + place if sym in contiguous else mul(place, cut) + number
     return _Split(region, tuple(part), tuple(inside), mapping, None, row, floordiv(row, prod(cuts)))
 
 
