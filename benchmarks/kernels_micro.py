@@ -35,6 +35,7 @@ from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.cost import nbytes
 from fxopt.lower.schedule import schedule
+from fxopt.report.cases import widened
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.choose import Candidate, Choice
@@ -244,8 +245,8 @@ def long_rows(scale: int = 1) -> Iterator[MicroCase]:
         yield _same("long-rows group-norm-silu", group_norm_silu, shape, line, line, dtype=dtype)
     for count, dtype in ((4096, BF16), (2048, F32)):
         yield _same("long-rows rms-norm", rms_norm, (max(300, count // scale), long), (long,), dtype=dtype)
-    for count, dtype in ((256, F32), (4096, BF16), (2048, F32)):
-        count = max(512, count // scale) if count > 256 else 256
+    for count, dtype in ((256, F32), (2048, BF16), (2048, F32)):
+        count = count if scale == 1 else max(512, count // scale)
         whole, row, line = (count, long), (count, 1), (long,)
         types = (dtype, dtype, F32, F32)
         yield MicroCase("long-rows rms-norm-gradients", rms_norm_gradients, (whole, whole, row, line), types)
@@ -405,7 +406,7 @@ def measure(case: MicroCase, lowered: Lowered, choices: list[Choice], device: to
     """Errors and times of every choice, as JSON data."""
     inputs = case.inputs(device)
     eager = case.function(*inputs)
-    exact = case.function(*(t.double() if t.is_floating_point() else t for t in inputs))
+    exact = case.function(*widened(inputs))
     errors = [check(lowered, c, inputs, eager, exact, launch_on_gpu) for c in choices]
     del exact, eager
     moved = sum(nbytes(spec) for spec in main_region(lowered).buffers.values())

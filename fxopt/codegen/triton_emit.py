@@ -235,6 +235,10 @@ class Emitter:
     def _emit_checked(self, instance: Instance, node: Op) -> None:
         index, size = (self.arg(a, instance[1]) for a in node.args)
         name = self.fresh()
+        if _within(*node.args):
+            self.write(instance, [f"{name} = h.wrap_index({index}, {size})"])
+            self.define(instance, name)
+            return
         known = f" for dimension of size {node.args[1]!r}" if isinstance(node.args[1], Const) else ""
         message = f"index out of bounds{known}"
         if message not in self.names.errors:
@@ -412,6 +416,17 @@ def _keeps_relative(user: Scalar, rounded: set[Scalar]) -> bool:
 def reduced_dtype(node: Reduce) -> torch.dtype:
     """The dtype whose working form a reduction is carried out in: the values' for arg reductions, else the result's."""
     return node.operands[0].dtype if node.kind in ("argmax", "argmin", "max", "min", "any", "all") else node.dtype
+
+
+def _within(index: Scalar, size: Scalar) -> bool:
+    """Whether `index` is clamped to what is legal for a dimension of `size`, so that a check would only cost its barrier."""
+    if not (isinstance(size, Const) and isinstance(index, Op) and index.name == "minimum"):
+        return False
+    below, top = index.args
+    if not (isinstance(below, Op) and below.name == "maximum" and isinstance(top, Const)):
+        return False
+    low = below.args[1]
+    return isinstance(low, Const) and -size.value <= low.value <= top.value < size.value
 
 
 def _narrow_compare(node: Scalar) -> bool:
