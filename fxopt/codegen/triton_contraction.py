@@ -141,7 +141,7 @@ def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
     masks = {axis: f"{axis}_mask" for axis, (size, block) in extents.items() if size % block}
     names = Names(reserved=2)
     frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
-    emitter = Emitter(frame, names, looped=False, registers={contraction.result: "acc"})
+    emitter = Emitter(frame, names, registers={contraction.result: "acc"})
     body = straight_line(region, frame, emitter)
     kinds = {p: ops.POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
     kinds |= {p: size_type(s, index64) for s, p in names.sizes.items()}
