@@ -13,7 +13,7 @@ from fxopt.capture import private
 from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
 from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
-from fxopt.capture.normalize import copy_module
+from fxopt.capture.normalize import copy_graph
 from fxopt.errors import OptionError
 from fxopt.ir.graph import Graph
 from fxopt.journal import RECENT, Journal
@@ -86,7 +86,7 @@ def compile_dynamo_graph(
 
     On the `shelf` lies what AOTAutograd and `compile_graph` have made of the same graph before.
     """
-    original = copy_module(gm)
+    original = copy_graph(gm)
     journal = Journal("capture", strict=options.strict)
     try:
         _run_early(gm, options, journal)
@@ -96,7 +96,7 @@ def compile_dynamo_graph(
     except Exception as error:
         RECENT.append(journal)
         retreat(journal, "the whole Dynamo graph", error)
-        return original.forward
+        return fx.GraphModule(gm, original).forward
     if journal.passes or journal.notes:
         RECENT.append(journal)
     return compiled

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxopt.capture import autograd_cache, private
-from fxopt.capture.decompositions import decompositions
+from fxopt.capture.decompositions import Decompositions
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
 from fxopt.capture.pool_offsets import save_pool_offsets
@@ -74,12 +74,13 @@ class Capture:
     ) -> Callable[..., Any]:
         self._session = autograd_cache.begin(shelf, gm, inputs, self.options, self.number)
         forward: Any = functools.partial(self.compile, phase=Phase.FORWARD)
-        autograd = private.aot_autograd(
+        autograd = functools.partial(
+            private.through_aot,
             inference_compiler=functools.partial(self.compile, phase=Phase.INFERENCE),
             fw_compiler=forward if self._session is None else autograd_cache.serializable(forward),
             bw_compiler=functools.partial(self.compile, phase=Phase.BACKWARD),
             partition_fn=self.partition,
-            decompositions=decompositions(),
+            decompositions=Decompositions(),
             keep_inference_input_mutations=True,
         )
         self.facts.tensors = inputs
