@@ -34,6 +34,7 @@ from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
+from fxopt.runtime.cachedir import default_directory
 from fxopt.runtime.encoding import torch_name
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Launch, Plan
@@ -166,6 +167,15 @@ def _own_source() -> str:
 # ---------------------------------------------------------------------- reading and writing
 
 
+def is_empty() -> bool:
+    """Whether no plan is kept where plans would be."""
+    folder = default_directory() / FOLDER
+    try:
+        return next(folder.iterdir(), None) is None
+    except OSError:
+        return True
+
+
 def load(key: RecordKey, graph: Graph, store: ArtifactStore, journal: Journal) -> Executor | None:
     """What runs `graph`, from the plan of `key`; None when there is none, or one that cannot be used any more.
 
@@ -190,12 +200,14 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
         if journal.strict and body["journal"]["retreats"]:
             return None
         with _no_collections():
-            plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
-            constants = {name: _decoded(data) for name, data in body["constants"].items()}
-            kernels = {name: store.get(name) for name in body["kernels"]}
+            with journal.timed("plan cache: reading"):
+                plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
+                constants = {name: _decoded(data) for name, data in body["constants"].items()}
+                kernels = {name: store.get(name) for name in body["kernels"]}
             if not all(kernels.values()):
                 return None
-            executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
+            with journal.timed("plan cache: binding"):
+                executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
             _restore(journal, body["journal"])
     except (PlanError, ValueError, KeyError, TypeError, AttributeError) as error:
         _set_aside(store, name, str(error))

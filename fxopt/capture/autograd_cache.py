@@ -121,10 +121,17 @@ class Session:
 
     def __init__(self, shelf: Shelf, facts: dict[str, Any], number: int, strict: bool) -> None:
         self.shelf, self.facts, self.number, self.strict = shelf, facts, number, strict
+        self.on_miss: Callable[[], None] | None = None
         self.name: str | None = None  # of the entry: set by the lookup, unless there shall be none
         self._guards = _guards()
         self.seconds = 0.0
         self._found: list[Journal] = []
+
+    def missed(self) -> None:
+        """AOTAutograd is about to trace the graph: `on_miss` is told, once."""
+        on_miss, self.on_miss = self.on_miss, None
+        if on_miss is not None:
+            on_miss()
 
     def lookup(self, given: str, args: Sequence[Any], aot_config: Any) -> tuple[Any, bytes] | None:
         """(torch's entry with its code bound, its pickled form), or None.
@@ -187,6 +194,7 @@ class Session:
 
     def compiled_anew(self) -> None:
         """AOTAutograd calls the compiler: there was no entry, or torch could not use it."""
+        self.missed()
         self._found.clear()
         if _guards() != self._guards:
             self.name = None
@@ -282,14 +290,21 @@ def _install() -> None:
     def fxopt_key(mod: Any, args: Any, aot_config: Any, *rest: Any, **more: Any) -> tuple[str, list[str]]:
         if _current.session is None:
             return cache_key(mod, args, aot_config, *rest, **more)
-        return _current.session.key(mod, args, aot_config), []
+        try:
+            return _current.session.key(mod, args, aot_config), []
+        except Exception:
+            _current.session.missed()
+            raise
 
     @functools.wraps(lookup)
     def fxopt_lookup(key: str, local: bool, remote: bool, args: Any, cache_info: Any, aot_config: Any) -> Any:
         session, _current.session = _current.session, None
         if session is None:
             return lookup(key, local, remote, args, cache_info, aot_config)
-        return session.lookup(key, args, aot_config) if local else None
+        found = session.lookup(key, args, aot_config) if local else None
+        if found is None:
+            session.missed()
+        return found
 
     @functools.wraps(make_entry)
     def fxopt_make_entry(*args: Any, **kwargs: Any) -> Any:
