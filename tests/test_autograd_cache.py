@@ -74,7 +74,9 @@ def test_inference(traced: list[str]) -> None:
     assert torch.equal(first, second)
     (ours,) = (j for j in after if j.kernels)
     assert told(ours) == told(next(j for j in before if j.kernels))
-    assert ours.graph.endswith(" inference") and {"autograd cache", "plan cache"} == {x for x in ours.seconds if ":" not in x}
+    assert ours.graph.endswith(" inference") and {"autograd cache", "plan cache"} == {
+        x for x in ours.seconds if ":" not in x
+    }
     assert any("not traced" in text for topic, text in ours.notes if topic == "plan")
 
 
