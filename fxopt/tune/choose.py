@@ -23,8 +23,10 @@ from fxopt.lower.cost import nbytes
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
+from fxopt.tune.candidate import Candidate, sizes_text
 from fxopt.tune.measure import METHOD, Measurements, assumed_sizes
 from fxopt.tune.records import RecordKey, Records
+from fxopt.tune.twins import Printer
 
 CANDIDATES_AT_MOST = 8
 """How many of the cost model's configurations max-autotune compiles and measures."""
@@ -46,20 +48,6 @@ SAMPLE_BYTES = 256 << 20
 
 Work = Region | Batch
 """What becomes kernels."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run a region: kernels in order, with scratch buffers that they share. `label` names the configuration."""
-
-    label: str
-    sources: tuple[KernelSource, ...]
-    scratch: tuple[BufferSpec, ...] = ()
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for candidates that run the same code on the same sizes, on whatever buffers."""
-        return tuple((s.text, repr(s.compile_options), _sizes(s)) for s in self.sources)
 
 
 @dataclass(frozen=True)
@@ -113,9 +101,11 @@ def choose(
 def _print(regions: Sequence[Work], options: Options) -> tuple[list[tuple[Work, list[Candidate]]], list[tuple[Work, str]]]:
     printed: list[tuple[Work, list[Candidate]]] = []
     failed: list[tuple[Work, str]] = []
+    printer = Printer(lambda region: candidates(region, options))
     for region in regions:
         try:
-            printed.append((region, candidates(region, options)))
+            own = printer(region) if isinstance(region, Region) else candidates(region, options)
+            printed.append((region, own))
         except UnsupportedError as error:
             failed.append((region, error.reason))
     return printed, failed
@@ -246,17 +236,12 @@ def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, 
     """Everything that a contest's result depends on; the kernels' keys hold texts, configurations and compiler versions."""
     return {
         "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],
-        "sizes": [[_sizes(source) for source, _ in c.kernels] for c in usable],
+        "sizes": [[sizes_text(source) for source, _ in c.kernels] for c in usable],
         "assumed": assumed_sizes(region, usable),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,
     }
-
-
-def _sizes(source: KernelSource) -> str:
-    """Grid and sizes. A size that is a number is the key of a random op, which does not change what the kernel costs."""
-    return repr([*source.grid, *(x for x in source.sizes if not isinstance(x, int))])
 
 
 NOISE = 0.03
