@@ -79,14 +79,18 @@ class Decompositions(Mapping[Any, Callable[..., Any]]):
     A warm start never looks: what core ATen decomposes is all ops of all libraries sorted through, a tenth of a second.
     """
 
+    @functools.cached_property
+    def _made(self) -> dict[Any, Callable[..., Any]]:
+        return decompositions()
+
     def __getitem__(self, op: Any) -> Callable[..., Any]:
-        return decompositions()[op]
+        return self._made[op]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(decompositions())
+        return iter(self._made)
 
     def __len__(self) -> int:
-        return len(decompositions())
+        return len(self._made)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

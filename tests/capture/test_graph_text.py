@@ -93,10 +93,10 @@ def test_another_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     def registered(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    before, table = decompositions.fingerprint(), decompositions.Decompositions()
-    assert before is not None and table[hardswish] is not registered
+    before = decompositions.fingerprint()
+    assert before is not None and decompositions.Decompositions()[hardswish] is not registered
     monkeypatch.setitem(torch._decomp.decomposition_table, hardswish, registered)
     assert decompositions.fingerprint() is None
-    assert table[hardswish] is registered
+    assert decompositions.Decompositions()[hardswish] is registered
     registered.__module__ = "torch._decomp.elsewhere"
     assert decompositions.fingerprint() not in (None, before)
