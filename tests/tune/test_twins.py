@@ -11,8 +11,7 @@ from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.target import Target
-from fxopt.tune.candidate import Candidate
-from fxopt.tune.choose import triton_candidates
+from fxopt.tune.candidate import Candidate, triton_candidates
 from fxopt.tune.twins import Printer
 
 CUDA = torch.device("cuda", 0)
