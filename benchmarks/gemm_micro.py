@@ -236,7 +236,7 @@ def measure(case: GemmCase, built: Built, target: Target, device: torch.device) 
     eager = case.reference(**inputs)
     exact = case.reference(**{n: t.float() for n, t in inputs.items()}).double()
     out = torch.empty_like(eager)
-    names, runs, rows = [], list[Callable[[], None]](), list[dict[str, Any]]()
+    names, runs, rows = [], list[Callable[[], Any]](), list[dict[str, Any]]()
     for config, choice in built:
         run = None if isinstance(choice, str) else runner(choice, {**inputs, "out": out}, {})
         if isinstance(choice, str) or run is None:
