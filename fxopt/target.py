@@ -19,8 +19,8 @@ _SHARED_PER_BLOCK = {
     120: 101376,
 }
 _SM_COUNT = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
-_HALF_FLOPS = {75: 50e12, 80: 260e12, 86: 110e12, 87: 50e12, 89: 280e12, 90: 770e12, 100: 1600e12, 103: 1600e12, 120: 380e12}
-_MEMORY_RATE = {75: 0.28e12, 80: 1.7e12, 86: 0.7e12, 87: 0.18e12, 89: 0.85e12, 90: 3.0e12, 100: 6.8e12, 103: 6.8e12, 120: 1.5e12}
+_HALF_TERAFLOPS = {75: 50, 80: 260, 86: 110, 87: 50, 89: 280, 90: 770, 100: 1600, 103: 1600, 120: 380}
+_MEMORY_GIGABYTES = {75: 280, 80: 1700, 86: 700, 87: 180, 89: 850, 90: 3000, 100: 6800, 103: 6800, 120: 1500}
 _OLDEST_KNOWN = 75
 
 
@@ -91,12 +91,12 @@ class Target:
     @property
     def half_flops(self) -> float:
         """Floating-point operations a second that large matrix products in float16 and bfloat16 reach (H100: measured)."""
-        return _HALF_FLOPS[self._known] * self.sm_count / _SM_COUNT[self._known]
+        return 1e12 * _HALF_TERAFLOPS[self._known] * self.sm_count / _SM_COUNT[self._known]
 
     @property
     def memory_rate(self) -> float:
         """Bytes a second, read and written, that a copy in device memory reaches (H100: measured)."""
-        return _MEMORY_RATE[self._known]
+        return 1e9 * _MEMORY_GIGABYTES[self._known]
 
     @property
     def _known(self) -> int:

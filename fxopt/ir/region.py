@@ -239,7 +239,7 @@ class Contraction:
         return (1 if batch is None or batch.size is None else batch.size), row.size, self.depth, column.size
 
     def reduced(self, name: str, total: Reduce, more: dict[str, BufferSpec]) -> Region:
-        """The region `name` in which the product is `total`, float32, rather than in registers; that reads buffers `more`."""
+        """The region `name`, which also reads buffers `more`: there the product is `total`, float32, not in registers."""
 
         def summed(load: Load) -> Scalar | None:
             if load.buffer != self.result:

@@ -31,8 +31,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 def with_contractions(lowered: Lowered, every: bool = False) -> Lowered:
-    """`lowered`, already scheduled, with `Alternatives` for products on a GPU that a kernel of ours may do faster: those with
-    an epilogue and those of few rows, or `every` one.
+    """`lowered`, already scheduled, with `Alternatives` for products on a GPU that a kernel of ours may do faster: those
+    with an epilogue and those of few rows, or `every` one.
     """
     return _Search(lowered, every).run()
 
@@ -48,9 +48,10 @@ class _Search:
     def run(self) -> Lowered:
         for k, step in enumerate(self.lowered.steps):
             product = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
-            if product is not None and self._is_eligible(product):
-                if not self._fuse(k, product) and (self.every or product.sizes[1] <= FEW_ROWS):
-                    self.steps[k] = self._alternatives(product, None, self._alone(product))
+            if product is None or not self._is_eligible(product) or self._fuse(k, product):
+                continue
+            if self.every or product.sizes[1] <= FEW_ROWS:
+                self.steps[k] = self._alternatives(product, None, self._alone(product))
         return replace(self.lowered, steps=[s for s in self.steps if s is not None])
 
     def _is_eligible(self, product: Product) -> bool:

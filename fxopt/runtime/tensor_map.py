@@ -1,7 +1,9 @@
-"""Tensor maps: descriptors with which Hopper's tensor memory accelerator finds blocks of a tensor (the driver's CUtensorMap).
+"""Tensor maps: descriptors with which Hopper's tensor memory accelerator finds blocks of a tensor (the driver's
+CUtensorMap).
 
-A kernel that Triton compiles for tensor descriptors takes, for each, the 128 bytes of the map by value, then the tensor's sizes
-(int32) and strides (int64). The driver encodes the map from an address, so it is encoded again when the address has changed.
+A kernel that Triton compiles for tensor descriptors takes, for each, the 128 bytes of the map by value, then the tensor's
+sizes (int32) and strides (int64). The driver encodes the map from an address, so it is encoded again when the address has
+changed.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ _NO_INTERLEAVE, _PROMOTE_TO_128_BYTES, _FILL_WITH_ZERO = 0, 2, 0
 class TensorMap:
     """One map in memory of its own, and what a kernel's parameter array needs of it.
 
-    shape, strides and block: elements, the contiguous dimension last. offset: elements from the buffer's address to the tensor.
-    element_type and swizzle: the driver's CUtensorMapDataType and CUtensorMapSwizzle. `parameters` are the addresses of
-    the kernel's parameters: map, sizes, strides. `address` is the buffer address that is encoded, None before the first.
+    shape, strides and block: elements, the contiguous dimension last. offset: elements from the buffer's address to the
+    tensor. element_type and swizzle: the driver's CUtensorMapDataType and CUtensorMapSwizzle. `parameters` are the addresses
+    of the kernel's parameters: map, sizes, strides. `address` is the buffer address that is encoded, None before the first.
     """
 
     def __init__(

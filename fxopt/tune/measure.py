@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxopt import knobs
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
@@ -19,9 +23,10 @@ from fxopt.journal import Journal
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.binding import resolve_op
+from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.launch import CudaError, load_cubin
 
-METHOD = 3
+METHOD = 4
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -30,6 +35,14 @@ SAMPLE_SECONDS = 200e-6
 """A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
 
 FILLER_BYTES = 1 << 28
+FASTEST_MEMORY = 8e12
+"""Bytes a second that no GPU fills faster."""
+
+MOST_FILLS = 32
+
+PATIENCE_SECONDS = 60.0
+"""How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
+
 Run = Callable[[], None]
 
 
@@ -57,16 +70,31 @@ log = logging.getLogger(__name__)
 class Measurements:
     """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
-    Every sample starts with a large fill and one launch that is not timed: while they run, the timed launches are queued, so
-    that kernels shorter than the launch overhead are told apart. The launches share their buffers, so what fits the L2 cache
-    is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved are
-    not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm cache
-    serves well enough look good.
+    Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
+    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the
+    L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved
+    are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
+    cache serves well enough look good.
     """
 
     def __init__(self, journal: Journal, budget: float) -> None:
         self.journal, self.left = journal, budget
+        self._patience = PATIENCE_SECONDS
         self._said = False
+
+    @contextlib.contextmanager
+    def turn(self, device: torch.device, cache: Path) -> Iterator[None]:
+        """No other process with the same `cache` (or FXOPT_LOCK_DIR) measures on `device` in the block, unless this one has
+        waited too long. Waiting is not charged to the budget."""
+        if self.left <= 0:
+            yield  # `compare` is going to measure nothing
+            return
+        start, patience = time.monotonic(), self._patience
+        with turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience) as held:
+            self._patience = max(0.0, patience - (time.monotonic() - start))
+            if not held and patience > 0.0 == self._patience:
+                self.journal.note("tuning", "measured while another process measured on this GPU, after a long wait for it")
+            yield
 
     def compare(
         self, name: str, buffers: Mapping[str, BufferSpec], device: torch.device, trials: Sequence[Trial]
@@ -124,21 +152,36 @@ def eager_seconds(run: Run, device: torch.device) -> float:
 
 
 def interleaved(runs: Sequence[Run | None], device: torch.device, cold: bool) -> list[float]:
+    torch.cuda.synchronize(device)  # a thread of autograd's has the device's context from here on
     filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=device)
-    first = [_seconds(run, filler, 1, cold=False) for run in runs]
-    launches = max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
+    first = [_seconds(run, filler, 1, 1, cold=False) for run in runs]
+    launches = 1 if cold else max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
+    fills = [_fills(run, launches) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for k, run in enumerate(runs):
-            times[k].append(_seconds(run, filler, 1 if cold else launches, cold))
+            times[k].append(_seconds(run, filler, fills[k], launches, cold))
     return [statistics.median(t) for t in times]
 
 
-def _seconds(run: Run | None, filler: torch.Tensor, launches: int, cold: bool) -> float:
+def _fills(run: Run | None, launches: int) -> int:
+    """How many fills keep the GPU busy while the host queues the launches of a sample; library calls take it a while."""
+    if run is None:
+        return 0
+    start = time.perf_counter()
+    for _ in range(launches):
+        run()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return min(MOST_FILLS, 1 + math.ceil(host / (FILLER_BYTES / FASTEST_MEMORY)))
+
+
+def _seconds(run: Run | None, filler: torch.Tensor, fills: int, launches: int, cold: bool) -> float:
     if run is None:
         return float("inf")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    filler.zero_()
+    for _ in range(fills):
+        filler.zero_()
     if not cold:
         run()
     start.record()

@@ -9,12 +9,12 @@ A printed entry has flat parameters and calls one of
 Shapes: a is [batch, M, K], b is [batch, K, N], a result tile [BM, BN]. Sizes and strides are literals where they are known,
 else int32 values; what has to be masked is decided from the literals.
 
-`EPILOGUE(acc, y, x, z, extra)` gets a float32 block of the product, its row numbers y [R, 1] and column numbers x [1, C] (both
-int32), the number z of the product in the batch (int32 scalar), and the entry's tuple `extra` of whatever it needs. It masks rows
-from M on and columns from N on in all that it loads and stores, and takes R and C as they come.
+`EPILOGUE(acc, y, x, z, extra)` gets a float32 block of the product, its row numbers y [R, 1] and column numbers x [1, C]
+(both int32), the number z of the product in the batch (int32 scalar), and the entry's tuple `extra` of whatever it needs. It
+masks rows from M on and columns from N on in all that it loads and stores, and takes R and C as they come.
 
-SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a leave
-empty and the columns of b fill. The epilogue does not notice.
+SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a
+leave empty and the columns of b fill. The epilogue does not notice.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
@@ -95,8 +95,8 @@ def fetch(pointers, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
 
 @triton.jit
 def inside(index, SIZE, stride, BLOCK: tl.constexpr):
-    """Row numbers that may be read. Past the end they repeat the last row, but not along contiguous memory: there the accesses
-    would be single elements, and the caller masks (`masked`).
+    """Row numbers that may be read. Past the end they repeat the last row, but not along contiguous memory: there the
+    accesses would be single elements, and the caller masks (`masked`).
     """
     if divides(BLOCK, SIZE) or is_literal(stride, 1):
         return index
@@ -170,8 +170,8 @@ def pointer_gemm(
 ):  # fmt: skip
     """`EPILOGUE(a @ b)`; the grid is batch * cdiv(M, BM) * cdiv(N, BN) programs.
 
-    a, b: pointers to the first elements. Strides in elements. PRECISION ("tf32" or "ieee") is that of float32 operands. WIDE: an
-    offset within one matrix may reach 2**31 elements.
+    a, b: pointers to the first elements. Strides in elements. PRECISION ("tf32" or "ieee") is that of float32 operands.
+    WIDE: an offset within one matrix may reach 2**31 elements.
     """
     z, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     y, x = row * BM, column * BN
@@ -214,7 +214,9 @@ def descriptor_product(
     a, b, y, x, a_first, b_first, first, end, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The float32 tile [BM, BN] at row y of a and column x of b. Matrices begin at the descriptors' rows a_first and b_first."""
+    """The float32 tile [BM, BN] at row y of a and column x of b. Matrices begin at the descriptors' rows a_first and
+    b_first.
+    """
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(first, end, BK):
         if A_K_LAST:
@@ -236,9 +238,7 @@ def descriptor_tile(
 ):  # fmt: skip
     """`descriptor_product` of the batch's z-th matrices."""
     if SWAP:
-        acc = descriptor_product(
-            b, a, x, y, z * b_batch, z * a_batch, first, end, BN, BM, BK, B_K_LAST, A_K_LAST, PRECISION
-        )
+        acc = descriptor_product(b, a, x, y, z * b_batch, z * a_batch, first, end, BN, BM, BK, B_K_LAST, A_K_LAST, PRECISION)
         return tl.trans(acc)
     else:
         return descriptor_product(
@@ -255,28 +255,24 @@ def tma_gemm(
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` with descriptors of a and b.
 
-    a: descriptor of [rows, K] with blocks [BM, BK] when A_K_LAST, else of [rows, M] with blocks [BK, BM]; b likewise [rows, K]
-    with [BN, BK] or [rows, N] with [BK, BN]. The z-th matrix of a batch begins at row z * a_batch (b_batch); where K is not
-    last and there is a batch, BK must divide K. What lies past the descriptor's end is read as zero.
+    a: descriptor of [rows, K] with blocks [BM, BK] when A_K_LAST, else of [rows, M] with blocks [BK, BM]; b likewise [rows,
+    K] with [BN, BK] or [rows, N] with [BK, BN]. The z-th matrix of a batch begins at row z * a_batch (b_batch); where K is
+    not last and there is a batch, BK must divide K. What lies past the descriptor's end is read as zero.
 
-    The grid is PROGRAMS programs, each with every PROGRAMS-th tile, or one program for each tile if PROGRAMS is 0. FLATTEN loads the
-    next tile's operands during an epilogue.
+    The grid is PROGRAMS programs, each with every PROGRAMS-th tile, or one program for each tile if PROGRAMS is 0. FLATTEN
+    loads the next tile's operands during an epilogue.
     """
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if PROGRAMS == 0:
         z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
         y, x = row * BM, column * BN
-        acc = descriptor_tile(
-            a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP
-        )
+        acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
         finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
     else:
         for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
             z, row, column = tile_of(program, rows, columns, GROUP)
             y, x = row * BM, column * BN
-            acc = descriptor_tile(
-                a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP
-            )
+            acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
             finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
 
 
@@ -290,7 +286,5 @@ def tma_split_gemm(
     at, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     part, z, y, x = at // BATCH, at % BATCH, row * BM, column * BN
     first, end = part_of_inner(part, K, BK, SPLIT)
-    acc = descriptor_tile(
-        a, b, y, x, z, first, end, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP
-    )
+    acc = descriptor_tile(a, b, y, x, z, first, end, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
     store_partial(acc, partial, at, y, x, M, N, BM, BN)

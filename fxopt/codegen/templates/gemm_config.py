@@ -1,8 +1,8 @@
 """Configurations of the matrix product templates (`gemm.py`), and what each should take: decides what is compiled at all.
 
-The model is a roofline of one GPU: tensor cores by whole tiles on whole multiprocessors, device memory, the L2 cache, and what is
-in flight to hide the latency of memory. It has to order configurations and to say whether the library can be beaten; what is
-close is measured.
+The model is a roofline of one GPU: tensor cores by whole tiles on whole multiprocessors, device memory, the L2 cache, and
+what is in flight to hide the latency of memory. It has to order configurations and to say whether the library can be beaten;
+what is close is measured.
 """
 
 from __future__ import annotations
@@ -75,7 +75,13 @@ class Matrix:
         """Whether one two-dimensional tensor descriptor can cover all matrices of the batch."""
         steps = (self.pitch * itemsize, self.offset * itemsize)
         folds = batch == 1 or self.batch % self.pitch == 0
-        return self.aligned and 1 in (self.row, self.column) and self.pitch > 0 and not any(s % ALIGNMENT for s in steps) and folds
+        return (
+            self.aligned
+            and 1 in (self.row, self.column)
+            and self.pitch > 0
+            and not any(s % ALIGNMENT for s in steps)
+            and folds
+        )
 
     @property
     def extent(self) -> int:
@@ -87,8 +93,9 @@ class Matrix:
 class GemmProblem:
     """`epilogue(a @ b)`: a is [batch, m, k] and b [batch, k, n], both of `dtype`.
 
-    `static`: all sizes are literals; where they are not, the numbers are those that a size has most likely. `read` and `written`
-    are the bytes that the epilogue moves, the result included. `precision` ("tf32" or "ieee") is that of float32 products.
+    `static`: all sizes are literals; where they are not, the numbers are those that a size has most likely. `read` and
+    `written` are the bytes that the epilogue moves, the result included. `precision` ("tf32" or "ieee") is that of float32
+    products.
     """
 
     batch: int
@@ -133,9 +140,9 @@ class GemmProblem:
 class GemmConfig:
     """How a product is done. `tma`: through tensor descriptors. `str()` is its name in records and reports.
 
-    `programs` is how many persistent programs share the tiles (0: one program a tile); with `flatten` they load the next tile
-    during an epilogue. `swap` computes the transposed tile. `split` > 1 stores so many partial sums; `subtile` is the number of
-    parts in which the epilogue goes over a tile's columns.
+    `programs` is how many persistent programs share the tiles (0: one program a tile); with `flatten` they load the next
+    tile during an epilogue. `swap` computes the transposed tile. `split` > 1 stores so many partial sums; `subtile` is the
+    number of parts in which the epilogue goes over a tile's columns.
     """
 
     tma: bool
@@ -159,6 +166,11 @@ class GemmConfig:
         words += [f"split{self.split}"] * (self.split > 1) + [f"sub{self.subtile}"] * (self.subtile > 1)
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
         return " ".join(words)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What makes a difference that a model can hardly predict."""
+        return self.tma, self.block_m, self.block_n, self.warps, self.split > 1, self.programs > 0, self.flatten, self.swap
 
     def tiles(self, problem: GemmProblem) -> int:
         """Tiles of all matrices and parts of the inner dimension."""
@@ -190,9 +202,21 @@ class GemmConfig:
 
 
 def configs(problem: GemmProblem, target: Target, limit: int = 6) -> list[GemmConfig]:
-    """The most promising configurations, best first; at most `limit`."""
-    ranked = sorted(plausible(problem, target), key=lambda c: estimate(problem, c, target))
-    return ranked[:limit]
+    """The best configuration of each of the most promising kinds, best first; at most `limit`."""
+    kinds: dict[object, GemmConfig] = {}
+    for config in ranked(problem, target):
+        kinds.setdefault(config.kind, config)
+    return list(kinds.values())[:limit]
+
+
+def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
+    """All `plausible` ones, best first; of equals, that with more in flight, but in few stages."""
+
+    def order(config: GemmConfig) -> tuple[float, ...]:
+        flight = config.per_sm(problem.itemsize, target) * (config.stages - 1) * config.stage_bytes(problem.itemsize)
+        return estimate(problem, config, target), -flight, config.stages, -config.warps
+
+    return sorted(plausible(problem, target), key=order)
 
 
 def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
@@ -269,7 +293,9 @@ def _few_rows(problem: GemmProblem, target: Target, tma: bool) -> Iterator[GemmC
 
 
 def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
-    """Seconds that `config` should take, the launches and a split product's second kernel included; infinity if it cannot run."""
+    """Seconds that `config` should take, the launches and a split product's second kernel included; infinity if it cannot
+    run.
+    """
     per_sm = config.per_sm(problem.itemsize, target)
     if per_sm == 0:
         return float("inf")
@@ -309,7 +335,8 @@ def _efficiency(config: GemmConfig, resident: int, target: Target) -> float:
     if not target.has_warpgroup_products:
         share = {256: 1.0, 128: 0.95, 64: 0.8, 32: 0.55}.get(min(rows, columns), 0.35)
         return share if config.warps * resident >= 8 else 0.8 * share
-    # The second operand of a warp group's product comes from shared memory for every 64 rows, so narrow ones are bound by that.
+    # The second operand of a warp group's product comes from shared memory for every 64 rows, so narrow ones are bound by
+    # that.
     share = {256: 1.0, 128: 0.92, 64: 0.68, 32: 0.4, 16: 0.22}.get(min(columns, 256), 0.22)
     alone = 1.0 if config.warps * resident >= 8 else 0.75  # one warp group cannot hide its own waits
     rows_share = 1.0 if rows >= 64 else 0.5

@@ -45,9 +45,9 @@ def gemm_call(
 ) -> GemmCall:
     """The call of the template that `config` means.
 
-    `a` and `b` name the operands' parameters, `extra` is the text of the epilogue's tuple, and `epilogue` its name; of a split
-    product, `extra` is the name of the parameter for the partial sums and there is no epilogue. `sizes` are the texts of batch, m,
-    n and k (default: the problem's numbers).
+    `a` and `b` name the operands' parameters, `extra` is the text of the epilogue's tuple, and `epilogue` its name; of a
+    split product, `extra` is the name of the parameter for the partial sums and there is no epilogue. `sizes` are the texts
+    of batch, m, n and k (default: the problem's numbers).
     """
     batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
     grid = config.programs or config.tiles(problem)
@@ -80,8 +80,8 @@ def gemm_call(
 
 
 def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:
-    """Geometry of the descriptor of `matrix` with blocks of so many of its rows and columns: sizes, strides and block with the
-    contiguous dimension last, in elements.
+    """Geometry of the descriptor of `matrix` with blocks of so many of its rows and columns: sizes, strides and block with
+    the contiguous dimension last, in elements.
     """
     outer, inner, block = matrix.rows, matrix.columns, [rows, columns]
     if not matrix.columns_last:
