@@ -21,7 +21,7 @@ from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, St
 from fxopt.ir.region import Region
 
 _ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
-_RANDOM = ("rand", "randn", "randint")
+RANDOM = ("rand", "randn", "randint")
 _BODIES = ("narrow", "wide")
 NUM_STAGES = 1
 """Part of every kernel's compile options, as Triton's own default (3) would stage the loads of a loop through shared memory,
@@ -100,7 +100,7 @@ def with_salts(nest: Nest) -> Nest:
     for node in postorder(nest.roots):
         args = tuple(changed.get(a, a) for a in node.args)
         new = node if args == node.args else node.rebuild(args, {})
-        if isinstance(new, Op) and new.name in _RANDOM:
+        if isinstance(new, Op) and new.name in RANDOM:
             new = Op(new.name, (_salted(new.args[0]), *new.args[1:]), new.dtype)
         changed[node] = new
     if all(node is new for node, new in changed.items()):
