@@ -36,6 +36,7 @@ def check(p: GemmProblem, config: GemmConfig, folder: Path) -> None:
     source = entry(p, config)
     code, meta = compile_triton(source, Target.current("cuda"))
     (folder / "kernel.cubin").write_bytes(code)
+    torch.cuda.synchronize()  # the context exists from here on
     launch = load_cubin(folder / "kernel.cubin", meta, 0).bind()
 
     def operand(m: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
