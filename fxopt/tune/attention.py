@@ -287,7 +287,7 @@ def _close(got: Tensor, want: Tensor) -> bool:
         a, b = a.unsqueeze(-1), b.unsqueeze(-1)
     if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
         return False
-    a, b = (x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for x in (a, b))
+    a, b = (x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for x in (a, b))
     if not b.numel():
         return True
     tolerance = TOLERANCE.get(got.dtype, EXACT_TOLERANCE)

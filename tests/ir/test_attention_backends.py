@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir import attention_backends
-from fxopt.ir.attention_backends import FLASH, MATH, Inputs, Settings
+from fxopt.ir.attention_backends import BACKENDS, FLASH, MATH, Inputs, Settings
 from fxopt.ir.attention_op import attention, attention_backward, attention_forward
 
 aten = torch.ops.aten
@@ -106,6 +106,24 @@ def test_autocast_casts_what_it_casts_for_eager() -> None:
         out, _ = attention_forward(q, k, v)
     assert out.dtype == torch.bfloat16
     assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [64, 36])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_is_called_as_torch_declares_it(backend: str, masked: bool, width: int) -> None:
+    """Shapes alone: on meta tensors, for CPUs have none of the kernels. The rows are no multiple of what is padded."""
+    if backend == FLASH and masked:
+        pytest.skip("takes no masks")
+    q, k, v = (torch.empty(2, 4, rows, width, dtype=torch.bfloat16, device="meta") for rows in (97, 33, 33))
+    mask = torch.empty(2, 1, 1, 33, dtype=torch.bool, device="meta") if masked else None
+    x = Inputs(q, k, v, mask, Settings())
+    assert attention_backends.forward_by(backend, x, statistics=False)[0].shape == q.shape
+    out, statistics = attention_backends.forward_by(backend, x, statistics=True)
+    assert statistics is not None
+    assert (out.shape, statistics.shape, statistics.dtype) == (q.shape, (2, 4, 97), torch.float32)
+    gradients = attention_backends.backward_by(backend, x, torch.empty_like(out), out, statistics)
+    assert [g.shape for g in gradients] == [t.shape for t in (q, k, v)]
 
 
 # ---------------------------------------------------------------------- refusals

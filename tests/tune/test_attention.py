@@ -298,3 +298,16 @@ def test_who_disagrees_or_raises_is_out() -> None:
     }
     assert tune_attention.agreeing(runs, "reference") == ["reference", "rounded"]
     assert tune_attention.agreeing(runs, "refuses") == []
+
+
+def test_hidden_rows_that_are_nan_in_eager_have_to_be_nan() -> None:
+    """Comparing one leaves the reference as it was for the next."""
+    want = torch.randn(2, 3, 16, 8)
+    want[0, 0, 0] = torch.nan
+    runs: dict[str, Callable[[], Any]] = {
+        "reference": lambda: (want,),
+        "zero": lambda: (want.nan_to_num(0.0),),
+        "nan": lambda: (want.clone(),),
+        "nan again": lambda: (want.clone(),),
+    }
+    assert tune_attention.agreeing(runs, "reference") == ["reference", "nan", "nan again"]
