@@ -7,6 +7,8 @@ which takes longer than everything else about a hit. As there, `gm.meta` is left
 from __future__ import annotations
 
 import json
+import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,11 +41,26 @@ def _target(node: fx.Node) -> str:
         case "call_method":
             return str(node.target)
         case "call_function":
-            assert callable(node.target)
-            if "<" in getattr(node.target, "__qualname__", ""):  # within a function, or without a name: there may be several
-                raise UnwritableError(f"{node.target} is not one function")
-            return qualified_name(node.target)
+            return _function_name(node.target)
     raise UnwritableError(f"a node {node.op}")
+
+
+def _function_name(target: Any) -> str:
+    """A name that leads to `target`, and so to nothing else. Raises UnwritableError for a function without one."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(target)
+    name = qualified_name(target)
+    module, _, path = name.rpartition(".")
+    while module and module not in sys.modules:
+        module, _, parent = module.rpartition(".")
+        path = f"{parent}.{path}"
+    try:
+        found = operator.attrgetter(path)(sys.modules[module or "builtins"])
+    except AttributeError:
+        found = None
+    if found is not target:
+        raise UnwritableError(f"{target} is not what {name} means")
+    return name
 
 
 def _arguments(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:

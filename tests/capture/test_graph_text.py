@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxopt.capture import decompositions
@@ -74,11 +76,32 @@ def test_names_mean_nothing() -> None:
     assert text(lambda x: torch.relu(x)) == text(lambda value: torch.relu(value))
 
 
-def test_a_function_without_a_name() -> None:
+@pytest.mark.parametrize("imitated", [None, "relu"])
+def test_a_function_that_no_name_leads_to(imitated: str | None) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    if imitated:
+        function.__module__, function.__name__ = "torch", imitated
     graph = fx.Graph()
-    graph.output(graph.call_function(lambda x: x, (graph.placeholder("x"),)))
-    with pytest.raises(UnwritableError, match="not one function"):
+    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    with pytest.raises(UnwritableError, match="is not what"):
         graph_text(fx.GraphModule({}, graph), (X,), Config())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(F.max_pool2d, F.adaptive_avg_pool2d, F.gelu, F.layer_norm, F.scaled_dot_product_attention, F.cross_entropy),
+        *(torch.conv2d, torch.matmul, torch.flatten, torch._C._nn.linear, torch._C._fft.fft_fft, torch.special.erf),
+        *(operator.add, operator.getitem, getattr, math.sqrt, torch.ops.aten.add.Tensor, torch.ops.aten.relu),
+    ],
+)
+def test_functions_of_torch_have_names(function: Any) -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"), "real")))
+    module = fx.GraphModule({}, graph)
+    assert getattr(function, "__name__", "") in graph_text(module, (X,), Config())
 
 
 def test_a_module() -> None:
