@@ -18,7 +18,7 @@ from fxopt.codegen.triton import Printed, configs, print_nest
 from fxopt.codegen.triton_emit import Emitter, Frame, Names
 from fxopt.codegen.triton_index import int32_limits
 from fxopt.codegen.triton_names import operations
-from fxopt.codegen.triton_nest import PREAMBLE, RANDOM, size_expressions, size_type, straight_line, with_salts
+from fxopt.codegen.triton_nest import PREAMBLE, size_expressions, size_type, straight_line, with_salts
 from fxopt.codegen.triton_tiling import Axis, Tiling, accesses_of
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, mul, prod, symbol
@@ -85,7 +85,7 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
 
 def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> GemmConfig:
     """`config` with the epilogue in so many parts that it does not spill: random numbers need many registers an element."""
-    if config.split > 1 or not any(isinstance(n, Op) and n.name in RANDOM for n in postorder(contraction.region.nest.roots)):
+    if config.split > 1 or not any(isinstance(n, Op) and n.name in ops.RANDOM for n in postorder(contraction.region.nest.roots)):
         return config
     each = config.block_m * config.block_n // (config.warps * target.warp_size)
     return replace(config, subtile=max(config.subtile, each // _RANDOM_AT_ONCE))
@@ -151,7 +151,7 @@ def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
     masks = {axis: f"{axis}_mask" for axis, (size, block) in extents.items() if size % block}
     names = Names(reserved=2)
     frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
-    emitter = Emitter(frame, names, looped=False, registers={contraction.result: "acc"})
+    emitter = Emitter(frame, names, registers={contraction.result: "acc"})
     body = straight_line(region, frame, emitter)
     kinds = {p: ops.POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
     kinds |= {p: size_type(s, index64) for s, p in names.sizes.items()}

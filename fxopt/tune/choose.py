@@ -29,6 +29,7 @@ from fxopt.tune.candidate import Candidate, Choice, Work, candidates, sizes_of
 from fxopt.tune.contest import decide
 from fxopt.tune.measure import METHOD, Measurements, Trial, assumed_sizes
 from fxopt.tune.records import RecordKey
+from fxopt.tune.twins import Printer
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
@@ -101,9 +102,11 @@ def _places(
 def _print(regions: Sequence[Work], options: Options) -> tuple[list[tuple[Any, list[Candidate]]], list[tuple[Any, str]]]:
     printed: list[tuple[Work, list[Candidate]]] = []
     failed: list[tuple[Work, str]] = []
+    printer = Printer(lambda region: candidates(region, options))
     for region in regions:
         try:
-            printed.append((region, candidates(region, options)))
+            own = printer(region) if isinstance(region, Region) else candidates(region, options)
+            printed.append((region, own))
         except UnsupportedError as error:
             failed.append((region, error.reason))
     return printed, failed

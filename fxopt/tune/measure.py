@@ -43,7 +43,7 @@ MOST_FILLS = 32
 PATIENCE_SECONDS = 60.0
 """How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Measurements:
     """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
     Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
-    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the
-    L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved
+    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits
+    the L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what was saved
     are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
     cache serves well enough look good.
     """
@@ -90,7 +90,7 @@ class Measurements:
             yield  # `compare` is going to measure nothing
             return
         start, patience = time.monotonic(), self._patience
-        with turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience) as held:
+        with turn_on(device, cache, patience) as held:
             self._patience = max(0.0, patience - (time.monotonic() - start))
             if not held and patience > 0.0 == self._patience:
                 self.journal.note("tuning", "measured while another process measured on this GPU, after a long wait for it")
@@ -125,6 +125,11 @@ class Measurements:
         figures = ", ".join(f"{t.label}: {s * 1e6:.1f} us" for t, s in zip(trials, seconds, strict=True))
         log.info("%s: %s: %s", self.journal.graph, name, figures)
         return seconds
+
+
+def turn_on(device: torch.device, cache: Path, patience: float) -> contextlib.AbstractContextManager[bool]:
+    """A turn on `device` among the processes with one `cache` (or FXOPT_LOCK_DIR), as `device_lock.turn` gives it."""
+    return turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience)
 
 
 def _may_stay_in_cache(buffers: Mapping[str, BufferSpec], device: torch.device) -> bool:
