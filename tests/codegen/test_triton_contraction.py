@@ -157,8 +157,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values(interpreter: Interpreter, name: str) -> None:
-    """Each in a few configurations that between them have every form of a tile, a loop and an epilogue."""
-    for config in (CONFIGS[1], CONFIGS[4], CONFIGS[8], CONFIGS[9]):
+    """Each through pointers, transposed and in parts, and through tensor maps with an epilogue in parts."""
+    for config in (CONFIGS[4], CONFIGS[8]):
         check(interpreter, *FUNCTIONS[name], config)
 
 
@@ -180,7 +180,7 @@ def test_values_with_wide_indices(interpreter: Interpreter, config: GemmConfig, 
     """The code for memory beyond 2**31 elements, on less."""
     monkeypatch.setattr(GemmProblem, "wide", True)
     monkeypatch.setattr(triton_contraction, "int32_limits", lambda region, tiling: None)
-    for name in ("dropout", "bmm transposed", "heads"):
+    for name in ("dropout", "bmm transposed"):
         check(interpreter, *FUNCTIONS[name], config)
 
 
@@ -244,11 +244,11 @@ def test_golden_text() -> None:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("epilogue", ["gelu", "block"])
-def test_the_first_candidates_compile_without_spills(epilogue: str, arch: int) -> None:
+def test_the_first_candidate_compiles_without_spills(epilogue: str, arch: int) -> None:
     target = Target.cuda(arch)
     x, w, b, y, seed = of(2048, 1024, 1024)
     contraction = a_contraction(linear_gelu, x, w, b) if epilogue == "gelu" else a_contraction(block, x, w, b, y, seed)
-    for config in configs(problem_of(contraction), target, limit=2):
+    for config in configs(problem_of(contraction), target, limit=1):
         config = with_room(contraction, config, target)
         for kernel in print_contraction(contraction, config, target).kernels:
             cubin, meta = compile_triton(kernel, target)
