@@ -13,7 +13,7 @@ from fxopt.codegen.triton_across import join_config, together
 from fxopt.codegen.triton_apart import apart, statistics_first
 from fxopt.codegen.triton_config import TritonConfig, configs
 from fxopt.codegen.triton_nest import print_kernel
-from fxopt.codegen.triton_split import split_region
+from fxopt.codegen.triton_split import split_region, turning
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import BufferSpec, Region
@@ -56,7 +56,7 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
     if pieces is None:
         raise UnsupportedError("this reduction cannot be split")
     kernels = []
-    for piece in pieces:
+    for piece in turning(region, pieces):
         best = next(c for c in configs(piece, target) if c.split == 1)
         stage = piece.name.rpartition(".")[2]
         kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target, stage))

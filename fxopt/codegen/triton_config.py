@@ -38,6 +38,7 @@ _PART_SHARE = 4  # what is loaded, over what parts may store and load again for 
 _ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
 _MOST_PROGRAMS_PER_SM = 24  # where parts stay long: so many that the last wave, which is not full, does not count
 _LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
+_WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from which on the last ones do not count
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
@@ -201,7 +202,11 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     else:
         found = _column_configs(tiling, rows, row, target)
     parts = _split_parts(tiling, rows, row, found[0], target)
-    return [replace(found[0], split=p) for p in parts] + found
+    if parts or not static:
+        return [replace(found[0], split=p) for p in parts] + found
+    at = 1 if tiling.inner_reduction and not _reads_once(tiling) else 2
+    cut = [replace(found[0], split=p) for p in _more_parts(tiling, rows, row, found[0], target)]
+    return [*found[:at], *cut, *found[at:]]
 
 
 def _warps_for(elements: int, per_thread: int) -> int:
@@ -221,9 +226,11 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     ]
     if not static or block > PERSISTENT_LIMIT:
         read = row * sum(a.itemsize for a in _streams(tiling) if not a.writes)
-        if not once and rows >= target.sm_count and read * target.sm_count < _KEPT_IN_CACHE:
+        if not once and rows >= target.sm_count and read * target.sm_count < 2 * _KEPT_IN_CACHE:
             each = min(even, 8 if _has_pairs(tiling) else 16)
-            looped.insert(0, TritonConfig(1, r_block=32 * 32 * each, persistent=False, num_warps=32))
+            alone = TritonConfig(1, r_block=32 * 32 * each, persistent=False, num_warps=32)
+            at = 0 if read * target.sm_count < _KEPT_IN_CACHE else 1  # of twice as much, a loop backwards finds half
+            looped[at:at] = [alone, replace(alone, stages=3)]
         return looped
     together = max(1, 512 // block)
     while together > 1 and -(-rows // together) < target.sm_count:
@@ -331,6 +338,19 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
     wanted = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least, 1024)
     parts = (_even_parts(tiling, row, p) for p in (wanted, wanted // 2))
     return list(dict.fromkeys(p for p in parts if p > 1))
+
+
+def _more_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, target: Target) -> list[int]:
+    """At most one number of parts for long rows that fill the GPU by themselves: with a few waves of programs, the last,
+    which is not full, takes as long as any."""
+    nodes = list(postorder(tiling.nest.roots))
+    if any(isinstance(n, Scan) for n in nodes) or not any(isinstance(n, Reduce) for n in nodes):
+        return []
+    programs = -(-rows // config.x_block)
+    if row * config.x_block < 2 * _LONG_PART or programs > _WAVES_OF_ROWS * target.sm_count:
+        return []
+    parts = _even_parts(tiling, row, max(2, row * config.x_block // _LONG_PART))
+    return [parts] if parts > 1 else []
 
 
 def _has_pairs(tiling: Tiling) -> bool:

@@ -164,7 +164,7 @@ def triton_candidates(region: Region, target: Target, mode: str, most: int = CAN
             reason = error.reason
             continue
         out.append(Candidate(str(config), printed.kernels, printed.scratch))
-        if len(out) == count or _checks_indices(printed.kernels):
+        if len(out) == count or _depends_on_indices(region, printed.kernels):
             break
     if not out:
         raise UnsupportedError(reason)
@@ -177,10 +177,12 @@ def batch_candidates(batch: Batch, target: Target, mode: str) -> list[Candidate]
     return [Candidate(str(c), (triton_batch.print_batch(batch, c, target),)) for c in configs]
 
 
-def _checks_indices(kernels: Sequence[KernelSource]) -> bool:
-    """Such a kernel ends the CUDA context when an index is out of bounds; measuring on made-up data must not risk that, so
-    one candidate is enough."""
-    return any(kernel.errors for kernel in kernels)
+def _depends_on_indices(region: Region, kernels: Sequence[KernelSource]) -> bool:
+    """Whether measuring on made-up data makes no sense, so that one candidate is enough: a check of indices may end the CUDA
+    context, and additions all to one place take a time of their own."""
+    if any(kernel.errors for kernel in kernels):
+        return True
+    return any(store.mode == "add" and store.indirect for nest in region.nests for store in nest.stores)
 
 
 def candidate_count(region: Work, mode: str) -> int:

@@ -261,6 +261,27 @@ def test_a_split_reduction_of_uneven_parts(interpreter: Interpreter) -> None:
     check(interpreter, nests.gelu_backward(64, 12, F32), TritonConfig(8, split=5))
 
 
+def test_what_parts_have_stored_is_loaded_again(interpreter: Interpreter) -> None:
+    """Rather than its operands; where the last part is incomplete, nothing is stored on the way."""
+    for row, buffers in ((128, {"total", "o"}), (100, {"a", "b", "o", "total"})):
+        case = nests.residual_norm(3, row)
+        config = TritonConfig(1, split=4 if row == 128 else 3)
+        check(interpreter, case, config)
+        check(interpreter, case, LOOPED)
+        rest = print_region(case.region, config, TARGET).kernels[-1]
+        assert buffers <= set(rest.buffers) and ("a" in rest.buffers) == ("a" in buffers)
+
+
+def test_clamped_indices_need_no_check(interpreter: Interpreter) -> None:
+    """Whatever lies outside is at the end that it is clamped to; a clamp to more than the dimension is none."""
+    case = nests.scatter_add(lowest=-5)
+    config = TritonConfig(64)
+    check(interpreter, case, config, i=torch.randint(-9, 9, (30,)))
+    assert not any(k.errors for k in print_region(case.region, config, TARGET).kernels)
+    for other in (nests.scatter_add(), nests.scatter_add(lowest=-6), nests.scatter_add(lowest=-5, highest=5)):
+        assert all(k.errors for k in print_region(other.region, config, TARGET).kernels)
+
+
 FORMS = [nests.cat, nests.gather, nests.scatter_add, nests.add_to_scalar, lambda: nests.in_place(77)]
 
 

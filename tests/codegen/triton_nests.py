@@ -102,6 +102,21 @@ def norm_gradients(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> C
     return make(nest, buffers, "grad x mean scale weight", "dx dw db total", reference, across, **sizes)
 
 
+def residual_norm(points: int, row: int) -> Case:
+    """A sum that is stored, and its RMS norm."""
+    p, r, at = rows(points, row)
+    total = op("add", Load("a", at, F32), Load("b", at, F32))
+    mean = op("truediv", Reduce("sum", (op("mul", total, total),), (r,), F32), cast(IndexValue(row), F32))
+    nest = Nest((p,), (r,), (Store("total", at, total), Store("o", at, op("mul", total, op("rsqrt", mean)))))
+    buffers = [buffer(name, F32, (points, row)) for name in ("a", "b", "total", "o")]
+
+    def reference(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = a + b
+        return total, total * total.square().mean(1, keepdim=True).rsqrt()
+
+    return make(nest, buffers, "a b", "total o", reference)
+
+
 def pointwise(n: int, dtype: torch.dtype) -> Case:
     x = Sym("x0", size=n)
     a, b = Load("a", symbol(x), dtype), Load("b", symbol(x), dtype)
@@ -339,12 +354,16 @@ def channel_scale(images: Int, channels: int, pixels: int, dtype: torch.dtype, *
     return make(nest, buffers, "a m w", "o r", reference, **sizes)
 
 
-def scatter_add() -> Case:
+def scatter_add(lowest: int | None = None, highest: int = 4) -> Case:
+    """Rows added to the rows of five that indices name, which are clamped where `lowest` is given."""
     x, y = Sym("x0", size=30), Sym("x1", size=8)
-    t, bound = indirect_symbol(Op("checked_index", (Load("i", symbol(x), I64), Const(5, I64)), I64), 5)
+    index: Scalar = Load("i", symbol(x), I64)
+    if lowest is not None:
+        index = op("minimum", op("maximum", index, Const(lowest, I64)), Const(highest, I64))
+    t, bound = indirect_symbol(Op("checked_index", (index, Const(5, I64)), I64), 5)
     store = Store("o", symbol(t) * 8 + symbol(y), Load("a", symbol(x) * 8 + symbol(y), F32), "add", (bound,))
     buffers = [buffer("i", I64, (30,)), buffer("a", F32, (30, 8)), buffer("o", F32, (5, 8))]
-    reference = lambda i, a, o: o.index_add(0, i % 5, a)  # noqa: E731
+    reference = lambda i, a, o: o.index_add(0, i.clamp(lowest, highest) % 5, a)  # noqa: E731
     return make(Nest((x, y), (), (store,)), buffers, "i a o", "o", reference)
 
 
