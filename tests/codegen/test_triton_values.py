@@ -261,6 +261,24 @@ def test_a_split_reduction_of_uneven_parts(interpreter: Interpreter) -> None:
     check(interpreter, nests.gelu_backward(64, 12, F32), TritonConfig(8, split=5))
 
 
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (nests.pointwise(1000, F32), TritonConfig(128)),
+        (nests.transposed(F32), TritonConfig(32, y_block=16)),
+        (nests.softmax(6, 100, F32), LOOPED),
+        (nests.softmax(6, 100, F32), TritonConfig(1, split=4)),
+        (nests.norm_gradients(37, 64, F32), TritonConfig(4, r_block=64, split=3)),
+        (nests.broadcast_symbolic(), TritonConfig(64)),
+    ],
+)
+def test_programs_in_reverse(interpreter: Interpreter, case: Case, config: TritonConfig) -> None:
+    turned = replace(case, region=replace(case.region, backwards=True, reread=True))
+    texts = [k.text for k in print_region(turned.region, config, TARGET).kernels]
+    assert "tl.num_programs(0) - 1" in texts[0] and "evict_first" not in texts[0]
+    check(interpreter, turned, config, slack=32.0)
+
+
 def test_what_parts_have_stored_is_loaded_again(interpreter: Interpreter) -> None:
     """Rather than its operands; where the last part is incomplete, nothing is stored on the way."""
     for row, buffers in ((128, {"total", "o"}), (100, {"a", "b", "o", "total"})):
