@@ -175,8 +175,10 @@ def _row_point_configs(tiling: Tiling) -> list[TritonConfig]:
         return block * -(-row // block) / row + 64 / block
 
     block = min((1024, 2048, 512, 256), key=idle)
-    warps = max(min(4, block // 256), block // (32 * min(16, _even(tiling))))
-    return [TritonConfig(block, num_warps=max(1, warps), rows=True)]
+    warps = max(1, min(4, block // 256), block // (32 * min(16, _even(tiling))))
+    first = TritonConfig(block, num_warps=warps, rows=True)
+    crowded = block // (32 * warps) * _pressure(tiling) > 2 * _VALUES_PER_THREAD  # windows of a pool, all loaded at once
+    return [first, replace(first, num_warps=2 * warps)] if crowded and warps < 16 else [first]
 
 
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:

@@ -151,7 +151,15 @@ def test_transposed(interpreter: Interpreter, config: TritonConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [TritonConfig(1), TritonConfig(4), LOOPED, TritonConfig(1, split=4), TritonConfig(1, split=3)]
+    "config",
+    [
+        TritonConfig(1),
+        TritonConfig(4),
+        LOOPED,
+        replace(LOOPED, stages=3),
+        TritonConfig(1, split=4),
+        TritonConfig(1, split=3),
+    ],
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_softmax(interpreter: Interpreter, config: TritonConfig, dtype: torch.dtype) -> None:
@@ -277,6 +285,16 @@ def test_programs_in_reverse(interpreter: Interpreter, case: Case, config: Trito
     texts = [k.text for k in print_region(turned.region, config, TARGET).kernels]
     assert "tl.num_programs(0) - 1" in texts[0] and "evict_first" not in texts[0]
     check(interpreter, turned, config, slack=32.0)
+
+
+def test_what_is_the_same_for_a_step_is_loaded_once(interpreter: Interpreter) -> None:
+    """A weight for each run of 32 elements: the same for a step of 16 or 32, not of 64, nor of 16 over runs of 24."""
+    for length, step, same in ((32, 16, True), (32, 32, True), (32, 64, False), (24, 16, False)):
+        case = nests.group_scale(5, 4, length)
+        config = TritonConfig(1, r_block=step, persistent=False)
+        check(interpreter, case, config)
+        check(interpreter, case, replace(config, x_block=2))
+        assert (f"r_base // {length}" in print_region(case.region, config, TARGET).kernels[0].text) == same
 
 
 def test_what_parts_have_stored_is_loaded_again(interpreter: Interpreter) -> None:

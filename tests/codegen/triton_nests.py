@@ -102,6 +102,22 @@ def norm_gradients(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> C
     return make(nest, buffers, "grad x mean scale weight", "dx dw db total", reference, across, **sizes)
 
 
+def group_scale(points: int, groups: int, length: int) -> Case:
+    """Rows of `groups` runs of `length` elements, each run times its weight, less the mean of that over the row."""
+    p, r, at = rows(points, groups * length)
+    scaled = op("mul", Load("a", at, F32), Load("w", floordiv(symbol(r), length), F32))
+    mean = op("truediv", Reduce("sum", (scaled,), (r,), F32), cast(IndexValue(groups * length), F32))
+    nest = Nest((p,), (r,), (Store("o", at, op("sub", scaled, mean)),))
+    shape = (points, groups * length)
+    buffers = [buffer("a", F32, shape), buffer("w", F32, (groups,)), buffer("o", F32, shape)]
+
+    def reference(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        scaled = a * w.repeat_interleave(length)
+        return scaled - scaled.mean(1, keepdim=True)
+
+    return make(nest, buffers, "a w", "o", reference)
+
+
 def residual_norm(points: int, row: int) -> Case:
     """A sum that is stored, and its RMS norm."""
     p, r, at = rows(points, row)
