@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
+from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec, settled
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of
-from fxopt.ir.exprs import Sym, ravel, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, transform
+from fxopt.ir.exprs import ravel, symbol
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded
 
@@ -27,18 +27,20 @@ def statistics_first(region: Region) -> tuple[Region, Region] | None:
     """(what the rows of `region` reduce to, everything else down the columns), to run in this order; None when nothing down
     the columns needs what the rows reduce to.
 
-    Buffers that are not the region's own are scratch memory: one value per row for each reduction.
+    Buffers that are not the region's own are scratch memory of one value per row each.
     """
     rows, across = forwarded(region)
     reduced = frozenset(rows.reduced)
     varying = [s for s in rows.stores if reduced & s.symbols()]
     columns = [s for s in (*varying, *across.stores) if s.buffer not in region.passed]
+    roots = [v for s in columns for v in s.roots]
     sizes = tuple(map(size_of, rows.points))
     place = ravel(tuple(map(symbol, rows.points)), sizes)
     scratch: dict[str, BufferSpec] = {}
     saved: list[Store] = []
     loads: dict[Scalar, Scalar] = {}
-    for node in _outermost(columns, rows.reduced):
+    known = {n for n in postorder(tuple(roots)) if isinstance(n, Reduce) and n.axes == rows.reduced}
+    for node in settled(roots, reduced, known):
         spec = scratch_spec(region, len(scratch), accumulator_dtype(node.dtype), sizes)
         scratch[spec.name] = spec
         saved.append(Store(spec.name, place, cast_to(node, spec.dtype)))
@@ -52,21 +54,6 @@ def statistics_first(region: Region) -> tuple[Region, Region] | None:
         only(replace(region, name=f"{region.name}.statistics", nest=first, across=None, buffers=buffers)),
         only(replace(region, name=f"{region.name}.columns", nest=second, across=None, buffers=buffers)),
     )
-
-
-def _outermost(stores: list[Store], axes: tuple[Sym, ...]) -> list[Reduce]:
-    """The reductions over `axes` below `stores` that no other of them uses there, in order of first use."""
-    found: dict[Reduce, None] = {}
-    seen: set[Scalar] = set()
-    stack = [v for s in reversed(stores) for v in reversed(s.roots)]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, Reduce) and node.axes == axes:
-            found[node] = None
-        elif node not in seen:
-            seen.add(node)
-            stack += reversed(node.args)
-    return list(found)
 
 
 def forwarded(region: Region) -> tuple[Nest, Nest]:

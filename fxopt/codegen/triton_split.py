@@ -7,7 +7,7 @@ Each part reduces its share of the row into scratch memory, a second kernel join
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -121,7 +121,7 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
         spec = scratch_spec(region, len(split.scratch) + len(extra), accumulator_dtype(node.dtype), shape)
         index = ravel(tuple(map(symbol, nest.points)), shape)
         extra[spec.name] = spec
-        now.append(Store(spec.name, index, cast_to(joined[node], spec.dtype)))
+        now.append(Store(spec.name, index, cast_to(replaced(node, joined), spec.dtype)))
         loads[node] = cast_to(Load(spec.name, index, spec.dtype), node.dtype)
     second = _subregion(region, "join", Nest(nest.points, split.part, tuple(now)), split.scratch | extra)
     rest = [replace(s, value=replaced(s.value, loads)) for s in later]
@@ -292,7 +292,7 @@ def _partial_softmax(split: _Split, node: Reduce) -> Scalar:
 def _stage_stores(
     split: _Split, nest: Nest, joined: dict[Scalar, Scalar]
 ) -> tuple[list[Store], list[Store], list[Store], list[Scalar]]:
-    """(stores the parts make on their way, stores complete after joining, those left for later, reductions these need)."""
+    """(stores the parts make on their way, stores complete after joining, those left for later, what these need of it)."""
     streamed, now, later = [], [], []
     reduced = frozenset(nest.reduced)
     for store in nest.stores:
@@ -303,8 +303,33 @@ def _stage_stores(
             later.append(store)
         else:
             now.append(replace(store, value=replaced(store.value, joined)))
-    used = {n for s in later for n in postorder(s.roots)}
-    return streamed, now, later, [n for n in joined if n in used]
+    return streamed, now, later, settled([v for s in later for v in s.roots], reduced, joined)
+
+
+def settled(roots: Sequence[Scalar], along: frozenset[Sym], known: Collection[Scalar]) -> list[Scalar]:
+    """The largest values below `roots` that are made of reductions in `known` and the same along `along`, in order of first
+    use: to be computed once for each point and not for each element."""
+    found: dict[Scalar, None] = {}
+    seen: set[Scalar] = set()
+    stack = list(reversed(roots))
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        reductions = [n for n in postorder((node,)) if isinstance(n, Reduce)]
+        whole = node in known or node.dtype in (torch.float32, torch.float64)
+        if whole and reductions and not along & node.symbols() and all(n in known for n in reductions):
+            found[node] = None
+        elif reductions:
+            stack += reversed(node.args)
+    return list(found)
+
+
+def _streams(split: _Split, nest: Nest, store: Store) -> bool:
+    """Whether the parts make `store` on their way."""
+    varies = bool(frozenset(nest.reduced) & store.symbols())
+    return varies and split.guard is None and not any(map(holds_reduction, store.roots))
 
 
 def _streams(split: _Split, nest: Nest, store: Store) -> bool:
