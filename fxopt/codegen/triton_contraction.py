@@ -85,7 +85,8 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
 
 def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> GemmConfig:
     """`config` with the epilogue in so many parts that it does not spill: random numbers need many registers an element."""
-    if config.split > 1 or not any(isinstance(n, Op) and n.name in ops.RANDOM for n in postorder(contraction.region.nest.roots)):
+    nodes = postorder(contraction.region.nest.roots)
+    if config.split > 1 or not any(isinstance(n, Op) and n.name in ops.RANDOM for n in nodes):
         return config
     each = config.block_m * config.block_n // (config.warps * target.warp_size)
     return replace(config, subtile=max(config.subtile, each // _RANDOM_AT_ONCE))
