@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -90,7 +91,8 @@ def compile_dynamo_graph(
     journal = Journal("capture", strict=options.strict)
     try:
         _run_early(gm, options, journal)
-        compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf)
+        joint = functools.partial(_run_joint, options=options, journal=journal)
+        compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf, joint)
     except private.PASS_THROUGH:
         raise
     except Exception as error:
@@ -107,6 +109,13 @@ def _run_early(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
     from fxopt.passes import run_early
 
     run_early(gm, options, journal)
+
+
+def _run_joint(joint: fx.GraphModule, options: Options, journal: Journal) -> None:
+    """The phase between autograd and partitioner: passes that decide about values that the backward reads, too."""
+    from fxopt.passes import run_joint
+
+    run_joint(joint, options, journal)
 
 
 # torch.compile imports this module when it looks the backend up, before Dynamo traces: seconds won for a model on a GPU.

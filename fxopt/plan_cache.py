@@ -29,6 +29,7 @@ from fxopt.errors import CacheError, PlanError, UnsupportedError
 from fxopt.ir import ops
 from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Graph
+from fxopt.ir.precision import convolutions_use_tf32
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
@@ -169,7 +170,7 @@ def _flags() -> dict[str, Any]:
         "default dtype": torch_name(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-        "cudnn": torch.backends.cudnn.enabled,
+        "cudnn": [torch.backends.cudnn.enabled, convolutions_use_tf32()],
     }
 
 
