@@ -36,8 +36,8 @@ from fxopt.lower.cost import nbytes
 from fxopt.lower.schedule import schedule
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.choose import Candidate, Choice
-from fxopt.tune.measure import eager_seconds, runner, time_choices
+from fxopt.tune.candidate import Candidate, Choice
+from fxopt.tune.measure import eager_seconds, runner, time_trials
 
 BF16, F32 = torch.bfloat16, torch.float32
 EAGER_SHARE, ROUNDINGS = 1.5, 8.0
@@ -268,7 +268,7 @@ Launch = Callable[[Choice, dict[str, Tensor]], None]
 
 
 def launch_on_gpu(choice: Choice, tensors: dict[str, Tensor]) -> None:
-    run = runner(choice, tensors, {})
+    run = runner(choice.trial, tensors, {})
     if run is None:
         raise RuntimeError(f"{choice.label} does not load")
     run()
@@ -302,7 +302,8 @@ def measure(case: MicroCase, lowered: Lowered, choices: list[Choice], device: to
     errors = [check(lowered, c, inputs, eager, exact, launch_on_gpu) for c in choices]
     del exact
     moved = sum(nbytes(spec) for spec in region.buffers.values())
-    hot, cold = time_choices(region, choices), time_choices(region, choices, cold=True)
+    trials = [c.trial for c in choices]
+    hot, cold = (time_trials(region.buffers, device, trials, cold=cold) for cold in (False, True))
     rows = []
     for choice, error, warm, cool in zip(choices, errors, hot, cold, strict=True):
         rows.append(

@@ -12,7 +12,8 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Batch, Region
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, batching, lower_graph
+from fxopt.lower import Lowered, batching, contractions, lower_graph
+from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
 from fxopt.options import GRAPH_MODES, Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
@@ -86,8 +87,10 @@ def _lower_and_choose(
             lowered = tune.choose_library(lowered, options, store, journal)
         with journal.timed("scheduling"):
             lowered = schedule(lowered, batch=batch, apart=apart)
+            if contractions.NAME not in options.disable and options.tuning_seconds != 0:
+                lowered = with_contractions(lowered, every=options.mode == "max-autotune")
         with journal.timed("kernels"):
-            chosen, failed = tune.choose(lowered, options, store, journal)
+            lowered, chosen, failed = tune.choose(lowered, options, store, journal)
         if not failed:
             return lowered, chosen
         journal.provisional = True  # the next process may have a compiler that works

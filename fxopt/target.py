@@ -19,6 +19,8 @@ _SHARED_PER_BLOCK = {
     120: 101376,
 }
 _SM_COUNT = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
+_HALF_TERAFLOPS = {75: 50, 80: 260, 86: 110, 87: 50, 89: 280, 90: 770, 100: 1600, 103: 1600, 120: 380}
+_MEMORY_GIGABYTES = {75: 280, 80: 1700, 86: 700, 87: 180, 89: 850, 90: 3000, 100: 6800, 103: 6800, 120: 1500}
 _OLDEST_KNOWN = 75
 
 
@@ -75,6 +77,30 @@ class Target:
     def compiles_triton(self) -> bool:
         """Triton 3.6 generates code for this GPU."""
         return self.kind == "cuda" and self.arch >= _OLDEST_KNOWN
+
+    @property
+    def has_tensor_maps(self) -> bool:
+        """The GPU loads blocks of tensors by descriptor (its tensor memory accelerator)."""
+        return self.kind == "cuda" and self.arch >= 90
+
+    @property
+    def has_warpgroup_products(self) -> bool:
+        """Tensor cores that four warps feed together from shared memory, at least 64 rows a time."""
+        return self.kind == "cuda" and 90 <= self.arch < 120
+
+    @property
+    def half_flops(self) -> float:
+        """Floating-point operations a second that large matrix products in float16 and bfloat16 reach (H100: measured)."""
+        return 1e12 * _HALF_TERAFLOPS[self._known] * self.sm_count / _SM_COUNT[self._known]
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second, read and written, that a copy in device memory reaches (H100: measured)."""
+        return 1e9 * _MEMORY_GIGABYTES[self._known]
+
+    @property
+    def _known(self) -> int:
+        return max((a for a in _SM_COUNT if a <= self.arch), default=_OLDEST_KNOWN)
 
     @property
     def is_blackwell(self) -> bool:

@@ -86,7 +86,7 @@ def planned(graph: Graph) -> Plan:
     journal, options = Journal("test"), Options.parse(None, None)
     passes.run(graph, options, journal)
     low = schedule(lower_graph(graph, journal))
-    chosen, failed = tune.choose(low, options, default_store(), journal)
+    low, chosen, failed = tune.choose(low, options, default_store(), journal)
     assert not failed
     return assemble(graph, low, chosen, journal)
 

@@ -48,11 +48,11 @@ def breaking(monkeypatch: pytest.MonkeyPatch, is_broken: Any) -> list[Lowered]:
     """Make `tune.choose` fail for regions that `is_broken`; the lowerings that it was given."""
     real, seen = tune.choose, []
 
-    def choose(lowered: Lowered, *rest: Any) -> tuple[dict[str, tune.Choice], list[tuple[Region, str]]]:
+    def choose(lowered: Lowered, *rest: Any) -> tuple[Lowered, dict[str, tune.Choice], list[tuple[Region, str]]]:
         seen.append(lowered)
-        chosen, failed = real(lowered, *rest)
+        lowered, chosen, failed = real(lowered, *rest)
         regions = [s for s in lowered.steps if isinstance(s, Region)]
-        return chosen, [*failed, *((r, "broken on purpose") for r in regions if is_broken(r))]
+        return lowered, chosen, [*failed, *((r, "broken on purpose") for r in regions if is_broken(r))]
 
     monkeypatch.setattr(compiler.tune, "choose", choose)
     return seen

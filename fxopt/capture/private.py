@@ -38,6 +38,7 @@ __all__ = [
     "saved_values_kept",
 ]
 
+
 def keep_saved_values(context: Any) -> None:
     """For the forward graph being compiled: its backward is not given the saved activations to overwrite.
 

@@ -436,4 +436,3 @@ class _Printer:
     def _step_cost(self, one: Pass) -> Int:
         nodes = list(postorder(tuple(one.roots())))
         return max(1, len(nodes))
-

@@ -382,4 +382,3 @@ def _disjoint(store: Store, sym: Sym) -> bool:
         return False
     rest = substitute(store.index, {sym: 0})
     return in_range(mod(rest, mul(step, sym.size)), step)
-

@@ -393,4 +393,3 @@ def touches_memory(root: Scalar) -> bool:
         isinstance(n, Load) or (isinstance(n, Op) and (n.name == "checked_index" or divides_integers(n)))
         for n in postorder((root,))
     )
-

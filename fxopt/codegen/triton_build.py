@@ -27,6 +27,15 @@ SCRATCH_POINTERS = 2
 _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": False}
 """Signed overflow wraps as in eager, and denormals are kept."""
 
+_DEVICE_FILES = ("triton_helpers.py", "templates/gemm.py")
+"""Device functions that printed kernels import."""
+
+_DESCRIPTOR = "tensordesc"
+"""What the type of a parameter that is a tensor descriptor begins with."""
+
+_HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}
+"""CUtensorMapDataType of the element types that Triton's compiler numbers otherwise (as its own launcher has it)."""
+
 _ATTR_FRAME_SIZE, _ATTR_REGCOUNT = 0x11, 0x2F  # entries of a cubin's .nv.info section
 _FORMAT_SIZED = 4
 
@@ -58,7 +67,8 @@ def toolchain_id(target: Target) -> str:
     if spec is None or spec.origin is None:
         return f"no triton; {target.key}"
     ptxas = _ptxas_version(Path(spec.origin).parent / "backends/nvidia/bin", target)
-    helpers = hashlib.sha256(Path(__file__).with_name("triton_helpers.py").read_bytes()).hexdigest()[:16]
+    texts = b"".join((Path(__file__).parent / name).read_bytes() for name in _DEVICE_FILES)
+    helpers = hashlib.sha256(texts).hexdigest()[:16]
     version = importlib.metadata.version("triton")
     return f"triton {version}; ptxas {ptxas}; {target.key}; {sorted(_OPTIONS.items())}; helpers {helpers}"
 
@@ -94,8 +104,9 @@ def compile_triton(source: KernelSource, target: Target, directory: Path | None 
     """The cubin of `source` for `target`, and the JSON data that the launcher needs.
 
     Only `text`, `entry` and `compile_options` of the source are used. Temporary files go to `directory` (default: the
-    system's). meta: name, num_warps, shared (bytes), parameters ("ptr", "i32" or "i64" each), scratch_pointers, n_regs,
-    n_spills (bytes of stack frame per thread). Raises whatever Triton raises when the kernel does not compile; ValueError
+    system's). meta: name, num_warps, shared (bytes), parameters ("ptr", "i32", "i64" or "tensor_map" each), tensor_maps (one
+    for each parameter of that kind, see `runtime.tensor_map`), scratch_pointers, n_regs, n_spills (bytes of stack frame per
+    thread). Raises whatever Triton raises when the kernel does not compile; ValueError
     when it needs scratch memory, which the launcher does not provide.
     """
     _environment()
@@ -149,11 +160,40 @@ def _meta(source: KernelSource, metadata: Any, cubin: bytes) -> dict[str, Any]:
         "name": metadata.name,
         "num_warps": metadata.num_warps,
         "shared": metadata.shared,
-        "parameters": ["ptr" if t.startswith("*") else t for t in signature.values()],
+        "parameters": [_kind(t) for t in signature.values()],
+        "tensor_maps": _tensor_maps(source, metadata),
         "scratch_pointers": SCRATCH_POINTERS,
         "n_regs": usage.get("registers", 0),
         "n_spills": usage.get("stack", 0),
     }
+
+
+def _kind(parameter_type: str) -> str:
+    if parameter_type.startswith(_DESCRIPTOR):
+        return "tensor_map"
+    return "ptr" if parameter_type.startswith("*") else parameter_type
+
+
+def _tensor_maps(source: KernelSource, metadata: Any) -> list[dict[str, Any]]:
+    """Geometry (the source's) and encoding (the compiler's) of each parameter that is a tensor descriptor.
+
+    The block that the hardware copies may be a part of the one that the kernel asks for, so the compiler's counts.
+    """
+    described = source.compile_options.get("tensor_maps", {})
+    names = [p for p, t in source.compile_options["signature"].items() if t.startswith(_DESCRIPTOR)]
+    if len(names) != len(metadata.tensordesc_meta or ()):
+        raise ValueError("the compiler has no tensor maps for this target")
+    maps = []
+    for name, encoding in zip(names, metadata.tensordesc_meta or (), strict=True):
+        if encoding["fp4_padded"]:
+            raise ValueError("padded 4-bit elements have no tensor map here")
+        number = encoding["elem_type"]
+        maps.append(
+            {field: described[name][field] for field in ("shape", "strides", "offset")}
+            | {"block": list(encoding["block_size"]), "swizzle": encoding["swizzle"], "itemsize": encoding["elem_size"]}
+            | {"element_type": _HOST_ELEMENT_TYPES.get(number, number)}
+        )
+    return maps
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

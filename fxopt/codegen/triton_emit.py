@@ -7,8 +7,9 @@ below the body of a `Masked` carries the conditions it stands under (`Guards`), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -27,14 +28,18 @@ _COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
 
 @dataclass
 class Names:
-    """Canonical parameter names: buffers and size symbols by order of first use, and the messages of device asserts."""
+    """Canonical parameter names: buffers and size symbols by order of first use, and the messages of device asserts.
 
+    The first `reserved` names of buffers are the caller's.
+    """
+
+    reserved: int = 0
     buffers: dict[str, str] = field(default_factory=dict)
     sizes: dict[Sym, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
     def buffer(self, name: str) -> str:
-        return self.buffers.setdefault(name, f"b{len(self.buffers)}")
+        return self.buffers.setdefault(name, f"b{self.reserved + len(self.buffers)}")
 
     def size(self, sym: Sym) -> str:
         return self.sizes.setdefault(sym, f"n{len(self.sizes)}")
@@ -64,11 +69,19 @@ class Frame:
 class Emitter:
     """Prints nodes into `outer` and, between `open_loop` and `close_loop`, `inner`.
 
-    Loops run along the symbols `along`; `looped` says that those are the reduced ones.
+    Loops run along the symbols `along`; `looped` says that those are the reduced ones. `registers` maps buffers that are no
+    memory to the variable that a load of one means, in the compute type of its dtype.
     """
 
-    def __init__(self, frame: Frame, names: Names, looped: bool, along: tuple[Sym, ...] = ()) -> None:
-        self.frame, self.names, self.looped = frame, names, looped
+    def __init__(
+        self,
+        frame: Frame,
+        names: Names,
+        looped: bool,
+        along: tuple[Sym, ...] = (),
+        registers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.frame, self.names, self.looped, self.registers = frame, names, looped, registers
         self._along = frozenset(along)
         self.outer: list[str] = []
         self.inner: list[str] | None = None
@@ -271,6 +284,8 @@ class Emitter:
             self._bound[sym] = self.arg(value, guards)
 
     def _load(self, node: Load, guards: Guards) -> str:
+        if node.buffer in self.registers:
+            return self.registers[node.buffer]
         self.bind(node.indirect, guards)
         symbols = node.symbols()
         wanted = self.frame.axes(symbols.union(*(g.symbols() for g in guards)))

@@ -27,8 +27,13 @@ def kernel_name(tiling: Tiling, stage: str | None) -> str:
     a split reduction put their `stage` instead. At most four operations are named: reductions first, then what is not plain
     arithmetic, each in the order of computation.
     """
-    words = list(dict.fromkeys(_words(tiling.nest)))[:MOST_WORDS]
+    words = operations(tiling.nest)
     return "_".join(["fx", stage or _shape(tiling), *(words or [_movement(tiling.nest)])])
+
+
+def operations(nest: Nest) -> list[str]:
+    """The most telling operations of `nest`, at most four."""
+    return list(dict.fromkeys(_words(nest)))[:MOST_WORDS]
 
 
 def _shape(tiling: Tiling) -> str:

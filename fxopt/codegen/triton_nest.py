@@ -51,7 +51,7 @@ def print_kernel(region: Region, config: TritonConfig, stage: str | None = None)
 
     `stage` names a part of a split reduction. Raises UnsupportedError for dtypes and atomics that Triton does not have.
     """
-    region = replace(region, nest=_with_salts(region.nest))
+    region = replace(region, nest=with_salts(region.nest))
     names = Names()
     limits = int32_limits(region, _tiling(region, config))
     if limits == ():
@@ -93,7 +93,7 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
     return _Kernel(kernel_name(tiling, stage), region, tiling, config, names, frame, emitter)
 
 
-def _with_salts(nest: Nest) -> Nest:
+def with_salts(nest: Nest) -> Nest:
     """`nest` with the number that each random op adds to its graph's seed as a kernel parameter: every dropout of a model is
     then one and the same text."""
     changed: dict[Scalar, Scalar] = {}
@@ -372,7 +372,7 @@ def _finish(kernels: list[_Kernel], limits: tuple[Int, ...] = ()) -> KernelSourc
     text = "\n\n\n".join([PREAMBLE, *functions, _function(kernel, kernel.entry, lines)]) + "\n"
     types = {p: ops.POINTER_TYPE[kernel.region.buffers[b].dtype] for b, p in names.buffers.items()}
     options = {
-        "signature": types | {p: _size_type(s, kernel.frame.index64) for s, p in names.sizes.items()},
+        "signature": types | {p: size_type(s, kernel.frame.index64) for s, p in names.sizes.items()},
         "constexprs": blocks,
         "aligned": pointers if config.aligned else [],
         "num_warps": config.num_warps,
@@ -384,14 +384,14 @@ def _finish(kernels: list[_Kernel], limits: tuple[Int, ...] = ()) -> KernelSourc
         entry=kernel.entry,
         text=text,
         buffers=tuple(names.buffers),
-        sizes=tuple(_size_expressions(names)),
+        sizes=tuple(size_expressions(names)),
         grid=(part_count(kernel.tiling.x.extent, kernel.config) if _sums_parts(kernel) else _grid(kernel), 1, 1),
         compile_options=options,
         errors=tuple(names.errors),
     )
 
 
-def _size_type(sym: Sym, index64: bool) -> str:
+def size_type(sym: Sym, index64: bool) -> str:
     """How a size is passed: in the index type, or in int64 when it is a number of its own that may not fit."""
     return "i32" if not index64 and fits_int32(symbol(sym)) else "i64"
 
@@ -414,7 +414,7 @@ def _dispatch(wide: _Kernel, limits: tuple[Int, ...]) -> list[str]:
     return [f"if {' & '.join(tests)}:", calls[0], "else:", calls[1]]
 
 
-def _size_expressions(names: Names) -> list[Int]:
+def size_expressions(names: Names) -> list[Int]:
     return [s.lo if s.lo == s.hi else symbol(s) for s in names.sizes]
 
 

@@ -118,10 +118,10 @@ def size_hint(size: Int) -> int:
 def _tile_nest(nest: Nest, itemsizes: tuple[tuple[str, int], ...], form: str) -> Tiling:
     nest = rewrite(nest, {s: 0 for s in (*nest.points, *nest.reduced) if s.size == 1})
     sizes = dict(itemsizes)
-    points = _by_stride(nest.points, _accesses(nest, sizes))
-    reduced = nest.reduced if _has_scan(nest) else _by_stride(nest.reduced, _accesses(nest, sizes))
+    points = _by_stride(nest.points, accesses_of(nest, sizes))
+    reduced = nest.reduced if _has_scan(nest) else _by_stride(nest.reduced, accesses_of(nest, sizes))
     nest = _merge(replace(nest, points=points, reduced=reduced))
-    accesses = _accesses(nest, sizes)
+    accesses = accesses_of(nest, sizes)
     x, y = (nest.points, ()) if nest.reduced else _FORMS[form](nest, accesses)
     axes = {"x": Axis(x), "y": Axis(y), "r": Axis(nest.reduced)}
     linear, lines = _linearise(nest, axes)
@@ -166,7 +166,7 @@ def _images(symbols: tuple[Sym, ...], mapping: dict[Sym, Int]) -> tuple[Sym, ...
     return tuple(out)
 
 
-def _accesses(nest: Nest, itemsizes: dict[str, int]) -> tuple[Access, ...]:
+def accesses_of(nest: Nest, itemsizes: dict[str, int]) -> tuple[Access, ...]:
     loads = [Access(n.index, itemsizes[n.buffer], False) for n in nest.loads()]
     return (*loads, *(Access(s.index, itemsizes[s.buffer], True) for s in nest.stores))
 

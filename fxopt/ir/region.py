@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fxopt.ir.exprs import Int, maximum, prod
-from fxopt.ir.loops import Nest
+from fxopt.ir.exprs import Int, Sym, maximum, prod
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, transform
 
 
 @dataclass(frozen=True)
@@ -191,4 +191,101 @@ class Batch:
         return Batch(self.name, self.body, (), arguments, tuple(elements), buffers)
 
 
-Step = Region | Batch | Call | Alias
+@dataclass(frozen=True)
+class Matrix:
+    """A batch of matrices in memory: element (z, y, x) is number `offset + z * batch + y * row + x * column` of `buffer`."""
+
+    buffer: str
+    offset: Int
+    batch: Int
+    row: Int
+    column: Int
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A matrix product and what is computed from it element by element, as one kernel.
+
+    `a` [Z, M, K] times `b` [Z, K, N]. The points of `region`, which does not reduce, are `axes`, the symbols of (batch, row,
+    column), of which the batch is None for a single product. In its nest the product is the load of `result`, a buffer in
+    registers, at the index of the product's own element. `buffers` describes what memory is read and written.
+    """
+
+    name: str
+    a: Matrix
+    b: Matrix
+    depth: Int
+    result: str
+    axes: tuple[Sym | None, Sym, Sym]
+    region: Region
+    buffers: dict[str, BufferSpec]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.region.device
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return self.region.origins
+
+    @property
+    def sizes(self) -> tuple[Int, Int, Int, Int]:
+        """Z, M, K, N."""
+        batch, row, column = self.axes
+        assert row.size is not None and column.size is not None
+        return (1 if batch is None or batch.size is None else batch.size), row.size, self.depth, column.size
+
+    def reduced(self, name: str, total: Reduce, more: dict[str, BufferSpec]) -> Region:
+        """The region `name`, which also reads buffers `more`: there the product is `total`, float32, not in registers."""
+
+        def summed(load: Load) -> Scalar | None:
+            if load.buffer != self.result:
+                return None
+            return total if load.dtype == total.dtype else Op("cast", (total,), load.dtype)
+
+        nest = self.region.nest
+        stores = tuple(s.transformed({}, lambda v: transform(v, {}, summed)) for s in nest.stores)
+        buffers = {n: s for n, s in self.region.buffers.items() if n != self.result} | more
+        return replace(self.region, name=name, nest=Nest(nest.points, total.axes, stores), buffers=buffers)
+
+    def reads(self) -> tuple[str, ...]:
+        """Buffers read, operands first."""
+        return tuple(dict.fromkeys((self.a.buffer, self.b.buffer, *(n for n in self.region.reads() if n != self.result))))
+
+    def writes(self) -> tuple[str, ...]:
+        """Buffers stored to, in order."""
+        return self.region.writes()
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute something: steps in order. `label` says which, for people and records."""
+
+    label: str
+    steps: tuple[Region | Contraction | Call, ...]
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The same values in several ways, of which the tuner keeps the fastest. The first is what runs when nothing is known.
+
+    `buffers` describes every buffer that a way reads or writes, `views` what calls name beside buffers.
+    """
+
+    name: str
+    ways: tuple[Way, ...]
+    buffers: dict[str, BufferSpec]
+    views: tuple[Alias, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.buffers.values())).device
+
+
+Step = Region | Batch | Call | Alias | Contraction | Alternatives

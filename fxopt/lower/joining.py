@@ -28,7 +28,7 @@ def join(first: Region, second: Region) -> Region | None:
         return None
     best: tuple[int, Nest] | None = None
     for one, two in _common_domains(first.nest, second.nest):
-        nest = None if _are_transposed(one, two) else _combine(one, two)
+        nest = None if _are_transposed(one, two) else combine(one, two)
         if nest is not None and _worthwhile(nest, first):
             divisions = division_count(nest)
             if best is None or divisions < best[0]:
@@ -88,9 +88,9 @@ def remap(nest: Nest, mapping: Mapping, onto: Nest) -> Nest:
     return Nest(onto.points, onto.reduced, tuple(s.transformed(mapping) for s in nest.stores))
 
 
-def _combine(first: Nest, second: Nest) -> Nest | None:
-    """The two nests as one, values passed between them in registers; None when a value is needed before its iteration made
-    it.
+def combine(first: Nest, second: Nest) -> Nest | None:
+    """The two nests, over one domain, as one, values passed between them in registers; None when a value is needed before
+    its iteration made it.
     """
     if not all(_are_apart(a, b) for a in first.stores for b in second.stores if a.buffer == b.buffer):
         return None

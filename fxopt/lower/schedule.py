@@ -100,6 +100,7 @@ class _Scheduler:
             return frozenset(step.reads()), frozenset(step.writes())
         if isinstance(step, Alias):
             return frozenset({self._root(step.of)}), frozenset({step.name})
+        assert isinstance(step, Call)  # other steps are made of a schedule
         reads = set(refs((step.args, step.kwargs)))
         writes = {n for n in step.outputs if n is not None} | set(step.writes)
         names = {self._root(n) for n in reads} | {n for n in reads if n in self.base}

@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from fxopt.errors import FxoptError
+from fxopt.runtime.tensor_map import TensorMap
 
 _WARP = 32
 _SHARED_WITHOUT_ASKING = 48 * 1024
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_PARAMETER_KINDS = ("ptr", "i32", "i64")
+_PARAMETER_KINDS = ("ptr", "i32", "i64", "tensor_map")
 
 Launcher = Callable[..., None]
-"""launcher(stream, grid_x, grid_y, grid_z, *pointers, *sizes): plain integers, in the order of the kernel's parameters."""
+"""launcher(stream, grid_x, grid_y, grid_z, *pointers, *sizes): plain integers, in the order of the kernel's parameters.
+
+For a parameter that is a tensor map, too, the address of its buffer is passed.
+"""
 
 
 class CudaError(FxoptError, RuntimeError):
@@ -78,6 +82,7 @@ class CudaKernel:
     parameters: tuple[str, ...]
     scratch_pointers: int
     context: int | None = None
+    tensor_maps: tuple[dict[str, Any], ...] = ()
 
     def bind(self, launch: Any = None) -> Launcher:
         """A launcher with argument slots of its own. Not to be shared between threads: give each its own.
@@ -87,14 +92,24 @@ class CudaKernel:
         """
         count = len(self.parameters)
         slots = (ctypes.c_uint64 * (count + self.scratch_pointers))()
-        base = ctypes.addressof(slots)
-        addresses = (ctypes.c_void_p * len(slots))(*(base + 8 * i for i in range(len(slots))))
+        maps = self._tensor_maps()
+        addresses = _addresses(slots, dict(maps))
         function, threads, shared = ctypes.c_void_p(self.function), self.threads, self.shared
         lib, call, handle, context = self.lib, self.lib.cuLaunchKernel, ctypes.c_void_p, ctypes.c_void_p(self.context)
         what = getattr(launch, "label", "") or self.name
 
+        def describe(tensor_map: TensorMap, address: int) -> None:
+            code = tensor_map.encode(address)
+            if code == _NO_CONTEXT and context:
+                check(lib, lib.cuCtxSetCurrent(context), f"launching {what}")
+                code = tensor_map.encode(address)
+            check(lib, code, f"describing a tensor for {what}")
+
         def run(stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: int) -> None:
             slots[:count] = arguments  # type: ignore[call-overload]  # any sequence will do
+            for at, tensor_map in maps:
+                if tensor_map.address != arguments[at]:
+                    describe(tensor_map, arguments[at])
             code = call(function, grid_x, grid_y, grid_z, threads, 1, 1, shared, handle(stream), addresses, None)
             if code == _NO_CONTEXT and context:
                 check(lib, lib.cuCtxSetCurrent(context), f"launching {what}")
@@ -104,17 +119,33 @@ class CudaKernel:
 
         return run
 
+    def _tensor_maps(self) -> list[tuple[int, TensorMap]]:
+        """A map of its own, to be encoded, for each parameter (its number) that is one."""
+        positions = [i for i, kind in enumerate(self.parameters) if kind == "tensor_map"]
+        return [(i, TensorMap(self.lib, **given)) for i, given in zip(positions, self.tensor_maps, strict=True)]
+
+
+def _addresses(slots: Any, maps: dict[int, TensorMap]) -> Any:
+    """Where cuLaunchKernel finds each of the kernel's own parameters: in `slots`, but several for a tensor map."""
+    base, found = ctypes.addressof(slots), list[int]()
+    for i in range(len(slots)):
+        found += maps[i].parameters if i in maps else [base + 8 * i]
+    return (ctypes.c_void_p * len(found))(*found)
+
 
 def load_cubin(path: Path, meta: dict[str, Any], device_index: int, lib: Any = None) -> CudaKernel:
     """Load the kernel at `path` into the current context, which must be that of CUDA device `device_index`.
 
     `meta` is what `codegen.triton_build.compile_triton` returned. Raises CudaError when the driver refuses it (another
-    architecture, damaged, too much shared memory), ValueError when `meta` is not understood, OSError without driver or file.
+    architecture, damaged, too much shared memory), ValueError when `meta` is not understood, OSError without driver or file
+    and for a kernel with tensor maps under a driver that knows none.
     """
     unknown = [p for p in meta["parameters"] if p not in _PARAMETER_KINDS]
     if unknown:
         raise ValueError(f"{path}: unknown kernel parameter kinds {unknown}")
     lib = lib or driver()
+    if "tensor_map" in meta["parameters"] and not hasattr(lib, "cuTensorMapEncodeTiled"):
+        raise OSError(f"{path}: the kernel takes tensor maps, which this NVIDIA driver (before CUDA 12) cannot make")
     what = f"loading {path.name} on cuda:{device_index}"
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     check(lib, lib.cuModuleLoadData(ctypes.byref(module), path.read_bytes()), what)
@@ -126,5 +157,5 @@ def load_cubin(path: Path, meta: dict[str, Any], device_index: int, lib: Any = N
     assert function.value is not None
     threads = meta["num_warps"] * _WARP
     parameters = tuple(meta["parameters"])
-    scratch = meta["scratch_pointers"]
-    return CudaKernel(lib, function.value, meta["name"], threads, meta["shared"], parameters, scratch, context.value)
+    scratch, maps = meta["scratch_pointers"], tuple(meta.get("tensor_maps", ()))
+    return CudaKernel(lib, function.value, meta["name"], threads, meta["shared"], parameters, scratch, context.value, maps)

@@ -7,68 +7,36 @@ once and measured once, and all take the same choice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from fxopt.codegen import cpp, triton, triton_batch
+from fxopt.codegen import triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
-from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
-from fxopt.ir.region import Batch, BufferSpec, Region
+from fxopt.ir.kernel import Artifact, CompileFailure
+from fxopt.ir.region import Alternatives, Batch, BufferSpec, Call, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
-from fxopt.lower.cost import nbytes
+from fxopt.lower.contractions import replaced
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.measure import METHOD, Measurements, assumed_sizes
+from fxopt.tune.alternatives import settle
+from fxopt.tune.candidate import Candidate, Choice, Work, candidates, sizes_of
+from fxopt.tune.measure import METHOD, Measurements, Trial, assumed_sizes
 from fxopt.tune.records import RecordKey, Records
-
-CANDIDATES_AT_MOST = 8
-"""How many of the cost model's configurations max-autotune compiles and measures."""
-
-WORTH_MEASURING = 1 << 20
-"""Bytes: what moves less is bound by its launch, whatever the configuration."""
-
-WORTH_MORE = 256 << 20
-"""Bytes: a region that moves more is worth two more candidates."""
+from fxopt.tune.winner import pick_winner
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
 
-log = logging.getLogger(__name__)
-
-
 SAMPLE_BYTES = 256 << 20
 """As much of a batch is measured."""
 
-Work = Region | Batch
-"""What becomes kernels."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run a region: kernels in order, with scratch buffers that they share. `label` names the configuration."""
-
-    label: str
-    sources: tuple[KernelSource, ...]
-    scratch: tuple[BufferSpec, ...] = ()
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for candidates that run the same code on the same sizes, on whatever buffers."""
-        return tuple((s.text, repr(s.compile_options), _sizes(s)) for s in self.sources)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs a region."""
-
-    label: str
-    kernels: tuple[tuple[KernelSource, Artifact], ...]
-    scratch: tuple[BufferSpec, ...] = ()
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,30 +55,50 @@ class _Contest:
 
 def choose(
     lowered: Lowered, options: Options, store: ArtifactStore, journal: Journal
-) -> tuple[dict[str, Choice], list[tuple[Work, str]]]:
-    """(the choice for each region by name, the regions that nothing could be built for with the reason)."""
+) -> tuple[Lowered, dict[str, Choice], list[tuple[Region | Batch, str]]]:
+    """(`lowered` without alternatives, the choice for each of its regions, batches and contractions by name, the regions and
+    batches that nothing could be built for with the reason).
+    """
+    alternatives = [s for s in lowered.steps if isinstance(s, Alternatives)]
+    first = [s for each in alternatives for s in each.ways[0].steps]
+    others = [s for each in alternatives for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
     with journal.timed("kernels: printing"):
-        printed, failed = _print([s for s in lowered.steps if isinstance(s, Region | Batch)], options)
-        contests = _grouped(printed)
+        printed, failed = _print([s for s in (*lowered.steps, *first) if isinstance(s, Region | Batch)], options)
+        also, _ = _print(others, options)
+        contests, optional = _grouped(printed), _grouped(also)
     with journal.timed("kernels: compiling"):
-        for device in dict.fromkeys(c.region.device for c in contests):
-            _build([c for c in contests if c.region.device == device], Target.current(device), store, journal)
+        for device in dict.fromkeys(c.region.device for c in (*contests, *optional)):
+            here = [c for c in (*contests, *optional) if c.region.device == device]
+            _build(here, Target.current(device), store, journal)
     with journal.timed("kernels: measuring"):
         budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
         measurements = Measurements(journal, budget)
-        winners = [_fastest(contest, store, measurements) if contest.built else None for contest in contests]
-    places = {region.name: k for k, contest in enumerate(contests) for region in contest.regions}
-    chosen: dict[str, Choice] = {}
-    for region, own in printed:
-        contest, winner = contests[places[region.name]], winners[places[region.name]]
-        if winner is None:
-            failed.append((region, "; ".join(dict.fromkeys(contest.reasons)) or "no candidate"))
-        else:
-            chosen[region.name] = _adopted(winner, own)
-    return chosen, failed
+        winners = {id(c): _fastest(c, store, measurements) for c in contests if c.built}
+        chosen: dict[str, Choice] = {}
+        for contest, region, own in _places(contests, printed):
+            if contest.built:
+                chosen[region.name] = _adopted(winners[id(contest)], own)
+            else:
+                failed.append((region, "; ".join(dict.fromkeys(contest.reasons)) or "no candidate"))
+        if failed:
+            return lowered, {}, failed
+        built = {region.name: [_adopted(c, own) for c in contest.built] for contest, region, own in _places(optional, also)}
+        settled = settle(alternatives, chosen, built, store, measurements, journal)
+    for name, kept in settled.items():
+        chosen.pop(name, None)
+        chosen |= kept.choices
+    return replaced(lowered, {name: kept.way for name, kept in settled.items()}), chosen, []
 
 
-def _print(regions: Sequence[Work], options: Options) -> tuple[list[tuple[Work, list[Candidate]]], list[tuple[Work, str]]]:
+def _places(
+    contests: Sequence[_Contest], printed: Sequence[tuple[Work, list[Candidate]]]
+) -> Iterator[tuple[_Contest, Work, list[Candidate]]]:
+    """Each region with its contest and its own candidates."""
+    of = {region.name: contest for contest in contests for region in contest.regions}
+    return ((of[region.name], region, own) for region, own in printed)
+
+
+def _print(regions: Sequence[Work], options: Options) -> tuple[list[tuple[Any, list[Candidate]]], list[tuple[Any, str]]]:
     printed: list[tuple[Work, list[Candidate]]] = []
     failed: list[tuple[Work, str]] = []
     for region in regions:
@@ -135,65 +123,6 @@ def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
     candidate = next(c for c in own if c.label == winner.label)
     artifacts = (artifact for _, artifact in winner.kernels)
     return replace(winner, kernels=tuple(zip(candidate.sources, artifacts, strict=True)), scratch=candidate.scratch)
-
-
-def candidates(region: Work, options: Options) -> list[Candidate]:
-    """The printed candidates of `region`, best first by the cost model. Raises UnsupportedError when no printer takes it."""
-    target = Target.current(region.device)
-    if isinstance(region, Batch):
-        return batch_candidates(region, target, options.mode)
-    if region.device.type == "cpu":
-        return [Candidate("C++", (cpp.print_nest(region, target),))]
-    if region.device.type != "cuda":
-        raise UnsupportedError(f"no printer for {region.device.type} kernels")
-    return triton_candidates(region, target, options.mode, 1 if options.tuning_seconds == 0 else CANDIDATES_AT_MOST)
-
-
-def triton_candidates(region: Region, target: Target, mode: str, most: int = CANDIDATES_AT_MOST) -> list[Candidate]:
-    """The Triton candidates of `region`, `most` of them at most; `target` need not be a GPU of this machine.
-
-    Raises UnsupportedError without any.
-    """
-    out: list[Candidate] = []
-    reason = "no configuration"
-    count = min(candidate_count(region, mode), most)
-    for config in triton.configs(region, target):
-        try:
-            printed = triton.print_region(region, config, target)
-        except UnsupportedError as error:
-            reason = error.reason
-            continue
-        out.append(Candidate(str(config), printed.kernels, printed.scratch))
-        if len(out) == count or _checks_indices(printed.kernels):
-            break
-    if not out:
-        raise UnsupportedError(reason)
-    return out
-
-
-def batch_candidates(batch: Batch, target: Target, mode: str) -> list[Candidate]:
-    """As `triton_candidates`, of a batch."""
-    configs = triton_batch.batch_candidates(batch, target)[: candidate_count(batch, mode)]
-    return [Candidate(str(c), (triton_batch.print_batch(batch, c, target),)) for c in configs]
-
-
-def _checks_indices(kernels: Sequence[KernelSource]) -> bool:
-    """Such a kernel ends the CUDA context when an index is out of bounds; measuring on made-up data must not risk that, so
-    one candidate is enough."""
-    return any(kernel.errors for kernel in kernels)
-
-
-def candidate_count(region: Work, mode: str) -> int:
-    """How many configurations to compile: the cost model is surer about element-wise nests than about reductions."""
-    if mode == "max-autotune":
-        return CANDIDATES_AT_MOST
-    moved = sum(nbytes(spec) for spec in region.buffers.values())
-    if 0 < moved < WORTH_MEASURING:
-        return 1
-    more = 0 if moved < WORTH_MORE else 2
-    if isinstance(region, Region) and region.across is not None:
-        return more + 4
-    return more + (3 if isinstance(region, Region) and region.nest.reduced else 2)
 
 
 def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, journal: Journal) -> None:
@@ -224,48 +153,36 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     found = records.get(key)
     labels = [c.label for c in usable]
     if found is None or found.get("winner") not in labels:
-        seconds = measurements.compare(*_measurable(contest.region, usable))
+        seconds = measurements.compare(contest.region.name, *_measurable(contest.region, usable))
         if seconds is None:
             return usable[0]
         figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}
-        found = {"winner": _winner(labels, seconds), "seconds": figures}
+        found = {"winner": pick_winner(labels, seconds), "seconds": figures}
         records.put(key, found)
     return usable[labels.index(str(found["winner"]))]
 
 
-def _measurable(region: Work, usable: Sequence[Choice]) -> tuple[Work, Sequence[Choice]]:
-    """What stands for `region` and its choices in measuring: of a batch, whose members may fill the memory, a part."""
-    if isinstance(region, Region):
-        return region, usable
+def _measurable(region: Work, usable: Sequence[Choice]) -> tuple[dict[str, BufferSpec], torch.device, list[Trial]]:
+    """The memory that trials of `usable` need, where, and the trials: of a batch, whose members may fill the memory, on a
+    part."""
+    if not isinstance(region, Batch):
+        return region.buffers, region.device, [c.trial for c in usable]
     sample = region.sample(SAMPLE_BYTES)
-    sources = [[(triton_batch.for_members(s, sample), a) for s, a in choice.kernels] for choice in usable]
-    return sample, [replace(c, kernels=tuple(kernels)) for c, kernels in zip(usable, sources, strict=True)]
+    sources = [tuple((triton_batch.for_members(s, sample), a) for s, a in choice.kernels) for choice in usable]
+    trials = [Trial(c.label, kernels, c.scratch) for c, kernels in zip(usable, sources, strict=True)]
+    return sample.buffers, region.device, trials
 
 
 def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, object]:
     """Everything that a contest's result depends on; the kernels' keys hold texts, configurations and compiler versions."""
     return {
         "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],
-        "sizes": [[_sizes(source) for source, _ in c.kernels] for c in usable],
-        "assumed": assumed_sizes(region, usable),
+        "sizes": [[sizes_of(source) for source, _ in c.kernels] for c in usable],
+        "assumed": assumed_sizes(region.buffers.values(), [c.trial for c in usable]),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,
     }
-
-
-def _sizes(source: KernelSource) -> str:
-    """Grid and sizes. A size that is a number is the key of a random op, which does not change what the kernel costs."""
-    return repr([*source.grid, *(x for x in source.sizes if not isinstance(x, int))])
-
-
-NOISE = 0.03
-"""A later candidate must beat the cost model's first by more than this: ties go to the first, choices are stable."""
-
-
-def _winner(labels: Sequence[str], seconds: Sequence[float]) -> str:
-    best = min(range(len(labels)), key=lambda k: seconds[k])
-    return labels[best] if seconds[best] < seconds[0] * (1 - NOISE) else labels[0]
 
 
 def _spills(choice: Choice) -> bool:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
-from fxopt.ir.region import Batch, BufferSpec, Region
+from fxopt.ir.kernel import Artifact, KernelSource
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
 from fxopt.journal import Journal
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
+from fxopt.runtime.binding import resolve_op
 from fxopt.runtime.launch import CudaError, load_cubin
 
-if TYPE_CHECKING:
-    from fxopt.tune.choose import Choice
-
-METHOD = 3
+METHOD = 4
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -29,7 +31,30 @@ SAMPLE_SECONDS = 200e-6
 """A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
 
 FILLER_BYTES = 1 << 28
+FASTEST_MEMORY = 8e12
+"""Bytes a second that no GPU fills faster."""
+
+MOST_FILLS = 32
 Run = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """A library call with what describes the tensors that it names."""
+
+    call: Call
+    buffers: Mapping[str, BufferSpec]
+    views: tuple[Alias, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run to find out what it costs: kernels and library calls in order, with scratch buffers of their own."""
+
+    label: str
+    parts: tuple[tuple[KernelSource, Artifact] | BoundCall, ...]
+    scratch: tuple[BufferSpec, ...] = ()
+
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +62,8 @@ log = logging.getLogger(__name__)
 class Measurements:
     """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
-    Every sample starts with a large fill and one launch that is not timed: while they run, the timed launches are queued, so
-    that kernels shorter than the launch overhead are told apart. The launches share their buffers, so what fits the L2 cache
+    Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
+    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the L2 cache
     is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved are
     not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm cache
     serves well enough look good.
@@ -48,48 +73,54 @@ class Measurements:
         self.journal, self.left = journal, budget
         self._said = False
 
-    def compare(self, region: Region | Batch, choices: Sequence[Choice]) -> list[float] | None:
-        """Seconds of one run of each choice (infinity for one that does not load), or None when nothing can be measured."""
+    def compare(
+        self, name: str, buffers: Mapping[str, BufferSpec], device: torch.device, trials: Sequence[Trial]
+    ) -> list[float] | None:
+        """Seconds of one run of each of `trials` (infinity for one that does not run), or None when nothing can be measured.
+
+        `name` says whose trials they are; `buffers` is the memory that they share.
+        """
         if self.left <= 0:
             self.journal.provisional = True
             if not self._said:
-                self.journal.note("tuning", f"{region.name} and later regions: not measured, the time budget is spent")
+                self.journal.note("tuning", f"{name} and later regions: not measured, the time budget is spent")
             self._said = True
             return None
         start = time.perf_counter()
         try:
-            with torch.cuda.device(region.device):
-                seconds = time_choices(region, choices)
-                if _may_stay_in_cache(region):
-                    cold = time_choices(region, choices, cold=True)
+            with torch.cuda.device(device):
+                seconds = time_trials(buffers, device, trials)
+                if _may_stay_in_cache(buffers, device):
+                    cold = time_trials(buffers, device, trials, cold=True)
                     seconds = [(a + b) / 2 for a, b in zip(seconds, cold, strict=True)]
         except torch.cuda.OutOfMemoryError:
-            self.journal.note("tuning", f"{region.name}: not measured, the GPU is out of memory")
+            self.journal.note("tuning", f"{name}: not measured, the GPU is out of memory")
             self.journal.provisional = True
             return None
         finally:
             self.left -= time.perf_counter() - start
-        figures = ", ".join(f"{c.label}: {s * 1e6:.1f} us" for c, s in zip(choices, seconds, strict=True))
-        log.info("%s: %s: %s", self.journal.graph, region.name, figures)
+        figures = ", ".join(f"{t.label}: {s * 1e6:.1f} us" for t, s in zip(trials, seconds, strict=True))
+        log.info("%s: %s: %s", self.journal.graph, name, figures)
         return seconds
 
 
-def _may_stay_in_cache(region: Region | Batch) -> bool:
+def _may_stay_in_cache(buffers: Mapping[str, BufferSpec], device: torch.device) -> bool:
     """Whether one launch leaves part of what the next one reads in the L2 cache."""
-    cache = getattr(torch.cuda.get_device_properties(region.device), "L2_cache_size", 0)
-    return sum(nbytes(spec) for spec in region.buffers.values()) < 2 * cache
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return sum(map(nbytes, buffers.values())) < 2 * cache
 
 
-def time_choices(region: Region | Batch, choices: Sequence[Choice], cold: bool = False) -> list[float]:
-    """Median seconds of one run of each choice on random data; infinity for one that does not load.
+def time_trials(
+    buffers: Mapping[str, BufferSpec], device: torch.device, trials: Sequence[Trial], cold: bool = False
+) -> list[float]:
+    """Median seconds of one run of each trial on random data; infinity for one that does not run.
 
     `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache.
     """
-    sizes = assumed_sizes(region, choices)
-    generator = torch.Generator(region.device).manual_seed(0)  # the user's own keeps its state
-    tensors = {name: _allocate(spec, sizes, generator) for name, spec in region.buffers.items()}
-    runs = [runner(choice, tensors, sizes) for choice in choices]
-    return interleaved(runs, region.device, cold)
+    sizes = assumed_sizes(buffers.values(), trials)
+    generator = torch.Generator(device).manual_seed(0)  # the user's own keeps its state
+    tensors = {name: _allocate(spec, sizes, generator) for name, spec in buffers.items()}
+    return interleaved([runner(trial, tensors, sizes) for trial in trials], device, cold)
 
 
 def eager_seconds(run: Run, device: torch.device) -> float:
@@ -98,21 +129,36 @@ def eager_seconds(run: Run, device: torch.device) -> float:
 
 
 def interleaved(runs: Sequence[Run | None], device: torch.device, cold: bool) -> list[float]:
+    torch.cuda.synchronize(device)  # a thread of autograd's has the device's context from here on
     filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=device)
-    first = [_seconds(run, filler, 1, cold=False) for run in runs]
-    launches = max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
+    first = [_seconds(run, filler, 1, 1, cold=False) for run in runs]
+    launches = 1 if cold else max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
+    fills = [_fills(run, launches) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for k, run in enumerate(runs):
-            times[k].append(_seconds(run, filler, 1 if cold else launches, cold))
+            times[k].append(_seconds(run, filler, fills[k], launches, cold))
     return [statistics.median(t) for t in times]
 
 
-def _seconds(run: Run | None, filler: torch.Tensor, launches: int, cold: bool) -> float:
+def _fills(run: Run | None, launches: int) -> int:
+    """How many fills keep the GPU busy while the host queues the launches of a sample; library calls take it a while."""
+    if run is None:
+        return 0
+    start = time.perf_counter()
+    for _ in range(launches):
+        run()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return min(MOST_FILLS, 1 + math.ceil(host / (FILLER_BYTES / FASTEST_MEMORY)))
+
+
+def _seconds(run: Run | None, filler: torch.Tensor, fills: int, launches: int, cold: bool) -> float:
     if run is None:
         return float("inf")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    filler.zero_()
+    for _ in range(fills):
+        filler.zero_()
     if not cold:
         run()
     start.record()
@@ -123,37 +169,90 @@ def _seconds(run: Run | None, filler: torch.Tensor, launches: int, cold: bool) -
     return float(start.elapsed_time(end)) / 1e3 / launches
 
 
-def runner(choice: Choice, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
-    """A function that runs `choice` once on the current stream; None when it does not load."""
-    tensors = shared | {spec.name: _allocate(spec, sizes) for spec in choice.scratch}
-    stream = torch.cuda.current_stream().cuda_stream
-    launches: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-    for source, artifact in choice.kernels:
-        try:
-            launcher = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device()).bind(artifact.entry)
-        except (CudaError, OSError):  # OSError: another process has just evicted its file
+def runner(trial: Trial, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
+    """A function that runs `trial` once on the current stream; None when it does not load or a call in it fails."""
+    tensors = shared | {spec.name: _allocate(spec, sizes) for spec in trial.scratch}
+    parts: list[Run] = []
+    for part in trial.parts:
+        run = _call(part, tensors, sizes) if isinstance(part, BoundCall) else _launch(*part, tensors, sizes)
+        if run is None:
             return None
-        grid = [evaluate(g, sizes) for g in source.grid]
-        pointers = [tensors[name].data_ptr() for name in source.buffers]
-        if source.members:
-            device, width = tensors[source.buffers[0]].device, len(source.buffers) // len(source.members)
-            batch = BatchLauncher(launcher, source.members, source.block, width, device)
-            launches.append((batch, (stream, tuple(pointers))))
-            continue
-        launches.append((launcher, (stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))))
+        parts.append(run)
+    if len(parts) == 1:
+        return parts[0]
+
+    def run_all() -> None:
+        for run in parts:
+            run()
+
+    return run_all
+
+
+def _launch(source: KernelSource, artifact: Artifact, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
+    try:
+        launcher = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device()).bind(artifact.entry)
+    except (CudaError, OSError):  # OSError: another process has just evicted its file
+        return None
+    stream = torch.cuda.current_stream().cuda_stream
+    pointers = [tensors[name].data_ptr() for name in source.buffers]
+    if source.members:
+        device, width = tensors[source.buffers[0]].device, len(source.buffers) // len(source.members)
+        batch = BatchLauncher(launcher, source.members, source.block, width, device)
+        return functools.partial(batch, stream, tuple(pointers))
+    grid = [evaluate(g, sizes) for g in source.grid]
+    return functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+
+
+def _call(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
+    """The library call, which makes results of its own: what reads them afterwards finds random data of the same layout."""
+    views = {v.name: v for v in bound.views}
+
+    def argument(value: Any) -> Any:
+        match value:
+            case Ref(name):
+                return _tensor(views.get(name), name, bound.buffers, tensors, sizes)
+            case Size(expr):
+                return evaluate(expr, sizes)
+            case list() | tuple():
+                return type(value)(argument(x) for x in value)
+            case dict():
+                return {k: argument(x) for k, x in value.items()}
+        return value
+
+    op, args, kwargs = resolve_op(bound.call.op), argument(bound.call.args), argument(bound.call.kwargs)
 
     def run() -> None:
-        for launcher, arguments in launches:
-            launcher(*arguments)
+        op(*args, **kwargs)
 
+    try:
+        run()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        log.info("%s cannot be a candidate: %s", bound.call.op, error)
+        return None
     return run
 
 
-def assumed_sizes(region: Region | Batch, choices: Sequence[Choice]) -> dict[str, int]:
+def _tensor(
+    view: Alias | None, name: str, buffers: Mapping[str, BufferSpec], tensors: dict[str, torch.Tensor], sizes: dict[str, int]
+) -> torch.Tensor:
+    """The buffer or view `name` as a tensor."""
+    spec = buffers[name if view is None else view.of]
+    shape, strides = (spec.shape, spec.strides) if view is None else (view.shape, view.strides)
+    offset = 0 if view is None else evaluate(view.offset, sizes)
+    given = ([evaluate(x, sizes) for x in shape], [evaluate(x, sizes) for x in strides])
+    return tensors[spec.name].as_strided(*given, offset)
+
+
+def assumed_sizes(specs: Iterable[BufferSpec], trials: Sequence[Trial]) -> dict[str, int]:
     """A number for every size symbol: what is measured when a size is known only at run time."""
-    given: list[Int] = [x for spec in region.buffers.values() for x in (*spec.shape, *spec.strides)]
-    given += [x for choice in choices for source, _ in choice.kernels for x in (*source.sizes, *source.grid)]
-    given += [x for choice in choices for spec in choice.scratch for x in spec.shape]
+    given: list[Int] = [x for spec in specs for x in (*spec.shape, *spec.strides)]
+    for trial in trials:
+        given += [x for spec in trial.scratch for x in spec.shape]
+        for part in trial.parts:
+            if not isinstance(part, BoundCall):
+                given += [*part[0].sizes, *part[0].grid]
     return {sym.name: assumed(symbol(sym)) for x in given for sym in free_symbols(x)}
 
 

@@ -15,7 +15,7 @@ from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Region
 from fxopt.lower import Lowered
 from fxopt.target import Target
-from fxopt.tune.choose import Choice
+from fxopt.tune.candidate import Choice
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.capturing import moved
 

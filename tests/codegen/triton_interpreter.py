@@ -43,6 +43,7 @@ class Interpreter:
             "blocks": source.compile_options["constexprs"],
             "grid": grid,
             "buffers": [tensors[b] for b in source.buffers],
+            "tensor_maps": _tensor_maps(source),
             "batch": (source.members, source.block),
             "sizes": [(evaluate(s, env), t) for s, t in zip(source.sizes, _size_types(source), strict=True)],
         }
@@ -63,7 +64,13 @@ class Interpreter:
 
 
 def _size_types(source: KernelSource) -> list[str]:
-    return [t for t in source.compile_options["signature"].values() if not t.startswith("*")]
+    return [t for t in source.compile_options["signature"].values() if not t.startswith(("*", "tensordesc"))]
+
+
+def _tensor_maps(source: KernelSource) -> list[dict[str, Any] | None]:
+    """The geometry of each buffer's parameter that is a tensor descriptor."""
+    maps = source.compile_options.get("tensor_maps", {})
+    return [maps.get(p) for p, _ in zip(source.compile_options["signature"], source.buffers, strict=False)]
 
 
 _TORCH_NAMES = {"rint": "round", "pow": "pow", "copysign": "copysign", "fmod": "fmod"}
@@ -136,6 +143,15 @@ def _tables(members: tuple[int, ...], block: int, buffers: list[torch.Tensor]) -
     return [*layout(members, block), torch.tensor([b.data_ptr() for b in buffers])]
 
 
+def _described(memory: torch.Tensor, geometry: dict[str, Any] | None) -> Any:
+    if geometry is None:
+        return memory
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tensor = memory[geometry["offset"] :]
+    return TensorDescriptor(tensor, geometry["shape"], geometry["strides"], geometry["block"])
+
+
 def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor]:
     path = directory / f"job{number}.py"
     path.write_text(job["text"])
@@ -145,6 +161,7 @@ def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor
     spec.loader.exec_module(module)
     kernel = getattr(module, job["entry"])
     pointers = _tables(*job["batch"], job["buffers"]) if job["batch"][0] else job["buffers"]
+    pointers = [_described(*each) for each in zip(pointers, job["tensor_maps"], strict=False)]
     kernel[job["grid"]](*pointers, *(_typed(*s) for s in job["sizes"]), **job["blocks"])
     return job["buffers"]
 

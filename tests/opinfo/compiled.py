@@ -37,7 +37,7 @@ from fxopt.lower.schedule import schedule
 from fxopt.options import Options
 from fxopt.runtime.artifacts import default_store
 from fxopt.target import Target
-from fxopt.tune.choose import candidates
+from fxopt.tune.candidate import candidates
 from tests.lower.interpreter import run_lowered
 from tests.opinfo.samples import DEVICES, Problem
 

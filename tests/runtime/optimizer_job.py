@@ -39,7 +39,7 @@ from fxopt.runtime import batch, executor
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Plan
 from fxopt.target import Target
-from fxopt.tune.choose import Choice, batch_candidates, triton_candidates
+from fxopt.tune.candidate import Choice, batch_candidates, triton_candidates
 from tests.codegen import triton_interpreter
 
 CUDA, TARGET = torch.device("cuda", 0), Target.cuda(90)

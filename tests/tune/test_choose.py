@@ -22,7 +22,9 @@ from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune import measure
-from fxopt.tune.choose import CANDIDATES_AT_MOST, Choice, candidate_count, choose, triton_candidates
+from fxopt.tune.candidate import CANDIDATES_AT_MOST, Choice, candidate_count, triton_candidates
+from fxopt.tune.choose import choose
+from fxopt.tune.measure import Trial
 
 tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
 CUDA = torch.device("cuda", 0)
@@ -57,7 +59,7 @@ class Bench:
         self.failing: tuple[str, ...] = ()
         monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
         monkeypatch.setattr(tuner, "compile_kernels", self.compile)
-        monkeypatch.setattr(tuner.Measurements, "compare", lambda own, region, choices: self.compare(region, choices))
+        monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, rest[-1]))
 
     def compile(self, sources: Sequence[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
         self.compiled += sources
@@ -68,9 +70,9 @@ class Bench:
             return CompileFailure("key", f"no {source.entry}")
         return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": 0})
 
-    def compare(self, region: Region, choices: Sequence[Choice]) -> list[float]:
-        self.measured.append(region.name)
-        return [self.seconds.get(c.label, 1.0) for c in choices]
+    def compare(self, name: str, trials: Sequence[Trial]) -> list[float]:
+        self.measured.append(name)
+        return [self.seconds.get(t.label, 1.0) for t in trials]
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def lowered(*regions: Region | Batch) -> Lowered:
 
 
 def choices(regions: Sequence[Region | Batch], store: ArtifactStore, **options: Any) -> tuple[dict[str, Choice], list[Any]]:
-    return choose(lowered(*regions), Options(**options), store, Journal("test"))
+    return choose(lowered(*regions), Options(**options), store, Journal("test"))[1:]
 
 
 @pytest.fixture
@@ -191,20 +193,21 @@ def test_a_batch_is_one_contest_over_all_of_its_members(bench: Bench, store: Art
 
 
 def test_a_part_of_a_batch_is_measured(bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, Sequence[Choice]]] = []
+    seen: list[tuple[dict[str, BufferSpec], Sequence[Trial]]] = []
 
-    def compare(own: Any, region: Any, choices: Sequence[Choice]) -> list[float]:
-        seen.append((region, choices))
-        return [1.0] * len(choices)
+    def compare(own: Any, name: str, buffers: dict[str, BufferSpec], device: Any, trials: Sequence[Trial]) -> list[float]:
+        seen.append((buffers, trials))
+        return [1.0] * len(trials)
 
     monkeypatch.setattr(tuner.Measurements, "compare", compare)
     monkeypatch.setattr(tuner, "SAMPLE_BYTES", 1 << 20)
     choices([batch_of_squares(*([1 << 20] * 8))], store)
-    ((region, measured),) = seen
-    assert sum(s.numel * 4 for s in region.buffers.values()) == 1 << 20
-    for choice in measured:
-        ((source, _),) = choice.kernels
-        assert set(source.buffers) == set(region.buffers) and source.members == region.elements
+    ((buffers, measured),) = seen
+    assert sum(s.numel * 4 for s in buffers.values()) == 1 << 20
+    for trial in measured:
+        ((source, _),) = trial.parts
+        assert isinstance(source, KernelSource) and set(source.buffers) == set(buffers)
+        assert sum(source.members) * 8 == 1 << 20
 
 
 def test_small_batches_are_not_measured(bench: Bench, store: ArtifactStore) -> None:

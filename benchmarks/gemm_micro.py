@@ -1,0 +1,301 @@
+"""Configurations of the matrix product templates against cuBLAS: `python -m benchmarks.gemm_micro --out FOLDER`.
+
+Products of BERT, ViT, GPT-2 and Llama, square ones, and a few rows with Llama-3-8B's weights, each plain and with bias and
+GELU in the epilogue. All kernels are compiled and launched as fxopt does it. Values are checked against float32; times are
+of this GPU, interleaved with the library's, with inputs in the L2 cache and without. The JSON has the cost model's estimate
+beside each time, so that the model can be corrected.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.kernels_micro import excess
+from benchmarks.results import target_facts, versions
+from fxopt.codegen.compile import compile_kernels
+from fxopt.codegen.templates.gemm_config import (
+    GemmConfig,
+    GemmProblem,
+    Matrix,
+    configs,
+    estimate,
+    library_seconds,
+    ranked,
+)
+from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, partial_shape
+from fxopt.ir.kernel import Artifact, KernelSource
+from fxopt.ir.region import BufferSpec
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.target import Target
+from fxopt.tune.candidate import Choice
+from fxopt.tune.measure import interleaved, runner
+
+JOIN_BLOCK = 512
+CHUNK = 6
+"""Cases compiled together: as many as keep the workers busy, few enough to stop in time."""
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    """x [m, k] times a weight: stored [n, k] ("nt", a linear layer's) or [k, n] ("nn"); with `gelu`, of that plus a bias."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+    layout: str = "nt"
+    gelu: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.m}x{self.n}x{self.k} {self.layout}{' gelu' if self.gelu else ''}"
+
+    @property
+    def problem(self) -> GemmProblem:
+        b = (1, self.k) if self.layout == "nt" else (self.n, 1)
+        written = self.m * self.n * self.dtype.itemsize
+        read = self.n * self.dtype.itemsize if self.gelu else 0
+        x, w = Matrix(self.m, self.k, self.k, 1), Matrix(self.k, self.n, *b)
+        return GemmProblem(1, self.m, self.n, self.k, self.dtype, x, w, read, written)
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """x, w [k, n] (whatever its strides) and bias."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def made(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.empty(shape, device=device, dtype=self.dtype).normal_(0, scale, generator=generator)
+
+        scale = self.k**-0.5
+        w = made(self.n, self.k, scale=scale).t() if self.layout == "nt" else made(self.k, self.n, scale=scale)
+        return {"x": made(self.m, self.k), "w": w, "bias": made(self.n)}
+
+    def reference(self, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        return functional.gelu(torch.addmm(bias, x, w)) if self.gelu else x @ w
+
+
+_SHAPES = (
+    # name, rows, (columns, inner) of each weight, weights' layout
+    ("square", 4096, ((4096, 4096),), "nt"),
+    ("bert-b32", 4096, ((768, 768), (2304, 768), (3072, 768), (768, 3072)), "nt"),
+    ("decode", 16, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), "nt"),
+    ("vit-b64", 12608, ((768, 768), (2304, 768), (3072, 768), (768, 3072)), "nt"),
+    ("decode", 1, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), "nt"),
+    ("llama-prefill", 2048, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), "nt"),
+    ("bert-b1", 128, ((768, 768), (3072, 768), (768, 3072)), "nt"),
+    ("decode", 64, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), "nt"),
+    ("vit-b1", 197, ((2304, 768), (3072, 768)), "nt"),
+    ("gpt2-b8", 4096, ((2304, 768), (3072, 768), (768, 3072)), "nn"),
+    ("decode", 8, ((4096, 4096), (28672, 4096)), "nt"),
+    ("square", 8192, ((8192, 8192),), "nt"),
+    ("square", 4096, ((4096, 4096),), "nn"),
+    ("gpt2-head", 4096, ((50304, 768),), "nt"),
+    ("decode", 16, ((4096, 4096),), "nn"),
+    ("bert-b1", 128, ((768, 768), (3072, 768)), "nn"),
+)
+
+
+def cases() -> Iterator[GemmCase]:
+    """The most telling first: what does not fit in the time is left out."""
+    for name, m, weights, layout in _SHAPES:
+        for n, k in weights:
+            for gelu in (False, True):
+                yield GemmCase(name, m, n, k, layout, gelu)
+
+
+def choose_configs(problem: GemmProblem, target: Target, count: int) -> list[GemmConfig]:
+    """The cost model's proposals, the best without tensor maps, and the neighbours of the first two; at most `count`."""
+    order = ranked(problem, target)
+    chosen = configs(problem, target, limit=count - count // 3)
+    pointers = [c for c in order if not c.tma][:1]
+    neighbours = [c for first in chosen[:2] for c in order if c.kind == first.kind]
+    return list(dict.fromkeys([*chosen, *pointers, *neighbours]))[:count]
+
+
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_PREAMBLE = f"import triton\nimport triton.language as tl\nfrom triton.language.extra import libdevice\n\n{MODULE}\n"
+
+
+def sources(case: GemmCase, config: GemmConfig) -> tuple[tuple[KernelSource, ...], tuple[BufferSpec, ...]]:
+    """The kernels of one configuration over the buffers x, w, bias and out, and their scratch buffers."""
+    if config.split > 1:
+        shape = partial_shape(case.problem, config)
+        scratch = BufferSpec("partial", torch.float32, torch.device("cuda", 0), (torch.Size(shape).numel(),), (1,))
+        return (_product(case, config, "partial"), _join(case, config)), (scratch,)
+    return (_product(case, config, "out"),), ()
+
+
+def _value(case: GemmCase) -> str:
+    """Lines that compute v from `acc` at the columns x."""
+    if not case.gelu:
+        return "    v = acc\n"
+    return (
+        f"    v = acc + tl.load(b2 + x, mask=x < {case.n}, other=0.0).to(tl.float32)\n"
+        "    v = 0.5 * v * (1.0 + libdevice.erf(v * 0.7071067811865476))\n"
+    )
+
+
+def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
+    extra = "b3" if result == "partial" else "(b2, b3)"
+    call = gemm_call(case.problem, config, extra=extra)
+    text = (
+        f"{_PREAMBLE}\n\n@triton.jit\ndef epilogue(acc, y, x, z, extra):\n    b2, b3 = extra\n{_value(case)}"
+        f"    tl.store(b3 + (y * {case.n} + x), v.to(b3.dtype.element_ty), (y < {case.m}) & (x < {case.n}))\n\n\n"
+        f"@triton.jit\ndef product(b0, b1, b2, b3):\n    {call.text}\n"
+    )
+    results = "*fp32" if result == "partial" else _TYPES[case.dtype]
+    signature = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
+    options = {
+        **_options(signature),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "tensor_maps": call.tensor_maps,
+    }
+    return KernelSource("triton", "product", text, ("x", "w", "bias", result), (), (call.grid, 1, 1), options)
+
+
+def _join(case: GemmCase, config: GemmConfig) -> KernelSource:
+    """Sums the parts in order; the epilogue is this kernel's."""
+    numel = case.m * case.n
+    text = (
+        f"{_PREAMBLE}\n\n@triton.jit\ndef join(b2, b3, b4):\n"
+        f"    i = tl.program_id(0) * {JOIN_BLOCK} + tl.arange(0, {JOIN_BLOCK})\n    x = i % {case.n}\n"
+        f"    acc = tl.zeros([{JOIN_BLOCK}], tl.float32)\n"
+        f"    for part in tl.static_range({config.split}):\n"
+        f"        acc += tl.load(b4 + (part * {numel} + i), mask=i < {numel}, other=0.0)\n{_value(case)}"
+        f"    tl.store(b3 + i, v.to(b3.dtype.element_ty), i < {numel})\n"
+    )
+    signature = {"b2": _TYPES[case.dtype], "b3": _TYPES[case.dtype], "b4": "*fp32"}
+    options = {**_options(signature), "num_warps": 4, "num_stages": 1}
+    grid = (ceil(numel / JOIN_BLOCK), 1, 1)
+    return KernelSource("triton", "join", text, ("bias", "out", "partial"), (), grid, options)
+
+
+def _options(signature: dict[str, str]) -> dict[str, Any]:
+    aligned = [p for p, t in signature.items() if t.startswith("*")]
+    return {"signature": signature, "constexprs": {}, "aligned": aligned, "asserts": False}
+
+
+Built = list[tuple[GemmConfig, Choice | str]]
+"""Each configuration with what runs it, or why it did not compile."""
+
+
+def build(chosen: Sequence[GemmCase], target: Target, store: ArtifactStore, count: int) -> list[Built]:
+    """Compile the configurations of all of `chosen` in one go."""
+    printed = [[(c, *sources(case, c)) for c in choose_configs(case.problem, target, count)] for case in chosen]
+    kernels = [s for group in printed for _, ks, _ in group for s in ks]
+    results = dict(zip(map(id, kernels), compile_kernels(kernels, target, store), strict=True))
+    out = []
+    for group in printed:
+        built: Built = []
+        for config, ks, scratch in group:
+            pairs = [(s, results[id(s)]) for s in ks]
+            done = tuple((s, a) for s, a in pairs if isinstance(a, Artifact))
+            reason = "; ".join(a.reason for _, a in pairs if not isinstance(a, Artifact))
+            built.append((config, reason or Choice(str(config), done, scratch)))
+        out.append(built)
+    return out
+
+
+def measure(case: GemmCase, built: Built, target: Target, device: torch.device) -> dict[str, Any]:
+    """Errors and times of every configuration and the library, as JSON data."""
+    inputs = case.inputs(device)
+    eager = case.reference(**inputs)
+    exact = case.reference(**{n: t.float() for n, t in inputs.items()}).double()
+    out = torch.empty_like(eager)
+    names, runs, rows = [], list[Callable[[], None]](), list[dict[str, Any]]()
+    for config, choice in built:
+        run = None if isinstance(choice, str) else runner(choice.trial, {**inputs, "out": out}, {})
+        if isinstance(choice, str) or run is None:
+            rows.append({"label": str(config), "error": choice if isinstance(choice, str) else "does not load"})
+            continue
+        out.fill_(float("nan"))
+        run()
+        meta = choice.kernels[0][1].meta
+        rows.append(
+            {
+                "label": str(config),
+                "estimate_us": estimate(case.problem, config, target) * 1e6,
+                "excess_error": excess([out], [eager], [exact]),
+                **{field: meta.get(field) for field in ("n_regs", "n_spills", "shared")},
+            }
+        )
+        names.append(len(rows) - 1)
+        runs.append(run)
+    del exact
+    runs += [lambda: case.reference(**inputs), lambda: torch.mm(inputs["x"], inputs["w"])]
+    hot, cold = (interleaved(runs, device, cold=c) for c in (False, True))
+    for at, warm, cool in zip(names, hot, cold, strict=False):
+        rows[at] |= {"us_hot": warm * 1e6, "us_cold": cool * 1e6, "tflops": case.problem.flops / warm / 1e12}
+    library = {"us_hot": hot[-1] * 1e6, "us_cold": cold[-1] * 1e6, "tflops": case.problem.flops / hot[-1] / 1e12}
+    library["estimate_us"] = library_seconds(case.problem, target) * 1e6
+    return {
+        "case": case.title,
+        "flops": case.problem.flops,
+        "bytes": case.problem.operand_bytes + case.problem.read + case.problem.written,
+        "eager": {"us_hot": hot[-2] * 1e6, "us_cold": cold[-2] * 1e6},
+        "library": library,
+        "rows": rows,
+    }
+
+
+def report(entry: dict[str, Any]) -> str:
+    rows = [r for r in entry["rows"] if "us_hot" in r]
+    library, eager = entry["library"], entry["eager"]
+    text = f"{entry['case']:<38} mm {library['us_hot']:7.1f} eager {eager['us_hot']:7.1f} cold {eager['us_cold']:7.1f}"
+    if rows:
+        best = min(rows, key=lambda r: r["us_hot"])
+        for word, row in (("first", rows[0]), ("best", best)):
+            text += (
+                f" | {word} {row['label']:<34} {row['us_hot']:7.1f} cold {row['us_cold']:7.1f} ({row['estimate_us']:.1f})"
+            )
+        text += f" | {best['tflops']:.0f} TFLOP/s"
+    wrong = sum(r["excess_error"] > 1 for r in rows)
+    failed = sum("error" in r for r in entry["rows"])
+    return text + (f" | {wrong} WRONG" if wrong else "") + (f" | {failed} not built" if failed else "")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for gemm_micro.json")],
+    only: Annotated[str, typer.Option(help="run cases whose title contains this")] = "",
+    seconds: Annotated[float, typer.Option(help="begin no further cases after so long")] = 140.0,
+    count: Annotated[int, typer.Option(help="configurations a case")] = 12,
+) -> None:
+    """Check and time the configurations of matrix products on this machine's first GPU."""
+    device = torch.device("cuda", 0)
+    target, store = Target.current(device), ArtifactStore()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    chosen = [c for c in cases() if only in c.title]
+    data: dict[str, Any] = {"target": target_facts(device), "versions": versions(), "compile_seconds": 0.0, "cases": []}
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    for at in range(0, len(chosen), CHUNK):
+        if time.perf_counter() - began > seconds:
+            typer.echo(f"out of time: {len(chosen) - at} cases left out")
+            break
+        start = time.perf_counter()
+        group = chosen[at : at + CHUNK]
+        built = build(group, target, store, count)
+        data["compile_seconds"] += time.perf_counter() - start
+        for case, choices in zip(group, built, strict=True):
+            data["cases"].append(measure(case, choices, target, device))
+            typer.echo(report(data["cases"][-1]))
+            torch.cuda.empty_cache()
+        (out / "gemm_micro.json").write_text(json.dumps(data, indent=1) + "\n")
+    if any(r.get("excess_error", 0.0) > 1 for c in data["cases"] for r in c["rows"]):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

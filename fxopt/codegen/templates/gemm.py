@@ -1,0 +1,290 @@
+"""Matrix products with an epilogue: what a printed kernel calls for `epilogue(a @ b)`.
+
+A printed entry has flat parameters and calls one of
+
+- `pointer_gemm`: any strides, loads through pointers (cp.async); one tile a program
+- `tma_gemm`: operands as tensor descriptors, loads by Hopper's tensor memory accelerator; persistent or one tile a program
+- `split_gemm`, `tma_split_gemm`: the inner dimension in SPLIT parts, whose float32 sums are stored apart (few rows)
+
+Shapes: a is [batch, M, K], b is [batch, K, N], a result tile [BM, BN]. Sizes and strides are literals where they are known,
+else int32 values; what has to be masked is decided from the literals.
+
+`EPILOGUE(acc, y, x, z, extra)` gets a float32 block of the product, its row numbers y [R, 1] and column numbers x [1, C]
+(both int32), the number z of the product in the batch (int32 scalar), and the entry's tuple `extra` of whatever it needs. It
+masks rows from M on and columns from N on in all that it loads and stores, and takes R and C as they come.
+
+SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a
+leave empty and the columns of b fill. The epilogue does not notice.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def divides(block, size):
+    """Whether `size` is a literal that `block` divides: then nothing is masked."""
+    return isinstance(size, int) and size % block == 0
+
+
+@triton.constexpr_function
+def is_literal(value, wanted):
+    return isinstance(value, int) and value == wanted
+
+
+@triton.jit
+def tile_of(program, rows, columns, GROUP: tl.constexpr):
+    """(batch, row tile, column tile) of a program: GROUP row tiles go through all columns together.
+
+    Programs that run at the same time then read few different tiles of a and b, which the L2 cache holds.
+    """
+    z = program // (rows * columns)
+    tile = program % (rows * columns)
+    group = tile // (GROUP * columns)
+    first = group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    inside = tile % (GROUP * columns)
+    return z, first + inside % height, inside // height
+
+
+@triton.jit
+def finish(acc, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr):
+    """The epilogue in SUBTILE parts of the columns, which begin at x: a part needs less shared memory for its layout."""
+    if SUBTILE == 1:
+        EPILOGUE(acc, y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
+    else:
+        halves = tl.permute(tl.reshape(acc, [acc.shape[0], 2, COLUMNS // 2]), [0, 2, 1])
+        left, right = tl.split(halves)
+        finish(left, y, x, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
+        finish(right, y, x + COLUMNS // 2, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
+
+
+@triton.jit
+def part_of_inner(part, K, BK: tl.constexpr, SPLIT: tl.constexpr):
+    """(first, end) of one of SPLIT parts of the inner dimension, in whole blocks; the last ones may be empty."""
+    if SPLIT == 1:
+        return 0, K
+    else:
+        length = tl.cdiv(tl.cdiv(K, SPLIT), BK) * BK
+        first = part * length
+        if divides(BK * SPLIT, K):
+            return first, first + length
+        else:
+            return first, tl.minimum(first + length, K)
+
+
+# --- loads through pointers
+
+
+@triton.jit
+def fetch(pointers, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """A block with zeros where a mask that is in use says no."""
+    if OUTER and INNER:
+        return tl.load(pointers, mask=outer & inner, other=0.0)
+    elif OUTER:
+        return tl.load(pointers, mask=outer, other=0.0)
+    elif INNER:
+        return tl.load(pointers, mask=inner, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def inside(index, SIZE, stride, BLOCK: tl.constexpr):
+    """Row numbers that may be read. Past the end they repeat the last row, but not along contiguous memory: there the
+    accesses would be single elements, and the caller masks (`masked`).
+    """
+    if divides(BLOCK, SIZE) or is_literal(stride, 1):
+        return index
+    else:
+        return tl.minimum(index, SIZE - 1)
+
+
+@triton.constexpr_function
+def masked(block, size, stride):
+    """Whether the rows of an operand need a mask (see `inside`)."""
+    return is_literal(stride, 1) and not divides(block, size)
+
+
+@triton.jit
+def widened(index, WIDE: tl.constexpr):
+    """int64 where offsets may not fit 32 bits."""
+    if WIDE:
+        return index.to(tl.int64)
+    else:
+        return index
+
+
+@triton.jit
+def pointer_product(
+    a, b, y, x, first, end, M, N, K, a_row, a_column, b_row, b_column,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The float32 tile [BM, BN] at rows y and columns x (vectors), summed over the inner indices from first to end."""
+    k = tl.arange(0, BK)
+    ya, xb = widened(inside(y, M, a_row, BM), WIDE), widened(inside(x, N, b_column, BN), WIDE)
+    kw = widened(k, WIDE)
+    a_block = a + (ya[:, None] * a_row + kw[None, :] * a_column)
+    b_block = b + (kw[:, None] * b_row + xb[None, :] * b_column)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in range(first, end, BK):
+        at = widened(tl.full([], 0, tl.int32) + k0, WIDE)  # a tensor in the interpreter too
+        a_tile = fetch(
+            a_block + at * a_column, (y < M)[:, None], (k < K - k0)[None, :], masked(BM, M, a_row), not divides(BK, K)
+        )
+        b_tile = fetch(
+            b_block + at * b_row, (x < N)[None, :], (k < K - k0)[:, None], masked(BN, N, b_column), not divides(BK, K)
+        )
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def pointer_tile(
+    a, b, y, x, z, first, end, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """`pointer_product` of the batch's z-th matrices at the tile that begins at (y, x)."""
+    rows, columns = y + tl.arange(0, BM), x + tl.arange(0, BN)
+    az, bz = a + z.to(tl.int64) * a_batch, b + z.to(tl.int64) * b_batch
+    if SWAP:
+        acc = pointer_product(
+            bz, az, columns, rows, first, end, N, M, K, b_column, b_row, a_column, a_row, BN, BM, BK, PRECISION, WIDE
+        )
+        return tl.trans(acc)
+    else:
+        return pointer_product(
+            az, bz, rows, columns, first, end, M, N, K, a_row, a_column, b_row, b_column, BM, BN, BK, PRECISION, WIDE
+        )
+
+
+@triton.jit
+def pointer_gemm(
+    a, b, extra, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(a @ b)`; the grid is batch * cdiv(M, BM) * cdiv(N, BN) programs.
+
+    a, b: pointers to the first elements. Strides in elements. PRECISION ("tf32" or "ieee") is that of float32 operands.
+    WIDE: an offset within one matrix may reach 2**31 elements.
+    """
+    z, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    y, x = row * BM, column * BN
+    acc = pointer_tile(
+        a, b, y, x, z, 0, K, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch, BM, BN, BK, PRECISION, WIDE, SWAP
+    )
+    finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
+
+
+@triton.jit
+def split_gemm(
+    a, b, partial, BATCH, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of a @ b, float32 [SPLIT, BATCH, M, N], contiguous; SPLIT times the programs of `pointer_gemm`."""
+    at, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    part, z, y, x = at // BATCH, at % BATCH, row * BM, column * BN
+    first, end = part_of_inner(part, K, BK, SPLIT)
+    acc = pointer_tile(
+        a, b, y, x, z, first, end, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
+        BM, BN, BK, PRECISION, WIDE, SWAP,
+    )  # fmt: skip
+    store_partial(acc, partial, at, y, x, M, N, BM, BN)
+
+
+@triton.jit
+def store_partial(acc, partial, at, y, x, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """`acc` as a tile of the at-th matrix of partial sums."""
+    rows, columns = y + tl.arange(0, BM)[:, None], x + tl.arange(0, BN)[None, :]
+    matrix = partial + at.to(tl.int64) * M * N
+    tl.store(matrix + (rows * N + columns), acc, mask=(rows < M) & (columns < N))
+
+
+# --- loads through tensor descriptors
+
+
+@triton.jit
+def descriptor_product(
+    a, b, y, x, a_first, b_first, first, end, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The float32 tile [BM, BN] at row y of a and column x of b. Matrices begin at the descriptors' rows a_first and
+    b_first.
+    """
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(first, end, BK):
+        if A_K_LAST:
+            a_tile = a.load([a_first + y, k])
+        else:
+            a_tile = a.load([a_first + k, y]).T
+        if B_K_LAST:
+            b_tile = b.load([b_first + x, k]).T
+        else:
+            b_tile = b.load([b_first + k, x])
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def descriptor_tile(
+    a, b, y, x, z, first, end, a_batch, b_batch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """`descriptor_product` of the batch's z-th matrices."""
+    if SWAP:
+        acc = descriptor_product(b, a, x, y, z * b_batch, z * a_batch, first, end, BN, BM, BK, B_K_LAST, A_K_LAST, PRECISION)
+        return tl.trans(acc)
+    else:
+        return descriptor_product(
+            a, b, y, x, z * a_batch, z * b_batch, first, end, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION
+        )
+
+
+@triton.jit
+def tma_gemm(
+    a, b, extra, BATCH, M, N, K, a_batch, b_batch,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(a @ b)` with descriptors of a and b.
+
+    a: descriptor of [rows, K] with blocks [BM, BK] when A_K_LAST, else of [rows, M] with blocks [BK, BM]; b likewise [rows,
+    K] with [BN, BK] or [rows, N] with [BK, BN]. The z-th matrix of a batch begins at row z * a_batch (b_batch); where K is
+    not last and there is a batch, BK must divide K. What lies past the descriptor's end is read as zero.
+
+    The grid is PROGRAMS programs, each with every PROGRAMS-th tile, or one program for each tile if PROGRAMS is 0. FLATTEN
+    loads the next tile's operands during an epilogue.
+    """
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    if PROGRAMS == 0:
+        z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
+        y, x = row * BM, column * BN
+        acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
+        finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
+    else:
+        for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
+            z, row, column = tile_of(program, rows, columns, GROUP)
+            y, x = row * BM, column * BN
+            acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
+            finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
+
+
+@triton.jit
+def tma_split_gemm(
+    a, b, partial, BATCH, M, N, K, a_batch, b_batch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """`split_gemm` with the descriptors of `tma_gemm`."""
+    at, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    part, z, y, x = at // BATCH, at % BATCH, row * BM, column * BN
+    first, end = part_of_inner(part, K, BK, SPLIT)
+    acc = descriptor_tile(a, b, y, x, z, first, end, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
+    store_partial(acc, partial, at, y, x, M, N, BM, BN)

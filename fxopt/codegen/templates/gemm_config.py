@@ -1,0 +1,363 @@
+"""Configurations of the matrix product templates (`gemm.py`), and what each should take: decides what is compiled at all.
+
+The model is a roofline of one GPU: tensor cores by whole tiles on whole multiprocessors, device memory, the L2 cache, and
+what is in flight to hide the latency of memory. It has to order configurations and to say whether the library can be beaten;
+what is close is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+
+from fxopt.target import Target
+
+ALIGNMENT = 16
+"""Bytes; the multiple that tensor descriptors ask of addresses and strides."""
+
+LAUNCH_SECONDS = 3e-6
+SECOND_LAUNCH_SECONDS = 2e-6
+"""What a kernel that follows another one adds: its start is partly hidden by the end of the first."""
+
+LATENCY_SECONDS = 0.9e-6
+"""From a load to its data under load; in flight must be this times the memory's rate."""
+
+L2_RATE_OF_MEMORY = 3.5
+"""The L2 cache's rate to the multiprocessors, as a multiple of the device memory's."""
+TILE_START_SECONDS = 1.2e-6
+"""From a program's start to its first product: nothing hides it but other programs of the multiprocessor."""
+
+EPILOGUE_RATE = 25e9
+"""Elements a second that the epilogue of one program does (layout through shared memory, stores)."""
+
+LIBRARY_EFFICIENCY = 0.97
+RESERVED_SHARED = 1024
+_REGISTERS_BESIDE_ACCUMULATOR = 56
+_MOST_REGISTERS = 255
+_THREADS_PER_SM = 2048
+_LARGEST_BOX = 256
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An operand in memory, [batch, rows, columns]: strides in elements, of which one of `row` and `column` is usually 1.
+
+    `offset` is the first element's distance from the buffer's, in elements; `aligned` promises that the buffer begins at a
+    multiple of 16 bytes.
+    """
+
+    rows: int
+    columns: int
+    row: int
+    column: int
+    batch: int = 0
+    offset: int = 0
+    aligned: bool = True
+
+    @property
+    def columns_last(self) -> bool:
+        return self.column == 1
+
+    @property
+    def pitch(self) -> int:
+        """The stride of the dimension that is not contiguous."""
+        return self.row if self.columns_last else self.column
+
+    def batch_rows(self, batch: int) -> int:
+        """Rows of the descriptor (steps of `pitch`) from one matrix of the batch to the next."""
+        return self.batch // self.pitch if batch > 1 else 0
+
+    def describable(self, batch: int, itemsize: int) -> bool:
+        """Whether one two-dimensional tensor descriptor can cover all matrices of the batch."""
+        steps = (self.pitch * itemsize, self.offset * itemsize)
+        folds = batch == 1 or self.batch % self.pitch == 0
+        return (
+            self.aligned
+            and 1 in (self.row, self.column)
+            and self.pitch > 0
+            and not any(s % ALIGNMENT for s in steps)
+            and folds
+        )
+
+    @property
+    def extent(self) -> int:
+        """Elements from the first to the last of one matrix."""
+        return (self.rows - 1) * self.row + (self.columns - 1) * self.column + 1
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """`epilogue(a @ b)`: a is [batch, m, k] and b [batch, k, n], both of `dtype`.
+
+    `static`: all sizes are literals; where they are not, the numbers are those that a size has most likely. `read` and
+    `written` are the bytes that the epilogue moves, the result included. `precision` ("tf32" or "ieee") is that of float32
+    products.
+    """
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    a: Matrix
+    b: Matrix
+    read: int = 0
+    written: int = 0
+    static: bool = True
+    precision: str = "ieee"
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.batch * self.m * self.n * self.k
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of both operands, each read once; a matrix that the whole batch shares counts once."""
+        a, b = self.m * self.k, self.k * self.n
+        return self.itemsize * (a * (self.batch if self.a.batch else 1) + b * (self.batch if self.b.batch else 1))
+
+    @property
+    def wide(self) -> bool:
+        """Whether an offset within an operand may not fit int32 (a tile may reach beyond the matrix by its own size)."""
+        return max(m.extent + _LARGEST_BOX * max(m.row, m.column) for m in (self.a, self.b)) >= 2**31
+
+    @property
+    def describable(self) -> bool:
+        """Whether tensor descriptors can be made of both operands."""
+        matrices = (self.a, self.b)
+        return self.static and all(x.describable(self.batch, self.itemsize) for x in matrices)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How a product is done. `tma`: through tensor descriptors. `str()` is its name in records and reports.
+
+    `programs` is how many persistent programs share the tiles (0: one program a tile); with `flatten` they load the next
+    tile during an epilogue. `swap` computes the transposed tile. `split` > 1 stores so many partial sums; `subtile` is the
+    number of parts in which the epilogue goes over a tile's columns.
+    """
+
+    tma: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+    split: int = 1
+    subtile: int = 1
+    programs: int = 0
+    flatten: bool = False
+    swap: bool = False
+
+    def __str__(self) -> str:
+        words = [
+            "tma" if self.tma else "pointer",
+            f"{self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages} g{self.group}",
+        ]
+        words += [f"split{self.split}"] * (self.split > 1) + [f"sub{self.subtile}"] * (self.subtile > 1)
+        words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
+        return " ".join(words)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What makes a difference that a model can hardly predict."""
+        return self.tma, self.block_m, self.block_n, self.warps, self.split > 1, self.programs > 0, self.flatten, self.swap
+
+    def tiles(self, problem: GemmProblem) -> int:
+        """Tiles of all matrices and parts of the inner dimension."""
+        return problem.batch * ceil(problem.m / self.block_m) * ceil(problem.n / self.block_n) * self.split
+
+    def stage_bytes(self, itemsize: int) -> int:
+        return (self.block_m + self.block_n) * self.block_k * itemsize
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of a program: the pipeline's, or the epilogue's in its place if that is larger.
+
+        A flattened loop needs both at once.
+        """
+        pipeline = self.stages * self.stage_bytes(itemsize)
+        epilogue = self.block_m * self.block_n * 4 // self.subtile
+        return (pipeline + epilogue // 2 if self.flatten else max(pipeline, epilogue // 2)) + RESERVED_SHARED
+
+    def per_sm(self, itemsize: int, target: Target) -> int:
+        """Programs that one multiprocessor holds at a time; 0 when the configuration does not fit."""
+        threads = self.warps * target.warp_size
+        accumulator = self.block_m * self.block_n // threads
+        if accumulator + _REGISTERS_BESIDE_ACCUMULATOR // 2 > _MOST_REGISTERS:
+            return 0
+        registers = min(_MOST_REGISTERS, accumulator + _REGISTERS_BESIDE_ACCUMULATOR) * threads
+        shared = self.shared_bytes(itemsize)
+        if shared > target.shared_per_block:
+            return 0
+        return min(target.shared_per_block // shared, target.registers_per_sm // registers, _THREADS_PER_SM // threads)
+
+
+def configs(problem: GemmProblem, target: Target, limit: int = 6) -> list[GemmConfig]:
+    """The best configuration of each of the most promising kinds, best first; at most `limit`."""
+    kinds: dict[object, GemmConfig] = {}
+    for config in ranked(problem, target):
+        kinds.setdefault(config.kind, config)
+    return list(kinds.values())[:limit]
+
+
+def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
+    """All `plausible` ones, best first; of equals, that with more in flight, but in few stages."""
+
+    def order(config: GemmConfig) -> tuple[float, ...]:
+        flight = config.per_sm(problem.itemsize, target) * (config.stages - 1) * config.stage_bytes(problem.itemsize)
+        return estimate(problem, config, target), -flight, config.stages, -config.warps
+
+    return sorted(plausible(problem, target), key=order)
+
+
+def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
+    """Everything that fits `target` and could be right for such a problem: what a benchmark tries."""
+    found = dict.fromkeys(_forms(problem, target))
+    return [c for c in found if c.per_sm(problem.itemsize, target) > 0 and _inner_blocks_fit(problem, c)]
+
+
+def _inner_blocks_fit(problem: GemmProblem, config: GemmConfig) -> bool:
+    """A descriptor that folds the batch into the inner dimension cannot stop in the middle of a block."""
+    folded = problem.batch > 1 and not (problem.a.columns_last and problem.b.row == 1)
+    return not (config.tma and folded and problem.k % config.block_k)
+
+
+_BLOCKS = (
+    # rows, columns, warps
+    (128, 256, 8),
+    (256, 128, 8),
+    (128, 128, 8),
+    (128, 128, 4),
+    (64, 256, 4),
+    (128, 64, 4),
+    (64, 128, 4),
+    (64, 64, 4),
+)
+_FEW_ROWS = 64
+_SPLITS = (1, 2, 4, 8, 16)
+
+
+def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
+    described = target.has_tensor_maps and problem.describable
+    ways = (True, False) if described else (False,)
+    if problem.m <= _FEW_ROWS:
+        for tma in ways:
+            yield from _few_rows(problem, target, tma)
+        return
+    inner = 128 // problem.itemsize
+    for (rows, columns, warps), tma in itertools.product(_BLOCKS, ways):
+        if rows >= 2 * problem.m or columns >= 2 * max(problem.n, 64):
+            continue
+        for stages in (3, 4, 5):
+            config = GemmConfig(tma, rows, columns, inner, warps, stages)
+            yield from _persistent(problem, config, target) if tma else (config,)
+            yield from _split(problem, config, target)
+
+
+def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
+    """One program a tile, and persistent programs where there are more tiles than fit at once."""
+    yield config
+    programs = target.sm_count * config.per_sm(problem.itemsize, target)
+    if 0 < programs < config.tiles(problem):
+        for subtile in (1, 2):
+            yield replace(config, programs=programs, subtile=subtile)
+            yield replace(config, programs=programs, subtile=subtile, flatten=True)
+
+
+def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
+    """Parts of the inner dimension while whole tiles leave multiprocessors idle."""
+    for split in _SPLITS[1:]:
+        if config.tiles(problem) * split <= 2 * target.sm_count and problem.k >= 4 * split * config.block_k:
+            yield replace(config, split=split)
+
+
+def _few_rows(problem: GemmProblem, target: Target, tma: bool) -> Iterator[GemmConfig]:
+    """At most 64 rows: memory decides, so many loads must be in flight on every multiprocessor."""
+    rows = max(16, 1 << (problem.m - 1).bit_length())
+    for columns, inner, stages, split in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 6), _SPLITS):
+        swap = target.has_warpgroup_products and columns >= 64
+        if split == 1 or problem.k >= 2 * split * inner:
+            yield GemmConfig(tma, rows, columns, inner, 4, stages, group=1, split=split, swap=swap)
+
+
+# --- the model
+
+
+def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
+    """Seconds that `config` should take, the launches and a split product's second kernel included; infinity if it cannot
+    run.
+    """
+    per_sm = config.per_sm(problem.itemsize, target)
+    if per_sm == 0:
+        return float("inf")
+    tiles = config.tiles(problem)
+    resident = min(per_sm, ceil(tiles / target.sm_count))
+    inner = ceil(problem.k / config.split)
+    rate = product_rate(problem, target) / target.sm_count * _efficiency(config, resident, target)
+    rounds = ceil(tiles / target.sm_count)
+    compute = rounds * 2.0 * config.block_m * config.block_n * inner / rate
+    memory = problem.operand_bytes + problem.read + problem.written
+    reread = tiles * (config.block_m + config.block_n) * inner * problem.itemsize
+    flight = min(tiles, resident * target.sm_count) * (config.stages - 1) * config.stage_bytes(problem.itemsize)
+    share = min(1.0, flight / (LATENCY_SECONDS * target.memory_rate))
+    moving = max(memory / target.memory_rate, reread / (L2_RATE_OF_MEMORY * target.memory_rate)) / share
+    seconds = max(compute, moving) + LAUNCH_SECONDS + _not_hidden(config, rounds, resident)
+    return seconds + (_joining(problem, config, target) if config.split > 1 else 0.0)
+
+
+def _not_hidden(config: GemmConfig, rounds: int, resident: int) -> float:
+    """Starts of pipelines and epilogues during which a multiprocessor has nothing to multiply."""
+    start, end = TILE_START_SECONDS, config.block_m * config.block_n / EPILOGUE_RATE
+    waves = ceil(rounds / resident)
+    if config.flatten:
+        return start + end + (waves - 1) * end / 2
+    return waves * (start + end) / resident if waves > 1 else start + end
+
+
+def _joining(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
+    """Partial sums written and read again by a second kernel."""
+    partial = 2.0 * 4 * config.split * problem.batch * problem.m * problem.n
+    return SECOND_LAUNCH_SECONDS + partial / target.memory_rate
+
+
+def _efficiency(config: GemmConfig, resident: int, target: Target) -> float:
+    """The share of the tensor cores' rate that such tiles reach while operands arrive in time."""
+    rows, columns = (config.block_n, config.block_m) if config.swap else (config.block_m, config.block_n)
+    if not target.has_warpgroup_products:
+        share = {256: 1.0, 128: 0.95, 64: 0.8, 32: 0.55}.get(min(rows, columns), 0.35)
+        return share if config.warps * resident >= 8 else 0.8 * share
+    # The second operand of a warp group's product comes from shared memory for every 64 rows, so narrow ones are bound by
+    # that.
+    share = {256: 1.0, 128: 0.92, 64: 0.68, 32: 0.4, 16: 0.22}.get(min(columns, 256), 0.22)
+    alone = 1.0 if config.warps * resident >= 8 else 0.75  # one warp group cannot hide its own waits
+    rows_share = 1.0 if rows >= 64 else 0.5
+    return share * alone * rows_share * (1.0 if config.tma else 0.9)
+
+
+def product_rate(problem: GemmProblem, target: Target) -> float:
+    """Operations a second that large products of this dtype and precision reach."""
+    if problem.dtype == torch.float32:
+        return target.half_flops / (2 if problem.precision == "tf32" else 20)
+    return target.half_flops * (2 / problem.itemsize)
+
+
+def library_seconds(problem: GemmProblem, target: Target) -> float:
+    """Seconds that cuBLAS should take for the product alone, its result written in `dtype`; no epilogue."""
+    written = problem.batch * problem.m * problem.n * problem.itemsize
+    memory = (problem.operand_bytes + written) / target.memory_rate
+    tile = (128, 256) if problem.m > _FEW_ROWS else (64, 128)
+    tiles = problem.batch * ceil(problem.m / tile[0]) * ceil(problem.n / tile[1])
+    # With few tiles it takes smaller ones or splits the inner dimension, and fills three quarters of the GPU.
+    filled = tiles / (ceil(tiles / target.sm_count) * target.sm_count)
+    padded = problem.flops * max(1.0, tile[0] / 2 / problem.m)
+    compute = padded / (product_rate(problem, target) * LIBRARY_EFFICIENCY * max(filled, 0.75))
+    return max(memory / 0.9, compute) + LAUNCH_SECONDS + TILE_START_SECONDS

@@ -1,0 +1,95 @@
+"""The call of a matrix product template in a printed entry, and what the compiler and launcher need for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
+
+MODULE = "from fxopt.codegen.templates import gemm"
+"""The import that an entry's text needs."""
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+}
+
+
+@dataclass(frozen=True)
+class GemmCall:
+    """`text` is the statement; `signature` the types of the operands' parameters; `tensor_maps` what the parameters that are
+    tensor descriptors describe (`KernelSource.compile_options`); `grid` the number of programs, for static sizes.
+    """
+
+    text: str
+    signature: dict[str, str]
+    tensor_maps: dict[str, dict[str, Any]]
+    grid: int
+
+
+def gemm_call(
+    problem: GemmProblem,
+    config: GemmConfig,
+    *,
+    a: str = "b0",
+    b: str = "b1",
+    extra: str = "()",
+    epilogue: str = "epilogue",
+    sizes: tuple[str, str, str, str] | None = None,
+) -> GemmCall:
+    """The call of the template that `config` means.
+
+    `a` and `b` name the operands' parameters, `extra` is the text of the epilogue's tuple, and `epilogue` its name; of a
+    split product, `extra` is the name of the parameter for the partial sums and there is no epilogue. `sizes` are the texts
+    of batch, m, n and k (default: the problem's numbers).
+    """
+    batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
+    grid = config.programs or config.tiles(problem)
+    blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
+    way = f'PRECISION="{problem.precision}", SWAP={config.swap}'
+    way += f", SPLIT={config.split}" if config.split > 1 else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
+    name = "split_gemm" if config.split > 1 else "gemm"
+    if config.tma:
+        a_batch, b_batch = (x.batch_rows(problem.batch) for x in (problem.a, problem.b))
+        way += f", A_K_LAST={problem.a.columns_last}, B_K_LAST={not problem.b.columns_last}"
+        if config.split == 1:
+            way += f", PROGRAMS={config.programs}, FLATTEN={config.flatten}"
+        text = f"gemm.tma_{name}({a}, {b}, {extra}, {batch}, {m}, {n}, {k}, {a_batch}, {b_batch}, {blocks}, {way})"
+        maps = {
+            a: _tensor_map(problem.a, problem, config.block_m, config.block_k),
+            b: _tensor_map(problem.b, problem, config.block_k, config.block_n),
+        }
+        kind = _TYPES[problem.dtype]
+        signature = {p: f"tensordesc<{kind}[{', '.join(map(str, maps[p]['block']))}]>" for p in (a, b)}
+        return GemmCall(text, signature, maps, grid)
+    strides = [problem.a.row, problem.a.column, problem.b.row, problem.b.column, problem.a.batch, problem.b.batch]
+    if config.split > 1:
+        m = f"{batch}, {m}"
+    starts = [p + (f" + {x.offset}" if x.offset else "") for p, x in ((a, problem.a), (b, problem.b))]
+    text = (
+        f"gemm.{'split_gemm' if config.split > 1 else 'pointer_gemm'}({starts[0]}, {starts[1]}, {extra}, {m}, {n}, {k}, "
+        f"{', '.join(map(str, strides))}, {blocks}, {way}, WIDE={problem.wide})"
+    )
+    return GemmCall(text, dict.fromkeys((a, b), f"*{_TYPES[problem.dtype]}"), {}, grid)
+
+
+def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:
+    """Geometry of the descriptor of `matrix` with blocks of so many of its rows and columns: sizes, strides and block with
+    the contiguous dimension last, in elements.
+    """
+    outer, inner, block = matrix.rows, matrix.columns, [rows, columns]
+    if not matrix.columns_last:
+        outer, inner, block = inner, outer, block[::-1]
+    outer += matrix.batch_rows(problem.batch) * (problem.batch - 1)
+    return {"shape": [outer, inner], "strides": [matrix.pitch, 1], "offset": matrix.offset, "block": block}
+
+
+def partial_shape(problem: GemmProblem, config: GemmConfig) -> tuple[int, int, int, int]:
+    """The shape of a split product's partial sums (float32, contiguous)."""
+    return (config.split, problem.batch, problem.m, problem.n)

@@ -1,0 +1,175 @@
+"""A contraction as a Triton kernel: a template of `codegen/templates` with the printed epilogue as its argument.
+
+The entry kernel has the flat parameters of every kernel and passes sizes and strides as literals: b0 and b1 are the
+operands, the others what the epilogue loads and stores. An operand that the epilogue reads as well is a parameter twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.templates import gemm_config, gemm_entry
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem
+from fxopt.codegen.triton import Printed, configs, print_nest
+from fxopt.codegen.triton_emit import Emitter, Frame, Names
+from fxopt.codegen.triton_index import int32_limits
+from fxopt.codegen.triton_names import operations
+from fxopt.codegen.triton_nest import PREAMBLE, size_expressions, size_type, straight_line, with_salts
+from fxopt.codegen.triton_tiling import Axis, Tiling, accesses_of
+from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, mul, prod, symbol
+from fxopt.ir.kernel import KernelSource
+from fxopt.ir.loops import Load, Reduce
+from fxopt.ir.region import BufferSpec, Contraction, Matrix, Region
+from fxopt.target import Target
+
+_AXES = {"z": 0, "y": 1, "x": 2}
+_BLOCKS = {"y": "YB", "x": "XB"}
+_EPILOGUE = "epilogue"
+
+
+def problem_of(contraction: Contraction) -> GemmProblem:
+    """The product and what its epilogue moves, for the cost model and the templates. All sizes have to be numbers."""
+    batch, m, k, n = contraction.sizes
+    if not all(isinstance(x, int) for x in (batch, m, k, n)):
+        raise UnsupportedError("a product of unknown size")
+    specs = {name: spec for name, spec in contraction.region.buffers.items() if name != contraction.result}
+    written = set(contraction.writes())
+    nbytes = {name: _bytes(spec) for name, spec in specs.items()}
+    return GemmProblem(
+        batch,  # type: ignore[arg-type]  # they are numbers
+        m,  # type: ignore[arg-type]
+        n,  # type: ignore[arg-type]
+        k,  # type: ignore[arg-type]
+        contraction.buffers[contraction.a.buffer].dtype,
+        _operand(contraction.a, m, k),
+        _operand(contraction.b, k, n),
+        read=sum(size for name, size in nbytes.items() if name in contraction.region.reads()),
+        written=sum(size for name, size in nbytes.items() if name in written),
+    )
+
+
+def _operand(matrix: Matrix, rows: Int, columns: Int) -> gemm_config.Matrix:
+    given = (rows, columns, matrix.row, matrix.column, matrix.batch, matrix.offset)
+    if not all(isinstance(x, int) for x in given):
+        raise UnsupportedError("a matrix of unknown layout")
+    return gemm_config.Matrix(*given)  # type: ignore[arg-type]
+
+
+def _bytes(spec: BufferSpec) -> int:
+    distinct = prod(size for size, stride in zip(spec.shape, spec.strides, strict=True) if stride != 0)
+    return distinct * spec.dtype.itemsize if isinstance(distinct, int) else 0
+
+
+def print_contraction(contraction: Contraction, config: GemmConfig, target: Target) -> Printed:
+    """`contraction` in configuration `config`: one kernel, or with `config.split` above 1 two and a buffer between them.
+
+    Raises UnsupportedError where Triton has no form for the epilogue or `target`, or sizes are symbolic.
+    """
+    if not target.compiles_triton:
+        raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    problem = problem_of(contraction)
+    if config.split == 1:
+        return Printed((_print_whole(contraction, problem, config),))
+    partial, rest = _in_parts(contraction, gemm_entry.partial_shape(problem, config))
+    best = next(c for c in configs(rest, target) if c.split == 1)
+    parts = _print_parts(contraction, partial, problem, config)
+    return Printed((parts, print_nest(rest, best, target, "gemm_parts")), (partial,))
+
+
+def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:
+    epilogue = _print_epilogue(contraction, config)
+    extra = f"({', '.join(epilogue.parameters)},)" if epilogue.parameters else "()"
+    entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
+    call = gemm_entry.gemm_call(problem, config, extra=extra, epilogue=_EPILOGUE)
+    return _source(contraction, config, entry, call, epilogue)
+
+
+def _print_parts(contraction: Contraction, partial: BufferSpec, problem: GemmProblem, config: GemmConfig) -> KernelSource:
+    call = gemm_entry.gemm_call(problem, config, extra="b2")
+    return _source(contraction, config, "fx_gemm_split", call, _Epilogue("", {"b2": "*fp32"}, (partial.name,), ()))
+
+
+@dataclass(frozen=True)
+class _Epilogue:
+    """A printed epilogue: its text, its parameters in order with their types, the buffers and sizes that they are."""
+
+    text: str
+    parameters: dict[str, str]
+    buffers: tuple[str, ...]
+    sizes: tuple[Int, ...]
+
+
+def _source(
+    contraction: Contraction, config: GemmConfig, entry: str, call: gemm_entry.GemmCall, epilogue: _Epilogue
+) -> KernelSource:
+    parameters = call.signature | epilogue.parameters
+    kernel = f"@triton.jit\ndef {entry}({', '.join(parameters)}):\n    {call.text}"
+    preamble = f"{PREAMBLE}\n{gemm_entry.MODULE}"
+    options: dict[str, Any] = {
+        "signature": parameters,
+        "constexprs": {},
+        "aligned": [p for p, kind in parameters.items() if kind.startswith(("*", "tensordesc"))],
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "asserts": False,
+    }
+    if call.tensor_maps:
+        options["tensor_maps"] = call.tensor_maps
+    return KernelSource(
+        language="triton",
+        entry=entry,
+        text="\n\n\n".join(part for part in (preamble, epilogue.text, kernel) if part) + "\n",
+        buffers=(contraction.a.buffer, contraction.b.buffer, *epilogue.buffers),
+        sizes=epilogue.sizes,
+        grid=(call.grid, 1, 1),
+        compile_options=options,
+    )
+
+
+def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
+    """The nest of `contraction` on one block of the product, as a function that a template calls."""
+    region = replace(contraction.region, nest=with_salts(contraction.region.nest))
+    tiling = _tiling(region, contraction.axes)
+    limits = int32_limits(region, tiling)
+    index64 = limits != ()
+    extents = {"y": (contraction.sizes[1], config.block_m), "x": (contraction.sizes[3], config.block_n)}
+    masks = {axis: f"{axis}_mask" for axis, (size, block) in extents.items() if size % block}
+    names = Names(reserved=2)
+    frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
+    emitter = Emitter(frame, names, looped=False, registers={contraction.result: "acc"})
+    body = straight_line(region, frame, emitter)
+    kinds = {p: ops.POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
+    kinds |= {p: size_type(s, index64) for s, p in names.sizes.items()}
+    lines = [f"{', '.join(kinds)}{',' * (len(kinds) == 1)} = extra"] if kinds else []
+    sizes = [f"{block}: tl.constexpr = acc.shape[{dim}]" for dim, block in enumerate(_BLOCKS.values())]
+    lines += [line for line, block in zip(sizes, _BLOCKS.values(), strict=True) if any(block in text for text in body)]
+    lines += [f"{axis} = {axis}.to(tl.int64)" for axis in tiling.lines] if index64 else []
+    lines += [f"{name} = {axis} < {extents[axis][0]}" for axis, name in masks.items()]
+    head = ["@triton.jit", f"def {_EPILOGUE}(acc, y, x, z, extra):"]
+    text = "\n".join([*head, *(f"    {line}" for line in [*lines, *body])])
+    return _Epilogue(text, kinds, tuple(names.buffers), tuple(size_expressions(names)))
+
+
+def _tiling(region: Region, axes: tuple[Sym | None, Sym, Sym]) -> Tiling:
+    """The tiling of an epilogue: rows are y, columns are x, the batch is one number."""
+    lines = {name: sym for name, k in _AXES.items() if (sym := axes[k]) is not None}
+    sizes = {name: spec.dtype.itemsize for name, spec in region.buffers.items()}
+    x, y = Axis((axes[2],)), Axis((axes[1],))
+    return Tiling(region.nest, region.nest, lines, x, y, Axis(()), accesses_of(region.nest, sizes))
+
+
+def _in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:
+    """The partial sums of a product, and the region that adds them up and has the epilogue."""
+    name = f"{contraction.result}.parts"
+    spec = BufferSpec(name, torch.float32, contraction.device, shape, contiguous_strides(shape))
+    part = Sym("r3", size=shape[0])
+    place: Int = mul(symbol(part), spec.strides[0])
+    for sym, stride in zip(contraction.axes, spec.strides[1:], strict=True):
+        place = place if sym is None else add(place, mul(symbol(sym), stride))
+    total = Reduce("sum", (Load(name, place, torch.float32),), (part,), torch.float32)
+    return spec, contraction.reduced(contraction.name, total, {name: spec})

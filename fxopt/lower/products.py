@@ -1,0 +1,101 @@
+"""Matrix products among library calls: what each multiplies, as strided matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fxopt.ir.exprs import Int, Sym, add, mul, symbol
+from fxopt.ir.loops import Load, Op, Scalar
+from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Ref
+from fxopt.lower.values import cast
+
+_ADDEND = {"aten::mm.default": False, "aten::bmm.default": False, "aten::addmm.default": True, "aten::baddbmm.default": True}
+"""The products, and whether their first argument is added to the result."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """`call` as a [Z, M, K] times b [Z, K, N], and what it adds to that: its first argument, at the product's element.
+
+    `result` is the buffer that the call makes, as a matrix. `axes` are fresh index symbols for Z (None for a single
+    product), M and N.
+    """
+
+    call: Call
+    a: Matrix
+    b: Matrix
+    result: Matrix
+    sizes: tuple[int, int, int, int]  # Z, M, K, N
+    axes: tuple[Sym | None, Sym, Sym]
+    addend: Load | None
+
+    @property
+    def points(self) -> tuple[Sym, ...]:
+        return tuple(s for s in self.axes if s is not None)
+
+    @property
+    def index(self) -> Int:
+        """Where in the result's buffer the element at `axes` is."""
+        return _at(self.result, self.axes)
+
+    def value(self, registers: str, dtype: torch.dtype) -> Scalar:
+        """The call's element at `axes`, where the product itself is the load of the pseudo-buffer `registers`."""
+        product: Scalar = Load(registers, self.index, dtype)
+        return product if self.addend is None else Op("add", (product, cast(self.addend, dtype)), dtype)
+
+
+def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
+    """`call` as a product of more than one column, all sizes static, or None."""
+    if call.op not in _ADDEND or call.kwargs or not all(isinstance(a, Ref) for a in call.args) or call.outputs[0] is None:
+        return None
+    operands = [as_view(a.name, buffers, views) for a in call.args]
+    made = as_view(call.outputs[0], buffers, views)
+    if made is None or any(v is None for v in operands):
+        return None
+    *addend, left, right = (v for v in operands if v is not None)
+    a, b, result = _matrix(left), _matrix(right), _matrix(made)
+    m, n = made.shape[-2:]
+    batch, depth = (made.shape[0] if len(made.shape) == 3 else 1), left.shape[-1]
+    if not (isinstance(batch, int) and isinstance(m, int) and isinstance(depth, int) and isinstance(n, int)):
+        return None
+    if n < 2 or min(batch, m, depth) < 1:
+        return None
+    axes = (None if batch == 1 else Sym("x0", size=batch), Sym("x1", size=m), Sym("x2", size=n))
+    added = _broadcast(addend[0], made.shape, axes, buffers) if addend else None
+    return Product(call, a, b, result, (batch, m, depth, n), axes, added)
+
+
+def as_view(name: str, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Alias | None:
+    """The buffer or view `name` as a view of a buffer; None for what is neither."""
+    if name in views:
+        return views[name] if views[name].of in buffers else None
+    spec = buffers.get(name)
+    return None if spec is None else Alias(name, name, spec.shape, spec.strides, 0)
+
+
+def _matrix(view: Alias) -> Matrix:
+    batch = view.strides[0] if len(view.shape) == 3 else 0
+    return Matrix(view.of, view.offset, batch, *view.strides[-2:])
+
+
+def _at(matrix: Matrix, axes: tuple[Sym | None, Sym, Sym]) -> Int:
+    out = matrix.offset
+    for sym, stride in zip(axes, (matrix.batch, matrix.row, matrix.column), strict=True):
+        if sym is not None:
+            out = add(out, mul(symbol(sym), stride))
+    return out
+
+
+def _broadcast(
+    view: Alias, shape: tuple[Int, ...], axes: tuple[Sym | None, Sym, Sym], buffers: Mapping[str, BufferSpec]
+) -> Load:
+    """`view`, broadcast to `shape`, at `axes`."""
+    out = view.offset
+    own = axes[3 - len(shape) :]
+    for sym, size, stride in zip(own[len(own) - len(view.shape) :], view.shape, view.strides, strict=True):
+        if sym is not None and size != 1:
+            out = add(out, mul(symbol(sym), stride))
+    return Load(view.of, out, buffers[view.of].dtype)

@@ -1,0 +1,148 @@
+"""Which of several ways to compute the same values is kept: each is run on made-up data, the library's first.
+
+A way is library calls and kernels in order; a contraction in it stands for every configuration that was built for it. Equal
+alternatives (the layers of a model) are one contest, whose result is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxopt.ir.region import Alternatives, Call, Ref, Way
+from fxopt.journal import Journal
+from fxopt.lower.contractions import NAME
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.target import Target
+from fxopt.tune.candidate import Choice, sizes_of
+from fxopt.tune.measure import METHOD, BoundCall, Measurements, Trial, assumed_sizes
+from fxopt.tune.records import RecordKey, Records
+from fxopt.tune.winner import pick_winner
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The way that is kept, and what runs its regions and contractions by name."""
+
+    way: Way
+    choices: dict[str, Choice]
+
+
+def settle(
+    alternatives: Sequence[Alternatives],
+    chosen: Mapping[str, Choice],
+    built: Mapping[str, Sequence[Choice]],
+    store: ArtifactStore,
+    measurements: Measurements,
+    journal: Journal,
+) -> dict[str, Settled]:
+    """What is kept of each of `alternatives`, by name.
+
+    `chosen` has what runs each region of a first way by name, `built` every choice for the regions and contractions of the
+    others: a way of which something was not built is none.
+    """
+    known: dict[object, str] = {}
+    out: dict[str, Settled] = {}
+    for each in alternatives:
+        contenders = _settled(each.ways[0], {name: [choice] for name, choice in chosen.items()})
+        contenders += [s for way in each.ways[1:] for s in _settled(way, built)]
+        trials = [_trial(each, contender) for contender in contenders]
+        facts = _facts(each, trials)
+        label = known.get(key := repr(facts))
+        if label is None:
+            label = known[key] = _fastest(each, trials, facts, store, measurements, journal)
+        out[each.name] = contenders[[t.label for t in trials].index(label)]
+    return out
+
+
+def _settled(way: Way, choices: Mapping[str, Sequence[Choice]]) -> list[Settled]:
+    """`way` with every combination of choices for its steps."""
+    out = [Settled(way, {})]
+    for step in way.steps:
+        if not isinstance(step, Call):
+            out = [Settled(way, {**s.choices, step.name: choice}) for s in out for choice in choices.get(step.name, ())]
+    return out
+
+
+def _trial(alternatives: Alternatives, settled: Settled) -> Trial:
+    parts: list[Any] = []
+    scratch: list[Any] = []
+    labels = [settled.way.label]
+    for step in settled.way.steps:
+        if isinstance(step, Call):
+            parts.append(BoundCall(step, alternatives.buffers, alternatives.views))
+            continue
+        choice = settled.choices[step.name]
+        parts += choice.kernels
+        scratch += choice.scratch
+        labels += [choice.label] if settled.way is not alternatives.ways[0] else []
+    return Trial(" ".join(labels), tuple(parts), tuple(scratch))
+
+
+def _fastest(
+    alternatives: Alternatives,
+    trials: Sequence[Trial],
+    facts: dict[str, object],
+    store: ArtifactStore,
+    measurements: Measurements,
+    journal: Journal,
+) -> str:
+    """The label of the fastest trial: from the records, or measured now."""
+    labels = [t.label for t in trials]
+    if len(labels) == 1 or alternatives.device.type != "cuda":
+        return labels[0]
+    records, key = Records(store.cache, Target.current(alternatives.device).key), RecordKey("alternatives", facts)
+    found = records.get(key)
+    if found is None or found.get("winner") not in labels:
+        seconds = measurements.compare(alternatives.name, alternatives.buffers, alternatives.device, trials)
+        if seconds is None:
+            return labels[0]
+        figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}
+        found = {"winner": pick_winner(labels, seconds), "seconds": figures}
+        records.put(key, found)
+    winner, figures = str(found["winner"]), found.get("seconds", {})
+    said = ", ".join(f"{label}: {figures[label] * 1e6:.1f} us" for label in (winner, labels[0]) if label in figures)
+    journal.note(NAME, f"{alternatives.name}: {winner} ({said})")
+    return winner
+
+
+def _facts(alternatives: Alternatives, trials: Sequence[Trial]) -> dict[str, object]:
+    """Everything that a contest's result depends on."""
+    target = Target.current(alternatives.device)
+    return {
+        "trials": [[t.label, *(_part_facts(p) for p in t.parts)] for t in trials],
+        "assumed": assumed_sizes(alternatives.buffers.values(), trials),
+        "device": target.name,
+        "torch": torch.__version__,
+        "method": METHOD,
+    }
+
+
+def _part_facts(part: Any) -> list[object]:
+    if not isinstance(part, BoundCall):
+        source, artifact = part
+        return [artifact.key, sizes_of(source)]
+    views = {v.name: v for v in part.views}
+
+    def tensor(name: str) -> str:
+        view = views.get(name)
+        spec = part.buffers[name if view is None else view.of]
+        layout = (spec.shape, spec.strides, 0) if view is None else (view.shape, view.strides, view.offset)
+        return repr((spec.dtype, *layout))
+
+    def argument(value: Any) -> Any:
+        match value:
+            case Ref(name):
+                return tensor(name)
+            case list() | tuple():
+                return [argument(x) for x in value]
+            case dict():
+                return {k: argument(x) for k, x in value.items()}
+        return repr(value)
+
+    flags = torch.backends.cuda.matmul
+    switches = [flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction]
+    return [part.call.op, argument(part.call.args), argument(part.call.kwargs), repr(switches)]

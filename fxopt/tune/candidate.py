@@ -1,0 +1,153 @@
+"""What the tuner chooses among for one step: the cost model's configurations, printed.
+
+How many are compiled depends on what there is to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxopt.codegen import cpp, triton, triton_batch
+from fxopt.codegen.templates import gemm_config
+from fxopt.codegen.triton_contraction import print_contraction, problem_of
+from fxopt.errors import UnsupportedError
+from fxopt.ir.kernel import Artifact, KernelSource
+from fxopt.ir.region import Batch, BufferSpec, Contraction, Region
+from fxopt.lower.cost import nbytes
+from fxopt.options import Options
+from fxopt.target import Target
+from fxopt.tune.measure import Trial
+
+CANDIDATES_AT_MOST = 8
+"""How many of the cost model's configurations max-autotune compiles and measures."""
+
+WORTH_MEASURING = 1 << 20
+"""Bytes: what moves less is bound by its launch, whatever the configuration."""
+
+WORTH_MORE = 256 << 20
+"""Bytes: a region that moves more is worth two more candidates."""
+
+GEMM_CANDIDATES = {"default": 5, "max-autotune": 12}
+"""How many configurations of a product are compiled, by mode: each takes half a second of a core."""
+
+MODEL_ERROR = 1.05
+"""By how much the cost model of products may be wrong."""
+
+Work = Region | Batch | Contraction
+"""What becomes kernels."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a region: kernels in order, with scratch buffers that they share. `label` names the configuration."""
+
+    label: str
+    sources: tuple[KernelSource, ...]
+    scratch: tuple[BufferSpec, ...] = ()
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for candidates that run the same code on the same sizes, on whatever buffers."""
+        return tuple((s.text, repr(s.compile_options), sizes_of(s)) for s in self.sources)
+
+
+def sizes_of(source: KernelSource) -> str:
+    """Grid and sizes. A size that is a number is the key of a random op, which does not change what the kernel costs."""
+    return repr([*source.grid, *(x for x in source.sizes if not isinstance(x, int))])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a region."""
+
+    label: str
+    kernels: tuple[tuple[KernelSource, Artifact], ...]
+    scratch: tuple[BufferSpec, ...] = ()
+
+    @property
+    def trial(self) -> Trial:
+        """The choice as something to measure."""
+        return Trial(self.label, self.kernels, self.scratch)
+
+
+def candidates(region: Work, options: Options) -> list[Candidate]:
+    """The printed candidates of `region`, best first by the cost model. Raises UnsupportedError when no printer takes it."""
+    target = Target.current(region.device)
+    if isinstance(region, Contraction):
+        return contraction_candidates(region, target, options.mode)
+    if isinstance(region, Batch):
+        return batch_candidates(region, target, options.mode)
+    if region.device.type == "cpu":
+        return [Candidate("C++", (cpp.print_nest(region, target),))]
+    if region.device.type != "cuda":
+        raise UnsupportedError(f"no printer for {region.device.type} kernels")
+    return triton_candidates(region, target, options.mode, 1 if options.tuning_seconds == 0 else CANDIDATES_AT_MOST)
+
+
+def triton_candidates(region: Region, target: Target, mode: str, most: int = CANDIDATES_AT_MOST) -> list[Candidate]:
+    """The Triton candidates of `region`, `most` of them at most; `target` need not be a GPU of this machine.
+
+    Raises UnsupportedError without any.
+    """
+    out: list[Candidate] = []
+    reason = "no configuration"
+    count = min(candidate_count(region, mode), most)
+    for config in triton.configs(region, target):
+        try:
+            printed = triton.print_region(region, config, target)
+        except UnsupportedError as error:
+            reason = error.reason
+            continue
+        out.append(Candidate(str(config), printed.kernels, printed.scratch))
+        if len(out) == count or _checks_indices(printed.kernels):
+            break
+    if not out:
+        raise UnsupportedError(reason)
+    return out
+
+
+def batch_candidates(batch: Batch, target: Target, mode: str) -> list[Candidate]:
+    """As `triton_candidates`, of a batch."""
+    configs = triton_batch.batch_candidates(batch, target)[: candidate_count(batch, mode)]
+    return [Candidate(str(c), (triton_batch.print_batch(batch, c, target),)) for c in configs]
+
+
+def contraction_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
+    """The candidates of `contraction`; none where the library and a kernel for the rest are as good by the cost model.
+
+    Raises UnsupportedError when no template takes it.
+    """
+    problem = problem_of(contraction)
+    most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
+    ranked = gemm_config.configs(problem, target, limit=most)
+    if mode != "max-autotune" and not _may_win(problem, ranked, target):
+        return []
+    return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in ranked]
+
+
+def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
+    """Whether the best configuration, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
+    result = problem.batch * problem.m * problem.n * problem.itemsize
+    rest = gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
+    apart = gemm_config.library_seconds(problem, target) + rest
+    return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in ranked[:1])
+
+
+def _checks_indices(kernels: Sequence[KernelSource]) -> bool:
+    """Such a kernel ends the CUDA context when an index is out of bounds; measuring on made-up data must not risk that, so
+    one candidate is enough."""
+    return any(kernel.errors for kernel in kernels)
+
+
+def candidate_count(region: Work, mode: str) -> int:
+    """How many configurations to compile: the cost model is surer about element-wise nests than about reductions."""
+    if mode == "max-autotune":
+        return CANDIDATES_AT_MOST
+    moved = sum(nbytes(spec) for spec in region.buffers.values())
+    if 0 < moved < WORTH_MEASURING:
+        return 1
+    more = 0 if moved < WORTH_MORE else 2
+    if isinstance(region, Region) and region.across is not None:
+        return more + 4
+    return more + (3 if isinstance(region, Region) and region.nest.reduced else 2)
