@@ -23,6 +23,7 @@ from fxopt.passes.channels_last import channels_last
 from fxopt.passes.complex_pairs import complex_pairs
 from fxopt.passes.constant_folding import constant_folding
 from fxopt.passes.context import Context, PassOptions
+from fxopt.passes.convolution_bias import convolution_bias
 from fxopt.passes.cse import cse
 from fxopt.passes.dead_code import dead_code
 from fxopt.passes.fusions import PATTERNS
@@ -51,6 +52,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("no_ops", no_ops),
     Pass("views", views),
     Pass("channels_last", channels_last),  # of inference graphs; frozen weights are converted by folding
+    Pass("convolution_bias", convolution_bias),
     Pass("constant_folding", constant_folding),
     Pass("algebra", algebra),
     Pass("no_ops", no_ops),  # folding and algebra make zeros, ones and equal operands
@@ -76,7 +78,10 @@ EARLY_PASSES: tuple[Pass, ...] = (
 )
 """What runs on Dynamo's graph, before autograd."""
 
-JOINT_PASSES: tuple[Pass, ...] = (Pass("channels_last", channels_last),)
+JOINT_PASSES: tuple[Pass, ...] = (
+    Pass("channels_last", channels_last),
+    Pass("convolution_bias", convolution_bias),
+)
 """What runs on forward and backward as one ATen graph, before the partitioner chooses what is saved between them."""
 
 NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*EARLY_PASSES, *JOINT_PASSES, *PASSES)))
