@@ -7,13 +7,14 @@ result is neither written nor read again, unless others want it. `with_contracti
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store, postorder
 from fxopt.ir.region import Alias, Alternatives, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
-from fxopt.lower.align import mappings
+from fxopt.lower.align import along, mappings
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import Product, find_product
@@ -101,7 +102,7 @@ class _Search:
         if {product.a.buffer, product.b.buffer} & set(region.writes()):  # other programs still read them
             return None
         own = self._alone(product)
-        for mapping in mappings(nest, own.region.nest):
+        for mapping in chain(mappings(nest, own.region.nest), along(nest, own.region.nest, name)):
             joined = combine(own.region.nest, remap(nest, mapping, own.region.nest))
             if joined is None or any(load.index != product.index for load in joined.loads() if load.buffer == own.result):
                 continue
