@@ -194,8 +194,10 @@ MODELS = (
     *_pair("bert-base", _text, _bert, _BERT, _SMALL, _TEXT),
     *_pair("gpt2", _text, _gpt2, _GPT2, _SMALL, _TEXT),
     *_pair("resnet50", _images, _resnet, *_RESNET, _IMAGE, channels_last=True),
+    *_pair("resnet50-nchw", _images, _resnet, *_RESNET, _IMAGE),
     *_pair("vit-b", _images, _vit, *_VIT, _IMAGE),
     *_pair("convnext-t", _images, _convnext, *_CONVNEXT, _IMAGE, channels_last=True),
+    *_pair("convnext-t-nchw", _images, _convnext, *_CONVNEXT, _IMAGE),
     Workload("llama-1b", "model", _text(_llama, False), _LLAMA, _SMALL, {"tokens": (5, 2048)}),
     Workload(
         "bert-base-train-dropout",

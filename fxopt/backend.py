@@ -94,7 +94,8 @@ def compile_dynamo_graph(
     journal = Journal("capture", strict=options.strict)
     try:
         _run_early(gm, options, journal)
-        compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf, on_miss)
+        joint = functools.partial(_run_joint, options=options, journal=journal)
+        compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf, on_miss, joint)
     except private.PASS_THROUGH:
         raise
     except Exception as error:
@@ -111,6 +112,13 @@ def _run_early(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
     from fxopt.passes import run_early
 
     run_early(gm, options, journal)
+
+
+def _run_joint(joint: fx.GraphModule, options: Options, journal: Journal) -> None:
+    """The phase between autograd and partitioner: passes that decide about values that the backward reads, too."""
+    from fxopt.passes import run_joint
+
+    run_joint(joint, options, journal)
 
 
 def _nothing_is_kept() -> bool:

@@ -31,6 +31,7 @@ from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.canonical import UnwritableError, argument
 from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Graph
+from fxopt.ir.precision import convolutions_use_tf32
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
@@ -152,7 +153,7 @@ def _flags() -> dict[str, Any]:
         "default dtype": torch_name(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-        "cudnn": torch.backends.cudnn.enabled,
+        "cudnn": [torch.backends.cudnn.enabled, convolutions_use_tf32()],
         "attention": enabled_backends(),
     }
 

@@ -31,6 +31,7 @@ from fxopt.options import Options
 log = logging.getLogger("fxopt")
 
 CompileGraph = Callable[[Graph, Sequence[Any], Options, Journal], Runner]
+RewriteJoint = Callable[[fx.GraphModule], None]
 
 RECOMPUTABLE = (torch.ops.fxopt.rand, torch.ops.fxopt.randn, torch.ops.fxopt.randint)
 """Pure functions of a seed: the partitioner may compute them again in the backward."""
@@ -45,16 +46,24 @@ def compile_with_autograd(
     compile_graph: CompileGraph,
     shelf: autograd_cache.Shelf | None = None,
     on_miss: Callable[[], None] | None = None,
+    rewrite_joint: RewriteJoint | None = None,
 ) -> Callable[..., Any]:
     """A function with `gm`'s calling convention, differentiable where `gm` is.
 
     `inputs` are Dynamo's example inputs: tensors (parameters included), SymInts, or lists and dicts of them. With a `shelf`,
     what was compiled before is found there as a whole, without tracing; `on_miss` is called before what is not is traced.
+    `rewrite_joint` changes forward and backward in place while they are one graph.
     """
     if any(isinstance(x, (list, tuple, dict)) for x in inputs):
-        inner = functools.partial(compile_with_autograd, options=options, compile_graph=compile_graph, on_miss=on_miss)
+        inner = functools.partial(
+            compile_with_autograd,
+            options=options,
+            compile_graph=compile_graph,
+            on_miss=on_miss,
+            rewrite_joint=rewrite_joint,
+        )
         return private.flatten_graph_inputs(gm, inputs, inner)
-    return Capture(options, compile_graph).through_autograd(gm, inputs, shelf, on_miss)
+    return Capture(options, compile_graph, rewrite_joint).through_autograd(gm, inputs, shelf, on_miss)
 
 
 class Capture:
@@ -63,10 +72,10 @@ class Capture:
     AOTAutograd keeps it, to compile the backward at its first run.
     """
 
-    def __init__(self, options: Options, compile_graph: CompileGraph) -> None:
+    def __init__(self, options: Options, compile_graph: CompileGraph, rewrite_joint: RewriteJoint | None = None) -> None:
         self.number = next(_numbers)
         self.facts = InputFacts()
-        self.options, self.compile_graph = options, compile_graph
+        self.options, self.compile_graph, self.rewrite_joint = options, compile_graph, rewrite_joint
         self._user_outputs: int | None = None
         self._session: autograd_cache.Session | None = None
 
@@ -108,6 +117,8 @@ class Capture:
         if not self.options.fallback_random:
             functionalize_random(joint)
         save_pool_offsets(joint)
+        if self.rewrite_joint is not None:
+            self.rewrite_joint(joint)
         recomputable = RECOMPUTABLE if self.options.recompute_random else ()
         if _gathers_are_repeatable(joint, settings.get("num_fwd_outputs", 0)):
             recomputable = (*recomputable, torch.ops.aten.embedding)

@@ -40,6 +40,7 @@ from fxopt.capture.freeze import Runner
 from fxopt.capture.graph_text import graph_text
 from fxopt.capture.private import FakeTensor, TracingContext, outside_tracing
 from fxopt.ir.graph import Phase
+from fxopt.ir.precision import convolutions_use_tf32
 from fxopt.journal import RECENT, Journal
 from fxopt.options import Options
 
@@ -453,7 +454,7 @@ def _state() -> dict[str, Any]:
             cuda.cudnn_sdp_enabled(),
             cuda.fp16_bf16_reduction_math_sdp_allowed(),
         ],
-        "cudnn": [cudnn.enabled, cudnn.benchmark, cudnn.deterministic],
+        "cudnn": [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, convolutions_use_tf32()],
         "precision": [
             torch.get_float32_matmul_precision(),
             cuda.matmul.allow_fp16_reduced_precision_reduction,

@@ -332,12 +332,6 @@ def _streams(split: _Split, nest: Nest, store: Store) -> bool:
     return varies and split.guard is None and not any(map(holds_reduction, store.roots))
 
 
-def _streams(split: _Split, nest: Nest, store: Store) -> bool:
-    """Whether the parts make `store` on their way."""
-    varies = bool(frozenset(nest.reduced) & store.symbols())
-    return varies and split.guard is None and not any(map(holds_reduction, store.roots))
-
-
 def _reads(stores: list[Store]) -> set[str]:
     return {n.buffer for s in stores for n in postorder(s.roots) if isinstance(n, Load)}
 

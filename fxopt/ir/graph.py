@@ -15,10 +15,11 @@ from fxopt.ir.exprs import Int
 
 class Phase(enum.Enum):
     """Where in autograd a graph stands. `EARLY` is the Dynamo graph before AOTAutograd; the others are functional ATen
-    graphs.
+    graphs. `JOINT` is forward and backward before they are split.
     """
 
     EARLY = "early"
+    JOINT = "joint"
     INFERENCE = "inference"
     FORWARD = "forward"
     BACKWARD = "backward"

@@ -29,6 +29,23 @@ def mappings(source: Nest, target: Nest) -> Iterator[Mapping]:
         yield from _between(source, source.points, target, target.points)
 
 
+def along(source: Nest, target: Nest, buffer: str) -> Iterator[Mapping]:
+    """The bijection under which the points of two nests walk `buffer`, which both access, in one order, if strides are
+    known. Unlike `mappings`, it sees through the order in which dimensions are numbered: of a channels-last image, say."""
+    mine, theirs = _strides(source, source.points).get(buffer), _strides(target, target.points).get(buffer)
+    if mine is None or theirs is None or not _same_count(source.points, target.points):
+        return
+    ordered = [_by_falling_stride(strides) for strides in (mine, theirs)]
+    if ordered[0] is not None and ordered[1] is not None:
+        yield _row_major(ordered[0], ordered[1])
+
+
+def _by_falling_stride(strides: dict[Sym, Int | None]) -> tuple[Sym, ...] | None:
+    if not all(isinstance(stride, int) for stride in strides.values()):
+        return None
+    return tuple(sorted(strides, key=lambda sym: strides[sym], reverse=True))  # type: ignore[arg-type, return-value]
+
+
 def extents(nest: Nest) -> tuple[Int, Int]:
     """How many points a nest has, and over how many elements each reduces."""
     return prod(_size(s) for s in nest.points), prod(_size(s) for s in nest.reduced)
@@ -48,14 +65,13 @@ def _size(sym: Sym) -> Int:
 def _between(source: Nest, own: tuple[Sym, ...], target: Nest, other: tuple[Sym, ...]) -> Iterator[Mapping]:
     """Bijections from loops `own` onto loops `other`, whose sizes have equal products."""
     seen: list[Mapping] = []
-    for candidate in (_by_strides(source, own, target, other), _row_major(own, other)):
+    for candidate in (_by_strides(source, own, target, other), _row_major(loop_order(own), loop_order(other))):
         if candidate is not None and candidate not in seen:
             seen.append(candidate)
             yield candidate
 
 
-def _row_major(own: tuple[Sym, ...], other: tuple[Sym, ...]) -> Mapping:
-    ordered, targets = loop_order(own), loop_order(other)
+def _row_major(ordered: tuple[Sym, ...], targets: tuple[Sym, ...]) -> Mapping:
     linear = ravel(tuple(symbol(s) for s in targets), tuple(_size(s) for s in targets))
     return dict(zip(ordered, unravel(linear, tuple(_size(s) for s in ordered)), strict=True))
 

@@ -1,19 +1,26 @@
-"""Matrix products among library calls: what each multiplies, as strided matrices."""
+"""Matrix products among library calls: what each multiplies, as strided matrices.
+
+A convolution whose window is a single element is one, of places by channels, where the places of all images are evenly
+spaced in memory: channels-last tensors, and a single row-major image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, mul, symbol
+from fxopt.ir.exprs import Int, Sym, add, mul, prod, symbol
 from fxopt.ir.loops import Load, Op, Scalar
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Ref
 from fxopt.lower.values import cast
 
 _ADDEND = {"aten::mm.default": False, "aten::bmm.default": False, "aten::addmm.default": True, "aten::baddbmm.default": True}
 """The products, and whether their first argument is added to the result."""
+
+_CONVOLUTION = "aten::convolution.default"
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Product:
 
 def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
     """`call` as a product of more than one column, all sizes static, or None."""
+    if call.op == _CONVOLUTION:
+        return _pointwise_convolution(call, buffers, views)
     if call.op not in _ADDEND or call.kwargs or not all(isinstance(a, Ref) for a in call.args) or call.outputs[0] is None:
         return None
     operands = [as_view(a.name, buffers, views) for a in call.args]
@@ -66,6 +75,37 @@ def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[s
     axes = (None if batch == 1 else Sym("x0", size=batch), Sym("x1", size=m), Sym("x2", size=n))
     added = _broadcast(addend[0], made.shape, axes, buffers) if addend else None
     return Product(call, a, b, result, (batch, m, depth, n), axes, added)
+
+
+def _pointwise_convolution(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
+    """A convolution of [N, K, places...] by [C, K, 1...] as [N * places, K] times [K, C], its bias the addend."""
+    x, weight, bias, stride, padding, _, transposed, _, groups = call.args
+    if transposed or groups != 1 or any(s != 1 for s in stride) or any(p != 0 for p in padding) or call.outputs[0] is None:
+        return None
+    image, window, made = (as_view(n, buffers, views) for n in (x.name, weight.name, call.outputs[0]))
+    if image is None or window is None or made is None or any(s != 1 for s in window.shape[2:]):
+        return None
+    batch, depth, *inner = image.shape
+    places, channels = prod((batch, *inner)), window.shape[0]
+    if not (isinstance(places, int) and isinstance(depth, int) and isinstance(channels, int)):
+        return None
+    a, result = _places(image), _places(made)
+    added = None if bias is None else as_view(bias.name, buffers, views)
+    if a is None or result is None or (added is None) != (bias is None) or channels < 2 or min(places, depth) < 1:
+        return None
+    b = Matrix(window.of, window.offset, 0, window.strides[1], window.strides[0])
+    axes = (None, Sym("x1", size=places), Sym("x2", size=channels))
+    addend = None if added is None else _broadcast(added, (places, channels), axes, buffers)
+    return Product(call, a, b, result, (1, places, depth, channels), axes, addend)
+
+
+def _places(view: Alias) -> Matrix | None:
+    """A tensor [N, channels, ...] as one matrix of places by channels; None where places are not evenly spaced."""
+    dims = [d for d in (0, *range(2, len(view.shape))) if view.shape[d] != 1]
+    for outer, inner in pairwise(dims):
+        if view.strides[outer] != view.strides[inner] * view.shape[inner]:
+            return None
+    return Matrix(view.of, view.offset, 0, view.strides[dims[-1]] if dims else 1, view.strides[1])
 
 
 def as_view(name: str, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Alias | None:

@@ -19,9 +19,11 @@ from fxopt.passes.algebra import algebra
 from fxopt.passes.attention import attention
 from fxopt.passes.attention_mask import attention_mask
 from fxopt.passes.canonical_calls import canonical_calls
+from fxopt.passes.channels_last import channels_last
 from fxopt.passes.complex_pairs import complex_pairs
 from fxopt.passes.constant_folding import constant_folding
 from fxopt.passes.context import Context, PassOptions
+from fxopt.passes.convolution_bias import convolution_bias
 from fxopt.passes.cse import cse
 from fxopt.passes.dead_code import dead_code
 from fxopt.passes.fusions import PATTERNS
@@ -49,6 +51,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("complex_pairs", complex_pairs),  # first: what follows is about real tensors
     Pass("no_ops", no_ops),
     Pass("views", views),
+    Pass("channels_last", channels_last),  # of inference graphs; frozen weights are converted by folding
+    Pass("convolution_bias", convolution_bias),
     Pass("constant_folding", constant_folding),
     Pass("algebra", algebra),
     Pass("no_ops", no_ops),  # folding and algebra make zeros, ones and equal operands
@@ -74,7 +78,13 @@ EARLY_PASSES: tuple[Pass, ...] = (
 )
 """What runs on Dynamo's graph, before autograd."""
 
-NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*EARLY_PASSES, *PASSES)))
+JOINT_PASSES: tuple[Pass, ...] = (
+    Pass("channels_last", channels_last),
+    Pass("convolution_bias", convolution_bias),
+)
+"""What runs on forward and backward as one ATen graph, before the partitioner chooses what is saved between them."""
+
+NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*EARLY_PASSES, *JOINT_PASSES, *PASSES)))
 """Every name that `disable` accepts."""
 
 
@@ -91,6 +101,12 @@ def run_early(gm: fx.GraphModule, options: PassOptions, journal: Journal) -> Non
     """Run EARLY_PASSES on Dynamo's graph in place, before autograd sees it."""
     inputs = [Input(str(n.target), Role.USER) for n in gm.graph.nodes if n.op == "placeholder"]
     run_passes(EARLY_PASSES, Graph(gm, inputs, Phase.EARLY, f"{journal.graph} early"), options, journal, check=False)
+
+
+def run_joint(gm: fx.GraphModule, options: PassOptions, journal: Journal) -> None:
+    """Run JOINT_PASSES on a joint graph in place."""
+    inputs = [Input(n.name, Role.USER) for n in gm.graph.nodes if n.op == "placeholder"]
+    run_passes(JOINT_PASSES, Graph(gm, inputs, Phase.JOINT, f"{journal.graph} joint"), options, journal, check=False)
 
 
 def run_passes(passes: tuple[Pass, ...], graph: Graph, options: PassOptions, journal: Journal, *, check: bool) -> Context:
