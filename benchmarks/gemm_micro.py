@@ -48,41 +48,56 @@ CHUNK = 6
 
 @dataclass(frozen=True)
 class GemmCase:
-    """x [m, k] times a weight: stored [n, k] ("nt", a linear layer's) or [k, n] ("nn"); with `gelu`, of that plus a bias."""
+    """x [m, k] times a weight: stored [n, k] ("nt", a linear layer's) or [k, n] ("nn").
+
+    `epilogue`: "" for none, "gelu" of that plus a bias, or "gated": silu of that times x times another weight.
+    """
 
     name: str
     m: int
     n: int
     k: int
     layout: str = "nt"
-    gelu: bool = False
+    epilogue: str = ""
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def title(self) -> str:
-        return f"{self.name} {self.m}x{self.n}x{self.k} {self.layout}{' gelu' if self.gelu else ''}"
+        return f"{self.name} {self.m}x{self.n}x{self.k} {self.layout} {self.epilogue}".rstrip()
 
     @property
     def problem(self) -> GemmProblem:
         b = (1, self.k) if self.layout == "nt" else (self.n, 1)
         written = self.m * self.n * self.dtype.itemsize
-        read = self.n * self.dtype.itemsize if self.gelu else 0
+        read = self.n * self.dtype.itemsize if self.epilogue == "gelu" else 0
         x, w = Matrix(self.m, self.k, self.k, 1), Matrix(self.k, self.n, *b)
-        return GemmProblem(1, self.m, self.n, self.k, self.dtype, x, w, read, written)
+        gate = w if self.epilogue == "gated" else None
+        return GemmProblem(1, self.m, self.n, self.k, self.dtype, x, w, read, written, c=gate)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """x, w [k, n] (whatever its strides) and bias."""
+        """x, w and gate [k, n] (whatever their strides) and bias."""
         generator = torch.Generator(device).manual_seed(0)
 
         def made(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.empty(shape, device=device, dtype=self.dtype).normal_(0, scale, generator=generator)
 
         scale = self.k**-0.5
-        w = made(self.n, self.k, scale=scale).t() if self.layout == "nt" else made(self.k, self.n, scale=scale)
-        return {"x": made(self.m, self.k), "w": w, "bias": made(self.n)}
 
-    def reference(self, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-        return functional.gelu(torch.addmm(bias, x, w)) if self.gelu else x @ w
+        def weight() -> Tensor:
+            return made(self.n, self.k, scale=scale).t() if self.layout == "nt" else made(self.k, self.n, scale=scale)
+
+        return {"x": made(self.m, self.k), "w": weight(), "bias": made(self.n), "gate": weight()}
+
+    def reference(self, x: Tensor, w: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+        if self.epilogue == "gated":
+            return functional.silu(x @ w) * (x @ gate)
+        return functional.gelu(torch.addmm(bias, x, w)) if self.epilogue == "gelu" else x @ w
+
+    def products(self, x: Tensor, w: Tensor, gate: Tensor) -> None:
+        """What the library has to do: the products alone."""
+        torch.mm(x, w)
+        if self.epilogue == "gated":
+            torch.mm(x, gate)
 
 
 _SHAPES = (
@@ -110,8 +125,10 @@ def cases() -> Iterator[GemmCase]:
     """The most telling first: what does not fit in the time is left out."""
     for name, m, weights, layout in _SHAPES:
         for n, k in weights:
-            for gelu in (False, True):
-                yield GemmCase(name, m, n, k, layout, gelu)
+            for epilogue in ("", "gelu"):
+                yield GemmCase(name, m, n, k, layout, epilogue)
+        if name in ("decode", "llama-prefill") and layout == "nt":
+            yield GemmCase(name, m, 14336, 4096, layout, "gated")
 
 
 def choose_configs(problem: GemmProblem, target: Target, count: int) -> list[GemmConfig]:
@@ -137,8 +154,10 @@ def sources(case: GemmCase, config: GemmConfig) -> tuple[tuple[KernelSource, ...
 
 
 def _value(case: GemmCase) -> str:
-    """Lines that compute v from `acc` at the columns x."""
-    if not case.gelu:
+    """Lines that compute v from `acc` (and `gate`) at the columns x."""
+    if case.epilogue == "gated":
+        return "    v = acc / (1.0 + tl.exp(-acc)) * gate\n"
+    if not case.epilogue:
         return "    v = acc\n"
     return (
         f"    v = acc + tl.load(b2 + x, mask=x < {case.n}, other=0.0).to(tl.float32)\n"
@@ -148,21 +167,25 @@ def _value(case: GemmCase) -> str:
 
 def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     extra = "b3" if result == "partial" else "(b2, b3)"
-    call = gemm_call(case.problem, config, extra=extra)
+    gated = case.epilogue == "gated"
+    call = gemm_call(case.problem, config, c="b4", extra=extra)
+    blocks, parameter = ("acc, gate", ", b4") if gated else ("acc", "")
     text = (
-        f"{_PREAMBLE}\n\n@triton.jit\ndef epilogue(acc, y, x, z, extra):\n    b2, b3 = extra\n{_value(case)}"
+        f"{_PREAMBLE}\n\n@triton.jit\ndef epilogue({blocks}, y, x, z, extra):\n    b2, b3 = extra\n{_value(case)}"
         f"    tl.store(b3 + (y * {case.n} + x), v.to(b3.dtype.element_ty), (y < {case.m}) & (x < {case.n}))\n\n\n"
-        f"@triton.jit\ndef product(b0, b1, b2, b3):\n    {call.text}\n"
+        f"@triton.jit\ndef product(b0, b1, b2, b3{parameter}):\n    {call.text}\n"
     )
     results = "*fp32" if result == "partial" else _TYPES[case.dtype]
-    signature = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
+    types = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
+    signature = {name: types[name] for name in sorted(types)}
+    buffers = ("x", "w", "bias", result, *(["gate"] if gated else []))
     options = {
         **_options(signature),
         "num_warps": config.warps,
         "num_stages": config.stages,
         "tensor_maps": call.tensor_maps,
     }
-    return KernelSource("triton", "product", text, ("x", "w", "bias", result), (), (call.grid, 1, 1), options)
+    return KernelSource("triton", "product", text, buffers, (), (call.grid, 1, 1), options)
 
 
 def _join(case: GemmCase, config: GemmConfig) -> KernelSource:
@@ -183,8 +206,7 @@ def _join(case: GemmCase, config: GemmConfig) -> KernelSource:
 
 
 def _options(signature: dict[str, str]) -> dict[str, Any]:
-    aligned = [p for p, t in signature.items() if t.startswith("*")]
-    return {"signature": signature, "constexprs": {}, "aligned": aligned, "asserts": False}
+    return {"signature": signature, "constexprs": {}, "aligned": list(signature), "asserts": False}
 
 
 Built = list[tuple[GemmConfig, Choice | str]]
@@ -214,7 +236,7 @@ def measure(case: GemmCase, built: Built, target: Target, device: torch.device) 
     eager = case.reference(**inputs)
     exact = case.reference(**{n: t.float() for n, t in inputs.items()}).double()
     out = torch.empty_like(eager)
-    names, runs, rows = [], list[Callable[[], None]](), list[dict[str, Any]]()
+    names, runs, rows = [], list[Callable[[], Any]](), list[dict[str, Any]]()
     for config, choice in built:
         run = None if isinstance(choice, str) else runner(choice.trial, {**inputs, "out": out}, {})
         if isinstance(choice, str) or run is None:
@@ -234,7 +256,7 @@ def measure(case: GemmCase, built: Built, target: Target, device: torch.device) 
         names.append(len(rows) - 1)
         runs.append(run)
     del exact
-    runs += [lambda: case.reference(**inputs), lambda: torch.mm(inputs["x"], inputs["w"])]
+    runs += [lambda: case.reference(**inputs), lambda: case.products(inputs["x"], inputs["w"], inputs["gate"])]
     hot, cold = (interleaved(runs, device, cold=c) for c in (False, True))
     for at, warm, cool in zip(names, hot, cold, strict=False):
         rows[at] |= {"us_hot": warm * 1e6, "us_cold": cool * 1e6, "tflops": case.problem.flops / warm / 1e12}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,14 +35,21 @@ from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.cost import nbytes
 from fxopt.lower.schedule import schedule
+from fxopt.report.cases import widened
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Candidate, Choice
-from fxopt.tune.measure import eager_seconds, runner, time_trials
+from fxopt.tune.measure import eager_seconds, interleaved, runner
 
 BF16, F32 = torch.bfloat16, torch.float32
 EAGER_SHARE, ROUNDINGS = 1.5, 8.0
 """A value may be this many times as far from float64 as eager's, plus so many rounding errors at the result's scale."""
+
+
+_ALTERATIONS = (
+    ("forwards", r"r_base = .* - r_done", "r_base = r_done"),
+    ("streamed", r"(?m)^(        +tl\.store\(.*)\)$", r'\1, eviction_policy="evict_first")'),
+)
 
 
 def column_sum(x: Tensor) -> Tensor:
@@ -74,6 +82,37 @@ def rms_norm_gradients(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -
     weighted = wide * weight
     dx = (weighted - normal * (weighted * normal).mean(-1, keepdim=True)) * scale
     return dx.to(x.dtype), (wide * normal).sum(0)
+
+
+def embedding_norm_gradients(
+    ids: Tensor, grad: Tensor, table: Tensor, mean: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, along_weight, along_bias = layer_norm_gradients(grad, table[ids], mean, scale, weight)
+    return torch.zeros_like(table).index_put((ids,), dx, accumulate=True), along_weight, along_bias
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x: [batch, GROUPS, channels of a group, positions]; weight and bias: [GROUPS, channels of a group]."""
+    wide = x.float() if x.dtype == BF16 else x
+    variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
+    normal = (wide - mean) * torch.rsqrt(variance + 1e-5) * weight[:, :, None] + bias[:, :, None]
+    return torch.nn.functional.silu(normal).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float() if x.dtype == BF16 else x
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight).to(x.dtype)
+
+
+def batch_norm_sums(positive: Tensor, grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """What the gradients of a batch norm under a ReLU reduce to; `positive` is the ReLU's mask, an integer here."""
+    kept = torch.where(positive > 0, grad.to(mean.dtype), 0.0)
+    return kept.sum((0, 2)), (kept * (x.to(mean.dtype) - mean)).sum((0, 2))
+
+
+def batch_norm_input_gradient(positive: Tensor, grad: Tensor, x: Tensor, mean: Tensor, slope: Tensor) -> Tensor:
+    kept = torch.where(positive > 0, grad.to(mean.dtype), 0.0)
+    return ((kept - (x.to(mean.dtype) - mean) * slope) * slope).to(grad.dtype)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,23 +160,30 @@ def channels_last_to_first(x: Tensor, bias: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MicroCase:
-    """`shapes` are the inputs'; `dtypes` theirs; a fourth-rank first input is channels-last when `nhwc`."""
+    """`shapes` are the inputs'; `dtypes` theirs, integers being below `upper`; a fourth-rank first input is channels-last
+    when `nhwc`."""
 
     name: str
     function: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     nhwc: bool = False
+    upper: int = 0
 
     @property
     def title(self) -> str:
-        dtype = str(self.dtypes[0]).removeprefix("torch.")
-        return f"{self.name} {'x'.join(map(str, self.shapes[0]))} {dtype}{' nhwc' if self.nhwc else ''}"
+        shape, dtype = max(
+            zip(self.shapes, self.dtypes, strict=True), key=lambda t: (t[1].is_floating_point, math.prod(t[0]))
+        )
+        name = str(dtype).removeprefix("torch.")
+        return f"{self.name} {'x'.join(map(str, shape))} {name}{' nhwc' if self.nhwc else ''}"
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(0)
         made = [
             torch.empty(s, device=device, dtype=d).normal_(generator=generator)
+            if d.is_floating_point
+            else torch.randint(self.upper, s, device=device, dtype=d, generator=generator)
             for s, d in zip(self.shapes, self.dtypes, strict=True)
         ]
         return [t.contiguous(memory_format=torch.channels_last) if self.nhwc and t.dim() == 4 else t for t in made]
@@ -191,17 +237,59 @@ def cases(scale: int = 1) -> Iterator[MicroCase]:
     yield _same("nhwc-to-nchw", channels_last_to_first, (max(2, 64 // scale), 256, 56, 56), (256,), dtype=BF16, nhwc=True)
 
 
+def long_rows(scale: int = 1) -> Iterator[MicroCase]:
+    """Rows that do not fit on chip, and other passes that once were slower than elsewhere. `scale` divides lengths."""
+    long = max(64, 131072 // scale)
+    for count, dtype in ((256, F32), (512, BF16), (32, F32)):
+        shape, line = (max(2, count // scale), 8, 4, long // 4), (8, 4)
+        yield _same("long-rows group-norm-silu", group_norm_silu, shape, line, line, dtype=dtype)
+    for count, dtype in ((4096, BF16), (2048, F32)):
+        yield _same("long-rows rms-norm", rms_norm, (max(300, count // scale), long), (long,), dtype=dtype)
+    for count, dtype in ((256, F32), (2048, BF16), (2048, F32)):
+        count = count if scale == 1 else max(512, count // scale)
+        whole, row, line = (count, long), (count, 1), (long,)
+        types = (dtype, dtype, F32, F32)
+        yield MicroCase("long-rows rms-norm-gradients", rms_norm_gradients, (whole, whole, row, line), types)
+        yield MicroCase(
+            "long-rows layer-norm-gradients", layer_norm_gradients, (whole, whole, row, row, line), (*types[:3], F32, F32)
+        )
+    count = max(1024, 4194304 // scale)
+    words = count // 8
+    shapes = ((count,), (count, 64), (words, 64), (count, 1), (count, 1), (64,))
+    yield MicroCase(
+        "long-rows embedding-norm-gradients", embedding_norm_gradients, shapes, (torch.int64, *[F32] * 5), upper=words
+    )
+    for images, size, dtype in ((128, 8192, F32), (8192, 64, F32), (16384, 1024, BF16)):
+        whole, channel = (max(8, images // scale), 32, size), (32, 1)
+        types = (torch.int8, dtype, dtype, F32)
+        yield MicroCase("long-rows batch-norm-sums", batch_norm_sums, (whole, whole, whole, channel), types, upper=2)
+        yield MicroCase(
+            "long-rows batch-norm-input-gradient",
+            batch_norm_input_gradient,
+            (whole, whole, whole, channel, channel),
+            (*types, F32),
+            upper=2,
+        )
+
+
 def lower(case: MicroCase, inputs: Sequence[Tensor], prepare: Callable[[Lowered], Lowered] = lambda x: x) -> Lowered:
-    """The case as one region; `prepare` sees it before it is scheduled. Raises ValueError when it lowers to more, or to
-    library calls.
+    """The case as one region, after regions that only fill its outputs; `prepare` sees it before it is scheduled. Raises
+    ValueError when it lowers to more, or to library calls.
     """
     gm = make_fx(lambda *given: case.function(*given), tracing_mode="fake")(*inputs)
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, case.title, to_int)
     lowered = schedule(prepare(lower_graph(graph, Journal(case.title))))
-    if len(lowered.steps) != 1 or not isinstance(lowered.steps[0], Region):
+    *fills, last = lowered.steps
+    if not isinstance(last, Region) or not all(isinstance(s, Region) and not s.reads() for s in fills):
         raise ValueError(f"{case.title} is not one kernel: {lowered.steps}")
     return lowered
+
+
+def main_region(lowered: Lowered) -> Region:
+    region = lowered.steps[-1]
+    assert isinstance(region, Region)
+    return region
 
 
 def variants(region: Region, target: Target) -> list[TritonConfig]:
@@ -212,13 +300,29 @@ def variants(region: Region, target: Target) -> list[TritonConfig]:
     for factor, warps in itertools.product((0.5, 1, 2), (0.5, 1, 2)):
         x, w = max(1, int(first.x_block * factor)), min(32, max(1, int(first.num_warps * warps)))
         grid.append(TritonConfig(x, first.y_block, first.r_block, first.persistent, w))
-    if region.across is not None and first.split > 1:
+    if first.statistics:
+        shapes = ((32, 32, 4), (32, 64, 8), (64, 16, 4), (64, 32, 8), (128, 16, 8), (128, 8, 4), (256, 8, 8))
+        grid = [TritonConfig(x, r_block=r, persistent=False, num_warps=w, statistics=True) for x, r, w in shapes]
+        grid.append(replace(first, split=4))
+    elif region.nest.reduced and not first.persistent and first.x_block == 1 and first.r_block >= 1024:
+        alone = [replace(c, split=1) for c in (first, replace(first, r_block=8192, num_warps=32))]
+        grid = [replace(c, stages=s) for c in alone for s in (1, 3)]
+        grid += [replace(first, split=p) for p in (2, 4, 8, 16, 64)]
+    elif region.across is not None and first.split > 1:
         grid = [replace(first, stages=s, split=int(first.split * f)) for s in (1, 2, 3) for f in (1, 0.5, 2)]
         grid += [replace(first, x_block=2 * first.x_block), replace(first, num_warps=2 * first.num_warps)]
     elif first.split > 1:
         grid = [TritonConfig(1, split=p) for p in (first.split * 2, first.split // 4) if p > 1] + grid[3:6]
     kept = [c for c in grid if c not in proposed and 1 <= c.x_block * c.y_block * c.r_block <= 1 << 17]
     return [*proposed, *kept]
+
+
+def _with_alterations(candidate: Candidate) -> Iterator[Candidate]:
+    """`candidate`, and with its second loops forwards or its stores leaving the cache first, to see what that is worth."""
+    yield candidate
+    for name, pattern, text in _ALTERATIONS:
+        sources = [replace(s, text=re.sub(pattern, text, s.text)) if "r_done" in s.text else s for s in candidate.sources]
+        yield Candidate(f"{candidate.label} {name}", tuple(sources), candidate.scratch)
 
 
 def candidates(region: Region, target: Target) -> list[Candidate]:
@@ -229,8 +333,8 @@ def candidates(region: Region, target: Target) -> list[Candidate]:
             printed = triton.print_region(region, config, target)
         except UnsupportedError:
             continue
-        candidate = Candidate(str(config), printed.kernels, printed.scratch)
-        found.setdefault(candidate.identity, candidate)
+        for candidate in _with_alterations(Candidate(str(config), printed.kernels, printed.scratch)):
+            found.setdefault(candidate.identity, candidate)
     return list(found.values())
 
 
@@ -274,14 +378,20 @@ def launch_on_gpu(choice: Choice, tensors: dict[str, Tensor]) -> None:
     run()
 
 
-def check(lowered: Lowered, choice: Choice, inputs: Sequence[Tensor], eager: Any, exact: Any, launch: Launch) -> float:
-    """`excess` of what `choice` computes from `inputs`; its outputs start as NaN."""
+def memory(lowered: Lowered, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Every buffer by name. What is no input starts as NaN, or as zero where a region before the last fills it."""
     tensors = dict(zip(lowered.inputs, inputs, strict=True))
+    filled = {name for step in lowered.steps[:-1] if isinstance(step, Region) for name in step.writes()}
     for name, spec in lowered.buffers.items():
         if name not in tensors:
-            tensors[name] = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device).fill_(
-                float("nan")
-            )  # type: ignore[arg-type]
+            made = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)  # type: ignore[arg-type]
+            tensors[name] = made.fill_(0.0 if name in filled else float("nan"))
+    return tensors
+
+
+def check(lowered: Lowered, choice: Choice, inputs: Sequence[Tensor], eager: Any, exact: Any, launch: Launch) -> float:
+    """`excess` of what `choice` computes from `inputs`."""
+    tensors = memory(lowered, inputs)
     launch(choice, tensors)
     outputs = [_output(tensors, lowered, ref) for ref in lowered.outputs]
     return excess(outputs, flat(eager), flat(exact))
@@ -294,16 +404,16 @@ def _output(tensors: dict[str, Tensor], lowered: Lowered, ref: Any) -> Tensor:
 
 def measure(case: MicroCase, lowered: Lowered, choices: list[Choice], device: torch.device) -> dict[str, Any]:
     """Errors and times of every choice, as JSON data."""
-    (region,) = lowered.steps
-    assert isinstance(region, Region)
     inputs = case.inputs(device)
     eager = case.function(*inputs)
-    exact = case.function(*(t.double() for t in inputs))
+    exact = case.function(*widened(inputs))
     errors = [check(lowered, c, inputs, eager, exact, launch_on_gpu) for c in choices]
-    del exact
-    moved = sum(nbytes(spec) for spec in region.buffers.values())
-    trials = [c.trial for c in choices]
-    hot, cold = (time_trials(region.buffers, device, trials, cold=cold) for cold in (False, True))
+    del exact, eager
+    moved = sum(nbytes(spec) for spec in main_region(lowered).buffers.values())
+    tensors = memory(lowered, inputs)
+    runs = [runner(choice.trial, tensors, {}) for choice in choices]
+    hot, cold = (interleaved(runs, device, cold=cold) for cold in (False, True))
+    del runs, tensors
     rows = []
     for choice, error, warm, cool in zip(choices, errors, hot, cold, strict=True):
         rows.append(
@@ -339,16 +449,16 @@ def report(entry: dict[str, Any]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for kernels_micro.json")],
-    only: Annotated[str, typer.Option(help="run cases whose title contains this")] = "",
+    only: Annotated[str, typer.Option(help="run cases whose title contains one of these, separated by commas")] = "",
 ) -> None:
     """Check and time the configurations of generated kernels on this machine's first GPU."""
     device = torch.device("cuda", 0)
     target, store = Target.current(device), ArtifactStore()
-    chosen = [c for c in cases() if only in c.title]
+    wanted = only.split(",")
+    chosen = [c for c in (*cases(), *long_rows()) if any(word in c.title for word in wanted)]
     start = time.perf_counter()
     lowered = [lower(case, case.inputs(device)) for case in chosen]
-    regions = [low.steps[0] for low in lowered]
-    built = build([candidates(r, target) for r in regions if isinstance(r, Region)], target, store)
+    built = build([candidates(main_region(low), target) for low in lowered], target, store)
     compiled = time.perf_counter() - start
     typer.echo(f"{sum(map(len, built))} configurations of {len(chosen)} kernels compiled in {compiled:.1f} s")
     data: dict[str, Any] = {"target": target_facts(device), "versions": versions(), "compile_seconds": compiled, "cases": []}

@@ -19,7 +19,7 @@ MOST_SHARE = 1.3
 
 def rows_of(case: dict[str, Any]) -> list[Row]:
     """A case's rows as they were measured."""
-    return [Row(**{k: v for k, v in row.items() if k != "kernel_count"}) for row in case["rows"]]
+    return [Row.from_dict(row) for row in case["rows"]]
 
 
 def speedups(data: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -118,14 +118,15 @@ def _figure(data: dict[str, Any], path: Path, labels: list[str], lines: int) -> 
     except ImportError:
         yield None
         return
-    figure, axes = plt.subplots(figsize=(10, 1 + 0.16 * len(labels) * lines))
+    height = 1 + 0.16 * len(labels) * lines
+    figure, axes = plt.subplots(figsize=(10, height))
     axes.set_yticks([i + 0.4 for i in range(len(labels))], labels)
     axes.set_ylim(len(labels), -0.2)
     axes.set_title(f"{data['target']['name']}, torch {data['versions']['torch']}")
     yield axes
     axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130 if height < 20 else 80)
     plt.close(figure)
 
 

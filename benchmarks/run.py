@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -21,6 +20,7 @@ from benchmarks.plot import plot_results
 from benchmarks.results import Results
 from benchmarks.workload import Sizes, Workload
 from fxopt.cli import pick_device, pick_dtype, progress_bar
+from fxopt.report.cases import Case
 from fxopt.report.compare import Plan, Row, compare
 from fxopt.report.contenders import Contender, pick
 from fxopt.report.tables import comparison_table, open_console
@@ -177,7 +177,7 @@ def measure(
                 progress(f"{number + 1}/{len(todo)} {name}: {what}", (number + share) / len(todo))
 
             start = time.monotonic()
-            rows = _one(workload, sizes, pick_dtype(dtype), chosen, plan(workload), report)
+            rows = run_case(workload, sizes, pick_dtype(dtype), chosen, plan(workload), report)
             budget.learn(workload, rows, time.monotonic() - start)
             results.add(workload, sizes, dtype, rows)
             label = ", ".join(f"{k} {v}" for k, v in sizes.items())
@@ -185,12 +185,21 @@ def measure(
     return left
 
 
-def _one(
-    workload: Workload, sizes: Sizes, dtype: torch.dtype, chosen: Sequence[Contender], plan: Plan, progress: Any
+def run_case(
+    workload: Workload,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    chosen: Sequence[Contender],
+    plan: Plan,
+    progress: Callable[[str, float], None],
 ) -> list[Row]:
     """Rows of one case; when the case itself cannot be made or run, rows that say so: the other cases go on."""
+
+    def build() -> Case:
+        with plan.turn():
+            return workload.build(sizes, plan.device, dtype)
+
     try:
-        build = functools.partial(workload.build, sizes, plan.device, dtype)
         return compare(build(), chosen, plan, progress, rebuild=build if plan.split else None)
     except Exception as error:
         reason = f"failed: {type(error).__name__}: {error}"[:300]

@@ -14,7 +14,7 @@ from fxopt.capture import private
 from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
 from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
-from fxopt.capture.normalize import copy_module
+from fxopt.capture.normalize import copy_graph
 from fxopt.errors import OptionError
 from fxopt.ir.graph import Graph
 from fxopt.journal import RECENT, Journal
@@ -32,8 +32,9 @@ def fxopt(
     """
     parsed = Options.parse(mode, options)
     _check_disabled(parsed, options or {})
-    _prestart_compiler({x.device for x in inputs if isinstance(x, torch.Tensor)})
-    return compile_dynamo_graph(gm, inputs, parsed, _compile_graph, _shelf())
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    on_miss = functools.partial(_prestart_compiler, devices)
+    return compile_dynamo_graph(gm, inputs, parsed, _compile_graph, _shelf(), on_miss)
 
 
 def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
@@ -52,7 +53,7 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
 
 
 def _prestart_compiler(devices: Collection[torch.device]) -> None:
-    """For a GPU: the process that compiles kernels takes seconds to start, which pass while the graph is captured."""
+    """For a GPU: the process that compiles kernels takes seconds to start, which pass while the graph is traced."""
     gpu = next((d for d in devices if d.type == "cuda"), None)
     if gpu is not None:
         from fxopt.codegen.compile import prestart
@@ -82,23 +83,25 @@ def compile_dynamo_graph(
     options: Options,
     compile_graph: CompileGraph,
     shelf: Shelf | None = None,
+    on_miss: Callable[[], None] | None = None,
 ) -> Callable[..., Any]:
     """Early passes, then AOTAutograd with `compile_graph` for each graph that comes out; `gm` itself if capture fails.
 
-    On the `shelf` lies what AOTAutograd and `compile_graph` have made of the same graph before.
+    On the `shelf` lies what AOTAutograd and `compile_graph` have made of the same graph before. `on_miss` is called before
+    AOTAutograd traces a graph that is not there.
     """
-    original = copy_module(gm)
+    original = copy_graph(gm)
     journal = Journal("capture", strict=options.strict)
     try:
         _run_early(gm, options, journal)
         joint = functools.partial(_run_joint, options=options, journal=journal)
-        compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf, joint)
+        compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf, on_miss, joint)
     except private.PASS_THROUGH:
         raise
     except Exception as error:
         RECENT.append(journal)
         retreat(journal, "the whole Dynamo graph", error)
-        return original.forward
+        return fx.GraphModule(gm, original).forward
     if journal.passes or journal.notes:
         RECENT.append(journal)
     return compiled
@@ -118,6 +121,13 @@ def _run_joint(joint: fx.GraphModule, options: Options, journal: Journal) -> Non
     run_joint(joint, options, journal)
 
 
-# torch.compile imports this module when it looks the backend up, before Dynamo traces: seconds won for a model on a GPU.
-if torch.cuda.is_initialized():
+def _nothing_is_kept() -> bool:
+    from fxopt.plan_cache import is_empty
+
+    return is_empty()
+
+
+# torch.compile imports this module when it looks the backend up, before Dynamo traces: seconds won for a first model on a
+# GPU. Where plans are kept, there may be nothing to compile.
+if torch.cuda.is_initialized() and _nothing_is_kept():
     _prestart_compiler([torch.device("cuda", torch.cuda.current_device())])

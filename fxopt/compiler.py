@@ -85,6 +85,7 @@ def _lower_and_choose(
             lowered = lower_graph(graph, journal, library)
         with journal.timed("library choice"):
             lowered = tune.choose_library(lowered, options, store, journal)
+            lowered = tune.choose_attention(lowered, options, store, journal)
         with journal.timed("scheduling"):
             lowered = schedule(lowered, batch=batch, apart=apart)
             if contractions.NAME not in options.disable and options.tuning_seconds != 0:

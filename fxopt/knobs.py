@@ -111,6 +111,13 @@ CXX: Knob[str | None] = Knob("FXOPT_CXX", _optional_text, None, "C++ compiler to
 WORKERS: Knob[int | None] = Knob(
     "FXOPT_WORKERS", _optional_count, None, "compile worker processes; default: one per core, at most 16"
 )
+LOCK_DIR: Knob[Path | None] = Knob(
+    "FXOPT_LOCK_DIR",
+    _path,
+    None,
+    "directory of the locks by which processes that do not share a cache measure on a GPU one after the other; default: "
+    "locks in the cache directory",
+)
 
 TUNING_SECONDS: Knob[float | None] = Knob(
     "FXOPT_TUNING_SECONDS",
@@ -119,5 +126,5 @@ TUNING_SECONDS: Knob[float | None] = Knob(
     "time for measuring kernels in one graph; 0: the cost model's choice, unmeasured; default: what the mode allows",
 )
 
-ALL: tuple[Knob[object], ...] = (CACHE_DIR, CACHE_SIZE, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS, TUNING_SECONDS)  # type: ignore[assignment]
+ALL: tuple[Knob[object], ...] = (CACHE_DIR, CACHE_SIZE, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS, LOCK_DIR, TUNING_SECONDS)  # type: ignore[assignment]
 """Every knob, for documentation and tests."""

@@ -27,6 +27,8 @@ from torch import fx
 from fxopt.codegen.compile import toolchain
 from fxopt.errors import CacheError, PlanError, UnsupportedError
 from fxopt.ir import ops
+from fxopt.ir.attention_backends import enabled_backends
+from fxopt.ir.canonical import UnwritableError, argument
 from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Graph
 from fxopt.ir.precision import convolutions_use_tf32
@@ -34,6 +36,7 @@ from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
+from fxopt.runtime.cachedir import default_directory
 from fxopt.runtime.encoding import torch_name
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Launch, Plan
@@ -48,10 +51,6 @@ SMALL = 1 << 20
 """Bytes of constants, all together, that a document holds and a key hashes. Frozen weights are more."""
 
 
-class _NoKeyError(Exception):
-    """Something in the graph cannot be written down."""
-
-
 # ---------------------------------------------------------------------- the key
 
 
@@ -64,7 +63,7 @@ def plan_key(graph: Graph, options: Options) -> RecordKey | None:
         return None
     try:
         text = _graph_text(graph)
-    except (_NoKeyError, UnsupportedError):
+    except (UnwritableError, UnsupportedError):
         return None
     return RecordKey("plan", {"graph": hashlib.sha256(text.encode()).hexdigest(), **surroundings(options, _devices(graph))})
 
@@ -86,7 +85,7 @@ def _graph_text(graph: Graph) -> str:
     """Canonical JSON of all that passes and lowering read of a graph."""
     inputs = [[i.name, i.role.value, _constant_digest(i.value)] for i in graph.inputs]
     if sum(i.value.nbytes for i in graph.inputs if i.value is not None) > SMALL:
-        raise _NoKeyError
+        raise UnwritableError
     nodes = [_node(node, graph) for node in graph.gm.graph.nodes]
     return json.dumps([graph.phase.value, graph.saved, sorted(graph.notes.items()), inputs, nodes], allow_nan=True)
 
@@ -96,20 +95,24 @@ def _constant_digest(value: torch.Tensor | None) -> str | None:
 
 
 def _bytes(value: torch.Tensor) -> bytes:
-    """The elements in row-major order. Raises _NoKeyError for a tensor that is no plain memory."""
+    """The elements in row-major order. Raises UnwritableError for a tensor that is no plain memory."""
     if value.layout != torch.strided or value.is_quantized or value.nbytes > SMALL:
-        raise _NoKeyError
+        raise UnwritableError
     plain = value.detach().resolve_conj().resolve_neg().contiguous().cpu()
     return bytes(plain.view(torch.uint8).numpy().tobytes()) if plain.dim() else _bytes(plain.reshape(1))
 
 
 def _node(node: fx.Node, graph: Graph) -> list[Any]:
     if node.op == "get_attr":
-        raise _NoKeyError
+        raise UnwritableError
     target = _target(node.target) if node.op == "call_function" else str(node.target)
-    given = [_argument(a) for a in (list(node.args), dict(node.kwargs))]
+    given = [argument(a, _node_name) for a in (list(node.args), dict(node.kwargs))]
     value = None if node.op == "output" else _value(node.meta.get("val"), graph)
     return [node.name, node.op, target, given, value, node.meta.get("module", "")]
+
+
+def _node_name(node: fx.Node) -> str:
+    return node.name
 
 
 def _target(target: Any) -> str:
@@ -117,27 +120,7 @@ def _target(target: Any) -> str:
         return str(target)
     if target is ops.GETITEM or ops.is_symbolic(target):
         return f"{target.__module__}.{target.__name__}"
-    raise _NoKeyError
-
-
-def _argument(x: Any) -> Any:
-    """A node's argument as JSON in which different arguments differ."""
-    match x:
-        case None | bool() | str():
-            return x
-        case fx.Node():
-            return {"node": x.name}
-        case int() | float() | complex():
-            return {type(x).__name__: repr(x)}
-        case list() | tuple():
-            return [_argument(a) for a in x]
-        case dict():
-            return {"dict": [[_argument(k), _argument(v)] for k, v in x.items()]}
-        case slice():
-            return {"slice": [_argument(a) for a in (x.start, x.stop, x.step)]}
-        case torch.dtype() | torch.layout() | torch.memory_format() | torch.device():
-            return {type(x).__name__: torch_name(x)}
-    raise _NoKeyError
+    raise UnwritableError
 
 
 def _value(val: Any, graph: Graph) -> Any:
@@ -153,7 +136,7 @@ def _value(val: Any, graph: Graph) -> Any:
             numbers = [*val.shape, *val.stride(), val.storage_offset()]
             bits = [val.is_conj(), val.is_neg()]
             return [torch_name(val.dtype), str(val.device), [to_json(graph.to_int(n)) for n in numbers], bits]
-    raise _NoKeyError
+    raise UnwritableError
 
 
 def _devices(graph: Graph) -> list[torch.device]:
@@ -171,6 +154,7 @@ def _flags() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "cudnn": [torch.backends.cudnn.enabled, convolutions_use_tf32()],
+        "attention": enabled_backends(),
     }
 
 
@@ -184,6 +168,15 @@ def _own_source() -> str:
 
 
 # ---------------------------------------------------------------------- reading and writing
+
+
+def is_empty() -> bool:
+    """Whether no plan is kept where plans would be."""
+    folder = default_directory() / FOLDER
+    try:
+        return next(folder.iterdir(), None) is None
+    except OSError:
+        return True
 
 
 def load(key: RecordKey, graph: Graph, store: ArtifactStore, journal: Journal) -> Executor | None:
@@ -210,12 +203,14 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
         if journal.strict and body["journal"]["retreats"]:
             return None
         with _no_collections():
-            plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
-            constants = {name: _decoded(data) for name, data in body["constants"].items()}
-            kernels = {name: store.get(name) for name in body["kernels"]}
+            with journal.timed("plan cache: reading"):
+                plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
+                constants = {name: _decoded(data) for name, data in body["constants"].items()}
+                kernels = {name: store.get(name) for name in body["kernels"]}
             if not all(kernels.values()):
                 return None
-            executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
+            with journal.timed("plan cache: binding"):
+                executor = Executor(plan, {k: a for k, a in kernels.items() if a is not None}, constants)
             _restore(journal, body["journal"])
     except (PlanError, ValueError, KeyError, TypeError, AttributeError) as error:
         _set_aside(store, name, str(error))
@@ -253,7 +248,7 @@ def save(key: RecordKey, plan: Plan, lowered: Lowered, journal: Journal, store: 
         return False
     try:
         constants = {name: _encoded(t) for name, t in lowered.constants.items() if name in {s.name for s in plan.constants}}
-    except _NoKeyError:
+    except UnwritableError:
         return False
     body = {
         "format": FORMAT,

@@ -103,6 +103,10 @@ class Target:
         return max((a for a in _SM_COUNT if a <= self.arch), default=_OLDEST_KNOWN)
 
     @property
+    def is_hopper(self) -> bool:
+        return self.kind == "cuda" and 90 <= self.arch < 100
+
+    @property
     def is_blackwell(self) -> bool:
         """Blackwell or later, for which Triton brings a ptxas of its own."""
         return self.kind == "cuda" and self.arch >= 100

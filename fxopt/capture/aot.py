@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxopt.capture import autograd_cache, private
-from fxopt.capture.decompositions import decompositions
+from fxopt.capture.decompositions import Decompositions
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
 from fxopt.capture.pool_offsets import save_pool_offsets
@@ -45,20 +45,25 @@ def compile_with_autograd(
     options: Options,
     compile_graph: CompileGraph,
     shelf: autograd_cache.Shelf | None = None,
+    on_miss: Callable[[], None] | None = None,
     rewrite_joint: RewriteJoint | None = None,
 ) -> Callable[..., Any]:
     """A function with `gm`'s calling convention, differentiable where `gm` is.
 
     `inputs` are Dynamo's example inputs: tensors (parameters included), SymInts, or lists and dicts of them. With a `shelf`,
-    what was compiled before is found there as a whole, without tracing. `rewrite_joint` changes forward and backward in
-    place while they are one graph.
+    what was compiled before is found there as a whole, without tracing; `on_miss` is called before what is not is traced.
+    `rewrite_joint` changes forward and backward in place while they are one graph.
     """
     if any(isinstance(x, (list, tuple, dict)) for x in inputs):
         inner = functools.partial(
-            compile_with_autograd, options=options, compile_graph=compile_graph, rewrite_joint=rewrite_joint
+            compile_with_autograd,
+            options=options,
+            compile_graph=compile_graph,
+            on_miss=on_miss,
+            rewrite_joint=rewrite_joint,
         )
         return private.flatten_graph_inputs(gm, inputs, inner)
-    return Capture(options, compile_graph, rewrite_joint).through_autograd(gm, inputs, shelf)
+    return Capture(options, compile_graph, rewrite_joint).through_autograd(gm, inputs, shelf, on_miss)
 
 
 class Capture:
@@ -75,16 +80,25 @@ class Capture:
         self._session: autograd_cache.Session | None = None
 
     def through_autograd(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], shelf: autograd_cache.Shelf | None = None
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        shelf: autograd_cache.Shelf | None,
+        on_miss: Callable[[], None] | None,
     ) -> Callable[..., Any]:
         self._session = autograd_cache.begin(shelf, gm, inputs, self.options, self.number)
+        if self._session is not None:
+            self._session.on_miss = on_miss
+        elif on_miss is not None:
+            on_miss()
         forward: Any = functools.partial(self.compile, phase=Phase.FORWARD)
-        autograd = private.aot_autograd(
+        autograd = functools.partial(
+            private.through_aot,
             inference_compiler=functools.partial(self.compile, phase=Phase.INFERENCE),
             fw_compiler=forward if self._session is None else autograd_cache.serializable(forward),
             bw_compiler=functools.partial(self.compile, phase=Phase.BACKWARD),
             partition_fn=self.partition,
-            decompositions=decompositions(),
+            decompositions=Decompositions(),
             keep_inference_input_mutations=True,
         )
         self.facts.tensors = inputs

@@ -28,7 +28,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,7 @@ from torch._functorch import config as functorch_config
 
 from fxopt.capture.decompositions import fingerprint
 from fxopt.capture.freeze import Runner
+from fxopt.capture.graph_text import graph_text
 from fxopt.capture.private import FakeTensor, TracingContext, outside_tracing
 from fxopt.ir.graph import Phase
 from fxopt.ir.precision import convolutions_use_tf32
@@ -60,9 +61,6 @@ TESTED = ("2.11", "2.13")
 """Versions of torch whose cache is known to work as this file says."""
 
 FORMAT = 1
-
-_KEY_SANITIZES = not torch.__version__.startswith("2.11.")
-"""Whether it is the function that makes the key, and not its caller, that clears names out of the graph meanwhile."""
 
 _PARAMETERS = {
     "_lookup": ["key", "local", "remote", "args", "cache_info", "aot_config"],
@@ -124,17 +122,27 @@ class Session:
 
     def __init__(self, shelf: Shelf, facts: dict[str, Any], number: int, strict: bool) -> None:
         self.shelf, self.facts, self.number, self.strict = shelf, facts, number, strict
+        self.on_miss: Callable[[], None] | None = None
         self.name: str | None = None  # of the entry: set by the lookup, unless there shall be none
         self._guards = _guards()
         self.seconds = 0.0
         self._found: list[Journal] = []
 
-    def lookup(self, torch_key: str, args: Sequence[Any], aot_config: Any) -> tuple[Any, bytes] | None:
-        """(torch's entry with its code bound, its pickled form), or None. `args` are AOTAutograd's fake inputs."""
+    def missed(self) -> None:
+        """AOTAutograd is about to trace the graph: `on_miss` is told, once."""
+        on_miss, self.on_miss = self.on_miss, None
+        if on_miss is not None:
+            on_miss()
+
+    def lookup(self, given: str, args: Sequence[Any], aot_config: Any) -> tuple[Any, bytes] | None:
+        """(torch's entry with its code bound, its pickled form), or None.
+
+        `given` is what `key` returned; `args` are AOTAutograd's fake inputs.
+        """
         if not all(type(a) is FakeTensor and not _is_symbolic(a) for a in args):
             return None
         static = sorted(aot_config.static_input_indices or ())
-        text = json.dumps([FORMAT, torch_key, static, self.facts], sort_keys=True)
+        text = json.dumps([FORMAT, given, static, self.facts], sort_keys=True)
         self.name = hashlib.sha256(text.encode()).hexdigest()
         start = time.perf_counter()
         found = self._read(self.name)
@@ -149,19 +157,18 @@ class Session:
         return found
 
     def key(self, mod: Any, args: Sequence[Any], aot_config: Any) -> str:
-        """torch's hash of what AOTAutograd is given, and of the settings that it and the partitioner read.
+        """A hash of what AOTAutograd is given, and of the settings that it and the partitioner read.
 
-        Raises where torch would not cache the graph: AOTAutograd's cache is then bypassed.
+        `args` are fake tensors. Raises where torch would not cache the graph, and UnwritableError for what has no canonical
+        text: AOTAutograd's cache is then bypassed.
         """
         start = time.perf_counter()
-        sanitized = autograd_cache.sanitize_gm_for_cache(mod) if _KEY_SANITIZES else nullcontext()
-        with sanitized:  # of names that mean nothing
-            autograd_cache.check_cacheable(mod)
-            settings = functorch_config.save_config(), inductor_config.save_config_portable(ignore_private_configs=False)
-            pickler = autograd_cache.AOTAutogradCachePickler(mod)
-            hashed: str = pickler.get_hash((mod, list(args), aot_config, settings))
+        autograd_cache.check_cacheable(mod)
+        settings = functorch_config.save_config(), inductor_config.save_config_portable(ignore_private_configs=False)
+        hashed: str = autograd_cache.AOTAutogradCachePickler(mod).get_hash(settings)
+        text = json.dumps([hashed, graph_text(mod, args, aot_config)])
         self.seconds += time.perf_counter() - start
-        return hashed
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _read(self, name: str) -> tuple[Any, bytes] | None:
         body = self.shelf.get(name)
@@ -188,6 +195,7 @@ class Session:
 
     def compiled_anew(self) -> None:
         """AOTAutograd calls the compiler: there was no entry, or torch could not use it."""
+        self.missed()
         self._found.clear()
         if _guards() != self._guards:
             self.name = None
@@ -243,8 +251,8 @@ def usable() -> bool:
                 return False
         if list(inspect.signature(autograd_cache.autograd_cache_key).parameters)[1] != "example_inputs":
             return False
-        needed = (AOTAutogradCache.make_entry, autograd_cache.sanitize_gm_for_cache, autograd_cache.check_cacheable)
-        if not all(map(callable, (*needed, autograd_cache.AOTAutogradCachePickler.get_hash))):
+        pickler = autograd_cache.AOTAutogradCachePickler
+        if not all(map(callable, (AOTAutogradCache.make_entry, autograd_cache.check_cacheable, pickler.get_hash))):
             return False
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
@@ -283,14 +291,21 @@ def _install() -> None:
     def fxopt_key(mod: Any, args: Any, aot_config: Any, *rest: Any, **more: Any) -> tuple[str, list[str]]:
         if _current.session is None:
             return cache_key(mod, args, aot_config, *rest, **more)
-        return _current.session.key(mod, args, aot_config), []
+        try:
+            return _current.session.key(mod, args, aot_config), []
+        except Exception:
+            _current.session.missed()
+            raise
 
     @functools.wraps(lookup)
     def fxopt_lookup(key: str, local: bool, remote: bool, args: Any, cache_info: Any, aot_config: Any) -> Any:
         session, _current.session = _current.session, None
         if session is None:
             return lookup(key, local, remote, args, cache_info, aot_config)
-        return session.lookup(key, args, aot_config) if local else None
+        found = session.lookup(key, args, aot_config) if local else None
+        if found is None:
+            session.missed()
+        return found
 
     @functools.wraps(make_entry)
     def fxopt_make_entry(*args: Any, **kwargs: Any) -> Any:

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._decomp import core_aten_decompositions, decomposition_table, get_decompositions
 
 from fxopt.capture.foreach import FOREACH
 from fxopt.capture.softmax import SOFTMAX
@@ -73,30 +73,57 @@ BATCH_NORMS = (
 )
 
 
+class Decompositions(Mapping[Any, Callable[..., Any]]):
+    """The table for AOTAutograd, OpOverload to a Python function of fewer kinds of op, made when it is first looked at.
+
+    A warm start never looks: what core ATen decomposes is all ops of all libraries sorted through, a tenth of a second.
+    """
+
+    @functools.cached_property
+    def _made(self) -> dict[Any, Callable[..., Any]]:
+        return decompositions()
+
+    def __getitem__(self, op: Any) -> Callable[..., Any]:
+        return self._made[op]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """The table for AOTAutograd: OpOverload to a Python function of fewer kinds of op."""
-    table = _table()
+    """The table itself."""
+    table = _table(_registered())
     if hasattr(prims, "fma"):  # exists once Dynamo has met an addcmul_ or addcdiv_ with a factor
         table[prims.fma.default] = _fma
     return table
 
 
 def fingerprint() -> str | None:
-    """A hash of what the table does with torch's own ops; None when some of it is neither torch's nor fxopt's code."""
+    """A hash of which functions torch has registered for its own ops, from which, with fxopt's source and torch's version,
+    the table follows; None when some of them are not torch's code."""
     lines = []
-    for op, function in decompositions().items():
+    for op, function in _registered():
         if op.namespace not in ("aten", "prims"):
             continue
         inner = function.func if isinstance(function, functools.partial) else function
         module = str(getattr(inner, "__module__", ""))
-        if module.partition(".")[0] not in ("torch", "fxopt"):
+        if module.partition(".")[0] != "torch":
             return None
         lines.append(f"{op} {module} {getattr(inner, '__qualname__', '')}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-@functools.cache
-def _table() -> dict[Any, Callable[..., Any]]:
+def _registered() -> tuple[tuple[Any, Callable[..., Any]], ...]:
+    """torch's registry, which core ATen's table is picked from: other code may have changed it."""
+    return tuple((op, f) for op, f in decomposition_table.items() if isinstance(op, torch._ops.OpOverload))
+
+
+@functools.lru_cache(maxsize=1)
+def _table(registered: tuple[tuple[Any, Callable[..., Any]], ...]) -> dict[Any, Callable[..., Any]]:
+    """The table that belongs to these entries of torch's registry."""
     table = dict(core_aten_decompositions())
     for name in KEPT_WHOLE:
         packet = getattr(aten, name)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from fxopt.capture.private import lazily_compiled
 from fxopt.capture.roles import InputFacts, module_of, written_inputs
 from fxopt.capture.symbols import to_int
 from fxopt.ir.graph import Graph, Input, Phase, Role
@@ -70,12 +71,17 @@ def normalize(
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` with a graph of its own; node names, meta and attributes are kept."""
+    return lazily_compiled(gm, copy_graph(gm))
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.Graph:
+    """`gm`'s graph; node names and meta are kept."""
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {}, return_output_node=True)
     assert isinstance(output, tuple)
     value, original = output
     graph.output(value).meta.update(original.meta)
-    return fx.GraphModule(gm, graph)
+    return graph
 
 
 def _named(gm: fx.GraphModule, names: set[str]) -> set[fx.Node]:

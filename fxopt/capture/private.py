@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
+from torch._dynamo import disable
 from torch._dynamo import exc as dynamo_errors
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters, flatten_graph_inputs
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _BoxedCodeGen
+from torch.fx.node import _get_qualified_name as qualified_name
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.errors import RetreatError
@@ -27,16 +31,57 @@ __all__ = [
     "PASS_THROUGH",
     "FakeTensor",
     "TracingContext",
-    "aot_autograd",
     "boxed_code",
     "flatten_graph_inputs",
     "graph_breaks",
     "keep_saved_values",
+    "lazily_compiled",
     "min_cut_partition",
     "outside_tracing",
+    "qualified_name",
     "retracing",
     "saved_values_kept",
+    "through_aot",
 ]
+
+
+def through_aot(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, bw_compiler: Callable[..., Any], **settings: Any
+) -> Callable[..., Any]:
+    """AOTAutograd's function for `gm`, called with flat inputs; `settings` are those of torch's `aot_module_simplified`.
+
+    torch's `aot_autograd(...)` does the same, but imports a large part of Inductor (a tenth of a second), for logs that only
+    TORCH_COMPILE_DEBUG asks for.
+    """
+
+    def compile_backward(*args: Any, **kwargs: Any) -> Any:
+        compiled = disable(bw_compiler, reason="do not trace a compiler")(*args, **kwargs)
+        return disable(compiled, reason="do not trace a compiled backward")
+
+    counters["aot_autograd"]["total"] += 1
+    try:
+        with _aot_logs():
+            compiled = aot_module_simplified(gm, list(inputs), bw_compiler=compile_backward, **settings)
+    except dynamo_errors.TensorifyScalarRestartAnalysis:
+        raise
+    except Exception:
+        counters["aot_autograd"]["not_ok"] += 1
+        raise
+    counters["aot_autograd"]["ok"] += 1
+    return disable(compiled, reason="do not trace a compiled graph")
+
+
+def _aot_logs() -> contextlib.AbstractContextManager[None]:
+    if os.environ.get("TORCH_COMPILE_DEBUG", "0") != "1":
+        return contextlib.nullcontext()
+    from torch._inductor.debug import enable_aot_logging
+
+    return enable_aot_logging()
+
+
+def lazily_compiled(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule whose Python code is written when it is called or printed, not after each change of the graph."""
+    return _LazyGraphModule(root, graph)
 
 
 def keep_saved_values(context: Any) -> None:
@@ -85,6 +130,7 @@ def boxed_code(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
     """`gm`'s generated code with the boxed convention: its inputs come in one list, which it empties. Changes `gm`."""
     gm.graph.set_codegen(_BoxedCodeGen())
     gm.recompile()
+    _LazyGraphModule.force_recompile(gm)
     return gm.forward
 
 

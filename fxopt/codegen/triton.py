@@ -6,12 +6,14 @@ above 1 is several, run in order, that share scratch buffers. Texts are canonica
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fxopt.codegen.triton_across import apart, join_config, together
+from fxopt.codegen.triton_across import join_config, together
+from fxopt.codegen.triton_apart import apart, statistics_first
 from fxopt.codegen.triton_config import TritonConfig, configs
 from fxopt.codegen.triton_nest import print_kernel
-from fxopt.codegen.triton_split import split_region
+from fxopt.codegen.triton_split import split_region, turning
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import BufferSpec, Region
@@ -54,7 +56,7 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
     if pieces is None:
         raise UnsupportedError("this reduction cannot be split")
     kernels = []
-    for piece in pieces:
+    for piece in turning(region, pieces):
         best = next(c for c in configs(piece, target) if c.split == 1)
         stage = piece.name.rpartition(".")[2]
         kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target, stage))
@@ -63,11 +65,28 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
 
 
 def _print_across(region: Region, config: TritonConfig, target: Target) -> Printed:
-    """Rows and sums over them in one kernel and one that joins its parts, or, without `split`, apart."""
+    """Rows and sums over them in one kernel and one that joins its parts; or what the rows reduce to first; or apart."""
+    if config.statistics:
+        pieces = statistics_first(region)
+        if pieces is None:
+            raise UnsupportedError("the sums over the rows need nothing that the rows reduce to")
+        return _in_turn(region, pieces, (None, replace(config, statistics=False)), config.aligned, target)
     if config.split == 1:
-        each = [print_region(r, replace(configs(r, target)[0], aligned=config.aligned), target) for r in apart(region)]
-        return Printed(tuple(k for p in each for k in p.kernels), tuple(s for p in each for s in p.scratch))
+        return _in_turn(region, apart(region), (None, None), config.aligned, target)
     rows, join = together(region, config)
     first = print_kernel(rows, config, "rows")
     second = print_nest(join, join_config(join, target, config.aligned), target, "join")
     return Printed((first, second), tuple(s for n, s in rows.buffers.items() if n not in region.buffers))
+
+
+def _in_turn(
+    whole: Region, pieces: Sequence[Region], given: Sequence[TritonConfig | None], aligned: bool, target: Target
+) -> Printed:
+    """The kernels of `pieces`, each in the configuration `given` or the cost model's first."""
+    each = [
+        print_region(piece, replace(config or configs(piece, target)[0], aligned=aligned), target)
+        for piece, config in zip(pieces, given, strict=True)
+    ]
+    scratch = {n: s for piece in pieces for n, s in piece.buffers.items() if n not in whole.buffers}
+    own = [spec for printed in each for spec in printed.scratch]
+    return Printed(tuple(k for printed in each for k in printed.kernels), (*scratch.values(), *own))

@@ -2,30 +2,23 @@
 
 Each program takes a part of the rows, some at a time, does what the region's nest says to them, and adds what the sums over
 the rows want of every element to accumulators in registers. At the end it stores those; a second, small kernel adds up the
-parts in a fixed order and finishes. The alternative, a kernel for each of the two nests, is a candidate as well.
+parts in a fixed order and finishes. The alternatives of `triton_apart` are candidates as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from fxopt.codegen.triton_apart import forwarded, only
 from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count
 from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
 from fxopt.ir.exprs import Sym, prod, ravel, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder
 from fxopt.ir.region import BufferSpec, Region
-from fxopt.ir.rounding import rounded
 from fxopt.target import Target
 
 _SECTOR = 8  # float32 elements of the smallest piece that is read from memory
-
-
-def apart(region: Region) -> tuple[Region, Region]:
-    """The two nests of `region` as regions of their own, to run in this order."""
-    assert region.across is not None
-    columns = replace(region, name=f"{region.name}.columns", nest=region.across, across=None)
-    return _only(replace(region, across=None)), _only(columns)
 
 
 def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
@@ -34,7 +27,7 @@ def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
     The first region's sums are stores of mode "part". Buffers that are not the region's own are scratch memory.
     """
     assert region.across is not None
-    rows, across = _forwarded(region)
+    rows, across = forwarded(region)
     part = Sym("u0", size=part_count(prod(map(size_of, region.nest.points)), config))
     sizes = tuple(map(size_of, across.points))
     place = ravel(tuple(map(symbol, across.points)), sizes)
@@ -54,8 +47,8 @@ def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
     second = Nest(across.points, (part,), tuple(s.transformed({}, lambda v: replaced(v, joined)) for s in across.stores))
     buffers = region.buffers | scratch
     return (
-        _only(replace(region, name=f"{region.name}.rows", nest=first, across=None, buffers=buffers)),
-        _only(replace(region, name=f"{region.name}.join", nest=second, across=None, buffers=buffers)),
+        only(replace(region, name=f"{region.name}.rows", nest=first, across=None, buffers=buffers)),
+        only(replace(region, name=f"{region.name}.join", nest=second, across=None, buffers=buffers)),
     )
 
 
@@ -69,21 +62,3 @@ def join_config(region: Region, target: Target, aligned: bool) -> TritonConfig:
     block = min(next_power_of_2(tiling.r.hint), 4096 // width)
     whole = isinstance(tiling.r.extent, int) and tiling.r.extent <= block
     return TritonConfig(width, r_block=block, persistent=whole, num_warps=4, aligned=aligned)
-
-
-def _forwarded(region: Region) -> tuple[Nest, Nest]:
-    """The nests with values that the second loads of the first passed in registers, as they would be read from memory."""
-    assert region.across is not None
-    made = {s.buffer: s.value for s in region.nest.stores}
-
-    def passed(load: Load) -> Scalar | None:
-        value = made.get(load.buffer)
-        return None if value is None else rounded(value)
-
-    stores = tuple(s.transformed({}, lambda v: transform(v, {}, passed)) for s in region.across.stores)
-    return region.nest, replace(region.across, stores=stores)
-
-
-def _only(region: Region) -> Region:
-    """`region` with the buffers that it touches."""
-    return replace(region, buffers={n: region.buffers[n] for n in dict.fromkeys((*region.reads(), *region.writes()))})

@@ -66,7 +66,7 @@ def _body(batch: Batch, whole: bool) -> str:
     names = Names()
     buffers = {name: names.buffer(name) for name in batch.body.buffers}  # in the table's order
     frame = Frame(tile(batch.body), False, {} if whole else {"x": "x_mask"}, {"x": "XB"})
-    emitter = Emitter(frame, names, looped=False)
+    emitter = Emitter(frame, names)
     lines = [_pointer(batch, name, whole) for name in buffers]
     lines.append("x = tl.arange(0, XB)")
     if not whole:

@@ -131,7 +131,8 @@ def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) 
     options = source.compile_options
     signature = options["signature"] | dict.fromkeys(options["constexprs"], "constexpr")
     order = list(signature)
-    attrs = {(order.index(p),): [["tt.divisibility", 16]] for p in options["aligned"]}
+    pointers = [p for p in options["aligned"] if not signature[p].startswith(_DESCRIPTOR)]
+    attrs = {(order.index(p),): [["tt.divisibility", 16]] for p in pointers}
     ast = ASTSource(function, signature, constexprs=options["constexprs"], attrs=attrs)
     flags = _OPTIONS | {"num_warps": options["num_warps"], "num_stages": options["num_stages"], "debug": options["asserts"]}
     with triton.knobs.cache.scope(), triton.knobs.compilation.scope():

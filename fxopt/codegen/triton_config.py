@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fxopt.codegen.triton_apart import statistics_first
 from fxopt.codegen.triton_tiling import Access, Axis, Tiling, tile
 from fxopt.ir.exprs import Int, coefficient, floordiv, free_symbols, mul
 from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
@@ -37,6 +38,7 @@ _PART_SHARE = 4  # what is loaded, over what parts may store and load again for 
 _ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
 _MOST_PROGRAMS_PER_SM = 24  # where parts stay long: so many that the last wave, which is not full, does not count
 _LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
+_WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from which on the last ones do not count
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
@@ -48,7 +50,9 @@ class TritonConfig:
     `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
     row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own, or, for a region
     with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead.
-    With `rows` the points of a program all lie in one row. `aligned` assumes that every pointer is 16-byte aligned.
+    With `rows` the points of a program all lie in one row. With `statistics` a region with sums over its rows first has what
+    the rows reduce to in a kernel of their own; the rest of the configuration is that of all else. `aligned` assumes that
+    every pointer is 16-byte aligned.
     """
 
     x_block: int
@@ -60,9 +64,10 @@ class TritonConfig:
     stages: int = 1
     aligned: bool = True
     rows: bool = False
+    statistics: bool = False
 
     def __str__(self) -> str:
-        shape = f"x{self.x_block}"
+        shape = f"{'statistics ' if self.statistics else ''}x{self.x_block}"
         shape += f" y{self.y_block}" if self.y_block > 1 else ""
         shape += " rows" if self.rows else ""
         shape += f" r{self.r_block}{'' if self.persistent else ' looped'}" if self.r_block > 1 else ""
@@ -170,8 +175,10 @@ def _row_point_configs(tiling: Tiling) -> list[TritonConfig]:
         return block * -(-row // block) / row + 64 / block
 
     block = min((1024, 2048, 512, 256), key=idle)
-    warps = max(min(4, block // 256), block // (32 * min(16, _even(tiling))))
-    return [TritonConfig(block, num_warps=max(1, warps), rows=True)]
+    warps = max(1, min(4, block // 256), block // (32 * min(16, _even(tiling))))
+    first = TritonConfig(block, num_warps=warps, rows=True)
+    crowded = block // (32 * warps) * _pressure(tiling) > 2 * _VALUES_PER_THREAD  # windows of a pool, all loaded at once
+    return [first, replace(first, num_warps=2 * warps)] if crowded and warps < 16 else [first]
 
 
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
@@ -197,7 +204,11 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     else:
         found = _column_configs(tiling, rows, row, target)
     parts = _split_parts(tiling, rows, row, found[0], target)
-    return [replace(found[0], split=p) for p in parts] + found
+    if parts or not static:
+        return [replace(found[0], split=p) for p in parts] + found
+    at = 1 if tiling.inner_reduction and not _reads_once(tiling) else 2
+    cut = [replace(found[0], split=p) for p in _more_parts(tiling, rows, row, found[0], target)]
+    return [*found[:at], *cut, *found[at:]]
 
 
 def _warps_for(elements: int, per_thread: int) -> int:
@@ -217,9 +228,11 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     ]
     if not static or block > PERSISTENT_LIMIT:
         read = row * sum(a.itemsize for a in _streams(tiling) if not a.writes)
-        if not once and rows >= target.sm_count and read * target.sm_count < _KEPT_IN_CACHE:
+        if not once and rows >= target.sm_count and read * target.sm_count < 2 * _KEPT_IN_CACHE:
             each = min(even, 8 if _has_pairs(tiling) else 16)
-            looped.insert(0, TritonConfig(1, r_block=32 * 32 * each, persistent=False, num_warps=32))
+            alone = TritonConfig(1, r_block=32 * 32 * each, persistent=False, num_warps=32)
+            at = 0 if read * target.sm_count < _KEPT_IN_CACHE else 1  # of twice as much, a loop backwards finds half
+            looped[at:at] = [alone, replace(alone, stages=3)]
         return looped
     together = max(1, 512 // block)
     while together > 1 and -(-rows // together) < target.sm_count:
@@ -329,6 +342,19 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
     return list(dict.fromkeys(p for p in parts if p > 1))
 
 
+def _more_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, target: Target) -> list[int]:
+    """At most one number of parts for long rows that fill the GPU by themselves: with a few waves of programs, the last,
+    which is not full, takes as long as any."""
+    nodes = list(postorder(tiling.nest.roots))
+    if any(isinstance(n, Scan) for n in nodes) or not any(isinstance(n, Reduce) for n in nodes):
+        return []
+    programs = -(-rows // config.x_block)
+    if row * config.x_block < 2 * _LONG_PART or programs > _WAVES_OF_ROWS * target.sm_count:
+        return []
+    parts = _even_parts(tiling, row, max(2, row * config.x_block // _LONG_PART))
+    return [parts] if parts > 1 else []
+
+
 def _has_pairs(tiling: Tiling) -> bool:
     """Whether a reduction carries two values for each element of a block."""
     kinds = {n.kind for n in postorder(tiling.nest.roots) if isinstance(n, Reduce)}
@@ -364,13 +390,25 @@ def part_count(rows: Int, config: TritonConfig) -> Int:
 
 
 def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[TritonConfig]:
-    """A row reduction with sums over the rows: together, where a row and the sums fit into registers, or apart.
+    """A row reduction with sums over the rows: together, where a row and the sums fit into registers; else what the rows
+    reduce to first, or apart.
 
     As many programs as the GPU holds at once, unless their sums would then be much of what is written.
     """
     alone = TritonConfig(1)
     if not (tiling.inner_reduction and tiling.x.symbols and isinstance(tiling.r.extent, int)):
         return [alone]
+    found = _together_configs(region, tiling, target)
+    if not found:
+        pieces = statistics_first(region)
+        down = [] if pieces is None else [replace(c, statistics=True) for c in configs(pieces[1], target, 3)]
+        return [*down[:2], alone, *down[2:]] if tiling.r.hint > PERSISTENT_LIMIT else [alone, *down]
+    ahead = replace(found[0], stages=3)
+    first = [ahead, found[0]] if found[0].r_block >= _ROW_WORTH_FETCHING else [found[0], ahead]
+    return [*first, *found[1:2], alone, *found[2:]]
+
+
+def _together_configs(region: Region, tiling: Tiling, target: Target) -> list[TritonConfig]:
     rows, block = tiling.x.hint, next_power_of_2(tiling.r.hint)
     streams, sums = _streams_and_sums(region)
     found = []
@@ -385,12 +423,7 @@ def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[Trit
         light = rows * streams * _narrowest(tiling) // (_PART_SHARE * 4 * sums)
         parts = min(resident * target.sm_count, max(light, target.sm_count), -(-rows // together))
         found.append(TritonConfig(together, r_block=block, num_warps=warps, split=parts))
-    found = list(dict.fromkeys(c for c in found if c.split > 1))
-    if not found:
-        return [alone]
-    ahead = replace(found[0], stages=3)
-    first = [ahead, found[0]] if block >= _ROW_WORTH_FETCHING else [found[0], ahead]
-    return [*first, *found[1:2], alone, *found[2:]]
+    return list(dict.fromkeys(c for c in found if c.split > 1))
 
 
 def _streams_and_sums(region: Region) -> tuple[int, int]:

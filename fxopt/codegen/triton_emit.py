@@ -14,10 +14,10 @@ from types import MappingProxyType
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_index import computed_in_int32
+from fxopt.codegen.triton_index import computed_in_int32, same_within
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
 from fxopt.codegen.triton_tiling import Tiling
-from fxopt.ir.exprs import Atom, Int, Sym, bounds
+from fxopt.ir.exprs import Atom, Int, Sym, bounds, free_symbols, substitute, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
 
 Guards = tuple[Scalar, ...]
@@ -69,19 +69,21 @@ class Frame:
 class Emitter:
     """Prints nodes into `outer` and, between `open_loop` and `close_loop`, `inner`.
 
-    Loops run along the symbols `along`; `looped` says that those are the reduced ones. `registers` maps buffers that are no
-    memory to the variable that a load of one means, in the compute type of its dtype.
+    Loops run along the symbols `along`; a `step` above 0 says that those are the reduced ones, of which so many are taken
+    at a time. `registers` maps buffers that are no memory to the variable that a load of one means, in the compute type of
+    its dtype.
     """
 
     def __init__(
         self,
         frame: Frame,
         names: Names,
-        looped: bool,
+        step: int = 0,
         along: tuple[Sym, ...] = (),
         registers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.frame, self.names, self.looped, self.registers = frame, names, looped, registers
+        self.frame, self.names, self.step, self.looped = frame, names, step, step > 0
+        self.registers = registers
         self._along = frozenset(along)
         self.outer: list[str] = []
         self.inner: list[str] | None = None
@@ -247,6 +249,10 @@ class Emitter:
     def _emit_checked(self, instance: Instance, node: Op) -> None:
         index, size = (self.arg(a, instance[1]) for a in node.args)
         name = self.fresh()
+        if _within(*node.args):
+            self.write(instance, [f"{name} = h.wrap_index({index}, {size})"])
+            self.define(instance, name)
+            return
         known = f" for dimension of size {node.args[1]!r}" if isinstance(node.args[1], Const) else ""
         message = f"index out of bounds{known}"
         if message not in self.names.errors:
@@ -287,13 +293,18 @@ class Emitter:
         if node.buffer in self.registers:
             return self.registers[node.buffer]
         self.bind(node.indirect, guards)
-        symbols = node.symbols()
+        symbols, index = node.symbols(), node.index
+        row, eviction = self.frame.tiling.lines.get("r"), self.eviction
+        if self.step and not guards and row in free_symbols(index) and same_within(index, row, self.step):
+            start = Sym("r_base", size=row.size)  # one load for all of a step
+            self._bound[start] = f"r_base{'.to(tl.int64)' if self.frame.index64 else ''}"
+            symbols, index, eviction = symbols - {row}, substitute(index, {row: symbol(start)}), ""
         wanted = self.frame.axes(symbols.union(*(g.symbols() for g in guards)))
-        address = self.address(node.index, symbols, wanted, block=bool(guards and wanted))
+        address = self.address(index, symbols, wanted, block=bool(guards and wanted))
         mask = self.mask(symbols, guards)
         extra = f", {mask}" if mask else ""
-        if self.eviction and self.varies(*self.instance(node, guards)):
-            extra += f', eviction_policy="{self.eviction}"'
+        if eviction and self.varies(*self.instance(node, guards)):
+            extra += f', eviction_policy="{eviction}"'
         text = f"tl.load({self.names.buffer(node.buffer)} + {tight(address)}{extra})"
         return f"{text}.to(tl.float32)" if node.dtype in (torch.float16, torch.bfloat16) else text
 
@@ -421,6 +432,17 @@ def _keeps_relative(user: Scalar, rounded: set[Scalar]) -> bool:
 def reduced_dtype(node: Reduce) -> torch.dtype:
     """The dtype whose working form a reduction is carried out in: the values' for arg reductions, else the result's."""
     return node.operands[0].dtype if node.kind in ("argmax", "argmin", "max", "min", "any", "all") else node.dtype
+
+
+def _within(index: Scalar, size: Scalar) -> bool:
+    """Whether `index` is clamped to what is legal for a dimension of `size`, so that a check would only cost its barrier."""
+    if not (isinstance(size, Const) and isinstance(index, Op) and index.name == "minimum"):
+        return False
+    below, top = index.args
+    if not (isinstance(below, Op) and below.name == "maximum" and isinstance(top, Const)):
+        return False
+    low = below.args[1]
+    return isinstance(low, Const) and -size.value <= low.value <= top.value < size.value
 
 
 def _narrow_compare(node: Scalar) -> bool:

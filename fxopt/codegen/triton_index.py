@@ -225,3 +225,19 @@ def _greatest_quotient(a: Int | None, b: Int) -> Int | None:
         return None
     end = add(a, 1)
     return add(floordiv(end, b), -1) if mod(end, b) == 0 else floordiv(a, b)
+
+
+def same_within(x: Int, sym: Sym, step: int) -> bool:
+    """Whether `x` is the same for all values of `sym` between two multiples of `step`: it only uses quotients of `sym` by
+    multiples of that."""
+    if isinstance(x, int):
+        return True
+    for atom in (a for monomial, _ in x.terms for a in monomial):
+        if isinstance(atom, Sym):
+            if atom == sym:
+                return False
+        elif atom.kind == "floordiv" and atom.a == symbol(sym) and isinstance(atom.b, int) and atom.b % step == 0:
+            continue
+        elif not (same_within(atom.a, sym, step) and same_within(atom.b, sym, step)):
+            return False
+    return True

@@ -17,11 +17,10 @@ from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Store, postorder
+from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Scan, Store, postorder
 from fxopt.ir.region import Region
 
 _ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
-_RANDOM = ("rand", "randn", "randint")
 _BODIES = ("narrow", "wide")
 NUM_STAGES = 1
 """Part of every kernel's compile options, as Triton's own default (3) would stage the loads of a loop through shared memory,
@@ -44,6 +43,15 @@ class _Kernel:
     names: Names
     frame: Frame
     emitter: Emitter
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A loop over the row: the lines that make its mask, its direction, and the eviction policy of what it loads."""
+
+    masks: list[str]
+    backwards: bool
+    eviction: str
 
 
 def print_kernel(region: Region, config: TritonConfig, stage: str | None = None) -> KernelSource:
@@ -89,7 +97,7 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
     frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else frozenset(single))
     looped = tiling.reduces and not config.persistent
     along = tiling.nest.reduced if looped else tiling.nest.points
-    emitter = Emitter(frame, names, looped, along)
+    emitter = Emitter(frame, names, config.r_block if looped else 0, along)
     return _Kernel(kernel_name(tiling, stage), region, tiling, config, names, frame, emitter)
 
 
@@ -100,7 +108,7 @@ def with_salts(nest: Nest) -> Nest:
     for node in postorder(nest.roots):
         args = tuple(changed.get(a, a) for a in node.args)
         new = node if args == node.args else node.rebuild(args, {})
-        if isinstance(new, Op) and new.name in _RANDOM:
+        if isinstance(new, Op) and new.name in ops.RANDOM:
             new = Op(new.name, (_salted(new.args[0]), *new.args[1:]), new.dtype)
         changed[node] = new
     if all(node is new for node, new in changed.items()):
@@ -142,14 +150,18 @@ def _lanes(kernel: _Kernel, axis: str) -> str:
 
 def _point_lines(kernel: _Kernel) -> list[str]:
     """Program id to x (and y) indices."""
-    cast = ".to(tl.int64)" if kernel.frame.index64 else ""
-    lines = [f"pid = tl.program_id(0){cast}"]
+    lines = [_program_line(kernel)]
     if "y" not in kernel.frame.blocks:
         lines.append(_position_line(kernel, "x", "pid"))
         return lines + _axis_lines(kernel, "x")
     columns = kernel.emitter.index_text(_blocks_along(kernel, "x"))
     lines += [_position_line(kernel, "x", f"pid % {columns}"), _position_line(kernel, "y", f"pid // {columns}")]
     return lines + _axis_lines(kernel, "x") + _axis_lines(kernel, "y")
+
+
+def _program_line(kernel: _Kernel) -> str:
+    number = "(tl.num_programs(0) - 1 - tl.program_id(0))" if kernel.region.backwards else "tl.program_id(0)"
+    return f"pid = {number}{'.to(tl.int64)' if kernel.frame.index64 else ''}"
 
 
 def _position_line(kernel: _Kernel, axis: str, number: str) -> str:
@@ -250,7 +262,11 @@ def _print_straight(kernel: _Kernel) -> None:
 
 
 def _print_looped(kernel: _Kernel) -> None:
-    """One loop over the row per reduction depth, then one for the stores that vary along it and could not be made before."""
+    """One loop over the row per reduction depth, then one for the stores that vary along it and could not be made before.
+
+    Every second loop runs backwards, from what the one before has just read: where all rows in flight are more than the L2
+    cache holds, it still holds their ends.
+    """
     emitter, stores = kernel.emitter, kernel.tiling.nest.stores
     emitter.outer += _point_lines(kernel)
     emitter.outer.append(f"r_lane = {_lanes(kernel, 'r')}")
@@ -258,15 +274,20 @@ def _print_looped(kernel: _Kernel) -> None:
     levels = _levels(emitter, [emitter.instance(v, ()) for s in stores for v in s.roots])
     varying = [s for s in stores if _store_varies(kernel, s)]
     early = varying if len(levels) == 1 and not any(map(_stores_reduction, varying)) else []
+    at_last = "" if kernel.region.reread else "evict_first"
+    turning, backwards = not any(isinstance(n, Scan) for n in postorder(kernel.tiling.nest.roots)), False
     for number, level in enumerate(levels, 1):
         last = number == len(levels) and len(early) == len(varying)
-        _reduction_pass(kernel, level, along, early, "evict_first" if last else "evict_last")
+        counts = any(isinstance(n, Reduce) and n.kind == "welford" for n, _ in level)  # it counts its steps
+        backwards = turning and number > 1 and not backwards and not counts
+        _reduction_pass(kernel, level, _Loop(along, backwards, at_last if last else "evict_last"), early)
     at_end = _prepare(kernel, [s for s in stores if s not in varying])
     if varying and not early:
-        emitter.open_loop("evict_first")
+        emitter.open_loop(at_last)
         statements = _prepare(kernel, varying)
         body = emitter.close_loop()
-        emitter.outer += _loop(kernel, along, [*body, *_barrier(kernel.tiling.nest), *statements])
+        last_loop = _Loop(along, turning and bool(levels) and not backwards, at_last)
+        emitter.outer += _loop(kernel, last_loop, [*body, *_barrier(kernel.tiling.nest), *statements])
     emitter.outer += [*_barrier(kernel.tiling.nest), *at_end]
 
 
@@ -278,8 +299,7 @@ def _print_parts(kernel: _Kernel) -> None:
     """One loop over a part of the points, whole rows at a time, with sums over those points in registers."""
     emitter, outer = kernel.emitter, kernel.emitter.outer
     rows, each = kernel.tiling.x.extent, part_of_rows(kernel.tiling.x.extent, kernel.config)
-    cast = ".to(tl.int64)" if kernel.frame.index64 else ""
-    outer += [f"pid = tl.program_id(0){cast}", f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
+    outer += [_program_line(kernel), f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
     outer.append(f"x_lane = {_lanes(kernel, 'x')}")
     along = ["x = x_base + x_lane", *_axis_lines(kernel, "x")]
     shape = f"[{', '.join(kernel.frame.blocks.values())}]"
@@ -310,10 +330,15 @@ def _stores_reduction(store: Store) -> bool:
     return any(isinstance(n, Reduce) for n in postorder(store.roots))
 
 
-def _loop(kernel: _Kernel, along: list[str], body: list[str]) -> list[str]:
+def _loop(kernel: _Kernel, loop: _Loop, body: list[str]) -> list[str]:
     extent = kernel.emitter.index_text(kernel.tiling.r.extent)
-    inside = ["r = r_base + r_lane", *along, *body]
-    return [f"for r_base in range(0, {extent}, RB):", *(f"    {line}" for line in inside)]
+    ahead = kernel.config.stages
+    steps = f"tl.range(0, {extent}, RB, num_stages={ahead})" if ahead > 1 else f"range(0, {extent}, RB)"
+    if loop.backwards:  # not a negative step: Triton would no longer know what the index is a multiple of
+        lines = [f"for r_done in {steps}:", f"    r_base = ({tight(extent)} - 1) // RB * RB - r_done"]
+    else:
+        lines = [f"for r_base in {steps}:"]
+    return [*lines, *(f"    {line}" for line in ("r = r_base + r_lane", *loop.masks, *body))]
 
 
 def _levels(emitter: Emitter, roots: list[Instance]) -> list[list[Instance]]:
@@ -329,11 +354,11 @@ def _levels(emitter: Emitter, roots: list[Instance]) -> list[list[Instance]]:
     return [levels[d] for d in sorted(levels)]
 
 
-def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str], early: list[Store], eviction: str) -> None:
+def _reduction_pass(kernel: _Kernel, level: list[Instance], loop: _Loop, early: list[Store]) -> None:
     """The loop of one reduction depth, which also makes the stores in `early`: no later loop reads memory again."""
     emitter = kernel.emitter
     fresh = []
-    emitter.open_loop(eviction)
+    emitter.open_loop(loop.eviction)
     shape = f"[{', '.join(kernel.frame.blocks.values())}]"
     for node, guards in level:
         assert isinstance(node, Reduce)
@@ -347,7 +372,7 @@ def _reduction_pass(kernel: _Kernel, level: list[Instance], along: list[str], ea
             fresh.append((node.kind, names, dtype))
     statements = _prepare(kernel, early)
     body = [*emitter.close_loop(), *(_barrier(kernel.tiling.nest) if early else []), *statements]
-    emitter.outer += _loop(kernel, along, body)
+    emitter.outer += _loop(kernel, loop, body)
     for kind, names, dtype in fresh:
         emitter.outer += close_accumulators(kind, names, dtype, emitter.block())
     for node, guards in level:

@@ -44,6 +44,9 @@ POINTER_TYPE = {
 HALF = (torch.float16, torch.bfloat16)
 """Types that are computed in float32 and rounded when stored."""
 
+RANDOM = ("rand", "randn", "randint")
+"""Ops that draw from a seed and an index, at the cost of tens of instructions."""
+
 _UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 _INFIX = {

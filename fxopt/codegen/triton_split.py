@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fxopt.codegen.triton_ops import identity
+from fxopt.codegen.triton_ops import HALF, RANDOM, identity
 from fxopt.codegen.triton_reduce import LAST_INDEX
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
 from fxopt.ir.exprs import (
@@ -127,7 +127,35 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
     rest = [replace(s, value=replaced(s.value, loads)) for s in later]
     if (_reads(rest) - extra.keys()) & {s.buffer for s in (*streamed, *now)} or _reads(now) & {s.buffer for s in streamed}:
         return None
+    kept = _worth_loading(region, nest, split)
+    rest = [replace(s, value=replaced(s.value, kept)) for s in rest]
     return [first, second, *_remainder(region, nest, rest, extra, parts)]
+
+
+def _worth_loading(region: Region, nest: Nest, split: _Split) -> dict[Scalar, Scalar]:
+    """Values that the parts store on their way, with loads of what they have stored: where that is less work than computing
+    them again, and not less exact."""
+    kept: dict[Scalar, Scalar] = {}
+    for store in filter(lambda s: _streams(split, nest, s), nest.stores):
+        loads = {n for n in postorder((store.value,)) if isinstance(n, Load) and frozenset(nest.reduced) & n.symbols()}
+        random = any(isinstance(n, Op) and n.name in RANDOM for n in postorder((store.value,)))
+        exact = store.value.dtype not in HALF and region.buffers[store.buffer].dtype == store.value.dtype
+        if store.mode == "set" and not store.indirect and exact and (random or len(loads) > 1):
+            kept[store.value] = Load(store.buffer, store.index, store.value.dtype)
+    return kept
+
+
+def turning(region: Region, pieces: Sequence[Region]) -> list[Region]:
+    """`pieces` of `region` in turns forwards and backwards over its elements, but for those that only join parts."""
+    backwards, out = region.backwards, []
+    walking = [piece for piece in pieces if not piece.name.endswith(".join")]
+    for piece in pieces:
+        if piece not in walking:
+            out.append(replace(piece, backwards=False, reread=False))
+            continue
+        out.append(replace(piece, backwards=backwards, reread=region.reread or piece is not walking[-1]))
+        backwards = not backwards
+    return out
 
 
 def _remainder(region: Region, nest: Nest, rest: list[Store], extra: dict[str, BufferSpec], parts: int) -> list[Region]:
@@ -190,15 +218,19 @@ def whole_cuts(sizes: Sequence[Int], parts: int) -> list[int] | None:
 
 
 def _cut_axes(region: Region, row: Int, cuts: list[int]) -> _Split:
+    """Parts as boxes of the elements. Along axes that are not contiguous, the parts take turns: then all of them together
+    walk through memory in order, and what comes next finds the end in the L2 cache."""
     part: list[Sym] = []
     inside: list[Sym] = []
     mapping: dict[Sym, Int] = {}
+    contiguous = region.nest.reduced[-1:] if tile(region, "flat").inner_reduction else ()
     for k, (sym, cut) in enumerate(zip(region.nest.reduced, cuts, strict=True)):
         length = floordiv(size_of(sym), cut)
         outer, inner = Sym(f"u{k}", size=cut), Sym(f"w{k}", size=length)
         part += [outer] * (cut != 1)
         inside += [inner] * (length != 1)
-        mapping[sym] = mul(symbol(outer) if cut != 1 else 0, length) + (symbol(inner) if length != 1 else 0)
+        number, place = symbol(outer) if cut != 1 else 0, symbol(inner) if length != 1 else 0
+        mapping[sym] = mul(number, length) + place if sym in contiguous else mul(place, cut) + number
     return _Split(region, tuple(part), tuple(inside), mapping, None, row, floordiv(row, prod(cuts)))
 
 
@@ -265,7 +297,7 @@ def _stage_stores(
     reduced = frozenset(nest.reduced)
     for store in nest.stores:
         varies = bool(reduced & store.symbols())
-        if varies and split.guard is None and not any(map(holds_reduction, store.roots)):
+        if _streams(split, nest, store):
             streamed.append(store.transformed(split.mapping))
         elif varies or any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,))):
             later.append(store)
@@ -273,6 +305,12 @@ def _stage_stores(
             now.append(replace(store, value=replaced(store.value, joined)))
     used = {n for s in later for n in postorder(s.roots)}
     return streamed, now, later, [n for n in joined if n in used]
+
+
+def _streams(split: _Split, nest: Nest, store: Store) -> bool:
+    """Whether the parts make `store` on their way."""
+    varies = bool(frozenset(nest.reduced) & store.symbols())
+    return varies and split.guard is None and not any(map(holds_reduction, store.roots))
 
 
 def _reads(stores: list[Store]) -> set[str]:

@@ -112,6 +112,10 @@ class Region:
     own points are the axes that `nest` reduces (gradients of a normalization's input and of its weights). It runs after
     `nest` and loads what that stores at the index stored to; `passed` names buffers that nobody else reads, which a kernel
     for both need not store.
+
+    Of operands larger than the GPU's L2 cache, that holds what was touched last. With `backwards` the programs of a kernel
+    start with the last elements, where the region before it has ended; `reread` says that the next region touches what this
+    one does, which should therefore stay there.
     """
 
     name: str
@@ -122,6 +126,8 @@ class Region:
     origins: tuple[str, ...] = ()
     across: Nest | None = None
     passed: frozenset[str] = frozenset()
+    backwards: bool = False
+    reread: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)

@@ -17,10 +17,11 @@ from fxopt.lower.align import division_count, mappings
 from fxopt.lower.joining import MAX_BUFFERS, MAX_NODES, join, with_nests
 
 LONGEST_ROW = 16384
-"""Elements; a sum for each of them stays in a register from row to row."""
+"""Elements; a sum for each of them stays in a register from row to row. Longer rows are read once for what they reduce to
+and once more for all else, the sums among it, which is one pass less than apart whatever the number of rows."""
 
 FEWEST_ROWS = 512
-"""With fewer, each program would see so few rows that its sums are as much to write as the rows are to read."""
+"""With fewer short rows, each program would see so few that its sums are as much to write as the rows are to read."""
 
 
 def join_across(rows: Region, columns: Region, columns_first: bool) -> Region | None:
@@ -93,14 +94,14 @@ def _aligned(rows: Nest, columns: Nest) -> Nest | None:
 
 
 def _reduces_rows(nest: Nest) -> bool:
-    """Many short rows, contiguous in most of what is loaded, without scans."""
+    """Many short rows or long ones, contiguous in most of what is loaded, without scans."""
     nodes = list(postorder(nest.roots))
     if not any(isinstance(n, Reduce) for n in nodes) or any(isinstance(n, Scan) for n in nodes):
         return False
     if not all(isinstance(s.size, int) for s in nest.reduced):
         return False
     length, count = (cost.extent(s.size for s in axes) for axes in (nest.reduced, nest.points))
-    if length > LONGEST_ROW or count < FEWEST_ROWS:
+    if length <= LONGEST_ROW and count < FEWEST_ROWS:
         return False
     return any(coefficient(load.index, s) == 1 for load in nest.loads() for s in nest.reduced)
 

@@ -162,7 +162,9 @@ class _Search:
         reads: set[str] = set()
         writes: set[str] = set()
         for step in steps:
-            if isinstance(step, Region | Batch):
+            if isinstance(step, Alias):  # which comes after what makes its memory
+                reads.add(self._root(step.of))
+            elif isinstance(step, Region | Batch):
                 reads |= {self._root(n) for n in step.reads()}
                 writes |= {self._root(n) for n in step.writes()}
             elif isinstance(step, Call):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fxopt.ir.random_ops  # noqa: F401  (defines torch.ops.fxopt.seed)
-from fxopt.ir.attention_op import attention
+from fxopt.ir.attention_op import attention, attention_backward, attention_forward
 from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy_backward, linear_cross_entropy_op
 
 aten = torch.ops.aten
@@ -71,6 +71,8 @@ LIBRARY_OPS = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         attention,
+        attention_forward,
+        attention_backward,
         linear_cross_entropy_op,
         linear_cross_entropy_backward,
         torch.ops.fxopt.seed.default,

@@ -20,6 +20,7 @@ from fxopt.ir.rounding import unrounded
 from fxopt.lower import batching, cost, recompute
 from fxopt.lower.across import join_across, join_rows
 from fxopt.lower.align import extents
+from fxopt.lower.direction import alternate
 from fxopt.lower.joining import join, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.order import Order
@@ -79,7 +80,8 @@ class _Scheduler:
         if batch:
             self._batch_all(apart)
         self._join_small()
-        return replace(self.lowered, steps=self._live(self.order.linear(lambda k: self.groups[k].position)))
+        live = self._live(self.order.linear(lambda k: self.groups[k].position))
+        return replace(self.lowered, steps=alternate(live, self.nbytes))
 
     def _arrange(self, groups: list[_Group]) -> None:
         """Take up `groups`, given in an order in which they may run, with only what their accesses demand of it."""

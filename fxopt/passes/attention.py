@@ -1,20 +1,25 @@
-"""Before autograd: attention that needs no gradient becomes `fxopt::attention`, whose backend is chosen at run time.
+"""Before autograd: attention becomes an op of fxopt's, whose backend is chosen later (tune/attention.py).
 
-On CUDA, what `scaled_dot_product_attention` turns into while it is traced is not what eager runs (see ir/attention_op.py).
-With gradients the traced form has a backward that fits it, so those calls stay as they are. The attention inside
-`multi_head_attention_forward`, which Dynamo does not look into, is reached by tracing a copy of that function.
+On CUDA, what `scaled_dot_product_attention` turns into while it is traced is not what eager runs, nor what is fastest (see
+ir/attention_op.py). A call that needs no gradient becomes `fxopt::attention`, one that does `fxopt::attention_forward`.
+Where the user says in the graph which backends to use, calls stay as they are. The attention inside
+`multi_head_attention_forward`, which Dynamo does not look into, is reached by tracing a copy of that function, if it needs
+no gradient.
 """
 
 from __future__ import annotations
 
+import operator
 import types
 from typing import Any
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import fx
 
 from fxopt.ir.attention_op import attention as attention_op
+from fxopt.ir.attention_op import attention_forward
 from fxopt.ir.spec import known_equal
 from fxopt.passes.context import Context
 from fxopt.passes.dynamo_facts import example, is_special, with_grad_mode
@@ -29,6 +34,9 @@ SPELLINGS = frozenset(
 """Every call target that Dynamo leaves in a graph; all take the same parameters under the same names."""
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+SETS_BACKENDS = torch.nn.attention._sdpa_kernel
+"""What Dynamo leaves of `torch.nn.attention.sdpa_kernel` in a graph."""
+
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
@@ -38,36 +46,67 @@ def chooses_late(device: torch.device) -> bool:
 
 
 def attention(context: Context) -> None:
+    chosen = any(node.target is SETS_BACKENDS for node in context.nodes)
     for node, grad_mode in with_grad_mode(context):
         if context.exhausted:
             return
         if node.op != "call_function" or node.target not in (*SPELLINGS, F.multi_head_attention_forward):
             continue
-        reason = _obstacle(node, grad_mode)
+        tensors = [x for a in node.all_input_nodes if (x := example(a)) is not None]
+        trains = grad_mode and any(x.requires_grad for x in tensors)
+        reason = "the graph says which backends to use" if chosen else _obstacle(node, tensors, trains)
         if reason is not None:
             context.reject("attention", reason)
-        elif node.target in SPELLINGS:
-            context.spend("without_gradient", node)
-            node.target = attention_op
-        else:
+        elif node.target not in SPELLINGS:
             context.spend("inside_multi_head", node)
             node.target = multi_head_attention
+        elif trains:
+            context.spend("with_gradient", node)
+            _make_differentiable(context, node)
+        else:
+            context.spend("without_gradient", node)
+            node.target = attention_op
 
 
-def _obstacle(node: fx.Node, grad_mode: bool) -> str | None:
+def _obstacle(node: fx.Node, tensors: list[torch.Tensor], trains: bool) -> str | None:
     """Why this call has to stay, or None. For multi-head attention, `attend` decides about the attention inside it."""
-    tensors = [x for a in node.all_input_nodes if (x := example(a)) is not None]
     if any(map(is_special, tensors)):
         return "a tensor subclass, a transformed or a nested tensor"
-    if grad_mode and any(x.requires_grad for x in tensors):
-        return "a gradient is wanted"
     if node.target not in SPELLINGS:
-        return None
-    given: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
+        return "a gradient is wanted" if trains else None
+    given = _given(node)
     operands = [x for name in PARAMETERS[:3] if (x := example(given.get(name))) is not None]
     if len(operands) < 3 or any(isinstance(given.get(name), fx.Node) for name in PARAMETERS[4:]):
         return "a parameter that is not a literal"
-    return _unsuitable(*operands, dropout=given.get("dropout_p", 0.0), grouped=bool(given.get("enable_gqa")))
+    reason = _unsuitable(*operands, dropout=given.get("dropout_p", 0.0), grouped=bool(given.get("enable_gqa")))
+    return reason or (_unsuitable_for_training(operands, example(given.get("attn_mask"))) if trains else None)
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name, as far as they are there."""
+    return dict(zip(PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _unsuitable_for_training(operands: list[torch.Tensor], mask: torch.Tensor | None) -> str | None:
+    query, key, _ = operands
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for"
+    if mask is not None and mask.requires_grad:
+        return "a mask that learns"
+    if not known_equal(query.shape[1], key.shape[1]) and (mask is not None or query.dtype == torch.float32):
+        return "grouped heads, with a mask or in float32: no fused backward"
+    return None
+
+
+def _make_differentiable(context: Context, node: fx.Node) -> None:
+    """Put `fxopt::attention_forward` in the place of a call; plain ops, so that a warm start knows the graph."""
+    given = _given(node)
+    args = (*(given[name] for name in PARAMETERS[:3]), given.get("attn_mask"), bool(given.get("is_causal", False)))
+    options = {"scale": given.get("scale"), "enable_gqa": bool(given.get("enable_gqa", False))}
+    pair = context.call(attention_forward, args, node, options)
+    new = context.emit(operator.getitem, (pair, 0), node)
+    node.replace_all_uses_with(new)
+    context.graph.gm.graph.erase_node(node)
 
 
 def _unsuitable(

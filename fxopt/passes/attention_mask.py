@@ -1,4 +1,4 @@
-"""Masks of `fxopt::attention` in the form that fused kernels take, made once instead of at every call.
+"""Masks of fxopt's attention ops in the form that fused kernels take, made once instead of at every call.
 
 Given a boolean mask, or one whose strides do not suit them, the fused backends convert and pad it in every layer, or leave
 the call to the decomposed form. Here a mask that hides nothing disappears (models build one from position indices, and
@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.ir.attention_op import attention
+from fxopt.ir import ops
+from fxopt.ir.attention_backends import MASK_ALIGNMENT
+from fxopt.ir.attention_op import attention, attention_backward, attention_forward
 from fxopt.passes.context import Context
 from fxopt.passes.facts import arguments, static_shape, tensor, uniform_value
 
 aten = torch.ops.aten
-ALIGNMENT = 8
-"""Elements (of at least two bytes) that a row of the mask is padded to: the memory-efficient kernels ask for it."""
+ATTENTION = (attention, attention_forward, attention_backward)
 
 
 def attention_mask(context: Context) -> None:
     for node in context.nodes:
         if context.exhausted:
             return
-        if node.op != "call_function" or node.target is not attention:
+        if node.op != "call_function" or node.target not in ATTENTION:
             continue
         mask = arguments(node).get("attn_mask")
         held = tensor(mask)
@@ -45,7 +46,8 @@ def _give(context: Context, rule: str, node: fx.Node, mask: fx.Node | None) -> N
     """Make `mask` the mask of this call; its result does not change."""
     context.spend(rule, node)
     given = {**arguments(node), "attn_mask": mask}
-    node.args = tuple(given.pop(name) for name in ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"))
+    positional = [a.name for a in ops.schema(node.target).arguments if not a.kwarg_only]
+    node.args = tuple(given.pop(name) for name in positional)
     node.kwargs = given
 
 
@@ -63,10 +65,10 @@ def _bias(context: Context, node: fx.Node, mask: fx.Node, held: torch.Tensor) ->
         return None
     steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [(aten.where.self, (zero, hidden), {})]
     columns = held.shape[-1]
-    if columns % ALIGNMENT:
-        steps.append((aten.constant_pad_nd.default, ([0, -columns % ALIGNMENT], float("-inf")), {}))
+    if columns % MASK_ALIGNMENT:
+        steps.append((aten.constant_pad_nd.default, ([0, -columns % MASK_ALIGNMENT], float("-inf")), {}))
     steps.append((aten.clone.default, (), {"memory_format": torch.contiguous_format}))
-    if columns % ALIGNMENT:
+    if columns % MASK_ALIGNMENT:
         steps.append((aten.slice.Tensor, (held.dim() - 1, 0, columns), {}))
     out: fx.Node | None = core
     for target, rest, options in steps:

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 Tensors = tuple[torch.Tensor, ...]
 FORWARD, BACKWARD = "forward", "backward"
+PART_ELEMENTS = 1 << 26
+"""As much of a tensor is compared with float64 at once."""
 
 
 @dataclass
@@ -132,12 +134,27 @@ def relative_error(actual: Tensors, exact: Tensors) -> float:
     for a, x, scale in zip(actual, exact, scales, strict=True):
         if not a.is_floating_point() or not a.numel():
             continue
-        difference = (a.detach().to(torch.float64) - x).abs()
-        difference = torch.where((a == x) | (a.isnan() & x.isnan()), 0.0, difference).nan_to_num(nan=float("inf"))
-        worst = max(worst, float(difference.max()) / ((scale if scale > 1e-9 * widest else widest) or 1.0))
+        difference = max(_distance(*parts) for parts in zip(_parts(a.detach()), _parts(x), strict=True))
+        worst = max(worst, difference / ((scale if scale > 1e-9 * widest else widest) or 1.0))
     return worst
 
 
+def _distance(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (actual.to(torch.float64) - exact).abs()
+    agree = (actual == exact) | (actual.isnan() & exact.isnan())
+    return float(torch.where(agree, 0.0, difference).nan_to_num(nan=float("inf")).max())
+
+
 def _scale(exact: torch.Tensor) -> float:
-    finite = exact[exact.isfinite()].abs() if exact.is_floating_point() else exact.new_empty(0)
-    return float(finite.max()) if finite.numel() else 0.0
+    if not exact.is_floating_point() or not exact.numel():
+        return 0.0
+    return max(float(torch.where(part.isfinite(), part.abs(), 0.0).max()) for part in _parts(exact))
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of at most about PART_ELEMENTS along the longest dimension: float64 temporaries of a whole GiB of bfloat16 take
+    four each."""
+    if tensor.numel() <= PART_ELEMENTS:
+        return (tensor,)
+    longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
+    return tensor.split(max(1, tensor.shape[longest] * PART_ELEMENTS // tensor.numel()), longest)

@@ -1,4 +1,8 @@
-"""One case under every contender: compile each from cold caches, judge its results, then time all of them interleaved."""
+"""One case under every contender: compile each from cold caches, judge its results, then time all of them interleaved.
+
+Compilation comes first, so that processes which share a device can compile at once and take turns (`Plan.turn`) at the rest:
+float64 values, which need most memory, and timing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,7 +24,8 @@ from fxopt.journal import Journal
 from fxopt.report.cases import BACKWARD, Case, Tensors, relative_error
 from fxopt.report.contenders import COPY, Contender, caches_under
 from fxopt.report.explanation import journals
-from fxopt.report.measure import Call, Timing, interleaved, kernels_seen, memory_in_use, peak_memory
+from fxopt.report.measure import Call, Timing, interleaved, kernels_seen, memory_in_use, peak_memory, release_memory
+from fxopt.runtime.device_lock import seconds_waited
 
 Progress = Callable[[str, float], None]
 EAGER_SHARE, ROUNDINGS = 4.0, 16.0
@@ -71,13 +76,19 @@ class Row:
         del data["outputs"]
         return {**data, "kernel_count": self.kernel_count}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """The row that `to_dict` made `data` of."""
+        return cls(**{k: v for k, v in data.items() if k != "kernel_count"})
+
 
 @dataclass
 class Plan:
     """How to compare: `seconds` of timing per case, a limit for one compilation, and whether caches start empty.
 
     `split` times forward and backward each alone, and only of contenders whose values are right by EAGER_SHARE (eager has to
-    be among them). `flush` and `ahead` are those of `interleaved`.
+    be among them). `flush` and `ahead` are those of `interleaved`. `turn` makes what is held while values are judged and
+    contenders timed: a lock, where several processes share the device.
     """
 
     device: torch.device
@@ -91,6 +102,7 @@ class Plan:
     profile: bool = True
     keep_outputs: bool = False
     skip: Callable[[Contender], str] = lambda contender: ""
+    turn: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class CompileTimeout(Exception):
@@ -125,13 +137,28 @@ class WrongValueError(Exception):
 
 @dataclass
 class _Subject:
-    """What all contenders of one comparison share: exact values, bytes to move, and eager's error once it is known."""
+    """What all contenders of one comparison share. `exact` and `traffic` are there while contenders are judged and timed."""
 
     case: Case
     plan: Plan
-    exact: Tensors | None
-    traffic: Mapping[str, int]
+    rebuild: Callable[[], Case] | None
+    exact: Tensors | None = None
+    traffic: Mapping[str, int] = field(default_factory=dict)
     eager_error: float | None = None
+    rough: Case | None = None
+    """An equal case for compiling: what that does to its tensors does not reach those that are judged."""
+
+    def case_for(self, contender: Contender, judged: bool) -> Case:
+        """The case to compile or, if `judged`, to judge and time: one of the contender's own where inputs may change."""
+        if self.rebuild is None:
+            case = self.case
+        elif contender.alternative or self.case.reset is not None:
+            case = self.rebuild()
+        elif judged:
+            case = self.case
+        else:
+            case = self.rough = self.rough or self.rebuild()
+        return case.alternatives[contender.alternative]() if contender.alternative else case
 
     def judge(self, case: Case, row: Row, outputs: Tensors) -> None:
         """Note the error; WrongValueError when split passes are not to be timed because of it."""
@@ -145,6 +172,20 @@ class _Subject:
                 raise WrongValueError(f"off by {row.error:.1e} relative to float64, eager by {self.eager_error:.1e}")
 
 
+@dataclass
+class _Entrant:
+    """A contender on its way: `case` and `compiled` once it is compiled, `graphs` what fxopt compiled for it, `kernels` what
+    each pass launches. `root` is the folder of its caches."""
+
+    contender: Contender
+    row: Row
+    root: str
+    case: Case | None = None
+    compiled: Callable[..., Any] | None = None
+    graphs: list[Journal] = field(default_factory=list)
+    kernels: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
 def compare(
     case: Case,
     contenders: Sequence[Contender],
@@ -154,25 +195,81 @@ def compare(
 ) -> list[Row]:
     """Rows in the order of `contenders`. A contender that fails or is skipped has a row that says why.
 
-    `progress` is called with what is being done and the share of the whole (0 to 1). `rebuild` makes an equal case with
-    tensors of its own for each contender: needed where one may change its inputs. Dynamo's caches are reset.
+    `progress` is called with what is being done and the share of the whole (0 to 1). `rebuild` makes an equal case with new
+    tensors: needed where a contender may change its inputs. Dynamo's caches are reset.
     """
     torch.compiler.reset()
     _load_dynamo()
-    subject = _Subject(case, plan, case.exact(), _traffic(case) if plan.split else {})
-    rows, calls = [], {}
+    subject = _Subject(case, plan, rebuild)
+    if rebuild is None:
+        subject.exact = case.exact()  # before anybody can change the inputs
     with (
         tempfile.TemporaryDirectory(prefix="fxopt-cold-", ignore_cleanup_errors=True) as root,
         private.saved_values_kept() if plan.split else nullcontext(),
     ):
+        entrants = []
         for number, contender in enumerate(contenders):
-            progress(f"compiling {contender.name}", 0.7 * number / len(contenders))
-            for row, call in _prepare(subject, contender, f"{root}/{number}", rebuild):
-                rows.append(row)
-                if call is not None:
-                    calls[row.contender, row.part] = call
-        _time(calls, rows, plan, progress)
+            progress(f"compiling {contender.name}", 0.6 * number / len(contenders))
+            row = Row(contender.name, contender.mode_label, contender.frozen)
+            row.skipped = _why_not(contender, case, plan) or plan.skip(contender)
+            entrants.append(_Entrant(contender, row, f"{root}/{number}"))
+            if _is_compiled(contender):
+                _attempt(entrants[-1], lambda entrant: _compile(subject, entrant))
+        subject.rough = None
+        release_memory(plan.device)  # before waiting: others need it
+        with plan.turn():
+            rows = _judge_and_time(subject, entrants, progress)
+            release_memory(plan.device)  # before the next one's turn
     torch.compiler.reset()
+    return rows
+
+
+def _is_compiled(contender: Contender) -> bool:
+    """Whether its first step compiles something; eager's needs much memory and no time."""
+    return contender.backend is not None or bool(contender.alternative)
+
+
+def _attempt(entrant: _Entrant, action: Callable[[_Entrant], None]) -> None:
+    """Run `action` unless the contender is out; what it raises puts it out.
+
+    An error after which the GPU cannot be used ends the comparison: it is raised here, while this contender is at work.
+    """
+    if entrant.row.skipped:
+        return
+    try:
+        action(entrant)
+    except Exception as error:
+        entrant.row.skipped = f"failed: {_summary(error)}"
+        entrant.case = entrant.compiled = None
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+
+def _judge_and_time(subject: _Subject, entrants: Sequence[_Entrant], progress: Progress) -> list[Row]:
+    """Float64 values first, which are gone before the passes and what they save take memory."""
+    plan = subject.plan
+    if subject.rebuild is not None:
+        subject.exact = subject.case.exact()
+    if plan.split:
+        subject.traffic = _traffic(subject.case)
+    for number, entrant in enumerate(entrants):
+        progress(f"checking {entrant.contender.name}", 0.6 + 0.1 * number / len(entrants))
+        if entrant.contender != COPY:
+            _attempt(entrant, lambda entrant: _check(subject, entrant))
+    subject.exact = None
+    release_memory(plan.device)
+    rows: list[Row] = []
+    calls: dict[tuple[str, str], Call] = {}
+    for entrant in entrants:
+        found: list[tuple[Row, Call]] = []
+        _attempt(entrant, lambda entrant, found=found: found.extend(_passes(subject, entrant)))  # type: ignore[misc]
+        if entrant.row.skipped:
+            rows.append(entrant.row)
+            continue
+        for row, call in found:
+            rows.append(row)
+            calls[row.contender, row.part] = call
+    _time(calls, rows, plan, progress)
     return rows
 
 
@@ -198,52 +295,74 @@ def _why_not(contender: Contender, case: Case, plan: Plan) -> str:
     return "freezing is for inference" if contender.frozen and case.training else ""
 
 
-def _prepare(
-    subject: _Subject, contender: Contender, root: str, rebuild: Callable[[], Case] | None
-) -> list[tuple[Row, Call | None]]:
-    """Compile, check and profile one contender: its rows (one a pass where passes are split), each with what to time."""
-    row, plan = Row(contender.name, contender.mode_label, contender.frozen), subject.plan
-    row.skipped = _why_not(contender, subject.case, plan) or plan.skip(contender)
-    if row.skipped:
-        return [(row, None)]
-    try:
-        if contender == COPY:
-            return [(replace(row, part=p, bytes_moved=n), _copy(n, plan.device)) for p, n in subject.traffic.items()]
-        case = subject.case if rebuild is None else rebuild()
-        if contender.alternative:
-            case = case.alternatives[contender.alternative]()
-        return _build(subject, case, contender, row, root)
-    except Exception as error:
-        row.skipped = f"failed: {_summary(error)}"
-        return [(row, None)]
-
-
 def _copy(nbytes: int, device: torch.device) -> Call:
     """A copy that reads half of `nbytes` and writes the other half."""
     source = torch.ones(max(1, nbytes // 2), dtype=torch.uint8, device=device)
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
-def _build(subject: _Subject, case: Case, contender: Contender, row: Row, root: str) -> list[tuple[Row, Call | None]]:
-    plan = subject.plan
+def _compile(subject: _Subject, entrant: _Entrant) -> None:
+    """Compile and run the first steps, and see which kernels they launch."""
+    contender, row, plan = entrant.contender, entrant.row, subject.plan
     row.cache = _cache_state(contender, plan.cold)
+    case = subject.case_for(contender, judged=not _is_compiled(contender))
     base = memory_in_use(plan.device)
     compiled = contender.compile(case.module, plan.device)
-    with caches_under(root) if plan.cold else nullcontext(), journals() as graphs:
-        row.compile_seconds = _compile(case, compiled, plan)
-        if case.reset is not None:
-            case.reset()
-        outputs = case.drive(compiled)
-    subject.judge(case, row, outputs)
-    row.outputs = outputs if plan.keep_outputs else None
-    del outputs
-    _inspect(case, compiled, row, plan, graphs, base)
-    passes = case.passes(compiled) if plan.split else {"": lambda: case.drive(compiled)}
-    rows = [replace(row, part=part, bytes_moved=subject.traffic.get(part)) for part in passes]
-    for own in rows:
+    with _own_caches(entrant, plan):
+        row.compile_seconds = _first_step(case, compiled, plan)
+        case.drive(compiled)  # which compiles again where the first step has changed its inputs' kind
+    _inspect(case, compiled, row, plan, entrant.graphs, base)
+    for part, call in _calls(case, compiled, plan).items():
         if plan.profile and contender.countable(plan.device):
-            own.kernels = _kernels(passes[own.part], own.part, plan.device, graphs)
-    return [(own, passes[own.part]) for own in rows]
+            entrant.kernels[part] = _kernels(call, part, plan.device, entrant.graphs)
+    if case.reset is not None:
+        case.reset()
+    # Code for a function's inputs does for those of another case; a module or an optimizer has tensors of its own.
+    shared = subject.rebuild is not None and case.reset is None
+    entrant.compiled, entrant.case = compiled, None if shared or contender.alternative else case
+
+
+@contextmanager
+def _own_caches(entrant: _Entrant, plan: Plan) -> Iterator[None]:
+    with caches_under(entrant.root) if plan.cold else nullcontext(), journals() as graphs:
+        yield
+    entrant.graphs += graphs
+
+
+def _calls(case: Case, compiled: Callable[..., Any], plan: Plan) -> Mapping[str, Call]:
+    """What is timed: the passes, or a whole step under the name ""."""
+    return case.passes(compiled) if plan.split else {"": lambda: case.drive(compiled)}
+
+
+def _check(subject: _Subject, entrant: _Entrant) -> None:
+    """Compare one step's values with float64."""
+    if entrant.compiled is None:
+        _compile(subject, entrant)
+    if entrant.case is None:
+        entrant.case = subject.case_for(entrant.contender, judged=True)
+        if entrant.contender.alternative:  # it is no compilation, but the case's own module
+            entrant.compiled = entrant.contender.compile(entrant.case.module, subject.plan.device)
+        assert entrant.compiled is not None
+        entrant.case.drive(entrant.compiled)  # should this spoil the inputs, the step that is judged shows it
+        if entrant.case.reset is not None:
+            entrant.case.reset()
+    assert entrant.compiled is not None
+    with _own_caches(entrant, subject.plan):
+        outputs = entrant.case.drive(entrant.compiled)
+    subject.judge(entrant.case, entrant.row, outputs)
+    entrant.row.outputs = outputs if subject.plan.keep_outputs else None
+
+
+def _passes(subject: _Subject, entrant: _Entrant) -> list[tuple[Row, Call]]:
+    """The contender's rows (one a pass where passes are split), each with what to time."""
+    row, plan = entrant.row, subject.plan
+    if entrant.contender == COPY:
+        return [(replace(row, part=p, bytes_moved=n), _copy(n, plan.device)) for p, n in subject.traffic.items()]
+    assert entrant.case is not None and entrant.compiled is not None
+    return [
+        (replace(row, part=part, bytes_moved=subject.traffic.get(part), kernels=entrant.kernels.get(part)), call)
+        for part, call in _calls(entrant.case, entrant.compiled, plan).items()
+    ]
 
 
 def _cache_state(contender: Contender, cold: bool) -> str:
@@ -254,14 +373,14 @@ def _cache_state(contender: Contender, cold: bool) -> str:
     return ("cold, first use" if first else "cold") if cold else "user"
 
 
-def _compile(case: Case, compiled: Callable[..., Any], plan: Plan) -> float:
-    """Seconds of the first step: compilation, forward and backward, and one execution."""
-    start = time.perf_counter()
+def _first_step(case: Case, compiled: Callable[..., Any], plan: Plan) -> float:
+    """Seconds of the first step: compilation, forward and backward, and one execution. Waiting for turns is left out."""
+    start = time.perf_counter() - seconds_waited()
     with time_limit(plan.compile_limit):
         case.drive(compiled)
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
-    return time.perf_counter() - start
+    return time.perf_counter() - seconds_waited() - start
 
 
 def _inspect(case: Case, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal], base: int) -> None:

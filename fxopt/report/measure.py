@@ -143,6 +143,12 @@ def memory_in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
+def release_memory(device: torch.device) -> None:
+    """Give what torch's CUDA allocator keeps for later back to the device, where other processes can have it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(call: Call, device: torch.device, base: int) -> int | None:
     """Most bytes beyond `base` that torch's CUDA allocator had handed out during one call; None on CPU."""
     if device.type != "cuda":

@@ -20,7 +20,7 @@ import torch
 
 import fxopt.ir.linear_cross_entropy_op  # noqa: F401  (defines ops that plans name)
 from fxopt.errors import PlanError
-from fxopt.ir.attention_op import attend
+from fxopt.ir.attention_op import attend, attend_backward, attend_forward
 from fxopt.ir.exprs import Atom, Expr, Int
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size, refs
@@ -59,6 +59,8 @@ DIRECT: dict[str, Callable[..., Any]] = {
     "aten::baddbmm.out": torch.baddbmm,
     "aten::convolution.default": torch.convolution,
     "fxopt::attention.default": attend,
+    "fxopt::attention_forward.default": attend_forward,
+    "fxopt::attention_backward.default": attend_backward,
 }
 """Ops that models call most, as functions with the same parameters that reach the kernel with less Python in between: 1 to
 5 us less a call than through the OpOverload."""

@@ -18,9 +18,9 @@ from fxopt.lower.contractions import NAME
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice, sizes_of
+from fxopt.tune.contest import decide
 from fxopt.tune.measure import METHOD, BoundCall, Measurements, Trial, assumed_sizes
-from fxopt.tune.records import RecordKey, Records
-from fxopt.tune.winner import pick_winner
+from fxopt.tune.records import RecordKey
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,15 @@ def _fastest(
     journal: Journal,
 ) -> str:
     """The label of the fastest trial: from the records, or measured now."""
-    labels = [t.label for t in trials]
-    if len(labels) == 1 or alternatives.device.type != "cuda":
-        return labels[0]
-    records, key = Records(store.cache, Target.current(alternatives.device).key), RecordKey("alternatives", facts)
-    found = records.get(key)
-    if found is None or found.get("winner") not in labels:
-        seconds = measurements.compare(alternatives.name, alternatives.buffers, alternatives.device, trials)
-        if seconds is None:
-            return labels[0]
-        figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}
-        found = {"winner": pick_winner(labels, seconds), "seconds": figures}
-        records.put(key, found)
-    winner, figures = str(found["winner"]), found.get("seconds", {})
-    said = ", ".join(f"{label}: {figures[label] * 1e6:.1f} us" for label in (winner, labels[0]) if label in figures)
+    first = trials[0].label
+    if len(trials) == 1 or alternatives.device.type != "cuda":
+        return first
+    key = RecordKey("alternatives", facts)
+    found = decide(key, alternatives.name, alternatives.buffers, alternatives.device, trials, store, measurements)
+    if found is None:
+        return first
+    winner, figures = found
+    said = ", ".join(f"{label}: {figures[label] * 1e6:.1f} us" for label in (winner, first) if label in figures)
     journal.note(NAME, f"{alternatives.name}: {winner} ({said})")
     return winner
 

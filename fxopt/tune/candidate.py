@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.templates import gemm_config
-from fxopt.codegen.triton_contraction import print_contraction, problem_of
+from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Batch, BufferSpec, Contraction, Region
@@ -100,7 +100,7 @@ def triton_candidates(region: Region, target: Target, mode: str, most: int = CAN
             reason = error.reason
             continue
         out.append(Candidate(str(config), printed.kernels, printed.scratch))
-        if len(out) == count or _checks_indices(printed.kernels):
+        if len(out) == count or _depends_on_indices(region, printed.kernels):
             break
     if not out:
         raise UnsupportedError(reason)
@@ -123,7 +123,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     ranked = gemm_config.configs(problem, target, limit=most)
     if mode != "max-autotune" and not _may_win(problem, ranked, target):
         return []
-    return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in ranked]
+    chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
+    return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in chosen]
 
 
 def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
@@ -134,10 +135,12 @@ def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.Gemm
     return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in ranked[:1])
 
 
-def _checks_indices(kernels: Sequence[KernelSource]) -> bool:
-    """Such a kernel ends the CUDA context when an index is out of bounds; measuring on made-up data must not risk that, so
-    one candidate is enough."""
-    return any(kernel.errors for kernel in kernels)
+def _depends_on_indices(region: Region, kernels: Sequence[KernelSource]) -> bool:
+    """Whether measuring on made-up data makes no sense, so that one candidate is enough: a check of indices may end the CUDA
+    context, and additions all to one place take a time of their own."""
+    if any(kernel.errors for kernel in kernels):
+        return True
+    return any(store.mode == "add" and store.indirect for nest in region.nests for store in nest.stores)
 
 
 def candidate_count(region: Work, mode: str) -> int:

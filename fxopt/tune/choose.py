@@ -26,9 +26,10 @@ from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.alternatives import settle
 from fxopt.tune.candidate import Candidate, Choice, Work, candidates, sizes_of
+from fxopt.tune.contest import decide
 from fxopt.tune.measure import METHOD, Measurements, Trial, assumed_sizes
-from fxopt.tune.records import RecordKey, Records
-from fxopt.tune.winner import pick_winner
+from fxopt.tune.records import RecordKey
+from fxopt.tune.twins import Printer
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
@@ -101,9 +102,11 @@ def _places(
 def _print(regions: Sequence[Work], options: Options) -> tuple[list[tuple[Any, list[Candidate]]], list[tuple[Any, str]]]:
     printed: list[tuple[Work, list[Candidate]]] = []
     failed: list[tuple[Work, str]] = []
+    printer = Printer(lambda region: candidates(region, options))
     for region in regions:
         try:
-            printed.append((region, candidates(region, options)))
+            own = printer(region) if isinstance(region, Region) else candidates(region, options)
+            printed.append((region, own))
         except UnsupportedError as error:
             failed.append((region, error.reason))
     return printed, failed
@@ -147,19 +150,10 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     usable = [c for c in contest.built if not _spills(c)] or contest.built
     if len(usable) == 1 or contest.region.device.type != "cuda":
         return usable[0]
-    target = Target.current(contest.region.device)
-    records = Records(store.cache, target.key)
-    key = RecordKey("region", _facts(contest.region, usable, target))
-    found = records.get(key)
-    labels = [c.label for c in usable]
-    if found is None or found.get("winner") not in labels:
-        seconds = measurements.compare(contest.region.name, *_measurable(contest.region, usable))
-        if seconds is None:
-            return usable[0]
-        figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}
-        found = {"winner": pick_winner(labels, seconds), "seconds": figures}
-        records.put(key, found)
-    return usable[labels.index(str(found["winner"]))]
+    region = contest.region
+    key = RecordKey("region", _facts(region, usable, Target.current(region.device)))
+    found = decide(key, region.name, *_measurable(region, usable), store, measurements)
+    return usable[0] if found is None else next(c for c in usable if c.label == found[0])
 
 
 def _measurable(region: Work, usable: Sequence[Choice]) -> tuple[dict[str, BufferSpec], torch.device, list[Trial]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxopt import knobs
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
@@ -20,6 +23,7 @@ from fxopt.journal import Journal
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.binding import resolve_op
+from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.launch import CudaError, load_cubin
 
 METHOD = 4
@@ -35,7 +39,11 @@ FASTEST_MEMORY = 8e12
 """Bytes a second that no GPU fills faster."""
 
 MOST_FILLS = 32
-Run = Callable[[], None]
+
+PATIENCE_SECONDS = 60.0
+"""How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
+
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -63,15 +71,30 @@ class Measurements:
     """Times candidates of regions, interleaved, on data of the region's shapes. One per compilation; it keeps the budget.
 
     Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
-    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits the L2 cache
-    is found there, as in a model where the previous kernel has just written it. Weights and what the forward saved are
-    not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm cache
-    serves well enough look good.
+    that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits
+    the L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what was saved
+    are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
+    cache serves well enough look good.
     """
 
     def __init__(self, journal: Journal, budget: float) -> None:
         self.journal, self.left = journal, budget
+        self._patience = PATIENCE_SECONDS
         self._said = False
+
+    @contextlib.contextmanager
+    def turn(self, device: torch.device, cache: Path) -> Iterator[None]:
+        """No other process with the same `cache` (or FXOPT_LOCK_DIR) measures on `device` in the block, unless this one has
+        waited too long. Waiting is not charged to the budget."""
+        if self.left <= 0:
+            yield  # `compare` is going to measure nothing
+            return
+        start, patience = time.monotonic(), self._patience
+        with turn_on(device, cache, patience) as held:
+            self._patience = max(0.0, patience - (time.monotonic() - start))
+            if not held and patience > 0.0 == self._patience:
+                self.journal.note("tuning", "measured while another process measured on this GPU, after a long wait for it")
+            yield
 
     def compare(
         self, name: str, buffers: Mapping[str, BufferSpec], device: torch.device, trials: Sequence[Trial]
@@ -102,6 +125,11 @@ class Measurements:
         figures = ", ".join(f"{t.label}: {s * 1e6:.1f} us" for t, s in zip(trials, seconds, strict=True))
         log.info("%s: %s: %s", self.journal.graph, name, figures)
         return seconds
+
+
+def turn_on(device: torch.device, cache: Path, patience: float) -> contextlib.AbstractContextManager[bool]:
+    """A turn on `device` among the processes with one `cache` (or FXOPT_LOCK_DIR), as `device_lock.turn` gives it."""
+    return turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience)
 
 
 def _may_stay_in_cache(buffers: Mapping[str, BufferSpec], device: torch.device) -> bool:
@@ -200,7 +228,15 @@ def _launch(source: KernelSource, artifact: Artifact, tensors: dict[str, torch.T
         batch = BatchLauncher(launcher, source.members, source.block, width, device)
         return functools.partial(batch, stream, tuple(pointers))
     grid = [evaluate(g, sizes) for g in source.grid]
-    return functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+    run = functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+    try:
+        run()
+    except CudaError as error:
+        if error.ends_context:
+            raise
+        log.info("%s cannot be a candidate: %s", artifact.entry, error)
+        return None
+    return run
 
 
 def _call(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:

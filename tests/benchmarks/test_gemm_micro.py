@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ def interpreter() -> Iterator[Interpreter]:
 @pytest.mark.parametrize(
     "config", [GemmConfig(True, 16, 32, 16, 4, 3), GemmConfig(False, 32, 16, 16, 4, 3, split=2)], ids=str
 )
-@pytest.mark.parametrize("layout", ["nt", "nn"])
-def test_values_are_right(interpreter: Interpreter, config: GemmConfig, layout: str) -> None:
-    case = GemmCase("small", 20, 40, 48, layout, gelu=True, dtype=torch.float32)
+@pytest.mark.parametrize(("layout", "epilogue"), [("nt", "gelu"), ("nn", "gelu"), ("nt", "gated")])
+def test_values_are_right(interpreter: Interpreter, config: GemmConfig, layout: str, epilogue: str) -> None:
+    case = GemmCase("small", 20, 40, 48, layout, epilogue, torch.float32)
+    if epilogue == "gated":
+        config = replace(config, split=1)
     inputs = case.inputs(torch.device("cpu"))
     kernels, scratch = sources(case, config)
     memory = {n: t.as_strided((t.numel(),), (1,)) for n, t in inputs.items()}

@@ -10,17 +10,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.kernels_micro import MicroCase, candidates, cases, check, excess, flat, lower
+from benchmarks.kernels_micro import MicroCase, candidates, cases, check, excess, flat, long_rows, lower, main_region
 from fxopt.ir.kernel import Artifact
-from fxopt.ir.region import Region
 from fxopt.lower import Lowered
+from fxopt.report.cases import widened
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.capturing import moved
 
 CPU, TARGET = torch.device("cpu"), Target.cuda(90)
-SMALL = [c for c in cases(scale=512) if max(c.shapes[0]) <= 4096 and torch.Size(c.shapes[0]).numel() <= 1 << 17]
+SMALL = [
+    c
+    for c in (*cases(scale=512), *long_rows(scale=8192))
+    if max(c.shapes[0]) <= 4096 and max(torch.Size(s).numel() for s in c.shapes) <= 1 << 17
+]
 
 
 def on_gpu(lowered: Lowered) -> Lowered:
@@ -34,10 +38,10 @@ def interpreter() -> Iterator[Interpreter]:
     server.close()
 
 
-@pytest.mark.parametrize("case", list(cases(scale=512)), ids=lambda c: c.title.replace(" ", "-"))
+@pytest.mark.parametrize("case", [*cases(scale=512), *long_rows()], ids=lambda c: c.title.replace(" ", "-"))
 def test_every_case_is_one_region(case: MicroCase) -> None:
-    (region,) = lower(case, case.inputs(CPU), on_gpu).steps
-    assert isinstance(region, Region)
+    unfilled = [torch.empty(s, dtype=d) for s, d in zip(case.shapes, case.dtypes, strict=True)]
+    region = main_region(lower(case, case.inputs(CPU) if case.nhwc else unfilled, on_gpu))
     assert len(candidates(region, TARGET)) > 3
 
 
@@ -45,9 +49,7 @@ def test_every_case_is_one_region(case: MicroCase) -> None:
 def test_values_are_right(interpreter: Interpreter, case: MicroCase) -> None:
     inputs = case.inputs(CPU)
     lowered = moved(lower(case, inputs, on_gpu), "cpu")
-    (region,) = lowered.steps
-    assert isinstance(region, Region)
-    first = candidates(region, TARGET)[0]
+    first = candidates(main_region(lowered), TARGET)[0]
     kernels = tuple((s, Artifact("key", "triton", s.entry, Path())) for s in first.sources)
 
     def launch(choice: Choice, tensors: dict[str, torch.Tensor]) -> None:
@@ -56,7 +58,7 @@ def test_values_are_right(interpreter: Interpreter, case: MicroCase) -> None:
         for source, _ in choice.kernels:
             interpreter.run(source, memory)
 
-    eager, exact = case.function(*inputs), case.function(*(t.double() for t in inputs))
+    eager, exact = case.function(*inputs), case.function(*widened(inputs))
     choice = Choice(first.label, kernels, first.scratch)
     assert check(lowered, choice, inputs, eager, exact, launch) <= 1
 

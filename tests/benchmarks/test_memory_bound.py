@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +15,15 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import liger, memory_bound
+from benchmarks import case_worker, liger, memory_bound
 from benchmarks.memory_bound import WORKLOADS, Grid, choose, plan_jobs, spread
 from benchmarks.memory_bound_kernels import SWEEP
 from benchmarks.optimizers import OPTIMIZERS, bert_shapes
 from benchmarks.plot import shares
-from benchmarks.results import load
+from benchmarks.results import MOST_LINE, Results, folded, load
 from benchmarks.summary import summarize, summary_tables
 from fxopt.report.cases import BACKWARD, FORWARD, Case, relative_error
+from fxopt.report.compare import Row
 
 CPU = torch.device("cpu")
 GRID = Grid(("bfloat16", "float32"), (16, 128, 1024), (64, 1024, 8192, 131072))
@@ -148,6 +153,64 @@ def test_a_run_is_resumed_summed_up_and_drawn(tmp_path: Path) -> None:
     assert set(shares(data)) == {"eager", "fused"}
 
 
+def test_worker_processes_run_the_cases_and_a_run_is_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "m.json"
+    arguments = ["--tiny", "--device", "cpu", "--dtype", "float32", "--seconds", "0.01", "--out", str(out), "--resume"]
+    arguments += ["--contenders", "eager,copy", "--processes", "2"]
+    result = CliRunner().invoke(_app(), [*arguments, "--workloads", "softmax,gelu"])
+    assert result.exit_code == 0, result.output
+    first = load(out)["cases"]
+    assert {c["workload"] for c in first} == {"softmax", "gelu"}
+    result = CliRunner().invoke(_app(), [*arguments, "--workloads", "softmax,gelu,adamw"])
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 cases done" in result.output
+    data = load(out)
+    assert data["cases"][:2] == first
+    assert data["settings"]["processes"] == 2
+    for case in data["cases"]:
+        assert all(r["seconds"] > 0 and r["copy_share"] > 0 for r in case["rows"])
+    softmax = next(c for c in data["cases"] if c["workload"] == "softmax")
+    eager = {r["part"]: r for r in softmax["rows"] if r["contender"] == "eager"}
+    assert eager[FORWARD]["kernels"] == {"aten::_softmax": 1}
+    assert eager[BACKWARD]["bytes_moved"] == 3 * 4 * 128 * 16
+    assert out.with_suffix(".png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_compact_files_hold_the_rows_in_short(tmp_path: Path) -> None:
+    long = "void at::native::(anonymous namespace)::reduce<4, f(int)>(float*, std::array<char*, 2ul>)"
+    row = Row("fxopt", "default", False, seconds=1 / 3, kernels={long: 2, long + "x": 1, "triton_red_0": 1}, part=FORWARD)
+    results = Results(tmp_path / "r.json", CPU, {}, compact=True)
+    again = Row("fxopt", "default", False, seconds=None, kernels={"k": 1}, part=BACKWARD)
+    rows = [row, again, Row("liger", "default", False, skipped="no")]
+    results.add(WORKLOADS["softmax"], {"rows": 2, "cols": 3}, "float32", rows)
+    (case,) = load(tmp_path / "r.json")["cases"]
+    own, backward, liger = case["rows"]
+    assert own == {**row.to_dict(), "seconds": 0.3333, "kernels": {"reduce": 3, "triton_red_0": 1}}
+    assert backward == again.to_dict()
+    assert liger == Row("liger", "default", False, skipped="no").to_dict()
+    text = (tmp_path / "r.json").read_text()
+    assert "retreats" not in text.split('"usual"')[0]
+    assert folded(list(range(200))) == folded(json.loads(folded(list(range(200)))))
+    assert max(map(len, text.splitlines())) <= MOST_LINE + 50
+
+
+def test_inductor_tunes_while_it_has_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def device_turn() -> Iterator[None]:
+        order.append("turn")
+        yield
+        order.append("over")
+
+    monkeypatch.setattr(CachingAutotuner, "benchmark_all_configs", lambda self, x: order.append(f"measured {x}"))
+    case_worker.inductor_tunes_in_turn(device_turn)
+    CachingAutotuner.benchmark_all_configs(None, 3)
+    assert order == ["turn", "measured 3", "over"]
+
+
 def test_what_does_not_fit_is_left_for_another_run(tmp_path: Path) -> None:
     out = tmp_path / "m.json"
     arguments = ["--tiny", "--device", "cpu", "--dtype", "float32", "--contenders", "eager,copy", "--workloads", "gelu"]
@@ -190,9 +253,14 @@ def test_the_summary_lists_what_is_too_slow() -> None:
     summary = summarize(data)
     assert [(e["part"], e["copy_share"]) for e in summary["below_copy"]] == [(BACKWARD, 0.9)]
     assert [(e["part"], round(e["times"], 2)) for e in summary["slower_than_inductor"]] == [(BACKWARD, 1.05)]
-    assert summary["over_inductor"] == pytest.approx((2.0 * 0.95) ** 0.5)
-    assert summary["over_liger"] == pytest.approx(2.0)  # of both passes together
-    assert summary["over_fused"] is None
+    inductor, liger = summary["over"]["inductor"], summary["over"]["liger"]
+    assert inductor["mean"] == pytest.approx((2.0 * 0.95) ** 0.5)
+    assert (inductor["passes"], inductor["slower"], inductor["least"]) == (2, 1, pytest.approx(0.95))
+    assert liger["steps_mean"] == pytest.approx(2.0)  # of both passes together
+    assert liger["mean"] == pytest.approx((5.0 * 0.5) ** 0.5)
+    assert set(summary["over"]) == {"inductor", "liger"}
+    assert summary["one_pass"] == {"passes": 2, "reached": 1, "least": 0.9}
+    assert summary["kernels"]["softmax backward"]["least_over_inductor"] == pytest.approx(0.95)
     assert [e["contender"] for e in summary["failed"]] == ["eager"]
     assert len(summary_tables(summary)) == 4
     case["one_pass"] = [8, 4]

@@ -99,15 +99,37 @@ def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) 
         check(interpreter, nests.norm_gradients(600, row, dtype), config, slack=64.0)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("points", [1, 37, 64])
+def test_sums_over_rows_after_what_the_rows_reduce_to(interpreter: Interpreter, points: int, dtype: torch.dtype) -> None:
+    """Down the columns with a loop over the rows, with all rows at once, and in parts."""
+    case = nests.norm_gradients(points, 200, dtype)
+    for config in (
+        TritonConfig(32, r_block=16, persistent=False, statistics=True),
+        TritonConfig(64, r_block=64, statistics=True),
+        *([TritonConfig(32, r_block=16, persistent=False, split=4, statistics=True)] if points > 1 else []),
+    ):
+        check(interpreter, case, config, slack=32.0)
+
+
+def test_long_rows_are_reduced_first() -> None:
+    case = nests.norm_gradients(16, 65536, F32)
+    found = every_config(case)
+    assert found[0].statistics and any(c.split == 1 and not c.statistics for c in found)
+    entries = [k.entry for k in print_region(case.region, found[0], TARGET).kernels]
+    assert sum("column" in e for e in entries) == 1 and "column" in entries[-1]
+    assert not any(c.statistics for c in every_config(nests.norm_gradients(8192, 1024, F32)))
+
+
 def test_what_only_the_sums_read_is_not_stored(interpreter: Interpreter) -> None:
     case = nests.norm_gradients(40, 64, F32)
     alone = replace(case, region=replace(case.region, passed=frozenset({"dx"})))
-    config = TritonConfig(4, r_block=64, split=4)
-    assert "dx" not in print_region(alone.region, config, TARGET).kernels[0].buffers
     inputs = {n: sample(case, n) for n in case.inputs}
-    _, *expected = run(interpreter, case, config, inputs)
-    _, *actual = run(interpreter, alone, config, inputs)
-    assert all(map(torch.equal, actual, expected))
+    for config in (TritonConfig(4, r_block=64, split=4), TritonConfig(32, r_block=16, persistent=False, statistics=True)):
+        assert not any("dx" in k.buffers for k in print_region(alone.region, config, TARGET).kernels)
+        _, *expected = run(interpreter, case, config, inputs)
+        _, *actual = run(interpreter, alone, config, inputs)
+        assert all(map(torch.equal, actual, expected))
 
 
 def test_sums_over_a_symbolic_number_of_rows(interpreter: Interpreter) -> None:
@@ -129,7 +151,15 @@ def test_transposed(interpreter: Interpreter, config: TritonConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [TritonConfig(1), TritonConfig(4), LOOPED, TritonConfig(1, split=4), TritonConfig(1, split=3)]
+    "config",
+    [
+        TritonConfig(1),
+        TritonConfig(4),
+        LOOPED,
+        replace(LOOPED, stages=3),
+        TritonConfig(1, split=4),
+        TritonConfig(1, split=3),
+    ],
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_softmax(interpreter: Interpreter, config: TritonConfig, dtype: torch.dtype) -> None:
@@ -237,6 +267,55 @@ def test_split_parts_store_along_the_row_themselves() -> None:
 
 def test_a_split_reduction_of_uneven_parts(interpreter: Interpreter) -> None:
     check(interpreter, nests.gelu_backward(64, 12, F32), TritonConfig(8, split=5))
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (nests.pointwise(1000, F32), TritonConfig(128)),
+        (nests.transposed(F32), TritonConfig(32, y_block=16)),
+        (nests.softmax(6, 100, F32), LOOPED),
+        (nests.softmax(6, 100, F32), TritonConfig(1, split=4)),
+        (nests.norm_gradients(37, 64, F32), TritonConfig(4, r_block=64, split=3)),
+        (nests.broadcast_symbolic(), TritonConfig(64)),
+    ],
+)
+def test_programs_in_reverse(interpreter: Interpreter, case: Case, config: TritonConfig) -> None:
+    turned = replace(case, region=replace(case.region, backwards=True, reread=True))
+    texts = [k.text for k in print_region(turned.region, config, TARGET).kernels]
+    assert "tl.num_programs(0) - 1" in texts[0] and "evict_first" not in texts[0]
+    check(interpreter, turned, config, slack=32.0)
+
+
+def test_what_is_the_same_for_a_step_is_loaded_once(interpreter: Interpreter) -> None:
+    """A weight for each run of 32 elements: the same for a step of 16 or 32, not of 64, nor of 16 over runs of 24."""
+    for length, step, same in ((32, 16, True), (32, 32, True), (32, 64, False), (24, 16, False)):
+        case = nests.group_scale(5, 4, length)
+        config = TritonConfig(1, r_block=step, persistent=False)
+        check(interpreter, case, config)
+        check(interpreter, case, replace(config, x_block=2))
+        assert (f"r_base // {length}" in print_region(case.region, config, TARGET).kernels[0].text) == same
+
+
+def test_what_parts_have_stored_is_loaded_again(interpreter: Interpreter) -> None:
+    """Rather than its operands; where the last part is incomplete, nothing is stored on the way."""
+    for row, buffers in ((128, {"total", "o"}), (100, {"a", "b", "o", "total"})):
+        case = nests.residual_norm(3, row)
+        config = TritonConfig(1, split=4 if row == 128 else 3)
+        check(interpreter, case, config)
+        check(interpreter, case, LOOPED)
+        rest = print_region(case.region, config, TARGET).kernels[-1]
+        assert buffers <= set(rest.buffers) and ("a" in rest.buffers) == ("a" in buffers)
+
+
+def test_clamped_indices_need_no_check(interpreter: Interpreter) -> None:
+    """Whatever lies outside is at the end that it is clamped to; a clamp to more than the dimension is none."""
+    case = nests.scatter_add(lowest=-5)
+    config = TritonConfig(64)
+    check(interpreter, case, config, i=torch.randint(-9, 9, (30,)))
+    assert not any(k.errors for k in print_region(case.region, config, TARGET).kernels)
+    for other in (nests.scatter_add(), nests.scatter_add(lowest=-6), nests.scatter_add(lowest=-5, highest=5)):
+        assert all(k.errors for k in print_region(other.region, config, TARGET).kernels)
 
 
 FORMS = [nests.cat, nests.gather, nests.scatter_add, nests.add_to_scalar, lambda: nests.in_place(77)]

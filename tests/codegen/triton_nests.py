@@ -78,9 +78,7 @@ def norm_gradients(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> C
     weighted = op("mul", grad, cast(Load("weight", symbol(r), dtype), F32))
     normal = op("mul", op("sub", x, mean), scale)
     length = cast(IndexValue(row), F32)
-    middle, along = (
-        op("truediv", Reduce("sum", (v,), (r,), F32), length) for v in (weighted, op("mul", weighted, normal))
-    )
+    middle, along = (op("truediv", Reduce("sum", (v,), (r,), F32), length) for v in (weighted, op("mul", weighted, normal)))
     away = op("mul", op("sub", op("sub", weighted, middle), op("mul", normal, along)), scale)
     nest = Nest((p,), (r,), (Store("dx", at, cast(away, dtype)),))
     sums = {"dw": op("mul", grad, normal), "db": grad, "total": cast(Load("dx", at, dtype), F32)}
@@ -100,6 +98,37 @@ def norm_gradients(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> C
         return dx, (grad * normal).sum(0), grad.sum(0), dx.sum(0)
 
     return make(nest, buffers, "grad x mean scale weight", "dx dw db total", reference, across, **sizes)
+
+
+def group_scale(points: int, groups: int, length: int) -> Case:
+    """Rows of `groups` runs of `length` elements, each run times its weight, less the mean of that over the row."""
+    p, r, at = rows(points, groups * length)
+    scaled = op("mul", Load("a", at, F32), Load("w", floordiv(symbol(r), length), F32))
+    mean = op("truediv", Reduce("sum", (scaled,), (r,), F32), cast(IndexValue(groups * length), F32))
+    nest = Nest((p,), (r,), (Store("o", at, op("sub", scaled, mean)),))
+    shape = (points, groups * length)
+    buffers = [buffer("a", F32, shape), buffer("w", F32, (groups,)), buffer("o", F32, shape)]
+
+    def reference(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        scaled = a * w.repeat_interleave(length)
+        return scaled - scaled.mean(1, keepdim=True)
+
+    return make(nest, buffers, "a w", "o", reference)
+
+
+def residual_norm(points: int, row: int) -> Case:
+    """A sum that is stored, and its RMS norm."""
+    p, r, at = rows(points, row)
+    total = op("add", Load("a", at, F32), Load("b", at, F32))
+    mean = op("truediv", Reduce("sum", (op("mul", total, total),), (r,), F32), cast(IndexValue(row), F32))
+    nest = Nest((p,), (r,), (Store("total", at, total), Store("o", at, op("mul", total, op("rsqrt", mean)))))
+    buffers = [buffer(name, F32, (points, row)) for name in ("a", "b", "total", "o")]
+
+    def reference(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = a + b
+        return total, total * total.square().mean(1, keepdim=True).rsqrt()
+
+    return make(nest, buffers, "a b", "total o", reference)
 
 
 def pointwise(n: int, dtype: torch.dtype) -> Case:
@@ -339,12 +368,16 @@ def channel_scale(images: Int, channels: int, pixels: int, dtype: torch.dtype, *
     return make(nest, buffers, "a m w", "o r", reference, **sizes)
 
 
-def scatter_add() -> Case:
+def scatter_add(lowest: int | None = None, highest: int = 4) -> Case:
+    """Rows added to the rows of five that indices name, which are clamped where `lowest` is given."""
     x, y = Sym("x0", size=30), Sym("x1", size=8)
-    t, bound = indirect_symbol(Op("checked_index", (Load("i", symbol(x), I64), Const(5, I64)), I64), 5)
+    index: Scalar = Load("i", symbol(x), I64)
+    if lowest is not None:
+        index = op("minimum", op("maximum", index, Const(lowest, I64)), Const(highest, I64))
+    t, bound = indirect_symbol(Op("checked_index", (index, Const(5, I64)), I64), 5)
     store = Store("o", symbol(t) * 8 + symbol(y), Load("a", symbol(x) * 8 + symbol(y), F32), "add", (bound,))
     buffers = [buffer("i", I64, (30,)), buffer("a", F32, (30, 8)), buffer("o", F32, (5, 8))]
-    reference = lambda i, a, o: o.index_add(0, i % 5, a)  # noqa: E731
+    reference = lambda i, a, o: o.index_add(0, i.clamp(lowest, highest) % 5, a)  # noqa: E731
     return make(Nest((x, y), (), (store,)), buffers, "i a o", "o", reference)
 
 

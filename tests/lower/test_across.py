@@ -83,11 +83,12 @@ def test_what_sums_store_on_their_way_is_left_to_the_rows() -> None:
     assert len(set(region.writes()) - region.passed) == 4
 
 
-@pytest.mark.parametrize(("rows", "row"), [(FEWEST_ROWS - 1, ROW), (FEWEST_ROWS, LONGEST_ROW + 1)])
-def test_few_or_long_rows_stay_apart(rows: int, row: int) -> None:
-    args = tensors(rows, row)
-    scheduled = schedule(moved(lower(gradients, args), "cuda"))
-    assert not [s for s in scheduled.steps if isinstance(s, Region) and s.across is not None]
+def test_long_rows_are_one_region() -> None:
+    assert len(joined(gradients, *tensors(FEWEST_ROWS, LONGEST_ROW + 1))) == 1
+
+
+def test_few_short_rows_stay_apart() -> None:
+    assert not joined(gradients, *tensors(FEWEST_ROWS - 1, ROW))
 
 
 def _rolled(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from torch import nn
 from fxopt.backend import compile_dynamo_graph
 from fxopt.capture.aot import as_it_is
 from fxopt.ir.attention_op import attention as attention_op
+from fxopt.ir.attention_op import attention_forward
 from fxopt.ir.graph import Graph
-from fxopt.journal import Journal
+from fxopt.journal import RECENT, Journal
 from fxopt.options import Options
 from fxopt.passes import attention as attention_pass
 from fxopt.passes.context import DefaultOptions
@@ -30,14 +31,14 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_pass, "chooses_late", lambda device: True)
 
 
-def rewritten(fn: Callable[..., Any], *args: Any) -> tuple[int, Journal]:
-    """How many attention ops the early passes made of `fn`, and their journal. Runs `fn`."""
+def rewritten(fn: Callable[..., Any], *args: Any, target: Any = attention_op) -> tuple[int, Journal]:
+    """How many calls of `target` the early passes made of `fn`, and their journal. Runs `fn`."""
     made, journal = [], Journal("test")
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         run_early(gm, DefaultOptions(), journal)
         gm.recompile()
-        made.extend(gm.graph.find_nodes(op="call_function", target=attention_op))
+        made.extend(gm.graph.find_nodes(op="call_function", target=target))
         return gm.forward
 
     torch.compiler.reset()
@@ -89,6 +90,7 @@ def test_inside_multi_head_attention(wants_weights: bool, monkeypatch: pytest.Mo
 def test_without_grad_mode_parameters_may_want_gradients() -> None:
     q, k, v = (nn.Parameter(x.clone()) for x in QKV)
     assert rewritten(sdpa, q, k, v)[0] == 0
+    assert rewritten(sdpa, q, k, v, target=attention_forward)[0] == 1
     with torch.no_grad():
         assert rewritten(sdpa, q, k, v)[0] == 1
 
@@ -106,7 +108,7 @@ def test_grad_mode_inside_the_graph_counts() -> None:
         with torch.set_grad_enabled(mode):
             count, journal = rewritten(mixed, q, *QKV[1:])
         assert count == 1
-        assert ("rejected", "attention: a gradient is wanted x1") in journal.notes
+        assert ("rewrite", "attention.with_gradient x1") in journal.notes
 
 
 LEFT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
@@ -115,6 +117,62 @@ LEFT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
     "broadcast heads": (sdpa, (QKV[0], QKV[1][:, :1], QKV[2][:, :1]), "batch or heads that broadcast"),
     "vmap": (torch.func.vmap(sdpa), tuple(x.expand(3, 2, 3, 7, 8) for x in QKV), "a tensor subclass, a transformed"),
 }
+
+
+def trained(*, mask: torch.Tensor | None = None, groups: int = 3) -> tuple[int, Journal]:
+    q, k, v = (nn.Parameter(x.clone()) for x in (QKV[0], QKV[1][:, :groups], QKV[2][:, :groups]))
+    return rewritten(lambda q, k, v, m: sdpa(q, k, v, m, enable_gqa=groups < 3), q, k, v, mask, target=attention_forward)
+
+
+def test_what_is_left_alone_in_training() -> None:
+    assert trained(mask=torch.randn(7, 7))[0] == 1
+    count, journal = trained(mask=nn.Parameter(torch.randn(7, 7)))
+    assert count == 0
+    assert ("rejected", "attention: a mask that learns x1") in journal.notes
+    count, journal = trained(groups=1)
+    assert count == 0
+    assert any("no fused backward" in text for _, text in journal.notes)
+
+
+def test_deterministic_training_is_left_alone() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        count, journal = trained()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert count == 0
+    assert ("rejected", "attention: deterministic algorithms are asked for x1") in journal.notes
+
+
+def test_backends_named_in_the_graph_hold() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return sdpa(q, k, v)
+
+    count, journal = rewritten(fn, *QKV)
+    assert count == 0
+    assert ("rejected", "attention: the graph says which backends to use x1") in journal.notes
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_training_has_eagers_gradients(masked: bool, dynamic: bool) -> None:
+    """Strict: a fallback would raise."""
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if masked else None
+        return sdpa(q * 2, k, v, mask).transpose(1, 2).flatten(2) + 1
+
+    torch.compiler.reset()
+    RECENT.clear()
+    leaves = [x.clone().requires_grad_() for x in QKV]
+    got, want = torch.compile(fn, backend="fxopt", dynamic=dynamic, options={"strict": True})(*leaves), fn(*leaves)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    own, eagers = (torch.autograd.grad(x, leaves, grad) for x in (got, want))
+    torch.testing.assert_close(own, eagers)
+    called = {op for journal in RECENT for op, _ in journal.library}
+    assert {"fxopt::attention_forward.default", "fxopt::attention_backward.default"} <= called
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
+from fxopt.report import cases
 from fxopt.report.cases import BACKWARD, FORWARD, Case, relative_error
 from fxopt.report.compare import CompileTimeout, Plan, Row, compare, speedup, time_limit
 from fxopt.report.contenders import CACHE_VARIABLES, CONTENDERS, COPY, Contender, caches_under, pick
@@ -39,6 +42,18 @@ def test_relative_error_sees_nan_on_one_side_only() -> None:
     both, one = torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])
     assert relative_error((both,), (both.double(),)) == 0.0
     assert relative_error((both,), (one.double(),)) == math.inf
+
+
+def test_relative_error_looks_at_all_parts_of_a_large_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "PART_ELEMENTS", 10)
+    exact = torch.ones(3, 7, 2, dtype=torch.float64)
+    exact[0, 0, 0] = 4.0
+    for place in ((0, 0, 1), (2, 6, 1), (1, 3, 0)):
+        actual = exact.float()
+        actual[place] += 1.0
+        assert relative_error((actual,), (exact,)) == pytest.approx(0.25)
+    actual[2, 6, 0] = float("nan")
+    assert relative_error((actual,), (exact,)) == math.inf
 
 
 def test_relative_error_of_a_vanishing_gradient_uses_the_scale_of_the_others() -> None:
@@ -150,6 +165,47 @@ def _text(table: object) -> str:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_values_are_judged_and_timed_in_turn_and_compiled_before() -> None:
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        order.append("turn")
+        yield
+        order.append("over")
+
+    def report(what: str, share: float) -> None:
+        order.append(what)
+
+    compare(
+        scaled_case(),
+        [CONTENDERS["eager"], COPY, PASS_THROUGH],
+        Plan(CPU, seconds=0.0, split=True, turn=turn),
+        report,
+        rebuild=scaled_case,
+    )
+    assert order[: order.index("timing")] == [
+        *("compiling eager", "compiling copy", "compiling aot", "turn"),
+        *("checking eager", "checking copy", "checking aot"),
+    ]
+    assert order[-1] == "over"
+
+
+def test_who_spoils_its_inputs_is_wrong() -> None:
+    def halves_its_input(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().mul_(0.5) * 2
+
+    def case() -> Case:
+        made = Case(lambda x: x * 1.0, (torch.ones(4),), traffic={FORWARD: 1})
+        made.alternatives = {"liger": lambda: replace(made, module=halves_its_input)}
+        return made
+
+    contenders = [CONTENDERS["liger"], CONTENDERS["eager"], CONTENDERS["liger"]]
+    first, eager, second = compare(case(), contenders, Plan(CPU, seconds=0.0, split=True), rebuild=case)
+    assert first.error == 0.5 and eager.error == 0.0
+    assert "off by 5.0e-01" in second.skipped
 
 
 def test_wrong_values_are_not_timed_alone_and_missing_implementations_are_named() -> None:

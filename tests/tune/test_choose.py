@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,7 @@ class Bench:
         self.failing: tuple[str, ...] = ()
         monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
         monkeypatch.setattr(tuner, "compile_kernels", self.compile)
+        monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
         monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, rest[-1]))
 
     def compile(self, sources: Sequence[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
@@ -117,6 +120,45 @@ def test_the_second_compilation_asks_the_records(bench: Bench, store: ArtifactSt
     assert choices([row_sum("a", "x")], store)[0]["region_a"].label == labels[1]
     assert choices([row_sum("b", "y")], store)[0]["region_b"].label == labels[1]
     assert bench.measured == ["region_a"]
+
+
+def test_a_contest_that_another_process_measured_meanwhile_is_not_measured_again(
+    bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [c.label for c in triton_candidates(row_sum("a", "x"), TARGET, "default")]
+    turns: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def turn(own: Any, device: torch.device, cache: Path) -> Iterator[None]:
+        turns.append(device)
+        if len(turns) == 1:  # this process waits, and the other one compiles the same
+            bench.seconds = {labels[1]: 0.5}
+            choices([row_sum("a", "x")], ArtifactStore(store.directory))
+            bench.seconds = {}
+        yield
+
+    monkeypatch.setattr(tuner.Measurements, "turn", turn)
+    assert choices([row_sum("b", "y")], store)[0]["region_b"].label == labels[1]
+    assert bench.measured == ["region_a"]
+    assert turns == [CUDA, CUDA]
+
+
+def test_waiting_for_the_gpu_ends_and_is_not_charged(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setenv("FXOPT_LOCK_DIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    journal = Journal("test")
+    measurements = measure.Measurements(journal, budget=0.01)
+    with open(tmp_path / "elsewhere" / "gpu-test", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for _ in range(2):
+            with measurements.turn(CUDA, tmp_path):
+                assert measurements.left == 0.01
+    assert len(journal.notes) == 1
+    assert not (tmp_path / "locks").exists()
+    with measurements.turn(CUDA, tmp_path):
+        pass
+    assert len(journal.notes) == 1
 
 
 def test_records_hold_for_the_sizes_that_were_assumed(

@@ -5,13 +5,15 @@ A printed entry has flat parameters and calls one of
 - `pointer_gemm`: any strides, loads through pointers (cp.async); one tile a program
 - `tma_gemm`: operands as tensor descriptors, loads by Hopper's tensor memory accelerator; persistent or one tile a program
 - `split_gemm`, `tma_split_gemm`: the inner dimension in SPLIT parts, whose float32 sums are stored apart (few rows)
+- `dual_gemm`, `tma_dual_gemm`: `epilogue(a @ b, a @ c)`, which reads a once (gated layers)
 
 Shapes: a is [batch, M, K], b is [batch, K, N], a result tile [BM, BN]. Sizes and strides are literals where they are known,
 else int32 values; what has to be masked is decided from the literals.
 
 `EPILOGUE(acc, y, x, z, extra)` gets a float32 block of the product, its row numbers y [R, 1] and column numbers x [1, C]
 (both int32), the number z of the product in the batch (int32 scalar), and the entry's tuple `extra` of whatever it needs. It
-masks rows from M on and columns from N on in all that it loads and stores, and takes R and C as they come.
+masks rows from M on and columns from N on in all that it loads and stores, and takes R and C as they come. That of a dual
+product gets both blocks first.
 
 SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a
 leave empty and the columns of b fill. The epilogue does not notice.
@@ -288,3 +290,91 @@ def tma_split_gemm(
     first, end = part_of_inner(part, K, BK, SPLIT)
     acc = descriptor_tile(a, b, y, x, z, first, end, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
     store_partial(acc, partial, at, y, x, M, N, BM, BN)
+
+
+# --- two products with the same left operand
+
+
+@triton.jit
+def dual_finish(one, two, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr):
+    """`finish` for two blocks."""
+    if SUBTILE == 1:
+        EPILOGUE(one, two, y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
+    else:
+        one_left, one_right = tl.split(tl.permute(tl.reshape(one, [one.shape[0], 2, COLUMNS // 2]), [0, 2, 1]))
+        two_left, two_right = tl.split(tl.permute(tl.reshape(two, [two.shape[0], 2, COLUMNS // 2]), [0, 2, 1]))
+        dual_finish(one_left, two_left, y, x, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
+        dual_finish(one_right, two_right, y, x + COLUMNS // 2, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
+
+
+@triton.jit
+def dual_gemm(
+    a, b, c, extra, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(a @ b, a @ c)`, otherwise as `pointer_gemm`; c has the strides of b."""
+    z, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    y, x, k = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
+    ya, xb = widened(inside(y, M, a_row, BM), WIDE), widened(inside(x, N, b_column, BN), WIDE)
+    kw = widened(k, WIDE)
+    a_block = a + z.to(tl.int64) * a_batch + (ya[:, None] * a_row + kw[None, :] * a_column)
+    b_offset = kw[:, None] * b_row + xb[None, :] * b_column
+    b_block, c_block = b + z.to(tl.int64) * b_batch + b_offset, c + z.to(tl.int64) * b_batch + b_offset
+    one, two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    for k0 in range(0, K, BK):
+        at = widened(tl.full([], 0, tl.int32) + k0, WIDE)
+        rows, columns, more = (y < M)[:, None], (x < N)[None, :], k < K - k0
+        a_tile = fetch(a_block + at * a_column, rows, more[None, :], masked(BM, M, a_row), not divides(BK, K))
+        b_tile = fetch(b_block + at * b_row, columns, more[:, None], masked(BN, N, b_column), not divides(BK, K))
+        c_tile = fetch(c_block + at * b_row, columns, more[:, None], masked(BN, N, b_column), not divides(BK, K))
+        one = tl.dot(a_tile, b_tile, one, input_precision=PRECISION)
+        two = tl.dot(a_tile, c_tile, two, input_precision=PRECISION)
+    dual_finish(one, two, y[:, None], column * BN, z, extra, EPILOGUE, BN, SUBTILE)
+
+
+@triton.jit
+def dual_descriptor_tile(
+    a, b, c, extra, y, x, z, K, a_batch, b_batch,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUBTILE: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of `tma_dual_gemm`, epilogue included."""
+    a_first, b_first = z * a_batch, z * b_batch
+    one, two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        if A_K_LAST:
+            a_tile = a.load([a_first + y, k])
+        else:
+            a_tile = a.load([a_first + k, y]).T
+        if B_K_LAST:
+            b_tile, c_tile = b.load([b_first + x, k]).T, c.load([b_first + x, k]).T
+        else:
+            b_tile, c_tile = b.load([b_first + k, x]), c.load([b_first + k, x])
+        one = tl.dot(a_tile, b_tile, one, input_precision=PRECISION)
+        two = tl.dot(a_tile, c_tile, two, input_precision=PRECISION)
+    dual_finish(one, two, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
+
+
+@triton.jit
+def tma_dual_gemm(
+    a, b, c, extra, BATCH, M, N, K, a_batch, b_batch,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(a @ b, a @ c)`, otherwise as `tma_gemm`; the descriptor of c is like that of b."""
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    if PROGRAMS == 0:
+        z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
+        dual_descriptor_tile(
+            a, b, c, extra, row * BM, column * BN, z, K, a_batch, b_batch,
+            EPILOGUE, BM, BN, BK, SUBTILE, A_K_LAST, B_K_LAST, PRECISION,
+        )  # fmt: skip
+    else:
+        for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
+            z, row, column = tile_of(program, rows, columns, GROUP)
+            dual_descriptor_tile(
+                a, b, c, extra, row * BM, column * BN, z, K, a_batch, b_batch,
+                EPILOGUE, BM, BN, BK, SUBTILE, A_K_LAST, B_K_LAST, PRECISION,
+            )  # fmt: skip

@@ -37,7 +37,9 @@ EPILOGUE_RATE = 25e9
 LIBRARY_EFFICIENCY = 0.97
 RESERVED_SHARED = 1024
 _REGISTERS_BESIDE_ACCUMULATOR = 56
+_REGISTERS_OF_OPERANDS = 56
 _MOST_REGISTERS = 255
+_LARGE_ACCUMULATOR = 128
 _THREADS_PER_SM = 2048
 _LARGEST_BOX = 256
 
@@ -69,19 +71,15 @@ class Matrix:
 
     def batch_rows(self, batch: int) -> int:
         """Rows of the descriptor (steps of `pitch`) from one matrix of the batch to the next."""
-        return self.batch // self.pitch if batch > 1 else 0
+        return self.batch // max(self.pitch, 1) if batch > 1 else 0
 
     def describable(self, batch: int, itemsize: int) -> bool:
         """Whether one two-dimensional tensor descriptor can cover all matrices of the batch."""
         steps = (self.pitch * itemsize, self.offset * itemsize)
-        folds = batch == 1 or self.batch % self.pitch == 0
-        return (
-            self.aligned
-            and 1 in (self.row, self.column)
-            and self.pitch > 0
-            and not any(s % ALIGNMENT for s in steps)
-            and folds
-        )
+        folds = batch == 1 or self.batch % max(self.pitch, 1) == 0
+        fits = max(self.rows, self.columns) + self.batch_rows(batch) * batch < 2**31
+        contiguous = 1 in (self.row, self.column) and self.pitch > 0
+        return self.aligned and contiguous and folds and fits and not any(s % ALIGNMENT for s in steps)
 
     @property
     def extent(self) -> int:
@@ -91,8 +89,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class GemmProblem:
-    """`epilogue(a @ b)`: a is [batch, m, k] and b [batch, k, n], both of `dtype`.
+    """`epilogue(a @ b)`: a is [batch, m, k] and b [batch, k, n], both of `dtype`; with `c`, `epilogue(a @ b, a @ c)`.
 
+    c has the strides of b (else ValueError).
     `static`: all sizes are literals; where they are not, the numbers are those that a size has most likely. `read` and
     `written` are the bytes that the epilogue moves, the result included. `precision` ("tf32" or "ieee") is that of float32
     products.
@@ -109,31 +108,49 @@ class GemmProblem:
     written: int = 0
     static: bool = True
     precision: str = "ieee"
+    c: Matrix | None = None
+
+    def __post_init__(self) -> None:
+        b, c = self.b, self.c
+        if c is not None and (c.row, c.column, c.batch) != (b.row, b.column, b.batch):
+            raise ValueError(f"the second product's operand has other strides than the first's: {c}, {b}")
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return (self.a, self.b) if self.c is None else (self.a, self.b, self.c)
+
+    @property
+    def products(self) -> int:
+        return len(self.matrices) - 1
 
     @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
     @property
+    def exact(self) -> bool:
+        """float32 products that no tensor core does."""
+        return self.dtype == torch.float32 and self.precision == "ieee"
+
+    @property
     def flops(self) -> float:
-        return 2.0 * self.batch * self.m * self.n * self.k
+        return 2.0 * self.products * self.batch * self.m * self.n * self.k
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of both operands, each read once; a matrix that the whole batch shares counts once."""
-        a, b = self.m * self.k, self.k * self.n
+        """Bytes of all operands, each read once; a matrix that the whole batch shares counts once."""
+        a, b = self.m * self.k, self.products * self.k * self.n
         return self.itemsize * (a * (self.batch if self.a.batch else 1) + b * (self.batch if self.b.batch else 1))
 
     @property
     def wide(self) -> bool:
         """Whether an offset within an operand may not fit int32 (a tile may reach beyond the matrix by its own size)."""
-        return max(m.extent + _LARGEST_BOX * max(m.row, m.column) for m in (self.a, self.b)) >= 2**31
+        return max(m.extent + _LARGEST_BOX * max(m.row, m.column) for m in self.matrices) >= 2**31
 
     @property
     def describable(self) -> bool:
-        """Whether tensor descriptors can be made of both operands."""
-        matrices = (self.a, self.b)
-        return self.static and all(x.describable(self.batch, self.itemsize) for x in matrices)
+        """Whether tensor descriptors can be made of all operands."""
+        return self.static and all(x.describable(self.batch, self.itemsize) for x in self.matrices)
 
 
 @dataclass(frozen=True)
@@ -176,26 +193,29 @@ class GemmConfig:
         """Tiles of all matrices and parts of the inner dimension."""
         return problem.batch * ceil(problem.m / self.block_m) * ceil(problem.n / self.block_n) * self.split
 
-    def stage_bytes(self, itemsize: int) -> int:
-        return (self.block_m + self.block_n) * self.block_k * itemsize
+    def stage_bytes(self, problem: GemmProblem) -> int:
+        return (self.block_m + problem.products * self.block_n) * self.block_k * problem.itemsize
 
-    def shared_bytes(self, itemsize: int) -> int:
+    def shared_bytes(self, problem: GemmProblem) -> int:
         """Shared memory of a program: the pipeline's, or the epilogue's in its place if that is larger.
 
         A flattened loop needs both at once.
         """
-        pipeline = self.stages * self.stage_bytes(itemsize)
-        epilogue = self.block_m * self.block_n * 4 // self.subtile
-        return (pipeline + epilogue // 2 if self.flatten else max(pipeline, epilogue // 2)) + RESERVED_SHARED
+        pipeline = self.stages * self.stage_bytes(problem)
+        epilogue = problem.products * self.block_m * self.block_n * max(problem.itemsize, 2) // self.subtile
+        return (pipeline + epilogue if self.flatten else max(pipeline, epilogue)) + RESERVED_SHARED
 
-    def per_sm(self, itemsize: int, target: Target) -> int:
+    def per_sm(self, problem: GemmProblem, target: Target) -> int:
         """Programs that one multiprocessor holds at a time; 0 when the configuration does not fit."""
         threads = self.warps * target.warp_size
-        accumulator = self.block_m * self.block_n // threads
-        if accumulator + _REGISTERS_BESIDE_ACCUMULATOR // 2 > _MOST_REGISTERS:
+        accumulator = problem.products * self.block_m * self.block_n // threads
+        others = _REGISTERS_BESIDE_ACCUMULATOR
+        if not target.has_warpgroup_products:  # operands go through registers
+            others += _REGISTERS_OF_OPERANDS * problem.products
+        if accumulator + others > _MOST_REGISTERS:
             return 0
-        registers = min(_MOST_REGISTERS, accumulator + _REGISTERS_BESIDE_ACCUMULATOR) * threads
-        shared = self.shared_bytes(itemsize)
+        registers = (accumulator + others) * threads
+        shared = self.shared_bytes(problem)
         if shared > target.shared_per_block:
             return 0
         return min(target.shared_per_block // shared, target.registers_per_sm // registers, _THREADS_PER_SM // threads)
@@ -213,16 +233,21 @@ def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
     """All `plausible` ones, best first; of equals, that with more in flight, but in few stages."""
 
     def order(config: GemmConfig) -> tuple[float, ...]:
-        flight = config.per_sm(problem.itemsize, target) * (config.stages - 1) * config.stage_bytes(problem.itemsize)
+        flight = config.per_sm(problem, target) * (config.stages - 1) * config.stage_bytes(problem)
         return estimate(problem, config, target), -flight, config.stages, -config.warps
 
     return sorted(plausible(problem, target), key=order)
 
 
 def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
-    """Everything that fits `target` and could be right for such a problem: what a benchmark tries."""
+    """Everything that fits `target` and could be right for such a problem: what a benchmark tries.
+
+    Nothing for exact float32 products of more than a few rows: without tensor cores, the library's kernels are better.
+    """
+    if problem.exact and problem.m > _FEWEST_ROWS:
+        return []
     found = dict.fromkeys(_forms(problem, target))
-    return [c for c in found if c.per_sm(problem.itemsize, target) > 0 and _inner_blocks_fit(problem, c)]
+    return [c for c in found if c.per_sm(problem, target) > 0 and _inner_blocks_fit(problem, c)]
 
 
 def _inner_blocks_fit(problem: GemmProblem, config: GemmConfig) -> bool:
@@ -242,7 +267,7 @@ _BLOCKS = (
     (64, 128, 4),
     (64, 64, 4),
 )
-_FEW_ROWS = 64
+_FEW_ROWS, _FEWEST_ROWS = 64, 16
 _SPLITS = (1, 2, 4, 8, 16)
 
 
@@ -258,7 +283,9 @@ def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
         if rows >= 2 * problem.m or columns >= 2 * max(problem.n, 64):
             continue
         for stages in (3, 4, 5):
-            config = GemmConfig(tma, rows, columns, inner, warps, stages)
+            # Halves of a tile with more than this of accumulator a thread leave registers to the epilogue.
+            subtile = 2 if problem.products * rows * columns >= _LARGE_ACCUMULATOR * warps * target.warp_size else 1
+            config = GemmConfig(tma, rows, columns, inner, warps, stages, subtile=subtile)
             yield from _persistent(problem, config, target) if tma else (config,)
             yield from _split(problem, config, target)
 
@@ -266,26 +293,29 @@ def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
 def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
     """One program a tile, and persistent programs where there are more tiles than fit at once."""
     yield config
-    programs = target.sm_count * config.per_sm(problem.itemsize, target)
+    programs = target.sm_count * config.per_sm(problem, target)
     if 0 < programs < config.tiles(problem):
-        for subtile in (1, 2):
-            yield replace(config, programs=programs, subtile=subtile)
-            yield replace(config, programs=programs, subtile=subtile, flatten=True)
+        yield replace(config, programs=programs)
+        for subtile in dict.fromkeys((config.subtile, 2)):
+            flat = replace(config, subtile=subtile, flatten=True)
+            programs = target.sm_count * flat.per_sm(problem, target)
+            yield replace(flat, programs=min(programs, config.tiles(problem)))
 
 
 def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
     """Parts of the inner dimension while whole tiles leave multiprocessors idle."""
-    for split in _SPLITS[1:]:
+    for split in _SPLITS[1:] if problem.c is None else ():
         if config.tiles(problem) * split <= 2 * target.sm_count and problem.k >= 4 * split * config.block_k:
-            yield replace(config, split=split)
+            yield replace(config, split=split, subtile=1)
 
 
 def _few_rows(problem: GemmProblem, target: Target, tma: bool) -> Iterator[GemmConfig]:
     """At most 64 rows: memory decides, so many loads must be in flight on every multiprocessor."""
-    rows = max(16, 1 << (problem.m - 1).bit_length())
-    for columns, inner, stages, split in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 6), _SPLITS):
-        swap = target.has_warpgroup_products and columns >= 64
-        if split == 1 or problem.k >= 2 * split * inner:
+    rows = max(_FEWEST_ROWS, 1 << (problem.m - 1).bit_length())
+    inners = (32, 64) if problem.exact else (64, 128, 256)
+    for columns, inner, stages, split in itertools.product((32, 64, 128), inners, (3, 4, 6), _SPLITS):
+        swap = target.has_warpgroup_products and columns >= 64 and not problem.exact and problem.c is None
+        if split == 1 or (problem.c is None and problem.k >= 2 * split * inner):
             yield GemmConfig(tma, rows, columns, inner, 4, stages, group=1, split=split, swap=swap)
 
 
@@ -296,7 +326,7 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     """Seconds that `config` should take, the launches and a split product's second kernel included; infinity if it cannot
     run.
     """
-    per_sm = config.per_sm(problem.itemsize, target)
+    per_sm = config.per_sm(problem, target)
     if per_sm == 0:
         return float("inf")
     tiles = config.tiles(problem)
@@ -304,10 +334,10 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     inner = ceil(problem.k / config.split)
     rate = product_rate(problem, target) / target.sm_count * _efficiency(config, resident, target)
     rounds = ceil(tiles / target.sm_count)
-    compute = rounds * 2.0 * config.block_m * config.block_n * inner / rate
+    compute = rounds * 2.0 * problem.products * config.block_m * config.block_n * inner / rate
     memory = problem.operand_bytes + problem.read + problem.written
-    reread = tiles * (config.block_m + config.block_n) * inner * problem.itemsize
-    flight = min(tiles, resident * target.sm_count) * (config.stages - 1) * config.stage_bytes(problem.itemsize)
+    reread = tiles * config.stage_bytes(problem) / config.block_k * inner
+    flight = min(tiles, resident * target.sm_count) * (config.stages - 1) * config.stage_bytes(problem)
     share = min(1.0, flight / (LATENCY_SECONDS * target.memory_rate))
     moving = max(memory / target.memory_rate, reread / (L2_RATE_OF_MEMORY * target.memory_rate)) / share
     seconds = max(compute, moving) + LAUNCH_SECONDS + _not_hidden(config, rounds, resident)
@@ -352,7 +382,7 @@ def product_rate(problem: GemmProblem, target: Target) -> float:
 
 def library_seconds(problem: GemmProblem, target: Target) -> float:
     """Seconds that cuBLAS should take for the product alone, its result written in `dtype`; no epilogue."""
-    written = problem.batch * problem.m * problem.n * problem.itemsize
+    written = problem.products * problem.batch * problem.m * problem.n * problem.itemsize
     memory = (problem.operand_bytes + written) / target.memory_rate
     tile = (128, 256) if problem.m > _FEW_ROWS else (64, 128)
     tiles = problem.batch * ceil(problem.m / tile[0]) * ceil(problem.n / tile[1])

@@ -24,7 +24,8 @@ _TYPES = {
 @dataclass(frozen=True)
 class GemmCall:
     """`text` is the statement; `signature` the types of the operands' parameters; `tensor_maps` what the parameters that are
-    tensor descriptors describe (`KernelSource.compile_options`); `grid` the number of programs, for static sizes.
+    tensor descriptors describe (`KernelSource.compile_options`, whose `aligned` has to list these parameters); `grid` the
+    number of programs, for static sizes.
     """
 
     text: str
@@ -39,44 +40,42 @@ def gemm_call(
     *,
     a: str = "b0",
     b: str = "b1",
+    c: str = "b2",
     extra: str = "()",
     epilogue: str = "epilogue",
     sizes: tuple[str, str, str, str] | None = None,
 ) -> GemmCall:
     """The call of the template that `config` means.
 
-    `a` and `b` name the operands' parameters, `extra` is the text of the epilogue's tuple, and `epilogue` its name; of a
-    split product, `extra` is the name of the parameter for the partial sums and there is no epilogue. `sizes` are the texts
-    of batch, m, n and k (default: the problem's numbers).
+    `a`, `b` and, of a dual product, `c` name the operands' parameters, `extra` is the text of the epilogue's tuple, and
+    `epilogue` its name; of a split product, `extra` is the name of the parameter for the partial sums and there is no
+    epilogue. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
     """
     batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
     grid = config.programs or config.tiles(problem)
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
-    way = f'PRECISION="{problem.precision}", SWAP={config.swap}'
-    way += f", SPLIT={config.split}" if config.split > 1 else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
-    name = "split_gemm" if config.split > 1 else "gemm"
+    split, dual = config.split > 1, problem.c is not None
+    operands = dict(zip((a, b, c), problem.matrices, strict=False))
+    way = f'PRECISION="{problem.precision}"'
+    way += "" if dual else f", SWAP={config.swap}"
+    way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
+    name = "split_gemm" if split else "dual_gemm" if dual else "gemm" if config.tma else "pointer_gemm"
+    kind = _TYPES[problem.dtype]
     if config.tma:
         a_batch, b_batch = (x.batch_rows(problem.batch) for x in (problem.a, problem.b))
         way += f", A_K_LAST={problem.a.columns_last}, B_K_LAST={not problem.b.columns_last}"
-        if config.split == 1:
-            way += f", PROGRAMS={config.programs}, FLATTEN={config.flatten}"
-        text = f"gemm.tma_{name}({a}, {b}, {extra}, {batch}, {m}, {n}, {k}, {a_batch}, {b_batch}, {blocks}, {way})"
-        maps = {
-            a: _tensor_map(problem.a, problem, config.block_m, config.block_k),
-            b: _tensor_map(problem.b, problem, config.block_k, config.block_n),
-        }
-        kind = _TYPES[problem.dtype]
-        signature = {p: f"tensordesc<{kind}[{', '.join(map(str, maps[p]['block']))}]>" for p in (a, b)}
-        return GemmCall(text, signature, maps, grid)
+        way += "" if split else f", PROGRAMS={config.programs}, FLATTEN={config.flatten}"
+        given = f"{', '.join(operands)}, {extra}, {batch}, {m}, {n}, {k}, {a_batch}, {b_batch}"
+        tiles = {p: (config.block_m, config.block_k) if p == a else (config.block_k, config.block_n) for p in operands}
+        maps = {p: _tensor_map(x, problem, *tiles[p]) for p, x in operands.items()}
+        signature = {p: f"tensordesc<{kind}[{', '.join(map(str, maps[p]['block']))}]>" for p in operands}
+        return GemmCall(f"gemm.tma_{name}({given}, {blocks}, {way})", signature, maps, grid)
     strides = [problem.a.row, problem.a.column, problem.b.row, problem.b.column, problem.a.batch, problem.b.batch]
-    if config.split > 1:
-        m = f"{batch}, {m}"
-    starts = [p + (f" + {x.offset}" if x.offset else "") for p, x in ((a, problem.a), (b, problem.b))]
-    text = (
-        f"gemm.{'split_gemm' if config.split > 1 else 'pointer_gemm'}({starts[0]}, {starts[1]}, {extra}, {m}, {n}, {k}, "
-        f"{', '.join(map(str, strides))}, {blocks}, {way}, WIDE={problem.wide})"
-    )
-    return GemmCall(text, dict.fromkeys((a, b), f"*{_TYPES[problem.dtype]}"), {}, grid)
+    starts = [p + (f" + {x.offset}" if x.offset else "") for p, x in operands.items()]
+    sizes_given = f"{batch}, {m}, {n}, {k}" if split else f"{m}, {n}, {k}"
+    given = f"{', '.join(starts)}, {extra}, {sizes_given}, {', '.join(map(str, strides))}"
+    text = f"gemm.{name}({given}, {blocks}, {way}, WIDE={problem.wide})"
+    return GemmCall(text, dict.fromkeys(operands, f"*{kind}"), {}, grid)
 
 
 def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:

@@ -1,0 +1,267 @@
+"""Attention on a GPU, by shape: `python -m benchmarks.attention_micro --out FOLDER`.
+
+For each shape, in inference (a forward) or training (a forward and a backward), interleaved in one process: every backend
+that takes the problem, called directly; the backends that fxopt has chosen, called directly ("chosen": what it costs to be
+wrong); eager's `scaled_dot_product_attention`; and `torch.compile(backend="fxopt")` of it. The values of eager and fxopt are
+compared with float64. Times are the device's alone: the host is kept ahead of it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from benchmarks.results import revision, target_facts, versions
+from fxopt.ir.attention_backends import (
+    AUTO,
+    BACKENDS,
+    CUDNN,
+    EFFICIENT,
+    FLASH,
+    MATH,
+    Inputs,
+    Settings,
+    backward,
+    backward_by,
+    forward,
+    forward_by,
+    supports,
+)
+from fxopt.journal import RECENT
+from fxopt.report.measure import geometric_mean, interleaved
+
+MOST_SCORE_BYTES = 2 << 30
+"""The backend that stores all scores is left out where they take more."""
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's attention: query [batch, heads, rows, width], keys and values [batch, groups, keys, width]."""
+
+    name: str
+    batch: int
+    heads: int
+    rows: int
+    width: int
+    keys: int = 0
+    groups: int = 0
+    causal: bool = False
+    train: bool = False
+    mask: str = ""
+    scale: float | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{'train' if self.train else 'infer'}"
+
+
+SHAPES = (
+    Shape("vit-b-b64", 64, 12, 197, 64),
+    Shape("vit-b-b64", 64, 12, 197, 64, train=True),
+    Shape("vit-b-b1", 1, 12, 197, 64),
+    Shape("bert-b32-s128", 32, 12, 128, 64),
+    Shape("bert-b32-s128", 32, 12, 128, 64, train=True),
+    Shape("bert-b32-s512-padding", 32, 12, 512, 64, mask="padding"),
+    Shape("bert-b32-s512-padding", 32, 12, 512, 64, mask="padding", train=True),
+    Shape("gpt2-b8-s512", 8, 12, 512, 64, causal=True),
+    Shape("gpt2-b8-s512", 8, 12, 512, 64, causal=True, train=True),
+    Shape("llama3-prefill-2048", 1, 32, 2048, 128, groups=8, causal=True),
+    Shape("llama3-prefill-8192", 1, 32, 8192, 128, groups=8, causal=True),
+    Shape("llama3-2048", 1, 32, 2048, 128, groups=8, causal=True, train=True),
+    Shape("llama3-8192", 1, 32, 8192, 128, groups=8, causal=True, train=True),
+    Shape("t5-bias", 8, 12, 512, 64, mask="bias", scale=1.0),
+    Shape("whisper", 8, 20, 1500, 64),
+    Shape("whisper", 8, 20, 1500, 64, train=True),
+    Shape("sdxl-self", 2, 10, 4096, 64, dtype=torch.float16),
+    Shape("sdxl-self", 2, 10, 4096, 64, dtype=torch.float16, train=True),
+    Shape("sdxl-cross", 2, 10, 4096, 64, keys=77, dtype=torch.float16),
+    Shape("decode-b1", 1, 32, 1, 128, keys=2048, groups=8),
+    Shape("decode-b16", 16, 32, 1, 128, keys=2048, groups=8),
+    Shape("dense-4096", 4, 16, 4096, 128),
+    Shape("dense-4096-causal", 4, 16, 4096, 128, causal=True, train=True),
+    Shape("long-16k", 1, 16, 16384, 128, causal=True),
+    Shape("long-16k", 1, 16, 16384, 128, causal=True, train=True),
+    Shape("float32-s512", 8, 12, 512, 64, dtype=torch.float32),
+    Shape("width-256", 2, 8, 2048, 256, causal=True),
+)
+
+
+def make_inputs(shape: Shape, device: torch.device) -> Inputs:
+    """Random operands with heads next to features in memory, as a projection leaves them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def make(length: int, heads: int) -> Tensor:
+        x = torch.empty((shape.batch, length, heads, shape.width), dtype=shape.dtype, device=device)
+        return x.normal_(generator=generator).transpose(1, 2)
+
+    keys, groups = shape.keys or shape.rows, shape.groups or shape.heads
+    mask = None
+    if shape.mask == "padding":
+        seen = torch.randint(keys // 2, keys + 1, (shape.batch, 1, 1, 1), device=device, generator=generator)
+        mask = (torch.arange(keys, device=device) < seen).expand(shape.batch, 1, shape.rows, keys)
+    elif shape.mask == "bias":
+        sizes = (1, shape.heads, shape.rows, keys)
+        mask = torch.empty(sizes, dtype=shape.dtype, device=device).normal_(generator=generator)
+    settings = Settings(shape.causal, shape.scale, groups != shape.heads)
+    return Inputs(make(shape.rows, shape.heads), make(keys, groups), make(keys, groups), mask, settings)
+
+
+def direct(x: Inputs, grad: Tensor, train: bool, first: str, second: str) -> Step:
+    """The forward by backend `first` and, when `train`, the backward by `second`, without autograd around them."""
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            out, statistics = forward(x, first, train)
+            return (out,) if statistics is None or not train else (out, *backward(x, grad, out, statistics, second))
+
+    return step
+
+
+def whole(attend: Callable[..., Tensor], x: Inputs, grad: Tensor, train: bool) -> Step:
+    """`attend` and, when `train`, its gradients by autograd."""
+    leaves = [t.detach().requires_grad_(train) for t in x[:3]]
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(train):
+            out = attend(*leaves, x.mask)
+            return (out.detach(), *torch.autograd.grad(out, leaves, grad)) if train else (out,)
+
+    return step
+
+
+def eager_attention(settings: Settings) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {"scale": settings.scale, "enable_gqa": settings.enable_gqa}
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, settings.is_causal, **options)
+
+    return attend
+
+
+def choices() -> list[str]:
+    """The backends that fxopt's journals tell: of the forward and, in training, the backward."""
+    notes = {j.graph: text for j in RECENT for topic, text in j.notes if topic == "attention"}
+    in_order = sorted(notes, key=lambda graph: "backward" in graph)
+    return [notes[graph].partition(": ")[2].partition(" ")[0] for graph in in_order]
+
+
+def exact_values(x: Inputs, grad: Tensor, train: bool) -> tuple[Tensor, ...]:
+    """Result and gradients of the first batch's first group of heads, in float64."""
+    part = first_group(x)
+    mask = part.mask if part.mask is None or part.mask.dtype == torch.bool else part.mask.double()
+    wide = Inputs(part.query.double(), part.key.double(), part.value.double(), mask, part.settings)
+    with torch.no_grad():
+        out, statistics = forward_by(MATH, wide, train)
+        if statistics is None or not train:
+            return (out,)
+        return (out, *backward_by(MATH, wide, grad[:1, : out.shape[1]].double(), out, statistics))
+
+
+def first_group(x: Inputs) -> Inputs:
+    heads = x.query.shape[1] // x.key.shape[1]
+    mask = x.mask if x.mask is None else x.mask[:1, : min(heads, x.mask.shape[1])]
+    return Inputs(x.query[:1, :heads], x.key[:1, :1], x.value[:1, :1], mask, x.settings)
+
+
+def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """Largest error of the result and each gradient, relative to the largest exact value."""
+    cut = (f[:1, : w.shape[1]].double() for f, w in zip(found, exact, strict=True))
+    return [float((f - w).abs().max() / w.abs().max()) for f, w in zip(cut, exact, strict=True)]
+
+
+def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
+    """One entry of the results."""
+    x = make_inputs(shape, device)
+    grad = torch.randn_like(x.query)
+    compiled = torch.compile(eager_attention(x.settings), backend="fxopt", dynamic=False)
+    torch.compiler.reset()
+    RECENT.clear()
+    steps = {"eager": whole(eager_attention(x.settings), x, grad, shape.train)}
+    start = time.perf_counter()
+    steps["fxopt"] = whole(compiled, x, grad, shape.train)
+    own = steps["fxopt"]()
+    first_call = time.perf_counter() - start
+    chosen = choices() or [AUTO]
+    exact = exact_values(x, grad, shape.train)
+    judged = {"eager": errors(steps["eager"](), exact), "fxopt": errors(own, exact)}
+    del exact, own
+    few = 4 * shape.batch * shape.heads * shape.rows * (shape.keys or shape.rows) <= MOST_SCORE_BYTES
+    for name in BACKENDS:
+        if supports(name, x, shape.train) and (name != MATH or few):
+            steps[name] = direct(x, grad, shape.train, name, name)
+    steps["chosen"] = direct(x, grad, shape.train, chosen[0], chosen[-1])
+    timings = interleaved(steps, device, seconds=seconds, ahead=True)
+    taken = {name: timings[name].median for name in steps}
+    best = min((name for name in steps if name in BACKENDS), key=lambda name: taken[name])
+    return {
+        "case": shape.label,
+        "shape": {**asdict(shape), "dtype": str(shape.dtype)},
+        "chosen": chosen,
+        "best": best,
+        "seconds": taken,
+        "quartiles": {name: timings[name].quartiles for name in steps},
+        "chosen_over_best": taken["chosen"] / taken[best],
+        "fxopt_over_best": taken["fxopt"] / taken[best],
+        "eager_over_fxopt": taken["eager"] / taken["fxopt"],
+        "errors": judged,
+        "error_ratio": max(f / max(e, 1e-7) for f, e in zip(judged["fxopt"], judged["eager"], strict=True)),
+        "first_call": first_call,
+    }
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for attention_micro.json")],
+    only: Annotated[str, typer.Option(help="shapes whose label has this in it")] = "",
+    seconds: Annotated[float, typer.Option(help="of timing a shape")] = 1.5,
+) -> None:
+    """Time each backend, eager's choice and fxopt's at every shape."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    entries: list[dict[str, Any]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    for shape in SHAPES:
+        if only not in shape.label:
+            continue
+        try:
+            entry = measure(shape, device, seconds)
+        except RuntimeError as error:
+            entry = {"case": shape.label, "error": str(error).partition("\n")[0]}
+        entries.append(entry)
+        timed = [e for e in entries if "seconds" in e]
+        document = {
+            "target": target_facts(device),
+            "versions": {**versions(), "cudnn": torch.backends.cudnn.version()},
+            "commit": revision(),
+            "summary": {
+                key: geometric_mean([e[key] for e in timed])
+                for key in ("chosen_over_best", "fxopt_over_best", "eager_over_fxopt")
+                if timed
+            },
+            "entries": entries,
+        }
+        (out / "attention_micro.json").write_text(json.dumps(document, indent=1) + "\n")
+        typer.echo(line(entry))
+        torch.cuda.empty_cache()
+
+
+def line(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        return f"{entry['case']:<30} {entry['error']}"
+    shown = ("eager", "fxopt", "chosen", FLASH, EFFICIENT, CUDNN, MATH)
+    figures = " ".join(f"{name} {entry['seconds'][name] * 1e6:8.1f}" for name in shown if name in entry["seconds"])
+    told = f"{'+'.join(entry['chosen']):<18} {entry['chosen_over_best']:.2f} of best"
+    return f"{entry['case']:<30} {told}, errors {entry['error_ratio']:.2f}: {figures}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

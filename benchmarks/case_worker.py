@@ -1,0 +1,101 @@
+"""A process that runs cases of `memory_bound` one after the other: `python -m benchmarks.case_worker DEVICE`.
+
+`benchmarks/dealing.py` starts it and says what the lines on its pipes are. It measures while it holds the device's lock in
+FXOPT_LOCK_DIR: fxopt's tuner takes it by itself, Inductor's is made to here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from contextlib import AbstractContextManager
+from typing import Any, TextIO
+
+import torch
+
+from benchmarks.memory_bound import WORKLOADS, plan_case
+from benchmarks.run import Budget, run_case
+from fxopt import knobs
+from fxopt.cli import pick_device, pick_dtype
+from fxopt.report.contenders import CONTENDERS, Contender
+from fxopt.runtime.device_lock import device_identity, turn
+
+
+def inductor_tunes_in_turn(device_turn: Any) -> None:
+    """Inductor's own choice among configurations is by time too. A torch that does it elsewhere is left as it is."""
+    from torch._inductor.runtime import triton_heuristics
+
+    tuner = triton_heuristics.CachingAutotuner
+    measured = getattr(tuner, "benchmark_all_configs", None)
+    if measured is None:
+        return
+
+    @functools.wraps(measured)
+    def benchmark_all_configs(*args: Any, **kwargs: Any) -> Any:
+        with device_turn():
+            return measured(*args, **kwargs)
+
+    tuner.benchmark_all_configs = benchmark_all_configs
+
+
+def is_broken(device: torch.device) -> bool:
+    """Whether this process can no longer use the device."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def answer(request: dict[str, Any], device: torch.device, device_turn: Any, channel: TextIO) -> bool:
+    """Run the case of `request`; whether another can follow."""
+
+    def say(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    busy = ""
+
+    def report(what: str, share: float) -> None:
+        nonlocal busy
+        busy = what.split()[-1] if what.startswith(("compiling", "checking")) else ""
+        say({"progress": what, "contender": busy})
+
+    def why_not(contender: Contender) -> str:
+        return str(request["without"].get(contender.name, ""))
+
+    workload = WORKLOADS[request["workload"]]
+    budget = Budget(time.monotonic() + request["left"], request["compile_limit"], slow=False)
+    plan = plan_case(budget, workload, device, request["seconds"], request["warm"])
+    plan.turn, plan.skip = device_turn, why_not
+    chosen = [CONTENDERS[name] for name in request["contenders"]]
+    rows = run_case(workload, request["sizes"], pick_dtype(request["dtype"]), chosen, plan, report)
+    broken = is_broken(device)
+    say({"rows": [row.to_dict() for row in rows], "broken": (busy or chosen[0].name) if broken else ""})
+    return not broken
+
+
+def main(name: str) -> None:
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print does not get between the answers
+    device = pick_device(name)
+    folder = knobs.LOCK_DIR.get()
+    assert folder is not None
+
+    def device_turn() -> AbstractContextManager[bool]:
+        return turn(folder, device_identity(device))
+
+    inductor_tunes_in_turn(device_turn)
+    channel.write('{"ready": true}\n')
+    channel.flush()
+    for line in sys.stdin:
+        if not answer(json.loads(line), device, device_turn, channel):
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,68 @@
+"""Regions that are equal but for the names of their buffers (the layers of a model): each is printed once.
+
+Printing takes longer than comparing: a region in canonical names is a value, equal for all twins, and what is printed for it
+is every twin's with the names put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from fxopt.ir.kernel import KernelSource
+from fxopt.ir.loops import Load, Nest, Scalar, postorder
+from fxopt.ir.region import BufferSpec, Region
+from fxopt.tune.candidate import Candidate
+
+
+def canonical(region: Region) -> tuple[Region, dict[str, str]]:
+    """(`region` with its buffers called b0, b1, ... in order of use and no origins; the region's own name for each)."""
+    order = dict.fromkeys((*region.reads(), *region.writes(), *region.buffers))
+    names = {own: f"b{k}" for k, own in enumerate(order)}
+    changed: dict[Scalar, Scalar] = {}
+    for node in postorder(tuple(root for nest in region.nests for root in nest.roots)):
+        args = tuple(changed[a] for a in node.args)
+        new = node if args == node.args else node.rebuild(args, {})
+        if isinstance(new, Load):
+            new = Load(names[new.buffer], new.index, new.dtype, new.indirect)
+        changed[node] = new
+
+    def renamed(nest: Nest) -> Nest:
+        stores = (replace(s.transformed({}, changed.__getitem__), buffer=names[s.buffer]) for s in nest.stores)
+        return replace(nest, stores=tuple(stores))
+
+    twin = Region(
+        name="region",
+        nest=renamed(region.nest),
+        buffers={name: replace(region.buffers[own], name=name) for own, name in names.items()},
+        device=region.device,
+        across=None if region.across is None else renamed(region.across),
+        passed=frozenset(names[own] for own in region.passed),
+    )
+    return twin, {name: own for own, name in names.items()}
+
+
+@dataclass
+class Printer:
+    """`candidates` of regions, made once for all twins. Raises what `candidates` raises."""
+
+    candidates: Callable[[Region], list[Candidate]]
+    _made: dict[object, list[Candidate]] = field(default_factory=dict)
+
+    def __call__(self, region: Region) -> list[Candidate]:
+        twin, names = canonical(region)
+        key = (twin.device, twin.nests, tuple(twin.buffers.values()), twin.passed)
+        if key not in self._made:
+            self._made[key] = self.candidates(twin)
+        return [_for_region(candidate, region, names) for candidate in self._made[key]]
+
+
+def _for_region(candidate: Candidate, region: Region, names: dict[str, str]) -> Candidate:
+    """`candidate` of the canonical twin with the buffers of `region`; scratch buffers are named after their region."""
+    own = names | {spec.name: f"{region.name}.{spec.name.partition('.')[2]}" for spec in candidate.scratch}
+    scratch: Sequence[BufferSpec] = [replace(spec, name=own[spec.name]) for spec in candidate.scratch]
+    return replace(candidate, sources=tuple(_renamed(s, own) for s in candidate.sources), scratch=tuple(scratch))
+
+
+def _renamed(source: KernelSource, own: dict[str, str]) -> KernelSource:
+    return replace(source, buffers=tuple(own[name] for name in source.buffers))

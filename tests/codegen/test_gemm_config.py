@@ -1,0 +1,108 @@
+"""The cost model of matrix products: what is proposed and what it should take. Figures are an H100's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fxopt.codegen.templates.gemm_config import GemmConfig, configs, estimate, library_seconds, plausible, ranked
+from fxopt.target import Target
+from tests.codegen.gemm_entries import matrix, problem
+
+H100, A100, B200 = Target.cuda(90), Target.cuda(80), Target.cuda(100)
+BF16 = torch.bfloat16
+SHAPES = [(4096, 4096, 4096), (4096, 3072, 768), (12608, 768, 3072), (128, 768, 768), (197, 2304, 768), (1, 14336, 4096)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("target", [A100, H100, B200], ids=lambda t: t.name)
+def test_proposals_fit_and_are_ordered(shape: tuple[int, int, int], target: Target) -> None:
+    p = problem(*shape, dtype=BF16)
+    proposed = configs(p, target)
+    assert 1 <= len(proposed) <= 6
+    assert len({c.kind for c in proposed}) == len(proposed) == len({str(c) for c in proposed})
+    seconds = [estimate(p, c, target) for c in proposed]
+    assert seconds == sorted(seconds) and seconds[0] < float("inf")
+    assert all(c.shared_bytes(p) <= target.shared_per_block for c in plausible(p, target))
+
+
+def test_large_products_take_large_tiles_and_persistent_programs() -> None:
+    first = configs(problem(4096, 4096, 4096, dtype=BF16), H100)[0]
+    assert first.tma and {first.block_m, first.block_n} == {128, 256} and first.programs == H100.sm_count
+
+
+def test_few_tiles_split_the_inner_dimension() -> None:
+    p = problem(128, 768, 12288, dtype=BF16)
+    first = configs(p, H100)[0]
+    assert first.split > 1
+    assert estimate(p, first, H100) < estimate(p, replace(first, split=1), H100)
+
+
+def test_few_rows_are_bound_by_memory() -> None:
+    p = problem(8, 14336, 4096, dtype=BF16)
+    seconds = estimate(p, configs(p, H100)[0], H100)
+    assert p.operand_bytes / H100.memory_rate < seconds < 1.2 * p.operand_bytes / H100.memory_rate
+
+
+def test_the_large_ones_of_the_library() -> None:
+    """cuBLAS does 4096^3 in 178 us on an H100."""
+    assert library_seconds(problem(4096, 4096, 4096, dtype=BF16), H100) == pytest.approx(178e-6, rel=0.15)
+
+
+def test_no_descriptors_without_the_hardware_or_alignment() -> None:
+    p = problem(4096, 4096, 4096, dtype=BF16)
+    assert any(c.tma for c in plausible(p, H100))
+    for q in (
+        problem(4096, 4096, 4100, dtype=BF16),  # rows that begin at no multiple of 16 bytes
+        replace(p, static=False),
+        replace(p, a=replace(p.a, offset=1)),
+        replace(p, a=replace(p.a, aligned=False)),
+        replace(p, batch=2, a=replace(p.a, batch=4096 * 4096 + 8)),  # the second matrix begins within a row
+        replace(p, a=replace(p.a, row=8192, column=2)),
+    ):
+        assert not any(c.tma for c in plausible(q, H100))
+    assert not any(c.tma for c in plausible(p, A100))
+
+
+def test_a_batch_along_the_inner_dimension_needs_whole_blocks() -> None:
+    whole = problem(512, 512, 512, "nn", batch=2, dtype=BF16)
+    assert any(c.tma for c in plausible(whole, H100))
+    assert not any(c.tma for c in plausible(problem(512, 512, 520, "nn", batch=2, dtype=BF16), H100))
+
+
+def test_exact_float32_is_left_to_the_library_but_for_few_rows() -> None:
+    many, few = problem(2048, 2048, 2048), problem(8, 4096, 4096)
+    assert configs(many, H100) == [] and configs(few, H100)
+    assert configs(replace(many, precision="tf32"), H100)
+    assert not any(c.swap for c in plausible(few, H100))
+
+
+def test_impossible_configurations_take_forever() -> None:
+    p = problem(4096, 4096, 4096, dtype=BF16)
+    assert estimate(p, GemmConfig(True, 256, 256, 64, 8, 3), H100) == float("inf")  # registers
+    assert estimate(p, GemmConfig(True, 128, 256, 128, 8, 4), H100) == float("inf")  # shared memory
+
+
+def test_labels_tell_all_plausible_ones_apart() -> None:
+    found = ranked(problem(128, 768, 3072, dtype=BF16), H100)
+    assert len({str(c) for c in found}) == len(found) > 50
+    assert str(GemmConfig(True, 128, 256, 64, 8, 4)) == "tma 128x256x64 w8 s4 g8"
+
+
+def test_wide_offsets_are_asked_for() -> None:
+    p = problem(128, 256, 512, dtype=BF16)
+    assert not p.wide
+    assert replace(p, b=matrix(2**23, 256)).wide
+
+
+def test_two_products_share_the_left_operand() -> None:
+    p = problem(2048, 14336, 4096, dtype=BF16)
+    dual = replace(p, c=p.b)
+    assert dual.flops == 2 * p.flops and dual.operand_bytes < 2 * p.operand_bytes
+    first = configs(dual, H100)[0]
+    assert 1.8 < estimate(dual, first, H100) / estimate(p, configs(p, H100)[0], H100) < 2.4
+    assert not any(c.split > 1 or c.swap for c in plausible(replace(dual, m=16), H100))
+    with pytest.raises(ValueError, match="strides"):
+        replace(p, c=matrix(4096, 14336))

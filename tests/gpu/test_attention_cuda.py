@@ -1,0 +1,176 @@
+"""Attention's backends on CUDA: each in the common form, any backward after any forward, and what is chosen and kept."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.ir.attention_backends import (
+    BACKENDS,
+    FLASH,
+    MATH,
+    Inputs,
+    Settings,
+    backward_by,
+    eagers_choice,
+    forward_by,
+    supports,
+)
+from fxopt.journal import RECENT
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
+TOLERANCE = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 4.0}
+"""Times eager's own error."""
+
+
+def inputs(
+    rows: int = 197,
+    keys: int = 197,
+    *,
+    width: int = 64,
+    groups: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    mask: Tensor | None = None,
+    heads_last: bool = True,
+    **settings: Any,
+) -> Inputs:
+    def make(heads: int, length: int) -> Tensor:
+        x = torch.randn(2, heads, length, width, device="cuda", dtype=dtype)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if heads_last else x
+
+    return Inputs(make(4, rows), make(groups, keys), make(groups, keys), mask, Settings(**settings))
+
+
+def hiding(rows: int, keys: int) -> Tensor:
+    mask = torch.rand(2, 1, rows, keys, device="cuda") > 0.4
+    mask[..., 0], mask[0, 0, 1] = True, False
+    return mask
+
+
+CASES: dict[str, Any] = {
+    "square": lambda: inputs(),
+    "aligned rows": lambda: inputs(256, 256, width=128),
+    "contiguous": lambda: inputs(heads_last=False),
+    "causal": lambda: inputs(is_causal=True),
+    "causal, more keys": lambda: inputs(64, 197, is_causal=True),
+    "cross": lambda: inputs(256, 77),
+    "grouped": lambda: inputs(groups=2, enable_gqa=True, is_causal=True),
+    "scale": lambda: inputs(scale=1.0),
+    "odd width": lambda: inputs(width=36),
+    "float32": lambda: inputs(dtype=torch.float32),
+    "float16": lambda: inputs(dtype=torch.float16),
+    "one row": lambda: inputs(1, 300),
+    "boolean mask": lambda: inputs(197, 130, mask=hiding(197, 130)),
+    "additive mask": lambda: inputs(mask=torch.randn(197, 197, device="cuda", dtype=torch.bfloat16)),
+}
+
+
+def able(x: Inputs) -> list[str]:
+    return [backend for backend in BACKENDS if supports(backend, x, trains=True)]
+
+
+def exact(x: Inputs, grad: Tensor) -> tuple[Tensor, ...]:
+    """Result and gradients in float64."""
+    mask = x.mask if x.mask is None or x.mask.dtype == torch.bool else x.mask.double()
+    wide = Inputs(x.query.double(), x.key.double(), x.value.double(), mask, x.settings)
+    with torch.no_grad():
+        out, statistics = forward_by(MATH, wide, statistics=True)
+        assert statistics is not None
+        return (out, *backward_by(MATH, wide, grad.double(), out, statistics))
+
+
+def worst(found: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
+    return [float((f.double() - w).abs().max() / w.abs().max()) for f, w in zip(found, want, strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_backward_after_any_forward(name: str) -> None:
+    torch.manual_seed(0)
+    x: Inputs = CASES[name]()
+    grad = torch.randn_like(x.query)
+    want = exact(x, grad)
+    eager = eagers_choice(x, trains=True)
+    with torch.no_grad():
+        reference: list[float] = []
+        for first, second in sorted(itertools.product(able(x), repeat=2), key=lambda pair: pair != (eager, eager)):
+            out, statistics = forward_by(first, x, statistics=True)
+            assert statistics is not None
+            assert (statistics.shape, statistics.dtype) == (x.query.shape[:3], torch.float32)
+            errors = worst((out, *backward_by(second, x, grad, out, statistics)), want)
+            reference = reference or errors
+            bound = [TOLERANCE[x.query.dtype] * e + 1e-6 for e in reference]
+            assert all(e <= b for e, b in zip(errors, bound, strict=True)), (first, second, errors, reference)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def notes() -> list[str]:
+    return [text for journal in RECENT for topic, text in journal.notes if topic == "attention"]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_what_is_chosen_is_measured_and_remembered(train: bool) -> None:
+    q, k, v = (t.detach().requires_grad_(train) for t in inputs(512, 512, width=128)[:3])
+    told = []
+    for _ in range(2):
+        torch.compiler.reset()
+        RECENT.clear()
+        with torch.set_grad_enabled(train):
+            got = torch.compile(attend, backend="fxopt", options={"strict": True})(q, k, v)
+            want = attend(q, k, v)
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+        if train:
+            own, eagers = (torch.autograd.grad(x.float().sum(), (q, k, v)) for x in (got, want))
+            torch.testing.assert_close(own, eagers, atol=5e-2, rtol=5e-2)
+        told.append(notes())
+    assert len(told[0]) == 2 if train else 1
+    assert told[0] == told[1]
+
+
+def test_flags_are_obeyed() -> None:
+    q, k, v = inputs(512, 512, width=128)[:3]
+    allowed = [torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION]
+    torch.compiler.reset()
+    RECENT.clear()
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(allowed):
+        torch.compile(attend, backend="fxopt")(q, k, v)
+    assert not any("cudnn" in text or "math" in text for text in notes())
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != MATH])
+def test_calls_can_be_captured(backend: str) -> None:
+    """A CUDA graph of a forward and a backward: nothing waits for the device."""
+    x = inputs(256, 256)
+    if not supports(backend, x, trains=True):
+        pytest.skip(f"no {backend} here")
+    grad = torch.randn_like(x.query)
+
+    def step() -> tuple[Tensor, ...]:
+        out, statistics = forward_by(backend, x, statistics=True)
+        assert statistics is not None
+        return (out, *backward_by(backend, x, grad, out, statistics))
+
+    with torch.no_grad():
+        want = step()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step()
+        graph.replay()
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+def test_a_refusal_is_only_slower() -> None:
+    x = inputs(64, 64, mask=torch.randn(64, 64, device="cuda", dtype=torch.bfloat16))
+    got = torch.ops.fxopt.attention(*x[:4], backend=FLASH)  # which takes no masks
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(*x[:4]))

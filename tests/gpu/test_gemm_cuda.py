@@ -1,0 +1,78 @@
+"""Matrix product templates on a GPU: tensor maps and launches as the hardware takes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, plausible
+from fxopt.codegen.triton_build import compile_triton
+from fxopt.runtime.launch import load_cubin
+from fxopt.target import Target
+from tests.codegen.gemm_entries import entry, problem, result_shape
+
+pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
+BLOCKS = GemmConfig(True, 64, 128, 64, 4, 3)
+CONFIGS = [
+    BLOCKS,
+    replace(BLOCKS, tma=False),
+    replace(BLOCKS, subtile=2, programs=7, flatten=True),
+    replace(BLOCKS, block_m=16, swap=True),
+    replace(BLOCKS, block_m=16, block_n=32, split=4),
+    replace(BLOCKS, tma=False, split=2, swap=True, block_m=32),
+]
+
+
+def check(p: GemmProblem, config: GemmConfig, folder: Path) -> None:
+    """Two launches with operands at different addresses, each compared with float32."""
+    if config.tma and not Target.current("cuda").has_tensor_maps:
+        pytest.skip("this GPU has no tensor maps")
+    source = entry(p, config)
+    code, meta = compile_triton(source, Target.current("cuda"))
+    (folder / "kernel.cubin").write_bytes(code)
+    torch.cuda.synchronize()  # the context exists from here on
+    launch = load_cubin(folder / "kernel.cubin", meta, 0).bind()
+
+    def operand(m: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        memory = torch.randn(m.offset + m.extent + (p.batch - 1) * m.batch, device="cuda").to(p.dtype)
+        return memory, memory.as_strided((p.batch, m.rows, m.columns), (m.batch, m.row, m.column), m.offset)
+
+    for _ in range(2):
+        memory, views = zip(*(operand(x) for x in p.matrices), strict=True)
+        dtype = torch.float32 if config.split > 1 else p.dtype
+        result = torch.full(result_shape(p, config), float("nan"), device="cuda", dtype=dtype)
+        buffers = [memory[0], memory[1], result, *memory[2:]]
+        launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *(b.data_ptr() for b in buffers))
+        a, b, *others = (v.double() for v in views)
+        expected = a @ b * (a @ others[0] + 1) if others else a @ b
+        got = result.double().sum(0)
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
+def test_values(config: GemmConfig, layout: str, tmp_path: Path) -> None:
+    check(problem(200, 328, 192, layout, batch=2, dtype=BF16, offset=8), config, tmp_path)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
+def test_dual_products(config: GemmConfig, tmp_path: Path) -> None:
+    p = problem(200, 328, 192, dtype=BF16)
+    check(replace(p, c=p.b), replace(config, block_n=64), tmp_path)
+
+
+def test_an_inner_size_within_a_block(tmp_path: Path) -> None:
+    for config in CONFIGS:
+        check(problem(200, 328, 200, dtype=BF16), config, tmp_path)
+
+
+def test_tf32(tmp_path: Path) -> None:
+    p = replace(problem(256, 256, 256), precision="tf32")
+    for config in [c for c in plausible(p, Target.current("cuda")) if c.stages == 3][:4]:
+        check(p, config, tmp_path)

@@ -1,0 +1,94 @@
+"""Regions that differ in names only are printed once, and get what they would have got by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
+from fxopt.ir.region import BufferSpec, Region
+from fxopt.target import Target
+from fxopt.tune.candidate import Candidate, triton_candidates
+from fxopt.tune.twins import Printer
+
+CUDA = torch.device("cuda", 0)
+
+
+def spec(name: str, *shape: Int, dtype: torch.dtype = torch.float32) -> BufferSpec:
+    return BufferSpec(name, dtype, CUDA, shape, contiguous_strides(shape))
+
+
+def summed(out: str, a: str, b: str, rows: int = 4096, row: int = 1024) -> Region:
+    """out[p] = sum of a[p, r] * b[p, r] over r."""
+    p, r = Sym("x0", size=rows), Sym("r1", size=row)
+    loads = [Load(source, symbol(p) * row + symbol(r), torch.float32) for source in (a, b)]
+    value = Reduce("sum", (Op("mul", tuple(loads), torch.float32),), (r,), torch.float32)
+    buffers = {a: spec(a, rows, row), b: spec(b, rows, row), out: spec(out, rows)}
+    return Region(f"region_{out}", Nest((p,), (r,), (Store(out, symbol(p), value),)), buffers, CUDA, (f"node_{out}",))
+
+
+def added(out: str, a: str, b: str, n: int = 1 << 20) -> Region:
+    x = Sym("x0", size=n)
+    value = Op("add", tuple(Load(s, symbol(x), torch.float32) for s in (a, b)), torch.float32)
+    return Region(
+        f"region_{out}", Nest((x,), (), (Store(out, symbol(x), value),)), {s: spec(s, n) for s in (a, b, out)}, CUDA
+    )
+
+
+def alone(region: Region) -> list[Candidate]:
+    return triton_candidates(region, Target.cuda(90), "default")
+
+
+SPLIT = {"rows": 4, "row": 1 << 20}
+
+
+@pytest.mark.parametrize(
+    "twins",
+    [
+        [summed("o", "a", "b"), summed("p", "b", "c"), summed("a", "p", "o")],
+        [summed("o", "a", "b", **SPLIT), summed("p", "c", "d", **SPLIT)],
+        [added("o", "a", "b"), added("c", "b", "a")],
+        [added("a", "a", "b"), added("c", "c", "a")],
+    ],
+    ids=["reductions", "in parts", "element-wise", "in place"],
+)
+def test_twins_are_printed_once(twins: list[Region]) -> None:
+    printed: list[Region] = []
+
+    def candidates(region: Region) -> list[Candidate]:
+        printed.append(region)
+        return alone(region)
+
+    printer = Printer(candidates)
+    assert [printer(region) for region in twins] == [alone(region) for region in twins]
+    assert len(printed) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (added("o", "a", "b"), added("o", "a", "a")),
+        (added("o", "a", "b"), added("a", "a", "b")),
+        (added("o", "a", "b"), added("o", "a", "b", n=1 << 21)),
+        (summed("o", "a", "b"), summed("o", "a", "a")),
+        (
+            added("o", "a", "b"),
+            replace(added("o", "a", "b"), buffers=added("o", "a", "b").buffers | {"a": spec("a", 1 << 10, 1 << 10)}),
+        ),
+    ],
+    ids=["one operand", "in place", "size", "one operand reduced", "shape"],
+)
+def test_other_regions_are_not(one: Region, other: Region) -> None:
+    printed: list[Region] = []
+
+    def candidates(region: Region) -> list[Candidate]:
+        printed.append(region)
+        return []
+
+    printer = Printer(candidates)
+    for region in (one, other):
+        printer(region)
+    assert len(printed) == 2
