@@ -19,7 +19,7 @@ from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice, sizes_of
 from fxopt.tune.contest import decide
-from fxopt.tune.measure import METHOD, BoundCall, Measurements, Trial, assumed_sizes
+from fxopt.tune.measure import METHOD, BoundCall, Measurements, Memory, Trial, assumed_sizes
 from fxopt.tune.records import RecordKey
 
 
@@ -95,7 +95,7 @@ def _fastest(
     if len(trials) == 1 or alternatives.device.type != "cuda":
         return first
     key = RecordKey("alternatives", facts)
-    found = decide(key, alternatives.name, alternatives.buffers, alternatives.device, trials, store, measurements)
+    found = decide(key, alternatives.name, Memory(alternatives.buffers), alternatives.device, trials, store, measurements)
     if found is None:
         return first
     winner, figures = found
@@ -109,7 +109,7 @@ def _facts(alternatives: Alternatives, trials: Sequence[Trial]) -> dict[str, obj
     target = Target.current(alternatives.device)
     return {
         "trials": [[t.label, *(_part_facts(p) for p in t.parts)] for t in trials],
-        "assumed": assumed_sizes(alternatives.buffers.values(), trials),
+        "assumed": assumed_sizes(Memory(alternatives.buffers), trials),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,

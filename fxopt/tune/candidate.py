@@ -17,6 +17,7 @@ from fxopt.ir.region import Batch, BufferSpec, Contraction, Region
 from fxopt.lower.cost import nbytes
 from fxopt.options import Options
 from fxopt.target import Target
+from fxopt.tune.made_up import index_bounds, indexes_indirectly
 from fxopt.tune.measure import Trial
 
 CANDIDATES_AT_MOST = 8
@@ -93,6 +94,8 @@ def triton_candidates(region: Region, target: Target, mode: str, most: int = CAN
     out: list[Candidate] = []
     reason = "no configuration"
     count = min(candidate_count(region, mode), most)
+    if indexes_indirectly(region) and index_bounds(region) is None:
+        count = 1  # what cannot be measured on made-up values
     for config in triton.configs(region, target):
         try:
             printed = triton.print_region(region, config, target)
@@ -100,7 +103,7 @@ def triton_candidates(region: Region, target: Target, mode: str, most: int = CAN
             reason = error.reason
             continue
         out.append(Candidate(str(config), printed.kernels, printed.scratch))
-        if len(out) == count or _depends_on_indices(region, printed.kernels):
+        if len(out) == count:
             break
     if not out:
         raise UnsupportedError(reason)
@@ -133,14 +136,6 @@ def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.Gemm
     rest = gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
     apart = gemm_config.library_seconds(problem, target) + rest
     return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in ranked[:1])
-
-
-def _depends_on_indices(region: Region, kernels: Sequence[KernelSource]) -> bool:
-    """Whether measuring on made-up data makes no sense, so that one candidate is enough: a check of indices may end the CUDA
-    context, and additions all to one place take a time of their own."""
-    if any(kernel.errors for kernel in kernels):
-        return True
-    return any(store.mode == "add" and store.indirect for nest in region.nests for store in nest.stores)
 
 
 def candidate_count(region: Work, mode: str) -> int:

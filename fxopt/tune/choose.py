@@ -17,7 +17,7 @@ from fxopt.codegen import triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, CompileFailure
-from fxopt.ir.region import Alternatives, Batch, BufferSpec, Call, Region
+from fxopt.ir.region import Alternatives, Batch, Call, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import replaced
@@ -27,7 +27,8 @@ from fxopt.target import Target
 from fxopt.tune.alternatives import settle
 from fxopt.tune.candidate import Candidate, Choice, Work, candidates, sizes_of
 from fxopt.tune.contest import decide
-from fxopt.tune.measure import METHOD, Measurements, Trial, assumed_sizes
+from fxopt.tune.made_up import index_bounds
+from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes
 from fxopt.tune.records import RecordKey
 from fxopt.tune.twins import Printer
 
@@ -156,15 +157,20 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     return usable[0] if found is None else next(c for c in usable if c.label == found[0])
 
 
-def _measurable(region: Work, usable: Sequence[Choice]) -> tuple[dict[str, BufferSpec], torch.device, list[Trial]]:
+def _measurable(region: Work, usable: Sequence[Choice]) -> tuple[Memory, torch.device, list[Trial]]:
     """The memory that trials of `usable` need, where, and the trials: of a batch, whose members may fill the memory, on a
     part."""
     if not isinstance(region, Batch):
-        return region.buffers, region.device, [c.trial for c in usable]
+        return _memory(region), region.device, [c.trial for c in usable]
     sample = region.sample(SAMPLE_BYTES)
     sources = [tuple((triton_batch.for_members(s, sample), a) for s, a in choice.kernels) for choice in usable]
     trials = [Trial(c.label, kernels, c.scratch) for c, kernels in zip(usable, sources, strict=True)]
-    return sample.buffers, region.device, trials
+    return Memory(sample.buffers), region.device, trials
+
+
+def _memory(region: Work) -> Memory:
+    bounds = index_bounds(region) if isinstance(region, Region) else None
+    return Memory(region.buffers, bounds or {})
 
 
 def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, object]:
@@ -172,7 +178,7 @@ def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, 
     return {
         "kernels": [[artifact.key for _, artifact in c.kernels] for c in usable],
         "sizes": [[sizes_of(source) for source, _ in c.kernels] for c in usable],
-        "assumed": assumed_sizes(region.buffers.values(), [c.trial for c in usable]),
+        "assumed": assumed_sizes(_memory(region), [c.trial for c in usable]),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fxopt.ir.region import BufferSpec
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.measure import Measurements, Trial
+from fxopt.tune.measure import Measurements, Memory, Trial
 from fxopt.tune.records import RecordKey, Records
 
 NOISE = 0.03
@@ -23,7 +22,7 @@ Outcome = tuple[str, dict[str, float]]
 def decide(
     key: RecordKey,
     name: str,
-    buffers: Mapping[str, BufferSpec],
+    memory: Memory,
     device: torch.device,
     trials: Sequence[Trial],
     store: ArtifactStore,
@@ -41,7 +40,7 @@ def decide(
         # Another process may have measured this very contest while this one waited.
         if (found := _recorded(records, key, labels)) is not None:
             return found
-        seconds = measurements.compare(name, buffers, device, trials)
+        seconds = measurements.compare(name, memory, device, trials)
         if seconds is None:
             return None
         figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}

@@ -8,8 +8,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fxopt.runtime.binding import resolve_op
 from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.launch import CudaError, load_cubin
 
-METHOD = 4
+METHOD = 5
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -44,6 +44,14 @@ PATIENCE_SECONDS = 60.0
 """How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
 
 Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below."""
+
+    buffers: Mapping[str, BufferSpec]
+    bounds: Mapping[str, Int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,12 +104,10 @@ class Measurements:
                 self.journal.note("tuning", "measured while another process measured on this GPU, after a long wait for it")
             yield
 
-    def compare(
-        self, name: str, buffers: Mapping[str, BufferSpec], device: torch.device, trials: Sequence[Trial]
-    ) -> list[float] | None:
+    def compare(self, name: str, memory: Memory, device: torch.device, trials: Sequence[Trial]) -> list[float] | None:
         """Seconds of one run of each of `trials` (infinity for one that does not run), or None when nothing can be measured.
 
-        `name` says whose trials they are; `buffers` is the memory that they share.
+        `name` says whose trials they are; `memory` is what they share.
         """
         if self.left <= 0:
             self.journal.provisional = True
@@ -112,9 +118,9 @@ class Measurements:
         start = time.perf_counter()
         try:
             with torch.cuda.device(device):
-                seconds = time_trials(buffers, device, trials)
-                if _may_stay_in_cache(buffers, device):
-                    cold = time_trials(buffers, device, trials, cold=True)
+                seconds = time_trials(memory, device, trials)
+                if _may_stay_in_cache(memory.buffers, device):
+                    cold = time_trials(memory, device, trials, cold=True)
                     seconds = [(a + b) / 2 for a, b in zip(seconds, cold, strict=True)]
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{name}: not measured, the GPU is out of memory")
@@ -138,16 +144,14 @@ def _may_stay_in_cache(buffers: Mapping[str, BufferSpec], device: torch.device) 
     return sum(map(nbytes, buffers.values())) < 2 * cache
 
 
-def time_trials(
-    buffers: Mapping[str, BufferSpec], device: torch.device, trials: Sequence[Trial], cold: bool = False
-) -> list[float]:
+def time_trials(memory: Memory, device: torch.device, trials: Sequence[Trial], cold: bool = False) -> list[float]:
     """Median seconds of one run of each trial on random data; infinity for one that does not run.
 
     `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache.
     """
-    sizes = assumed_sizes(buffers.values(), trials)
+    sizes = assumed_sizes(memory, trials)
     generator = torch.Generator(device).manual_seed(0)  # the user's own keeps its state
-    tensors = {name: _allocate(spec, sizes, generator) for name, spec in buffers.items()}
+    tensors = {name: _made_up(spec, memory.bounds.get(name), sizes, generator) for name, spec in memory.buffers.items()}
     return interleaved([runner(trial, tensors, sizes) for trial in trials], device, cold)
 
 
@@ -199,7 +203,7 @@ def _seconds(run: Run | None, filler: torch.Tensor, fills: int, launches: int, c
 
 def runner(trial: Trial, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
     """A function that runs `trial` once on the current stream; None when it does not load or a call in it fails."""
-    tensors = shared | {spec.name: _allocate(spec, sizes) for spec in trial.scratch}
+    tensors = shared | {spec.name: _zeros(spec, sizes) for spec in trial.scratch}
     parts: list[Run] = []
     for part in trial.parts:
         run = _call(part, tensors, sizes) if isinstance(part, BoundCall) else _launch(*part, tensors, sizes)
@@ -281,9 +285,10 @@ def _tensor(
     return tensors[spec.name].as_strided(*given, offset)
 
 
-def assumed_sizes(specs: Iterable[BufferSpec], trials: Sequence[Trial]) -> dict[str, int]:
+def assumed_sizes(memory: Memory, trials: Sequence[Trial]) -> dict[str, int]:
     """A number for every size symbol: what is measured when a size is known only at run time."""
-    given: list[Int] = [x for spec in specs for x in (*spec.shape, *spec.strides)]
+    given: list[Int] = [x for spec in memory.buffers.values() for x in (*spec.shape, *spec.strides)]
+    given += memory.bounds.values()
     for trial in trials:
         given += [x for spec in trial.scratch for x in spec.shape]
         for part in trial.parts:
@@ -292,9 +297,16 @@ def assumed_sizes(specs: Iterable[BufferSpec], trials: Sequence[Trial]) -> dict[
     return {sym.name: assumed(symbol(sym)) for x in given for sym in free_symbols(x)}
 
 
-def _allocate(spec: BufferSpec, sizes: dict[str, int], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Memory for a buffer: random floats where there is a `generator`, else zeros (float8 has no normal_)."""
+def _made_up(spec: BufferSpec, bound: Int | None, sizes: dict[str, int], generator: torch.Generator) -> torch.Tensor:
+    """A buffer of random floats or, below `bound`, random indices; of zeros for what is neither (float8 has no normal_)."""
     extent = max(evaluate(spec.extent, sizes), 1)
-    if generator is not None and spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+    if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
         return torch.empty(extent, device=spec.device, dtype=spec.dtype).normal_(generator=generator)
-    return torch.zeros(extent, device=spec.device, dtype=spec.dtype)
+    if bound is not None:
+        below = min(max(evaluate(bound, sizes), 1), torch.iinfo(spec.dtype).max)
+        return torch.randint(below, (extent,), generator=generator, device=spec.device, dtype=spec.dtype)
+    return _zeros(spec, sizes)
+
+
+def _zeros(spec: BufferSpec, sizes: dict[str, int]) -> torch.Tensor:
+    return torch.zeros(max(evaluate(spec.extent, sizes), 1), device=spec.device, dtype=spec.dtype)

@@ -60,9 +60,9 @@ class Bench:
             return CompileFailure("key", f"no {source.entry}")
         return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": 0})
 
-    def compare(self, name: str, buffers: Any, device: torch.device, trials: Sequence[Trial]) -> list[float]:
+    def compare(self, name: str, memory: measure.Memory, device: torch.device, trials: Sequence[Trial]) -> list[float]:
         self.measured.append((name, [t.label for t in trials]))
-        self.buffers.append(dict(buffers))
+        self.buffers.append(dict(memory.buffers))
         return [min((s for k, s in self.seconds.items() if t.label.startswith(k)), default=1.0) for t in trials]
 
     @property
