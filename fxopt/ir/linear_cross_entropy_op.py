@@ -58,6 +58,45 @@ def chunk_rows(rows: int, features: int) -> int:
     return -(-rows // -(-rows // limit)) if rows else 1
 
 
+SHARE = 6
+"""What chunks may need of the memory that eager needs for three tensors of logits in the loss's type: a sixth, so that with
+the gradient of the hidden states and a library's workspace it is a fifth."""
+
+MOST_ROUNDINGS, MOST_CHUNKS = 8, 32
+"""Into how many chunks rows are split to need no more than SHARE, and however many rows there are."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Rows of a chunk (the last may have fewer), and the type in which the chunks' gradients of the weight are summed."""
+
+    rows: int
+    sums: torch.dtype
+
+
+def plan_chunks(
+    rows: int, features: int, dtype: torch.dtype, loss_dtype: torch.dtype, differentiated: bool, sums_weight: bool
+) -> Chunks:
+    """The chunks of an op that is taken apart, whose operands have `dtype`.
+
+    Chunks are as large as memory allows, up to MAX_CHUNK rows: each reads and writes the sums of the weight's gradient once.
+    Those are in float32 for half precision, unless they alone would take what SHARE allows: then bfloat16, rounded once for
+    each of at most MOST_ROUNDINGS chunks (once in eager). float16 has no range for sums of scaled gradients.
+    """
+    spare = 3 * rows * loss_dtype.itemsize // SHARE  # bytes a class, as is all below
+    fewest = max(MIN_CHUNK, -(-rows // MOST_ROUNDINGS)) * dtype.itemsize
+    sums = torch.promote_types(dtype, torch.float32)
+    needed = 0
+    if differentiated and sums_weight:
+        needed = features * (sums.itemsize + (dtype.itemsize if sums != dtype else 0))
+        if dtype == torch.bfloat16 and needed + fewest > spare:
+            sums, needed = dtype, features * dtype.itemsize
+    limit = min(max(spare - needed, fewest) // dtype.itemsize, MAX_CHUNK)
+    count = -(-rows // max(limit, -(-rows // MOST_CHUNKS)))
+    even = next((n for n in range(count, 2 * count) if rows % n == 0), count)  # a last chunk of its own size is more kernels
+    return Chunks(-(-rows // even), sums)
+
+
 def _block_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
     rows = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // (classes * dtype.itemsize)
     return max(rows, torch.get_num_threads() if device.type == "cpu" else 1)
@@ -231,6 +270,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         total.copy_(a @ b)
 
 
+def _add_product_op(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    _add_product(total, a, b, int(keep))
+
+
 @functools.cache
 def _adds_wide_products(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
     """Whether `addmm` on this device takes operands of `dtype` and adds their product to a tensor of `wide`.
@@ -382,6 +425,8 @@ _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"linear_cross_entropy({_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
 _LIBRARY.define(f"linear_cross_entropy_backward(Tensor grad_loss, {_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+_LIBRARY.define("add_product(Tensor(a!) total, Tensor a, Tensor b, bool keep) -> ()", tags=_TAGS)
+_LIBRARY.impl("add_product", _add_product_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fxopt::linear_cross_entropy", _fake, lib=_LIBRARY)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxopt.ir import linear_cross_entropy_op as op
 from fxopt.journal import RECENT
+from fxopt.lower.ops import linear_cross_entropy as lowering
 from fxopt.passes import linear_cross_entropy as early_pass
 from tests.numerics import assert_closer, to_float64
 
@@ -23,13 +24,19 @@ BATCH, TOKENS, FEATURES, CLASSES = 2, 7, 8, 19
 Step = Callable[..., Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows go through several chunks and blocks."""
+@pytest.fixture(autouse=True, params=["op", "apart"])
+def _small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows go through several chunks and blocks: of the op that runs on CPUs, or taken apart as on GPUs."""
     monkeypatch.setattr(early_pass, "MIN_BYTES", 0)
     monkeypatch.setattr(early_pass, "MIN_CLASSES", 2)
     monkeypatch.setattr(op, "chunk_rows", lambda rows, features: 5)
     monkeypatch.setattr(op, "_block_rows", lambda classes, dtype, device: 2)
+    monkeypatch.setattr(lowering, "runs_apart", lambda device: request.param == "apart")
+    monkeypatch.setattr(lowering, "plan_chunks", lambda rows, features, dtype, *rest: op.Chunks(5, wide(dtype)))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def operands(dtype: torch.dtype = torch.float32, **wanted: bool) -> tuple[Tensor, ...]:
