@@ -21,7 +21,11 @@ Importing the module registers two ops, whose operands are
 - `fxopt::linear_cross_entropy_backward(grad_loss, <the same>)`: the three gradients.
 
 Both raise IndexError on CPUs for a label that is out of range; on CUDA a device-side assertion fails, as in eager. The
-number of rows that count has to be known on the host, so on CUDA the op waits for the labels.
+number of rows that count has to be known on the host, so on CUDA the op waits for the labels. There it is what remains for
+dynamic sizes: otherwise lowering takes it apart (lower/ops/linear_cross_entropy.py), into chunks that `plan_chunks` decides.
+
+- `fxopt::add_product_(total, a, b, keep)`: total = a @ b, plus its old value if `keep`. Before it is added to a wider `total`,
+  the product is not rounded to the type of a and b, where the device has that.
 """
 
 from __future__ import annotations
@@ -270,7 +274,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         total.copy_(a @ b)
 
 
-def _add_product_op(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+def _add_product_in_place(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
     _add_product(total, a, b, int(keep))
 
 
@@ -425,8 +429,8 @@ _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"linear_cross_entropy({_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
 _LIBRARY.define(f"linear_cross_entropy_backward(Tensor grad_loss, {_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
-_LIBRARY.define("add_product(Tensor(a!) total, Tensor a, Tensor b, bool keep) -> ()", tags=_TAGS)
-_LIBRARY.impl("add_product", _add_product_op, "CompositeExplicitAutograd")
+_LIBRARY.define("add_product_(Tensor(a!) total, Tensor a, Tensor b, bool keep) -> ()", tags=_TAGS)
+_LIBRARY.impl("add_product_", _add_product_in_place, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fxopt::linear_cross_entropy", _fake, lib=_LIBRARY)

@@ -11,7 +11,7 @@ have a NaN: that reaches the weight's gradient through the row's hidden state al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from fxopt.ir.exprs import Int, index
 from fxopt.ir.linear_cross_entropy_op import Chunks, linear_cross_entropy_backward, linear_cross_entropy_op, plan_chunks
-from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Store
+from fxopt.ir.loops import Const, Load, Nest, Op, Reduce, Scalar, Store
 from fxopt.ir.region import Call, Ref
 from fxopt.lower.calls import overload_name
 from fxopt.lower.lowering import Lowering
@@ -27,7 +27,7 @@ from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.indirect import position
 from fxopt.lower.ops.terms import Term
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Stored, Value, address, at, cast, nodes_of, pointwise, size_value, symbols_of
+from fxopt.lower.values import Stored, Value, address, at, cast, pointwise, size_value, symbols_of
 
 aten, fxopt = torch.ops.aten, torch.ops.fxopt
 TABLE = Table()
@@ -60,7 +60,7 @@ def runs_apart(device: torch.device) -> bool:
 class _Row:
     """What the kernel knows of one row of logits, as scalars in `acc`, the type that the loss is computed in.
 
-    `label` is int64, -1 for a row that does not count (`counts`); `own` is the label's class weight, None where all are 1.
+    `label` is int32, -1 for a row that does not count (`counts`); `own` is the label's class weight, None where all are 1.
     """
 
     counts: Term
@@ -94,13 +94,32 @@ class _Head:
     chunks: Chunks
 
     @classmethod
-    def of(cls, ctx: Lowering, grad_loss: Value | None, *operands: Any) -> _Head:
-        *tensors, reduction, ignore_index, smoothing, dtype, wanted = operands
-        stored = [None if x is None else ctx.store(x) for x in (grad_loss, *tensors)]
-        rows, features, classes = *tensors[0].shape, tensors[1].shape[0]
-        chunks = plan_chunks(rows, features, tensors[0].dtype, dtype, any(wanted), wanted[1])
-        settings = (reduction, ignore_index, float(smoothing), dtype, tuple(wanted))
-        return cls(ctx, *stored, *settings, rows, features, classes, chunks)  # type: ignore[arg-type]
+    def of(
+        cls,
+        ctx: Lowering,
+        grad_loss: Value | None,
+        hidden: Value,
+        weight: Value,
+        bias: Value | None,
+        labels: Value,
+        class_weight: Value | None,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        dtype: torch.dtype,
+        wanted: Sequence[bool],
+    ) -> _Head:
+        def stored(x: Value | None) -> Stored | None:
+            return None if x is None else ctx.store(x)
+
+        (rows, features), classes = hidden.shape, weight.shape[0]
+        assert isinstance(rows, int) and isinstance(features, int) and isinstance(classes, int)
+        return cls(
+            ctx, stored(grad_loss),
+            ctx.store(hidden), ctx.store(weight), stored(bias), ctx.store(labels), stored(class_weight),
+            reduction, ignore_index, float(label_smoothing), dtype, wanted, rows, features, classes,
+            plan_chunks(rows, features, hidden.dtype, dtype, any(wanted), wanted[1]),
+        )  # fmt: skip
 
     @property
     def acc(self) -> torch.dtype:
@@ -154,18 +173,17 @@ class _Head:
     def _reduced(self, losses: list[Stored], total: Stored | None) -> Value:
         """The loss from those of the rows, chunk by chunk."""
         ctx = self.ctx
-        every = losses[0]
+        joined = losses[0]
         if len(losses) > 1:
-            every = ctx.new_buffer(self.acc, self.device, (self.rows,))
-            self._call(aten.cat.out, (losses,), every)
-        if self.reduction != "none":
-            every = self._sum((self.rows,), lambda i: at(every, i), every)  # type: ignore[assignment]
+            joined = ctx.new_buffer(self.acc, self.device, (self.rows,))
+            self._call(aten.cat.out, (losses,), joined)
+        found = joined if self.reduction == "none" else self._sum(self.rows, lambda i: at(joined, (i,)), joined)
 
         def loss(i: tuple[Int, ...]) -> Scalar:
-            value = Term(at(every, i))
+            value = Term(at(found, i))
             return cast((value if total is None else value / Term(at(total, ()))).scalar, self.dtype)
 
-        return pointwise(every.shape, self.dtype, self.device, loss, (every,))
+        return pointwise(found.shape, self.dtype, self.device, loss, (found,))
 
     # ------------------------------------------------------------------ what depends on labels and class weights alone
 
@@ -179,29 +197,28 @@ class _Head:
         if self.class_weight is not None:
             weight = Load(self.class_weight.buffer, address(self.class_weight, (where,)), self.class_weight.dtype, bindings)
             own = t.where(counts, Term(cast(weight, self.acc)), 0.0)
-        return _Row(counts, t.where(counts, Term(checked), -1), own, self.acc)
+        return _Row(counts, t.where(counts, Term(cast(checked, torch.int32)), -1), own, self.acc)
 
     def _total(self) -> Stored:
         """What a mean divides by: the weights of the labels that count, summed."""
 
-        def weight(i: tuple[Int, ...]) -> Scalar:
-            row = self._row(self.labels, i[0])
+        def weight(i: Int) -> Scalar:
+            row = self._row(self.labels, i)
             return (row.counts.to(self.acc) if row.own is None else row.own).scalar
 
-        return self._sum((self.rows,), weight, self.labels)
+        return self._sum(self.rows, weight, self.labels)
 
     def _every_class(self) -> Scalar:
         """The sum of all classes' weights."""
         given = self.class_weight
         if given is None:
             return Const(float(self.classes), self.acc)
-        return at(self._sum((self.classes,), lambda i: cast(at(given, i), self.acc), given), ())
+        return at(self._sum(self.classes, lambda i: cast(at(given, (i,)), self.acc), given), ())
 
-    def _sum(self, shape: tuple[int, ...], element: Any, read: Stored) -> Stored:
-        """element(indices) summed over `shape`, a 0-dim value in `acc`."""
-        dims = range(len(shape))
+    def _sum(self, size: int, element: Callable[[Int], Scalar], read: Stored) -> Stored:
+        """element(index) summed over `size` indices, a 0-dim value in `acc`; `read` is what it reads."""
         (found,) = self.ctx.reduce(
-            "sum", shape, dims, lambda i: (element(i),), accumulate=self.acc, inputs=(read,), results=((0, self.acc),)
+            "sum", (size,), (0,), lambda i: (element(i[0]),), accumulate=self.acc, inputs=(read,), results=((0, self.acc),)
         )  # fmt: skip
         assert isinstance(found, Stored)
         return found
@@ -221,7 +238,7 @@ class _Head:
         row = self._row(self._part(self.labels, start, count), r)
         axes = symbols_of((c,))
         x = Term(cast(at(logits, (r, c)), self.acc))
-        hit = Term(size_value(c)).eq(row.label)
+        hit = Term(size_value(c, torch.int32)).eq(row.label)
         top, sum_of_exp = (Term(Reduce("softmax_stats", (x.scalar,), axes, self.acc, k)) for k in (0, 1))
         at_label = Term(Reduce("sum", (t.where(hit, x, 0.0).scalar,), axes, self.acc))
         log_p = at_label - top - t.log(sum_of_exp)
@@ -235,31 +252,30 @@ class _Head:
         stores = [Store(losses.buffer, address(losses, (r,)), row.zero_unless_counted(loss).scalar)]
         if any(self.wanted):
             factor = self._factor(start, count, r, total)
-            slope, at_target = t.exp(x - top) / sum_of_exp, t.expm1(log_p)
+            at_target, floor = t.expm1(log_p), None
             if every is not None:
                 own = t.literal(1.0, self.acc) if row.own is None else row.own
                 scale = own * kept + Term(every) * share
-                slope = slope * scale - (share if w is None else w * share)
-                at_target = scale * at_target + (Term(every) - own) * share
-            elif row.own is not None:
-                slope, at_target = slope * row.own, at_target * row.own
-            slope = t.where(hit, at_target, slope)
-            slope = row.zero_unless_counted(slope if factor is None else slope * factor)
+                at_target = (scale * at_target + (Term(every) - own) * share) * factor
+                scale, floor = scale * factor, factor * share if w is None else w * (factor * share)
+            else:
+                scale = factor if row.own is None else row.own * factor
+                at_target = at_target * scale
+            slope = t.exp(x - top) * (scale / sum_of_exp)
+            slope = t.where(hit, at_target, slope if floor is None else slope - floor)
+            slope = row.zero_unless_counted(slope)
             stores.append(Store(logits.buffer, address(logits, (r, c)), cast(slope.scalar, logits.dtype)))
         self.ctx.emit(Nest(symbols_of((r,)), axes, tuple(stores)), self.device, ())
         return losses
 
-    def _factor(self, start: int, count: int, r: Int, total: Stored | None) -> Term | None:
-        """What the gradient of a row's loss is multiplied by; None for 1."""
-        grad = None
-        if self.grad_loss is not None:
-            source, where = self.grad_loss, ()
-            if self.reduction == "none":
-                source, where = self._part(self.grad_loss, start, count), (r,)  # type: ignore[assignment]
-            grad = Term(cast(at(source, where), self.acc))
-        if total is None:
-            return grad
-        return (t.literal(1.0, self.acc) if grad is None else grad) / Term(at(total, ()))
+    def _factor(self, start: int, count: int, r: Int, total: Stored | None) -> Term:
+        """What the gradient of the loss of row `r` is multiplied by."""
+        factor = t.literal(1.0, self.acc)
+        if self.grad_loss is not None and self.reduction == "none":
+            factor = Term(cast(at(self._part(self.grad_loss, start, count), (r,)), self.acc))
+        elif self.grad_loss is not None:
+            factor = Term(cast(at(self.grad_loss, ()), self.acc))
+        return factor if total is None else factor / Term(at(total, ()))
 
     # ------------------------------------------------------------------ calls
 
@@ -272,7 +288,7 @@ class _Head:
     def _add_product(self, total: Stored, a: Stored, b: Stored, keep: bool) -> None:
         """total += a @ b, or its first value."""
         names = [Ref(self.ctx.tensor_name(x)) for x in (total, a, b)]
-        name = overload_name(fxopt.add_product.default)
+        name = overload_name(fxopt.add_product_.default)
         self.ctx.steps.append(Call(name, (*names, keep), {}, (), self._origin, (total.buffer,)))
 
     def _add_columns(self, total: Stored, x: Stored, keep: bool) -> None:
