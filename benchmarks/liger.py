@@ -52,6 +52,10 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Te
     return _functions().liger_cross_entropy(logits, target, weight, label_smoothing=0.1)
 
 
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return _functions().liger_fused_linear_cross_entropy(hidden, weight, labels)
+
+
 def gelu_mul(x: Tensor, gate: Tensor) -> Tensor:
     return _functions().liger_geglu(gate, x)
 

@@ -1,9 +1,10 @@
 """A language model's head and its loss in training: `python -m benchmarks.linear_cross_entropy compare --out FOLDER`.
 
 One step is `cross_entropy(linear(hidden, weight), labels)` and its backward, the gradients of hidden states and weight
-included, under eager, Inductor and fxopt. Times are interleaved in one process. Memory is the most that one step needs
-beyond what was in use before it (hidden states and weights): on CUDA as torch's allocator counts it, on a CPU as the system
-does, in a process per contender whose step has run once before. Loss and gradients are compared with float64.
+included, under eager, Inductor, fxopt and, on CUDA, Liger's fused kernel where that is installed. Without sizes it measures
+CUDA_CASES there, in about 100 s. Times are interleaved in one process. Memory is the most that one step needs beyond what
+was in use before it (hidden states and weights): on CUDA as torch's allocator counts it, on a CPU as the system does, in a
+process per contender whose step has run once before. Loss and gradients are compared with float64.
 """
 
 from __future__ import annotations
@@ -14,21 +15,40 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks import liger
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.report.contenders import pick
 from fxopt.report.measure import interleaved, memory_in_use, peak_memory
 
-CONTENDERS = "eager,inductor,fxopt"
+CONTENDERS = "eager,inductor,liger,fxopt"
+DEFAULTS = {"cpu": (2048, 512, 128 * 1024), "cuda": (8192, 4096, 128 * 1024)}
+"""Rows, features and vocabulary by type of device, for what is not given."""
+
+CUDA_CASES = (
+    (8192, 4096, 128 * 1024),
+    (8192, 2048, 128 * 1024),
+    (8192, 1024, 128 * 1024),
+    (8192, 4096, 50257),
+    (8192, 4096, 50304),
+)
+"""Heads of language models; GPT-2's vocabulary as it is, and padded to a multiple of 64."""
+
+SECONDS = {"cpu": 60.0, "cuda": 10.0}
+"""Of timing, over all cases, by type of device."""
+
 WEIGHT_SCALE = 0.02
 """Standard deviation of the weights, as models are initialized."""
+
+Sizes = tuple[int, int, int]
+"""Rows, features, vocabulary."""
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Exact = tuple[Tensor, Tensor, Tensor]
@@ -52,8 +72,11 @@ def make_inputs(rows: int, features: int, vocabulary: int, dtype: torch.dtype, d
 def training_step(contender: str, inputs: Inputs) -> Step:
     """A call that computes the loss and new gradients of `inputs`, and returns the loss."""
     hidden, weight, labels = inputs
-    (chosen,) = pick(contender)
-    compiled = chosen.compile(head_loss, hidden.device)
+    if contender == "liger":
+        compiled: Callable[..., Tensor] = liger.linear_cross_entropy
+    else:
+        (chosen,) = pick(contender)
+        compiled = chosen.compile(head_loss, hidden.device)
 
     def step() -> Tensor:
         forget_gradients(inputs)
@@ -153,27 +176,20 @@ def errors(exact: Exact, inputs: Inputs, loss: Tensor) -> dict[str, float]:
 # ---------------------------------------------------------------------- the command
 
 
-@app.command()
-def compare(
-    out: Annotated[Path, typer.Option(help="folder for linear_cross_entropy_<device>.json")],
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
-    rows: Annotated[int, typer.Option(help="tokens of a batch")] = 2048,
-    features: int = 512,
-    vocabulary: int = 128 * 1024,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    seconds: Annotated[float, typer.Option(help="of timing, at least three rounds")] = 60.0,
-    contenders: str = CONTENDERS,
-) -> None:
-    """Time and memory of one training step of a head under each contender, and how far its values are from float64."""
-    where = pick_device(device)
+def measured(
+    sizes: tuple[int, int, int], dtype: str, where: torch.device, names: list[str], seconds: float
+) -> dict[str, Any]:
+    """A case: what each contender takes, in time and memory, and how far its values are from float64."""
+    torch.compiler.reset()  # sizes of another case must not become dynamic here
+    rows, features, vocabulary = sizes
     inputs = make_inputs(rows, features, vocabulary, pick_dtype(dtype), where)
-    names = contenders.split(",")
     steps = {name: training_step(name, inputs) for name in names}
     exact = exact_values(inputs)
     judged = {name: errors(exact, inputs, step()) for name, step in steps.items()}
     del exact
     timings = interleaved(steps, where, seconds=seconds)
     entries = []
+    typer.echo(f"{rows} rows, {features} features, {vocabulary} words, {dtype}")
     for name, step in steps.items():
         seconds_taken, quartiles = timings[name].median, timings[name].quartiles
         memory = peak_bytes(name, step, inputs, dtype)
@@ -187,17 +203,50 @@ def compare(
             }
         )
         worst = max(judged[name].values())
-        typer.echo(f"{name:<10} {seconds_taken * 1e3:10.1f} ms {memory / 1e6:10.0f} MB   largest relative error {worst:.1e}")
-    document = {
-        "target": target_facts(where),
-        "versions": versions(),
-        "commit": revision(),
+        typer.echo(
+            f"  {name:<10} {seconds_taken * 1e3:10.1f} ms {memory / 2**20:10.0f} MiB   largest relative error {worst:.1e}"
+        )
+    return {
         "sizes": {"rows": rows, "features": features, "vocabulary": vocabulary},
         "dtype": dtype,
         "contenders": entries,
     }
+
+
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option(help="folder for linear_cross_entropy_<device>.json")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
+    rows: Annotated[int | None, typer.Option(help="tokens of a batch")] = None,
+    features: int | None = None,
+    vocabulary: int | None = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (CPU), bfloat16 (CUDA) or float16")] = None,
+    seconds: Annotated[float | None, typer.Option(help="of timing, at least three rounds of each case")] = None,
+    contenders: str = CONTENDERS,
+) -> None:
+    """Time and memory of one training step of a head under each contender, and how far its values are from float64.
+
+    The file is written after each case.
+    """
+    where = pick_device(device)
+    default = DEFAULTS[where.type]
+    cases = [(rows or default[0], features or default[1], vocabulary or default[2])]
+    if where.type == "cuda" and (rows, features, vocabulary) == (None, None, None):
+        cases = list(CUDA_CASES)
+    chosen_dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    has_liger = where.type == "cuda" and liger.available()
+    names = [name for name in contenders.split(",") if name != "liger" or has_liger]
+    document: dict[str, Any] = {
+        "target": target_facts(where),
+        "versions": versions(),
+        "commit": revision(),
+        "cases": [],
+    }
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"linear_cross_entropy_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+    for sizes in cases:
+        share = (seconds or SECONDS[where.type]) / len(cases)
+        document["cases"].append(measured(sizes, chosen_dtype, where, names, share))
+        (out / f"linear_cross_entropy_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ Importing the module registers two ops, whose operands are
 - `fxopt::linear_cross_entropy_backward(grad_loss, <the same>)`: the three gradients.
 
 Both raise IndexError on CPUs for a label that is out of range; on CUDA a device-side assertion fails, as in eager. The
-number of rows that count has to be known on the host, so on CUDA the op waits for the labels.
+number of rows that count has to be known on the host, so on CUDA the op waits for the labels. There it is what remains for
+dynamic sizes: otherwise lowering takes it apart (lower/ops/linear_cross_entropy.py), into chunks that `plan_chunks` decides.
+
+- `fxopt::add_product_(total, a, b, keep)`: total = a @ b, plus its old value if `keep`. Before it is added to a wider `total`,
+  the product is not rounded to the type of a and b, where the device has that.
 """
 
 from __future__ import annotations
@@ -56,6 +60,45 @@ def chunk_rows(rows: int, features: int) -> int:
     """
     limit = max(1, min(max(features, MIN_CHUNK), MAX_CHUNK, -(-rows // CHUNKS)))
     return -(-rows // -(-rows // limit)) if rows else 1
+
+
+SHARE = 6
+"""What chunks may need of the memory that eager needs for three tensors of logits in the loss's type: a sixth, so that with
+the gradient of the hidden states and a library's workspace it is a fifth."""
+
+MOST_ROUNDINGS, MOST_CHUNKS = 8, 32
+"""Into how many chunks rows are split to need no more than SHARE, and however many rows there are."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Rows of a chunk (the last may have fewer), and the type in which the chunks' gradients of the weight are summed."""
+
+    rows: int
+    sums: torch.dtype
+
+
+def plan_chunks(
+    rows: int, features: int, dtype: torch.dtype, loss_dtype: torch.dtype, differentiated: bool, sums_weight: bool
+) -> Chunks:
+    """The chunks of an op that is taken apart, whose operands have `dtype`.
+
+    Chunks are as large as memory allows, up to MAX_CHUNK rows: each reads and writes the sums of the weight's gradient once.
+    Those are in float32 for half precision, unless they alone would take what SHARE allows: then bfloat16, rounded once for
+    each of at most MOST_ROUNDINGS chunks (once in eager). float16 has no range for sums of scaled gradients.
+    """
+    spare = 3 * rows * loss_dtype.itemsize // SHARE  # bytes a class, as is all below
+    fewest = max(MIN_CHUNK, -(-rows // MOST_ROUNDINGS)) * dtype.itemsize
+    sums = torch.promote_types(dtype, torch.float32)
+    needed = 0
+    if differentiated and sums_weight:
+        needed = features * (sums.itemsize + (dtype.itemsize if sums != dtype else 0))
+        if dtype == torch.bfloat16 and needed + fewest > spare:
+            sums, needed = dtype, features * dtype.itemsize
+    limit = min(max(spare - needed, fewest) // dtype.itemsize, MAX_CHUNK)
+    count = -(-rows // max(limit, -(-rows // MOST_CHUNKS)))
+    even = next((n for n in range(count, 2 * count) if rows % n == 0), count)  # a last chunk of its own size is more kernels
+    return Chunks(-(-rows // even), sums)
 
 
 def _block_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -231,6 +274,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         total.copy_(a @ b)
 
 
+def _add_product_in_place(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    _add_product(total, a, b, int(keep))
+
+
 @functools.cache
 def _adds_wide_products(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
     """Whether `addmm` on this device takes operands of `dtype` and adds their product to a tensor of `wide`.
@@ -382,6 +429,8 @@ _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"linear_cross_entropy({_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
 _LIBRARY.define(f"linear_cross_entropy_backward(Tensor grad_loss, {_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+_LIBRARY.define("add_product_(Tensor(a!) total, Tensor a, Tensor b, bool keep) -> ()", tags=_TAGS)
+_LIBRARY.impl("add_product_", _add_product_in_place, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fxopt::linear_cross_entropy", _fake, lib=_LIBRARY)

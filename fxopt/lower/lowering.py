@@ -182,6 +182,8 @@ class Lowering:
         return not all(t.dtype in KERNEL_DTYPES and t.layout == torch.strided and not t.is_nested for t in tensors)
 
     def _needs_tensors(self, node: fx.Node) -> bool:
+        if node.target in LIBRARY_OPS:  # also one that is lowered to several calls
+            return True
         return node.target not in (torch.ops.aten.copy_.default, operator.getitem) and self._is_library(node)
 
     def _library_reason(self, node: fx.Node) -> str:

@@ -30,11 +30,14 @@ def test_peak_of_memory_that_is_freed_again() -> None:
 
 
 def test_the_file_that_it_writes(tmp_path: Path) -> None:
-    sizes = ["--rows", "8", "--features", "4", "--vocabulary", "32", "--seconds", "0.01"]
-    done = CliRunner().invoke(app, ["compare", "--out", str(tmp_path), "--device", "cpu", "--contenders", "eager", *sizes])
+    sizes = ["--rows", "8", "--features", "4", "--vocabulary", "32", "--seconds", "0.01", "--contenders", "eager,liger"]
+    done = CliRunner().invoke(
+        app, ["compare", "--out", str(tmp_path), "--device", "cpu", "--contenders", "eager,liger", *sizes]
+    )
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "linear_cross_entropy_cpu.json").read_text())
-    (entry,) = document["contenders"]
+    (case,) = document["cases"]
+    (entry,) = case["contenders"]
     assert entry["contender"] == "eager"
     assert entry["seconds"] > 0
-    assert document["sizes"] == {"rows": 8, "features": 4, "vocabulary": 32}
+    assert case["sizes"] == {"rows": 8, "features": 4, "vocabulary": 32}

@@ -26,9 +26,10 @@ def test_values_and_gradients(dtype: torch.dtype, reduction: str, monkeypatch: p
     check(loss_of(reduction=reduction, label_smoothing=0.1), hidden, weight, bias, labels, grad=0.3)
 
 
-def test_memory_is_at_most_a_fifth_of_eagers() -> None:
+@pytest.mark.parametrize("features", [1024, 4096])
+def test_memory_is_at_most_a_fifth_of_eagers(features: int) -> None:
     device = torch.device("cuda", 0)
-    inputs = make_inputs(8192, 1024, 128 * 1024, torch.bfloat16, device)
+    inputs = make_inputs(8192, features, 128 * 1024, torch.bfloat16, device)
     peaks = {}
     for name in ("eager", "fxopt"):
         step = training_step(name, inputs)
@@ -36,3 +37,14 @@ def test_memory_is_at_most_a_fifth_of_eagers() -> None:
         forget_gradients(inputs)
         peaks[name] = peak_memory(step, device, memory_in_use(device)) or 0
     assert peaks["fxopt"] <= peaks["eager"] / 5
+
+
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    inputs = make_inputs(8192, 1024, 128 * 1024, torch.bfloat16, torch.device("cuda", 0))
+    step = training_step("fxopt", inputs)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

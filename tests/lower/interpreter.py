@@ -121,6 +121,8 @@ class _Run:
         is_leaf = lambda a: isinstance(a, (Ref, Size))  # noqa: E731
         args, kwargs = pytree.tree_map(self._argument, (call.args, call.kwargs), is_leaf=is_leaf)
         results = self._target(call.op)(*args, **kwargs)
+        if not call.outputs:  # it has written into a buffer
+            return
         results = list(results) if isinstance(results, (tuple, list)) else [results]
         for name, result in zip(call.outputs, results, strict=True):
             if name is not None and name in self.lowered.buffers:

@@ -8,6 +8,7 @@ from fxopt.lower.ops import (
     creation,
     indexing,
     joins,
+    linear_cross_entropy,
     pointwise,
     pooling,
     random,
@@ -40,4 +41,5 @@ TABLES = (
     pooling.TABLE,
     adaptive_pooling.TABLE,
     upsampling.TABLE,
+    linear_cross_entropy.TABLE,
 )
