@@ -24,7 +24,7 @@ Both raise IndexError on CPUs for a label that is out of range; on CUDA a device
 number of rows that count has to be known on the host, so on CUDA the op waits for the labels. There it is what remains for
 dynamic sizes: otherwise lowering takes it apart (lower/ops/linear_cross_entropy.py), into chunks that `plan_chunks` decides.
 
-- `fxopt::add_product_(total, a, b, keep)`: total = a @ b, plus its old value if `keep`. Before it is added to a wider `total`,
+- `fxopt::add_product_(total, a, b, keep)`: total = a @ b, plus its old value if `keep`. Before it is added to a wider total,
   the product is not rounded to the type of a and b, where the device has that.
 """
 
