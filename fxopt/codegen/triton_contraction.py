@@ -23,13 +23,15 @@ from fxopt.codegen.triton_tiling import Axis, Tiling, accesses_of
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, mul, prod, symbol
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import Load, Reduce
+from fxopt.ir.loops import Load, Op, Reduce, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Region
 from fxopt.target import Target
 
 _AXES = {"z": 0, "y": 1, "x": 2}
 _BLOCKS = {"y": "YB", "x": "XB"}
 _EPILOGUE = "epilogue"
+_RANDOM_AT_ONCE = 16
+"""Elements of one thread: 32 spill beside an accumulator of 128 registers, on sm_80 as on sm_90 and sm_100."""
 
 
 def problem_of(contraction: Contraction) -> GemmProblem:
@@ -79,6 +81,15 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
     best = next(c for c in configs(rest, target) if c.split == 1)
     parts = _print_parts(contraction, partial, problem, config)
     return Printed((parts, print_nest(rest, best, target, "gemm_parts")), (partial,))
+
+
+def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> GemmConfig:
+    """`config` with the epilogue in so many parts that it does not spill: random numbers need many registers an element."""
+    nodes = postorder(contraction.region.nest.roots)
+    if config.split > 1 or not any(isinstance(n, Op) and n.name in ops.RANDOM for n in nodes):
+        return config
+    each = config.block_m * config.block_n // (config.warps * target.warp_size)
+    return replace(config, subtile=max(config.subtile, each // _RANDOM_AT_ONCE))
 
 
 def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:

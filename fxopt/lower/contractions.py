@@ -6,14 +6,15 @@ result is neither written nor read again, unless others want it. `with_contracti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, mul, symbol
+from fxopt.ir.exprs import Int, Sym, add, coefficient, mul, prod, ravel, symbol, unravel
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store, postorder
 from fxopt.ir.region import Alias, Alternatives, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
-from fxopt.lower.align import mappings
+from fxopt.lower.align import Mapping, mappings
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import Product, find_product
@@ -101,7 +102,7 @@ class _Search:
         if {product.a.buffer, product.b.buffer} & set(region.writes()):  # other programs still read them
             return None
         own = self._alone(product)
-        for mapping in mappings(nest, own.region.nest):
+        for mapping in (*mappings(nest, own.region.nest), *_in_memory_order(nest, own.region.nest, name)):
             joined = combine(own.region.nest, remap(nest, mapping, own.region.nest))
             if joined is None or any(load.index != product.index for load in joined.loads() if load.buffer == own.result):
                 continue
@@ -161,7 +162,9 @@ class _Search:
         reads: set[str] = set()
         writes: set[str] = set()
         for step in steps:
-            if isinstance(step, Region | Batch):
+            if isinstance(step, Alias):  # which comes after what makes its memory
+                reads.add(self._root(step.of))
+            elif isinstance(step, Region | Batch):
                 reads |= {self._root(n) for n in step.reads()}
                 writes |= {self._root(n) for n in step.writes()}
             elif isinstance(step, Call):
@@ -176,6 +179,21 @@ def _is_plain(nest: Nest) -> bool:
     if any(s.mode != "set" or s.indirect for s in nest.stores):
         return False
     return not any(isinstance(n, Op) and n.name == "checked_index" for n in postorder(nest.roots))
+
+
+def _in_memory_order(nest: Nest, target: Nest, name: str) -> Iterator[Mapping]:
+    """The loops of `nest` as those of `target`, a product, by how they walk through its memory `name`: heads that are taken
+    out of a row and permuted, say."""
+    first = next(load for load in nest.loads() if load.buffer == name)
+    strides = {s: coefficient(first.index, s) for s in nest.points}
+    known = [(stride, s) for s, stride in strides.items() if isinstance(stride, int) and isinstance(s.size, int)]
+    if len(known) < len(strides):
+        return
+    ordered = [s for _, s in sorted(known, key=lambda each: each[0], reverse=True)]
+    sizes, own = tuple(s.size or 0 for s in ordered), tuple(s.size or 0 for s in target.points)
+    if prod(sizes) == prod(own):
+        linear = ravel(tuple(symbol(s) for s in target.points), own)
+        yield dict(zip(ordered, unravel(linear, sizes), strict=True))
 
 
 def as_reduction(contraction: Contraction) -> Region:

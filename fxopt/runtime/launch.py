@@ -36,6 +36,11 @@ class CudaError(FxoptError, RuntimeError):
         super().__init__(f"{what}: {name} ({code}): {text}")
         self.code, self.name = code, name
 
+    @property
+    def ends_context(self) -> bool:
+        """Whether nothing can be done on the device any more in this process."""
+        return self.code in _FATAL
+
 
 _ENDS_CONTEXT = "; the CUDA context of this process is lost"
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.templates import gemm_config
-from fxopt.codegen.triton_contraction import print_contraction, problem_of
+from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Batch, BufferSpec, Contraction, Region
@@ -123,7 +123,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     ranked = gemm_config.configs(problem, target, limit=most)
     if mode != "max-autotune" and not _may_win(problem, ranked, target):
         return []
-    return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in ranked]
+    chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
+    return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in chosen]
 
 
 def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target) -> bool:

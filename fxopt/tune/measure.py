@@ -228,7 +228,15 @@ def _launch(source: KernelSource, artifact: Artifact, tensors: dict[str, torch.T
         batch = BatchLauncher(launcher, source.members, source.block, width, device)
         return functools.partial(batch, stream, tuple(pointers))
     grid = [evaluate(g, sizes) for g in source.grid]
-    return functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+    run = functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+    try:
+        run()
+    except CudaError as error:
+        if error.ends_context:
+            raise
+        log.info("%s cannot be a candidate: %s", artifact.entry, error)
+        return None
+    return run
 
 
 def _call(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:

@@ -20,7 +20,9 @@ def text(case: Case) -> str:
 class Goldens(TestCase):
     def test_layer_norm(self) -> None:
         """Three passes over a row: the sum, the squares, the result; statistics stored once per row."""
-        self.assertExpectedInline(text(nests.layer_norm(1024, 384, F32)), """\
+        self.assertExpectedInline(
+            text(nests.layer_norm(1024, 384, F32)),
+            """\
 extern "C" int64_t fx_223d39954102714a(void** buffers, [[maybe_unused]] const int64_t* sizes) {
   constexpr int W = 16;
   struct A0 { fx::Sum<float, W> a0; void merge(const A0& o) { a0.merge(o.a0); } };
@@ -84,11 +86,14 @@ extern "C" int64_t fx_223d39954102714a(void** buffers, [[maybe_unused]] const in
     return 0;
   });
 }
-""")
+""",
+        )
 
     def test_softmax_bfloat16(self) -> None:
         """The exponentials of the second pass are kept for the third."""
-        self.assertExpectedInline(text(nests.softmax(12, 1000, BF16)), """\
+        self.assertExpectedInline(
+            text(nests.softmax(12, 1000, BF16)),
+            """\
 extern "C" int64_t fx_4b8782c8a3cef410(void** buffers, [[maybe_unused]] const int64_t* sizes) {
   constexpr int W = 16;
   struct A0 { fx::Max<float, W> a0; void merge(const A0& o) { a0.merge(o.a0); } };
@@ -130,11 +135,14 @@ extern "C" int64_t fx_4b8782c8a3cef410(void** buffers, [[maybe_unused]] const in
     return 0;
   });
 }
-""")
+""",
+        )
 
     def test_column_sums(self) -> None:
         """Four vectors of columns side by side."""
-        self.assertExpectedInline(text(nests.reduction("sum", 384, 1000, F32, columns=True)), """\
+        self.assertExpectedInline(
+            text(nests.reduction("sum", 384, 1000, F32, columns=True)),
+            """\
 extern "C" int64_t fx_e28b5a4a2600c953(void** buffers, [[maybe_unused]] const int64_t* sizes) {
   constexpr int W = 16;
   struct A0 { fx::LongSum<float, W> a0; void merge(const A0& o) { a0.merge(o.a0); } void flush() { a0.flush(); } };
@@ -171,11 +179,14 @@ extern "C" int64_t fx_e28b5a4a2600c953(void** buffers, [[maybe_unused]] const in
     return 0;
   });
 }
-""")
+""",
+        )
 
     def test_gather(self) -> None:
         """Rows of a table: the index is checked once per row."""
-        self.assertExpectedInline(text(nests.gather()), """\
+        self.assertExpectedInline(
+            text(nests.gather()),
+            """\
 extern "C" int64_t fx_b274abcee8822b1a(void** buffers, [[maybe_unused]] const int64_t* sizes) {
   constexpr int W = 16;
   const int64_t count = 9;
@@ -197,11 +208,14 @@ extern "C" int64_t fx_b274abcee8822b1a(void** buffers, [[maybe_unused]] const in
     return 0;
   });
 }
-""")
+""",
+        )
 
     def test_transposed(self) -> None:
         """Square tiles, transposed in registers."""
-        self.assertExpectedInline(text(nests.transposed(F32, 128, 128)), """\
+        self.assertExpectedInline(
+            text(nests.transposed(F32, 128, 128)),
+            """\
 extern "C" int64_t fx_ba9b4628bc124c2c(void** buffers, [[maybe_unused]] const int64_t* sizes) {
   constexpr int W = 16;
   const int64_t count = 4;
@@ -231,4 +245,5 @@ extern "C" int64_t fx_ba9b4628bc124c2c(void** buffers, [[maybe_unused]] const in
     return 0;
   });
 }
-""")
+""",
+        )

@@ -78,9 +78,7 @@ def norm_gradients(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> C
     weighted = op("mul", grad, cast(Load("weight", symbol(r), dtype), F32))
     normal = op("mul", op("sub", x, mean), scale)
     length = cast(IndexValue(row), F32)
-    middle, along = (
-        op("truediv", Reduce("sum", (v,), (r,), F32), length) for v in (weighted, op("mul", weighted, normal))
-    )
+    middle, along = (op("truediv", Reduce("sum", (v,), (r,), F32), length) for v in (weighted, op("mul", weighted, normal)))
     away = op("mul", op("sub", op("sub", weighted, middle), op("mul", normal, along)), scale)
     nest = Nest((p,), (r,), (Store("dx", at, cast(away, dtype)),))
     sums = {"dw": op("mul", grad, normal), "db": grad, "total": cast(Load("dx", at, dtype), F32)}

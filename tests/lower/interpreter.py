@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.ir.exprs import Atom, Expr, Int, Sym, as_symbol, evaluate, free_symbols
 from fxopt.ir.loops import BINARY, COMPARE, Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder
-from fxopt.ir.region import Alias, Batch, BufferSpec, Call, Ref, Region, Size, Step
+from fxopt.ir.region import Alias, Alternatives, Batch, BufferSpec, Call, Contraction, Matrix, Ref, Region, Size, Step
 from fxopt.lower.lowering import Lowered
 
 Env = dict[Sym, torch.Tensor]
@@ -30,7 +31,7 @@ def run_lowered(lowered: Lowered, inputs: Mapping[str, Any], sizes: Mapping[str,
 
     Size symbols are read from the shapes of the inputs; `sizes` gives those that no input shows. Inputs that the graph
     mutates are mutated. A load or store outside its buffer raises AssertionError, a checked index outside its dimension
-    IndexError.
+    IndexError. Of alternatives the first way runs.
     """
     return _Run(lowered, inputs, sizes or {}).outputs()
 
@@ -73,6 +74,11 @@ class _Run:
                 self.views[step.name] = base.as_strided(shape, strides, base.storage_offset() + self.int(step.offset))
             case Call():
                 self._call(step)
+            case Contraction():
+                self._contraction(step)
+            case Alternatives():
+                for inner in step.ways[0].steps:
+                    self._step(inner)
 
     def _region(self, region: Region) -> None:
         touched = {*region.reads(), *region.writes()}
@@ -80,10 +86,25 @@ class _Run:
         for nest in region.nests:
             self._nest(nest)
 
-    def _nest(self, nest: Nest) -> None:
+    def _contraction(self, step: Contraction) -> None:
+        """The product in float32, then the nest, to which it is in registers."""
+        touched = {*step.reads(), *step.writes()}
+        assert touched <= step.buffers.keys(), f"{step.name} does not describe {touched - step.buffers.keys()}"
+        batch, m, k, n = self.ints(step.sizes)
+        a, b = self._matrices(step.a, batch, m, k), self._matrices(step.b, batch, k, n)
+        self._nest(step.region.nest, Registers(step, (a.double() @ b.double()).float()))
+
+    def _matrices(self, matrix: Matrix, batch: int, rows: int, columns: int) -> torch.Tensor:
+        memory, offset = self._memory(matrix.buffer), self.int(matrix.offset)
+        strides = self.ints((matrix.batch, matrix.row, matrix.column))
+        last = sum((n - 1) * s for n, s in zip((batch, rows, columns), strides, strict=True))
+        assert offset >= 0 and offset + last < memory.numel(), f"an operand outside {matrix.buffer}"
+        return memory.as_strided((batch, rows, columns), strides, memory.storage_offset() + offset)
+
+    def _nest(self, nest: Nest, registers: Registers | None = None) -> None:
         if any(s.size is not None and self.int(s.size) == 0 for s in nest.points):
             return
-        values = _NestValues(nest, self.sizes, self._memory)
+        values = _NestValues(nest, self.sizes, self._memory, registers)
         for store, (where, value) in zip(nest.stores, values.stores(), strict=True):
             _write(self._memory(store.buffer), where, value, store.mode)
 
@@ -172,11 +193,25 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+@dataclass(frozen=True)
+class Registers:
+    """A product [Z, M, N] (float32) that a contraction's nest loads before it has been rounded or stored."""
+
+    contraction: Contraction
+    product: torch.Tensor
+
+
 class _NestValues:
     """Values of the expressions of one nest over its whole domain."""
 
-    def __init__(self, nest: Nest, sizes: Mapping[str, int], memory: Callable[[str], torch.Tensor]) -> None:
-        self.nest, self.memory = nest, memory
+    def __init__(
+        self,
+        nest: Nest,
+        sizes: Mapping[str, int],
+        memory: Callable[[str], torch.Tensor],
+        registers: Registers | None = None,
+    ) -> None:
+        self.nest, self.memory, self.registers = nest, memory, registers
         bound = [s for n in postorder(nest.roots) if isinstance(n, (Reduce, Scan)) for s in _axes(n)]
         self.axes = list(dict.fromkeys((*nest.points, *nest.reduced, *bound)))
         self.extent = [evaluate(s.size, sizes) if s.size is not None else 0 for s in self.axes]
@@ -256,6 +291,8 @@ class _NestValues:
     def _load(self, node: Load, under: Conditions) -> torch.Tensor:
         env = {**self.env, **{s: self.value(v, under) for s, v in node.indirect}}
         where = self.integer(node.index, env)
+        if self.registers is not None and node.buffer == self.registers.contraction.result:
+            return self._in_registers(self.registers, node, where)
         memory = self.memory(node.buffer)
         assert memory.dtype == node.dtype, f"{node!r} reads {memory.dtype} as {node.dtype}"
         outside = (where < 0) | (where >= memory.numel())
@@ -263,6 +300,19 @@ class _NestValues:
         if memory.numel() == 0:
             return torch.zeros(where.shape, dtype=compute_dtype(node.dtype))
         return memory[torch.where(outside, 0, where)].to(compute_dtype(node.dtype))
+
+    def _in_registers(self, registers: Registers, node: Load, where: torch.Tensor) -> torch.Tensor:
+        """The product at each point's own row and column, whatever the index says: a kernel has no other. Which is why it
+        must say just that.
+        """
+        contraction = registers.contraction
+        assert not node.indirect and set(self.nest.points) == {s for s in contraction.axes if s is not None}
+        spec = contraction.region.buffers[node.buffer]
+        places = [torch.zeros(1, dtype=torch.int64) if s is None else self.env[s] for s in contraction.axes]
+        strides = spec.strides if len(spec.strides) == 3 else (0, *spec.strides)
+        own = sum(p * evaluate(s, self.sizes) for p, s in zip(places, strides, strict=True))
+        assert bool((own == where).all()), f"{node!r} is not the product's own element"
+        return registers.product[tuple(places)]
 
     def _op(self, node: Op, under: Conditions) -> torch.Tensor:
         args = [self.value(a, under) for a in node.args]

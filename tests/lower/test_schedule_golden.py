@@ -75,21 +75,27 @@ def parameter(*shape: int) -> torch.Tensor:
 class Goldens(TestCase):
     def test_layer_norm(self) -> None:
         norm = nn.LayerNorm(64)
-        self.assertExpectedInline(schedules(norm, parameter(8, 16, 64)), """\
+        self.assertExpectedInline(
+            schedules(norm, parameter(8, 16, 64)),
+            """\
 forward:
   kernel [8 x 16 | 64] 3 in, 3 out welford welford
 backward:
   kernel [8 x 16 | 64] 5 in, 1 out sum sum
   kernel [64 | 8 x 16] 4 in, 2 out sum sum
-""")
+""",
+        )
 
     def test_softmax(self) -> None:
-        self.assertExpectedInline(schedules(lambda x: torch.softmax(x * 0.5, -1), parameter(8, 16, 64)), """\
+        self.assertExpectedInline(
+            schedules(lambda x: torch.softmax(x * 0.5, -1), parameter(8, 16, 64)),
+            """\
 forward:
   kernel [8 x 16 | 64] 1 in, 1 out softmax_stats softmax_stats
 backward:
   kernel [8 x 16 | 64] 2 in, 1 out sum
-""")
+""",
+        )
 
     def test_dropout_residual_norm(self) -> None:
         norm = nn.LayerNorm(64)
@@ -97,18 +103,23 @@ backward:
         def fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return norm(x + F.dropout(y, 0.1))
 
-        self.assertExpectedInline(schedules(fn, parameter(8, 16, 64), parameter(8, 16, 64)), """\
+        self.assertExpectedInline(
+            schedules(fn, parameter(8, 16, 64), parameter(8, 16, 64)),
+            """\
 forward:
   call fxopt::seed.default
   kernel [8 x 16 | 64] 5 in, 3 out welford welford rand
 backward:
   kernel [8 x 16 | 64] 5 in, 2 out sum sum rand
   kernel [64 | 8 x 16] 2 in, 2 out sum sum
-""")
+""",
+        )
 
     def test_mlp(self) -> None:
         mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-        self.assertExpectedInline(schedules(lambda x: x + mlp(x), parameter(8, 16, 64)), """\
+        self.assertExpectedInline(
+            schedules(lambda x: x + mlp(x), parameter(8, 16, 64)),
+            """\
 forward:
   call aten::addmm.default
   kernel [8 x 16 x 256] 1 in, 1 out
@@ -121,7 +132,8 @@ backward:
   call aten::mm.default
   kernel [64 | 128] 2 in, 2 out sum
   call aten::mm.default
-""")
+""",
+        )
 
     def test_attention_block(self) -> None:
         norm, project, merge = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
@@ -131,7 +143,9 @@ backward:
             heads = F.scaled_dot_product_attention(q, k, v)
             return x + merge(heads.transpose(1, 2).flatten(2))
 
-        self.assertExpectedInline(schedules(fn, parameter(8, 16, 64)), """\
+        self.assertExpectedInline(
+            schedules(fn, parameter(8, 16, 64)),
+            """\
 forward:
   kernel [8 x 16 | 64] 3 in, 3 out welford welford
   call aten::addmm.default
@@ -151,27 +165,34 @@ backward:
   kernel [192 | 128] 1 in, 1 out sum
   kernel [8 x 16 | 64] 6 in, 1 out sum sum
   kernel [64 | 8 x 16] 4 in, 2 out sum sum
-""")
+""",
+        )
 
     def test_cross_entropy(self) -> None:
         labels = torch.randint(0, 100, (32,))
-        self.assertExpectedInline(schedules(lambda x: F.cross_entropy(x, labels), parameter(32, 100)), """\
+        self.assertExpectedInline(
+            schedules(lambda x: F.cross_entropy(x, labels), parameter(32, 100)),
+            """\
 forward:
   kernel [32 | 100] 1 in, 2 out softmax_stats softmax_stats
   kernel [ | 32] 4 in, 2 out sum sum
 backward:
   kernel [32 | 100] 6 in, 1 out sum
-""")
+""",
+        )
 
     def test_batch_norm_in_training(self) -> None:
         norm = nn.BatchNorm2d(8)
-        self.assertExpectedInline(schedules(lambda x: torch.relu(norm(x)), parameter(4, 8, 6, 6)), """\
+        self.assertExpectedInline(
+            schedules(lambda x: torch.relu(norm(x)), parameter(4, 8, 6, 6)),
+            """\
 forward:
   kernel [8 | 4 x 6 x 6] 5 in, 6 out welford welford
   kernel [] 1 in, 1 out
 backward:
   kernel [8 | 4 x 6 x 6] 6 in, 3 out sum sum
-""")
+""",
+        )
 
     def test_an_optimizer_step_is_one_kernel_per_shape(self) -> None:
         def fn(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -179,7 +200,10 @@ backward:
             v.mul_(0.999).addcmul_(g, g, value=0.001)
             return p - 0.001 * m / (v.sqrt() + 1e-8)
 
-        self.assertExpectedInline(schedules(fn, *(torch.randn(32, 48) for _ in range(4))), """\
+        self.assertExpectedInline(
+            schedules(fn, *(torch.randn(32, 48) for _ in range(4))),
+            """\
 inference:
   kernel [32 x 48] 4 in, 3 out
-""")
+""",
+        )

@@ -1,0 +1,293 @@
+"""Contractions as Triton kernels: their values in Triton's interpreter, the text, and machine code without spills."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.ir.exprs import Sym, symbol
+from fxopt.ir.loops import Load, transform
+from fxopt.ir.region import Contraction
+from fxopt.lower.contractions import FUSED
+from tests.codegen.triton_interpreter import Interpreter
+from tests.lower.contracting import fused, kept, searched
+from tests.numerics import assert_closer, to_float64
+
+pytest.importorskip("triton")
+
+from fxopt.codegen import triton_contraction
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
+from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
+from fxopt.errors import UnsupportedError
+from fxopt.target import Target
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TARGET = Target.cuda(90)
+F = torch.nn.functional
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+PADDING = 64
+"""Elements of NaN before and behind each buffer."""
+
+POINTER = GemmConfig(False, 32, 32, 16, 4, 3)
+TMA = replace(POINTER, tma=True)
+CONFIGS = [
+    POINTER,
+    replace(POINTER, group=1, subtile=2),
+    replace(POINTER, swap=True),
+    replace(POINTER, split=3),
+    replace(POINTER, split=8, swap=True),
+    TMA,
+    replace(TMA, swap=True, subtile=2),
+    replace(TMA, programs=3),
+    replace(TMA, programs=3, flatten=True, subtile=2),
+    replace(TMA, split=2),
+    replace(TMA, split=8, swap=True),
+]
+
+
+def rand(*shape: int, dtype: torch.dtype = F16) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    server = Interpreter()
+    yield server
+    server.close()
+
+
+def padded(values: torch.Tensor) -> torch.Tensor:
+    """The memory of `values` between junk: what a kernel reads outside becomes NaN in what it computes."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True))
+    around = torch.full((extent + 2 * PADDING,), float("nan") if values.is_floating_point() else 1, dtype=values.dtype)
+    around[PADDING : PADDING + extent] = values.as_strided((extent,), (1,), values.storage_offset())
+    return around[PADDING : PADDING + extent]
+
+
+def run(
+    server: Interpreter, fn: Callable[..., Any], args: tuple[torch.Tensor, ...], config: GemmConfig
+) -> list[torch.Tensor]:
+    """Results of `fn` and its arguments afterwards; `fn` has to be one contraction, which runs as printed kernels."""
+    low = kept(searched(fn, *args), FUSED)
+    (contraction,) = low.steps
+    assert isinstance(contraction, Contraction)
+    printed = print_contraction(contraction, config, TARGET)
+    memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
+    specs = [low.buffers[n] for n in contraction.writes() if n not in memory] + list(printed.scratch)
+    for spec in specs:
+        memory[spec.name] = padded(torch.empty(spec.extent, dtype=spec.dtype).fill_(float("nan")))  # type: ignore[arg-type]
+    for kernel in printed.kernels:
+        server.run(kernel, memory)
+
+    def result(name: str) -> torch.Tensor:
+        spec = low.buffers[name]
+        return memory[name].as_strided(spec.shape, spec.strides, memory[name].storage_offset())  # type: ignore[arg-type]
+
+    return [*(result(o.name) for o in low.outputs if o is not None), *(result(n) for n in low.inputs)]
+
+
+def check(server: Interpreter, fn: Callable[..., Any], args: tuple[torch.Tensor, ...], config: GemmConfig) -> None:
+    """Assert that `fn` through printed kernels is as close to float64 as eager is."""
+    got = run(server, fn, args, config)
+    eager, exact = ([*_results(fn, own), *own] for own in ([a.clone() for a in args], list(to_float64(args))))
+    assert_closer(got, eager, exact)
+
+
+def _results(fn: Callable[..., Any], args: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = fn(*args)
+    return [] if out is None else list(out) if isinstance(out, tuple) else [out]
+
+
+def linear_gelu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.gelu(F.linear(x, w, b))
+
+
+def with_dropout(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    h = x @ w
+    keep = torch.ops.fxopt.rand(seed + 7, list(h.shape)) >= 0.25
+    return y + torch.where(keep, h * (1 / 0.75), torch.zeros([], dtype=h.dtype))
+
+
+def several(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    h = x @ w
+    return h, torch.relu(h), h.float()
+
+
+def own_operand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x + torch.relu(x @ w)
+
+
+def added_to(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    y.add_(x @ w)
+
+
+def part_of_qkv(qkv: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(qkv.chunk(3, dim=1)[1] @ w)
+
+
+def heads(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (F.linear(x, w).view(2, 35, 4, 16).permute(0, 2, 1, 3) * 0.5).contiguous()
+
+
+# All in float16: Triton's interpreter multiplies the bits of bfloat16.
+M, K, N = 70, 40, 56  # no block divides any of them; rows of whole sixteen bytes, as tensor maps ask for
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "linear": (linear_gelu, (rand(M, K), rand(N, K), rand(N))),
+    "whole blocks": (lambda x, w: torch.relu(x @ w), (rand(64, 48), rand(48, 32))),
+    "left transposed": (lambda x, w: torch.relu(x.T @ w), (rand(K, 72), rand(K, N))),
+    "dropout": (with_dropout, (rand(M, K), rand(K, N), rand(M, N), torch.tensor(99))),
+    "several": (several, (rand(M, K), rand(K, N))),
+    "own operand": (own_operand, (rand(M, N), rand(N, N))),
+    "in place": (added_to, (rand(M, N), rand(M, K), rand(K, N))),
+    "part of QKV": (part_of_qkv, (rand(M, 3 * K), rand(K, N))),
+    "bmm": (lambda x, w: torch.tanh(torch.bmm(x, w)), (rand(3, M, 48), rand(3, 48, N))),
+    "bmm transposed": (lambda c, x, w: torch.tanh(torch.baddbmm(c, x, w.mT)), (rand(3, 1, N), rand(3, M, K), rand(3, N, K))),
+    "one weight for all": (lambda x, w: torch.relu(torch.bmm(x, w.expand(3, 48, N))), (rand(3, M, 48), rand(48, N))),
+    "heads": (heads, (rand(2, 35, K), rand(64, K))),
+    "columns of addends": (lambda c, x, w: torch.relu(torch.addmm(c, x, w)), (rand(M, 1), rand(M, K), rand(K, N))),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values(interpreter: Interpreter, name: str) -> None:
+    """Each in a few configurations that between them have every form of a tile, a loop and an epilogue."""
+    for config in (CONFIGS[1], CONFIGS[4], CONFIGS[8], CONFIGS[9]):
+        check(interpreter, *FUNCTIONS[name], config)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_values_in_every_configuration(interpreter: Interpreter, config: GemmConfig) -> None:
+    check(interpreter, *FUNCTIONS["linear"], config)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if not c.tma], ids=str)
+def test_values_at_odd_sizes_and_strides(interpreter: Interpreter, config: GemmConfig) -> None:
+    """What no tensor map describes: rows of odd lengths, and columns that are apart."""
+    check(interpreter, linear_gelu, (rand(37, 29), rand(41, 29), rand(41)), config)
+    check(interpreter, lambda x, w: torch.relu(x[:, 3:32] @ w[:, ::2]), (rand(37, 33), rand(29, 82)), config)
+    check(interpreter, lambda x, w: torch.relu(x.T @ w.T), (rand(29, 37), rand(41, 29)), config)
+
+
+@pytest.mark.parametrize("config", [POINTER, replace(POINTER, split=2)], ids=str)
+def test_values_with_wide_indices(interpreter: Interpreter, config: GemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for memory beyond 2**31 elements, on less."""
+    monkeypatch.setattr(GemmProblem, "wide", True)
+    monkeypatch.setattr(triton_contraction, "int32_limits", lambda region, tiling: None)
+    for name in ("dropout", "bmm transposed", "heads"):
+        check(interpreter, *FUNCTIONS[name], config)
+
+
+def test_a_product_that_overflows_its_dtype_is_used_unrounded(interpreter: Interpreter) -> None:
+    """Nothing is rounded before the epilogue; float16 ends at 65504."""
+    args = (rand(32, 64).fill_(100.0), rand(64, 32).fill_(100.0))
+    (result, *_) = run(interpreter, lambda x, w: (x @ w) * 0.01, args, POINTER)
+    assert torch.equal(result, torch.full((32, 32), 6400.0, dtype=F16))
+
+
+def test_indices_are_as_wide_as_memory_asks_for() -> None:
+    """Operands, and what the epilogue reads and writes: each for itself."""
+    contraction = a_contraction(lambda x, w, y: torch.relu(x @ w) + y, rand(128, 64), rand(64, 32), rand(128, 32))
+
+    def text(changed: Contraction) -> str:
+        return print_contraction(changed, POINTER, TARGET).kernels[0].text
+
+    assert "WIDE=False" in text(contraction) and "int64" not in text(contraction)
+    far = replace(contraction, a=replace(contraction.a, row=1 << 25))
+    assert "WIDE=True" in text(far) and "int64" not in text(far)
+    specs = {n: replace(s, strides=(1 << 25, 1)) for n, s in contraction.region.buffers.items()}
+    far = replace(contraction, region=replace(contraction.region, buffers=specs))
+    assert "WIDE=False" in text(far) and "y = y.to(tl.int64)" in text(far)
+
+
+def a_contraction(fn: Callable[..., Any], *args: torch.Tensor) -> Contraction:
+    (found,) = fused(fn, *args)
+    return found
+
+
+def block(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """What ends a transformer's feed-forward layer in training."""
+    h = F.linear(x, w, b)
+    keep = torch.ops.fxopt.rand(seed + 7, list(h.shape)) >= 0.1
+    return y + torch.where(keep, h * (1 / 0.9), torch.zeros([], dtype=h.dtype))
+
+
+def of(*sizes: int) -> tuple[torch.Tensor, ...]:
+    m, k, n = sizes
+    return rand(m, k, dtype=BF16), rand(n, k, dtype=BF16), rand(n, dtype=BF16), rand(m, n, dtype=BF16), torch.tensor(1)
+
+
+def test_golden_text() -> None:
+    """EXPECTTEST_ACCEPT=1 accepts a change."""
+    contraction = a_contraction(block, *of(192, 256, 200))
+    texts = []
+    for config in (GemmConfig(False, 128, 64, 64, 4, 3), GemmConfig(True, 64, 64, 64, 4, 3, split=2)):
+        for kernel in print_contraction(contraction, config, TARGET).kernels:
+            options = kernel.compile_options
+            head = [
+                f"# {config}: grid {kernel.grid}, {options['num_warps']} warps, buffers {kernel.buffers}, {kernel.sizes}"
+            ]
+            head += [f"# {name}: {geometry}" for name, geometry in options.get("tensor_maps", {}).items()]
+            texts.append("\n".join([*head, kernel.text]))
+    text, path = "\n\n".join(texts), GOLDEN / "triton_contraction.txt"
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(text)
+    assert path.exists(), f"no golden text {path.name}: run with EXPECTTEST_ACCEPT=1"
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("epilogue", ["gelu", "block"])
+def test_the_first_candidates_compile_without_spills(epilogue: str, arch: int) -> None:
+    target = Target.cuda(arch)
+    x, w, b, y, seed = of(2048, 1024, 1024)
+    contraction = a_contraction(linear_gelu, x, w, b) if epilogue == "gelu" else a_contraction(block, x, w, b, y, seed)
+    for config in configs(problem_of(contraction), target, limit=2):
+        config = with_room(contraction, config, target)
+        for kernel in print_contraction(contraction, config, target).kernels:
+            cubin, meta = compile_triton(kernel, target)
+            assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{config}: {meta}"
+            assert config.split > 1 or meta["shared"] <= target.shared_per_block
+
+
+def test_equal_layers_are_one_text() -> None:
+    one, other = (a_contraction(block, *of(128, 64, 96)) for _ in range(2))
+    renamed = _renamed(other, "second.")
+    first, second = (print_contraction(c, POINTER, TARGET).kernels[0] for c in (one, renamed))
+    assert first.text == second.text and first.key("t") == second.key("t")
+    assert set(second.buffers) == {f"second.{n}" for n in first.buffers}
+
+
+def _renamed(contraction: Contraction, prefix: str) -> Contraction:
+    region = contraction.region
+    buffers = {n: replace(s, name=prefix + n) for n, s in region.buffers.items()}
+    stores = tuple(
+        replace(
+            s, buffer=prefix + s.buffer, value=transform(s.value, {}, lambda x: Load(prefix + x.buffer, x.index, x.dtype))
+        )
+        for s in region.nest.stores
+    )
+    return replace(
+        contraction,
+        a=replace(contraction.a, buffer=prefix + contraction.a.buffer),
+        b=replace(contraction.b, buffer=prefix + contraction.b.buffer),
+        result=prefix + contraction.result,
+        region=replace(
+            region, nest=replace(region.nest, stores=stores), buffers={prefix + n: s for n, s in buffers.items()}
+        ),
+        buffers={prefix + n: replace(s, name=prefix + n) for n, s in contraction.buffers.items()},
+    )
+
+
+def test_what_triton_does_not_take_is_refused() -> None:
+    contraction = a_contraction(linear_gelu, *of(128, 64, 96)[:3])
+    with pytest.raises(UnsupportedError):
+        print_contraction(contraction, POINTER, Target.cpu())
+    with pytest.raises(UnsupportedError):
+        print_contraction(replace(contraction, a=replace(contraction.a, row=symbol(Sym("s0", lo=2)))), POINTER, TARGET)

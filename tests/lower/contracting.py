@@ -1,0 +1,66 @@
+"""Functions captured on the CPU and scheduled as for a GPU, with the ways that their products can be computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt.capture.decompositions import decompositions
+from fxopt.ir.region import Alternatives, Contraction, Way
+from fxopt.lower import Lowered
+from fxopt.lower.contractions import FUSED, replaced, with_contractions
+from fxopt.lower.schedule import schedule
+from tests.lower.capturing import moved
+from tests.lower.harness import lower
+from tests.lower.interpreter import run_lowered
+from tests.numerics import assert_closer, to_float64
+
+
+def searched(fn: Callable[..., Any], *args: Any, every: bool = False, dynamic: bool = False) -> Lowered:
+    """`fn` on tensors `args`, scheduled for CUDA, with alternatives for its products."""
+    low = lower(fn, args, decompose=decompositions(), dynamic=dynamic)
+    return with_contractions(schedule(moved(low, "cuda")), every=every)
+
+
+def alternatives(low: Lowered) -> list[Alternatives]:
+    return [s for s in low.steps if isinstance(s, Alternatives)]
+
+
+def fused(fn: Callable[..., Any], *args: Any) -> list[Contraction]:
+    """The contractions that `fn` has."""
+    found = (each.ways[1] for each in alternatives(searched(fn, *args)))
+    contractions = [step for way in found if way.label == FUSED for step in way.steps]
+    assert all(isinstance(c, Contraction) for c in contractions)
+    return [c for c in contractions if isinstance(c, Contraction)]
+
+
+def kept(low: Lowered, label: str) -> Lowered:
+    """`low` with the way `label` of each of its alternatives that have one, else the first."""
+    ways: dict[str, Way] = {}
+    for each in alternatives(low):
+        ways[each.name] = next((w for w in each.ways if w.label == label), each.ways[0])
+    return replaced(low, ways)
+
+
+def labels(low: Lowered) -> Iterator[str]:
+    return iter(dict.fromkeys(w.label for each in alternatives(low) for w in each.ways))
+
+
+def check_ways(fn: Callable[..., Any], *args: torch.Tensor, every: bool = False) -> Lowered:
+    """Assert that every way gives results, and leaves inputs, as close to float64 as eager does. Returns the schedule."""
+    low = searched(fn, *args, every=every)
+    eager, exact = _after(fn, [a.clone() for a in args]), _after(fn, list(to_float64(args)))
+    for label in ("no way at all", *labels(low)):
+        own = [a.clone() for a in args]
+        steps = low if label == "no way at all" else kept(low, label)
+        got = run_lowered(steps, dict(zip(low.inputs, own, strict=True)))
+        assert_closer([*got, *own], eager, exact)
+    return low
+
+
+def _after(fn: Callable[..., Any], args: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Results, and the arguments as they are afterwards."""
+    return [*pytree.tree_leaves(fn(*args)), *args]

@@ -1,0 +1,360 @@
+"""Products with their epilogues: what becomes one, that every way gives the same values, and what must stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, Step
+from fxopt.lower import Lowered
+from fxopt.lower.contractions import FEW_ROWS, FUSED, LIBRARY, ROW, with_contractions
+from tests.lower.contracting import alternatives, check_ways, fused, kept, searched
+from tests.lower.interpreter import run_lowered
+
+F = torch.nn.functional
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+M, K, N = 96, 24, 40  # more than few rows
+
+
+def rand(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+SEED = torch.tensor(1234)
+
+
+def dropout(x: torch.Tensor, seed: torch.Tensor, salt: int = 5) -> torch.Tensor:
+    keep = torch.ops.fxopt.rand(seed + salt, list(x.shape)) >= 0.25
+    return torch.where(keep, x * (1 / 0.75), torch.zeros([], dtype=x.dtype))
+
+
+def gelu_of_residual(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.gelu(F.linear(x, w, b) + y)
+
+
+def after_dropout(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    return y + dropout(F.linear(x, w, b), seed)
+
+
+def several(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    h = F.linear(x, w, b)
+    return torch.relu(h), torch.tanh(h), h.float() * 2, h > 0.1
+
+
+def returned(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    h = x @ w
+    return h, F.silu(h)
+
+
+def returned_view(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    h = x @ w
+    return h.view(4, -1, h.shape[1]), F.silu(h)
+
+
+def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(x @ gate) * (x @ up)
+
+
+def middle_of_three(qkv: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    _, k, _ = qkv.chunk(3, dim=-1)
+    return torch.tanh(k @ w)
+
+
+def scores(qkv: torch.Tensor) -> torch.Tensor:
+    """Of heads that are views with offsets: [B, S, 3 H D] to [B H, S, S]."""
+    q, k, _ = qkv.view(3, 70, 3, 1, 24).permute(2, 0, 3, 1, 4)
+    return (torch.bmm(q.squeeze(1), k.squeeze(1).mT) * 0.125).sigmoid()
+
+
+def own_operand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x + torch.relu(x @ w)
+
+
+def accumulated(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    y.add_(x @ w)
+    return x @ w
+
+
+def merged_heads(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[B, H, S, D] of a batch of products to [B, S, H D]."""
+    heads = torch.bmm(x, w).view(2, 4, 70, 10).permute(0, 2, 1, 3).reshape(140, 40)
+    return torch.relu(heads) + y
+
+
+def split_heads(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (F.linear(x, w, b).view(2, 70, 4, 10).permute(0, 2, 1, 3) * 0.5).contiguous()
+
+
+def mlp_gradients(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, g: torch.Tensor) -> Any:
+    x, w1, b1, w2 = (t.detach().requires_grad_() for t in (x, w1, b1, w2))
+    h = F.linear(F.gelu(F.linear(x, w1, b1)), w2) + x
+    return h.detach(), *torch.autograd.grad(h, (x, w1, b1, w2), g)
+
+
+def with_alpha(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.sub(y, x @ w, alpha=0.25)
+
+
+LINEAR = (rand(M, K), rand(N, K), rand(N))
+BATCHED = (rand(3, M, K), rand(3, K, N))
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "bias": (lambda x, w, b: (x @ w.T) + b, LINEAR),
+    "gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), LINEAR),
+    "gelu tanh": (lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"), LINEAR),
+    "relu": (lambda x, w, b: F.relu(F.linear(x, w, b)), LINEAR),
+    "silu": (lambda x, w, b: F.silu(F.linear(x, w, b)), LINEAR),
+    "tanh float16": (
+        lambda x, w, b: torch.tanh(F.linear(x, w, b)),
+        tuple(t.to(F16) for t in LINEAR),
+    ),
+    "three dimensions": (lambda x, w, b: F.gelu(F.linear(x, w, b)), (rand(2, 70, K), *LINEAR[1:])),
+    "residual after": (lambda x, w, b, y: y + F.gelu(F.linear(x, w, b)), (*LINEAR, rand(M, N))),
+    "residual before": (gelu_of_residual, (*LINEAR, rand(M, N))),
+    "dropout": (after_dropout, (*LINEAR, rand(M, N), SEED)),
+    "cast": (lambda x, w, b: F.linear(x, w, b).float() * 3, LINEAR),
+    "several results": (several, LINEAR),
+    "product returned": (returned, (rand(M, K), rand(K, N))),
+    "view of product returned": (returned_view, (rand(M, K), rand(K, N))),
+    "alpha": (with_alpha, (rand(M, K), rand(K, N), rand(M, N))),
+    "bmm": (lambda x, w: torch.tanh(torch.bmm(x, w)), BATCHED),
+    "bmm transposed": (lambda x, w: torch.tanh(torch.bmm(x, w.mT)), (rand(3, M, K), rand(3, N, K))),
+    "bmm of one": (lambda x, w: torch.tanh(torch.bmm(x, w)), (rand(1, M, K), rand(1, K, N))),
+    "one weight for all": (lambda x, w: torch.tanh(torch.bmm(x, w.expand(3, K, N))), (rand(3, M, K), rand(K, N))),
+    "left transposed": (lambda x, w: torch.relu(x.T @ w), (rand(K, M), rand(K, N))),
+    "columns of a wider matrix": (lambda x, w: torch.relu(x[:, 3 : 3 + K] @ w[:, ::2]), (rand(M, 31), rand(K, 2 * N))),
+    "a part of QKV": (middle_of_three, (rand(M, 3 * K), rand(K, N))),
+    "scores of heads": (scores, (rand(3, 70, 3 * 24),)),
+    "swiglu": (swiglu, (rand(M, K), rand(K, N), rand(K, N))),
+    "operand again": (own_operand, (rand(M, N), rand(N, N))),
+    "into an input": (accumulated, (rand(M, K), rand(K, N), rand(M, N))),
+    "split heads": (split_heads, (rand(2, 70, K), *LINEAR[1:])),
+    "few rows": (lambda x, w, b: F.gelu(F.linear(x, w, b)), (rand(FEW_ROWS, K), *LINEAR[1:])),
+    "one row": (lambda x, w, b: F.gelu(F.linear(x, w, b)), (rand(1, K), *LINEAR[1:])),
+    "one row, residual": (gelu_of_residual, (rand(1, K), *LINEAR[1:], rand(1, N))),
+}
+SHAPES = {"[N]": (N,), "[1, N]": (1, N), "[M, 1]": (M, 1), "[M, N]": (M, N), "[1, 1]": (1, 1), "scalar": ()}
+for _name, _shape in SHAPES.items():
+    CASES[f"addend {_name}"] = (lambda c, x, w: torch.relu(torch.addmm(c, x, w)), (rand(*_shape), rand(M, K), rand(K, N)))
+for _name, _shape in {"[N]": (N,), "[Z, 1, N]": (3, 1, N), "[1, M, N]": (1, M, N), "[Z, M, 1]": (3, M, 1)}.items():
+    CASES[f"batched addend {_name}"] = (lambda c, x, w: torch.relu(torch.baddbmm(c, x, w)), (rand(*_shape), *BATCHED))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_way_gives_the_same_values(name: str) -> None:
+    fn, args = CASES[name]
+    found = alternatives(check_ways(fn, *args))
+    assert found and {w.label for w in found[-1].ways} >= {LIBRARY, FUSED}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_epilogue_is_in_the_kernel(name: str) -> None:
+    """Nothing is left but library calls and contractions: no region runs for itself."""
+    steps = kept(searched(*_case(name)), FUSED).steps
+    assert not [s for s in steps if isinstance(s, Region)]
+
+
+def _case(name: str) -> tuple[Any, ...]:
+    fn, args = CASES[name]
+    return fn, *args
+
+
+@pytest.mark.parametrize("name", ["bias", "gelu", "swiglu", "cast", "bmm", "residual after"])
+def test_a_product_that_only_its_epilogue_reads_is_not_stored(name: str) -> None:
+    low = searched(*_case(name))
+    after = kept(low, FUSED)
+    contraction = next(s for s in after.steps if isinstance(s, Contraction))
+    stored = {n for each in alternatives(low) for s in each.ways[0].steps if isinstance(s, Call) for n in s.outputs}
+    assert not stored & {*contraction.reads(), *contraction.writes()}
+
+
+@pytest.mark.parametrize("rows", [1, 8, M])
+def test_gradients_of_an_mlp(rows: int) -> None:
+    args = (rand(rows, K), rand(N, K), rand(N), rand(K, N), rand(rows, K))
+    low = check_ways(mlp_gradients, *args)
+    assert len(alternatives(low)) >= 2
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_products_alone(every: bool) -> None:
+    """Where there is no epilogue, few rows alone are worth a try; max-autotune tries all."""
+    many, few = (rand(M, K), rand(K, N)), (rand(8, K), rand(K, N))
+    assert len(alternatives(check_ways(torch.matmul, *many, every=every))) == every
+    assert len(alternatives(check_ways(torch.matmul, *few, every=every))) == 1
+
+
+def test_one_row_is_a_row_reduction_too() -> None:
+    low = check_ways(lambda x, w: torch.relu(x @ w), rand(1, K), rand(K, N))
+    (each,) = alternatives(low)
+    assert [w.label for w in each.ways] == [LIBRARY, FUSED, ROW]
+    (region,) = each.ways[2].steps
+    assert isinstance(region, Region) and len(region.nest.reduced) == 1 and region.reads() == ("arg0_1", "arg1_1")
+    two = searched(lambda x, w: torch.relu(x @ w), rand(2, K), rand(K, N))
+    assert ROW not in [w.label for w in alternatives(two)[0].ways]
+
+
+# ---------------------------------------------------------------------- order and memory
+
+
+def test_an_operand_is_not_overwritten_while_others_read_it() -> None:
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x.copy_(torch.relu(x @ w))
+        return x * 1
+
+    assert not alternatives(check_ways(fn, rand(M, N), rand(N, N)))
+    assert not alternatives(check_ways(lambda x, w: w.copy_(torch.relu(x @ w)), rand(M, M), rand(M, M)))
+
+
+def test_an_addend_may_be_overwritten_element_by_element() -> None:
+    def fn(c: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+        c.copy_(torch.relu(torch.addmm(c, x, w)))
+
+    def transposed(c: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+        c.copy_(torch.relu(torch.addmm(c.T, x, w)))
+
+    (each,) = alternatives(check_ways(fn, rand(M, N), rand(M, K), rand(K, N)))
+    assert each.ways[1].steps[0].writes() == ("arg0_1",)  # type: ignore[union-attr]
+    assert not alternatives(check_ways(transposed, rand(M, M), rand(M, K), rand(K, M)))
+
+
+def test_an_epilogue_waits_for_what_is_computed_between() -> None:
+    """The second product is an operand of the first one's epilogue: that runs where the region was."""
+    low = check_ways(swiglu, rand(M, K), rand(K, N), rand(K, N))
+    second, first = (s for s in low.steps if not isinstance(s, Alias))
+    assert isinstance(second, Call) and second.outputs == ("mm_1",)
+    assert isinstance(first, Alternatives) and {"mm_1"} < set(first.ways[1].steps[0].reads())  # type: ignore[union-attr]
+
+
+def test_a_product_that_another_step_reads_first_is_stored_in_time() -> None:
+    """Its epilogue moves to the product, before the reader."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x @ w
+        return h @ v, F.gelu(h)
+
+    low = check_ways(fn, rand(M, K), rand(K, N), rand(N, N))
+    first, second = kept(low, FUSED).steps
+    assert isinstance(first, Contraction) and "mm" in first.writes()
+    assert isinstance(second, Call) and second.outputs == ("mm_1",)
+
+
+def test_a_region_that_needs_a_reader_of_the_product_stays_apart() -> None:
+    def fn(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        h = x @ w
+        return torch.relu(h) + h @ v
+
+    low = check_ways(fn, rand(M, K), rand(K, N), rand(N, N))
+    (each,) = alternatives(low)
+    assert each.ways[0].steps[0].outputs == ("mm_1",), "the second product has the epilogue"  # type: ignore[union-attr]
+
+
+def test_a_product_read_by_two_regions_is_stored_for_the_second() -> None:
+    def fn(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x @ w
+        return torch.relu(h), F.pad(h, (0, 3))
+
+    steps = kept(check_ways(fn, rand(M, K), rand(K, N)), FUSED).steps
+    assert [type(s) for s in steps] == [Contraction, Region]
+    assert "mm" in steps[0].writes() and "mm" in steps[1].reads()  # type: ignore[union-attr]
+
+
+def test_what_a_region_overwrites_is_read_before() -> None:
+    """A library call between product and region reads what the region writes, and another one what the product is of."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h, old = x @ w, y @ v
+        y.copy_(torch.relu(h))
+        return old, y @ v
+
+    check_ways(fn, rand(M, K), rand(K, N), rand(M, N), rand(N, N))
+
+
+def test_a_view_follows_the_product_that_it_is_of() -> None:
+    """Wherever a schedule names a view of the product between it and the region."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x @ w
+        return F.gelu(h), h.view(2, M, N) @ v
+
+    plain = _undecided(searched(fn, rand(2 * M, K), rand(K, N), rand(2, N, N)))
+    (view,) = (s for s in plain.steps if isinstance(s, Alias))
+    (region,) = (s for s in plain.steps if isinstance(s, Region))
+    steps: list[Step] = [s for s in plain.steps if s is not view]
+    steps.insert(steps.index(region), view)
+    after = kept(with_contractions(replace(plain, steps=steps)), FUSED).steps
+    (made,) = (s for s in after if isinstance(s, Contraction))
+    assert after.index(made) < after.index(view)
+
+
+def _undecided(low: Lowered) -> Lowered:
+    """The schedule that `low` was made of."""
+    return kept(low, LIBRARY)
+
+
+def test_views_that_nobody_names_any_more_are_gone() -> None:
+    low = searched(lambda x, w, b: F.gelu(F.linear(x, w, b)), *LINEAR)
+    assert any(isinstance(s, Alias) for s in kept(low, LIBRARY).steps)
+    assert not any(isinstance(s, Alias) for s in kept(low, FUSED).steps)
+
+
+# ---------------------------------------------------------------------- what stays apart
+
+
+APART: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "a reduction": (lambda x, w: (x @ w).sum(-1), (rand(M, K), rand(K, N))),
+    "a softmax": (lambda x, w: torch.softmax(x @ w, -1), (rand(M, K), rand(K, N))),
+    "checked indices": (
+        lambda x, w, t, i: (x @ w) + t[i],
+        (rand(M, K), rand(K, N), rand(7, N), torch.randint(0, 7, (M,))),
+    ),
+    "float32": (lambda x, w: torch.relu(x @ w), (rand(M, K, dtype=F32), rand(K, N, dtype=F32))),
+    "float64": (lambda x, w: torch.relu(x @ w), (rand(M, K).double(), rand(K, N).double())),
+    "a shifted read": (lambda x, w: (h := x @ w) + h.roll(1, 0), (rand(M, K), rand(K, N))),
+    "a transposed read": (lambda x, w: (h := x @ w) + h.T, (rand(M, K), rand(K, M))),
+    "a part of the result": (lambda x, w: torch.relu((x @ w)[:, :8]), (rand(M, K), rand(K, N))),
+    "merged heads": (merged_heads, (rand(8, 70, K), rand(8, K, 10), rand(140, 40))),
+    "padding": (lambda x, w: F.pad(torch.relu(x @ w), (0, 3)), (rand(M, K), rand(K, N))),
+    "one column": (lambda x, w: torch.relu(x @ w), (rand(M, K), rand(K, 1))),
+    "no rows": (lambda x, w: torch.relu(x @ w), (rand(0, K), rand(K, N))),
+    "no inner dimension": (lambda x, w: torch.relu(x @ w), (rand(M, 0), rand(0, N))),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_stays_apart(name: str) -> None:
+    fn, args = APART[name]
+    assert not alternatives(check_ways(fn, *args))
+
+
+def test_products_of_other_factors_are_the_librarys() -> None:
+    low = searched(lambda c, x, w: torch.relu(torch.addmm(c, x, w, beta=0.5, alpha=2)), rand(N), rand(M, K), rand(K, N))
+    assert all(s.op != "aten::addmm.default" or s.kwargs for s in low.steps if isinstance(s, Call))
+    assert not alternatives(low)
+
+
+def test_symbolic_sizes_stay_apart() -> None:
+    low = searched(lambda x, w: torch.relu(x @ w), rand(M, K), rand(K, N), dynamic=True)
+    assert not alternatives(low)
+
+
+def test_cpus_have_no_alternatives() -> None:
+    from fxopt.capture.decompositions import decompositions
+    from fxopt.lower.schedule import schedule
+    from tests.lower.harness import lower
+
+    low = schedule(lower(lambda x, w: torch.relu(x @ w), (rand(1, K), rand(K, N)), decompose=decompositions()))
+    assert with_contractions(low, every=True).steps == low.steps
+
+
+def test_the_interpreter_notices_a_wrong_index() -> None:
+    """The oracle of this file can fail: an epilogue that reads another element than the product's own is refused."""
+    (contraction,) = fused(lambda x, w: torch.relu(x @ w), rand(M, K), rand(K, M))
+    z, y, x = contraction.axes
+    wrong = replace(contraction, axes=(z, x, y))
+    low = searched(lambda x, w: torch.relu(x @ w), rand(M, K), rand(K, M))
+    with pytest.raises(AssertionError, match="own element"):
+        run_lowered(replace(low, steps=[wrong]), {"arg0_1": rand(M, K), "arg1_1": rand(K, M)})

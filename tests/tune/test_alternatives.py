@@ -1,0 +1,314 @@
+"""Which way to compute a product and its epilogue is kept, and the plan that comes of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.assemble import assemble
+from fxopt.ir.graph import Graph, Input, Phase, Role
+from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Region
+from fxopt.journal import Journal
+from fxopt.lower import Lowered
+from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.options import Options
+from fxopt.report.render import journal_to_text
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.launch import CudaError
+from fxopt.runtime.plan import Launch, Plan, allocated, check
+from fxopt.target import Target
+from fxopt.tune import candidate, measure
+from fxopt.tune.candidate import Choice, contraction_candidates
+from fxopt.tune.choose import choose
+from fxopt.tune.measure import Trial
+from tests.lower.contracting import alternatives, searched
+
+tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
+F = torch.nn.functional
+BF16 = torch.bfloat16
+TARGET = Target.cuda(90)
+COMPARE = measure.Measurements.compare
+MAX = {"mode": "max-autotune"}  # the cost model prunes nothing
+
+
+class Bench:
+    """Stands in for the compiler and the GPU: `seconds` by the beginning of a trial's label, 1 for the others."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds: dict[str, float] = {}
+        self.compiled: list[KernelSource] = []
+        self.measured: list[tuple[str, list[str]]] = []
+        self.buffers: list[dict[str, BufferSpec]] = []
+        self.failing: Callable[[KernelSource], bool] = lambda source: False
+        monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
+        monkeypatch.setattr(tuner, "compile_kernels", self.compile)
+        monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
+        monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, *rest))
+
+    def compile(self, sources: Sequence[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+        self.compiled += sources
+        return [self._artifact(s) for s in sources]
+
+    def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
+        if self.failing(source):
+            return CompileFailure("key", f"no {source.entry}")
+        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": 0})
+
+    def compare(self, name: str, buffers: Any, device: torch.device, trials: Sequence[Trial]) -> list[float]:
+        self.measured.append((name, [t.label for t in trials]))
+        self.buffers.append(dict(buffers))
+        return [min((s for k, s in self.seconds.items() if t.label.startswith(k)), default=1.0) for t in trials]
+
+    @property
+    def contests(self) -> list[str]:
+        """Names of the contests between ways, in order."""
+        return [name for name, labels in self.measured if labels[0] == LIBRARY]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path)
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=BF16)
+
+
+def layer(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.gelu(F.linear(x, w, b))
+
+
+LAYER = (rand(256, 128), rand(512, 128), rand(512))
+
+
+def captured(fn: Callable[..., Any] = layer, args: tuple[torch.Tensor, ...] = LAYER) -> Lowered:
+    return searched(fn, *args)
+
+
+def tuned(low: Lowered, store: ArtifactStore, **options: Any) -> tuple[Lowered, dict[str, Choice], list[Any], Journal]:
+    journal = Journal("test")
+    return *choose(low, Options(**{**MAX, **options}), store, journal), journal
+
+
+def steps_of(low: Lowered) -> list[Any]:
+    return [s for s in low.steps if not isinstance(s, Alias)]
+
+
+def planned(low: Lowered, chosen: dict[str, Choice]) -> Plan:
+    """The plan for `low`, through JSON and checked."""
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    inputs = [Input(n, Role.USER) for n in low.inputs]
+    plan = assemble(Graph(gm, inputs, Phase.INFERENCE, "test", int), low, chosen, Journal("test"))
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    check(again)
+    return again
+
+
+def test_the_library_wins_ties(bench: Bench, store: ArtifactStore) -> None:
+    bench.seconds = {FUSED: 0.98}
+    low, chosen, failed, _ = tuned(captured(), store)
+    call, region = steps_of(low)
+    assert not failed and isinstance(call, Call) and isinstance(region, Region)
+    assert set(chosen) == {region.name}
+    plan = planned(low, chosen)
+    assert [type(s) for s in plan.steps if isinstance(s, Call | Launch)] == [Call, Launch]
+
+
+def test_the_fastest_configuration_is_kept(bench: Bench, store: ArtifactStore) -> None:
+    low = captured()
+    (each,) = alternatives(low)
+    labels = [c.label for c in contraction_candidates(each.ways[1].steps[0], TARGET, "max-autotune")]  # type: ignore[arg-type]
+    bench.seconds = {FUSED: 0.9, f"{FUSED} {labels[2]}": 0.5}
+    after, chosen, _, journal = tuned(low, store)
+    (step,) = steps_of(after)
+    assert isinstance(step, Contraction) and chosen[step.name].label == labels[2]
+    assert bench.measured[-1][1] == [LIBRARY, *(f"{FUSED} {label}" for label in labels)]
+    said = f"contractions: {step.name}: {FUSED} {labels[2]} (fused {labels[2]}: 500000.0 us, library: 1000000.0 us)"
+    assert said in journal_to_text(journal)
+
+
+def test_a_fused_product_has_no_buffer(bench: Bench, store: ArtifactStore) -> None:
+    """Nor the views of weights that only the library call named."""
+    bench.seconds = {f"{FUSED} pointer": 0.5}
+    low, chosen, _, _ = tuned(captured(), store)
+    plan = planned(low, chosen)
+    assert not any(isinstance(s, Alias) for s in plan.steps)
+    ((name, choice),) = chosen.items()
+    assert name == steps_of(low)[0].name
+    assert set(allocated(plan)) == {low.outputs[0].name, *(s.name for s in choice.scratch)}
+
+
+def test_an_operand_of_product_and_epilogue_is_two_parameters_of_the_kernel(bench: Bench, store: ArtifactStore) -> None:
+    """And both of the product are promised to be aligned, which the executor sees to."""
+    bench.seconds = {f"{FUSED} tma 128": 0.5}
+    low, chosen, _, _ = tuned(captured(lambda x, w: x + torch.relu(x @ w), (rand(256, 256), rand(256, 256))), store)
+    (launch,) = (s for s in planned(low, chosen).steps if isinstance(s, Launch))
+    x, w = low.inputs
+    assert launch.buffers == (x, w, x, low.outputs[0].name) and set(launch.aligned) == {0, 1, 2, 3}
+    assert not launch.inplace, "other programs still read the operand"
+
+
+def test_a_split_product_shares_one_buffer_between_its_launches(bench: Bench, store: ArtifactStore) -> None:
+    low = captured(layer, (rand(8, 4096), rand(256, 4096), rand(256)))
+    (each,) = alternatives(low)
+    options = contraction_candidates(each.ways[1].steps[0], TARGET, "max-autotune")  # type: ignore[arg-type]
+    label = next(c.label for c in options if c.scratch)
+    bench.seconds = {f"{FUSED} {label}": 0.5}
+    after, chosen, _, _ = tuned(low, store)
+    plan = planned(after, chosen)
+    first, second = (s for s in plan.steps if isinstance(s, Launch))
+    (scratch,) = chosen[each.name].scratch
+    assert first.writes == (scratch.name,) and scratch.name in second.buffers and after.outputs[0].name in second.writes
+
+
+def test_one_row_may_be_a_reduction(bench: Bench, store: ArtifactStore) -> None:
+    bench.seconds = {ROW: 0.5}
+    low, chosen, _, _ = tuned(captured(layer, (rand(1, 4096), rand(4096, 4096), rand(4096))), store)
+    (region,) = steps_of(low)
+    assert isinstance(region, Region) and region.name.endswith(ROW) and region.nest.reduced
+    assert set(chosen) == {region.name}
+    (launch,) = (s for s in planned(low, chosen).steps if isinstance(s, Launch))
+    assert launch.label == region.name
+
+
+def test_the_second_compilation_asks_the_records(bench: Bench, store: ArtifactStore) -> None:
+    bench.seconds = {FUSED: 0.5}
+    first, chosen, _, _ = tuned(captured(), store)
+    assert len(bench.contests) == 1
+    bench.seconds = {}
+    second, again, _, _ = tuned(captured(), store)
+    assert len(bench.contests) == 1
+    assert [c.label for c in chosen.values()] == [c.label for c in again.values()]
+    assert [s.name for s in steps_of(first)] == [s.name for s in steps_of(second)]
+    tuned(captured(layer, (rand(320, 128), *LAYER[1:])), store)
+    assert len(bench.contests) == 2, "other sizes are another contest"
+
+
+def test_another_dtype_or_layout_of_an_operand_is_another_contest(bench: Bench, store: ArtifactStore) -> None:
+    tuned(captured(), store)
+    tuned(captured(lambda x, w, b: F.gelu(x @ w + b), (LAYER[0], rand(128, 512), LAYER[2])), store)
+    tuned(captured(layer, tuple(t.to(torch.float16) for t in LAYER)), store)
+    assert len(bench.contests) == 3
+
+
+def two_layers(x: torch.Tensor, v: torch.Tensor, c: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return layer(layer(x, v, c), w, b)
+
+
+SQUARE = (rand(256, 512), rand(512, 512), rand(512), rand(512, 512), rand(512))
+
+
+@pytest.mark.parametrize("winner", [LIBRARY, FUSED])
+def test_equal_layers_are_one_contest_and_keep_their_buffers(bench: Bench, store: ArtifactStore, winner: str) -> None:
+    bench.seconds = {winner: 0.5}
+    low = captured(two_layers, SQUARE)
+    first, second = alternatives(low)
+    after, chosen, _, _ = tuned(low, store)
+    assert bench.contests == [first.name]
+    one, other = (chosen[n].kernels[0] for n in (first.name, second.name))
+    assert one[1] == other[1] and set(one[0].buffers) != set(other[0].buffers)
+    assert chosen[first.name].label == chosen[second.name].label
+    plan = planned(after, chosen)
+    one, other = (s for s in plan.steps if isinstance(s, Launch))
+    if winner == FUSED:
+        assert set(one.writes) <= set(other.buffers), "the second layer reads what the first has stored"
+        weights = [{n for n in step.buffers if low.buffers[n].shape == (512, 512)} for step in (one, other)]
+        assert [len(w) for w in weights] == [1, 1] and weights[0] != weights[1]
+
+
+def test_a_configuration_that_does_not_compile_costs_only_itself(bench: Bench, store: ArtifactStore) -> None:
+    bench.failing = lambda source: "tma" in source.text
+    bench.seconds = {FUSED: 0.5}
+    low, chosen, failed, _ = tuned(captured(), store)
+    ((_, labels),) = [m for m in bench.measured if m[1][0] == LIBRARY]
+    assert not failed and len(labels) > 1 and not any("tma" in label for label in labels)
+    (step,) = steps_of(low)
+    assert chosen[step.name].label.startswith("pointer")
+
+
+def test_a_configuration_that_does_not_run_costs_only_itself(bench: Bench, store: ArtifactStore) -> None:
+    bench.seconds = {f"{FUSED} tma": float("inf"), f"{FUSED} pointer": 0.5}
+    low, chosen, _, _ = tuned(captured(), store)
+    (step,) = steps_of(low)
+    assert chosen[step.name].label.startswith("pointer")
+
+
+def test_a_kernel_that_the_driver_refuses_to_launch_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that it cannot describe, or too many registers: found out at the first launch only."""
+    launches: list[int] = []
+
+    class Kernel:
+        def bind(self, entry: str) -> Callable[..., None]:
+            def launch(*arguments: int) -> None:
+                launches.append(len(arguments))
+                raise CudaError("launching", 701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources")
+
+            return launch
+
+    class Stream:
+        cuda_stream = 0
+
+    monkeypatch.setattr(measure, "load_cubin", lambda *args: Kernel())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    source = KernelSource("triton", "k", "", ("x",), (), (1, 1, 1), {})
+    artifact = Artifact("key", "triton", "k", Path("kernel.cubin"), {})
+    assert measure.runner(Trial("k", ((source, artifact),)), {"x": torch.empty(1)}, {}) is None
+    assert launches == [5]
+
+
+def test_without_any_contraction_that_compiles_the_library_is_kept(bench: Bench, store: ArtifactStore) -> None:
+    bench.failing = lambda source: "gemm" in source.text
+    low, chosen, failed, _ = tuned(captured(), store)
+    assert not failed and not bench.contests
+    assert [type(s) for s in steps_of(low)] == [Call, Region] and planned(low, chosen)
+
+
+def test_a_region_beside_the_library_that_does_not_compile_is_reported(bench: Bench, store: ArtifactStore) -> None:
+    """Whatever the contraction would have done: what there is to retreat to has to work."""
+    bench.failing = lambda source: "gemm" not in source.text
+    low = captured()
+    (each,) = alternatives(low)
+    _, chosen, failed, _ = tuned(low, store)
+    assert not chosen and [(region.name, reason[:3]) for region, reason in failed] == [(each.ways[0].steps[1].name, "no ")]
+
+
+def test_without_a_budget_the_library_is_kept_for_now(
+    bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner.Measurements, "compare", COMPARE)
+    low, chosen, _, journal = tuned(captured(), store, tuning_seconds=0)
+    assert journal.provisional
+    assert [type(s) for s in steps_of(low)] == [Call, Region] and planned(low, chosen)
+
+
+def test_what_cannot_win_by_the_cost_model_is_not_compiled(
+    bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidate, "MODEL_ERROR", 0.0)
+    bench.failing = lambda source: "gemm" in source.text
+    low, _, failed, _ = tuned(captured(), store, mode="default")
+    assert not failed and not bench.contests and [type(s) for s in steps_of(low)] == [Call, Region]
+    assert not any("gemm" in source.text for source in bench.compiled)
+    tuned(captured(), store)
+    assert any("gemm" in source.text for source in bench.compiled), "max-autotune tries everything"
+
+
+def test_trials_have_the_memory_that_calls_and_kernels_name(bench: Bench, store: ArtifactStore) -> None:
+    tuned(captured(), store)
+    (each,) = alternatives(captured())
+    assert set(bench.buffers[-1]) == set(each.buffers)
+    named = {n for way in each.ways for s in way.steps if not isinstance(s, Call) for n in (*s.reads(), *s.writes())}
+    assert named <= set(each.buffers) and {v.of for v in each.views} <= set(each.buffers)
