@@ -131,7 +131,7 @@ def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.Gemm
     """Whether the best configuration, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
     apart = gemm_config.library_seconds(problem, target)
     if problem.epilogue_ops:  # else the epilogue is a store, which the library does
-        result = problem.batch * problem.m * problem.n * problem.itemsize
+        result = problem.products * problem.batch * problem.m * problem.n * problem.itemsize
         apart += gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
     return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in ranked[:1])
 
