@@ -33,13 +33,16 @@ from fxopt.codegen.templates.gemm_config import (
     library_seconds,
     ranked,
 )
-from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, partial_shape
+from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, is_uneven, partial_shape
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice
 from fxopt.tune.measure import interleaved, runner
+
+OPS = {"": 0.0, "gelu": 1.1, "gated": 0.5}
+"""`GemmProblem.epilogue_ops`."""
 
 JOIN_BLOCK = 512
 CHUNK = 6
@@ -72,7 +75,8 @@ class GemmCase:
         read = self.n * self.dtype.itemsize if self.epilogue == "gelu" else 0
         x, w = Matrix(self.m, self.k, self.k, 1), Matrix(self.k, self.n, *b)
         gate = w if self.epilogue == "gated" else None
-        return GemmProblem(1, self.m, self.n, self.k, self.dtype, x, w, read, written, c=gate)
+        ops = OPS[self.epilogue]
+        return GemmProblem(1, self.m, self.n, self.k, self.dtype, x, w, read, written, c=gate, epilogue_ops=ops)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """x, w and gate [k, n] (whatever their strides) and bias."""
@@ -169,7 +173,8 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     extra = "b3" if result == "partial" else "(b2, b3)"
     gated = case.epilogue == "gated"
     call = gemm_call(case.problem, config, c="b4", extra=extra)
-    blocks, parameter = ("acc, gate", ", b4") if gated else ("acc", "")
+    third = ["gate"] if gated else ["w"] if is_uneven(config) else []
+    blocks, parameter = "acc, gate" if gated else "acc", ", b4" * len(third)
     text = (
         f"{_PREAMBLE}\n\n@triton.jit\ndef epilogue({blocks}, y, x, z, extra):\n    b2, b3 = extra\n{_value(case)}"
         f"    tl.store(b3 + (y * {case.n} + x), v.to(b3.dtype.element_ty), (y < {case.m}) & (x < {case.n}))\n\n\n"
@@ -178,7 +183,7 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     results = "*fp32" if result == "partial" else _TYPES[case.dtype]
     types = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
     signature = {name: types[name] for name in sorted(types)}
-    buffers = ("x", "w", "bias", result, *(["gate"] if gated else []))
+    buffers = ("x", "w", "bias", result, *third)
     options = {
         **_options(signature),
         "num_warps": config.warps,

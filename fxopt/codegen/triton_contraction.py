@@ -23,13 +23,17 @@ from fxopt.codegen.triton_tiling import Axis, Tiling, accesses_of
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, mul, prod, symbol
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import Load, Op, Reduce, postorder
+from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Region
 from fxopt.target import Target
 
 _AXES = {"z": 0, "y": 1, "x": 2}
 _BLOCKS = {"y": "YB", "x": "XB"}
 _EPILOGUE = "epilogue"
+_OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
+_CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
+"""What one op, any other function of a floating argument and a random number cost, in error functions."""
+
 _RANDOM_AT_ONCE = 16
 """Elements of one thread: 32 spill beside an accumulator of 128 registers, on sm_80 as on sm_90 and sm_100."""
 
@@ -39,7 +43,7 @@ def problem_of(contraction: Contraction) -> GemmProblem:
     batch, m, k, n = contraction.sizes
     if not all(isinstance(x, int) for x in (batch, m, k, n)):
         raise UnsupportedError("a product of unknown size")
-    specs = {name: spec for name, spec in contraction.region.buffers.items() if name != contraction.result}
+    specs = {name: spec for name, spec in contraction.region.buffers.items() if name not in contraction.products}
     written = set(contraction.writes())
     nbytes = {name: _bytes(spec) for name, spec in specs.items()}
     return GemmProblem(
@@ -52,7 +56,16 @@ def problem_of(contraction: Contraction) -> GemmProblem:
         _operand(contraction.b, k, n),
         read=sum(size for name, size in nbytes.items() if name in contraction.region.reads()),
         written=sum(size for name, size in nbytes.items() if name in written),
+        c=None if contraction.c is None else _operand(contraction.c, k, n),
+        epilogue_ops=sum(_cost(n) for n in postorder(contraction.region.nest.roots) if isinstance(n, Op)),
     )
+
+
+def _cost(op: Op) -> float:
+    """What `op` costs in error functions (`GemmProblem.epilogue_ops`)."""
+    if op.name in ops.RANDOM:
+        return _RANDOM
+    return _OPS.get(op.name, _FUNCTION if op.name in FLOAT_UNARY else _CHEAP_OP)
 
 
 def _operand(matrix: Matrix, rows: Int, columns: Int) -> gemm_config.Matrix:
@@ -88,7 +101,7 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
     nodes = postorder(contraction.region.nest.roots)
     if config.split > 1 or not any(isinstance(n, Op) and n.name in ops.RANDOM for n in nodes):
         return config
-    each = config.block_m * config.block_n // (config.warps * target.warp_size)
+    each = len(contraction.products) * config.block_m * config.block_n // (config.warps * target.warp_size)
     return replace(config, subtile=max(config.subtile, each // _RANDOM_AT_ONCE))
 
 
@@ -135,11 +148,19 @@ def _source(
         language="triton",
         entry=entry,
         text="\n\n\n".join(part for part in (preamble, epilogue.text, kernel) if part) + "\n",
-        buffers=(contraction.a.buffer, contraction.b.buffer, *epilogue.buffers),
+        buffers=(*_operands(contraction, config), *epilogue.buffers),
         sizes=epilogue.sizes,
         grid=(call.grid, 1, 1),
         compile_options=options,
     )
+
+
+def _operands(contraction: Contraction, config: GemmConfig) -> tuple[str, ...]:
+    """The buffers of the operands' parameters, b0, b1 and, where a template takes three, b2."""
+    a, b = contraction.a.buffer, contraction.b.buffer
+    if contraction.c is not None:
+        return a, b, contraction.c.buffer
+    return (a, b, b) if gemm_entry.is_uneven(config) else (a, b)
 
 
 def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
@@ -150,9 +171,10 @@ def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
     index64 = limits != ()
     extents = {"y": (contraction.sizes[1], config.block_m), "x": (contraction.sizes[3], config.block_n)}
     masks = {axis: f"{axis}_mask" for axis, (size, block) in extents.items() if size % block}
-    names = Names(reserved=2)
+    names = Names(reserved=len(_operands(contraction, config)))
     frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
-    emitter = Emitter(frame, names, registers={contraction.result: "acc"})
+    blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
+    emitter = Emitter(frame, names, registers=blocks)
     body = straight_line(region, frame, emitter)
     kinds = {p: ops.POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
     kinds |= {p: size_type(s, index64) for s, p in names.sizes.items()}
@@ -161,7 +183,7 @@ def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
     lines += [line for line, block in zip(sizes, _BLOCKS.values(), strict=True) if any(block in text for text in body)]
     lines += [f"{axis} = {axis}.to(tl.int64)" for axis in tiling.lines] if index64 else []
     lines += [f"{name} = {axis} < {extents[axis][0]}" for axis, name in masks.items()]
-    head = ["@triton.jit", f"def {_EPILOGUE}(acc, y, x, z, extra):"]
+    head = ["@triton.jit", f"def {_EPILOGUE}({', '.join(blocks.values())}, y, x, z, extra):"]
     text = "\n".join([*head, *(f"    {line}" for line in [*lines, *body])])
     return _Epilogue(text, kinds, tuple(names.buffers), tuple(size_expressions(names)))
 
@@ -183,4 +205,4 @@ def _in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferS
     for sym, stride in zip(contraction.axes, spec.strides[1:], strict=True):
         place = place if sym is None else add(place, mul(symbol(sym), stride))
     total = Reduce("sum", (Load(name, place, torch.float32),), (part,), torch.float32)
-    return spec, contraction.reduced(contraction.name, total, {name: spec})
+    return spec, contraction.reduced(contraction.name, {contraction.result: total}, {name: spec})

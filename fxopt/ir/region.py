@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -215,6 +216,8 @@ class Contraction:
     `a` [Z, M, K] times `b` [Z, K, N]. The points of `region`, which does not reduce, are `axes`, the symbols of (batch, row,
     column), of which the batch is None for a single product. In its nest the product is the load of `result`, a buffer in
     registers, at the index of the product's own element. `buffers` describes what memory is read and written.
+
+    With `c`, of the shape and strides of `b`, there are two products (a gated layer): that with `c` is the load of `second`.
     """
 
     name: str
@@ -225,6 +228,8 @@ class Contraction:
     axes: tuple[Sym | None, Sym, Sym]
     region: Region
     buffers: dict[str, BufferSpec]
+    c: Matrix | None = None
+    second: str = ""
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -238,28 +243,37 @@ class Contraction:
         return self.region.origins
 
     @property
+    def products(self) -> dict[str, Matrix]:
+        """The right operand of each product by the buffer in registers that is its result."""
+        return {self.result: self.b} | ({} if self.c is None else {self.second: self.c})
+
+    @property
     def sizes(self) -> tuple[Int, Int, Int, Int]:
         """Z, M, K, N."""
         batch, row, column = self.axes
         assert row.size is not None and column.size is not None
         return (1 if batch is None or batch.size is None else batch.size), row.size, self.depth, column.size
 
-    def reduced(self, name: str, total: Reduce, more: dict[str, BufferSpec]) -> Region:
-        """The region `name`, which also reads buffers `more`: there the product is `total`, float32, not in registers."""
+    def reduced(self, name: str, totals: Mapping[str, Reduce], more: dict[str, BufferSpec]) -> Region:
+        """The region `name`, which also reads buffers `more`: there each product is what `totals` has for it, in float32 and
+        over the same axes, not in registers.
+        """
 
         def summed(load: Load) -> Scalar | None:
-            if load.buffer != self.result:
+            if load.buffer not in totals:
                 return None
+            total = totals[load.buffer]
             return total if load.dtype == total.dtype else Op("cast", (total,), load.dtype)
 
         nest = self.region.nest
         stores = tuple(s.transformed({}, lambda v: transform(v, {}, summed)) for s in nest.stores)
-        buffers = {n: s for n, s in self.region.buffers.items() if n != self.result} | more
-        return replace(self.region, name=name, nest=Nest(nest.points, total.axes, stores), buffers=buffers)
+        buffers = {n: s for n, s in self.region.buffers.items() if n not in totals} | more
+        return replace(self.region, name=name, nest=Nest(nest.points, totals[self.result].axes, stores), buffers=buffers)
 
     def reads(self) -> tuple[str, ...]:
         """Buffers read, operands first."""
-        return tuple(dict.fromkeys((self.a.buffer, self.b.buffer, *(n for n in self.region.reads() if n != self.result))))
+        operands = (self.a.buffer, *(m.buffer for m in self.products.values()))
+        return tuple(dict.fromkeys((*operands, *(n for n in self.region.reads() if n not in self.products))))
 
     def writes(self) -> tuple[str, ...]:
         """Buffers stored to, in order."""

@@ -6,24 +6,25 @@ result is neither written nor read again, unless others want it. `with_contracti
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
 import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, symbol
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Store, postorder
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.region import Alias, Alternatives, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.products import Product, find_product
+from fxopt.lower.products import Product, columns_of, find_product
 from fxopt.lower.values import cast
 
 NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
-LIBRARY, FUSED, ROW = "library", "fused", "row"
+LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
 FEW_ROWS = 64
 """Products of no more rows are bound by memory, where a kernel of ours may beat the library even without an epilogue."""
 
@@ -46,12 +47,13 @@ class _Search:
         self.accesses = [self._accesses(s) for s in lowered.steps]
 
     def run(self) -> Lowered:
-        for k, step in enumerate(self.lowered.steps):
+        for k in range(len(self.steps)):
+            step = self.steps[k]  # which a product before may have taken
             product = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
             if product is None or not self._is_eligible(product) or self._fuse(k, product):
                 continue
             if self.every or product.sizes[1] <= FEW_ROWS:
-                self.steps[k] = self._alternatives(product, None, self._alone(product))
+                self.steps[k] = self._alternatives((product,), None, self._alone(product))
         return replace(self.lowered, steps=[s for s in self.steps if s is not None])
 
     def _is_eligible(self, product: Product) -> bool:
@@ -61,45 +63,86 @@ class _Search:
         return operands[0].dtype in _DTYPES and all(s.dtype == operands[0].dtype for s in operands)
 
     def _fuse(self, k: int, product: Product) -> bool:
-        """Put alternatives in the place of product `k` and the first region that can take it as an epilogue, if any."""
+        """Put alternatives in the place of product `k` and the first region that can take it as an epilogue, if any; and of
+        another product of the same left operand that the region reads as well.
+        """
         name = product.result.buffer
         for j in range(k + 1, len(self.steps)):
             region = self.steps[j]
-            if not isinstance(region, Region) or name not in self.accesses[j][0]:
+            if isinstance(region, Region) and name in self.accesses[j][0]:
+                if self._fuse_two(k, j, product, region):
+                    return True
+                place = self._place((k, j))
+                found = None if place is None else self._contraction(product, region, self._is_wanted(name, (k, j)))
+                if found is not None and place is not None:
+                    self._put((k, j), place, self._alternatives((product,), region, found))
+                    return True
+        return False
+
+    def _fuse_two(self, k: int, j: int, product: Product, region: Region) -> bool:
+        """`_fuse` for product `k` with another one, or for the two halves of its columns."""
+        for i, one, two in self._partners(k, j, product):
+            steps = (*sorted({k, i}), j)
+            place = self._place(steps)
+            if place is None:
                 continue
-            place = self._place(k, j, name)
-            found = None if place is None else self._contraction(product, region, self._is_wanted(name, k, j))
-            if found is not None and place is not None:
-                self.steps[k] = self.steps[j] = None
-                self.steps[place] = self._alternatives(product, region, found)
-                self.accesses[k] = self.accesses[j] = (frozenset(), frozenset())
-                self.accesses[place] = self._accesses(self.lowered.steps[k], region)
+            wanted = [self._is_wanted(p.result.buffer, steps) for p in (one, two)]
+            both = self._two(one, two, region, wanted)
+            if both is not None:
+                apart = self._contraction(product, region, wanted[0]) if i != k else None
+                products = (one, two) if i != k else (product,)
+                self._put(steps, place, self._alternatives(products, region, apart, both))
                 return True
         return False
 
-    def _place(self, k: int, j: int, name: str) -> int | None:
-        """Where product `k` and region `j` can run as one step: at `j`, if nothing between them waits for the product, or at
-        `k`, if the region waits for nothing between."""
-        between = [self.accesses[i] for i in range(k + 1, j) if self.steps[i] is not None]
-        own_reads, own_writes = self.accesses[k]
-        if not any(own_writes & (r | w) or own_reads & w for r, w in between):
-            return j
-        reads, writes = self.accesses[j]
-        return None if any(writes & (r | w) or (reads - {name}) & w for r, w in between) else k
+    def _partners(self, k: int, j: int, product: Product) -> Iterator[tuple[int, Product, Product]]:
+        """What region `j` may read beside product `k`: (the step that computes it, the two products)."""
+        for i in range(k + 1, j):
+            step = self.steps[i]
+            other = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
+            if other is None or not self._is_eligible(other) or other.result.buffer not in self.accesses[j][0]:
+                continue
+            if (other.a, other.sizes) == (product.a, product.sizes) and _strides(other.b) == _strides(product.b):
+                yield i, product, other
+        if product.sizes[3] >= 4 and product.sizes[3] % 2 == 0:
+            half = product.sizes[3] // 2
+            yield k, columns_of(product, 0, half), columns_of(product, half, half)
 
-    def _is_wanted(self, name: str, k: int, j: int) -> bool:
-        """Whether the product is read by others than region `j`."""
+    def _put(self, steps: tuple[int, ...], place: int, found: Alternatives) -> None:
+        """`found` at `place` instead of all `steps`."""
+        accesses = self._accesses(*(s for k in steps if (s := self.steps[k]) is not None))
+        for k in steps:
+            self.steps[k], self.accesses[k] = None, (frozenset(), frozenset())
+        self.steps[place], self.accesses[place] = found, accesses
+
+    def _place(self, steps: tuple[int, ...]) -> int | None:
+        """Where products and then a region, at `steps`, can run as one step: where the region or the last product is, if
+        nothing between waits for what moves there, and that for nothing between. None if nowhere.
+        """
+        made = {n for k in steps[:-1] for n in self.accesses[k][1]}
+        for place in (steps[-1], steps[-2]):
+            if all(self._can_move(k, place, steps, made) for k in steps if k != place):
+                return place
+        return None
+
+    def _can_move(self, k: int, place: int, steps: tuple[int, ...], made: set[str]) -> bool:
+        """Whether step `k` can run at `place`, where those of `steps` are, which make `made`."""
+        reads, writes = self.accesses[k]
+        reads -= made
+        between = range(min(k, place), max(k, place) + 1)
+        others = [self.accesses[i] for i in between if i not in steps and self.steps[i] is not None]
+        return not any(writes & (r | w) or reads & w for r, w in others)
+
+    def _is_wanted(self, name: str, steps: tuple[int, ...]) -> bool:
+        """Whether the product `name` is read by others than `steps`."""
         if name in self.kept:
             return True
-        return any(name in self.accesses[i][0] for i, s in enumerate(self.steps) if s is not None and i not in (k, j))
+        return any(name in self.accesses[i][0] for i, s in enumerate(self.steps) if s is not None and i not in steps)
 
     def _contraction(self, product: Product, region: Region, wanted: bool) -> Contraction | None:
         """`product` with `region` as its epilogue, which stores the product as well where it is `wanted`."""
-        buffers, name = self.lowered.buffers, product.result.buffer
-        nest = region.nest
-        if region.across is not None or nest.reduced or region.device != buffers[name].device or not _is_plain(nest):
-            return None
-        if {product.a.buffer, product.b.buffer} & set(region.writes()):  # other programs still read them
+        name, nest = product.result.buffer, region.nest
+        if not self._may_follow(region, product):
             return None
         own = self._alone(product)
         for mapping in chain(mappings(nest, own.region.nest), along(nest, own.region.nest, name)):
@@ -108,14 +151,41 @@ class _Search:
                 continue
             if not wanted:
                 joined = replace(joined, stores=tuple(s for s in joined.stores if s.buffer != name))
-            both = replace(
-                own.region,
-                name=region.name,
-                buffers=own.region.buffers | region.buffers,
-                nodes=tuple(dict.fromkeys((*own.region.nodes, *region.nodes))),
-                origins=tuple(dict.fromkeys((*own.origins, *region.origins))),
-            )
-            return self._with_epilogue(product, own.result, with_nests(both, joined, None))
+            both = _with_parts_of(own.region, region.name, region)
+            return self._with_epilogue((product,), (own.result,), with_nests(both, joined, None))
+        return None
+
+    def _may_follow(self, region: Region, *products: Product) -> bool:
+        """Whether `region` may be an epilogue: it goes over elements, and writes no operand, which other programs read."""
+        device = self.lowered.buffers[products[0].result.buffer].device
+        if region.across is not None or region.nest.reduced or region.device != device or not _is_plain(region.nest):
+            return False
+        return not {m.buffer for p in products for m in (p.a, p.b)} & set(region.writes())
+
+    def _two(self, one: Product, two: Product, region: Region, wanted: Sequence[bool]) -> Contraction | None:
+        """`region` as the epilogue of two products of one left operand; it stores those as well that are `wanted`."""
+        if not self._may_follow(region, one, two):
+            return None
+        shape, buffers = self._alone(one).region.nest, self.lowered.buffers
+        products = {f"{one.result.buffer}.first": one, f"{two.result.buffer}.second": two}
+        registers = tuple(f"{name}.product" for name in products)
+        values = (p.value(r, buffers[p.result.buffer].dtype) for p, r in zip(products.values(), registers, strict=True))
+        stores = tuple(Store(n, p.index, v) for (n, p), v in zip(products.items(), values, strict=True))
+        specs = {n: buffers[n] for store in stores for n in Nest((), (), (store,)).reads() if n in buffers}
+        for (name, p), register in zip(products.items(), registers, strict=True):
+            specs |= {n: replace(buffers[p.result.buffer], name=n) for n in (name, register)}
+        own = Region("", Nest(one.points, (), stores), specs, region.device, (), (one.call.origin, two.call.origin))
+        for mapping in (*mappings(region.nest, shape), *along(region.nest, shape, one.result.buffer)):
+            after = _renamed(remap(region.nest, mapping, shape), products)
+            joined = None if after is None else combine(own.nest, after)
+            if joined is None:
+                continue
+            real = {n: p.result.buffer for (n, p), w in zip(products.items(), wanted, strict=True) if w}
+            kept = tuple(replace(s, buffer=real.get(s.buffer, s.buffer)) for s in joined.stores)
+            joined = replace(joined, stores=tuple(s for s in kept if s.buffer not in products))
+            both = _with_parts_of(own, f"{region.name}.two", region)
+            both.buffers.update({n: buffers[n] for n in real.values()})
+            return self._with_epilogue((one, two), registers, with_nests(both, joined, None))
         return None
 
     def _alone(self, product: Product) -> Contraction:
@@ -127,28 +197,45 @@ class _Search:
         specs = {n: buffers[n] for n in (*nest.reads(), name) if n in buffers}
         specs[registers] = replace(buffers[name], name=registers)
         region = Region(f"{name}.gemm", nest, specs, buffers[name].device, (), (product.call.origin,))
-        return self._with_epilogue(product, registers, region)
+        return self._with_epilogue((product,), (registers,), region)
 
-    def _with_epilogue(self, product: Product, registers: str, region: Region) -> Contraction:
-        touched = region.buffers | {m.buffer: self.lowered.buffers[m.buffer] for m in (product.a, product.b)}
-        del touched[registers]
-        depth = product.sizes[2]
-        return Contraction(region.name, product.a, product.b, depth, registers, product.axes, region, touched)
+    def _with_epilogue(self, products: Sequence[Product], registers: Sequence[str], region: Region) -> Contraction:
+        operands = [m.buffer for p in products for m in (p.a, p.b)]
+        touched = {n: s for n, s in region.buffers.items() if n not in registers}
+        touched |= {n: self.lowered.buffers[n] for n in operands}
+        first, *others = products
+        made = Contraction(region.name, first.a, first.b, first.sizes[2], registers[0], first.axes, region, touched)
+        return replace(made, c=others[0].b, second=registers[1]) if others else made
 
-    def _alternatives(self, product: Product, region: Region | None, fused: Contraction) -> Alternatives:
-        call = product.call
-        views = tuple(self.views[n] for n in dict.fromkeys(refs(call.args)) if n in self.views)
+    def _alternatives(
+        self,
+        products: Sequence[Product],
+        region: Region | None,
+        fused: Contraction | None,
+        both: Contraction | None = None,
+    ) -> Alternatives:
+        """Of `products` and the `region` over them: `fused` is the first with its epilogue, `both` are two products with
+        theirs.
+        """
+        calls = tuple(p.call for p in products)
+        named = [n for call in calls for n in refs(call.args)]
+        views = tuple(self.views[n] for n in dict.fromkeys(named) if n in self.views)
+        found = [c for c in (fused, both) if c is not None]
         names = [
             *(region.buffers if region else ()),
-            *fused.buffers,
-            product.result.buffer,
-            *map(self._root, refs(call.args)),
+            *(n for c in found for n in c.buffers),
+            *(p.result.buffer for p in products),
+            *map(self._root, named),
         ]
         buffers = {n: self.lowered.buffers[n] for n in dict.fromkeys(names)}
-        ways = [Way(LIBRARY, (call, region) if region else (call,)), Way(FUSED, (fused,))]
-        if product.sizes[:2] == (1, 1):
-            ways.append(Way(ROW, (as_reduction(fused),)))
-        return Alternatives(fused.name, tuple(ways), buffers, views)
+        ways = [Way(LIBRARY, (*calls, region) if region else calls)]
+        if fused is not None:
+            ways.append(Way(FUSED, (*calls[1:], fused)))
+        if both is not None:
+            ways.append(Way(TWO, (both,)))
+        if products[0].sizes[:2] == (1, 1):
+            ways.append(Way(ROW, (as_reduction(found[-1]),)))
+        return Alternatives(found[0].name, tuple(ways), buffers, views)
 
     # ------------------------------------------------------------------ which step touches what
 
@@ -181,16 +268,54 @@ def _is_plain(nest: Nest) -> bool:
     return not any(isinstance(n, Op) and n.name == "checked_index" for n in postorder(nest.roots))
 
 
+def _strides(matrix: Matrix) -> tuple[Int, Int, Int]:
+    return matrix.batch, matrix.row, matrix.column
+
+
+def _with_parts_of(own: Region, name: str, region: Region) -> Region:
+    """`own`, called `name`, with buffers, nodes and origins of `region` beside its own."""
+    return replace(
+        own,
+        name=name,
+        buffers=own.buffers | region.buffers,
+        nodes=tuple(dict.fromkeys((*own.nodes, *region.nodes))),
+        origins=tuple(dict.fromkeys((*own.origins, *region.origins))),
+    )
+
+
+def _renamed(nest: Nest, products: Mapping[str, Product]) -> Nest | None:
+    """`nest` with loads of the elements of `products` from the buffers that they are named by; None if it loads others of
+    their results.
+    """
+    results = {p.result.buffer for p in products.values()}
+    names = {(p.result.buffer, p.index): name for name, p in products.items()}
+    if any(load.indirect or (load.buffer, load.index) not in names for load in nest.loads() if load.buffer in results):
+        return None
+
+    def renamed(load: Load) -> Scalar | None:
+        name = names.get((load.buffer, load.index))
+        return None if name is None else Load(name, load.index, load.dtype)
+
+    stores = tuple(s.transformed({}, lambda v: transform(v, {}, renamed)) for s in nest.stores)
+    return replace(nest, stores=stores)
+
+
 def as_reduction(contraction: Contraction) -> Region:
-    """A product of one row as a region that reduces: every element of `b` is read once."""
+    """Products of one row as a region that reduces: every element of the right operands is read once."""
     k = Sym("r3", size=contraction.depth)
     batch, row, column = contraction.axes
-    a, b = contraction.a, contraction.b
-    left = Load(a.buffer, _at(a, batch, symbol(row), symbol(k)), contraction.buffers[a.buffer].dtype)
-    right = Load(b.buffer, _at(b, batch, symbol(k), symbol(column)), contraction.buffers[b.buffer].dtype)
-    each = Op("mul", (cast(left, torch.float32), cast(right, torch.float32)), torch.float32)
-    operands = {m.buffer: contraction.buffers[m.buffer] for m in (a, b)}
-    return contraction.reduced(f"{contraction.name}.row", Reduce("sum", (each,), (k,), torch.float32), operands)
+
+    def element(matrix: Matrix, row: Int, column: Int) -> Scalar:
+        load = Load(matrix.buffer, _at(matrix, batch, row, column), contraction.buffers[matrix.buffer].dtype)
+        return cast(load, torch.float32)
+
+    left = element(contraction.a, symbol(row), symbol(k))
+    totals = {}
+    for name, matrix in contraction.products.items():
+        each = Op("mul", (left, element(matrix, symbol(k), symbol(column))), torch.float32)
+        totals[name] = Reduce("sum", (each,), (k,), torch.float32)
+    operands = {m.buffer: contraction.buffers[m.buffer] for m in (contraction.a, *contraction.products.values())}
+    return contraction.reduced(f"{contraction.name}.row", totals, operands)
 
 
 def _at(matrix: Matrix, batch: Sym | None, row: Int, column: Int) -> Int:

@@ -7,13 +7,13 @@ spaced in memory: channels-last tensors, and a single row-major image.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, prod, symbol
-from fxopt.ir.loops import Load, Op, Scalar
+from fxopt.ir.loops import Load, Op, Scalar, transform
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Ref
 from fxopt.lower.values import cast
 
@@ -52,6 +52,23 @@ class Product:
         """The call's element at `axes`, where the product itself is the load of the pseudo-buffer `registers`."""
         product: Scalar = Load(registers, self.index, dtype)
         return product if self.addend is None else Op("add", (product, cast(self.addend, dtype)), dtype)
+
+
+def columns_of(product: Product, first: int, count: int) -> Product:
+    """`count` columns of `product` from `first` on, as a product of its own."""
+
+    def moved(matrix: Matrix) -> Matrix:
+        return replace(matrix, offset=add(matrix.offset, mul(first, matrix.column)))
+
+    z, y, x = product.axes
+    own = Sym(x.name, size=count)
+    addend = None if product.addend is None else transform(product.addend, {x: add(symbol(own), first)})
+    assert addend is None or isinstance(addend, Load)
+    sizes = (*product.sizes[:3], count)
+    b, result = moved(product.b), moved(product.result)
+    if product.sizes[1] == 1:  # where any stride is right, that of a loop over the elements
+        result = replace(result, row=count)
+    return replace(product, b=b, result=result, sizes=sizes, axes=(z, y, own), addend=addend)
 
 
 def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:

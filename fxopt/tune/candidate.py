@@ -32,7 +32,7 @@ WORTH_MORE = 256 << 20
 GEMM_CANDIDATES = {"default": 5, "max-autotune": 12}
 """How many configurations of a product are compiled, by mode: each takes half a second of a core."""
 
-MODEL_ERROR = 1.05
+MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
 
 Work = Region | Batch | Contraction
@@ -132,9 +132,10 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
 
 def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
     """Whether the best configuration, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
-    result = problem.batch * problem.m * problem.n * problem.itemsize
-    rest = gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
-    apart = gemm_config.library_seconds(problem, target) + rest
+    apart = gemm_config.library_seconds(problem, target)
+    if problem.epilogue_ops:  # else the epilogue is a store, which the library does
+        result = problem.products * problem.batch * problem.m * problem.n * problem.itemsize
+        apart += gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
     return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in ranked[:1])
 
 

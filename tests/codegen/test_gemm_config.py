@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fxopt.codegen.templates.gemm_config import GemmConfig, configs, estimate, library_seconds, plausible, ranked
+from benchmarks.gemm_model import measured
+from fxopt.codegen.templates.gemm_config import UNEVEN, GemmConfig, configs, estimate, library_seconds, plausible, ranked
 from fxopt.target import Target
+from fxopt.tune.candidate import GEMM_CANDIDATES
 from tests.codegen.gemm_entries import matrix, problem
 
 H100, A100, B200 = Target.cuda(90), Target.cuda(80), Target.cuda(100)
@@ -95,6 +97,36 @@ def test_wide_offsets_are_asked_for() -> None:
     p = problem(128, 256, 512, dtype=BF16)
     assert not p.wide
     assert replace(p, b=matrix(2**23, 256)).wide
+
+
+def test_proposals_are_close_to_the_best_that_was_measured() -> None:
+    found = measured()
+    regrets = [r for each in found if (r := each.regret(GEMM_CANDIDATES["default"])) is not None]
+    assert len(regrets) >= 0.8 * len(found)
+    assert sum(r <= 1.03 for r in regrets) >= 0.95 * len(regrets) and max(regrets) < 1.15
+
+
+def test_the_library_is_estimated_as_it_was_measured() -> None:
+    """Where that is neither the host's time, as in short products, nor bound by power, as in long ones."""
+    some = [m for m in measured() if 25e-6 < m.library < 500e-6 and not (m.case.epilogue or m.case.name == "decode")]
+    errors = [library_seconds(m.problem, H100) / m.library for m in some]
+    assert len(some) >= 14 and all(0.88 < e < 1.08 for e in errors)
+
+
+def test_rows_of_768_fill_the_gpu_with_tiles_of_two_parts() -> None:
+    """132 SMs: 297 tiles of 256 columns are two and a quarter rounds, 396 of 192 are three."""
+    assert configs(problem(12608, 768, 3072, dtype=BF16), H100)[0].block_n == UNEVEN
+
+
+def test_expensive_epilogues_want_two_programs_on_a_multiprocessor() -> None:
+    p = problem(4096, 3072, 768, dtype=BF16)
+    gelu = replace(p, epilogue_ops=1.1)
+    large, small = (
+        GemmConfig(True, 128, 256, 64, 8, 4, subtile=2, programs=132, flatten=True),
+        GemmConfig(True, 128, 128, 64, 8, 3, subtile=2, programs=264, flatten=True),
+    )
+    assert estimate(gelu, small, H100) < estimate(gelu, large, H100)
+    assert estimate(gelu, small, H100) > estimate(p, small, H100) + 10e-6  # 14 us measured
 
 
 def test_two_products_share_the_left_operand() -> None:

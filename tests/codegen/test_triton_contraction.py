@@ -14,7 +14,7 @@ import torch
 from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.loops import Load, transform
 from fxopt.ir.region import Contraction
-from fxopt.lower.contractions import FUSED
+from fxopt.lower.contractions import FUSED, TWO
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import fused, kept, searched
 from tests.numerics import assert_closer, to_float64
@@ -22,7 +22,7 @@ from tests.numerics import assert_closer, to_float64
 pytest.importorskip("triton")
 
 from fxopt.codegen import triton_contraction
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
+from fxopt.codegen.templates.gemm_config import UNEVEN, GemmConfig, GemmProblem, configs
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.errors import UnsupportedError
@@ -47,6 +47,8 @@ CONFIGS = [
     replace(TMA, swap=True, subtile=2),
     replace(TMA, programs=3),
     replace(TMA, programs=3, flatten=True, subtile=2),
+    replace(TMA, block_n=UNEVEN),
+    replace(TMA, block_n=UNEVEN, programs=2, flatten=True, subtile=2),
     replace(TMA, split=2),
     replace(TMA, split=8, swap=True),
 ]
@@ -72,10 +74,10 @@ def padded(values: torch.Tensor) -> torch.Tensor:
 
 
 def run(
-    server: Interpreter, fn: Callable[..., Any], args: tuple[torch.Tensor, ...], config: GemmConfig
+    server: Interpreter, fn: Callable[..., Any], args: tuple[torch.Tensor, ...], config: GemmConfig, way: str = FUSED
 ) -> list[torch.Tensor]:
     """Results of `fn` and its arguments afterwards; `fn` has to be one contraction, which runs as printed kernels."""
-    low = kept(searched(fn, *args), FUSED)
+    low = kept(searched(fn, *args), way)
     (contraction,) = low.steps
     assert isinstance(contraction, Contraction)
     printed = print_contraction(contraction, config, TARGET)
@@ -93,9 +95,11 @@ def run(
     return [*(result(o.name) for o in low.outputs if o is not None), *(result(n) for n in low.inputs)]
 
 
-def check(server: Interpreter, fn: Callable[..., Any], args: tuple[torch.Tensor, ...], config: GemmConfig) -> None:
+def check(
+    server: Interpreter, fn: Callable[..., Any], args: tuple[torch.Tensor, ...], config: GemmConfig, way: str = FUSED
+) -> None:
     """Assert that `fn` through printed kernels is as close to float64 as eager is."""
-    got = run(server, fn, args, config)
+    got = run(server, fn, args, config, way)
     eager, exact = ([*_results(fn, own), *own] for own in ([a.clone() for a in args], list(to_float64(args))))
     assert_closer(got, eager, exact)
 
@@ -155,11 +159,47 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
 }
 
 
+def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(x @ gate) * (x @ up)
+
+
+def merged(x: torch.Tensor, w: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+    one, two = F.linear(x, w, *bias).chunk(2, dim=-1)
+    return F.gelu(one) * two
+
+
+def kept_too(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    g, u = x @ gate.T, x @ up.T
+    return g, u, F.relu(g) * u
+
+
+GATED: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "swiglu": (swiglu, (rand(M, K), rand(K, N), rand(K, N))),
+    "merged": (merged, (rand(M, K), rand(2 * N, K))),
+    "merged, bias": (merged, (rand(M, K), rand(2 * N, K), rand(2 * N))),
+    "one row": (merged, (rand(1, K), rand(2 * N, K))),
+    "products kept": (kept_too, (rand(M, K), rand(N, K), rand(N, K))),
+    "batches": (lambda x, v, w: torch.sigmoid(x @ v) * (x @ w), (rand(3, M, 48), rand(3, 48, N), rand(3, 48, N))),
+}
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values(interpreter: Interpreter, name: str) -> None:
     """Each through pointers, transposed and in parts, and through tensor maps with an epilogue in parts."""
     for config in (CONFIGS[4], CONFIGS[8]):
         check(interpreter, *FUNCTIONS[name], config)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_values_of_two_products(interpreter: Interpreter, name: str) -> None:
+    for config in (POINTER, CONFIGS[1], TMA, CONFIGS[8]):
+        check(interpreter, *GATED[name], config, TWO)
+
+
+def test_values_of_two_products_at_odd_sizes(interpreter: Interpreter) -> None:
+    """Halves that no tensor map describes, and that begin inside a block."""
+    for args in ((rand(37, 29), rand(82, 29)), (rand(1, 29), rand(82, 29))):
+        check(interpreter, merged, args, POINTER, TWO)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

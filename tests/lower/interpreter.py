@@ -91,8 +91,9 @@ class _Run:
         touched = {*step.reads(), *step.writes()}
         assert touched <= step.buffers.keys(), f"{step.name} does not describe {touched - step.buffers.keys()}"
         batch, m, k, n = self.ints(step.sizes)
-        a, b = self._matrices(step.a, batch, m, k), self._matrices(step.b, batch, k, n)
-        self._nest(step.region.nest, Registers(step, (a.double() @ b.double()).float()))
+        a = self._matrices(step.a, batch, m, k).double()
+        made = {name: (a @ self._matrices(b, batch, k, n).double()).float() for name, b in step.products.items()}
+        self._nest(step.region.nest, Registers(step, made))
 
     def _matrices(self, matrix: Matrix, batch: int, rows: int, columns: int) -> torch.Tensor:
         memory, offset = self._memory(matrix.buffer), self.int(matrix.offset)
@@ -197,10 +198,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Registers:
-    """A product [Z, M, N] (float32) that a contraction's nest loads before it has been rounded or stored."""
+    """Products [Z, M, N] (float32) by name that a contraction's nest loads before they have been rounded or stored."""
 
     contraction: Contraction
-    product: torch.Tensor
+    products: Mapping[str, torch.Tensor]
 
 
 class _NestValues:
@@ -293,7 +294,7 @@ class _NestValues:
     def _load(self, node: Load, under: Conditions) -> torch.Tensor:
         env = {**self.env, **{s: self.value(v, under) for s, v in node.indirect}}
         where = self.integer(node.index, env)
-        if self.registers is not None and node.buffer == self.registers.contraction.result:
+        if self.registers is not None and node.buffer in self.registers.products:
             return self._in_registers(self.registers, node, where)
         memory = self.memory(node.buffer)
         assert memory.dtype == node.dtype, f"{node!r} reads {memory.dtype} as {node.dtype}"
@@ -313,8 +314,10 @@ class _NestValues:
         places = [torch.zeros(1, dtype=torch.int64) if s is None else self.env[s] for s in contraction.axes]
         strides = spec.strides if len(spec.strides) == 3 else (0, *spec.strides)
         own = sum(p * evaluate(s, self.sizes) for p, s in zip(places, strides, strict=True))
-        assert bool((own == where).all()), f"{node!r} is not the product's own element"
-        return registers.product[tuple(places)]
+        half = evaluate(contraction.sizes[3], self.sizes) * evaluate(strides[-1], self.sizes)
+        both = (own, own + half) if contraction.c is not None else (own,)  # of one product, two halves of the columns
+        assert any(bool((where == own).all()) for own in both), f"{node!r} is not the product's own element"
+        return registers.products[node.buffer][tuple(places)]
 
     def _op(self, node: Op, under: Conditions) -> torch.Tensor:
         args = [self.value(a, under) for a in node.args]

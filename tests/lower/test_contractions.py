@@ -11,7 +11,7 @@ import torch
 
 from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, Step
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import FEW_ROWS, FUSED, LIBRARY, ROW, with_contractions
+from fxopt.lower.contractions import FEW_ROWS, FUSED, LIBRARY, ROW, TWO, with_contractions
 from tests.lower.contracting import alternatives, check_ways, fused, kept, searched
 from tests.lower.interpreter import run_lowered
 
@@ -59,6 +59,22 @@ def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tenso
     return F.silu(x @ gate) * (x @ up)
 
 
+def merged(gate: Callable[[torch.Tensor], torch.Tensor], exchanged: bool = False) -> Callable[..., torch.Tensor]:
+    """A gated layer whose two weights [N, K] are one [2 N, K]."""
+
+    def layer(x: torch.Tensor, w: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        one, two = F.linear(x, w, *bias).chunk(2, dim=-1)
+        return one * gate(two) if exchanged else gate(one) * two
+
+    return layer
+
+
+def swiglu_gradients(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, g: torch.Tensor) -> Any:
+    x, gate, up = (t.detach().requires_grad_() for t in (x, gate, up))
+    h = swiglu(x, gate, up)
+    return h.detach(), *torch.autograd.grad(h, (x, gate, up), g)
+
+
 def middle_of_three(qkv: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     _, k, _ = qkv.chunk(3, dim=-1)
     return torch.tanh(k @ w)
@@ -100,6 +116,30 @@ def with_alpha(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 
 LINEAR = (rand(M, K), rand(N, K), rand(N))
+TWO_WEIGHTS = (rand(M, K), rand(N, K), rand(N, K))
+MERGED = (rand(M, K), rand(2 * N, K))
+GATED: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "swiglu": (swiglu, (rand(M, K), rand(K, N), rand(K, N))),
+    "geglu": (lambda x, v, w: F.gelu(F.linear(x, v)) * F.linear(x, w), TWO_WEIGHTS),
+    "reglu exchanged": (lambda x, v, w: F.linear(x, w) * F.relu(F.linear(x, v)), TWO_WEIGHTS),
+    "swiglu with biases": (
+        lambda x, v, w, b, c: F.silu(F.linear(x, v, b)) * F.linear(x, w, c),
+        (*TWO_WEIGHTS, rand(N), rand(N)),
+    ),
+    "three dimensions": (lambda x, v, w: F.silu(F.linear(x, v)) * F.linear(x, w), (rand(2, 70, K), *TWO_WEIGHTS[1:])),
+    "batches": (lambda x, v, w: torch.sigmoid(torch.bmm(x, v)) * torch.bmm(x, w), (rand(3, M, K), *(rand(3, K, N),) * 2)),
+    "both returned": (lambda x, v, w: ((g := x @ v.T), (u := x @ w.T), F.silu(g) * u), TWO_WEIGHTS),
+    "square": (swiglu, (rand(96, 96), rand(96, 96), rand(96, 96))),
+    "merged swiglu": (merged(F.silu), MERGED),
+    "merged geglu with bias": (merged(F.gelu), (*MERGED, rand(2 * N))),
+    "merged, exchanged": (merged(torch.sigmoid, exchanged=True), MERGED),
+    "merged, square": (merged(F.silu), (rand(96, 96), rand(192, 96))),
+    "merged, [K, 2 N]": (lambda x, w: (h := x @ w)[:, :N] * torch.tanh(h[:, N:]), (rand(M, K), rand(K, 2 * N))),
+    "few rows": (lambda x, v, w: F.silu(F.linear(x, v)) * F.linear(x, w), (rand(8, K), *TWO_WEIGHTS[1:])),
+    "one row": (lambda x, v, w: F.silu(F.linear(x, v)) * F.linear(x, w), (rand(1, K), *TWO_WEIGHTS[1:])),
+    "merged, one row": (merged(F.silu), (rand(1, K), rand(2 * N, K))),
+    "gradients": (swiglu_gradients, (rand(M, K), rand(K, N), rand(K, N), rand(M, N))),
+}
 BATCHED = (rand(3, M, K), rand(3, K, N))
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
@@ -151,6 +191,31 @@ def test_every_way_gives_the_same_values(name: str) -> None:
     assert found and {w.label for w in found[-1].ways} >= {LIBRARY, FUSED}
 
 
+@pytest.mark.parametrize("name", GATED)
+def test_gated_layers_are_two_products_in_one_kernel(name: str) -> None:
+    fn, args = GATED[name]
+    low = check_ways(fn, *args)
+    steps = kept(low, TWO).steps
+    found = [s for s in steps if isinstance(s, Contraction) and s.c is not None]
+    assert len(found) == 1 and not {found[0].result, found[0].second} & {*found[0].reads(), *found[0].writes()}
+    if name != "gradients":
+        assert not [s for s in steps if isinstance(s, Region | Call)]
+        assert len(found[0].writes()) == (3 if name == "both returned" else 1)
+
+
+def test_products_that_share_nothing_stay_apart() -> None:
+    """Another left operand, other sizes, other strides of the weight, a half that is not half, and all of a row."""
+    x, v, w = TWO_WEIGHTS
+    apart: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
+        (lambda x, y, v, w: F.silu(x @ v.T) * (y @ w.T), (x, rand(M, K), v, w)),
+        (lambda x, v, w: F.silu(x @ v.T) * (x @ w), (x, v, rand(K, N))),
+        (lambda x, v: (h := F.linear(x, v))[:, :10] * torch.tanh(h[:, 10:20]), (x, v)),
+        (lambda x, v: F.linear(x, v) * torch.tanh(F.linear(x, v).flip(1)), (x, v)),
+    ]
+    for fn, args in apart:
+        assert not [way for each in alternatives(check_ways(fn, *args)) for way in each.ways if way.label == TWO]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_epilogue_is_in_the_kernel(name: str) -> None:
     """Nothing is left but library calls and contractions: no region runs for itself."""
@@ -163,7 +228,7 @@ def _case(name: str) -> tuple[Any, ...]:
     return fn, *args
 
 
-@pytest.mark.parametrize("name", ["bias", "gelu", "swiglu", "cast", "bmm", "residual after"])
+@pytest.mark.parametrize("name", ["bias", "gelu", "cast", "bmm", "residual after"])
 def test_a_product_that_only_its_epilogue_reads_is_not_stored(name: str) -> None:
     low = searched(*_case(name))
     after = kept(low, FUSED)
@@ -223,7 +288,8 @@ def test_an_addend_may_be_overwritten_element_by_element() -> None:
 
 def test_an_epilogue_waits_for_what_is_computed_between() -> None:
     """The second product is an operand of the first one's epilogue: that runs where the region was."""
-    low = check_ways(swiglu, rand(M, K), rand(K, N), rand(K, N))
+    args = (rand(M, K), rand(M, K), rand(K, N), rand(K, N))
+    low = check_ways(lambda x, y, v, w: F.silu(x @ v) * (y @ w), *args)
     second, first = (s for s in low.steps if not isinstance(s, Alias))
     assert isinstance(second, Call) and second.outputs == ("mm_1",)
     assert isinstance(first, Alternatives) and {"mm_1"} < set(first.ways[1].steps[0].reads())  # type: ignore[union-attr]

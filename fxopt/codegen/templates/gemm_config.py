@@ -19,22 +19,61 @@ from fxopt.target import Target
 ALIGNMENT = 16
 """Bytes; the multiple that tensor descriptors ask of addresses and strides."""
 
-LAUNCH_SECONDS = 3e-6
-SECOND_LAUNCH_SECONDS = 2e-6
+# What follows was fitted to `benchmarks/results/gemm_configs_h100.json` by `benchmarks/gemm_model.py`, all but the first.
+
+SECOND_LAUNCH_SECONDS = 3.5e-6
 """What a kernel that follows another one adds: its start is partly hidden by the end of the first."""
 
-LATENCY_SECONDS = 0.9e-6
-"""From a load to its data under load; in flight must be this times the memory's rate."""
+LAUNCH_SECONDS = 0.7e-6
+TENSOR_MAP_SECONDS = 0.6e-6
+"""Until a program has a descriptor and its first block: on top of what loads through pointers take."""
+
+LATENCY_SECONDS = 0.93e-6
+"""From a load to its data under load: a block cannot follow another one sooner than this over the loads in flight."""
+
+BLOCK_SECONDS = 0.033e-6
+"""What each block of the inner dimension costs a program beside its products: waiting at barriers."""
+
+POINTER_BLOCK_SECONDS = 0.03e-6
+RAGGED_BLOCK_SECONDS = 0.22e-6
+"""What each block costs a program more if it loads through pointers, and if rows past the end repeat the last one."""
+
+CACHE_BYTES = 48e6
+"""Operands of no more bytes may be in the L2 cache: then an estimate is the mean of both, as what the tuner measures."""
+
+FLIGHT_OF_MEMORY = 1.75e-6
+"""Bytes in flight with which memory reaches 70 % of its rate, over that rate."""
+
+SHORT_ROWS = 5.0
+"""Memory is slower by this over the elements of a block's rows."""
+
+SCATTERED = 1.06
+"""By how much memory is slower for loads through pointers."""
 
 L2_RATE_OF_MEMORY = 3.5
 """The L2 cache's rate to the multiprocessors, as a multiple of the device memory's."""
-TILE_START_SECONDS = 1.2e-6
+
+RATE_OF_LARGEST = 1.1
+"""Rate of the tensor cores within a tile, as a multiple of what a whole large product reaches."""
+
+TILE_START_SECONDS = 1.9e-6
 """From a program's start to its first product: nothing hides it but other programs of the multiprocessor."""
 
-EPILOGUE_RATE = 25e9
+EPILOGUE_RATE = 16e9
 """Elements a second that the epilogue of one program does (layout through shared memory, stores)."""
 
-LIBRARY_EFFICIENCY = 0.97
+EPILOGUE_SHOWN = 0.04
+"""The share of such an epilogue that the loads of the next tile do not hide."""
+
+OPS_RATE = 0.76e9
+"""Elements a second for which one warp evaluates an error function, the unit of `GemmProblem.epilogue_ops`."""
+
+OPS_WARPS = 12
+"""Warps with which a multiprocessor reaches its own rate of that."""
+
+CODE_SECONDS = 0.006e-6
+"""What fetching the code of one such function costs, which is there for each element of a thread."""
+
 RESERVED_SHARED = 1024
 _REGISTERS_BESIDE_ACCUMULATOR = 56
 _REGISTERS_OF_OPERANDS = 56
@@ -42,6 +81,14 @@ _MOST_REGISTERS = 255
 _LARGE_ACCUMULATOR = 128
 _THREADS_PER_SM = 2048
 _LARGEST_BOX = 256
+POINTER_SHARE = 0.85
+"""Of the rate of tiles that arrive through tensor maps."""
+
+UNEVEN = 192
+"""Columns of a tile in two parts, 128 and 64 wide: Triton's own blocks are powers of two. It fills the last round of a GPU
+where others do not: rows of 768 are four, not three of 256 or six of 128."""
+
+_SHARE_OF_COLUMNS = {256: 1.0, UNEVEN: 0.95, 128: 0.89, 64: 0.58, 32: 0.29, 16: 0.22}
 
 
 @dataclass(frozen=True)
@@ -92,6 +139,7 @@ class GemmProblem:
     """`epilogue(a @ b)`: a is [batch, m, k] and b [batch, k, n], both of `dtype`; with `c`, `epilogue(a @ b, a @ c)`.
 
     c has the strides of b (else ValueError).
+    `epilogue_ops` is what the epilogue computes for an element, in error functions; 0 if it only stores the product.
     `static`: all sizes are literals; where they are not, the numbers are those that a size has most likely. `read` and
     `written` are the bytes that the epilogue moves, the result included. `precision` ("tf32" or "ieee") is that of float32
     products.
@@ -109,6 +157,7 @@ class GemmProblem:
     static: bool = True
     precision: str = "ieee"
     c: Matrix | None = None
+    epilogue_ops: float = 0.0
 
     def __post_init__(self) -> None:
         b, c = self.b, self.c
@@ -187,7 +236,8 @@ class GemmConfig:
     @property
     def kind(self) -> tuple[object, ...]:
         """What makes a difference that a model can hardly predict."""
-        return self.tma, self.block_m, self.block_n, self.warps, self.split > 1, self.programs > 0, self.flatten, self.swap
+        tile = (self.block_m, self.block_n, self.block_k, self.warps)
+        return *tile, self.split > 1, self.programs > 0, self.swap
 
     def tiles(self, problem: GemmProblem) -> int:
         """Tiles of all matrices and parts of the inner dimension."""
@@ -260,6 +310,7 @@ _BLOCKS = (
     # rows, columns, warps
     (128, 256, 8),
     (256, 128, 8),
+    (128, UNEVEN, 8),
     (128, 128, 8),
     (128, 128, 4),
     (64, 256, 4),
@@ -281,6 +332,8 @@ def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
     inner = 128 // problem.itemsize
     for (rows, columns, warps), tma in itertools.product(_BLOCKS, ways):
         if rows >= 2 * problem.m or columns >= 2 * max(problem.n, 64):
+            continue
+        if columns == UNEVEN and (not tma or problem.c is not None):
             continue
         for stages in (3, 4, 5):
             # Halves of a tile with more than this of accumulator a thread leave registers to the epilogue.
@@ -304,7 +357,7 @@ def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Ite
 
 def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
     """Parts of the inner dimension while whole tiles leave multiprocessors idle."""
-    for split in _SPLITS[1:] if problem.c is None else ():
+    for split in _SPLITS[1:] if problem.c is None and config.block_n != UNEVEN else ():
         if config.tiles(problem) * split <= 2 * target.sm_count and problem.k >= 4 * split * config.block_k:
             yield replace(config, split=split, subtile=1)
 
@@ -330,27 +383,58 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     if per_sm == 0:
         return float("inf")
     tiles = config.tiles(problem)
-    resident = min(per_sm, ceil(tiles / target.sm_count))
-    inner = ceil(problem.k / config.split)
-    rate = product_rate(problem, target) / target.sm_count * _efficiency(config, resident, target)
     rounds = ceil(tiles / target.sm_count)
-    compute = rounds * 2.0 * problem.products * config.block_m * config.block_n * inner / rate
-    memory = problem.operand_bytes + problem.read + problem.written
-    reread = tiles * config.stage_bytes(problem) / config.block_k * inner
-    flight = min(tiles, resident * target.sm_count) * (config.stages - 1) * config.stage_bytes(problem)
-    share = min(1.0, flight / (LATENCY_SECONDS * target.memory_rate))
-    moving = max(memory / target.memory_rate, reread / (L2_RATE_OF_MEMORY * target.memory_rate)) / share
-    seconds = max(compute, moving) + LAUNCH_SECONDS + _not_hidden(config, rounds, resident)
+    resident = min(per_sm, rounds)
+    inner = ceil(problem.k / config.split)
+    blocks = ceil(inner / config.block_k)
+    flops = 2.0 * problem.products * config.block_m * config.block_n * config.block_k
+    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(config, target))
+    waiting = BLOCK_SECONDS + (0.0 if config.tma else _pointer_seconds(problem, config))
+    alone = max(block + waiting, LATENCY_SECONDS / (config.stages - 1))
+    compute = blocks * max(rounds * block, ceil(rounds / resident) * alone)
+    cold, warm = (max(compute, moving) for moving in _moving(problem, config, target, tiles, resident))
+    seconds = (cold + warm) / 2 if problem.operand_bytes <= CACHE_BYTES else cold
+    seconds += LAUNCH_SECONDS + _not_hidden(problem, config, rounds, resident)
+    seconds += _ops(problem, config, rounds, resident, target)
     return seconds + (_joining(problem, config, target) if config.split > 1 else 0.0)
 
 
-def _not_hidden(config: GemmConfig, rounds: int, resident: int) -> float:
+def _pointer_seconds(problem: GemmProblem, config: GemmConfig) -> float:
+    ragged = problem.m % config.block_m != 0 or problem.n % config.block_n != 0
+    return POINTER_BLOCK_SECONDS + RAGGED_BLOCK_SECONDS * ragged
+
+
+def _moving(problem: GemmProblem, config: GemmConfig, target: Target, tiles: int, resident: int) -> tuple[float, float]:
+    """Seconds that operands take to arrive, from memory and from the L2 cache."""
+    flight = min(tiles, resident * target.sm_count) * (config.stages - 1) * config.stage_bytes(problem)
+    slower = (1 + (FLIGHT_OF_MEMORY * target.memory_rate / flight) ** 2) ** 0.5
+    slower *= (1 + SHORT_ROWS / config.block_k) * (1.0 if config.tma else SCATTERED)
+    reread = tiles * config.stage_bytes(problem) / config.block_k * ceil(problem.k / config.split)
+    memory = (problem.operand_bytes + problem.read + problem.written) / target.memory_rate
+    cached = reread / (L2_RATE_OF_MEMORY * target.memory_rate)
+    return max(memory * slower, cached), cached
+
+
+def _not_hidden(problem: GemmProblem, config: GemmConfig, rounds: int, resident: int) -> float:
     """Starts of pipelines and epilogues during which a multiprocessor has nothing to multiply."""
-    start, end = TILE_START_SECONDS, config.block_m * config.block_n / EPILOGUE_RATE
-    waves = ceil(rounds / resident)
+    start = TILE_START_SECONDS + (TENSOR_MAP_SECONDS / resident if config.tma else 0.0)
+    end = config.block_m * config.block_n / EPILOGUE_RATE
     if config.flatten:
-        return start + end + (waves - 1) * end / 2
-    return waves * (start + end) / resident if waves > 1 else start + end
+        return start + end + (rounds - 1) * end * EPILOGUE_SHOWN
+    return (start + end) * max(1.0, rounds / resident)
+
+
+def _ops(problem: GemmProblem, config: GemmConfig, rounds: int, resident: int, target: Target) -> float:
+    """What the epilogue computes: the warps that multiply do it, and tensor cores rest meanwhile. Split products do it
+    elsewhere.
+    """
+    if config.split > 1:
+        return 0.0
+    elements = config.block_m * config.block_n
+    warps = min(resident * config.warps, OPS_WARPS)
+    computed = rounds * elements / (OPS_RATE * warps)
+    code = elements / (config.warps * target.warp_size) * CODE_SECONDS
+    return problem.epilogue_ops * (computed + code)
 
 
 def _joining(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
@@ -359,18 +443,15 @@ def _joining(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     return SECOND_LAUNCH_SECONDS + partial / target.memory_rate
 
 
-def _efficiency(config: GemmConfig, resident: int, target: Target) -> float:
+def _efficiency(config: GemmConfig, target: Target) -> float:
     """The share of the tensor cores' rate that such tiles reach while operands arrive in time."""
     rows, columns = (config.block_n, config.block_m) if config.swap else (config.block_m, config.block_n)
     if not target.has_warpgroup_products:
-        share = {256: 1.0, 128: 0.95, 64: 0.8, 32: 0.55}.get(min(rows, columns), 0.35)
-        return share if config.warps * resident >= 8 else 0.8 * share
+        return {256: 1.0, 128: 0.95, 64: 0.8, 32: 0.55}.get(min(rows, columns), 0.35)
     # The second operand of a warp group's product comes from shared memory for every 64 rows, so narrow ones are bound by
     # that.
-    share = {256: 1.0, 128: 0.92, 64: 0.68, 32: 0.4, 16: 0.22}.get(min(columns, 256), 0.22)
-    alone = 1.0 if config.warps * resident >= 8 else 0.75  # one warp group cannot hide its own waits
-    rows_share = 1.0 if rows >= 64 else 0.5
-    return share * alone * rows_share * (1.0 if config.tma else 0.9)
+    share = _SHARE_OF_COLUMNS.get(min(columns, 256), 0.22)
+    return RATE_OF_LARGEST * share * (1.0 if rows >= 64 else 0.5) * (1.0 if config.tma else POINTER_SHARE)
 
 
 def product_rate(problem: GemmProblem, target: Target) -> float:
@@ -381,13 +462,11 @@ def product_rate(problem: GemmProblem, target: Target) -> float:
 
 
 def library_seconds(problem: GemmProblem, target: Target) -> float:
-    """Seconds that cuBLAS should take for the product alone, its result written in `dtype`; no epilogue."""
-    written = problem.products * problem.batch * problem.m * problem.n * problem.itemsize
-    memory = (problem.operand_bytes + written) / target.memory_rate
-    tile = (128, 256) if problem.m > _FEW_ROWS else (64, 128)
-    tiles = problem.batch * ceil(problem.m / tile[0]) * ceil(problem.n / tile[1])
-    # With few tiles it takes smaller ones or splits the inner dimension, and fills three quarters of the GPU.
-    filled = tiles / (ceil(tiles / target.sm_count) * target.sm_count)
-    padded = problem.flops * max(1.0, tile[0] / 2 / problem.m)
-    compute = padded / (product_rate(problem, target) * LIBRARY_EFFICIENCY * max(filled, 0.75))
-    return max(memory / 0.9, compute) + LAUNCH_SECONDS + TILE_START_SECONDS
+    """Seconds that cuBLAS should take for the product alone, its result written in `dtype`; no epilogue.
+
+    It is taken to have every form that the templates have, and to choose the best.
+    """
+    written = problem.batch * problem.m * problem.n * problem.itemsize
+    plain = replace(problem, read=0, written=written, epilogue_ops=0.0, c=None)
+    best = min((estimate(plain, c, target) for c in _forms(plain, target)), default=float("inf"))
+    return problem.products * best
