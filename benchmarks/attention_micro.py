@@ -2,8 +2,8 @@
 
 For each shape, in inference (a forward) or training (a forward and a backward), interleaved in one process: every backend
 that takes the problem, called directly; the backends that fxopt has chosen, called directly ("chosen": what it costs to be
-wrong); eager's `scaled_dot_product_attention`; and `torch.compile(backend="fxopt")` of it. As in a model, heads and features
-of the result become one dimension: a gradient that arrives in the layout of heads first would be copied by AOTAutograd before
+wrong); eager's `scaled_dot_product_attention`; and `torch.compile(backend="fxopt")` of it. As in a model, heads and
+features of the result become one dimension: a gradient in the layout of heads first would be copied by AOTAutograd before
 fxopt sees it (torch up to 2.11). The values of eager and fxopt are compared with float64. Times are the device's alone: the
 host is kept ahead of it.
 """
