@@ -267,7 +267,8 @@ def line(entry: dict[str, Any]) -> str:
     shown = ("eager", "fxopt", "chosen", FLASH, EFFICIENT, CUDNN, MATH)
     figures = " ".join(f"{name} {entry['seconds'][name] * 1e6:8.1f}" for name in shown if name in entry["seconds"])
     told = f"{entry['chosen']:<10} {entry['chosen_over_best']:.2f} of best"
-    return f"{entry['case']:<30} {told}, errors {entry['error_ratio']:.2f}: {figures}"
+    fxopts, eagers = (max(entry["errors"][name]) for name in ("fxopt", "eager"))
+    return f"{entry['case']:<30} {told}, errors {fxopts:.1e} (eager {eagers:.1e}): {figures}"
 
 
 if __name__ == "__main__":

@@ -305,13 +305,42 @@ def _efficient_backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor
 
 def _cudnn_backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
     state = torch.empty((), dtype=torch.int64, device=grad.device)
-    # A plan is kept by the layouts of query, key and value: the first call for these decides how all others are read.
-    strides = dense_strides(tuple(out.shape), x.query.stride())
-    grad, out = _arranged(grad, strides), _arranged(out, strides)
-    given = (grad, x.query, x.key, x.value, out, statistics.contiguous().unsqueeze(-1), state, state, x.bias)
+    given = (grad, x.query, x.key, x.value, out, statistics.unsqueeze(-1), state, state, x.bias)
     sizes = (None, None, x.query.shape[2], x.key.shape[2])
+    return cudnn_backward(*given, *sizes, 0.0, x.settings.is_causal, scale=x.settings.scale)
+
+
+def cudnn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    keys: Tensor | None,
+    most_rows: int,
+    most_keys: int,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None = None,
+) -> Gradients:
+    """`aten::_scaled_dot_product_cudnn_attention_backward`, right whatever has been called before.
+
+    torch remembers cuDNN's plans by the layouts of query, key, value and bias, while a plan also holds those of the other
+    operands: a call that differs from the first in its gradient's layout gets garbage (torch 2.11, cuDNN 9.19, H100). So the
+    others are brought into one layout. Eager's calls have their own, and must neither find our plans nor leave us theirs: the
+    key compares bytes, and minus zero is no dropout either.
+    """
+    strides = dense_strides(tuple(out.shape), query.stride())
+    grad, out, statistics = _arranged(grad, strides), _arranged(out, strides), statistics.contiguous()
+    given = (grad, query, key, value, out, statistics, seed, offset, bias, rows, keys, most_rows, most_keys)
     found: Gradients = aten._scaled_dot_product_cudnn_attention_backward.default(
-        *given, *sizes, 0.0, x.settings.is_causal, scale=x.settings.scale
+        *given, dropout_p or -0.0, is_causal, scale=scale
     )
     return found
 

@@ -165,6 +165,31 @@ def test_results_have_the_layouts_that_plans_expect(backend: str, name: str) -> 
     assert [g.stride() for g in gradients] == [p.stride() for p in empty_gradients(*x[:3])]
 
 
+@pytest.mark.parametrize("first", ["eager", "own"])
+def test_plans_of_eagers_and_ours_are_kept_apart(first: str) -> None:
+    """torch finds cuDNN's plans without looking at the gradient's layout: whoever comes second would get garbage."""
+    torch.manual_seed(0)
+    x = inputs(160 if first == "own" else 224, 160, width=64)  # not met by another test
+    if CUDNN not in able(x):
+        pytest.skip("no cudnn here")
+    grad = torch.randn_like(x.query).contiguous()
+    want = exact(x, grad)
+    leaves = [t.detach().requires_grad_() for t in x[:3]]
+
+    def eagers() -> tuple[Tensor, ...]:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+    def own() -> tuple[Tensor, ...]:
+        out = attention_forward(*leaves, backend=CUDNN)[0]
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))  # in autograd's thread, as eager's
+
+    runs = (eagers, own, eagers) if first == "eager" else (own, eagers, own)
+    for run in runs:
+        assert max(worst(run(), want)) < 2e-2, run.__name__
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 

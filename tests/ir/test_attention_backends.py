@@ -4,6 +4,7 @@ when a backend refuses. On CPUs the backend is "math"; tests/gpu has the others.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -128,15 +129,18 @@ def test_every_backend_is_called_as_torch_declares_it(backend: str, masked: bool
 
 
 class ArgumentsOf(TorchDispatchMode):
-    """Keeps the tensors that ops whose name contains `name` are called with."""
+    """Keeps what ops whose name contains `name` are called with: tensors, and numbers by themselves."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.seen = name, [torch.empty(0)]
+        self.name = name
+        self.seen: list[Tensor] = []
+        self.floats: list[float] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.name in func.name():
             self.seen = [x for x in args if isinstance(x, Tensor)]
+            self.floats = [x for x in args if isinstance(x, float)]
         return func(*args, **(kwargs or {}))
 
 
@@ -160,6 +164,7 @@ def test_a_backward_meets_the_layout_of_its_forward(backend: str, heads_last: bo
     assert sums.is_contiguous()
     if backend == CUDNN:
         assert mode.seen[0].stride() == want
+        assert [math.copysign(1, p) for p in mode.floats] == [-1]  # no dropout, and no plan that eager has left
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
