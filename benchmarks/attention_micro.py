@@ -2,8 +2,10 @@
 
 For each shape, in inference (a forward) or training (a forward and a backward), interleaved in one process: every backend
 that takes the problem, called directly; the backends that fxopt has chosen, called directly ("chosen": what it costs to be
-wrong); eager's `scaled_dot_product_attention`; and `torch.compile(backend="fxopt")` of it. The values of eager and fxopt are
-compared with float64. Times are the device's alone: the host is kept ahead of it.
+wrong); eager's `scaled_dot_product_attention`; and `torch.compile(backend="fxopt")` of it. As in a model, heads and
+features of the result become one dimension: a gradient in the layout of heads first would be copied by AOTAutograd before
+fxopt sees it (torch up to 2.11). The values of eager and fxopt are compared with float64. Times are the device's alone: the
+host is kept ahead of it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from fxopt.ir.attention_backends import (
     backward_by,
     forward,
     forward_by,
+    forward_for_training,
     supports,
 )
 from fxopt.journal import RECENT
@@ -118,13 +121,15 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
     return Inputs(make(shape.rows, shape.heads), make(keys, groups), make(keys, groups), mask, settings)
 
 
-def direct(x: Inputs, grad: Tensor, train: bool, first: str, second: str) -> Step:
-    """The forward by backend `first` and, when `train`, the backward by `second`, without autograd around them."""
+def direct(x: Inputs, grad: Tensor, train: bool, backend: str) -> Step:
+    """The forward by `backend` and, when `train`, its backward, without autograd around them."""
 
     def step() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            out, statistics = forward(x, first, train)
-            return (out,) if statistics is None or not train else (out, *backward(x, grad, out, statistics, second))
+            if not train:
+                return (forward(x, backend),)
+            computed = forward_for_training(x, backend)
+            return (computed.out, *backward(x, grad, computed))
 
     return step
 
@@ -132,11 +137,13 @@ def direct(x: Inputs, grad: Tensor, train: bool, first: str, second: str) -> Ste
 def whole(attend: Callable[..., Tensor], x: Inputs, grad: Tensor, train: bool) -> Step:
     """`attend` and, when `train`, its gradients by autograd."""
     leaves = [t.detach().requires_grad_(train) for t in x[:3]]
+    merged = grad.transpose(1, 2).flatten(2)
 
     def step() -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(train):
             out = attend(*leaves, x.mask)
-            return (out.detach(), *torch.autograd.grad(out, leaves, grad)) if train else (out,)
+            heads = out.detach().unflatten(2, (x.query.shape[1], -1)).transpose(1, 2)
+            return (heads, *torch.autograd.grad(out, leaves, merged)) if train else (heads,)
 
     return step
 
@@ -144,16 +151,16 @@ def whole(attend: Callable[..., Tensor], x: Inputs, grad: Tensor, train: bool) -
 def eager_attention(settings: Settings) -> Callable[..., Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         options: dict[str, Any] = {"scale": settings.scale, "enable_gqa": settings.enable_gqa}
-        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, settings.is_causal, **options)
+        out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, settings.is_causal, **options)
+        return out.transpose(1, 2).flatten(2)
 
     return attend
 
 
-def choices() -> list[str]:
-    """The backends that fxopt's journals tell: of the forward and, in training, the backward."""
-    notes = {j.graph: text for j in RECENT for topic, text in j.notes if topic == "attention"}
-    in_order = sorted(notes, key=lambda graph: "backward" in graph)
-    return [notes[graph].partition(": ")[2].partition(" ")[0] for graph in in_order]
+def choice() -> str:
+    """The backend that fxopt's journals tell, of the one attention that was compiled."""
+    notes = [text for journal in RECENT for topic, text in journal.notes if topic == "attention"]
+    return notes[0].partition(": ")[2].partition(" ")[0] if notes else AUTO
 
 
 def exact_values(x: Inputs, grad: Tensor, train: bool) -> tuple[Tensor, ...]:
@@ -192,15 +199,15 @@ def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any
     steps["fxopt"] = whole(compiled, x, grad, shape.train)
     own = steps["fxopt"]()
     first_call = time.perf_counter() - start
-    chosen = choices() or [AUTO]
+    chosen = choice()
     exact = exact_values(x, grad, shape.train)
     judged = {"eager": errors(steps["eager"](), exact), "fxopt": errors(own, exact)}
     del exact, own
     few = 4 * shape.batch * shape.heads * shape.rows * (shape.keys or shape.rows) <= MOST_SCORE_BYTES
     for name in BACKENDS:
         if supports(name, x, shape.train) and (name != MATH or few):
-            steps[name] = direct(x, grad, shape.train, name, name)
-    steps["chosen"] = direct(x, grad, shape.train, chosen[0], chosen[-1])
+            steps[name] = direct(x, grad, shape.train, name)
+    steps["chosen"] = direct(x, grad, shape.train, chosen)
     timings = interleaved(steps, device, seconds=seconds, ahead=True)
     taken = {name: timings[name].median for name in steps}
     best = min((name for name in steps if name in BACKENDS), key=lambda name: taken[name])
@@ -259,8 +266,9 @@ def line(entry: dict[str, Any]) -> str:
         return f"{entry['case']:<30} {entry['error']}"
     shown = ("eager", "fxopt", "chosen", FLASH, EFFICIENT, CUDNN, MATH)
     figures = " ".join(f"{name} {entry['seconds'][name] * 1e6:8.1f}" for name in shown if name in entry["seconds"])
-    told = f"{'+'.join(entry['chosen']):<18} {entry['chosen_over_best']:.2f} of best"
-    return f"{entry['case']:<30} {told}, errors {entry['error_ratio']:.2f}: {figures}"
+    told = f"{entry['chosen']:<10} {entry['chosen_over_best']:.2f} of best"
+    fxopts, eagers = (max(entry["errors"][name]) for name in ("fxopt", "eager"))
+    return f"{entry['case']:<30} {told}, errors {fxopts:.1e} (eager {eagers:.1e}): {figures}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""torch's implementations of scaled-dot-product attention, each called by its name, in one common form.
+"""torch's implementations of scaled-dot-product attention, each called by its name.
 
 `Inputs` are a query [B, H, S, E], key [B, G, T, E] and value [B, G, T, Ev] of one floating dtype on one device, H a multiple
 of G (G = H unless enable_gqa), and an optional mask (boolean, true where a key is seen, or an addend) that broadcasts to
@@ -9,17 +9,19 @@ of G (G = H unless enable_gqa), and an optional mask (boolean, true where a key 
     cudnn       cuDNN's: half types; builds a plan at the first call of each new problem
     math        products and a softmax that stores all scores; any device and floating dtype
 
-What ties forward and backward together is the statistic of each row: the natural logarithm of the sum of exponentials of
-its scaled and masked scores, [B, H, S] in float32 (float64 for float64). It is +inf for a row that the mask hides
-throughout, for then its probabilities exp(score - statistic) are zero. So any backend can differentiate what another one
-has computed.
+Forward and backward are one decision. What a forward leaves for its backward, the result and a statistic of each row
+[B, H, S], means something to that backend's backward only, and in that backend's own memory layout: none of them checks what
+it is given, so that another one, or another layout, yields wrong gradients. The name of the backend therefore goes with
+them (`Computed`), and `backward` goes by it.
 
-A backend that cannot do a problem raises RuntimeError; `forward` and `backward` then follow eager's rule instead, and do not
-ask that backend again. Nothing here waits for the device.
+A backend that cannot do a problem raises RuntimeError. `forward` and `forward_for_training` then follow eager's rule
+instead, and do not ask that backend again; `backward` computes the forward again by another one. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,6 +39,8 @@ MASK_ALIGNMENT = 8
 
 STATISTICS_ALIGNMENT = 32
 """The memory-efficient backward reads the statistics of rows up to a multiple of this; +inf past the last."""
+
+Strides = tuple[int, ...]
 
 aten = torch.ops.aten
 log = logging.getLogger("fxopt")
@@ -81,15 +85,28 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 """Of query, key and value."""
 
 
+class Computed(NamedTuple):
+    """A forward as its backward needs it: the result [B, H, S, Ev], the statistics [B, H, S] in float32 (float64 for
+    float64) and the backend that both are from."""
+
+    out: Tensor
+    statistics: Tensor
+    backend: str
+
+
 # ---------------------------------------------------------------------- which backend
 
 
-_BY_NUMBER = {
-    int(SDPBackend.MATH): MATH,  # type: ignore[call-overload]
-    int(SDPBackend.FLASH_ATTENTION): FLASH,  # type: ignore[call-overload]
-    int(SDPBackend.EFFICIENT_ATTENTION): EFFICIENT,  # type: ignore[call-overload]
-    int(SDPBackend.CUDNN_ATTENTION): CUDNN,  # type: ignore[call-overload]
+NUMBERS = {
+    MATH: int(SDPBackend.MATH),  # type: ignore[call-overload]
+    FLASH: int(SDPBackend.FLASH_ATTENTION),  # type: ignore[call-overload]
+    EFFICIENT: int(SDPBackend.EFFICIENT_ATTENTION),  # type: ignore[call-overload]
+    CUDNN: int(SDPBackend.CUDNN_ATTENTION),  # type: ignore[call-overload]
 }
+"""torch's numbers of the backends."""
+
+BY_NUMBER = {number: name for name, number in NUMBERS.items()}
+
 _ENABLED: dict[str, Callable[[], bool]] = {
     FLASH: torch.backends.cuda.flash_sdp_enabled,
     EFFICIENT: torch.backends.cuda.mem_efficient_sdp_enabled,
@@ -127,43 +144,72 @@ def eagers_choice(x: Inputs, trains: bool) -> str:
     options: dict[str, Any] = {"scale": settings.scale, "enable_gqa": settings.enable_gqa}
     with torch.set_grad_enabled(trains):
         number = torch._fused_sdp_choice(*given[:4], 0.0, settings.is_causal, **options)
-    return _BY_NUMBER.get(number, MATH)
+    return BY_NUMBER.get(number, MATH)
 
 
-def forward(x: Inputs, backend: str, statistics: bool) -> Outputs:
-    """By `backend`, or by eager's rule where that is AUTO, refuses, or has been switched off by the user meanwhile."""
-    if backend != AUTO and _ENABLED[backend]() and _may_try(backend, x):
-        try:
-            return forward_by(backend, x, statistics)
-        except RuntimeError as error:
-            _refused(backend, x, error)
-    if statistics:
-        return forward_by(eagers_choice(x, trains=True), x, statistics)
+def forward(x: Inputs, backend: str) -> Tensor:
+    """The result alone, by `backend`, or by eager's rule where that is AUTO, refuses, or has been switched off by the user
+    meanwhile."""
+    found = _tried(x, backend, statistics=False)
+    if found is not None:
+        return found[0]
     options: dict[str, Any] = {"scale": x.settings.scale, "enable_gqa": x.settings.enable_gqa}
-    return F.scaled_dot_product_attention(*x[:4], 0.0, x.settings.is_causal, **options), None
+    return F.scaled_dot_product_attention(*x[:4], 0.0, x.settings.is_causal, **options)
 
 
-def backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor, backend: str) -> Gradients:
-    """From the gradient of the result and what `forward` returned, by `backend` or eager's rule as there."""
-    if backend != AUTO and _may_try(backend, x):
+def forward_for_training(x: Inputs, backend: str) -> Computed:
+    """By `backend` or eager's rule, as `forward`."""
+    found = _tried(x, backend, statistics=True)
+    if found is None:
+        backend = _eagers_choice_or_math(x)
+        found = forward_by(backend, x, statistics=True)
+    out, statistics = found
+    assert statistics is not None
+    return Computed(out, statistics, backend)
+
+
+def backward(x: Inputs, grad: Tensor, computed: Computed) -> Gradients:
+    """From the gradient of the result and what `forward_for_training` returned, by the same backend.
+
+    Where that one's backward refuses, the forward is computed again, by eager's choice or MATH, and its backward follows.
+    """
+    out, statistics, backend = computed
+    if _may_try(backend, x):
         try:
             return backward_by(backend, x, grad, out, statistics)
         except RuntimeError as error:
             _refused(backend, x, error)
-    return backward_by(eagers_choice(x, trains=True), x, grad, out, statistics)
+    other = _eagers_choice_or_math(x)
+    again, sums = forward_by(other, x, statistics=True)
+    assert sums is not None
+    return backward_by(other, x, grad, again, sums)
 
 
 def forward_by(backend: str, x: Inputs, statistics: bool) -> Outputs:
     """By this backend or none: raises RuntimeError where it refuses."""
-    out, sums = _FORWARD[backend](x, statistics)
-    if sums is None or x.mask is None:
-        return out, sums
-    return out, sums.masked_fill(~(sums > -torch.inf), torch.inf)  # backends write several things for hidden rows
+    return _FORWARD[backend](x, statistics)
 
 
 def backward_by(backend: str, x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
-    """By this backend or none: raises RuntimeError where it refuses."""
+    """By this backend or none, which has to have computed `out` and `statistics`: raises RuntimeError where it refuses."""
     return _BACKWARD[backend](x, grad, out, statistics)
+
+
+def _tried(x: Inputs, backend: str, statistics: bool) -> Outputs | None:
+    """By `backend`, or None where it is not to be asked or refuses."""
+    if backend == AUTO or not _ENABLED[backend]() or not _may_try(backend, x):
+        return None
+    try:
+        return forward_by(backend, x, statistics)
+    except RuntimeError as error:
+        _refused(backend, x, error)
+        return None
+
+
+def _eagers_choice_or_math(x: Inputs) -> str:
+    """What eager would train with, unless that has refused the problem; MATH takes every one."""
+    choice = eagers_choice(x, trains=True)
+    return choice if _may_try(choice, x) else MATH
 
 
 _refusals: set[tuple[Any, ...]] = set()
@@ -179,8 +225,9 @@ def _may_try(backend: str, x: Inputs) -> bool:
 
 
 def _refused(backend: str, x: Inputs, error: RuntimeError) -> None:
-    """Remember it, for finding out may take a backend long. Running out of memory says nothing about the problem."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Remember it, for finding out may take a backend long. Running out of memory says nothing about the problem, and after
+    MATH there is no other."""
+    if backend == MATH or isinstance(error, torch.OutOfMemoryError):
         raise error
     _refusals.add(_problem(backend, x))
     problem, reason = f"{tuple(x.query.shape)} over {tuple(x.key.shape)}", str(error).partition("\n")[0]
@@ -192,7 +239,8 @@ def _refused(backend: str, x: Inputs, error: RuntimeError) -> None:
 
 
 def _flash(x: Inputs, statistics: bool) -> Outputs:
-    _refuse_mask(x)
+    if x.mask is not None:
+        raise RuntimeError("FlashAttention takes no mask")
     query, key, value = (_padded(t) for t in (x.query, x.key, x.value))
     found = torch._scaled_dot_product_flash_attention(query, key, value, 0.0, x.settings.is_causal, scale=x.scaling)
     return found[0][..., : x.query.shape[-1]], found[1]
@@ -215,7 +263,11 @@ def _math(x: Inputs, statistics: bool) -> Outputs:
     options: dict[str, Any] = {"scale": x.settings.scale, "enable_gqa": x.settings.enable_gqa}
     given = (x.query, x.key, x.value, x.bias, 0.0, x.settings.is_causal)
     out = torch._scaled_dot_product_attention_math(*given, **options)[0]
-    return out, torch.logsumexp(_scores(x, _ungrouped(x.query, x.key)), -1) if statistics else None
+    if not statistics:
+        return out, None
+    sums = torch.logsumexp(_scores(x, _ungrouped(x.query, x.key)), -1)
+    # +inf for a row that the mask hides throughout: its probabilities exp(score - statistic) are then zero.
+    return out, sums if x.mask is None else sums.masked_fill(sums == -torch.inf, torch.inf)
 
 
 _FORWARD: dict[str, Callable[[Inputs, bool], Outputs]] = {FLASH: _flash, EFFICIENT: _efficient, CUDNN: _cudnn, MATH: _math}
@@ -225,12 +277,12 @@ _FORWARD: dict[str, Callable[[Inputs, bool], Outputs]] = {FLASH: _flash, EFFICIE
 
 
 def _flash_backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
-    _refuse_mask(x)
+    # The forward takes no mask, so that one which is there now was found to hide nothing.
     given = [_padded(t) for t in (grad, x.query, x.key, x.value, out)]
     state = torch.empty(2, dtype=torch.uint64, device=grad.device)  # of dropout, which there is none of
     sizes = (None, None, x.query.shape[2], x.key.shape[2])
     found = aten._scaled_dot_product_flash_attention_backward.default(
-        *given, statistics, *sizes, 0.0, x.settings.is_causal, state, state, scale=x.scaling
+        *given, statistics.contiguous(), *sizes, 0.0, x.settings.is_causal, state, state, scale=x.scaling
     )
     of_query, of_key, of_value = (g[..., : t.shape[-1]] for g, t in zip(found, x[:3], strict=True))
     return of_query, of_key, of_value
@@ -239,8 +291,10 @@ def _flash_backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) ->
 def _efficient_backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
     _refuse_groups(x)
     missing = -statistics.shape[-1] % STATISTICS_ALIGNMENT
-    padded = F.pad(statistics, (0, missing), value=torch.inf) if missing else statistics
+    padded = F.pad(statistics, (0, missing), value=torch.inf) if missing else statistics.contiguous()
     state = torch.empty((), dtype=torch.int64, device=grad.device)
+    _, heads, rows, width = out.shape
+    out = _arranged(out, (rows * heads * width, width, heads * width, 1))  # the kernel takes this for granted
     given = (grad, x.query, x.key, x.value, _aligned_bias(x), out, padded, state, state, 0.0)
     wanted = [True, True, True, False]
     found = aten._scaled_dot_product_efficient_attention_backward.default(
@@ -253,8 +307,40 @@ def _cudnn_backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) ->
     state = torch.empty((), dtype=torch.int64, device=grad.device)
     given = (grad, x.query, x.key, x.value, out, statistics.unsqueeze(-1), state, state, x.bias)
     sizes = (None, None, x.query.shape[2], x.key.shape[2])
+    return cudnn_backward(*given, *sizes, 0.0, x.settings.is_causal, scale=x.settings.scale)
+
+
+def cudnn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    keys: Tensor | None,
+    most_rows: int,
+    most_keys: int,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None = None,
+) -> Gradients:
+    """`aten::_scaled_dot_product_cudnn_attention_backward`, right whatever has been called before.
+
+    torch remembers cuDNN's plans by the layouts of query, key, value and bias, while a plan also holds those of the other
+    operands: a call that differs from the first in its gradient's layout gets garbage (torch 2.11, cuDNN 9.19, H100). So the
+    others are brought into one layout. Eager's calls have their own, and must neither find our plans nor leave us theirs: the
+    key compares bytes, and minus zero is no dropout either.
+    """
+    strides = dense_strides(tuple(out.shape), query.stride())
+    grad, out, statistics = _arranged(grad, strides), _arranged(out, strides), statistics.contiguous()
+    given = (grad, query, key, value, out, statistics, seed, offset, bias, rows, keys, most_rows, most_keys)
     found: Gradients = aten._scaled_dot_product_cudnn_attention_backward.default(
-        *given, *sizes, 0.0, x.settings.is_causal, scale=x.settings.scale
+        *given, dropout_p or -0.0, is_causal, scale=scale
     )
     return found
 
@@ -303,9 +389,21 @@ def _aligned_bias(x: Inputs) -> Tensor | None:
     return bias.expand(*x.query.shape[:3], x.key.shape[2])
 
 
-def _refuse_mask(x: Inputs) -> None:
-    if x.mask is not None:
-        raise RuntimeError("FlashAttention takes no mask")
+@functools.lru_cache(maxsize=1024)
+def dense_strides(shape: tuple[int, ...], order: Strides) -> Strides:
+    """Strides of a dense tensor of `shape` whose dimensions lie in memory in the order of those with strides `order`."""
+    strides, below = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda d: (order[d], -d)):
+        strides[dim] = below
+        below *= shape[dim]
+    return tuple(strides)
+
+
+def _arranged(x: Tensor, strides: Strides) -> Tensor:
+    """`x`, copied unless its elements lie in memory as `strides` say."""
+    if all(size == 1 or own == wanted for size, own, wanted in zip(x.shape, x.stride(), strides, strict=True)):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _refuse_groups(x: Inputs) -> None:

@@ -8,17 +8,20 @@ always pick the fastest kernel. These ops postpone the choice. Importing the mod
                      backend="auto")
     fxopt::attention_forward(query, key, value, attn_mask=None, is_causal=False, *, scale=None, enable_gqa=False,
                              backend="auto")
-    fxopt::attention_backward(grad, query, key, value, attn_mask, out, logsumexp, is_causal=False, *, scale=None,
-                              enable_gqa=False, backend="auto")
+    fxopt::attention_backward(grad, query, key, value, attn_mask, out, statistics, number, is_causal=False, *, scale=None,
+                              enable_gqa=False)
 
 with the parameters of `torch.nn.functional.scaled_dot_product_attention`, restricted to query [B, H, S, E], key
 [B, G, T, E], value [B, G, T, Ev] of one floating dtype (G = H unless enable_gqa) and dropout_p = 0. `backend` is "auto",
 which follows eager's rule when the op runs, or one of those that attention_backends.py describes; where that one cannot do
 the problem, or the user has switched it off, eager's rule holds again.
 
-The first is for calls without a gradient: its result is [B, H, S, Ev]. The second returns the result and the statistics of
-the rows, [B, H, S] in float32, and is differentiable in query, key and value, once, by means of the third, which returns
-their gradients. Under autocast, floating tensors are cast as eager's are.
+The first is for calls without a gradient: its result is [B, H, S, Ev]. The second also returns statistics of the rows,
+[B, H, S] in float32 (float64 for float64), and torch's number of the backend that ran, int64 [] on the CPU; it is
+differentiable in query, key and value, once, by means of the third, which returns their gradients. That one takes no
+backend of its own: it obeys the number, which is data, so that no record, plan or refusal can pair a forward with the
+backward of another backend. Reading it does not wait for the device. Under autocast, floating tensors are cast as eager's
+are.
 """
 
 from __future__ import annotations
@@ -28,15 +31,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.ir.attention_backends import AUTO, Inputs, Settings, backward, forward
+from fxopt.ir.attention_backends import (
+    AUTO,
+    BY_NUMBER,
+    NUMBERS,
+    Computed,
+    Inputs,
+    Settings,
+    backward,
+    forward,
+    forward_for_training,
+)
 
-_SHARED = f'*, float? scale=None, bool enable_gqa=False, str backend="{AUTO}"'
+_SHARED = "*, float? scale=None, bool enable_gqa=False"
+_CHOICE = f'str backend="{AUTO}"'
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask"
-SCHEMA = f"attention({_OPERANDS}=None, float dropout_p=0.0, bool is_causal=False, {_SHARED}) -> Tensor"
-FORWARD_SCHEMA = f"attention_forward({_OPERANDS}=None, bool is_causal=False, {_SHARED}) -> (Tensor, Tensor)"
+SCHEMA = f"attention({_OPERANDS}=None, float dropout_p=0.0, bool is_causal=False, {_SHARED}, {_CHOICE}) -> Tensor"
+FORWARD_SCHEMA = (
+    f"attention_forward({_OPERANDS}=None, bool is_causal=False, {_SHARED}, {_CHOICE}) -> (Tensor, Tensor, Tensor)"
+)
 BACKWARD_SCHEMA = (
-    f"attention_backward(Tensor grad, {_OPERANDS}, Tensor out, Tensor logsumexp, bool is_causal=False, {_SHARED}) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"attention_backward(Tensor grad, {_OPERANDS}, Tensor out, Tensor statistics, Tensor number, bool is_causal=False, "
+    f"{_SHARED}) -> (Tensor, Tensor, Tensor)"
 )
 
 _AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
@@ -56,7 +72,7 @@ def attend(
 ) -> Tensor:
     """What `fxopt::attention` computes, for callers that have no use for a dispatcher in between."""
     given = Inputs(query, key, value, attn_mask, Settings(is_causal, scale, enable_gqa))
-    result, _ = forward(given, backend, statistics=False)
+    result = forward(given, backend)
     return result.clone() if _shares_memory(result, value) else result
 
 
@@ -70,12 +86,12 @@ def attend_forward(
     scale: float | None = None,
     enable_gqa: bool = False,
     backend: str = AUTO,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `fxopt::attention_forward` computes."""
     given = Inputs(query, key, value, attn_mask, Settings(is_causal, scale, enable_gqa))
-    result, statistics = forward(given, backend, statistics=True)
-    assert statistics is not None
-    return result.clone() if _shares_memory(result, value) else result, statistics
+    result, statistics, taken = forward_for_training(given, backend)
+    number = torch.scalar_tensor(NUMBERS[taken], dtype=torch.int64, device="cpu")
+    return result.clone() if _shares_memory(result, value) else result, statistics, number
 
 
 def attend_backward(
@@ -85,16 +101,16 @@ def attend_backward(
     value: Tensor,
     attn_mask: Tensor | None,
     out: Tensor,
-    logsumexp: Tensor,
+    statistics: Tensor,
+    number: Tensor,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    backend: str = AUTO,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `fxopt::attention_backward` computes."""
+    """What `fxopt::attention_backward` computes. Raises KeyError for a number that no backend has."""
     given = Inputs(query, key, value, attn_mask, Settings(is_causal, scale, enable_gqa))
-    return backward(given, grad, out, logsumexp, backend)
+    return backward(given, grad, Computed(out, statistics, BY_NUMBER[int(number)]))
 
 
 def _shares_memory(result: Tensor, value: Tensor) -> bool:
@@ -123,14 +139,20 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) 
     return _heads_last(query, value.shape[-1]) if _only_efficient(query, value) else torch.empty_like(query)
 
 
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
-    return _fake(query, key, value), query.new_empty(query.shape[:3], dtype=wide)
+    number = torch.empty((), dtype=torch.int64, device="cpu")
+    return _fake(query, key, value), query.new_empty(query.shape[:3], dtype=wide), number
 
 
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(query, key, value)
+
+
+def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized gradients in the layouts that fused kernels give: flash and cuDNN follow each tensor's own."""
     if _only_efficient(query, value):
         of_query, of_key, of_value = (_heads_last(x, x.shape[-1]) for x in (query, key, value))
     else:
@@ -142,16 +164,16 @@ def _fake_backward(
 
 
 def _save_for_backward(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     query, key, value, mask, ctx.is_causal = inputs
-    ctx.options = dict(keyword_only_inputs)
-    ctx.mark_non_differentiable(output[1])
+    ctx.options = {name: keyword_only_inputs[name] for name in ("scale", "enable_gqa")}
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, mask, *output)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad  # of the arguments that were given
     if any(wanted[3:]):
         raise NotImplementedError("fxopt::attention_forward has no gradient for its mask")

@@ -1,6 +1,6 @@
 """Attention among the calls of a lowered graph: what each computes on which operands, and how it is given a backend.
 
-`tune/attention.py` decides which backend is fastest.
+`tune/attention.py` decides which backend is fastest. A backward is no call to decide about: it goes by its forward.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 
 from fxopt.ir import ops
 from fxopt.ir.attention_backends import Settings
-from fxopt.ir.attention_op import attention, attention_backward, attention_forward
+from fxopt.ir.attention_op import attention, attention_forward
 from fxopt.ir.exprs import Int
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref
 from fxopt.lower.calls import overload_name
 from fxopt.lower.lowering import Lowered
 
-OPS = {overload_name(op): op for op in (attention, attention_forward, attention_backward)}
-TENSORS = ("query", "key", "value", "attn_mask", "grad", "out", "logsumexp")
+OPS = {overload_name(op): op for op in (attention, attention_forward)}
+TENSORS = ("query", "key", "value", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """`call` computes `op` (fxopt::attention, attention_forward or attention_backward) on `operands`, by the names of its
-    schema. `results` are the layouts that the plan relies on, None for one that nobody reads."""
+    """`call` computes fxopt::attention or attention_forward on `operands`, by the names of its schema. `results` are the
+    layouts that the plan relies on, None for one that nobody reads."""
 
     call: Call
-    op: Any
     operands: dict[str, Operand]
     settings: Settings
     results: tuple[BufferSpec | None, ...]
@@ -57,16 +56,12 @@ class AttentionCall:
         return self.operands["query"].device
 
     @property
-    def trains(self) -> bool:
-        return self.op is not attention
-
-    @property
     def is_static(self) -> bool:
         return all(isinstance(n, int) for operand in self.operands.values() for n in operand.numbers)
 
 
 def find_attention(lowered: Lowered) -> list[AttentionCall]:
-    """Every attention among the calls of `lowered` whose operands are known tensors, in order."""
+    """Every attention forward among the calls of `lowered` whose operands are known tensors, in order."""
     views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
     calls = [s for s in lowered.steps if isinstance(s, Call) and s.op in OPS]
     return [found for call in calls if (found := _described(call, lowered, views)) is not None]
@@ -91,7 +86,7 @@ def _described(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> Atte
         return None
     settings = Settings(bool(literals[0]), None if literals[1] is None else float(literals[1]), bool(literals[2]))
     results = tuple(None if name is None else lowered.buffers.get(name) for name in call.outputs)
-    return AttentionCall(call, op, known, settings, results)
+    return AttentionCall(call, known, settings, results)
 
 
 def _are_literals(values: Iterable[Any]) -> bool:

@@ -1,15 +1,17 @@
 """Which of torch's backends computes each attention, by measurement on this GPU.
 
 Eager's rule looks at what a backend can do, not at how fast it is at the problem: on Hopper cuDNN is up to 1.75 times as
-fast as FlashAttention. Every call (a forward without gradients, one with statistics, a backward) is a contest of its own;
-attention_backends.py says why they need not agree. Candidates are what the user has enabled and torch says the problem
-suits; one whose values differ from those of eager's choice, rows hidden throughout included, is out.
+fast as FlashAttention; the rule also changes from version to version. Every forward is a contest: of forwards where no
+gradient is wanted, else of forwards with their backwards, for one backend computes both. Candidates are what the user has
+enabled and torch says the problem suits; one whose values differ from those of eager's choice, rows hidden throughout
+included, is out, and so is one that a single run shows to be hopeless. Where nobody is left beside eager's choice, nothing
+is measured.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +25,13 @@ from fxopt.ir.attention_backends import (
     Inputs,
     Settings,
     backward_by,
+    dense_strides,
     eagers_choice,
     enabled_backends,
     forward_by,
     supports,
 )
+from fxopt.ir.attention_op import empty_gradients
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, prod, symbol
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
@@ -39,12 +43,12 @@ from fxopt.tune import measure
 from fxopt.tune.contest import NOISE
 from fxopt.tune.records import RecordKey, Records
 
-METHOD = 1
+METHOD = 2
 """Number of this way of measuring, part of every record's key."""
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring attention in one graph, by mode; calls past it are decided by rule for now. A contest takes 30 to 100
-ms and, for cuDNN, the building of a plan."""
+ms and, for cuDNN, the building of a plan each way, half a second to a second, which the call itself then finds built."""
 
 MOST_SCORE_BYTES = 1 << 30
 """The backend that stores all scores is no candidate where they take more."""
@@ -54,6 +58,9 @@ TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.05}
 below another treatment of hidden rows."""
 
 EXACT_TOLERANCE = 0.01
+
+HOPELESS = 2.0
+"""A candidate that takes this many times as long as the quickest, in one run, is not measured further."""
 
 FEW_ROWS = 128
 """With fewer query rows than this, cuDNN is not taken without measuring."""
@@ -142,7 +149,8 @@ class _Contests:
             return str(error).partition("\n")[0]
         finally:
             self.left -= time.perf_counter() - start
-        return {"winner": _winner(eager, seconds), "eager": eager, "seconds": seconds}
+        winner = _winner(eager, seconds)
+        return {"winner": winner if winner in problem.candidates else AUTO, "eager": eager, "seconds": seconds}
 
 
 def _winner(eager: str, seconds: Mapping[str, float]) -> str:
@@ -178,7 +186,7 @@ class Layout:
 @dataclass(frozen=True)
 class Problem:
     """All that a contest depends on, in numbers: sizes that are known only at run time are assumed. `results` are the
-    strides that the plan wants results in, None for one that nobody reads."""
+    strides that the plan wants a forward's results in, None for one that nobody reads."""
 
     op: str
     operands: dict[str, Layout]
@@ -240,9 +248,9 @@ Results = tuple["Tensor | None", ...]
 
 
 def time_backends(problem: Problem, device: torch.device) -> tuple[str, dict[str, float]]:
-    """(eager's choice, median seconds of each backend whose values are those of eager's choice).
+    """(eager's choice, median seconds of each backend that is in the contest to its end).
 
-    Raises torch.OutOfMemoryError.
+    When `problem` trains, of a forward and its backward together. Raises torch.OutOfMemoryError.
     """
     with torch.cuda.device(device), torch.no_grad():
         tensors = make_tensors(problem, device)
@@ -252,9 +260,27 @@ def time_backends(problem: Problem, device: torch.device) -> tuple[str, dict[str
         if problem.score_bytes > MOST_SCORE_BYTES:
             able = [b for b in able if b != MATH]
         runs = {name: runner(problem, tensors, name) for name in (eager, *able)}
-        alike = agreeing(runs, eager)
-        seconds = measure.interleaved([runs[name] for name in alike], device, cold=False) if alike else []
-    return eager, dict(zip(alike, seconds, strict=True))
+        rough = {name: _seconds_once(runs[name], device) for name in agreeing(runs, eager)}
+        left = promising(rough, eager)
+        if len(left) < 2:
+            return eager, {name: rough[name] for name in left}
+        seconds = measure.interleaved([runs[name] for name in left], device, cold=False)
+    return eager, dict(zip(left, seconds, strict=True))
+
+
+def promising(seconds: Mapping[str, float], reference: str) -> list[str]:
+    """The names of those that may be the fastest, judged by one run each, and `reference` in any case."""
+    most = HOPELESS * min(seconds.values(), default=0.0)
+    return [name for name in seconds if name == reference or seconds[name] <= most]
+
+
+def _seconds_once(run: Callable[[], object], device: torch.device) -> float:
+    """Of one run, host and device, after it has run before."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def agreeing(runs: Mapping[str, Callable[[], Results]], reference: str) -> list[str]:
@@ -283,8 +309,6 @@ def _agree(got: Results, want: Results) -> bool:
 def _close(got: Tensor, want: Tensor) -> bool:
     """Whether each row differs by little of the largest row, and what is not finite is so in both."""
     a, b = got.float(), want.float()
-    if a.dim() == 3:  # statistics: a number per row
-        a, b = a.unsqueeze(-1), b.unsqueeze(-1)
     if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
         return False
     a, b = (x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for x in (a, b))
@@ -295,16 +319,22 @@ def _close(got: Tensor, want: Tensor) -> bool:
 
 
 def runner(problem: Problem, tensors: Mapping[str, Tensor], backend: str) -> Callable[[], Results]:
-    """A function that runs `problem` by `backend` and copies what is not in the plan's layout, as the executor does."""
+    """A function that runs `problem` by `backend` and copies what is not in the plan's layout, as the executor does.
+
+    It returns the result and, when `problem` trains, the gradients.
+    """
     inputs = _inputs(problem, tensors)
+    if not problem.trains:
+        return lambda: (_as_planned(forward_by(backend, inputs, statistics=False)[0], problem.results[0]),)
+    planned = [x.stride() for x in empty_gradients(*inputs[:3])]
 
     def run() -> Results:
-        found: Sequence[Tensor | None]
-        if "grad" in tensors:
-            found = backward_by(backend, inputs, tensors["grad"], tensors["out"], tensors["logsumexp"])
-        else:
-            found = forward_by(backend, inputs, problem.trains)
-        return tuple(_as_planned(x, strides) for x, strides in zip(found, problem.results, strict=False))
+        found = forward_by(backend, inputs, statistics=True)
+        out, statistics = (_as_planned(x, strides) for x, strides in zip(found, problem.results[:2], strict=True))
+        assert out is not None
+        assert statistics is not None
+        gradients = backward_by(backend, inputs, tensors["grad"], out, statistics)
+        return (out, *(_as_planned(x, strides) for x, strides in zip(gradients, planned, strict=True)))
 
     return run
 
@@ -322,19 +352,17 @@ def _as_planned(x: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | N
 def make_tensors(problem: Problem, device: torch.device) -> dict[str, Tensor]:
     """Random operands in the problem's layouts; masks that hide some keys, and the first of several rows throughout.
 
-    What a backward reads of its forward is that of eager's choice.
+    When `problem` trains, also "grad", the gradient of the result, in the result's layout.
     """
     generator = torch.Generator(device).manual_seed(0)  # the user's own keeps its state
     tensors = {name: _made(layout, device, generator) for name, layout in problem.operands.items()}
     mask = tensors.get("attn_mask")
     if mask is not None:
         _hide(mask, generator)
-    if "out" in tensors:
-        inputs = _inputs(problem, tensors)
-        out, statistics = forward_by(eagers_choice(inputs, trains=True), inputs, statistics=True)
-        assert statistics is not None
-        tensors["out"].copy_(out)
-        tensors["logsumexp"].copy_(statistics)
+    if problem.trains:
+        shape = (*tensors["query"].shape[:3], tensors["value"].shape[3])
+        strides = problem.results[0] or dense_strides(shape, tensors["query"].stride())
+        tensors["grad"] = _made(Layout(tensors["query"].dtype, shape, strides, 0), device, generator)
     return tensors
 
 

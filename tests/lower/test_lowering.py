@@ -67,6 +67,24 @@ def test_a_copy_between_devices_is_a_planned_call() -> None:
     assert not journal.retreats
 
 
+def test_attention_in_training_is_two_calls_and_no_copies() -> None:
+    """Heads-last operands, as a projection leaves them; the number of the backend stays on the CPU."""
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        out, statistics, number = torch.ops.fxopt.attention_forward(q, k, v)
+        return number, *torch.ops.fxopt.attention_backward(out, q, k, v, None, out, statistics, number)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = (torch.empty(2, 8, 4, 16, device="cuda").half().transpose(1, 2) for _ in range(3))
+        graph = graph_of(fn, *given, mode="real")
+    low = lower_graph(graph, Journal("test", strict=True))
+    forward, backward = low.steps
+    assert [forward.op, backward.op] == ["fxopt::attention_forward.default", "fxopt::attention_backward.default"]
+    number = low.buffers[forward.outputs[2]]
+    assert (number.device.type, number.dtype, number.shape) == ("cpu", torch.int64, ())
+    assert {low.buffers[name].strides for name in (forward.outputs[0], *backward.outputs)} == {(512, 16, 64, 1)}
+
+
 @pytest.mark.parametrize(
     "fn",
     [
