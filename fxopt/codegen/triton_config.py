@@ -247,7 +247,8 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
         looped = [TritonConfig(1, r_block=block, persistent=False, num_warps=4)]
-    if once and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
+    crowded = rows >= target.sm_count  # else no program is kept out, and all loads at once are the fastest
+    if once and crowded and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
         return [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
     return [*roomy, *looped, *(c for c in found if c not in roomy)]
 
