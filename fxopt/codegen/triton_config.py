@@ -379,6 +379,23 @@ def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
     return divisor if streams or divisor > 1 else power
 
 
+def join_config(region: Region, target: Target) -> TritonConfig:
+    """For the kernel that joins parts, which lie in the L2 cache: narrow reads that fill the GPU, as many at once as registers
+    allow, are the fastest."""
+    tiling = tile(region, "flat")
+    if tiling.inner_reduction:
+        return next(c for c in _reduction_configs(tiling, target) if c.split == 1)
+    points, parts = tiling.x.hint, next_power_of_2(tiling.r.hint)
+    width = 4 * _SECTOR_BYTES // 4
+    while width > _SECTOR_BYTES // 4 and -(-points // width) < target.sm_count:
+        width //= 2
+    width = min(width, next_power_of_2(points))
+    values = max(16, _column_values(tiling))
+    warps = 8 if width * parts > 4 * 32 * values else 4
+    block = max(1, min(parts, values * 32 * warps // width))
+    return TritonConfig(width, r_block=block, persistent=_whole(tiling, block), num_warps=warps)
+
+
 def part_of_rows(rows: Int, config: TritonConfig) -> Int:
     """How many of `rows` points each of about `config.split` programs takes, `config.x_block` at a time."""
     return mul(floordiv(rows + (config.split * config.x_block - 1), config.split * config.x_block), config.x_block)
