@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fxopt.codegen.triton_across import join_config, together
+from fxopt.codegen.triton_across import together
 from fxopt.codegen.triton_apart import apart, statistics_first
-from fxopt.codegen.triton_config import TritonConfig, configs
+from fxopt.codegen.triton_config import TritonConfig, configs, join_config
 from fxopt.codegen.triton_nest import print_kernel
 from fxopt.codegen.triton_split import split_region, turning
 from fxopt.errors import UnsupportedError
@@ -57,8 +57,8 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
         raise UnsupportedError("this reduction cannot be split")
     kernels = []
     for piece in turning(region, pieces):
-        best = next(c for c in configs(piece, target) if c.split == 1)
         stage = piece.name.rpartition(".")[2]
+        best = join_config(piece, target) if stage == "join" else next(c for c in configs(piece, target) if c.split == 1)
         kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target, stage))
     scratch = {n: s for piece in pieces for n, s in piece.buffers.items() if n not in region.buffers}
     return Printed(tuple(kernels), tuple(scratch.values()))
@@ -75,7 +75,7 @@ def _print_across(region: Region, config: TritonConfig, target: Target) -> Print
         return _in_turn(region, apart(region), (None, None), config.aligned, target)
     rows, join = together(region, config)
     first = print_kernel(rows, config, "rows")
-    second = print_nest(join, join_config(join, target, config.aligned), target, "join")
+    second = print_nest(join, replace(join_config(join, target), aligned=config.aligned), target, "join")
     return Printed((first, second), tuple(s for n, s in rows.buffers.items() if n not in region.buffers))
 
 

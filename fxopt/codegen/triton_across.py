@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxopt.codegen.triton_apart import forwarded, only
-from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count
+from fxopt.codegen.triton_config import TritonConfig, part_count
 from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
-from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
+from fxopt.codegen.triton_tiling import accumulator_dtype, size_of
 from fxopt.ir.exprs import Sym, prod, ravel, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder
 from fxopt.ir.region import BufferSpec, Region
-from fxopt.target import Target
-
-_SECTOR = 8  # float32 elements of the smallest piece that is read from memory
 
 
 def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
@@ -50,15 +47,3 @@ def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
         only(replace(region, name=f"{region.name}.rows", nest=first, across=None, buffers=buffers)),
         only(replace(region, name=f"{region.name}.join", nest=second, across=None, buffers=buffers)),
     )
-
-
-def join_config(region: Region, target: Target, aligned: bool) -> TritonConfig:
-    """For the kernel that adds up the parts: they lie in the L2 cache, so narrow reads that fill the GPU are the fastest."""
-    tiling = tile(region, "flat")
-    width = 4 * _SECTOR
-    while width > _SECTOR and -(-tiling.x.hint // width) < target.sm_count:
-        width //= 2
-    width = min(width, next_power_of_2(tiling.x.hint))
-    block = min(next_power_of_2(tiling.r.hint), 4096 // width)
-    whole = isinstance(tiling.r.extent, int) and tiling.r.extent <= block
-    return TritonConfig(width, r_block=block, persistent=whole, num_warps=4, aligned=aligned)

@@ -247,7 +247,8 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
         looped = [TritonConfig(1, r_block=block, persistent=False, num_warps=4)]
-    if once and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
+    crowded = rows >= target.sm_count  # else no program is kept out, and all loads at once are the fastest
+    if once and crowded and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
         return [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
     return [*roomy, *looped, *(c for c in found if c not in roomy)]
 
@@ -376,6 +377,23 @@ def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
         return power
     divisor = next((p for p in range(wanted, max(1, wanted // 4), -1) if row % p == 0), 1)
     return divisor if streams or divisor > 1 else power
+
+
+def join_config(region: Region, target: Target) -> TritonConfig:
+    """For the kernel that joins parts, which lie in the L2 cache: narrow reads that fill the GPU, as many at once as registers
+    allow, are the fastest."""
+    tiling = tile(region, "flat")
+    if tiling.inner_reduction:
+        return next(c for c in _reduction_configs(tiling, target) if c.split == 1)
+    points, parts = tiling.x.hint, next_power_of_2(tiling.r.hint)
+    width = 4 * _SECTOR_BYTES // 4
+    while width > _SECTOR_BYTES // 4 and -(-points // width) < target.sm_count:
+        width //= 2
+    width = min(width, next_power_of_2(points))
+    values = max(16, _column_values(tiling))
+    warps = 8 if width * parts > 4 * 32 * values else 4
+    block = max(1, min(parts, values * 32 * warps // width))
+    return TritonConfig(width, r_block=block, persistent=_whole(tiling, block), num_warps=warps)
 
 
 def part_of_rows(rows: Int, config: TritonConfig) -> Int:

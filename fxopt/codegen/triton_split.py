@@ -45,6 +45,9 @@ from fxopt.ir.loops import (
 )
 from fxopt.ir.region import BufferSpec, Region
 
+_TURN_ROWS = 64
+"""Rows that each part of a column reduction takes at a time."""
+
 
 @dataclass
 class _Split:
@@ -219,18 +222,24 @@ def whole_cuts(sizes: Sequence[Int], parts: int) -> list[int] | None:
 
 def _cut_axes(region: Region, row: Int, cuts: list[int]) -> _Split:
     """Parts as boxes of the elements. Along axes that are not contiguous, the parts take turns: then all of them together
-    walk through memory in order, and what comes next finds the end in the L2 cache."""
+    walk through memory in order, and what comes next finds the end in the L2 cache. Down columns a turn is several rows:
+    each program's next lines lie on few pages."""
     part: list[Sym] = []
     inside: list[Sym] = []
     mapping: dict[Sym, Int] = {}
-    contiguous = region.nest.reduced[-1:] if tile(region, "flat").inner_reduction else ()
+    along_rows = tile(region, "flat").inner_reduction
+    contiguous = region.nest.reduced[-1:] if along_rows else ()
     for k, (sym, cut) in enumerate(zip(region.nest.reduced, cuts, strict=True)):
         length = floordiv(size_of(sym), cut)
-        outer, inner = Sym(f"u{k}", size=cut), Sym(f"w{k}", size=length)
+        turn = math.gcd(length, _TURN_ROWS) if isinstance(length, int) and cut != 1 and not along_rows else 1
+        outer, inner, row_of_turn = Sym(f"u{k}", size=cut), Sym(f"w{k}", size=floordiv(length, turn)), Sym(f"t{k}", size=turn)
         part += [outer] * (cut != 1)
-        inside += [inner] * (length != 1)
-        number, place = symbol(outer) if cut != 1 else 0, symbol(inner) if length != 1 else 0
-        mapping[sym] = mul(number, length) + place if sym in contiguous else mul(place, cut) + number
+        inside += [inner] * (inner.size != 1) + [row_of_turn] * (turn != 1)
+        number, place = symbol(outer) if cut != 1 else 0, symbol(inner) if inner.size != 1 else 0
+        if sym in contiguous:
+            mapping[sym] = mul(number, length) + place
+        else:
+            mapping[sym] = mul(mul(place, cut) + number, turn) + (symbol(row_of_turn) if turn != 1 else 0)
     return _Split(region, tuple(part), tuple(inside), mapping, None, row, floordiv(row, prod(cuts)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxopt.ir.exprs import coefficient
+from fxopt.ir.exprs import coefficient, free_symbols
 from fxopt.ir.loops import Load, Masked, Nest, Reduce, Scalar, Scan, Store, holds_reduction, loop_order, postorder
 from fxopt.ir.region import Region
 from fxopt.lower import cost
@@ -74,8 +74,8 @@ def _with_sums(rows: Region, columns: Region) -> Region | None:
     if len({*rows.buffers, *columns.buffers}) > MAX_BUFFERS:
         return None
     across = _aligned(rows.nest, columns.nest)
-    if across is None:
-        return None
+    if across is None or not all(frozenset(across.points) <= free_symbols(s.index) for s in across.stores):
+        return None  # sums over the rows of what is one value for each, a mean loss say, are not worth the row's registers
     nodes = tuple(dict.fromkeys(rows.nodes + columns.nodes))
     origins = tuple(dict.fromkeys(rows.origins + columns.origins))
     both = replace(rows, buffers={**rows.buffers, **columns.buffers}, nodes=nodes, origins=origins)

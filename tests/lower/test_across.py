@@ -109,6 +109,11 @@ def _scanned(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.cumsum(-1), x.sum(0)
 
 
-@pytest.mark.parametrize("fn", [_rolled, _sums_first, _largest, _scanned])
+def _mean_loss(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    totals = x.exp().sum(-1)
+    return totals, totals.log().mul(grad[:, 0]).sum()
+
+
+@pytest.mark.parametrize("fn", [_rolled, _sums_first, _largest, _scanned, _mean_loss])
 def test_near_misses_stay_apart(fn: Callable[..., object]) -> None:
     assert not joined(fn, *tensors(ROWS, ROW))
