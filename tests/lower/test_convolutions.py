@@ -158,9 +158,11 @@ def test_float32_where_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_algorithm_that_the_user_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
     fn, args, _ = GIVEN["bias"]
-    for switch, value in (("deterministic", True), ("enabled", False)):
-        with torch.backends.cudnn.flags(**{switch: value}):
+    for switches in ({"enabled": True, "deterministic": True}, {"enabled": False}):
+        with torch.backends.cudnn.flags(**switches):
             assert ways(searched(fn, args)) == []
+    with torch.backends.cudnn.flags(enabled=True):
+        assert ways(searched(fn, args)) == [[LIBRARY, CUDNN]]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert ways(searched(fn, args)) == []
 
