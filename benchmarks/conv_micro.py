@@ -10,7 +10,8 @@ The convolutions of ResNet-50, ConvNeXt-T, MobileNetV2 and a UNet in half precis
   activation in cuBLASLt's epilogue.
 
 Every way is compared with float64, fused calls also with their result in memory that held NaN, and it is noted which of them
-make something else of a bias of NaN, which torch's relu keeps. Times are interleaved and those of the device alone. About 90 s on an H100; what does not fit is listed as left out.
+make something else of a bias of NaN, which torch's relu keeps. Times are interleaved and those of the device alone. About
+90 s on an H100; what does not fit is listed as left out.
 """
 
 from __future__ import annotations

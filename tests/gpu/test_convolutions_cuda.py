@@ -39,6 +39,19 @@ class Layer(nn.Module):
         return F.relu(y if shortcut is None else y + shortcut)
 
 
+class Bottleneck(nn.Module):
+    """The end of a block whose shortcut has a convolution and a norm of its own."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.main = Layer(64, 256, window, True, padding=window // 2)
+        self.shortcut = Layer(128, 256, 1, True, stride=2)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        y = self.main.norm(self.main.conv(x))
+        return F.relu(y + self.shortcut.norm(self.shortcut.conv(before)))
+
+
 LAYERS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "window of one": ((64, 256, 1), {}),
     "window of three": ((64, 64, 3), {"padding": 1}),
@@ -100,6 +113,19 @@ def test_values(name: str, norm: bool, shortcut: bool, dtype: torch.dtype, fused
     assert ops_called() == {ADD_RELU if shortcut else RELU}
     assert_closer(got, want, exact, k=0.5 if dtype != TF32 else 2.0**11)  # eps of TF32 is 2**13 times that of float32
     assert got.stride() == want.stride()
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_shortcut_with_a_norm_of_its_own(window: int, fused_wins: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Bottleneck(window).cuda().to(BF16).eval()
+    args = (image(4, 64, 14, 14, dtype=BF16), image(4, 128, 28, 28, dtype=BF16))
+    with torch.no_grad():
+        got, want = compiled(model, freeze=True)(*args), model(*args)
+        exact = copy.deepcopy(model).double()(*(a.double() for a in args))
+    assert fused_wins == ["cudnn-folded"]
+    assert ops_called() == {"aten::convolution.default", ADD_RELU}
+    assert_closer(got, want, exact, k=0.5)
 
 
 def test_a_call_on_other_operands_of_the_same_shapes(fused_wins: list[str]) -> None:
