@@ -353,3 +353,11 @@ def test_a_call_that_makes_zero_of_nan_is_no_candidate(op: str, keeps: bool, mon
     run = measure.runner(Trial("cudnn", (measure.BoundCall(call, buffers, ()),)), tensors, {})
     assert (run is not None) == keeps
     assert given[0] is None and given[1] is not None
+
+
+def test_other_settings_of_cudnn_are_another_contest(bench: Bench, store: ArtifactStore) -> None:
+    """It may compute by other algorithms then."""
+    for benchmark, contests in ((False, 1), (True, 2), (False, 2)):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark):
+            tuned(captured(convolution, images()), store)
+        assert len(bench.contests) == contests
