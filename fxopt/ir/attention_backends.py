@@ -332,9 +332,9 @@ def cudnn_backward(
     """`aten::_scaled_dot_product_cudnn_attention_backward`, right whatever has been called before.
 
     torch remembers cuDNN's plans by the layouts of query, key, value and bias, while a plan also holds those of the other
-    operands: a call that differs from the first in its gradient's layout gets garbage (torch 2.11, cuDNN 9.19, H100). So the
-    others are brought into one layout. Eager's calls have their own, and must neither find our plans nor leave us theirs: the
-    key compares bytes, and minus zero is no dropout either.
+    operands: a call that differs from the first in its gradient's layout gets garbage (torch 2.11, cuDNN 9.19, H100). So
+    the others are brought into one layout. Eager's calls have their own, and must neither find our plans nor leave us
+    theirs: the key compares bytes, and minus zero is no dropout either.
     """
     strides = dense_strides(tuple(out.shape), query.stride())
     grad, out, statistics = _arranged(grad, strides), _arranged(out, strides), statistics.contiguous()
