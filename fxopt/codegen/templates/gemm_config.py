@@ -7,6 +7,7 @@ what is close is measured.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -273,10 +274,15 @@ class GemmConfig:
 
 def configs(problem: GemmProblem, target: Target, limit: int = 6) -> list[GemmConfig]:
     """The best configuration of each of the most promising kinds, best first; at most `limit`."""
+    return list(_of_each_kind(problem, target)[:limit])
+
+
+@functools.lru_cache(maxsize=256)  # the layers of a model ask again and again
+def _of_each_kind(problem: GemmProblem, target: Target) -> tuple[GemmConfig, ...]:
     kinds: dict[object, GemmConfig] = {}
     for config in ranked(problem, target):
         kinds.setdefault(config.kind, config)
-    return list(kinds.values())[:limit]
+    return tuple(kinds.values())
 
 
 def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
@@ -318,14 +324,14 @@ _BLOCKS = (
     (64, 128, 4),
     (64, 64, 4),
 )
-_FEW_ROWS, _FEWEST_ROWS = 64, 16
+FEW_ROWS, _FEWEST_ROWS = 64, 16
 _SPLITS = (1, 2, 4, 8, 16)
 
 
 def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
     described = target.has_tensor_maps and problem.describable
     ways = (True, False) if described else (False,)
-    if problem.m <= _FEW_ROWS:
+    if problem.m <= FEW_ROWS:
         for tma in ways:
             yield from _few_rows(problem, target, tma)
         return
@@ -388,7 +394,7 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     inner = ceil(problem.k / config.split)
     blocks = ceil(inner / config.block_k)
     flops = 2.0 * problem.products * config.block_m * config.block_n * config.block_k
-    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(config, target))
+    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(problem, config, target))
     waiting = BLOCK_SECONDS + (0.0 if config.tma else _pointer_seconds(problem, config))
     alone = max(block + waiting, LATENCY_SECONDS / (config.stages - 1))
     compute = blocks * max(rounds * block, ceil(rounds / resident) * alone)
@@ -443,9 +449,11 @@ def _joining(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     return SECOND_LAUNCH_SECONDS + partial / target.memory_rate
 
 
-def _efficiency(config: GemmConfig, target: Target) -> float:
+def _efficiency(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     """The share of the tensor cores' rate that such tiles reach while operands arrive in time."""
-    rows, columns = (config.block_n, config.block_m) if config.swap else (config.block_m, config.block_n)
+    rows, columns = config.block_m, config.block_n * problem.products  # which share the rows
+    if config.swap:
+        rows, columns = columns, rows
     if not target.has_warpgroup_products:
         return {256: 1.0, 128: 0.95, 64: 0.8, 32: 0.55}.get(min(rows, columns), 0.35)
     # The second operand of a warp group's product comes from shared memory for every 64 rows, so narrow ones are bound by
@@ -461,6 +469,7 @@ def product_rate(problem: GemmProblem, target: Target) -> float:
     return target.half_flops * (2 / problem.itemsize)
 
 
+@functools.lru_cache(maxsize=256)
 def library_seconds(problem: GemmProblem, target: Target) -> float:
     """Seconds that cuBLAS should take for the product alone, its result written in `dtype`; no epilogue.
 
