@@ -407,6 +407,14 @@ def measure(case: MicroCase, lowered: Lowered, choices: list[Choice], device: to
     inputs = case.inputs(device)
     eager = case.function(*inputs)
     exact = case.function(*widened(inputs))
+    loading = []
+    for choice in choices:
+        run = runner(choice.trial, memory(lowered, inputs), {})
+        if run is None:
+            typer.echo(f"{case.title}: {choice.label} does not load")
+        else:
+            loading.append(choice)
+    choices = loading
     errors = [check(lowered, c, inputs, eager, exact, launch_on_gpu) for c in choices]
     del exact, eager
     moved = sum(nbytes(spec) for spec in main_region(lowered).buffers.values())

@@ -232,7 +232,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
             each = min(even, 8 if _has_pairs(tiling) else 16)
             alone = TritonConfig(1, r_block=32 * 32 * each, persistent=False, num_warps=32)
             at = 0 if read * target.sm_count < _KEPT_IN_CACHE else 1  # of twice as much, a loop backwards finds half
-            looped[at:at] = [alone, replace(alone, stages=3)]
+            looped[at:at] = [c for c in (alone, replace(alone, stages=3)) if _fits_shared(tiling, c, target)]
         return looped
     together = max(1, 512 // block)
     while together > 1 and -(-rows // together) < target.sm_count:
@@ -268,6 +268,13 @@ def _fits_registers(tiling: Tiling, config: TritonConfig, target: Target) -> boo
     per_thread = config.x_block * config.r_block / (target.warp_size * config.num_warps)
     budget = min(255, target.registers_per_sm // (target.warp_size * config.num_warps))
     return per_thread * _row_words(tiling) * 1.25 + 24 <= budget
+
+
+def _fits_shared(tiling: Tiling, config: TritonConfig, target: Target) -> bool:
+    """What a loop over the row loads ahead, a block of each operand for each step but the current one."""
+    along = frozenset(tiling.r.symbols)
+    each = sum(a.itemsize for a in set(tiling.accesses) if not a.writes and along & free_symbols(a.index))
+    return (config.stages - 1) * config.x_block * config.r_block * each <= target.shared_per_block
 
 
 def _row_words(tiling: Tiling) -> int:
@@ -380,8 +387,8 @@ def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
 
 
 def join_config(region: Region, target: Target) -> TritonConfig:
-    """For the kernel that joins parts, which lie in the L2 cache: narrow reads that fill the GPU, as many at once as registers
-    allow, are the fastest."""
+    """For the kernel that joins parts, which lie in the L2 cache: narrow reads that fill the GPU, as many at once as
+    registers allow, are the fastest."""
     tiling = tile(region, "flat")
     if tiling.inner_reduction:
         return next(c for c in _reduction_configs(tiling, target) if c.split == 1)
