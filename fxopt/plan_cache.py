@@ -153,7 +153,7 @@ def _flags() -> dict[str, Any]:
         "default dtype": torch_name(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-        "cudnn": [torch.backends.cudnn.enabled, convolutions_use_tf32()],
+        "cudnn": [torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic, convolutions_use_tf32()],
         "attention": enabled_backends(),
     }
 

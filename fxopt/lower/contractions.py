@@ -1,7 +1,8 @@
 """Products and what is computed from them, as one kernel or as library call and kernel apart: the tuner decides.
 
 A region over a product's result that does not reduce can be computed where the product still is in registers: then the
-result is neither written nor read again, unless others want it. `with_contractions` finds such pairs in a schedule.
+result is neither written nor read again, unless others want it. `with_contractions` finds such pairs in a schedule, and
+convolutions that a call of cuDNN's computes together with the region over their result.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fxopt.ir.exprs import Int, Sym, add, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.region import Alias, Alternatives, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
+from fxopt.lower.convolutions import CONVOLUTION, FusedConvolutions
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import Product, columns_of, find_product
@@ -32,8 +34,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 def with_contractions(lowered: Lowered, every: bool = False) -> Lowered:
-    """`lowered`, already scheduled, with `Alternatives` for products on a GPU that a kernel of ours may do faster: those
-    with an epilogue and those of few rows, or `every` one.
+    """`lowered`, already scheduled, with `Alternatives` for products on a GPU that a kernel of ours may do faster (those
+    with an epilogue and those of few rows, or `every` one) and for convolutions that cuDNN fuses with the region after them.
     """
     return _Search(lowered, every).run()
 
@@ -45,16 +47,46 @@ class _Search:
         self.views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
         self.kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)} | set(lowered.inputs)
         self.accesses = [self._accesses(s) for s in lowered.steps]
+        self.convolutions = FusedConvolutions(lowered)
 
     def run(self) -> Lowered:
         for k in range(len(self.steps)):
             step = self.steps[k]  # which a product before may have taken
             product = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
-            if product is None or not self._is_eligible(product) or self._fuse(k, product):
+            if product is not None and not self._is_eligible(product):
+                product = None
+            if product is not None and self._fuse(k, product):
                 continue
-            if self.every or product.sizes[1] <= FEW_ROWS:
+            if isinstance(step, Call) and step.op == CONVOLUTION and self._fuse_convolution(k, step):
+                continue
+            if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
-        return replace(self.lowered, steps=[s for s in self.steps if s is not None])
+        steps = [s for s in self.steps if s is not None]
+        return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
+
+    def _fuse_convolution(self, k: int, call: Call) -> bool:
+        """Put alternatives in the place of convolution `k` and its only reader, if one call computes both."""
+        name = call.outputs[0]
+        for j in range(k + 1, len(self.steps)):
+            region = self.steps[j]
+            if isinstance(region, Region) and name in self.accesses[j][0]:
+                place = self._place((k, j))
+                if place is not None:
+                    apart = self._among(region.name, (call,), region, [Way(LIBRARY, (call, region))])
+                    found = self._with_fused_calls(apart, (k, j), call, region)
+                    if found is not apart:
+                        self._put((k, j), place, found)
+                        return True
+        return False
+
+    def _with_fused_calls(self, found: Alternatives, steps: tuple[int, int], call: Call, region: Region) -> Alternatives:
+        """`found` for `call` and `region`, at `steps`, with the ways in which a single call computes both."""
+        if call.outputs[0] is None or self._is_wanted(call.outputs[0], steps):
+            return found
+        ways = self.convolutions.ways(call, region)
+        names = [n for way in ways for step in way.steps if isinstance(step, Call) for n in refs(step.args)]
+        more = {n: self.convolutions.buffers[n] for n in names if n not in self.views}
+        return replace(found, ways=(*found.ways, *ways), buffers={**found.buffers, **more}) if ways else found
 
     def _is_eligible(self, product: Product) -> bool:
         operands = [self.lowered.buffers[m.buffer] for m in (product.a, product.b, product.result)]
@@ -75,7 +107,8 @@ class _Search:
                 place = self._place((k, j))
                 found = None if place is None else self._contraction(product, region, self._is_wanted(name, (k, j)))
                 if found is not None and place is not None:
-                    self._put((k, j), place, self._alternatives((product,), region, found))
+                    ways = self._alternatives((product,), region, found)
+                    self._put((k, j), place, self._with_fused_calls(ways, (k, j), product.call, region))
                     return True
         return False
 
@@ -218,16 +251,7 @@ class _Search:
         theirs.
         """
         calls = tuple(p.call for p in products)
-        named = [n for call in calls for n in refs(call.args)]
-        views = tuple(self.views[n] for n in dict.fromkeys(named) if n in self.views)
         found = [c for c in (fused, both) if c is not None]
-        names = [
-            *(region.buffers if region else ()),
-            *(n for c in found for n in c.buffers),
-            *(p.result.buffer for p in products),
-            *map(self._root, named),
-        ]
-        buffers = {n: self.lowered.buffers[n] for n in dict.fromkeys(names)}
         ways = [Way(LIBRARY, (*calls, region) if region else calls)]
         if fused is not None:
             ways.append(Way(FUSED, (*calls[1:], fused)))
@@ -235,7 +259,19 @@ class _Search:
             ways.append(Way(TWO, (both,)))
         if products[0].sizes[:2] == (1, 1):
             ways.append(Way(ROW, (as_reduction(found[-1]),)))
-        return Alternatives(found[0].name, tuple(ways), buffers, views)
+        return self._among(found[0].name, calls, region, ways)
+
+    def _among(self, name: str, calls: Sequence[Call], region: Region | None, ways: Sequence[Way]) -> Alternatives:
+        """`ways` to compute `calls` and `region`, with all that these and contractions touch."""
+        named = [n for call in calls for n in refs(call.args)]
+        views = tuple(self.views[n] for n in dict.fromkeys(named) if n in self.views)
+        names = [
+            *(region.buffers if region else ()),
+            *(n for way in ways for step in way.steps if isinstance(step, Contraction) for n in step.buffers),
+            *(n for call in calls for n in call.outputs if n is not None),
+            *map(self._root, named),
+        ]
+        return Alternatives(name, tuple(ways), {n: self.lowered.buffers[n] for n in dict.fromkeys(names)}, views)
 
     # ------------------------------------------------------------------ which step touches what
 

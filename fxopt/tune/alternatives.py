@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fxopt.ir.precision import convolutions_use_tf32
 from fxopt.ir.region import Alternatives, Call, Ref, Way
 from fxopt.journal import Journal
 from fxopt.lower.contractions import NAME
@@ -138,6 +139,12 @@ def _part_facts(part: Any) -> list[object]:
                 return {k: argument(x) for k, x in value.items()}
         return repr(value)
 
+    return [part.call.op, argument(part.call.args), argument(part.call.kwargs), repr(_switches(part.call.op))]
+
+
+def _switches(op: str) -> list[object]:
+    """What decides, beside its arguments, how the library computes `op`."""
+    if "convolution" in op:
+        return [torch.backends.cudnn.version(), torch.backends.cudnn.benchmark, convolutions_use_tf32()]
     flags = torch.backends.cuda.matmul
-    switches = [flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction]
-    return [part.call.op, argument(part.call.args), argument(part.call.kwargs), repr(switches)]
+    return [flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction]

@@ -20,6 +20,7 @@ from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
 from fxopt.journal import Journal
+from fxopt.lower.convolutions import BIAS_OF
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.binding import resolve_op
@@ -266,12 +267,22 @@ def _call(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, i
 
     try:
         run()
+        hidden = bound.call.op in BIAS_OF and _hides_nan(op, args, BIAS_OF[bound.call.op])
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
         log.info("%s cannot be a candidate: %s", bound.call.op, error)
         return None
-    return run
+    if hidden:
+        log.info("%s cannot be a candidate: its relu makes zero of NaN", bound.call.op)
+    return None if hidden else run
+
+
+def _hides_nan(op: Callable[..., Any], args: Any, position: int) -> bool:
+    """Whether relu in a fused convolution makes something else of NaN, as cuDNN's descriptors may say; torch's keeps it."""
+    weight = args[1]
+    bias = torch.full((len(weight),), float("nan"), dtype=weight.dtype, device=weight.device)
+    return not bool(op(*args[:position], bias, *args[position + 1 :]).isnan().all())
 
 
 def _tensor(

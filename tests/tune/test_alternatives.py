@@ -13,10 +13,11 @@ import torch
 from fxopt.assemble import assemble
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
-from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Region
+from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Ref, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.lower.convolutions import ADD_RELU, BIAS_OF, CUDNN, RELU
 from fxopt.options import Options
 from fxopt.report.render import journal_to_text
 from fxopt.runtime.artifacts import ArtifactStore
@@ -312,3 +313,43 @@ def test_trials_have_the_memory_that_calls_and_kernels_name(bench: Bench, store:
     assert set(bench.buffers[-1]) == set(each.buffers)
     named = {n for way in each.ways for s in way.steps if not isinstance(s, Call) for n in (*s.reads(), *s.writes())}
     assert named <= set(each.buffers) and {v.of for v in each.views} <= set(each.buffers)
+
+
+def convolution(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.relu(F.conv2d(x, w, b, padding=1))
+
+
+def images() -> tuple[torch.Tensor, ...]:
+    return rand(2, 16, 7, 5).contiguous(memory_format=torch.channels_last), rand(24, 16, 3, 3), rand(24)
+
+
+def test_a_convolution_with_its_activation_is_one_call(bench: Bench, store: ArtifactStore) -> None:
+    bench.seconds = {CUDNN: 0.5}
+    low, chosen, _, _ = tuned(captured(convolution, images()), store)
+    (call,) = steps_of(low)
+    assert call.op == RELU and not chosen
+    plan = planned(low, chosen)
+    assert plan.steps[0] == call and set(allocated(plan)) <= {low.outputs[0].name}
+
+
+@pytest.mark.parametrize("op", [RELU, ADD_RELU])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_call_that_makes_zero_of_nan_is_no_candidate(op: str, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuDNN's relu does, unless it is told to keep NaN; torch's keeps it."""
+    given: list[torch.Tensor | None] = []
+
+    def fused(*args: Any) -> torch.Tensor:
+        given.append(args[BIAS_OF[op]])
+        value = F.relu(F.conv2d(args[0], args[1], given[-1]))
+        return value if keeps else value.nan_to_num(0)
+
+    monkeypatch.setattr(measure, "resolve_op", lambda name: fused)
+    names = ("x", "w", "z") if op == ADD_RELU else ("x", "w")
+    shapes = {"x": (1, 2, 3, 3), "w": (4, 2, 1, 1), "z": (1, 4, 3, 3)}
+    tensors = {n: torch.zeros(shapes[n]) for n in names}
+    buffers = {n: BufferSpec(n, t.dtype, t.device, t.shape, t.stride()) for n, t in tensors.items()}
+    more = (1.0, None) if op == ADD_RELU else (None,)
+    call = Call(op, (*map(Ref, names), *more, [1, 1], [0, 0], [1, 1], 1))
+    run = measure.runner(Trial("cudnn", (measure.BoundCall(call, buffers, ()),)), tensors, {})
+    assert (run is not None) == keeps
+    assert given[0] is None and given[1] is not None
