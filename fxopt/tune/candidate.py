@@ -30,8 +30,8 @@ WORTH_MORE = 256 << 20
 """Bytes: a region that moves more is worth two more candidates."""
 
 GEMM_CANDIDATES = {"default": 3, "max-autotune": 12}
-"""How many configurations of a product are compiled, by mode: each takes half a second of a core, and a fourth brought nothing
-in the cases of `benchmarks/gemm_model.py`."""
+"""How many configurations of a product are compiled, by mode: each takes half a second of a core, and a fourth brought
+nothing in the cases of `benchmarks/gemm_model.py`."""
 
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""

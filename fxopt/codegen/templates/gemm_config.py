@@ -20,8 +20,8 @@ from fxopt.target import Target
 ALIGNMENT = 16
 """Bytes; the multiple that tensor descriptors ask of addresses and strides."""
 
-# What follows, but the first, was fitted to `benchmarks/results/gemm_configs_h100.json` and rounded by hand; how well it ranks those
-# cases, `benchmarks/gemm_model.py` says.
+# What follows, but the first, was fitted to `benchmarks/results/gemm_configs_h100.json` and rounded by hand; how well it ranks
+# those cases, `benchmarks/gemm_model.py` says.
 
 SECOND_LAUNCH_SECONDS = 3.5e-6
 """What a kernel that follows another one adds: its start is partly hidden by the end of the first."""
