@@ -143,7 +143,7 @@ def measure(layer: Layer, device: torch.device) -> dict[str, Any]:
         pair = {"eager": module, way: compiled}
         calls = {name: functools.partial(results, step, module, x, weight) for name, step in pair.items()}
         times = interleaved(calls, device, seconds=1.0)
-        entry.setdefault("ms", {})[way] = {name: times[name].median for name in pair}
+        entry.setdefault("ms", {})[way] = {name: times[name].median * 1e3 for name in pair}
     return entry
 
 

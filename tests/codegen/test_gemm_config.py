@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.gemm_model import measured
 from fxopt.codegen.templates.gemm_config import (
-    UNEVEN,
     GemmConfig,
     GemmProblem,
     configs,
@@ -120,11 +119,6 @@ def test_the_library_is_estimated_as_it_was_measured() -> None:
     some = [m for m in measured() if 25e-6 < m.library < 500e-6 and not (m.case.epilogue or m.case.name == "decode")]
     errors = [library_seconds(m.problem, H100) / m.library for m in some]
     assert len(some) >= 14 and all(0.88 < e < 1.08 for e in errors)
-
-
-def test_rows_of_768_fill_the_gpu_with_tiles_of_two_parts() -> None:
-    """132 SMs: 297 tiles of 256 columns are two and a quarter rounds, 396 of 192 are three."""
-    assert configs(problem(12608, 768, 3072, dtype=BF16), H100)[0].block_n == UNEVEN
 
 
 def test_expensive_epilogues_want_two_programs_on_a_multiprocessor() -> None:

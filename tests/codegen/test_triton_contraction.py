@@ -22,7 +22,7 @@ from tests.numerics import assert_closer, to_float64
 pytest.importorskip("triton")
 
 from fxopt.codegen import triton_contraction
-from fxopt.codegen.templates.gemm_config import UNEVEN, GemmConfig, GemmProblem, configs
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.errors import UnsupportedError
@@ -47,8 +47,6 @@ CONFIGS = [
     replace(TMA, swap=True, subtile=2),
     replace(TMA, programs=3),
     replace(TMA, programs=3, flatten=True, subtile=2),
-    replace(TMA, block_n=UNEVEN),
-    replace(TMA, block_n=UNEVEN, programs=2, flatten=True, subtile=2),
     replace(TMA, split=2),
     replace(TMA, split=8, swap=True),
 ]

@@ -20,8 +20,8 @@ from fxopt.target import Target
 ALIGNMENT = 16
 """Bytes; the multiple that tensor descriptors ask of addresses and strides."""
 
-# What follows, but the first, was fitted to `benchmarks/results/gemm_configs_h100.json` and rounded by hand; how well it ranks
-# those cases, `benchmarks/gemm_model.py` says.
+# What follows, but the first, was fitted to `benchmarks/results/gemm_configs_h100.json` and rounded by hand;
+# `benchmarks/gemm_model.py` says how well it ranks those cases.
 
 SECOND_LAUNCH_SECONDS = 3.5e-6
 """What a kernel that follows another one adds: its start is partly hidden by the end of the first."""
@@ -86,11 +86,10 @@ _LARGEST_BOX = 256
 POINTER_SHARE = 0.85
 """Of the rate of tiles that arrive through tensor maps."""
 
-UNEVEN = 192
-"""Columns of a tile in two parts, 128 and 64 wide: Triton's own blocks are powers of two. It fills the last round of a GPU
-where others do not: rows of 768 are four, not three of 256 or six of 128."""
+_LIBRARY_COLUMNS = 192
+"""Columns of a tile that the library has beside powers of two: rows of 768 are four, not three of 256 or six of 128."""
 
-_SHARE_OF_COLUMNS = {256: 1.0, UNEVEN: 0.95, 128: 0.89, 64: 0.58, 32: 0.29, 16: 0.22}
+_SHARE_OF_COLUMNS = {256: 1.0, _LIBRARY_COLUMNS: 0.95, 128: 0.89, 64: 0.58, 32: 0.29, 16: 0.22}
 
 
 @dataclass(frozen=True)
@@ -317,7 +316,6 @@ _BLOCKS = (
     # rows, columns, warps
     (128, 256, 8),
     (256, 128, 8),
-    (128, UNEVEN, 8),
     (128, 128, 8),
     (128, 128, 4),
     (64, 256, 4),
@@ -339,8 +337,6 @@ def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
     inner = 128 // problem.itemsize
     for (rows, columns, warps), tma in itertools.product(_BLOCKS, ways):
         if rows >= 2 * problem.m or columns >= 2 * max(problem.n, 64):
-            continue
-        if columns == UNEVEN and (not tma or problem.c is not None):
             continue
         for stages in (3, 4, 5):
             # Halves of a tile with more than this of accumulator a thread leave registers to the epilogue.
@@ -364,7 +360,7 @@ def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Ite
 
 def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
     """Parts of the inner dimension while whole tiles leave multiprocessors idle."""
-    for split in _SPLITS[1:] if problem.c is None and config.block_n != UNEVEN else ():
+    for split in _SPLITS[1:] if problem.c is None else ():
         if config.tiles(problem) * split <= 2 * target.sm_count and problem.k >= 4 * split * config.block_k:
             yield replace(config, split=split, subtile=1)
 
@@ -474,9 +470,11 @@ def product_rate(problem: GemmProblem, target: Target) -> float:
 def library_seconds(problem: GemmProblem, target: Target) -> float:
     """Seconds that cuBLAS should take for the product alone, its result written in `dtype`; no epilogue.
 
-    It is taken to have every form that the templates have, and to choose the best.
+    It is taken to have every form that the templates have, some with narrower tiles too, and to choose the best.
     """
     written = problem.batch * problem.m * problem.n * problem.itemsize
     plain = replace(problem, read=0, written=written, epilogue_ops=0.0, c=None)
-    best = min((estimate(plain, c, target) for c in _forms(plain, target)), default=float("inf"))
+    forms = list(_forms(plain, target))
+    forms += [replace(c, block_n=_LIBRARY_COLUMNS) for c in forms if (c.tma, c.block_m, c.block_n) == (True, 128, 256)]
+    best = min((estimate(plain, c, target) for c in forms), default=float("inf"))
     return problem.products * best
