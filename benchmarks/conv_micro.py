@@ -9,15 +9,16 @@ The convolutions of ResNet-50, ConvNeXt-T, MobileNetV2 and a UNet in half precis
 - `product`, `product relu`: windows of one element as a matrix product of places by channels, plain and with bias and
   activation in cuBLASLt's epilogue.
 
-Every way is compared with float64, fused calls also with their result in memory that held NaN. Times are interleaved and
-those of the device alone. About 90 s on an H100; what does not fit is listed as left out.
+Every way is compared with float64, fused calls also with their result in memory that held NaN, and it is noted which of them
+make something else of a bias of NaN, which torch's relu keeps. Times are interleaved and those of the device alone. About
+90 s on an H100; what does not fit is listed as left out.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -234,6 +235,13 @@ def judge(case: ConvCase, o: Operands, chosen: dict[str, Way]) -> tuple[dict[str
     return errors, refused
 
 
+def hides_nan(case: ConvCase, o: Operands, names: Iterable[str]) -> list[str]:
+    """Those of the ways `names` with a bias whose result is not all NaN where that is."""
+    few = Operands(o.x[:1], o.weight, torch.full_like(o.bias, float("nan")), o.residual[:1])
+    chosen = ways(case, few)
+    return [name for name in names if "relu" in chosen[name].kind and not bool(chosen[name].call().isnan().all())]
+
+
 def measure(case: ConvCase, device: torch.device) -> dict[str, Any]:
     """Errors and microseconds of every way, as JSON data."""
     o = operands(case, device)
@@ -243,13 +251,17 @@ def measure(case: ConvCase, device: torch.device) -> dict[str, Any]:
     timings = interleaved(calls, device, seconds=SECONDS_EACH, max_rounds=MAX_ROUNDS, ahead=True)
     facts = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
     times = {name: timing.median * 1e6 for name, timing in timings.items()}
-    return {"case": case.title, **facts, "us": times, "errors": errors, "refused": refused}
+    hiding = hides_nan(case, o, calls)
+    return {"case": case.title, **facts, "us": times, "errors": errors, "refused": refused, "hides_nan": hiding}
 
 
 def report(entry: dict[str, Any]) -> str:
     wrong = [name for name, e in entry["errors"].items() if not e < 8]
     text = " | ".join(f"{name} {us:.1f}" for name, us in entry["us"].items())
-    return f"{entry['case']:<66} {text}" + (f" | WRONG: {', '.join(wrong)}" if wrong else "")
+    faults = {"WRONG": wrong, "hides NaN": entry["hides_nan"]}
+    return f"{entry['case']:<66} {text}" + "".join(
+        f" | {what}: {', '.join(names)}" for what, names in faults.items() if names
+    )
 
 
 def main(

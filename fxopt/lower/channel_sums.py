@@ -1,4 +1,4 @@
-"""Regions that compute relu(image * factor + residual + offset), factor and offset one number for each channel.
+"""Regions that compute relu(image * factor + residual * factor + offset), factors and offset one number for each channel.
 
 That is what follows a convolution in most networks: a bias, a batch normalization that does not train, a shortcut.
 """
@@ -28,15 +28,17 @@ _CHANNEL_OPS: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class ChannelSum:
-    """relu(image * factor + residual + offsets) at every element of a channels-last tensor of `channels` channels.
+    """relu(image * factor + residual * residual_factor + offsets) at every element of a channels-last tensor of `channels`
+    channels.
 
-    `image` and `residual` are loads at the element. `factor` (None: one) and `offsets` load at `channel`, the element's, or
+    `image` and `residual` are loads at the element. Factors (None: one) and `offsets` load at `channel`, the element's, or
     at known indices.
     """
 
     image: Load
     factor: Scalar | None
     residual: Load | None
+    residual_factor: Scalar | None
     offsets: tuple[Scalar, ...]
     channel: Int
     channels: int
@@ -112,10 +114,9 @@ def channel_sum(region: Region, result: BufferSpec) -> ChannelSum | None:
     image = Load(result.name, store.index, result.dtype)
     if form is None or image not in form.images or len(form.images) > 2:
         return None
-    others = [load for load in form.images if load != image]
-    if any(form.images[load] is not None for load in others):
-        return None
-    return ChannelSum(image, form.images[image], others[0] if others else None, form.offsets, channel, channels)
+    residual = next((load for load in form.images if load != image), None)
+    factor = None if residual is None else form.images[residual]
+    return ChannelSum(image, form.images[image], residual, factor, form.offsets, channel, channels)
 
 
 def uncast(x: Scalar) -> Scalar:

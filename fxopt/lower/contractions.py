@@ -55,9 +55,12 @@ class _Search:
             product = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
             if product is not None and not self._is_eligible(product):
                 product = None
+            convolution = step if isinstance(step, Call) and step.op == CONVOLUTION else None
+            if convolution is not None and self._fuse_shortcut(k, convolution, product):
+                continue
             if product is not None and self._fuse(k, product):
                 continue
-            if isinstance(step, Call) and step.op == CONVOLUTION and self._fuse_convolution(k, step):
+            if convolution is not None and self._fuse_convolution(k, convolution):
                 continue
             if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
@@ -79,11 +82,36 @@ class _Search:
                         return True
         return False
 
+    def _fuse_shortcut(self, k: int, call: Call, product: Product | None) -> bool:
+        """`_fuse_convolution` for convolution `k` and the next one, whose result their only reader adds."""
+        j = next((j for j in range(k + 1, len(self.steps)) if call.outputs[0] in self.accesses[j][0]), k)
+        region = self.steps[j]
+        for i in range(k + 1, j):
+            other, steps = self.steps[i], (k, i, j)
+            if not isinstance(region, Region) or not isinstance(other, Call) or other.op != CONVOLUTION:
+                continue
+            made = [n for c in (call, other) for n in c.outputs if n is not None]
+            place = self._place(steps)
+            if place is None or made[-1] not in self.accesses[j][0] or any(self._is_wanted(n, steps) for n in made):
+                continue
+            found = self.convolutions.ways_with_shortcut(call, other, region)
+            if found:
+                ways = [Way(LIBRARY, (call, other, region))]
+                fused = None if product is None else self._contraction(product, region, False)
+                ways += [] if fused is None else [Way(FUSED, (other, fused))]
+                apart = self._among(region.name, (call, other), region, ways)
+                self._put(steps, place, self._with_ways(apart, found))
+                return True
+        return False
+
     def _with_fused_calls(self, found: Alternatives, steps: tuple[int, int], call: Call, region: Region) -> Alternatives:
         """`found` for `call` and `region`, at `steps`, with the ways in which a single call computes both."""
         if call.outputs[0] is None or self._is_wanted(call.outputs[0], steps):
             return found
-        ways = self.convolutions.ways(call, region)
+        return self._with_ways(found, self.convolutions.ways(call, region))
+
+    def _with_ways(self, found: Alternatives, ways: Sequence[Way]) -> Alternatives:
+        """`found` with `ways` that are library calls."""
         names = [n for way in ways for step in way.steps if isinstance(step, Call) for n in refs(step.args)]
         more = {n: self.convolutions.buffers[n] for n in names if n not in self.views}
         return replace(found, ways=(*found.ways, *ways), buffers={**found.buffers, **more}) if ways else found

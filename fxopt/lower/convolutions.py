@@ -8,12 +8,12 @@ into the weight where that is a constant.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from fxopt.ir.exprs import Int, contiguous_strides, prod
-from fxopt.ir.loops import Load
+from fxopt.ir.loops import Load, Scalar
 from fxopt.ir.precision import convolutions_use_tf32
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region, Way
 from fxopt.ir.rounding import HALVES
@@ -35,6 +35,15 @@ MOST_ELEMENTS = 2**31 - 1
 """Of a tensor: torch splits larger ones for plain convolutions only."""
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """The label of a way, and what its fused call takes: names of the weight and of the bias, if any."""
+
+    label: str
+    weight: str
+    bias: str | None
+
+
 class FusedConvolutions:
     """Finds the ways of `lowered`, already scheduled. `buffers` and `constants` have those that the ways add as well."""
 
@@ -48,25 +57,40 @@ class FusedConvolutions:
         """The ways to compute `call` and `region`, the only reader of its result, as one call; none for what cuDNN cannot
         do or does slowly.
         """
-        if call.op != CONVOLUTION or not self._is_eligible(call, region):
+        found = self._sum(call, region)
+        if found is None or found.residual_factor is not None:
             return ()
+        operands = self._given(call, found) or self._folded(call, found)
+        return () if operands is None else (Way(operands.label, (_fused(call, region, found, operands),)),)
+
+    def ways_with_shortcut(self, call: Call, shortcut: Call, region: Region) -> tuple[Way, ...]:
+        """The same for `call` and `region` where that scales the residual as well, which is the result of convolution
+        `shortcut` and read by nobody else: another norm, whose factor goes into the weight of `shortcut`.
+        """
+        found = self._sum(call, region)
+        if found is None or found.residual is None or found.residual_factor is None:
+            return ()
+        if found.residual.buffer != shortcut.outputs[0] or not self._is_eligible(shortcut, region) or shortcut.args[2]:
+            return ()
+        scaled = self._scaled(shortcut, found, found.residual_factor)
+        operands = None if scaled is None else self._folded(call, found)
+        if scaled is None or operands is None:
+            return ()
+        weight = self._constant(f"{shortcut.outputs[0]}_weight", scaled, self.buffers[shortcut.args[1].name])
+        before = replace(shortcut, args=(shortcut.args[0], Ref(weight), *shortcut.args[2:]))
+        return (Way(operands.label, (before, _fused(call, region, found, operands))),)
+
+    def _sum(self, call: Call, region: Region) -> ChannelSum | None:
+        """What `region` makes of the result of `call`, if cuDNN may compute that."""
+        if not self._is_eligible(call, region):
+            return None
         result = self.buffers[call.outputs[0] or ""]
         found = channel_sum(region, result)
-        if found is None or not self._is_laid_out(found, region, result):
-            return ()
-        operands = self._given(call, found, result) or self._folded(call, found, result)
-        if operands is None:
-            return ()
-        label, weight, bias = operands
-        x, _, _, *geometry, _, _, groups = call.args
-        added = None if bias is None else Ref(bias)
-        args: tuple[Any, ...] = (x, Ref(weight), added, *geometry, groups)
-        op = RELU
-        if found.residual is not None:
-            op, args = ADD_RELU, (x, Ref(weight), Ref(found.residual.buffer), 1.0, added, *geometry, groups)
-        return (Way(label, (Call(op, args, {}, region.writes(), call.origin),)),)
+        return found if found is not None and self._is_laid_out(found, region, result) else None
 
     def _is_eligible(self, call: Call, region: Region) -> bool:
+        if call.op != CONVOLUTION:
+            return False
         x, weight, _, *geometry, transposed, _, groups = call.args
         image, window = (as_view(ref.name, self.buffers, self.views) for ref in (x, weight))
         if image is None or window is None or call.outputs[0] is None or transposed:
@@ -93,44 +117,60 @@ class FusedConvolutions:
             return False
         return made not in (*region.reads(), *self.inputs, *self.constants)
 
-    def _given(self, call: Call, found: ChannelSum, result: BufferSpec) -> tuple[str, str, str | None] | None:
-        """(label, weight, bias) if nothing is scaled and the bias, if any, is a tensor such as cuDNN takes."""
+    def _given(self, call: Call, found: ChannelSum) -> _Operands | None:
+        """Those of the call if nothing is scaled and the bias, if any, is a tensor such as cuDNN takes."""
         _, weight, bias, *_ = call.args
         if found.factor is not None:
             return None
         if not found.offsets:
-            return CUDNN, weight.name, None if bias is None else bias.name
+            return _Operands(CUDNN, weight.name, None if bias is None else bias.name)
         offset = uncast(found.offsets[0])
         if bias is not None or len(found.offsets) > 1 or not isinstance(offset, Load) or offset.index != found.channel:
             return None
         spec = self.buffers[offset.buffer]
-        fits = (spec.dtype, spec.shape, spec.strides) == (result.dtype, (found.channels,), (1,))
-        return (CUDNN, weight.name, spec.name) if fits else None
+        fits = (spec.dtype, spec.shape, spec.strides) == (found.image.dtype, (found.channels,), (1,))
+        return _Operands(CUDNN, weight.name, spec.name) if fits else None
 
-    def _folded(self, call: Call, found: ChannelSum, result: BufferSpec) -> tuple[str, str, str] | None:
-        """(label, weight, bias) with new constants, if factor and offsets are computed from constants."""
+    def _folded(self, call: Call, found: ChannelSum) -> _Operands | None:
+        """New constants, if factor and offsets are computed from constants."""
         _, weight, bias, *_ = call.args
-        constant = self.constants.get(weight.name)
-        values = [found.of_channels(o, self.constants, self.buffers) for o in found.offsets]
-        factor = None if found.factor is None else found.of_channels(found.factor, self.constants, self.buffers)
-        known = [v for v in values if v is not None]
-        if constant is None or bias is not None or len(known) < len(values) or (factor is None) != (found.factor is None):
+        name = call.outputs[0]
+        offsets = [found.of_channels(o, self.constants, self.buffers) for o in found.offsets]
+        known = [o for o in offsets if o is not None]
+        if weight.name not in self.constants or bias is not None or len(known) < len(offsets):
             return None
-        zeros = torch.zeros(found.channels, dtype=torch.float64, device=constant.device)
-        shift = _rounded(sum(known, zeros), result.dtype)
-        scaled = None
-        if factor is not None:
-            scaled = _rounded(constant.detach().double() * (zeros + factor)[:, None, None, None], result.dtype)
-        if shift is None or (scaled is None) != (factor is None):
+        zeros = torch.zeros(found.channels, dtype=torch.float64, device=self.constants[weight.name].device)
+        shift = _rounded(sum(known, zeros), found.image.dtype)
+        scaled = None if found.factor is None else self._scaled(call, found, found.factor)
+        if shift is None or (scaled is None) != (found.factor is None):
             return None
-        name = weight.name if scaled is None else self._constant(f"{result.name}_weight", scaled, result)
-        return FOLDED, name, self._constant(f"{result.name}_bias", shift, result)
+        like = self.buffers[weight.name]
+        kept = weight.name if scaled is None else self._constant(f"{name}_weight", scaled, like)
+        return _Operands(FOLDED, kept, self._constant(f"{name}_bias", shift, like))
+
+    def _scaled(self, call: Call, found: ChannelSum, factor: Scalar) -> torch.Tensor | None:
+        """The weight of `call` times `factor`, if both are constants."""
+        weight = self.constants.get(call.args[1].name)
+        value = found.of_channels(factor, self.constants, self.buffers)
+        if weight is None or value is None:
+            return None
+        return _rounded(weight.detach().double() * value.expand(found.channels)[:, None, None, None], weight.dtype)
 
     def _constant(self, name: str, value: torch.Tensor, like: BufferSpec) -> str:
         """The name of a new constant on the device of `like`."""
         self.constants[name] = value
         self.buffers[name] = BufferSpec(name, value.dtype, like.device, tuple(value.shape), tuple(value.stride()))
         return name
+
+
+def _fused(call: Call, region: Region, found: ChannelSum, operands: _Operands) -> Call:
+    """`call` and `region` as one call."""
+    x, _, _, *geometry, _, _, groups = call.args
+    weight, bias = Ref(operands.weight), None if operands.bias is None else Ref(operands.bias)
+    op, args = RELU, (x, weight, bias, *geometry, groups)
+    if found.residual is not None:
+        op, args = ADD_RELU, (x, weight, Ref(found.residual.buffer), 1.0, bias, *geometry, groups)
+    return Call(op, args, {}, region.writes(), call.origin)
 
 
 def _may_use_cudnn(dtype: torch.dtype) -> bool:

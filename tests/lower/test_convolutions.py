@@ -158,9 +158,11 @@ def test_float32_where_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_algorithm_that_the_user_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
     fn, args, _ = GIVEN["bias"]
-    for switch, value in (("deterministic", True), ("enabled", False)):
-        with torch.backends.cudnn.flags(**{switch: value}):
+    for switches in ({"enabled": True, "deterministic": True}, {"enabled": False}):
+        with torch.backends.cudnn.flags(**switches):
             assert ways(searched(fn, args)) == []
+    with torch.backends.cudnn.flags(enabled=True):
+        assert ways(searched(fn, args)) == [[LIBRARY, CUDNN]]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert ways(searched(fn, args)) == []
 
@@ -251,6 +253,50 @@ FROZEN: dict[str, tuple[Function, tuple[Tensor, ...], str]] = {
     "a wide bias": (wide_bias_relu, (X, W, torch.randn(24)), RELU),
     "a divisor and a number": (lambda x, w, b: (conv(x, w) / column(b) + 1).relu(), (X, W, B.abs() + 0.5), RELU),
 }  # fmt: skip
+
+
+def norm(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, var, gamma, beta)
+
+
+def bottleneck(x: Tensor, w: Tensor, a: Tensor, v: Tensor, *statistics: Tensor) -> Tensor:
+    """Of `a`, with a shortcut from `x` that has a convolution and a norm of its own."""
+    y = norm(F.conv2d(a, w, padding=w.shape[-1] // 2), *statistics[:4])
+    return F.relu(y + norm(F.conv2d(x, v, stride=2), *statistics[4:]))
+
+
+def shortcut(window: int) -> tuple[Tensor, ...]:
+    both = (*statistics(24, torch.float32), *statistics(24, torch.float32))
+    return (image(2, 32, 8, 6), weight(24, 16, window), image(2, 16, 4, 3), weight(24, 32, 1), *both)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(3, [LIBRARY, FOLDED]), (1, [LIBRARY, FUSED, FOLDED])])
+@pytest.mark.usefixtures("cudnn_on_cpu")
+def test_a_shortcut_with_a_norm_of_its_own(window: int, expected: list[str]) -> None:
+    args = shortcut(window)
+    low = searched(bottleneck, args, (1, *range(3, 12)))
+    assert ways(low) == [expected]
+    assert [s.op for s in kept(low, FOLDED).steps if isinstance(s, Call)] == ["aten::convolution.default", ADD_RELU]
+    for label in (LIBRARY, FOLDED):
+        check(bottleneck, args, low, label)
+
+
+@pytest.mark.parametrize("known", [(1, *range(4, 12)), tuple(range(3, 12)), (1, 3, *range(4, 8))])
+def test_only_constants_are_folded_into_a_shortcut(known: tuple[int, ...]) -> None:
+    assert ways(searched(bottleneck, shortcut(3), known)) == []
+
+
+def test_a_shortcut_that_is_read_elsewhere_is_not_scaled() -> None:
+    def more(*args: Tensor) -> tuple[Tensor, Tensor]:
+        return bottleneck(*args), F.conv2d(args[0], args[3], stride=2)
+
+    def shared(x: Tensor, w: Tensor, a: Tensor, v: Tensor, *statistics: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = norm(F.conv2d(a, w, padding=1), *statistics[:4]), F.conv2d(x, v, stride=2)
+        return F.relu(y + norm(z, *statistics[4:])), z
+
+    args, frozen = shortcut(3), (1, *range(3, 12))
+    assert ways(searched(more, args, frozen)) == [[LIBRARY, FOLDED]]
+    assert ways(searched(shared, args, frozen)) == []
 
 
 def constants_of(args: tuple[Tensor, ...]) -> tuple[int, ...]:
