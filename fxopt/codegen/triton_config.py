@@ -102,9 +102,11 @@ def _even(tiling: Tiling) -> int:
 
     Triton gives each thread as many neighbours as make 16 bytes of the narrowest type, in all accesses: 16 bytes of a mask
     are 64 of the float32 values beside it, of which one instruction then reads a quarter of every second line. A sector
-    (32 bytes) for each thread is still whole.
+    (32 bytes) for each thread is still whole. A mask of one row for all does the same to the rows.
     """
-    sizes = [a.itemsize for a in _streams(tiling)] or [1]
+    fastest = (*tiling.x.symbols, *(tiling.r.symbols if tiling.inner_reduction else ()))[-1:]
+    beside = [a for a in tiling.accesses if any(coefficient(a.index, s) == 1 for s in fastest)]
+    sizes = [a.itemsize for a in (*_streams(tiling), *beside)] or [1]
     most = max(1, _SECTOR_BYTES // max(sizes))
     return most if 16 // min(sizes) > most else _VALUES_PER_THREAD
 
@@ -242,7 +244,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
     for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
-    if block >= 16 * 32 * 32:
+    if block >= min(16, even) * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
