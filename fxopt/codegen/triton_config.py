@@ -206,8 +206,12 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     else:
         found = _column_configs(tiling, rows, row, target)
     parts = _split_parts(tiling, rows, row, found[0], target)
-    if parts or not static:
-        return [replace(found[0], split=p) for p in parts] + found
+    if parts:
+        others = [c for c in found[1:] if not c.persistent][: 2 if found[0].x_block < tiling.x.hint else 1]
+        cut = [replace(found[0], split=p) for p in parts] + [replace(c, split=parts[0]) for c in others]
+        return [*cut[:1], *cut[len(parts) :], *cut[1 : len(parts)], *found]
+    if not static:
+        return found
     at = 1 if tiling.inner_reduction and not _reads_once(tiling) else 2
     cut = [replace(found[0], split=p) for p in _more_parts(tiling, rows, row, found[0], target)]
     return [*found[:at], *cut, *found[at:]]
@@ -228,6 +232,9 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         for size, warps in shapes
         if size < block or not static
     ]
+    if even < 16 and looped:  # one access of the wider type for each thread, not two that each touch every sector
+        looped.insert(1, replace(looped[0], num_warps=min(16, 2 * looped[0].num_warps)))
+        looped = list(dict.fromkeys(looped))
     if not static or block > PERSISTENT_LIMIT:
         read = row * sum(a.itemsize for a in _streams(tiling) if not a.writes)
         if not once and rows >= target.sm_count and read * target.sm_count < 2 * _KEPT_IN_CACHE:
