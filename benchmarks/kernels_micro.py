@@ -250,6 +250,8 @@ def long_rows(scale: int = 1) -> Iterator[MicroCase]:
         yield _same("long-rows group-norm-silu", group_norm_silu, shape, line, line, dtype=dtype)
     for count, dtype in ((4096, BF16), (2048, F32)):
         yield _same("long-rows rms-norm", rms_norm, (max(300, count // scale), long), (long,), dtype=dtype)
+    whole = (max(300, 2048 // scale), long)
+    yield _same("long-rows add-layer-norm", layer_norm, whole, whole, (long,), (long,), dtype=F32)
     for count, dtype in ((256, F32), (2048, BF16), (2048, F32)):
         count = count if scale == 1 else max(512, count // scale)
         whole, row, line = (count, long), (count, 1), (long,)
