@@ -33,7 +33,7 @@ from fxopt.codegen.templates.gemm_config import (
     library_seconds,
     ranked,
 )
-from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, is_uneven, partial_shape
+from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, partial_shape
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
 from fxopt.runtime.artifacts import ArtifactStore
@@ -173,7 +173,7 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     extra = "b3" if result == "partial" else "(b2, b3)"
     gated = case.epilogue == "gated"
     call = gemm_call(case.problem, config, c="b4", extra=extra)
-    third = ["gate"] if gated else ["w"] if is_uneven(config) else []
+    third = ["gate"] if gated else []
     blocks, parameter = "acc, gate" if gated else "acc", ", b4" * len(third)
     text = (
         f"{_PREAMBLE}\n\n@triton.jit\ndef epilogue({blocks}, y, x, z, extra):\n    b2, b3 = extra\n{_value(case)}"

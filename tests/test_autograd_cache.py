@@ -20,6 +20,7 @@ from torch._functorch import config as functorch_config
 from fxopt import backend, compiler
 from fxopt.capture import aot, autograd_cache
 from fxopt.journal import RECENT, Journal
+from fxopt.passes import attention
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_cache"),
@@ -121,6 +122,23 @@ def test_training(traced: list[str]) -> None:
     trained = Network().eval()
     for p, q in zip(train(reference, reference), train(trained, start(trained)), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_multi_head_attention_as_on_a_gpu(traced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The early passes put a function of fxopt's into the graph, which torch does not know."""
+    monkeypatch.setattr(attention, "chooses_late", lambda device: True)
+    torch.manual_seed(0)
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return layer(x, x, x, need_weights=False)[0]
+
+    (want,) = torch.autograd.grad(call(x).square().sum(), layer.in_proj_weight)
+    for _ in range(2):
+        (got,) = torch.autograd.grad(start(call)(x).square().sum(), layer.in_proj_weight)
+        torch.testing.assert_close(got, want)
+    assert hits() == 1
+    assert [name.split()[-1] for name in traced] == ["forward", "backward"]
 
 
 def test_compile_workers_start_for_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,9 @@ log = logging.getLogger("fxopt")
 TESTED = ("2.11", "2.13")
 """Versions of torch whose cache is known to work as this file says."""
 
+OWN_FUNCTIONS = {"fxopt.passes.attention.multi_head_attention": ""}
+"""Functions of fxopt's that its early passes put into graphs; fxopt's source is part of every key."""
+
 FORMAT = 1
 
 _PARAMETERS = {
@@ -163,7 +166,9 @@ class Session:
         text: AOTAutograd's cache is then bypassed.
         """
         start = time.perf_counter()
-        autograd_cache.check_cacheable(mod)
+        known = {**inductor_config.unsafe_marked_cacheable_functions, **OWN_FUNCTIONS}
+        with inductor_config.patch(unsafe_marked_cacheable_functions=known):
+            autograd_cache.check_cacheable(mod)
         settings = functorch_config.save_config(), inductor_config.save_config_portable(ignore_private_configs=False)
         hashed: str = autograd_cache.AOTAutogradCachePickler(mod).get_hash(settings)
         text = json.dumps([hashed, graph_text(mod, args, aot_config)])
@@ -394,6 +399,8 @@ def _is_own(target: Any) -> bool:
         case torch._ops.OpOverloadPacket():
             return target._qualified_op_name.partition("::")[0] in _OWN_NAMESPACES
     module = getattr(target, "__module__", None)
+    if f"{module}.{getattr(target, '__name__', '')}" in OWN_FUNCTIONS:
+        return True
     return module is None or module.partition(".")[0] in _OWN_MODULES
 
 

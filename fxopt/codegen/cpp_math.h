@@ -381,9 +381,9 @@ template <class T> inline T erfinv_scalar(T y) {
 }
 template <class X> FX_INLINE X erfinv(X x) { return map<Elem<X>>([](Elem<X> v) { return erfinv_scalar(v); }, x); }
 
-// ---- random numbers: Philox4x32-10 (Salmon et al., SC 2011), words 0 and 1, as fxopt/ir/random_ops.py ----
+// ---- random numbers: Philox4x32-10 (Salmon et al., SC 2011), as fxopt/ir/random_ops.py ----
 
-struct Words { uint32_t first, second; };
+struct Words { uint32_t first, second, third, fourth; };
 FX_INLINE Words philox(int64_t seed, int64_t counter) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(static_cast<uint64_t>(counter) >> 32), c2 = 0, c3 = 0;
@@ -396,10 +396,14 @@ FX_INLINE Words philox(int64_t seed, int64_t counter) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {c0, c1};
+  return {c0, c1, c2, c3};
 }
 template <class X> FX_INLINE auto rand(X seed, X counter) {
-  return map<float>([](int64_t s, int64_t c) { return static_cast<float>(philox(s, c).first >> 8) * 0x1p-24f; }, seed, counter);
+  return map<float>([](int64_t s, int64_t c) {
+    const Words w = philox(s, c >> 2);  // shared by four neighbours
+    const uint32_t even = c & 2 ? w.third : w.first, odd = c & 2 ? w.fourth : w.second;
+    return static_cast<float>((c & 1 ? odd : even) >> 8) * 0x1p-24f;
+  }, seed, counter);
 }
 template <class X> FX_INLINE auto randn(X seed, X counter) {  // Box-Muller; u is in (0, 1], so that its logarithm is finite
   const auto u = map<float>(

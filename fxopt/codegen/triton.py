@@ -45,7 +45,7 @@ def print_nest(region: Region, config: TritonConfig, target: Target, stage: str 
 def print_region(region: Region, config: TritonConfig, target: Target) -> Printed:
     """`region` in configuration `config`.
 
-    Of a split configuration only `split` and `aligned` are used: the parts are regions with configurations of their own.
+    The parts of a split configuration are regions with configurations of their own; its shape says which proposal for them.
     Raises UnsupportedError as `print_nest` does, or when the reduction cannot be split.
     """
     if region.across is not None:
@@ -58,10 +58,19 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
     kernels = []
     for piece in turning(region, pieces):
         stage = piece.name.rpartition(".")[2]
-        best = join_config(piece, target) if stage == "join" else next(c for c in configs(piece, target) if c.split == 1)
+        best = join_config(piece, target) if stage == "join" else _piece_config(region, piece, config, target)
         kernels.append(print_nest(piece, replace(best, aligned=config.aligned), target, stage))
     scratch = {n: s for piece in pieces for n, s in piece.buffers.items() if n not in region.buffers}
     return Printed(tuple(kernels), tuple(scratch.values()))
+
+
+def _piece_config(region: Region, piece: Region, config: TritonConfig, target: Target) -> TritonConfig:
+    """What the cost model proposes for `piece` at the place that the shape of `config`, a split of `region`, has among its
+    proposals for the whole."""
+    whole, proposed = ([c for c in configs(r, target) if c.split == 1] for r in (region, piece))
+    shape = replace(config, split=1, aligned=True)
+    place = whole.index(shape) if shape in whole else 0
+    return proposed[min(place, len(proposed) - 1)]
 
 
 def _print_across(region: Region, config: TritonConfig, target: Target) -> Printed:

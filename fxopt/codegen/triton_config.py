@@ -102,9 +102,11 @@ def _even(tiling: Tiling) -> int:
 
     Triton gives each thread as many neighbours as make 16 bytes of the narrowest type, in all accesses: 16 bytes of a mask
     are 64 of the float32 values beside it, of which one instruction then reads a quarter of every second line. A sector
-    (32 bytes) for each thread is still whole.
+    (32 bytes) for each thread is still whole. A mask of one row for all does the same to the rows.
     """
-    sizes = [a.itemsize for a in _streams(tiling)] or [1]
+    fastest = (*tiling.x.symbols, *(tiling.r.symbols if tiling.inner_reduction else ()))[-1:]
+    beside = [a for a in tiling.accesses if any(coefficient(a.index, s) == 1 for s in fastest)]
+    sizes = [a.itemsize for a in (*_streams(tiling), *beside)] or [1]
     most = max(1, _SECTOR_BYTES // max(sizes))
     return most if 16 // min(sizes) > most else _VALUES_PER_THREAD
 
@@ -204,8 +206,12 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     else:
         found = _column_configs(tiling, rows, row, target)
     parts = _split_parts(tiling, rows, row, found[0], target)
-    if parts or not static:
-        return [replace(found[0], split=p) for p in parts] + found
+    if parts:
+        others = [c for c in found[1:] if not c.persistent][: 2 if found[0].x_block < tiling.x.hint else 1]
+        cut = [replace(found[0], split=p) for p in parts] + [replace(c, split=parts[0]) for c in others]
+        return [*cut[:1], *cut[len(parts) :], *cut[1 : len(parts)], *found]
+    if not static:
+        return found
     at = 1 if tiling.inner_reduction and not _reads_once(tiling) else 2
     cut = [replace(found[0], split=p) for p in _more_parts(tiling, rows, row, found[0], target)]
     return [*found[:at], *cut, *found[at:]]
@@ -226,13 +232,16 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         for size, warps in shapes
         if size < block or not static
     ]
+    if even < 16 and looped:  # one access of the wider type for each thread, not two that each touch every sector
+        looped.insert(1, replace(looped[0], num_warps=min(16, 2 * looped[0].num_warps)))
+        looped = list(dict.fromkeys(looped))
     if not static or block > PERSISTENT_LIMIT:
         read = row * sum(a.itemsize for a in _streams(tiling) if not a.writes)
         if not once and rows >= target.sm_count and read * target.sm_count < 2 * _KEPT_IN_CACHE:
             each = min(even, 8 if _has_pairs(tiling) else 16)
             alone = TritonConfig(1, r_block=32 * 32 * each, persistent=False, num_warps=32)
             at = 0 if read * target.sm_count < _KEPT_IN_CACHE else 1  # of twice as much, a loop backwards finds half
-            looped[at:at] = [alone, replace(alone, stages=3)]
+            looped[at:at] = [c for c in (alone, replace(alone, stages=3)) if _fits_shared(tiling, c, target)]
         return looped
     together = max(1, 512 // block)
     while together > 1 and -(-rows // together) < target.sm_count:
@@ -242,7 +251,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
     for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
-    if block >= 16 * 32 * 32:
+    if block >= min(16, even) * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
@@ -268,6 +277,13 @@ def _fits_registers(tiling: Tiling, config: TritonConfig, target: Target) -> boo
     per_thread = config.x_block * config.r_block / (target.warp_size * config.num_warps)
     budget = min(255, target.registers_per_sm // (target.warp_size * config.num_warps))
     return per_thread * _row_words(tiling) * 1.25 + 24 <= budget
+
+
+def _fits_shared(tiling: Tiling, config: TritonConfig, target: Target) -> bool:
+    """What a loop over the row loads ahead, a block of each operand for each step but the current one."""
+    along = frozenset(tiling.r.symbols)
+    each = sum(a.itemsize for a in set(tiling.accesses) if not a.writes and along & free_symbols(a.index))
+    return (config.stages - 1) * config.x_block * config.r_block * each <= target.shared_per_block
 
 
 def _row_words(tiling: Tiling) -> int:
@@ -380,8 +396,8 @@ def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:
 
 
 def join_config(region: Region, target: Target) -> TritonConfig:
-    """For the kernel that joins parts, which lie in the L2 cache: narrow reads that fill the GPU, as many at once as registers
-    allow, are the fastest."""
+    """For the kernel that joins parts, which lie in the L2 cache: narrow reads that fill the GPU, as many at once as
+    registers allow, are the fastest."""
     tiling = tile(region, "flat")
     if tiling.inner_reduction:
         return next(c for c in _reduction_configs(tiling, target) if c.split == 1)

@@ -148,19 +148,19 @@ def _source(
         language="triton",
         entry=entry,
         text="\n\n\n".join(part for part in (preamble, epilogue.text, kernel) if part) + "\n",
-        buffers=(*_operands(contraction, config), *epilogue.buffers),
+        buffers=(*_operands(contraction), *epilogue.buffers),
         sizes=epilogue.sizes,
         grid=(call.grid, 1, 1),
         compile_options=options,
     )
 
 
-def _operands(contraction: Contraction, config: GemmConfig) -> tuple[str, ...]:
+def _operands(contraction: Contraction) -> tuple[str, ...]:
     """The buffers of the operands' parameters, b0, b1 and, where a template takes three, b2."""
     a, b = contraction.a.buffer, contraction.b.buffer
     if contraction.c is not None:
         return a, b, contraction.c.buffer
-    return (a, b, b) if gemm_entry.is_uneven(config) else (a, b)
+    return a, b
 
 
 def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
@@ -171,7 +171,7 @@ def _print_epilogue(contraction: Contraction, config: GemmConfig) -> _Epilogue:
     index64 = limits != ()
     extents = {"y": (contraction.sizes[1], config.block_m), "x": (contraction.sizes[3], config.block_n)}
     masks = {axis: f"{axis}_mask" for axis, (size, block) in extents.items() if size % block}
-    names = Names(reserved=len(_operands(contraction, config)))
+    names = Names(reserved=len(_operands(contraction)))
     frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
     emitter = Emitter(frame, names, registers=blocks)

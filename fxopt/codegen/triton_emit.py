@@ -17,7 +17,7 @@ from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_index import computed_in_int32, same_within
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
 from fxopt.codegen.triton_tiling import Tiling
-from fxopt.ir.exprs import Atom, Int, Sym, bounds, free_symbols, substitute, symbol
+from fxopt.ir.exprs import Atom, Int, Sym, bounds, floordiv, free_symbols, mod, substitute, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
 
 Guards = tuple[Scalar, ...]
@@ -154,7 +154,8 @@ class Emitter:
         if _narrow_compare(node):
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
-        return [*conditions, *(self.instance(a, guards) for a in node.args)]
+        args = node.args[:1] if _counts_index(node) else node.args
+        return [*conditions, *(self.instance(a, guards) for a in args)]
 
     def walk(self, roots: list[Instance]) -> Iterator[Instance]:
         """Every instance below `roots`, operands first; not below instances already printed in the current scope."""
@@ -225,6 +226,8 @@ class Emitter:
         if _narrow_compare(node):
             left, right = (self._narrow_text(a) for a in node.args)
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
+        if _counts_index(node):
+            return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":
@@ -236,6 +239,10 @@ class Emitter:
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
         return ops.apply(node.name, args, source, node.dtype, fast=node in self._rounded or node.dtype in ops.HALF)
+
+    def _rand(self, seed: str, counter: Int) -> str:
+        """`h.rand`, its quotient and remainder taken from as few symbols as possible: LLVM sees what neighbours share."""
+        return f"h.rand_word({seed}, {self.index_value(floordiv(counter, 4))}, {self.index_value(mod(counter, 4))})"
 
     def _exponential(self) -> str:
         """What persistent softmax statistics take exp with: the function that the row's other exponentials use, so that the
@@ -448,6 +455,11 @@ def _within(index: Scalar, size: Scalar) -> bool:
 def _narrow_compare(node: Scalar) -> bool:
     """A comparison of integers that fit the index type, which needs no int64 values."""
     return isinstance(node, Op) and node.name in _COMPARES and all(_narrow(a) for a in node.args)
+
+
+def _counts_index(node: Scalar) -> bool:
+    """A random number at an index, of which a printer takes quotient and remainder."""
+    return isinstance(node, Op) and node.name == "rand" and isinstance(node.args[1], IndexValue)
 
 
 def _narrow(node: Scalar) -> bool:

@@ -232,7 +232,8 @@ def _cut_axes(region: Region, row: Int, cuts: list[int]) -> _Split:
     for k, (sym, cut) in enumerate(zip(region.nest.reduced, cuts, strict=True)):
         length = floordiv(size_of(sym), cut)
         turn = math.gcd(length, _TURN_ROWS) if isinstance(length, int) and cut != 1 and not along_rows else 1
-        outer, inner, row_of_turn = Sym(f"u{k}", size=cut), Sym(f"w{k}", size=floordiv(length, turn)), Sym(f"t{k}", size=turn)
+        outer, inner = Sym(f"u{k}", size=cut), Sym(f"w{k}", size=floordiv(length, turn))
+        row_of_turn = Sym(f"t{k}", size=turn)
         part += [outer] * (cut != 1)
         inside += [inner] * (inner.size != 1) + [row_of_turn] * (turn != 1)
         number, place = symbol(outer) if cut != 1 else 0, symbol(inner) if inner.size != 1 else 0

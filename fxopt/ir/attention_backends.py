@@ -187,7 +187,11 @@ def backward(x: Inputs, grad: Tensor, computed: Computed) -> Gradients:
 
 def forward_by(backend: str, x: Inputs, statistics: bool) -> Outputs:
     """By this backend or none: raises RuntimeError where it refuses."""
-    return _FORWARD[backend](x, statistics)
+    out, sums = _FORWARD[backend](x, statistics)
+    if sums is not None and x.mask is not None:
+        # Of a row that is hidden throughout, backends write several things; probabilities exp(score - inf) are zero.
+        sums = sums.nan_to_num(torch.inf, torch.inf, torch.inf)
+    return out, sums
 
 
 def backward_by(backend: str, x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
@@ -263,11 +267,7 @@ def _math(x: Inputs, statistics: bool) -> Outputs:
     options: dict[str, Any] = {"scale": x.settings.scale, "enable_gqa": x.settings.enable_gqa}
     given = (x.query, x.key, x.value, x.bias, 0.0, x.settings.is_causal)
     out = torch._scaled_dot_product_attention_math(*given, **options)[0]
-    if not statistics:
-        return out, None
-    sums = torch.logsumexp(_scores(x, _ungrouped(x.query, x.key)), -1)
-    # +inf for a row that the mask hides throughout: its probabilities exp(score - statistic) are then zero.
-    return out, sums if x.mask is None else sums.masked_fill(sums == -torch.inf, torch.inf)
+    return out, torch.logsumexp(_scores(x, _ungrouped(x.query, x.key)), -1) if statistics else None
 
 
 _FORWARD: dict[str, Callable[[Inputs, bool], Outputs]] = {FLASH: _flash, EFFICIENT: _efficient, CUDNN: _cudnn, MATH: _math}
@@ -332,9 +332,9 @@ def cudnn_backward(
     """`aten::_scaled_dot_product_cudnn_attention_backward`, right whatever has been called before.
 
     torch remembers cuDNN's plans by the layouts of query, key, value and bias, while a plan also holds those of the other
-    operands: a call that differs from the first in its gradient's layout gets garbage (torch 2.11, cuDNN 9.19, H100). So the
-    others are brought into one layout. Eager's calls have their own, and must neither find our plans nor leave us theirs: the
-    key compares bytes, and minus zero is no dropout either.
+    operands: a call that differs from the first in its gradient's layout gets garbage (torch 2.11, cuDNN 9.19, H100). So
+    the others are brought into one layout. Eager's calls have their own, and must neither find our plans nor leave us
+    theirs: the key compares bytes, and minus zero is no dropout either.
     """
     strides = dense_strides(tuple(out.shape), query.stride())
     grad, out, statistics = _arranged(grad, strides), _arranged(out, strides), statistics.contiguous()

@@ -58,10 +58,10 @@ OTHER = {
     "checked_index": "checked_index(i: int64, size: int64) -> int64: i + size when i is negative; outside [0, size) the "
     "kernel reports an error (C++: returns a status that raises IndexError; Triton: device assert)",
 }
-"""rand*: philox4x32-10 with key (low word, high word of seed) and counter (low, high word of `counter`, 0, 0). Word 0 gives
-rand: (word >> 8) * 2**-24. randn is sqrt(-2 log(((word 0 >> 8) + 1) * 2**-24)) * cos(2 pi (word 1 >> 8) * 2**-24). In
-randint, word 0 is the low half of the uint64. Both printers give the same bits for rand and randint; ir/random_ops.py is
-the eager form."""
+"""rand*: philox4x32-10 with key (low word, high word of seed) and counter (low, high word of `counter`, 0, 0). rand is
+(word >> 8) * 2**-24 of word `counter` % 4 at `counter` // 4: compilers see that neighbours share it. randn is
+sqrt(-2 log(((word 0 >> 8) + 1) * 2**-24)) * cos(2 pi (word 1 >> 8) * 2**-24). In randint, word 0 is the low half of the
+uint64. Both printers give the same bits for rand and randint; ir/random_ops.py is the eager form."""
 
 SCALAR_OPS = FLOAT_UNARY | SAME_UNARY | PREDICATES | BINARY | COMPARE | frozenset(OTHER)
 

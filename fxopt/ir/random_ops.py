@@ -9,8 +9,9 @@ Importing this module registers them, with eager implementations that give the b
 - `fxopt::randn(Tensor seed, SymInt[] size) -> Tensor`: float32, standard normal.
 - `fxopt::randint(Tensor seed, SymInt low, SymInt high, SymInt[] size) -> Tensor`: int64, uniform in [low, high).
 
-The element at row-major position i takes counter i. The generator is Philox4x32 with ten rounds (Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", SC 2011) with key (low, high word of the seed) and counter (low, high word of i, 0, 0).
+The generator is Philox4x32 with ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key
+(low, high word of the seed) and counter (low, high word, 0, 0). The element at row-major position i takes counter i; that of
+`rand` takes word i % 4 of counter i // 4, so that four neighbours share one call.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def _wide_multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
-    """Words 0 and 1 of Philox4x32-10: int64 tensors in [0, 2**32) of `counter`'s shape; `seed` is an int64 scalar."""
+def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of Philox4x32-10: int64 tensors in [0, 2**32) of `counter`'s shape; `seed` is an int64 scalar."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
     c2 = c3 = torch.zeros_like(counter)
@@ -43,12 +44,12 @@ def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
         high1, low1 = _wide_multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1
+    return c0, c1, c2, c3
 
 
 def _words(seed: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     counter = torch.arange(math.prod(size), dtype=torch.int64, device=seed.device).view(list(size))
-    return philox(seed.reshape(()), counter)
+    return philox(seed.reshape(()), counter)[:2]
 
 
 def _seed(device: torch.device) -> Tensor:
@@ -56,7 +57,10 @@ def _seed(device: torch.device) -> Tensor:
 
 
 def _rand(seed: Tensor, size: Sequence[int]) -> Tensor:
-    return (_words(seed, size)[0] >> 8).to(torch.float32) * 2.0**-24
+    count = math.prod(size)
+    counter = torch.arange(-(-count // 4), dtype=torch.int64, device=seed.device)
+    words = torch.stack(philox(seed.reshape(()), counter), 1).view(-1)[:count]
+    return (words >> 8).to(torch.float32).view(list(size)) * 2.0**-24
 
 
 def _randn(seed: Tensor, size: Sequence[int]) -> Tensor:

@@ -3,8 +3,7 @@
 On CUDA, what `scaled_dot_product_attention` turns into while it is traced is not what eager runs, nor what is fastest (see
 ir/attention_op.py). A call that needs no gradient becomes `fxopt::attention`, one that does `fxopt::attention_forward`.
 Where the user says in the graph which backends to use, calls stay as they are. The attention inside
-`multi_head_attention_forward`, which Dynamo does not look into, is reached by tracing a copy of that function, if it needs
-no gradient.
+`multi_head_attention_forward`, which Dynamo does not look into, is reached by tracing a copy of that function.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _obstacle(node: fx.Node, tensors: list[torch.Tensor], trains: bool) -> str |
     if any(map(is_special, tensors)):
         return "a tensor subclass, a transformed or a nested tensor"
     if node.target not in SPELLINGS:
-        return "a gradient is wanted" if trains else None
+        return _chosen_already(tensors)
     given = _given(node)
     operands = [x for name in PARAMETERS[:3] if (x := example(given.get(name))) is not None]
     if len(operands) < 3 or any(isinstance(given.get(name), fx.Node) for name in PARAMETERS[4:]):
@@ -109,14 +108,18 @@ def _make_differentiable(context: Context, node: fx.Node) -> None:
     context.graph.gm.graph.erase_node(node)
 
 
+def _chosen_already(tensors: list[torch.Tensor]) -> str | None:
+    return None if any(chooses_late(x.device) for x in tensors) else "a device that has its backend chosen already"
+
+
 def _unsuitable(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, grouped: bool = False
 ) -> str | None:
     """What no fused backend takes is better decomposed, and fused with its neighbours."""
     if dropout != 0:
         return "dropout"
-    if not chooses_late(query.device):
-        return f"{query.device.type} has its backend chosen already"
+    if (reason := _chosen_already([query])) is not None:
+        return reason
     if any(x.dtype not in DTYPES for x in (query, key, value)):
         return "an element type without a fused backend"
     if any(x.dim() != 4 for x in (query, key, value)):
@@ -137,8 +140,14 @@ def attend(
     **options: Any,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` as a traced function meets it: the late form where this call allows it."""
-    if _unsuitable(query, key, value, dropout=dropout_p) is None:
-        return attention_op(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    operands = [query, key, value]
+    masks = [] if attn_mask is None else [attn_mask]
+    if _unsuitable(*operands, dropout=dropout_p) is None:
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (*operands, *masks)):
+            return attention_op(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        if _unsuitable_for_training(operands, attn_mask) is None:
+            out: torch.Tensor = attention_forward(query, key, value, attn_mask, is_causal, **options)[0]
+            return out
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 

@@ -29,8 +29,9 @@ WORTH_MEASURING = 1 << 20
 WORTH_MORE = 256 << 20
 """Bytes: a region that moves more is worth two more candidates."""
 
-GEMM_CANDIDATES = {"default": 5, "max-autotune": 12}
-"""How many configurations of a product are compiled, by mode: each takes half a second of a core."""
+GEMM_CANDIDATES = {"default": 3, "max-autotune": 12}
+"""How many configurations of a product are compiled, by mode: each takes half a second of a core, and a fourth brought
+nothing in the cases of `benchmarks/gemm_model.py`."""
 
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
@@ -132,6 +133,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
 
 def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
     """Whether the best configuration, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
+    if not problem.epilogue_ops and problem.m > gemm_config.FEW_ROWS and problem.describable:
+        return False  # nothing to save, and the library is at its best
     apart = gemm_config.library_seconds(problem, target)
     if problem.epilogue_ops:  # else the epilogue is a store, which the library does
         result = problem.products * problem.batch * problem.m * problem.n * problem.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
-from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, is_uneven, partial_shape
+from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, partial_shape
 from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.kernel import KernelSource
 
@@ -38,7 +38,7 @@ def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSourc
     call = gemm_call(p, config, c="b3", extra="b2" if split else f"(b2, {m}, {n})", sizes=(str(p.batch), m, n, k))
     sizes = list(run_time)
     blocks, value = ("acc", "") if p.c is None else ("one, two", "    acc = one * (two + 1.0)\n")
-    third = ["b3"] if is_uneven(config) or p.c is not None else []
+    third = ["b3"] if p.c is not None else []
     text = (
         f"import triton\nimport triton.language as tl\n\n{MODULE}\n\n\n"
         f"@triton.jit\ndef epilogue({blocks}, y, x, z, extra):\n    b2, m, n = extra\n{value}"
@@ -57,7 +57,7 @@ def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSourc
         "tensor_maps": call.tensor_maps,
     }
     values = tuple(symbol(Sym(name)) for name in sizes)
-    buffers = ("a", "b", "result", *("b" if p.c is None else "c" for _ in third))
+    buffers = ("a", "b", "result", *("c" for _ in third))
     return KernelSource("triton", "product", text, buffers, values, (call.grid, 1, 1), options)
 
 

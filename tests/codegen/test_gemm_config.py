@@ -8,9 +8,17 @@ import pytest
 import torch
 
 from benchmarks.gemm_model import measured
-from fxopt.codegen.templates.gemm_config import UNEVEN, GemmConfig, configs, estimate, library_seconds, plausible, ranked
+from fxopt.codegen.templates.gemm_config import (
+    GemmConfig,
+    GemmProblem,
+    configs,
+    estimate,
+    library_seconds,
+    plausible,
+    ranked,
+)
 from fxopt.target import Target
-from fxopt.tune.candidate import GEMM_CANDIDATES
+from fxopt.tune.candidate import GEMM_CANDIDATES, _may_win
 from tests.codegen.gemm_entries import matrix, problem
 
 H100, A100, B200 = Target.cuda(90), Target.cuda(80), Target.cuda(100)
@@ -113,11 +121,6 @@ def test_the_library_is_estimated_as_it_was_measured() -> None:
     assert len(some) >= 14 and all(0.88 < e < 1.08 for e in errors)
 
 
-def test_rows_of_768_fill_the_gpu_with_tiles_of_two_parts() -> None:
-    """132 SMs: 297 tiles of 256 columns are two and a quarter rounds, 396 of 192 are three."""
-    assert configs(problem(12608, 768, 3072, dtype=BF16), H100)[0].block_n == UNEVEN
-
-
 def test_expensive_epilogues_want_two_programs_on_a_multiprocessor() -> None:
     p = problem(4096, 3072, 768, dtype=BF16)
     gelu = replace(p, epilogue_ops=1.1)
@@ -127,6 +130,18 @@ def test_expensive_epilogues_want_two_programs_on_a_multiprocessor() -> None:
     )
     assert estimate(gelu, small, H100) < estimate(gelu, large, H100)
     assert estimate(gelu, small, H100) > estimate(p, small, H100) + 10e-6  # 14 us measured
+
+
+def test_what_is_worth_a_contest() -> None:
+    """An epilogue, few rows, or what no tensor map describes; a plain product is the library's."""
+
+    def worth(p: GemmProblem) -> bool:
+        return _may_win(p, configs(p, H100), H100)
+
+    large = problem(4096, 3072, 768, dtype=BF16)
+    assert not worth(large) and worth(replace(large, epilogue_ops=0.02)) and worth(replace(large, epilogue_ops=1.1))
+    assert worth(problem(16, 4096, 4096, dtype=BF16)) and worth(problem(111, 3075, 770, dtype=BF16))
+    assert worth(replace(large, c=large.b, epilogue_ops=0.5))
 
 
 def test_two_products_share_the_left_operand() -> None:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.gemm_config import UNEVEN, GemmConfig, GemmProblem, Matrix, configs, plausible
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, configs
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.ir.kernel import KernelSource
 from fxopt.target import Target
@@ -69,8 +69,6 @@ def test_descriptors_take_any_layout(interpreter: Interpreter, layout: str) -> N
         replace(TMA, split=4, swap=True),
         replace(TMA, block_n=64, subtile=2, programs=3, group=2),
         replace(TMA, subtile=2, programs=3, flatten=True),
-        replace(TMA, block_n=UNEVEN),
-        replace(TMA, block_n=UNEVEN, subtile=2, programs=2),
     ],
     ids=str,
 )
@@ -135,18 +133,6 @@ def test_the_first_proposal_compiles_without_spills(name: str, arch: int) -> Non
     assert meta["n_spills"] == 0
     assert meta["shared"] <= first.shared_bytes(COMPILED[name]) <= target.shared_per_block
     assert (arch >= 90) == first.tma == ("tensor_map" in meta["parameters"])
-
-
-@pytest.mark.parametrize("layout", ["nt", "nn"])
-@pytest.mark.parametrize("arch", [90, 100])
-def test_tiles_of_two_parts_compile_without_spills(layout: str, arch: int) -> None:
-    p, target = problem(12608, 768, 3072, layout, dtype=BF16), Target.cuda(arch)
-    found = [c for c in plausible(p, target) if c.block_n == UNEVEN]
-    assert {c.flatten for c in found} == {False, True}
-    for config in [next(c for c in found if c.flatten), next(c for c in found if not c.programs)]:
-        _, meta = compile_triton(entry(p, config), target)
-        assert meta["n_spills"] == 0 and meta["shared"] <= config.shared_bytes(p)
-        assert meta["parameters"].count("tensor_map") == 3
 
 
 @pytest.mark.parametrize(

@@ -612,6 +612,24 @@ def test_random_bits_are_those_of_the_eager_form(interpreter: Interpreter) -> No
     torch.testing.assert_close(n, torch.ops.fxopt.randn(seed_value, [64]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("row", [36, 37])
+def test_random_rows_are_those_of_the_eager_form(interpreter: Interpreter, row: int) -> None:
+    """Whether or not rows start at multiples of four, in whose middle a call of Philox is shared; down columns as well."""
+    x, r = Sym("x0", size=5), Sym("r1", size=row)
+    value = Op("rand", (Load("s", 0, I64), IndexValue(symbol(r) + symbol(x) * row)), F32)
+    total = Store("t", symbol(x), Reduce("sum", (value,), (r,), F32))
+    buffers = [nests.buffer("s", I64, ()), nests.buffer("t", F32, (5,)), nests.buffer("o", F32, (row, 5))]
+    sums = nests.make(Nest((x,), (r,), (total,)), buffers[:2], "s", "t", lambda s: s)
+    turned = Nest((x, r), (), (Store("o", symbol(r) * 5 + symbol(x), value),))
+    whole = nests.make(turned, [buffers[0], buffers[2]], "s", "o", lambda s: s)
+    seed = torch.tensor(2**40 + 7)
+    expected = torch.ops.fxopt.rand(seed, [5, row])
+    for config in (TritonConfig(2, r_block=8, persistent=False), TritonConfig(4, r_block=64)):
+        torch.testing.assert_close(run(interpreter, sums, config, {"s": seed})[0], expected.sum(1))
+    for config in (TritonConfig(64), TritonConfig(8, y_block=8)):
+        assert torch.equal(run(interpreter, whole, config, {"s": seed})[0], expected.T)
+
+
 @pytest.mark.parametrize("number", [0, 3])
 def test_random_ops_add_their_number_to_the_seed(interpreter: Interpreter, number: int) -> None:
     from tests.codegen.test_triton_names import dropout

@@ -455,7 +455,7 @@ def _uniform(word: np.ndarray) -> torch.Tensor:
 
 
 def _rand(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
-    return _uniform(philox(seed, counter)[0])
+    return _uniform(np.choose((counter & 3).numpy(), philox(seed, counter >> 2)))
 
 
 def _randn(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,29 @@ def test_inside_multi_head_attention(wants_weights: bool, monkeypatch: pytest.Mo
     assert (attention_op in seen) is not wants_weights
 
 
+@pytest.mark.parametrize(("dropout", "learns_mask", "taken"), [(0.0, False, True), (0.5, False, False), (0.0, True, False)])
+def test_inside_multi_head_attention_in_training(dropout: float, learns_mask: bool, taken: bool) -> None:
+    """Strict: a fallback would raise. Dropout has its own random numbers, so that its values are not compared."""
+    layer = nn.MultiheadAttention(8, 2, dropout=dropout, batch_first=True)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    mask = torch.randn(3, 3, requires_grad=learns_mask)
+
+    def call(x: torch.Tensor) -> Any:
+        return layer(x, x + 1, x - 1, attn_mask=mask, need_weights=False)[0]
+
+    torch.compiler.reset()
+    RECENT.clear()
+    got, want = torch.compile(call, backend="fxopt", options={"strict": not dropout})(x), call(x)
+    leaves = [x, *layer.parameters(), *([mask] if learns_mask else [])]
+    own, eagers = (torch.autograd.grad(y.square().sum(), leaves) for y in (got, want))
+    if not dropout:
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(own, eagers)
+    called = {op for journal in RECENT for op, _ in journal.library}
+    ours = {"fxopt::attention_forward.default", "fxopt::attention_backward.default"}
+    assert called & ours == (ours if taken else set())
+
+
 def test_without_grad_mode_parameters_may_want_gradients() -> None:
     q, k, v = (nn.Parameter(x.clone()) for x in QKV)
     assert rewritten(sdpa, q, k, v)[0] == 0

@@ -4,7 +4,6 @@ A printed entry has flat parameters and calls one of
 
 - `pointer_gemm`: any strides, loads through pointers (cp.async); one tile a program
 - `tma_gemm`: operands as tensor descriptors, loads by Hopper's tensor memory accelerator; persistent or one tile a program
-- `tma_uneven_gemm`: tiles of 192 columns, as 128 and 64
 - `split_gemm`, `tma_split_gemm`: the inner dimension in SPLIT parts, whose float32 sums are stored apart (few rows)
 - `dual_gemm`, `tma_dual_gemm`: `epilogue(a @ b, a @ c)`, which reads a once (gated layers)
 
@@ -277,59 +276,6 @@ def tma_gemm(
             y, x = row * BM, column * BN
             acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
             finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
-
-
-@triton.jit
-def uneven_descriptor_tile(
-    a, b, c, extra, y, x, z, K, a_batch, b_batch,
-    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUBTILE: tl.constexpr,
-    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of `tma_uneven_gemm`, epilogue included."""
-    a_first, b_first = z * a_batch, z * b_batch
-    LEFT: tl.constexpr = BN // 3 * 2
-    RIGHT: tl.constexpr = BN // 3
-    left, right = tl.zeros([BM, LEFT], tl.float32), tl.zeros([BM, RIGHT], tl.float32)
-    for k in range(0, K, BK):
-        if A_K_LAST:
-            a_tile = a.load([a_first + y, k])
-        else:
-            a_tile = a.load([a_first + k, y]).T
-        if B_K_LAST:
-            b_tile, c_tile = b.load([b_first + x, k]).T, c.load([b_first + x + LEFT, k]).T
-        else:
-            b_tile, c_tile = b.load([b_first + k, x]), c.load([b_first + k, x + LEFT])
-        left = tl.dot(a_tile, b_tile, left, input_precision=PRECISION)
-        right = tl.dot(a_tile, c_tile, right, input_precision=PRECISION)
-    rows = y + tl.arange(0, BM)[:, None]
-    finish(left, rows, x, z, extra, EPILOGUE, LEFT, SUBTILE)
-    finish(right, rows, x + LEFT, z, extra, EPILOGUE, RIGHT, SUBTILE)
-
-
-@triton.jit
-def tma_uneven_gemm(
-    a, b, c, extra, BATCH, M, N, K, a_batch, b_batch,
-    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
-    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`tma_gemm` with tiles of BN = 192 columns: blocks have to be powers of two, so a tile is two, and b has two
-    descriptors. That of b has blocks of 128 columns, that of c, the same matrix, of 64.
-    """
-    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    if PROGRAMS == 0:
-        z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
-        uneven_descriptor_tile(
-            a, b, c, extra, row * BM, column * BN, z, K, a_batch, b_batch,
-            EPILOGUE, BM, BN, BK, SUBTILE, A_K_LAST, B_K_LAST, PRECISION,
-        )  # fmt: skip
-    else:
-        for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
-            z, row, column = tile_of(program, rows, columns, GROUP)
-            uneven_descriptor_tile(
-                a, b, c, extra, row * BM, column * BN, z, K, a_batch, b_batch,
-                EPILOGUE, BM, BN, BK, SUBTILE, A_K_LAST, B_K_LAST, PRECISION,
-            )  # fmt: skip
 
 
 @triton.jit

@@ -7,6 +7,7 @@ what is close is measured.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from fxopt.target import Target
 ALIGNMENT = 16
 """Bytes; the multiple that tensor descriptors ask of addresses and strides."""
 
-# What follows was fitted to `benchmarks/results/gemm_configs_h100.json` by `benchmarks/gemm_model.py`, all but the first.
+# What follows, but the first, was fitted to `benchmarks/results/gemm_configs_h100.json` and rounded by hand;
+# `benchmarks/gemm_model.py` says how well it ranks those cases.
 
 SECOND_LAUNCH_SECONDS = 3.5e-6
 """What a kernel that follows another one adds: its start is partly hidden by the end of the first."""
@@ -84,11 +86,10 @@ _LARGEST_BOX = 256
 POINTER_SHARE = 0.85
 """Of the rate of tiles that arrive through tensor maps."""
 
-UNEVEN = 192
-"""Columns of a tile in two parts, 128 and 64 wide: Triton's own blocks are powers of two. It fills the last round of a GPU
-where others do not: rows of 768 are four, not three of 256 or six of 128."""
+_LIBRARY_COLUMNS = 192
+"""Columns of a tile that the library has beside powers of two: rows of 768 are four, not three of 256 or six of 128."""
 
-_SHARE_OF_COLUMNS = {256: 1.0, UNEVEN: 0.95, 128: 0.89, 64: 0.58, 32: 0.29, 16: 0.22}
+_SHARE_OF_COLUMNS = {256: 1.0, _LIBRARY_COLUMNS: 0.95, 128: 0.89, 64: 0.58, 32: 0.29, 16: 0.22}
 
 
 @dataclass(frozen=True)
@@ -273,10 +274,15 @@ class GemmConfig:
 
 def configs(problem: GemmProblem, target: Target, limit: int = 6) -> list[GemmConfig]:
     """The best configuration of each of the most promising kinds, best first; at most `limit`."""
+    return list(_of_each_kind(problem, target)[:limit])
+
+
+@functools.lru_cache(maxsize=256)  # the layers of a model ask again and again
+def _of_each_kind(problem: GemmProblem, target: Target) -> tuple[GemmConfig, ...]:
     kinds: dict[object, GemmConfig] = {}
     for config in ranked(problem, target):
         kinds.setdefault(config.kind, config)
-    return list(kinds.values())[:limit]
+    return tuple(kinds.values())
 
 
 def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
@@ -310,7 +316,6 @@ _BLOCKS = (
     # rows, columns, warps
     (128, 256, 8),
     (256, 128, 8),
-    (128, UNEVEN, 8),
     (128, 128, 8),
     (128, 128, 4),
     (64, 256, 4),
@@ -318,22 +323,20 @@ _BLOCKS = (
     (64, 128, 4),
     (64, 64, 4),
 )
-_FEW_ROWS, _FEWEST_ROWS = 64, 16
+FEW_ROWS, _FEWEST_ROWS = 64, 16
 _SPLITS = (1, 2, 4, 8, 16)
 
 
 def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
     described = target.has_tensor_maps and problem.describable
     ways = (True, False) if described else (False,)
-    if problem.m <= _FEW_ROWS:
+    if problem.m <= FEW_ROWS:
         for tma in ways:
             yield from _few_rows(problem, target, tma)
         return
     inner = 128 // problem.itemsize
     for (rows, columns, warps), tma in itertools.product(_BLOCKS, ways):
         if rows >= 2 * problem.m or columns >= 2 * max(problem.n, 64):
-            continue
-        if columns == UNEVEN and (not tma or problem.c is not None):
             continue
         for stages in (3, 4, 5):
             # Halves of a tile with more than this of accumulator a thread leave registers to the epilogue.
@@ -357,7 +360,7 @@ def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Ite
 
 def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
     """Parts of the inner dimension while whole tiles leave multiprocessors idle."""
-    for split in _SPLITS[1:] if problem.c is None and config.block_n != UNEVEN else ():
+    for split in _SPLITS[1:] if problem.c is None else ():
         if config.tiles(problem) * split <= 2 * target.sm_count and problem.k >= 4 * split * config.block_k:
             yield replace(config, split=split, subtile=1)
 
@@ -388,7 +391,7 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     inner = ceil(problem.k / config.split)
     blocks = ceil(inner / config.block_k)
     flops = 2.0 * problem.products * config.block_m * config.block_n * config.block_k
-    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(config, target))
+    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(problem, config, target))
     waiting = BLOCK_SECONDS + (0.0 if config.tma else _pointer_seconds(problem, config))
     alone = max(block + waiting, LATENCY_SECONDS / (config.stages - 1))
     compute = blocks * max(rounds * block, ceil(rounds / resident) * alone)
@@ -443,9 +446,11 @@ def _joining(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     return SECOND_LAUNCH_SECONDS + partial / target.memory_rate
 
 
-def _efficiency(config: GemmConfig, target: Target) -> float:
+def _efficiency(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     """The share of the tensor cores' rate that such tiles reach while operands arrive in time."""
-    rows, columns = (config.block_n, config.block_m) if config.swap else (config.block_m, config.block_n)
+    rows, columns = config.block_m, config.block_n * problem.products  # which share the rows
+    if config.swap:
+        rows, columns = columns, rows
     if not target.has_warpgroup_products:
         return {256: 1.0, 128: 0.95, 64: 0.8, 32: 0.55}.get(min(rows, columns), 0.35)
     # The second operand of a warp group's product comes from shared memory for every 64 rows, so narrow ones are bound by
@@ -461,12 +466,15 @@ def product_rate(problem: GemmProblem, target: Target) -> float:
     return target.half_flops * (2 / problem.itemsize)
 
 
+@functools.lru_cache(maxsize=256)
 def library_seconds(problem: GemmProblem, target: Target) -> float:
     """Seconds that cuBLAS should take for the product alone, its result written in `dtype`; no epilogue.
 
-    It is taken to have every form that the templates have, and to choose the best.
+    It is taken to have every form that the templates have, some with narrower tiles too, and to choose the best.
     """
     written = problem.batch * problem.m * problem.n * problem.itemsize
     plain = replace(problem, read=0, written=written, epilogue_ops=0.0, c=None)
-    best = min((estimate(plain, c, target) for c in _forms(plain, target)), default=float("inf"))
+    forms = list(_forms(plain, target))
+    forms += [replace(c, block_n=_LIBRARY_COLUMNS) for c in forms if (c.tma, c.block_m, c.block_n) == (True, 128, 256)]
+    best = min((estimate(plain, c, target) for c in forms), default=float("inf"))
     return problem.products * best

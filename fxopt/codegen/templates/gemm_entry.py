@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxopt.codegen.templates.gemm_config import UNEVEN, GemmConfig, GemmProblem, Matrix
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
 
 MODULE = "from fxopt.codegen.templates import gemm"
 """The import that an entry's text needs."""
@@ -47,21 +47,19 @@ def gemm_call(
 ) -> GemmCall:
     """The call of the template that `config` means.
 
-    `a`, `b` and, of a dual product, `c` name the operands' parameters; of tiles of UNEVEN columns `c` is another one for the
-    buffer of b. `extra` is the text of the epilogue's tuple, and
+    `a`, `b` and, of a dual product, `c` name the operands' parameters. `extra` is the text of the epilogue's tuple, and
     `epilogue` its name; of a split product, `extra` is the name of the parameter for the partial sums and there is no
     epilogue. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
     """
     batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
     grid = config.programs or config.tiles(problem)
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
-    split, dual, uneven = config.split > 1, problem.c is not None, is_uneven(config)
-    matrices = (problem.a, problem.b, problem.b) if uneven else problem.matrices
-    operands = dict(zip((a, b, c), matrices, strict=False))
+    split, dual = config.split > 1, problem.c is not None
+    operands = dict(zip((a, b, c), problem.matrices, strict=False))
     way = f'PRECISION="{problem.precision}"'
-    way += "" if dual or uneven else f", SWAP={config.swap}"
+    way += "" if dual else f", SWAP={config.swap}"
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
-    name = "split_gemm" if split else "dual_gemm" if dual else "uneven_gemm" if uneven else "gemm"
+    name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name
     kind = _TYPES[problem.dtype]
     if config.tma:
@@ -69,8 +67,8 @@ def gemm_call(
         way += f", A_K_LAST={problem.a.columns_last}, B_K_LAST={not problem.b.columns_last}"
         way += "" if split else f", PROGRAMS={config.programs}, FLATTEN={config.flatten}"
         given = f"{', '.join(operands)}, {extra}, {batch}, {m}, {n}, {k}, {a_batch}, {b_batch}"
-        columns = {b: UNEVEN * 2 // 3, c: UNEVEN // 3} if uneven else {b: config.block_n, c: config.block_n}
-        tiles = {p: (config.block_m, config.block_k) if p == a else (config.block_k, columns[p]) for p in operands}
+        blocks_of = {a: (config.block_m, config.block_k)}
+        tiles = {p: blocks_of.get(p, (config.block_k, config.block_n)) for p in operands}
         maps = {p: _tensor_map(x, problem, *tiles[p]) for p, x in operands.items()}
         signature = {p: f"tensordesc<{kind}[{', '.join(map(str, maps[p]['block']))}]>" for p in operands}
         return GemmCall(f"gemm.{name}({given}, {blocks}, {way})", signature, maps, grid)
@@ -80,11 +78,6 @@ def gemm_call(
     given = f"{', '.join(starts)}, {extra}, {sizes_given}, {', '.join(map(str, strides))}"
     text = f"gemm.{name}({given}, {blocks}, {way}, WIDE={problem.wide})"
     return GemmCall(text, dict.fromkeys(operands, f"*{kind}"), {}, grid)
-
-
-def is_uneven(config: GemmConfig) -> bool:
-    """Whether the tiles of `config` have UNEVEN columns; then an entry has two parameters for b."""
-    return config.block_n == UNEVEN
 
 
 def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:
