@@ -12,6 +12,7 @@ from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_coun
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
+from fxopt.codegen.triton_narrow import with_narrow_choices
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
 from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
 from fxopt.errors import UnsupportedError
@@ -59,7 +60,7 @@ def print_kernel(region: Region, config: TritonConfig, stage: str | None = None)
 
     `stage` names a part of a split reduction. Raises UnsupportedError for dtypes and atomics that Triton does not have.
     """
-    region = replace(region, nest=with_salts(region.nest))
+    region = replace(region, nest=with_narrow_choices(with_salts(region.nest)))
     names = Names()
     limits = int32_limits(region, _tiling(region, config))
     if limits == ():

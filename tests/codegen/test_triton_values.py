@@ -612,6 +612,24 @@ def test_random_bits_are_those_of_the_eager_form(interpreter: Interpreter) -> No
     torch.testing.assert_close(n, torch.ops.fxopt.randn(seed_value, [64]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("otherwise", [-1, 2**31 - 1, 2**40])
+def test_choices_among_indices_are_made_in_as_few_bits_as_they_fit(interpreter: Interpreter, otherwise: int) -> None:
+    x = Sym("x0", size=64)
+    index = IndexValue(symbol(x))
+    loaded, other = Op("gt", (Load("a", symbol(x), F32), Const(0.0, F32)), torch.bool), Const(otherwise, I64)
+    chosen = Op("where", (loaded, index, other), I64)
+    again = Op("where", (Op("lt", (chosen, Const(9, I64)), torch.bool), Const(7, I64), chosen), I64)
+    stores = (Store("o", symbol(x), again), Store("f", symbol(x), Op("cast", (chosen,), F32)))
+    buffers = [nests.buffer("a", F32, (64,)), nests.buffer("o", I64, (64,)), nests.buffer("f", F32, (64,))]
+    case = nests.make(Nest((x,), (), stores), buffers, "a", "o f", lambda a: a)
+    a = torch.randn(64)
+    got, as_float = run(interpreter, case, TritonConfig(64), {"a": a})
+    want = torch.where(a > 0, torch.arange(64), otherwise)
+    assert torch.equal(got, torch.where(want < 9, 7, want)) and torch.equal(as_float, want.float())
+    text = print_region(case.region, TritonConfig(64), Target.cuda(90)).kernels[0].text
+    assert ("tl.int32" in text) == (otherwise < 2**31)
+
+
 @pytest.mark.parametrize("row", [36, 37])
 def test_random_rows_are_those_of_the_eager_form(interpreter: Interpreter, row: int) -> None:
     """Whether or not rows start at multiples of four, in whose middle a call of Philox is shared; down columns as well."""
