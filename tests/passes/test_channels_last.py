@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
 @pytest.fixture(autouse=True)
 def _cpus_prefer_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pass_module, "prefers_channels_last", lambda device: True)
+    monkeypatch.setattr(pass_module, "convolutions_use_tf32", lambda: True)  # whatever other tests have set
 
 
 def image(*shape: int) -> Tensor:
