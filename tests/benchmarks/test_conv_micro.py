@@ -47,5 +47,5 @@ def test_a_wrong_way_is_told() -> None:
     assert error(want.float(), want) < 1
     spoilt = want.float()
     spoilt[0, 0, 0, 0] = float("nan")
-    entry = {"case": "a case", "us": {"relu": 1.0}, "errors": {"relu": error(spoilt, want)}}
+    entry = {"case": "a case", "us": {"relu": 1.0}, "errors": {"relu": error(spoilt, want)}, "hides_nan": []}
     assert report(entry).endswith("WRONG: relu")
