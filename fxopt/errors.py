@@ -23,6 +23,10 @@ class UnsupportedError(FxoptError):
         self.reason = reason
 
 
+class GradientError(FxoptError, RuntimeError):
+    """A gradient was asked for that an op of fxopt does not have; the message names the op and says what to do."""
+
+
 class PlanError(FxoptError):
     """A plan's bytes are not a valid plan; the message names the field."""
 

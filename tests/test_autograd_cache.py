@@ -17,10 +17,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
-from fxopt import backend, compiler
+from fxopt import backend
 from fxopt.capture import aot, autograd_cache
 from fxopt.journal import RECENT, Journal
 from fxopt.passes import attention
+from tests.no_compiler import no_compiler
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_cache"),
@@ -358,14 +359,7 @@ def test_dumps_show_every_pass_again(tmp_path: Path, traced: list[str]) -> None:
 
 
 def test_what_was_compiled_without_a_compiler_is_not_remembered(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compiler.tune.choose
-
-    def failing(lowered: Any, *rest: Any) -> Any:
-        lowered, _, failed = real(lowered, *rest)
-        return lowered, {}, failed + [(s, "no compiler today") for s in lowered.steps if hasattr(s, "nest")]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compiler.tune, "choose", failing)
+    with no_compiler(monkeypatch):
         start(network)(X, W)
     assert entries(fresh_cache) == []
     start(network)(X, W)

@@ -18,6 +18,7 @@ from torch import nn
 from fxopt import compiler
 from fxopt.errors import RetreatError
 from fxopt.journal import RECENT, Journal
+from tests.no_compiler import no_compiler
 from tests.numerics import assert_closer, to_float64
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -230,14 +231,7 @@ def test_kernels_that_are_gone_are_built_again(fresh_cache: Path, lowerings: lis
 def test_what_was_compiled_without_a_compiler_is_not_remembered(
     fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = compiler.tune.choose
-
-    def failing(lowered: Any, *rest: Any) -> Any:
-        lowered, _, failed = real(lowered, *rest)
-        return lowered, {}, failed + [(s, "no compiler today") for s in lowered.steps if hasattr(s, "nest")]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compiler.tune, "choose", failing)
+    with no_compiler(monkeypatch):
         run(network, X, W)
         assert journal().retreats
     assert documents(fresh_cache) == []

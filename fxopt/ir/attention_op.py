@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.errors import GradientError
 from fxopt.ir.attention_backends import (
     AUTO,
     BY_NUMBER,
@@ -176,7 +177,9 @@ def _save_for_backward(
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad  # of the arguments that were given
     if any(wanted[3:]):
-        raise NotImplementedError("fxopt::attention_forward has no gradient for its mask")
+        raise GradientError(
+            "fxopt::attention_forward has no gradient for its mask; FXOPT_DISABLE=attention leaves attention to torch"
+        )
     if grad is None:
         return (None,) * len(wanted)
     found = attention_backward(grad, *ctx.saved_tensors, ctx.is_causal, **ctx.options)
@@ -185,7 +188,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
 
 
 def _no_second_derivative(*_: Any) -> Any:
-    raise NotImplementedError("attention is differentiable once: fxopt::attention_backward has no derivative, as in eager")
+    raise GradientError(
+        "attention is differentiable once: fxopt::attention_backward has no derivative, nor have eager's fused backends;"
+        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH) inside the model has one"
+    )
 
 
 def _under_autocast(op: Any, device_type: str) -> Any:

@@ -52,3 +52,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kernels(library: Path) -> dict[str, Artifact]:
     """Artifacts by key; the key is the entry's name."""
     return {name: Artifact(name, "cpp", name, library) for name in ("axpy", "increment", "gather")}
+
+
+@pytest.fixture
+def cubin(tmp_path: Path) -> Path:
+    """A file that passes for a kernel with a driver that only records."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(b"\x7fELF")
+    return path

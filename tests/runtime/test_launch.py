@@ -66,13 +66,6 @@ class FakeDriver:
         return 0
 
 
-@pytest.fixture
-def cubin(tmp_path: Path) -> Path:
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(b"\x7fELF")
-    return path
-
-
 def test_a_launch_passes_every_parameter_and_null_scratch(cubin: Path) -> None:
     driver = FakeDriver()
     launch = load_cubin(cubin, META, 0, driver).bind()

@@ -59,13 +59,6 @@ class MappingDriver(FakeDriver):
         return 0
 
 
-@pytest.fixture
-def cubin(tmp_path: Path) -> Path:
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(b"\x7fELF")
-    return path
-
-
 def test_a_map_is_passed_with_sizes_and_strides(cubin: Path) -> None:
     driver = MappingDriver()
     load_cubin(cubin, MAPPED, 0, driver).bind()(7, 3, 2, 1, 0x1000, 0x2000, 5)
