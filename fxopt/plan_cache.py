@@ -31,7 +31,7 @@ from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.canonical import UnwritableError, argument
 from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Graph
-from fxopt.ir.precision import convolutions_use_tf32
+from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
@@ -154,6 +154,7 @@ def _flags() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "cudnn": [torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic, convolutions_use_tf32()],
+        "products": products_use_tf32(),
         "attention": enabled_backends(),
     }
 

@@ -56,6 +56,7 @@ def problem_of(contraction: Contraction) -> GemmProblem:
         _operand(contraction.b, k, n),
         read=sum(size for name, size in nbytes.items() if name in contraction.region.reads()),
         written=sum(size for name, size in nbytes.items() if name in written),
+        precision="tf32" if contraction.tf32 else "ieee",
         c=None if contraction.c is None else _operand(contraction.c, k, n),
         epilogue_ops=sum(_cost(n) for n in postorder(contraction.region.nest.roots) if isinstance(n, Op)),
     )

@@ -218,6 +218,7 @@ class Contraction:
     registers, at the index of the product's own element. `buffers` describes what memory is read and written.
 
     With `c`, of the shape and strides of `b`, there are two products (a gated layer): that with `c` is the load of `second`.
+    `tf32`: float32 operands are rounded to TF32 first, as the library does where the user allows it.
     """
 
     name: str
@@ -230,6 +231,7 @@ class Contraction:
     buffers: dict[str, BufferSpec]
     c: Matrix | None = None
     second: str = ""
+    tf32: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)

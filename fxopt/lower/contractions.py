@@ -15,6 +15,7 @@ import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alias, Alternatives, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import CONVOLUTION, FusedConvolutions
@@ -118,9 +119,10 @@ class _Search:
 
     def _is_eligible(self, product: Product) -> bool:
         operands = [self.lowered.buffers[m.buffer] for m in (product.a, product.b, product.result)]
-        if any(s.device.type != "cuda" for s in operands):
+        dtype = operands[0].dtype
+        if any(s.device.type != "cuda" or s.dtype != dtype for s in operands):
             return False
-        return operands[0].dtype in _DTYPES and all(s.dtype == operands[0].dtype for s in operands)
+        return dtype in _DTYPES or (dtype == torch.float32 and _uses_tf32(product))
 
     def _fuse(self, k: int, product: Product) -> bool:
         """Put alternatives in the place of product `k` and the first region that can take it as an epilogue, if any; and of
@@ -265,7 +267,10 @@ class _Search:
         touched = {n: s for n, s in region.buffers.items() if n not in registers}
         touched |= {n: self.lowered.buffers[n] for n in operands}
         first, *others = products
-        made = Contraction(region.name, first.a, first.b, first.sizes[2], registers[0], first.axes, region, touched)
+        tf32 = self.lowered.buffers[first.a.buffer].dtype == torch.float32
+        made = Contraction(
+            region.name, first.a, first.b, first.sizes[2], registers[0], first.axes, region, touched, tf32=tf32
+        )
         return replace(made, c=others[0].b, second=registers[1]) if others else made
 
     def _alternatives(
@@ -322,6 +327,11 @@ class _Search:
                 reads |= {self._root(n) for n in refs((step.args, step.kwargs))}
                 writes |= {self._root(n) for n in (*step.outputs, *step.writes) if n is not None}
         return frozenset(reads), frozenset(writes)
+
+
+def _uses_tf32(product: Product) -> bool:
+    """Whether the library may round the float32 operands of `product` to TF32."""
+    return convolutions_use_tf32() if product.call.op == CONVOLUTION else products_use_tf32()
 
 
 def _is_plain(nest: Nest) -> bool:

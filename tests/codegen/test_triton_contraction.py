@@ -310,6 +310,18 @@ def test_the_first_candidates_compile_without_spills(epilogue: str, arch: int) -
             assert config.split > 1 or meta["shared"] <= target.shared_per_block
 
 
+def test_tf32_operands_are_loaded_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tensor cores that take TF32, from tensor maps of the driver's type 11, which rounds."""
+    monkeypatch.setattr("fxopt.lower.contractions.products_use_tf32", lambda: True)
+    args = tuple(t.float() for t in of(2048, 1024, 1024)[:3])
+    contraction = a_contraction(linear_gelu, *args)
+    config, *_ = configs(problem_of(contraction), TARGET, limit=1)
+    (kernel,) = print_contraction(contraction, config, TARGET).kernels
+    _, meta = compile_triton(kernel, TARGET)
+    assert [m["element_type"] for m in meta["tensor_maps"]] == [11, 11] and meta["n_spills"] == 0
+    assert 'PRECISION="tf32"' in kernel.text
+
+
 def test_equal_layers_are_one_text() -> None:
     one, other = (a_contraction(block, *of(128, 64, 96)) for _ in range(2))
     renamed = _renamed(other, "second.")
