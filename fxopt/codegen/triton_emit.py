@@ -16,7 +16,7 @@ import torch
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_index import computed_in_int32, same_within
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
-from fxopt.codegen.triton_tiling import Tiling
+from fxopt.codegen.triton_tiling import Tiling, accumulator_dtype
 from fxopt.ir.exprs import Atom, Int, Sym, bounds, floordiv, free_symbols, mod, substitute, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
 
@@ -154,7 +154,8 @@ class Emitter:
         if _narrow_compare(node):
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
-        args = node.args[:1] if _counts_index(node) else node.args
+        erf = _erf_beside_one(node)
+        args = node.args[:1] if _counts_index(node) else erf.args if erf is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
 
     def walk(self, roots: list[Instance]) -> Iterator[Instance]:
@@ -228,6 +229,9 @@ class Emitter:
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
         if _counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
+        erf = _erf_beside_one(node)
+        if erf is not None:
+            return f"h.erf_plus_one({self.arg(erf.args[0], guards)})"
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":
@@ -460,6 +464,16 @@ def _narrow_compare(node: Scalar) -> bool:
 def _counts_index(node: Scalar) -> bool:
     """A random number at an index, of which a printer takes quotient and remainder."""
     return isinstance(node, Op) and node.name == "rand" and isinstance(node.args[1], IndexValue)
+
+
+def _erf_beside_one(node: Scalar) -> Op | None:
+    """The erf of `node` if that is 1 + erf(...) as a normal distribution has it, computed in float32."""
+    if not (isinstance(node, Op) and node.name == "add" and accumulator_dtype(node.dtype) == torch.float32):
+        return None
+    one, erf = node.args if isinstance(node.args[0], Const) else reversed(node.args)
+    if isinstance(one, Const) and one.value == 1 and isinstance(erf, Op) and erf.name == "erf":
+        return erf
+    return None
 
 
 def _narrow(node: Scalar) -> bool:
