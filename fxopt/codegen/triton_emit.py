@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_index import computed_in_int32, same_within
+from fxopt.codegen.triton_index import computed_in_int32, in_runs, same_within
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
 from fxopt.codegen.triton_tiling import Tiling, accumulator_dtype
 from fxopt.ir.exprs import Atom, Int, Sym, bounds, floordiv, free_symbols, mod, substitute, symbol
@@ -54,6 +54,7 @@ class Frame:
     masks: dict[str, str]  # axis -> mask variable, for axes that need one
     blocks: dict[str, str]  # axis -> block size name, in tile order
     scalars: frozenset[str] = frozenset()  # axes of which a program has one index, a scalar: what it loads is loaded once
+    byte_run: int = 0  # neighbouring 1-byte elements that a thread may take at most; 0 for any number
 
     def axis_of(self, sym: Sym) -> str | None:
         return next((name for name, line in self.tiling.lines.items() if line == sym), None)
@@ -296,6 +297,14 @@ class Emitter:
             return text
         return f"tl.zeros({self.frame.shape(wanted)}, tl.int32) + {text}"
 
+    def pointer(self, text: str, index: Int, dtype: torch.dtype, wanted: frozenset[str]) -> str:
+        """`text`, the pointers at `index`, told to be neighbours in shorter runs where the frame limits those of bytes."""
+        frame = self.frame
+        for axis in wanted - frame.scalars if frame.byte_run and dtype.itemsize == 1 else ():
+            if in_runs(index, frame.tiling.lines[axis], frame.byte_run):
+                return f"tl.max_contiguous({text}, {[frame.byte_run if a == axis else 1 for a in frame.blocks]})"
+        return text
+
     def bind(self, indirect: tuple[tuple[Sym, Scalar], ...], guards: Guards) -> None:
         for sym, value in indirect:
             self._bound[sym] = self.arg(value, guards)
@@ -316,7 +325,8 @@ class Emitter:
         extra = f", {mask}" if mask else ""
         if eviction and self.varies(*self.instance(node, guards)):
             extra += f', eviction_policy="{eviction}"'
-        text = f"tl.load({self.names.buffer(node.buffer)} + {tight(address)}{extra})"
+        pointer = self.pointer(f"{self.names.buffer(node.buffer)} + {tight(address)}", index, node.dtype, wanted)
+        text = f"tl.load({pointer}{extra})"
         return f"{text}.to(tl.float32)" if node.dtype in (torch.float16, torch.bfloat16) else text
 
     # integers
