@@ -115,8 +115,8 @@ class Region:
     for both need not store.
 
     Of operands larger than the GPU's L2 cache, that holds what was touched last. With `backwards` the programs of a kernel
-    start with the last elements, where the region before it has ended; `reread` says that the next region touches what this
-    one does, which should therefore stay there.
+    start with the last elements, where the region before it has ended; `reread` says that the next region or call touches
+    what this one does, which should therefore stay there.
     """
 
     name: str
