@@ -11,13 +11,11 @@ A document whose plan or kernels are gone or damaged counts as absent.
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch import fx
 
 from fxopt.codegen.compile import toolchain
 from fxopt.errors import CacheError, PlanError, UnsupportedError
+from fxopt.garbage import collection_paused
 from fxopt.ir import ops
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.canonical import UnwritableError, argument
@@ -203,7 +202,7 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
             raise ValueError("another format")
         if journal.strict and body["journal"]["retreats"]:
             return None
-        with _no_collections():
+        with collection_paused():
             with journal.timed("plan cache: reading"):
                 plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
                 constants = {name: _decoded(data) for name, data in body["constants"].items()}
@@ -220,19 +219,6 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
         return None
     executor.kept_as = name
     return executor
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """No garbage collection meanwhile: a plan is some ten thousand objects that all stay, enough to start one that walks
-    over all objects of the process, which takes longer than everything else about a plan."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _set_aside(store: ArtifactStore, name: str, reason: str) -> None:
