@@ -85,10 +85,10 @@ def _resnet(sizes: Sizes) -> nn.Module:
     config = t.ResNetConfig(
         embedding_size=width, hidden_sizes=[4 * width, 8 * width, 16 * width, 32 * width], num_labels=sizes["classes"]
     )
-    return _with_statistics(t.ResNetForImageClassification(config))
+    return with_statistics(t.ResNetForImageClassification(config))
 
 
-def _with_statistics(model: nn.Module) -> nn.Module:
+def with_statistics(model: nn.Module) -> nn.Module:
     """`model` with BatchNorms like a trained network's.
 
     A fresh one multiplies by 1 / sqrt(1 + eps): the sum of two bfloat16 values after it is a rounding tie in every other
