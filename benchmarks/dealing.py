@@ -136,14 +136,14 @@ class Dealer:
 
 @dataclass
 class Pool:
-    """Workers in `places`, each an environment; `arguments` start one. `failed_rows` makes the rows of a case by what is
-    wrong with each contender, or with all of them ("")."""
+    """Workers in `places`, each an environment; `arguments` start one. `failed_rows` makes a request's rows by what is wrong
+    with each contender, or with all of them ("")."""
 
     arguments: Sequence[str]
     places: Sequence[Mapping[str, str]]
     per_place: int
     deadline: float
-    failed_rows: Callable[[Mapping[str, str]], list[RawRow]]
+    failed_rows: Callable[[Request, Mapping[str, str]], list[RawRow]]
     say: Callable[[str], None]
 
     def run(
@@ -214,7 +214,7 @@ class Pool:
             culprits = {**assigned.without, contender: f"failed: {death}"}
             if contender and contender not in assigned.without:
                 return replace(assigned, without=culprits), False
-            done(assigned.number, self.failed_rows(culprits))
+            done(assigned.number, self.failed_rows(request, culprits))
             return None, False
         if assigned.need < math.inf and any("OutOfMemoryError" in row["skipped"] for row in said["rows"]):
             return replace(assigned, need=math.inf), not said.get("broken")

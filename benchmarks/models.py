@@ -67,7 +67,8 @@ def _gpt2(sizes: Sizes) -> nn.Module:
     return t.GPT2LMHeadModel(config)
 
 
-def _llama(sizes: Sizes) -> nn.Module:
+def llama(sizes: Sizes) -> nn.Module:
+    """Llama 3.2's proportions: with 2048 features, 16 layers and 128256 words its 1.24 billion parameters."""
     t, hidden = _transformers(), sizes["hidden"]
     config = t.LlamaConfig(
         hidden_size=hidden,
@@ -76,6 +77,10 @@ def _llama(sizes: Sizes) -> nn.Module:
         num_key_value_heads=max(1, hidden // 256),
         intermediate_size=4 * hidden,
         vocab_size=sizes["vocab"],
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return t.LlamaForCausalLM(config)
 
@@ -85,10 +90,10 @@ def _resnet(sizes: Sizes) -> nn.Module:
     config = t.ResNetConfig(
         embedding_size=width, hidden_sizes=[4 * width, 8 * width, 16 * width, 32 * width], num_labels=sizes["classes"]
     )
-    return _with_statistics(t.ResNetForImageClassification(config))
+    return with_statistics(t.ResNetForImageClassification(config))
 
 
-def _with_statistics(model: nn.Module) -> nn.Module:
+def with_statistics(model: nn.Module) -> nn.Module:
     """`model` with BatchNorms like a trained network's.
 
     A fresh one multiplies by 1 / sqrt(1 + eps): the sum of two bfloat16 values after it is a rounding tie in every other
@@ -166,7 +171,7 @@ _BASE = {"hidden": 768, "layers": 12}
 _SMALL = {"hidden": 64, "layers": 2, "vocab": 97, "batch": 2, "tokens": 10}
 _BERT = {**_BASE, "vocab": 30522, "batch": 32, "tokens": 128}
 _GPT2 = {**_BASE, "vocab": 50257, "batch": 8, "tokens": 512}
-_LLAMA = {"hidden": 2048, "layers": 16, "vocab": 32000, "batch": 1, "tokens": 2048}
+_LLAMA = {"hidden": 2048, "layers": 16, "vocab": 128256, "batch": 1, "tokens": 2048}
 _RESNET = ({"width": 64, "classes": 1000, "batch": 64, "side": 224}, {"width": 8, "classes": 5, "batch": 2, "side": 64})
 _VIT = (
     {**_BASE, "classes": 1000, "batch": 64, "side": 224},
@@ -198,7 +203,7 @@ MODELS = (
     *_pair("vit-b", _images, _vit, *_VIT, _IMAGE),
     *_pair("convnext-t", _images, _convnext, *_CONVNEXT, _IMAGE, channels_last=True),
     *_pair("convnext-t-nchw", _images, _convnext, *_CONVNEXT, _IMAGE),
-    Workload("llama-1b", "model", _text(_llama, False), _LLAMA, _SMALL, {"tokens": (5, 2048)}),
+    Workload("llama-1b", "model", _text(llama, False), _LLAMA, _SMALL, {"tokens": (5, 2048)}),
     Workload(
         "bert-base-train-dropout",
         "model",

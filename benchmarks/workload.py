@@ -64,3 +64,7 @@ class Workload:
             top = max(low, min(high, 4 * self.tiny[name])) if tiny else high
             sizes[name] = round(low * (top / low) ** rng.random())
         return sizes
+
+
+Job = tuple[Workload, Sizes, str]
+"""A workload, its sizes and the name of its dtype."""

@@ -97,8 +97,11 @@ def _bytes(value: torch.Tensor) -> bytes:
     """The elements in row-major order. Raises UnwritableError for a tensor that is no plain memory."""
     if value.layout != torch.strided or value.is_quantized or value.nbytes > SMALL:
         raise UnwritableError
-    plain = value.detach().resolve_conj().resolve_neg().contiguous().cpu()
-    return bytes(plain.view(torch.uint8).numpy().tobytes()) if plain.dim() else _bytes(plain.reshape(1))
+    resolved = value.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    # Not .contiguous(), which keeps the strides of dimensions of one element as they are (as of a 1x1 convolution's
+    # weight in channels-last): such a tensor cannot be viewed as bytes.
+    plain = resolved.clone(memory_format=torch.contiguous_format)
+    return bytes(plain.view(torch.uint8).numpy().tobytes())
 
 
 def _node(node: fx.Node, graph: Graph) -> list[Any]:

@@ -85,6 +85,8 @@ def _marking_steps(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _FREEZING = {"freezing": True}
+_MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
+"""What mode max-autotune-no-cudagraphs sets, as options, which can be joined with freezing."""
 _ALL = (
     Contender("eager"),
     Contender("inductor", "inductor"),
@@ -100,16 +102,29 @@ _ALL = (
     Contender("fxopt-reduce-overhead-freeze", "fxopt", options={"mode": "reduce-overhead", "freeze": True}, frozen=True),
     Contender("fxopt-max-autotune", "fxopt", mode="max-autotune", slow=True),
 )
+_TUNED = (
+    Contender("inductor-max-autotune-no-cudagraphs", "inductor", options=_MAX_AUTOTUNE, slow=True),
+    Contender(
+        "inductor-max-autotune-no-cudagraphs-freezing",
+        "inductor",
+        options={**_FREEZING, **_MAX_AUTOTUNE},
+        frozen=True,
+        slow=True,
+    ),
+)
+"""For timing on the device alone, which makes CUDA graphs pointless."""
+
 COPY = Contender("copy")
 """No implementation of the case: a copy that moves as many bytes as the case must."""
 _PEERS = (COPY, Contender("liger", alternative="liger"), Contender("fused", alternative="fused"))
-CONTENDERS = {c.name: c for c in (*_ALL, *_PEERS)}
+CONTENDERS = {c.name: c for c in (*_ALL, *_TUNED, *_PEERS)}
 
 
 def pick(names: str) -> list[Contender]:
     """Contenders from a comma-separated list, "all", or "plain" (default modes only). ValueError lists the valid names.
 
-    "all" are the ways of running a torch model; those that only some cases have (liger, fused, copy) are asked for by name.
+    "all" are the ways of running a torch model; those that only some cases or programs have (liger, fused, copy,
+    max-autotune without CUDA graphs) are asked for by name.
     """
     if names == "all":
         return list(_ALL)
