@@ -31,7 +31,7 @@ from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.ops import linear_cross_entropy as lowering
 from fxopt.lower.schedule import schedule
-from fxopt.runtime.memory import nbytes
+from fxopt.runtime.lifetimes import nbytes
 from fxopt.runtime.plan import Free, Plan, defined, used
 from fxopt.target import Target
 from fxopt.tune import Choice
