@@ -18,16 +18,20 @@ from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, tra
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alias, Alternatives, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
-from fxopt.lower.convolutions import CONVOLUTION, FusedConvolutions
+from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.products import Product, columns_of, find_product
+from fxopt.lower.patches import Gathered, find_gathered
+from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.values import cast
 
 NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
 LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
+STENCIL, IMPLICIT = "stencil", "implicit"
+"""Depthwise convolutions, and others as products of patches, with what follows or alone."""
+
 FEW_ROWS = 64
 """Products of no more rows are bound by memory, where a kernel of ours may beat the library even without an epilogue."""
 
@@ -61,27 +65,47 @@ class _Search:
                 continue
             if product is not None and self._fuse(k, product):
                 continue
-            if convolution is not None and self._fuse_convolution(k, convolution):
+            gathered = self._gathered(convolution) if convolution is not None and product is None else None
+            if convolution is not None and self._fuse_convolution(k, convolution, gathered):
                 continue
             if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
         steps = [s for s in self.steps if s is not None]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
 
-    def _fuse_convolution(self, k: int, call: Call) -> bool:
-        """Put alternatives in the place of convolution `k` and its only reader, if one call computes both."""
+    def _fuse_convolution(self, k: int, call: Call, own: Gathered | None) -> bool:
+        """Put alternatives in the place of convolution `k` and a reader, if one call or kernel computes both, or of the
+        convolution alone, if a kernel of ours may: `own`.
+        """
         name = call.outputs[0]
         for j in range(k + 1, len(self.steps)):
             region = self.steps[j]
             if isinstance(region, Region) and name in self.accesses[j][0]:
                 place = self._place((k, j))
                 if place is not None:
-                    apart = self._among(region.name, (call,), region, [Way(LIBRARY, (call, region))])
+                    ways = [Way(LIBRARY, (call, region))]
+                    fused = self._contraction(own.product, region, self._is_wanted(name, (k, j))) if own and name else None
+                    if own is not None and fused is not None:
+                        ways.append(_gathering(own, fused))
+                    apart = self._among(region.name, (call,), region, ways)
                     found = self._with_fused_calls(apart, (k, j), call, region)
-                    if found is not apart:
+                    if len(found.ways) > 1:
                         self._put((k, j), place, found)
                         return True
-        return False
+        if own is not None:
+            alone = self._alone(own.product)
+            ways = [Way(LIBRARY, (call,)), _gathering(own, alone)]
+            self.steps[k] = self._among(alone.name, (call,), None, ways)
+        return own is not None
+
+    def _gathered(self, call: Call) -> Gathered | None:
+        """`call` for a kernel of ours, its weight among the buffers."""
+        found = find_gathered(call, self.lowered.buffers, self.views, self.lowered.constants)
+        if found is not None and found.weight is not None:
+            self.convolutions.buffers[found.weight.name] = found.weight
+            if found.constant is not None:
+                self.convolutions.constants[found.weight.name] = found.constant
+        return found
 
     def _fuse_shortcut(self, k: int, call: Call, product: Product | None) -> bool:
         """`_fuse_convolution` for convolution `k` and the next one, whose result their only reader adds."""
@@ -265,7 +289,7 @@ class _Search:
     def _with_epilogue(self, products: Sequence[Product], registers: Sequence[str], region: Region) -> Contraction:
         operands = [m.buffer for p in products for m in (p.a, p.b)]
         touched = {n: s for n, s in region.buffers.items() if n not in registers}
-        touched |= {n: self.lowered.buffers[n] for n in operands}
+        touched |= {n: self.convolutions.buffers[n] for n in operands}
         first, *others = products
         tf32 = self.lowered.buffers[first.a.buffer].dtype == torch.float32
         made = Contraction(
@@ -304,7 +328,7 @@ class _Search:
             *(n for call in calls for n in call.outputs if n is not None),
             *map(self._root, named),
         ]
-        return Alternatives(name, tuple(ways), {n: self.lowered.buffers[n] for n in dict.fromkeys(names)}, views)
+        return Alternatives(name, tuple(ways), {n: self.convolutions.buffers[n] for n in dict.fromkeys(names)}, views)
 
     # ------------------------------------------------------------------ which step touches what
 
@@ -332,6 +356,12 @@ class _Search:
 def _uses_tf32(product: Product) -> bool:
     """Whether the library may round the float32 operands of `product` to TF32."""
     return convolutions_use_tf32() if product.call.op == CONVOLUTION else products_use_tf32()
+
+
+def _gathering(gathered: Gathered, contraction: Contraction) -> Way:
+    """The way in which `contraction` computes the convolution `gathered`, its weight laid out before."""
+    before = () if gathered.filling is None else (gathered.filling,)
+    return Way(STENCIL if gathered.is_depthwise else IMPLICIT, (*before, contraction))
 
 
 def _is_plain(nest: Nest) -> bool:
@@ -376,6 +406,7 @@ def _renamed(nest: Nest, products: Mapping[str, Product]) -> Nest | None:
 
 def as_reduction(contraction: Contraction) -> Region:
     """Products of one row as a region that reduces: every element of the right operands is read once."""
+    assert isinstance(contraction.a, Matrix)
     k = Sym("r3", size=contraction.depth)
     batch, row, column = contraction.axes
 

@@ -15,6 +15,7 @@ from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.loops import Load, transform
 from fxopt.ir.region import Contraction
 from fxopt.lower.contractions import FUSED, TWO
+from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import fused, kept, searched
 from tests.numerics import assert_closer, to_float64
@@ -32,9 +33,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET = Target.cuda(90)
 F = torch.nn.functional
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-PADDING = 64
-"""Elements of NaN before and behind each buffer."""
-
 POINTER = GemmConfig(False, 32, 32, 16, 4, 3)
 TMA = replace(POINTER, tma=True)
 CONFIGS = [
@@ -61,14 +59,6 @@ def interpreter() -> Iterator[Interpreter]:
     server = Interpreter()
     yield server
     server.close()
-
-
-def padded(values: torch.Tensor) -> torch.Tensor:
-    """The memory of `values` between junk: what a kernel reads outside becomes NaN in what it computes."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True))
-    around = torch.full((extent + 2 * PADDING,), float("nan") if values.is_floating_point() else 1, dtype=values.dtype)
-    around[PADDING : PADDING + extent] = values.as_strided((extent,), (1,), values.storage_offset())
-    return around[PADDING : PADDING + extent]
 
 
 def run(
