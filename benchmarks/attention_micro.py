@@ -5,14 +5,17 @@ that takes the problem, called directly; the backends that fxopt has chosen, cal
 wrong); eager's `scaled_dot_product_attention`; and `torch.compile(backend="fxopt")` of it. As in a model, heads and
 features of the result become one dimension: a gradient in the layout of heads first would be copied by AOTAutograd before
 fxopt sees it (torch up to 2.11). The values of eager and fxopt are compared with float64. Times are the device's alone: the
-host is kept ahead of it.
+host is kept ahead of it, and inputs are not in the L2 cache.
+
+In inference, fxopt's own kernels are contenders too: `--configs` of them are built and timed, and the fastest three of
+these meet the backends ("kernel ..."). The JSON has the cost model's estimate beside each time.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.attention_kernels import Contender, contenders
 from benchmarks.results import revision, target_facts, versions
 from fxopt.ir.attention_backends import (
     AUTO,
@@ -40,17 +44,30 @@ from fxopt.ir.attention_backends import (
     supports,
 )
 from fxopt.journal import RECENT
+from fxopt.lower import contractions
 from fxopt.report.measure import geometric_mean, interleaved
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.target import Target
+from fxopt.tune import measure as tuner
 
 MOST_SCORE_BYTES = 2 << 30
 """The backend that stores all scores is left out where they take more."""
+
+OWN = "kernel "
+"""What the names of fxopt's own kernels begin with."""
+
+FINALISTS = 3
 
 Step = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's attention: query [batch, heads, rows, width], keys and values [batch, groups, keys, width]."""
+    """A model's attention: query [batch, heads, rows, width], keys and values [batch, groups, keys, width].
+
+    `mask`: "padding" hides the last keys, "cache" those that a static cache does not hold yet (boolean, one row for all),
+    "causal" and "window" those after a row and also those `WINDOW` before it (boolean), "bias" is added for each head.
+    """
 
     name: str
     batch: int
@@ -66,11 +83,35 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
 
     @property
+    def score_bytes(self) -> int:
+        return 4 * self.batch * self.heads * self.rows * (self.keys or self.rows)
+
+    @property
     def label(self) -> str:
         return f"{self.name}/{'train' if self.train else 'infer'}"
 
 
+WINDOW = 1024
+
+
+def _decoding() -> Iterator[Shape]:
+    """Llama-3-8B's attention for one new token, over all keys and over a static cache."""
+    for batch, keys in ((1, 2048), (1, 8192), (8, 2048), (8, 8192), (64, 2048), (64, 8192)):
+        for mask in ("", "cache"):
+            name = f"decode-llama3-b{batch}-{keys}{'-cache' if mask else ''}"
+            yield Shape(name, batch, 32, 1, 128, keys=keys, groups=8, mask=mask)
+
+
 SHAPES = (
+    *_decoding(),
+    Shape("decode-8-rows", 1, 32, 8, 128, keys=2048, groups=8, mask="cache"),
+    Shape("decode-gpt2-b8", 8, 12, 1, 64, keys=512),
+    Shape("decode-whisper-cross", 8, 20, 1, 64, keys=1500),
+    Shape("decode-gemma2", 1, 8, 1, 256, keys=4096, groups=4, mask="cache"),
+    Shape("llama3-prefill-2048-mask", 1, 32, 2048, 128, groups=8, mask="causal"),
+    Shape("mistral-window-4096", 1, 32, 4096, 128, groups=8, mask="window"),
+    Shape("phi3-prefill-2048", 1, 32, 2048, 96, causal=True),
+    Shape("sd15-self", 2, 8, 1024, 80, dtype=torch.float16),
     Shape("vit-b-b64", 64, 12, 197, 64),
     Shape("vit-b-b64", 64, 12, 197, 64, train=True),
     Shape("vit-b-b1", 1, 12, 197, 64),
@@ -90,8 +131,6 @@ SHAPES = (
     Shape("sdxl-self", 2, 10, 4096, 64, dtype=torch.float16),
     Shape("sdxl-self", 2, 10, 4096, 64, dtype=torch.float16, train=True),
     Shape("sdxl-cross", 2, 10, 4096, 64, keys=77, dtype=torch.float16),
-    Shape("decode-b1", 1, 32, 1, 128, keys=2048, groups=8),
-    Shape("decode-b16", 16, 32, 1, 128, keys=2048, groups=8),
     Shape("dense-4096", 4, 16, 4096, 128),
     Shape("dense-4096-causal", 4, 16, 4096, 128, causal=True, train=True),
     Shape("long-16k", 1, 16, 16384, 128, causal=True),
@@ -114,6 +153,11 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
     if shape.mask == "padding":
         seen = torch.randint(keys // 2, keys + 1, (shape.batch, 1, 1, 1), device=device, generator=generator)
         mask = (torch.arange(keys, device=device) < seen).expand(shape.batch, 1, shape.rows, keys)
+    elif shape.mask == "cache":
+        mask = (torch.arange(keys, device=device) < keys * 3 // 4).expand(shape.batch, 1, shape.rows, keys)
+    elif shape.mask in ("causal", "window"):
+        distance = torch.arange(shape.rows, device=device)[:, None] - torch.arange(keys, device=device)
+        mask = ((distance >= 0) & (distance < (WINDOW if shape.mask == "window" else keys)))[None, None]
     elif shape.mask == "bias":
         sizes = (1, shape.heads, shape.rows, keys)
         mask = torch.empty(sizes, dtype=shape.dtype, device=device).normal_(generator=generator)
@@ -163,6 +207,12 @@ def choice() -> str:
     return notes[0].partition(": ")[2].partition(" ")[0] if notes else AUTO
 
 
+def way() -> str:
+    """The way that the tuner has kept, where kernels of ours were candidates."""
+    notes = [text for journal in RECENT for topic, text in journal.notes if topic == contractions.NAME]
+    return notes[0].partition(": ")[2] if notes else ""
+
+
 def exact_values(x: Inputs, grad: Tensor, train: bool) -> tuple[Tensor, ...]:
     """Result and gradients of the first batch's first group of heads, in float64."""
     part = first_group(x)
@@ -187,7 +237,40 @@ def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     return [float((f - w).abs().max() / w.abs().max()) for f, w in zip(cut, exact, strict=True)]
 
 
-def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
+Rows = list[dict[str, Any]]
+
+
+def measure_kernels(x: Inputs, exact: Tensor, device: torch.device, count: int) -> tuple[list[Contender], Rows]:
+    """fxopt's own kernels, the fastest first, and what the results tell of each."""
+    found = contenders(x, Target.current(device), ArtifactStore(), count)
+    taken = tuner.interleaved([c.run for c in found], device, cold=True)
+    rows: Rows = []
+    for each, time_taken in zip(found, taken, strict=True):
+        each.out.fill_(float("nan"))
+        each.run()
+        rows.append(
+            {
+                "config": str(each.config),
+                "seconds": time_taken,
+                "estimate": each.estimate,
+                "error": errors((each.out,), (exact,))[0],
+                "registers": each.registers,
+                "spills": each.spills,
+            }
+        )
+    order = sorted(range(len(found)), key=lambda k: taken[k])
+    return [found[k] for k in order], [rows[k] for k in order]
+
+
+def stored(contender: Contender) -> Step:
+    def step() -> tuple[Tensor, ...]:
+        contender.run()
+        return (contender.out,)
+
+    return step
+
+
+def measure(shape: Shape, device: torch.device, seconds: float, configs: int) -> dict[str, Any]:
     """One entry of the results."""
     x = make_inputs(shape, device)
     grad = torch.randn_like(x.query)
@@ -202,20 +285,27 @@ def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any
     chosen = choice()
     exact = exact_values(x, grad, shape.train)
     judged = {"eager": errors(steps["eager"](), exact), "fxopt": errors(own, exact)}
+    kernels: Rows = []
+    if configs and not shape.train and shape.dtype != torch.float32:
+        found, kernels = measure_kernels(x, exact[0], device, configs)
+        steps |= {f"{OWN}{c.config}": stored(c) for c in found[:FINALISTS]}
     del exact, own
-    few = 4 * shape.batch * shape.heads * shape.rows * (shape.keys or shape.rows) <= MOST_SCORE_BYTES
     for name in BACKENDS:
-        if supports(name, x, shape.train) and (name != MATH or few):
+        if supports(name, x, shape.train) and (name != MATH or shape.score_bytes <= MOST_SCORE_BYTES):
             steps[name] = direct(x, grad, shape.train, name)
     steps["chosen"] = direct(x, grad, shape.train, chosen)
     timings = interleaved(steps, device, seconds=seconds, ahead=True)
     taken = {name: timings[name].median for name in steps}
     best = min((name for name in steps if name in BACKENDS), key=lambda name: taken[name])
+    ours = min((name for name in steps if name.startswith(OWN)), key=lambda name: taken[name], default=best)
     return {
         "case": shape.label,
         "shape": {**asdict(shape), "dtype": str(shape.dtype)},
         "chosen": chosen,
         "best": best,
+        "way": way(),
+        "kernels": kernels,
+        "kernel_over_best": taken[ours] / taken[best],
         "seconds": taken,
         "quartiles": {name: timings[name].quartiles for name in steps},
         "chosen_over_best": taken["chosen"] / taken[best],
@@ -229,18 +319,24 @@ def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for attention_micro.json")],
-    only: Annotated[str, typer.Option(help="shapes whose label has this in it")] = "",
+    only: Annotated[str, typer.Option(help="shapes whose label has one of these in it, separated by commas")] = "",
     seconds: Annotated[float, typer.Option(help="of timing a shape")] = 1.5,
+    configs: Annotated[int, typer.Option(help="configurations of fxopt's own kernels; 0 for none")] = 0,
+    limit: Annotated[float, typer.Option(help="begin no further shapes after so many seconds")] = 3600.0,
 ) -> None:
     """Time each backend, eager's choice and fxopt's at every shape."""
     device = torch.device("cuda", torch.cuda.current_device())
     entries: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     for shape in SHAPES:
-        if only not in shape.label:
+        if not any(word in shape.label for word in only.split(",")):
             continue
+        if time.perf_counter() - began > limit:
+            typer.echo(f"out of time before {shape.label}")
+            break
         try:
-            entry = measure(shape, device, seconds)
+            entry = measure(shape, device, seconds, configs)
         except RuntimeError as error:
             entry = {"case": shape.label, "error": str(error).partition("\n")[0]}
         entries.append(entry)
@@ -251,7 +347,7 @@ def main(
             "commit": revision(),
             "summary": {
                 key: geometric_mean([e[key] for e in timed])
-                for key in ("chosen_over_best", "fxopt_over_best", "eager_over_fxopt")
+                for key in ("chosen_over_best", "fxopt_over_best", "kernel_over_best", "eager_over_fxopt")
                 if timed
             },
             "entries": entries,
@@ -264,11 +360,14 @@ def main(
 def line(entry: dict[str, Any]) -> str:
     if "error" in entry:
         return f"{entry['case']:<30} {entry['error']}"
-    shown = ("eager", "fxopt", "chosen", FLASH, EFFICIENT, CUDNN, MATH)
+    own = [name for name in entry["seconds"] if name.startswith(OWN)]
+    shown = ("eager", "fxopt", "chosen", FLASH, EFFICIENT, CUDNN, MATH, *own)
     figures = " ".join(f"{name} {entry['seconds'][name] * 1e6:8.1f}" for name in shown if name in entry["seconds"])
     told = f"{entry['chosen']:<10} {entry['chosen_over_best']:.2f} of best"
     fxopts, eagers = (max(entry["errors"][name]) for name in ("fxopt", "eager"))
-    return f"{entry['case']:<30} {told}, errors {fxopts:.1e} (eager {eagers:.1e}): {figures}"
+    worst = max((row["error"] for row in entry["kernels"]), default=0.0)
+    judged = f"errors {fxopts:.1e} (eager {eagers:.1e}, kernels {worst:.1e})"
+    return f"{entry['case']:<30} {told}, {judged}: {figures} {entry['way']}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from fxopt.ir.exprs import Int, coefficient, free_symbols, substitute
 from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import Masked, loads_below, postorder
-from fxopt.ir.region import Alternatives, Batch, BufferSpec, Call, Contraction, Ref, Region, Size
+from fxopt.ir.region import Alternatives, Attention, Batch, BufferSpec, Call, Contraction, Ref, Region, Size
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.lower.cost import nbytes
@@ -28,7 +28,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
     steps: list[PlanStep] = []
     buffers = dict(lowered.buffers)
     for step in lowered.steps:
-        if isinstance(step, Region | Batch | Contraction):
+        if isinstance(step, Region | Batch | Contraction | Attention):
             choice = chosen[step.name]
             buffers.update({spec.name: spec for spec in choice.scratch})
             steps += _launches(step, choice)
@@ -54,7 +54,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
     return plan_memory(plan)
 
 
-def _launches(region: Region | Batch | Contraction, choice: Choice) -> list[PlanStep]:
+def _launches(region: Region | Batch | Contraction | Attention, choice: Choice) -> list[PlanStep]:
     """One launch per kernel of the choice (a split reduction has two)."""
     out: list[PlanStep] = []
     parts = region.members if isinstance(region, Batch) else (region,)
@@ -113,7 +113,7 @@ def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
                 yield store.buffer, name
 
 
-def _note_kernels(region: Region | Batch | Contraction, choice: Choice, journal: Journal) -> None:
+def _note_kernels(region: Region | Batch | Contraction | Attention, choice: Choice, journal: Journal) -> None:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     source = choice.kernels[0][0]
     label = f"{choice.label}, {len(region.members)} members" if isinstance(region, Batch) else choice.label

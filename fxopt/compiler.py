@@ -12,7 +12,8 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Batch, Region
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, batching, contractions, lower_graph
+from fxopt.lower import Lowered, attention_kernels, batching, contractions, lower_graph
+from fxopt.lower.attention_kernels import with_attention_kernels
 from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
 from fxopt.options import GRAPH_MODES, Options
@@ -90,6 +91,8 @@ def _lower_and_choose(
             lowered = schedule(lowered, batch=batch, apart=apart)
             if contractions.NAME not in options.disable and options.tuning_seconds != 0:
                 lowered = with_contractions(lowered, every=options.mode == "max-autotune")
+            if attention_kernels.NAME not in options.disable and options.tuning_seconds != 0:
+                lowered = with_attention_kernels(lowered)
         with journal.timed("kernels"):
             lowered, chosen, failed = tune.choose(lowered, options, store, journal)
         if not failed:

@@ -321,11 +321,67 @@ class Contraction:
 
 
 @dataclass(frozen=True)
+class Strided:
+    """A tensor in memory, `offset` elements into `buffer`; nothing of it is symbolic."""
+
+    buffer: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(query @ key.T * scale + mask) @ value as kernels of ours.
+
+    query [B, H, S, E], key [B, G, T, E], value [B, G, T, Ev] and out [B, H, S, Ev] lie in `buffers`; so does the mask, which
+    strides of 0 broadcast to [B, H, S, T]: true where a key is seen, or an addend. A causal mask shows row i the keys up
+    to i.
+    """
+
+    name: str
+    query: Strided
+    key: Strided
+    value: Strided
+    mask: Strided | None
+    out: Strided
+    causal: bool
+    scale: float
+    buffers: dict[str, BufferSpec]
+    origins: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffers[self.out.buffer].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of query, key, value and result."""
+        return self.buffers[self.out.buffer].dtype
+
+    @property
+    def operands(self) -> tuple[Strided, ...]:
+        """What is read; the mask last, if there is one."""
+        return (self.query, self.key, self.value, *(() if self.mask is None else (self.mask,)))
+
+    def reads(self) -> tuple[str, ...]:
+        """Buffers read, in order of first use."""
+        return tuple(dict.fromkeys(x.buffer for x in self.operands))
+
+    def writes(self) -> tuple[str, ...]:
+        """The buffer stored to."""
+        return (self.out.buffer,)
+
+
+@dataclass(frozen=True)
 class Way:
     """One way to compute something: steps in order. `label` says which, for people and records."""
 
     label: str
-    steps: tuple[Region | Contraction | Call, ...]
+    steps: tuple[Region | Contraction | Attention | Call, ...]
 
 
 @dataclass(frozen=True)
@@ -348,4 +404,4 @@ class Alternatives:
         return next(iter(self.buffers.values())).device
 
 
-Step = Region | Batch | Call | Alias | Contraction | Alternatives
+Step = Region | Batch | Call | Alias | Contraction | Attention | Alternatives

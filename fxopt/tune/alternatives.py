@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alternatives, Call, Ref, Way
 from fxopt.journal import Journal
@@ -146,6 +147,8 @@ def _switches(op: str) -> list[object]:
     """What decides, beside its arguments, how the library computes `op`."""
     if "convolution" in op:
         return [torch.backends.cudnn.version(), torch.backends.cudnn.benchmark, convolutions_use_tf32()]
+    if "attention" in op:
+        return [torch.backends.cudnn.version(), *enabled_backends()]
     flags = torch.backends.cuda.matmul
     reductions = [flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction]
     return [*reductions, products_use_tf32()]

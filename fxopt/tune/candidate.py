@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
-from fxopt.codegen.templates import conv_config, gemm_config
+from fxopt.codegen.templates import attention_config, conv_config, gemm_config
 from fxopt.codegen.templates.conv_config import StencilConfig
 from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, KernelSource
-from fxopt.ir.region import Batch, BufferSpec, Contraction, Patches, Region
+from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region
 from fxopt.lower.cost import nbytes
 from fxopt.options import Options
 from fxopt.target import Target
@@ -42,7 +43,10 @@ CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
 
-Work = Region | Batch | Contraction
+ATTENTION_CANDIDATES = {"default": 3, "max-autotune": 8}
+"""How many configurations of attention are compiled, by mode."""
+
+Work = Region | Batch | Contraction | Attention
 """What becomes kernels."""
 
 
@@ -84,6 +88,8 @@ def candidates(region: Work, options: Options) -> list[Candidate]:
     target = Target.current(region.device)
     if isinstance(region, Contraction):
         return contraction_candidates(region, target, options.mode)
+    if isinstance(region, Attention):
+        return attention_candidates(region, target, options.mode)
     if isinstance(region, Batch):
         return batch_candidates(region, target, options.mode)
     if region.device.type == "cpu":
@@ -149,6 +155,18 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
     else:
         chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
     return [Candidate(str(c), print_convolution(contraction, c, target).kernels) for c in dict.fromkeys(chosen)]
+
+
+def attention_candidates(attention: Attention, target: Target, mode: str) -> list[Candidate]:
+    """The candidates of `attention`; none where a library kernel is sure to be faster.
+
+    Raises UnsupportedError when Triton generates no code for `target`.
+    """
+    most = ATTENTION_CANDIDATES.get(mode, ATTENTION_CANDIDATES["default"])
+    if mode != "max-autotune" and not attention_config.may_win(attention, target):
+        return []
+    chosen = attention_config.configs(attention, target, limit=most)
+    return [Candidate(str(c), (p := print_attention(attention, c, target)).kernels, p.scratch) for c in chosen]
 
 
 def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target) -> bool:

@@ -1,0 +1,192 @@
+"""Attention as kernels: what a printed entry calls for softmax(query @ key.T * scale + mask) @ value.
+
+- `attend`: one program for each tile of BM query rows and each of SPLIT parts of the keys, over which it goes once with an
+  online softmax (FlashAttention-2, Dao 2023). With SPLIT 1 it stores the result, else what its part gives.
+- `join`: the result from those of the parts, in a fixed order (split-KV decoding).
+
+A tile's rows are PACK query heads by some query positions: the heads of a group share their keys and values, and so one
+position of a whole group still fills the tensor cores. Row m of all is position m // PACK of head m % PACK.
+
+Shapes: query [B, H, S, E], key [B, G, T, E], value [B, G, T, EV], H = G * GROUP; the mask is broadcast to [B, H, S, T] by
+strides of 0. Sizes and strides are literals in elements; offsets within a head, and within a batch's mask, are below 2**31.
+Features are contiguous in query, key and value. Products are summed in float32, and so are probabilities.
+
+Scores that are not hidden but by the mask's minus infinity are as in eager: NaN in a row makes all of it NaN. A row hidden
+throughout is zero, as from torch's own fused kernels.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+ROWS_OF_MASK = tl.constexpr("rows")
+"""Kind of a mask with a row for each row of scores; any other text but "" is one row for all."""
+
+
+@triton.jit
+def block_of(rows, features, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, visible, MASKED: tl.constexpr):
+    """Rows [R, BLOCK] of SIZE features, zero beyond these and, if MASKED, where `visible` [R] says no."""
+    pointers = rows + (row[:, None] + features[None, :])
+    if MASKED and BLOCK != SIZE:
+        return tl.load(pointers, mask=visible[:, None] & (features < SIZE)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=visible[:, None], other=0.0)
+    elif BLOCK != SIZE:
+        return tl.load(pointers, mask=(features < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def addend_of(mask, at, inside, BOOLEAN: tl.constexpr, MASKED: tl.constexpr):
+    """Mask elements at offsets `at` as float32 addends; 0 where MASKED and not `inside`."""
+    if BOOLEAN:
+        if MASKED:
+            seen = tl.load(mask + at, mask=inside, other=1)
+        else:
+            seen = tl.load(mask + at)
+        return tl.where(seen != 0, 0.0, float("-inf"))
+    elif MASKED:
+        return tl.load(mask + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.load(mask + at).to(tl.float32)
+
+
+@triton.jit
+def over_keys(
+    acc, most, total, q, keys, values, mask, position, mask_row, first, end,
+    S: tl.constexpr, T: tl.constexpr, key_row: tl.constexpr, value_row: tl.constexpr, mask_column: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr, HIDDEN: tl.constexpr,
+    EDGE: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, EV: tl.constexpr, EVB: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(acc, most, total) after the keys from `first` to `end`: sums of exp(score - most) * value and of exp(score - most).
+
+    `most` [BM], the greatest score so far, is in powers of two without a MASK (then SCALE > 0). EDGE: keys may lie past T
+    or, if CAUSAL, past a row's `position`. HIDDEN: all keys so far may be hidden from a row.
+    """
+    features, values_features, n = tl.arange(0, EB), tl.arange(0, EVB), tl.arange(0, BN)
+    for block in range(first, end, BN):
+        column = tl.full([], 0, tl.int32) + block + n  # a tensor in the interpreter too
+        inside = column < T
+        k = block_of(keys, features, column * key_row, E, EB, inside, EDGE)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASK == ROWS_OF_MASK:
+            at = mask_row[:, None] + (column * mask_column)[None, :]
+            readable = inside[None, :] & (position < S)[:, None]
+            scores = scores * SCALE + addend_of(mask, at, readable, BOOLEAN, True)
+        elif MASK != "":
+            scores = scores * SCALE + addend_of(mask, column * mask_column, inside, BOOLEAN, EDGE)[None, :]
+        if EDGE and CAUSAL:
+            scores = tl.where(inside[None, :] & (column[None, :] <= position[:, None]), scores, float("-inf"))
+        elif EDGE:
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+        # A mask may be as low as the least float: then only differences may be multiplied.
+        unit: tl.constexpr = SCALE * LOG2_E if MASK == "" else 1.0
+        power: tl.constexpr = 1.0 if MASK == "" else LOG2_E
+        higher = tl.maximum(most, tl.max(scores, 1) * unit)
+        if HIDDEN:
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+        else:
+            base = higher
+        p, shrink = tl.exp2((scores * unit - base[:, None]) * power), tl.exp2((most - base) * power)
+        v = block_of(values, values_features, column * value_row, EV, EVB, inside, EDGE)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink + tl.sum(p, 1)
+        most = higher
+    return acc, most, total
+
+
+@triton.jit
+def attend(
+    query, key, value, mask, out, statistics,
+    H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK_STRIDES: tl.constexpr, OUT: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The grid is B * (H / PACK) * cdiv(S * PACK, BM) * SPLIT programs.
+
+    QUERY, KEY and VALUE are strides of batch, head and row, MASK_STRIDES and OUT of all four dimensions. A causal mask shows
+    row i the keys up to i. MASK: "" for none, "rows" or "row" (see `ROWS_OF_MASK`); BOOLEAN if it is true where a key is
+    seen, else it is added. With SPLIT > 1, `out` is float32 [SPLIT, B * H * S, EV], the sums of
+    the parts, and `statistics` float32 [2, SPLIT, B * H * S], their greatest scores and sums of exponentials.
+    """
+    tiles: tl.constexpr = (S * PACK + BM - 1) // BM
+    part, tile = tl.program_id(0) % SPLIT, tiles - 1 - tl.program_id(0) // SPLIT % tiles  # the longest causal rows first
+    heads = tl.program_id(0) // (SPLIT * tiles)
+    batch, head = heads // (H // PACK), heads % (H // PACK) * PACK
+    wide, group = batch.to(tl.int64), (head // GROUP).to(tl.int64)
+    keys, values = key + (wide * KEY[0] + group * KEY[1]), value + (wide * VALUE[0] + group * VALUE[1])
+
+    row = tile * BM + tl.arange(0, BM)
+    position, own_head = row // PACK, head + row % PACK
+    q_row = own_head.to(tl.int64) * QUERY[1] + position * QUERY[2]
+    q = block_of(query + wide * QUERY[0], tl.arange(0, EB), q_row, E, EB, position < S, S * PACK % BM != 0)
+    mask_row = own_head * MASK_STRIDES[1] + position * MASK_STRIDES[2]
+
+    blocks: tl.constexpr = (T + BN - 1) // BN
+    each: tl.constexpr = (blocks + SPLIT - 1) // SPLIT * BN
+    first, end, whole = part * each, tl.minimum(part * each + each, T), tl.minimum(part * each + each, T // BN * BN)
+    if CAUSAL:
+        end = tl.minimum(end, (tile * BM + BM - 1) // PACK + 1)
+        whole = tl.minimum(whole, (tile * BM // PACK + 1) // BN * BN)
+    whole = tl.maximum(whole, first)
+
+    most, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, EVB], tl.float32)
+    hidden: tl.constexpr = MASK != "" or (CAUSAL and SPLIT > 1)
+    acc, most, total = over_keys(
+        acc, most, total, q, keys, values, mask + wide * MASK_STRIDES[0], position, mask_row, first, whole,
+        S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB, PRECISION,
+    )  # fmt: skip
+    if CAUSAL or T % BN != 0:
+        acc, most, total = over_keys(
+            acc, most, total, q, keys, values, mask + wide * MASK_STRIDES[0], position, mask_row, whole, end,
+            S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
+            PRECISION,
+        )  # fmt: skip
+
+    features = tl.arange(0, EVB)
+    inside = (position < S)[:, None] & (features < EV)[None, :]
+    if SPLIT == 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        at = own_head.to(tl.int64) * OUT[1] + position * OUT[2]
+        place = out + wide * OUT[0] + (at[:, None] + (features * OUT[3])[None, :])
+        tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        count = tl.num_programs(0) // (SPLIT * tiles) * PACK * S
+        at = (part * count + (batch * H + own_head) * S + position).to(tl.int64)
+        tl.store(out + (at[:, None] * EV + features[None, :]), acc, mask=inside)
+        tl.store(statistics + at, most, mask=position < S)
+        tl.store(statistics + (SPLIT * count + at), total, mask=position < S)
+
+
+@triton.jit
+def join(
+    parts, statistics, out, H: tl.constexpr, S: tl.constexpr, EV: tl.constexpr, OUT: tl.constexpr, MASK: tl.constexpr,
+    SPLIT: tl.constexpr, PARTS: tl.constexpr, EVB: tl.constexpr,
+):  # fmt: skip
+    """The result from the SPLIT parts that `attend` has stored; one program for each of B * H * S rows. PARTS and EVB are
+    powers of two that hold SPLIT and EV.
+    """
+    row, count = tl.program_id(0), tl.num_programs(0)
+    features, part = tl.arange(0, EVB), tl.arange(0, PARTS)
+    at = part * count.to(tl.int64) + row
+    highest = tl.load(statistics + at, mask=part < SPLIT, other=float("-inf"))
+    totals = tl.load(statistics + (SPLIT * count + at), mask=part < SPLIT, other=0.0)
+    most = tl.max(highest, 0)
+    power: tl.constexpr = 1.0 if MASK == "" else LOG2_E
+    weights = tl.exp2((highest - tl.where(most == float("-inf"), 0.0, most)) * power)
+    inside = (part < SPLIT)[:, None] & (features < EV)[None, :]
+    sums = tl.load(parts + (at[:, None] * EV + features[None, :]), mask=inside, other=0.0)
+    total = tl.sum(totals * weights, 0)
+    value = tl.sum(sums * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    batch, head, position = row // (H * S), row // S % H, row % S
+    place = out + (batch.to(tl.int64) * OUT[0] + head.to(tl.int64) * OUT[1] + position.to(tl.int64) * OUT[2])
+    tl.store(place + features * OUT[3], value.to(out.dtype.element_ty), mask=features < EV)

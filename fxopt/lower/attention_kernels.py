@@ -1,0 +1,115 @@
+"""Attention by kernels of ours, as another way beside the library's call: the tuner decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from fxopt.ir import ops
+from fxopt.ir.attention_backends import enabled_backends
+from fxopt.ir.exprs import Int
+from fxopt.ir.region import Alias, Alternatives, Attention, Call, Ref, Step, Strided, Way
+from fxopt.lower.attention_calls import OPS, TENSORS, AttentionCall, find_attention
+from fxopt.lower.lowering import Lowered
+from fxopt.lower.products import as_view
+
+NAME = "attention_kernels"
+"""What switches this off (FXOPT_DISABLE)."""
+
+LIBRARY, KERNEL = "library", "kernel"
+
+DTYPES = (torch.float16, torch.bfloat16)
+MASK_DTYPES = (*DTYPES, torch.float32, torch.bool)
+MOST_FEATURES, FEATURES_MULTIPLE = 256, 8
+
+MOST_ELEMENTS = 2**31
+"""What offsets within a head, and within the mask of one batch, stay below; a tile may reach so many rows further."""
+
+TILE_ROWS = 128
+
+
+def with_attention_kernels(lowered: Lowered) -> Lowered:
+    """`lowered`, already scheduled, with `Alternatives` for each attention on a GPU that kernels of ours can compute.
+
+    Only for calls without a gradient: a forward in training belongs to the backward of its library. As when backends are
+    chosen, deterministic algorithms and a single enabled backend leave all to torch: what is measured may change.
+    """
+    if torch.are_deterministic_algorithms_enabled() or len(enabled_backends()) < 2:
+        return lowered
+    found = {id(f.call): f for f in find_attention(lowered) if f.device.type == "cuda" and len(f.results) == 1}
+    views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
+    steps: list[Step] = []
+    for step in lowered.steps:
+        own = _kernel(found[id(step)], lowered, views) if id(step) in found else None
+        if own is None or not isinstance(step, Call):
+            steps.append(step)
+            continue
+        named = tuple(views[r.name] for r in _references(step).values() if r.name in views)
+        ways = (Way(LIBRARY, (step,)), Way(KERNEL, (own,)))
+        steps.append(Alternatives(own.name, ways, own.buffers, tuple(dict.fromkeys(named))))
+    return replace(lowered, steps=steps)
+
+
+def _kernel(found: AttentionCall, lowered: Lowered, views: Mapping[str, Alias]) -> Attention | None:
+    """`found` as a step of kernels, or None where the templates do not take it."""
+    names = {name: ref.name for name, ref in _references(found.call).items()}
+    tensors = {name: _strided(of, lowered, views) for name, of in (*names.items(), ("out", found.call.outputs[0]))}
+    query, key, value, mask, out = (tensors.get(name) for name in (*TENSORS, "out"))
+    if query is None or key is None or value is None or out is None or (mask is None and "attn_mask" in names):
+        return None
+    if mask is not None:
+        mask = _broadcast(mask, (*query.shape[:3], key.shape[2]))
+    settings = found.settings
+    scale = query.shape[3] ** -0.5 if settings.scale is None else settings.scale
+    buffers = {x.buffer: lowered.buffers[x.buffer] for x in (query, key, value, mask, out) if x is not None}
+    name, origins = f"{out.buffer}.attention", (found.call.origin,)
+    own = Attention(name, query, key, value, mask, out, settings.is_causal, scale, buffers, origins)
+    return own if _is_eligible(own) else None
+
+
+def _references(call: Call) -> dict[str, Ref]:
+    """The tensors that `call` is given, by the names of the schema."""
+    names = [a.name for a in ops.schema(OPS[call.op]).arguments]
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    return {name: given[name] for name in TENSORS if isinstance(given.get(name), Ref)}
+
+
+def _strided(name: str | None, lowered: Lowered, views: Mapping[str, Alias]) -> Strided | None:
+    """The tensor `name`; None where something of it is symbolic."""
+    view = None if name is None else as_view(name, lowered.buffers, views)
+    if view is None:
+        return None
+    shape, strides, (offset,) = _numbers(view.shape), _numbers(view.strides), _numbers((view.offset,)) or (None,)
+    return None if shape is None or strides is None or offset is None else Strided(view.of, shape, strides, offset)
+
+
+def _numbers(values: tuple[Int, ...]) -> tuple[int, ...] | None:
+    known = tuple(n for n in values if isinstance(n, int))
+    return known if len(known) == len(values) else None
+
+
+def _broadcast(mask: Strided, shape: tuple[int, ...]) -> Strided:
+    missing = len(shape) - len(mask.shape)
+    sizes, strides = (1,) * missing + mask.shape, (0,) * missing + mask.strides
+    return replace(mask, shape=shape, strides=tuple(0 if s == 1 else t for s, t in zip(sizes, strides, strict=True)))
+
+
+def _is_eligible(own: Attention) -> bool:
+    """Whether types, sizes and layouts are such as the templates take."""
+    query, key, value, mask = own.query, own.key, own.value, own.mask
+    if own.dtype not in DTYPES or any(own.buffers[x.buffer].dtype != own.dtype for x in (query, key, value)):
+        return False
+    if mask is not None and (own.causal or own.buffers[mask.buffer].dtype not in MASK_DTYPES):
+        return False
+    if not all((*query.shape, *key.shape, *value.shape)) or query.shape[1] % key.shape[1]:
+        return False
+    if any(w > MOST_FEATURES or w % FEATURES_MULTIPLE for w in (key.shape[3], value.shape[3])):
+        return False
+    if any(x.strides[3] != 1 for x in (query, key, value)) or not 0.0 < own.scale < float("inf"):
+        return False
+    reach = [(x.shape[2] + TILE_ROWS) * x.strides[2] for x in (query, key, value, own.out)]
+    if mask is not None:
+        reach.append(sum((n + TILE_ROWS) * s for n, s in zip(mask.shape[1:], mask.strides[1:], strict=True)))
+    return all(n < MOST_ELEMENTS for n in reach)
