@@ -45,8 +45,9 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
         return
     from fxopt.lower import batching
     from fxopt.passes import NAMES
+    from fxopt.runtime import cuda_graph
 
-    known = (*NAMES, batching.NAME)
+    known = (*NAMES, batching.NAME, cuda_graph.NAME)
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"
         if name in given.get("disable", ()):

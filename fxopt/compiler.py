@@ -16,8 +16,9 @@ from fxopt.lower import Lowered, attention_kernels, batching, contractions, lowe
 from fxopt.lower.attention_kernels import with_attention_kernels
 from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
-from fxopt.options import GRAPH_MODES, Options
+from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
+from fxopt.runtime.cuda_graph import with_graphs
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Plan
 
@@ -39,11 +40,10 @@ def compile_graph(
         key = plan_cache.plan_key(graph, options)
         known = None if key is None else plan_cache.load(key, graph, store, journal)
     if known is not None:
-        return known
+        return with_graphs(known, graph.phase, options, journal)
     with journal.timed("passes"):
         passes.run(graph, options, journal)
     lowered, chosen = _lower_and_choose(graph, options, journal, store)
-    note_mode(options, {spec.device.type for spec in lowered.buffers.values()}, journal)
     try:
         plan, executor = _bind(graph, lowered, chosen, journal)
     except CacheError as error:  # sound files that this process cannot load: another machine's, say
@@ -55,13 +55,7 @@ def compile_graph(
         plan, executor = _bind(graph, lowered, chosen, journal)
     if key is not None and plan_cache.save(key, plan, lowered, journal, store):
         executor.kept_as = key.digest()
-    return executor
-
-
-def note_mode(options: Options, devices: set[str], journal: Journal) -> None:
-    """Say what a mode does not do on a GPU, where its name promises more."""
-    if "cuda" in devices and options.mode in GRAPH_MODES:
-        journal.note("mode", GRAPH_MODES[options.mode])
+    return with_graphs(executor, graph.phase, options, journal)
 
 
 def _bind(graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], journal: Journal) -> tuple[Plan, Executor]:

@@ -29,13 +29,14 @@ from fxopt.ir import ops
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.canonical import UnwritableError, argument
 from fxopt.ir.exprs_json import to_json
-from fxopt.ir.graph import Graph
+from fxopt.ir.graph import Graph, Phase
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
 from fxopt.runtime.cachedir import default_directory
+from fxopt.runtime.cuda_graph import GraphedExecutor, with_graphs
 from fxopt.runtime.encoding import torch_name
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Launch, Plan
@@ -307,7 +308,8 @@ class AutogradShelf:
         path = self._store.cache.path / AUTOGRAD_FOLDER / f"{name}.json"
         self._store.cache.quarantine(path, reason, lambda: False)
 
-    def load(self, plan: str, journal: Journal) -> Executor | None:
-        """As `load`, by the name of the plan's document."""
+    def load(self, plan: str, phase: Phase, options: Options, journal: Journal) -> Executor | GraphedExecutor | None:
+        """As `load`, by the name of the plan's document, and what `compile_graph` makes of that."""
         body = self._store.cache.get_document(FOLDER, plan)
-        return _executor(plan, body, journal.graph, self._store, journal)
+        executor = _executor(plan, body, journal.graph, self._store, journal)
+        return None if executor is None else with_graphs(executor, phase, options, journal)

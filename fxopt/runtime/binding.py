@@ -25,6 +25,7 @@ from fxopt.ir.attention_op import attend, attend_backward, attend_forward
 from fxopt.ir.exprs import Atom, Expr, Int
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size, refs
+from fxopt.runtime import draws
 from fxopt.runtime.lifetimes import Lifetimes
 from fxopt.runtime.plan import Free, InputSpec, Launch, Plan, PlanStep, allocated
 
@@ -62,10 +63,11 @@ DIRECT: dict[str, Callable[..., Any]] = {
     "fxopt::attention.default": attend,
     "fxopt::attention_forward.default": attend_forward,
     "fxopt::attention_backward.default": attend_backward,
+    draws.SEED: draws.draw,
     "aten::_scaled_dot_product_cudnn_attention_backward.default": cudnn_backward,
 }
 """Ops that models call most, as functions with the same parameters that reach the kernel with less Python in between: 1 to
-5 us less a call than through the OpOverload. The last one is here for its values."""
+5 us less a call than through the OpOverload. The last one is here for its values, the seed for captured runs."""
 
 
 def resolve_op(op: str) -> Callable[..., Any]:
