@@ -27,6 +27,7 @@ from torch.fx.graph import _BoxedCodeGen
 from torch.fx.node import _get_qualified_name as qualified_name
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxopt.capture.joint_graph import remove_duplicates, without_unread_logs
 from fxopt.errors import RetreatError
 
 _PATCHING = threading.RLock()
@@ -65,7 +66,7 @@ def through_aot(
 
     counters["aot_autograd"]["total"] += 1
     try:
-        with _aot_logs(), gradients_as_outputs():
+        with _aot_logs(), _PATCHING, gradients_as_outputs(), without_unread_logs():
             compiled = aot_module_simplified(gm, list(inputs), bw_compiler=compile_backward, **settings)
     except dynamo_errors.TensorifyScalarRestartAnalysis:
         raise
@@ -147,7 +148,11 @@ def min_cut_partition(
         types.fusible_ops.update(recomputable)
         return types
 
-    with _PATCHING, mock.patch.object(partitioners, "get_default_op_list", extended):
+    with (
+        _PATCHING,
+        mock.patch.object(partitioners, "get_default_op_list", extended),
+        mock.patch.object(partitioners, "fx_graph_cse", remove_duplicates),
+    ):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **settings)
 
 
