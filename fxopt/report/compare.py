@@ -100,7 +100,8 @@ class Plan:
 
     `split` times forward and backward each alone, and only of contenders whose values are right by EAGER_SHARE (eager has to
     be among them). `flush` and `ahead` are those of `interleaved`. `turn` makes what is held while values are judged and
-    contenders timed: a lock, where several processes share the device.
+    contenders timed: a lock, where several processes share the device. Without `replay` fxopt makes no CUDA graphs in its
+    default mode: where the device's time alone counts, copies of inputs and outputs are no part of a kernel.
     """
 
     device: torch.device
@@ -110,6 +111,7 @@ class Plan:
     flush: bool = False
     ahead: bool = False
     split: bool = False
+    replay: bool = True
     max_rounds: int = 100
     profile: bool = True
     keep_outputs: bool = False
@@ -319,7 +321,7 @@ def _compile(subject: _Subject, entrant: _Entrant) -> None:
     row.cache = _cache_state(contender, plan.cold)
     case = subject.case_for(contender, judged=not _is_compiled(contender))
     base, taken = memory_in_use(plan.device), memory_taken(plan.device)
-    compiled = contender.compile(case.module, plan.device)
+    compiled = contender.compile(case.module, plan.device, plan.replay)
     with _own_caches(entrant, plan):
         row.compile_seconds = _first_step(case, compiled, plan)
         case.drive(compiled)  # which compiles again where the first step has changed its inputs' kind
