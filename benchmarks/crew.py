@@ -95,6 +95,7 @@ class Crew:
                 budget.deadline,
                 failed,
                 lambda text: console.print(text, highlight=False, soft_wrap=True),
+                budget.compile_limit,
             )
             room = ROOM * results.data["target"].get("memory_bytes", math.inf)
             pool.run([{**r, **settings} for r in requests], [expected_bytes(job) for job in missing], room, done)

@@ -106,7 +106,7 @@ def present(contenders: Sequence[Contender]) -> tuple[list[Contender], dict[str,
 def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds: float, warm: bool) -> Plan:
     """Passes apart. An optimizer's step is timed as it runs, host included: hundreds of tensors keep it busy."""
     usual = budget.plan(workload, device, seconds, cold=not warm)
-    return replace(usual, split=True, ahead=workload.kind == "kernel")
+    return replace(usual, split=True, ahead=workload.kind == "kernel", replay=workload.kind != "kernel")
 
 
 def expected_bytes(job: Job) -> float:

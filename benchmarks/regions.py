@@ -75,7 +75,7 @@ def contenders_of(job: Job) -> Sequence[Contender]:
 def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds: float, warm: bool) -> Plan:
     """One pass, timed on the device alone, with weights and activations out of the L2 cache."""
     usual = budget.plan(workload, device, seconds, cold=not warm)
-    return replace(usual, split=True, flush=True, ahead=True)
+    return replace(usual, split=True, flush=True, ahead=True, replay=False)
 
 
 def choose(only: str, contests: str) -> list[tuple[Region, Contest]]:
@@ -131,8 +131,9 @@ def main(
     chosen = [workload_of(region, contest) for region, contest in choose(only, contests)]
     todo = [(workload, workload.sizes(tiny), dtype) for workload in chosen]
     used = usable_devices(where, gpus)
-    settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "warm": warm, "l2": "flushed before each call"}
-    results = Results(out, where, settings | {"processes": processes, "gpus": used}, resume, compact=True)
+    settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "warm": warm, "processes": processes, "gpus": used}
+    conditions = {"l2": "flushed before each call", "cuda_graphs": "none"}
+    results = Results(out, where, settings | conditions, resume, compact=True)
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow=True)
     crew = Crew("benchmarks.regions", where, processes, used)
     left = crew.run(todo, contenders_of, results, budget, seconds, warm, lambda job: CASE_BYTES)

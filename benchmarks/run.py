@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,10 @@ import typer
 from rich.console import Console
 
 from benchmarks.budget import Budget
+from benchmarks.crew import Crew, usable_devices
 from benchmarks.kernels import KERNELS
-from benchmarks.models import MODELS
+from benchmarks.model_summary import summarize, summary_table
+from benchmarks.models import END_TO_END, MODELS
 from benchmarks.plot import plot_results
 from benchmarks.results import Results
 from benchmarks.workload import Job, Sizes, Workload
@@ -30,7 +33,7 @@ WORKLOADS = {w.name: w for w in (*KERNELS, *MODELS)}
 
 
 def choose(names: str) -> list[Workload]:
-    """Workloads from a comma-separated list of names, "kernels", "models", "inference", "train" or "all", in that order.
+    """Workloads from a comma-separated list of names, "kernels", "models", "inference", "train", "end-to-end" or "all".
 
     ValueError lists the valid names.
     """
@@ -40,6 +43,7 @@ def choose(names: str) -> list[Workload]:
         "models": list(MODELS),
         "inference": [w for w in MODELS if not w.training],
         "train": [w for w in MODELS if w.training],
+        "end-to-end": [WORKLOADS[name] for name in END_TO_END],
     }
     chosen: dict[str, Workload] = {}
     for name in filter(None, (n.strip() for n in names.split(","))):
@@ -47,6 +51,16 @@ def choose(names: str) -> list[Workload]:
             raise ValueError(f"unknown workload {name!r}; valid: {', '.join([*groups, *WORKLOADS])}")
         chosen |= {w.name: w for w in groups.get(name, [WORKLOADS[name]] if name in WORKLOADS else [])}
     return list(chosen.values())
+
+
+def usual_dtype(workload: Workload, device: torch.device) -> str:
+    """The dtype of a run that names none."""
+    return (workload.dtype or "bfloat16") if device.type == "cuda" else "float32"
+
+
+def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds: float, warm: bool) -> Plan:
+    """Whole steps as they run, host included."""
+    return budget.plan(workload, device, seconds, cold=not warm)
 
 
 def jobs(workloads: Sequence[Workload], tiny: bool, seed: int | None, draws: int) -> list[tuple[Workload, Sizes]]:
@@ -59,10 +73,12 @@ def jobs(workloads: Sequence[Workload], tiny: bool, seed: int | None, draws: int
 
 @app.command()
 def bench(
-    workloads: Annotated[str, typer.Option(help="names, or kernels, models, inference, train, all")] = "all",
+    workloads: Annotated[str, typer.Option(help="names, or kernels, models, inference, train, end-to-end, all")] = "all",
     contenders: Annotated[str, typer.Option(help='names, "plain" (default modes) or "all"')] = "all",
     device: Annotated[str, typer.Option(help="cuda, cpu or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; default: bfloat16 on CUDA, float32 on CPU")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; default: float32 on CPU, the workload's or bfloat16 on CUDA")
+    ] = "",
     tiny: Annotated[bool, typer.Option("--tiny", help="tiny sizes, to try the harness itself")] = False,
     seconds: Annotated[float, typer.Option(help="timing per case, all contenders together")] = 5.0,
     minutes: Annotated[
@@ -79,17 +95,27 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="keep the cases already in the results file, run the others")
     ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="GPUs to use at once, each by a process of its own; 0: one, by this process")
+    ] = 0,
 ) -> None:
     """Compare fxopt with eager and Inductor on kernels and whole models; JSON after every case, tables and a plot."""
     where = pick_device(device)
-    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    pick_dtype(dtype)  # a wrong name ends the run before anything is measured
+    pick_dtype(dtype or "float32")  # a wrong name ends the run before anything is measured
     chosen, console = pick(contenders), open_console()
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "random_shapes": random_shapes, "warm": warm}
     results = Results(out, where, settings, resume)
-    todo = [(w, sizes, dtype) for w, sizes in jobs(choose(workloads), tiny, random_shapes, draws)]
-    measure(todo, chosen, results, budget, lambda w: budget.plan(w, where, seconds, not warm), console)
+    todo = [(w, sizes, dtype or usual_dtype(w, where)) for w, sizes in jobs(choose(workloads), tiny, random_shapes, draws)]
+    if gpus:
+        crew = Crew("benchmarks.run", where, processes=1, gpus=usable_devices(where, gpus))
+        crew.run(todo, lambda job: chosen, results, budget, seconds, warm, lambda job: math.inf)
+    else:
+        measure(todo, chosen, results, budget, lambda w: plan_case(budget, w, where, seconds, warm), console)
+    results.data["summary"] = summary = summarize(results.data["cases"])
+    results.save()
+    for own, entry in summary.items():
+        console.print(summary_table(own, entry))
     console.print(f"results: {out}")
     if picture := plot_results(results.data, out.with_suffix(".png")):
         console.print(f"plot:    {picture}")

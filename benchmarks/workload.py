@@ -42,7 +42,8 @@ class Values:
 class Workload:
     """`build(sizes, device, dtype)` makes the case. `ranges` are inclusive bounds that random sizes are drawn from.
 
-    `one_pass`: the longest rows for which forward and backward can read every element once.
+    `one_pass`: the longest rows for which forward and backward can read every element once. `dtype` is that of runs on a GPU
+    which name none, "" for the usual one.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Workload:
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     training: bool = False
     one_pass: tuple[int, int] = (ANY_LENGTH, ANY_LENGTH)
+    dtype: str = ""
 
     def sizes(self, tiny: bool) -> Sizes:
         return dict(self.tiny if tiny else self.full)

@@ -41,11 +41,16 @@ class Contender:
         # The request is an option, and torch.compile takes either options or a mode.
         return device.type == "cuda" or self.backend != "inductor" or self.mode is None
 
-    def compile(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-        """`fn` under this contender; nothing is compiled before the first call."""
+    def compile(self, fn: Callable[..., Any], device: torch.device, replay: bool = True) -> Callable[..., Any]:
+        """`fn` under this contender; nothing is compiled before the first call.
+
+        Without `replay`, fxopt's default mode makes no CUDA graphs, as Inductor's makes none.
+        """
         if self.backend is None:
             return fn
         options = dict(self.options)
+        if self.backend == "fxopt" and self.mode is None and not replay:
+            options["cuda_graphs"] = False
         if self.backend == "inductor" and device.type == "cpu" and self.countable(device):
             # Makes Inductor's C++ kernels visible to the profiler; costs about 0.1 us per kernel.
             options["cpp.enable_kernel_profile"] = True
