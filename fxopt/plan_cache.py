@@ -273,6 +273,7 @@ def _kept(journal: Journal) -> dict[str, Any]:
         "library": journal.library,
         "retreats": journal.retreats,
         "notes": journal.notes,
+        "memory": journal.memory,
         "passes": [(name, rewrites, 0.0) for name, rewrites, _ in journal.passes],
     }
 
@@ -282,6 +283,7 @@ def _restore(journal: Journal, kept: dict[str, Any]) -> None:
     journal.kernels += entries
     for what in ("library", "retreats", "notes", "passes"):
         getattr(journal, what).extend(tuple(item) for item in kept[what])
+    journal.memory = dict(kept["memory"])
     journal.note("plan", "loaded from the cache: compiled by an earlier process or call")
 
 

@@ -52,7 +52,8 @@ def footprint(plan: Plan, device: torch.device) -> Footprint | None:
     total = sums([h.interval for h in found], times)
     at = max(range(times), key=total.__getitem__)
     parts = {kind: sums([h.interval for h in found if h.kind == kind], times)[at] for kind in (PLANNED, OWN, LIBRARY)}
-    return Footprint(total[at], parts[PLANNED], parts[OWN], parts[LIBRARY], total[-1])
+    outputs = sums([h.interval for h in found if h.kind != PLANNED], times)[-1]
+    return Footprint(total[at], parts[PLANNED], parts[OWN], parts[LIBRARY], outputs)
 
 
 def holdings(plan: Plan, life: Lifetimes) -> Iterator[Holding]:
@@ -92,6 +93,8 @@ def _slots(plan: Plan, life: Lifetimes) -> Iterator[Holding]:
         size = slot.nbytes
         assert isinstance(size, int)
         interval = Interval(min(life.first[n] for n in tenants), max(last[n] for n in tenants), size)
+        if slot.device.type == "cpu":  # a part of the call's one block
+            interval = Interval(0, len(plan.steps), size)
         yield Holding(f"slot {k}", PLANNED, slot.device, interval)
 
 
