@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.capture.decompositions import decompositions
-from fxopt.ir.region import Alternatives, Contraction, Patches, Region
+from fxopt.ir.region import Alternatives, Call, Contraction, Patches, Region
 from fxopt.lower import Lowered, patches
 from fxopt.lower.contractions import IMPLICIT, LIBRARY, STENCIL, with_contractions
 from fxopt.lower.schedule import schedule
@@ -82,6 +82,31 @@ COMPUTED: dict[str, tuple[Function, tuple[Tensor, ...], list[list[str]]]] = {
         lambda x, w: F.gelu(dense(x[:, 8:24], w)), (image(2, 32, 7, 5), weight(24, 16)), [[LIBRARY, IMPLICIT]],
     ),
 }  # fmt: skip
+
+
+def gradients(padding: int, dilation: int, mask: tuple[bool, ...]) -> Function:
+    """Those of a depthwise convolution, with something computed from the input's."""
+
+    def fn(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        geometry = ([1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], x.shape[1])
+        found = torch.ops.aten.convolution_backward(grad, x, w, [x.shape[1]], *geometry, list(mask))
+        return torch.tanh(found[0]), *(g for g, wanted in zip(found[1:], mask[1:], strict=True) if wanted)
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    ("window", "padding", "dilation", "mask"),
+    [(3, 1, 1, (True, True, False)), (7, 3, 1, (True, False, False)), (3, 0, 1, (True, True, True)), (3, 1, 2, (True,) * 3)],
+)
+def test_gradients_of_depthwise_convolutions(window: int, padding: int, dilation: int, mask: tuple[bool, ...]) -> None:
+    """The input's is a convolution as well; the others stay with the library."""
+    side = dilation * (window - 1) - 2 * padding
+    grad, x, w = image(2, 16, 9 - side, 8 - side), image(2, 16, 9, 8), weight(16, 1, window)
+    low = check_ways(gradients(padding, dilation, mask), grad, x, w)
+    assert ways(low) == [[LIBRARY, STENCIL]]
+    calls = [s for s in kept(low, STENCIL).steps if isinstance(s, Call)]
+    assert [c.args[-1] for c in calls] == ([[False, *mask[1:]]] if any(mask[1:]) else [])
 
 
 @pytest.mark.parametrize("name", COMPUTED)
