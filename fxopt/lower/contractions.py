@@ -20,7 +20,7 @@ from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.patches import Gathered, PatchSearch
+from fxopt.lower.patches import Gathered, PatchSearch, is_common
 from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.values import cast
 
@@ -88,6 +88,8 @@ class _Search:
                         ways.append(_gathering(own, fused))
                     apart = self._among(region.name, (call,), region, ways)
                     found = self._with_fused_calls(apart, (k, j), call, region)
+                    if found is not apart and own is not None and is_common(own.patches) and not self.every:
+                        found = replace(found, ways=tuple(w for w in found.ways if w.label != IMPLICIT))
                     if len(found.ways) > 1:
                         self._put((k, j), place, found)
                         return True
@@ -350,7 +352,7 @@ class _Search:
 
 def _gathering(gathered: Gathered, contraction: Contraction) -> Way:
     """The way in which `contraction` computes the convolution `gathered`."""
-    return Way(STENCIL if gathered.is_depthwise else IMPLICIT, (*gathered.before, contraction))
+    return Way(STENCIL if gathered.patches.depthwise else IMPLICIT, (*gathered.before, contraction))
 
 
 def _is_plain(nest: Nest) -> bool:

@@ -24,6 +24,9 @@ from fxopt.lower.values import cast, symbols_of
 LARGEST_OFFSET = 2**31 - 2**20
 """Elements: addresses are computed in int32, also those just outside of an image."""
 
+FEW_CHANNELS = 16
+"""Fewer leave most of a tensor core empty, however a library goes about it."""
+
 MOST_TAPS = 81
 """Elements of a depthwise window: larger ones are better done otherwise than tap by tap."""
 
@@ -45,13 +48,22 @@ class Gathered:
     rest: Call | None = None
 
     @property
-    def is_depthwise(self) -> bool:
-        return isinstance(self.product.a, Patches) and self.product.a.depthwise
+    def patches(self) -> Patches:
+        assert isinstance(self.product.a, Patches)
+        return self.product.a
 
     @property
     def before(self) -> tuple[Call | Region, ...]:
         """The steps beside the product."""
         return tuple(step for step in (self.rest, self.filling) if step is not None)
+
+
+def is_common(patches: Patches) -> bool:
+    """Whether libraries are at their best: many channels under windows that overlap. Where nothing is to be saved after such
+    a convolution, a kernel of ours is hardly worth compiling.
+    """
+    overlap = any(w > s for w, s in zip(patches.window, patches.stride, strict=True))
+    return overlap and not patches.depthwise and patches.shape[3] >= FEW_CHANNELS
 
 
 @dataclass(frozen=True)

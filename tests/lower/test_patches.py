@@ -15,6 +15,7 @@ from fxopt.capture.decompositions import decompositions
 from fxopt.ir.region import Alternatives, Call, Contraction, Patches, Region
 from fxopt.lower import Lowered, patches
 from fxopt.lower.contractions import IMPLICIT, LIBRARY, STENCIL, with_contractions
+from fxopt.lower.convolutions import CUDNN
 from fxopt.lower.schedule import schedule
 from tests.lower.capturing import moved
 from tests.lower.contracting import alternatives, check_ways, kept, searched
@@ -125,6 +126,19 @@ LEFT: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "two dtypes": (lambda x, w: F.conv2d(x, w.to(BF16)), (image(1, 0, 7, 5), weight(24, 0, dtype=F16))),
     "one dimension": (lambda x, w: F.conv1d(x, w), (torch.randn(2, 16, 7).to(BF16), torch.randn(24, 16, 3).to(BF16))),
 }
+
+
+def test_where_a_call_of_cudnns_does_all_of_it_common_convolutions_are_left_to_that() -> None:
+    x, colours = image(2, 16, 8, 6), image(2, 3, 8, 6)
+
+    def relu(x: Tensor, w: Tensor) -> Tensor:
+        return F.relu(dense(x, w))
+
+    with torch.backends.cudnn.flags(enabled=True):
+        assert ways(searched(relu, x, weight(24, 16))) == [[LIBRARY, CUDNN]]
+        assert ways(searched(relu, x, weight(24, 16), every=True)) == [[LIBRARY, IMPLICIT, CUDNN]]
+        for args in ((x, weight(24, 16, 1)), (colours, weight(24, 3))):
+            assert ways(searched(relu, *args)) == [[LIBRARY, IMPLICIT, CUDNN]]
 
 
 @pytest.mark.parametrize("name", LEFT)
