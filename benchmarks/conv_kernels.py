@@ -124,7 +124,7 @@ def lower(case: FusedCase, inputs: Sequence[Tensor]) -> tuple[Lowered, Alternati
     gm = make_fx(case.function, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, case.title, to_int)
-    lowered = with_contractions(schedule(lower_graph(graph, Journal(case.title))))
+    lowered = with_contractions(schedule(lower_graph(graph, Journal(case.title))), every=True)
     found = [s for s in lowered.steps if isinstance(s, Alternatives)]
     if len(found) != 1 or not all(isinstance(s, Alternatives) for s in lowered.steps):
         raise ValueError(f"{case.title} is not one convolution: {lowered.steps}")

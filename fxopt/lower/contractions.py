@@ -21,7 +21,7 @@ from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.patches import Gathered, find_gathered
+from fxopt.lower.patches import Gathered, PatchSearch, is_common
 from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.values import cast
 
@@ -65,8 +65,8 @@ class _Search:
                 continue
             if product is not None and self._fuse(k, product):
                 continue
-            gathered = self._gathered(convolution) if convolution is not None and product is None else None
-            if convolution is not None and self._fuse_convolution(k, convolution, gathered):
+            gathered = self._gathered(step) if isinstance(step, Call) and product is None else None
+            if isinstance(step, Call) and (convolution or gathered) and self._fuse_convolution(k, step, gathered):
                 continue
             if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
@@ -89,6 +89,8 @@ class _Search:
                         ways.append(_gathering(own, fused))
                     apart = self._among(region.name, (call,), region, ways)
                     found = self._with_fused_calls(apart, (k, j), call, region)
+                    if found is not apart and own is not None and is_common(own.patches) and not self.every:
+                        found = replace(found, ways=tuple(w for w in found.ways if w.label != IMPLICIT))
                     if len(found.ways) > 1:
                         self._put((k, j), place, found)
                         return True
@@ -100,7 +102,7 @@ class _Search:
 
     def _gathered(self, call: Call) -> Gathered | None:
         """`call` for a kernel of ours, its weight among the buffers."""
-        found = find_gathered(call, self.lowered.buffers, self.views, self.lowered.constants)
+        found = PatchSearch(self.lowered.buffers, self.views, self.lowered.constants).find(call)
         if found is not None and found.weight is not None:
             self.convolutions.buffers[found.weight.name] = found.weight
             if found.constant is not None:
@@ -359,9 +361,8 @@ def _uses_tf32(product: Product) -> bool:
 
 
 def _gathering(gathered: Gathered, contraction: Contraction) -> Way:
-    """The way in which `contraction` computes the convolution `gathered`, its weight laid out before."""
-    before = () if gathered.filling is None else (gathered.filling,)
-    return Way(STENCIL if gathered.is_depthwise else IMPLICIT, (*before, contraction))
+    """The way in which `contraction` computes the convolution `gathered`."""
+    return Way(STENCIL if gathered.patches.depthwise else IMPLICIT, (*gathered.before, contraction))
 
 
 def _is_plain(nest: Nest) -> bool:

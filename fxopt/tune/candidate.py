@@ -19,6 +19,7 @@ from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region
 from fxopt.lower.cost import nbytes
+from fxopt.lower.patches import is_common
 from fxopt.options import Options
 from fxopt.target import Target
 from fxopt.tune.made_up import index_bounds, indexes_indirectly
@@ -148,6 +149,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
 def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
     """As `contraction_candidates`, of a product of patches."""
     problem = convolution_problem(contraction)
+    if mode != "max-autotune" and is_common(problem.patches) and not problem.epilogue_ops:
+        return []
     most = CONVOLUTION_CANDIDATES.get(mode, CONVOLUTION_CANDIDATES["default"])
     chosen: Sequence[StencilConfig | GemmConfig]
     if problem.patches.depthwise:

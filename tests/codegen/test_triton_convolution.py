@@ -245,6 +245,16 @@ def test_blocks_lie_under_one_element_of_the_window_where_channels_are_many() ->
     assert {c.block_k for c in implicit_configs(problem, TARGET)} == {32}
 
 
+def test_a_common_convolution_with_nothing_after_it_has_no_candidate() -> None:
+    common = convolution(lambda x, w, b: F.conv2d(x, w, b, 1, 1), *shapes((4, 96, 28, 28), (64, 96, 3)))[1]
+    assert common.region.nest.stores and contraction_candidates(common, TARGET, "max-autotune")
+    alone = convolution(lambda x, w: F.conv2d(x, w, None, 1, 1), *shapes((4, 96, 28, 28), (64, 96, 3))[:2])[1]
+    assert not contraction_candidates(alone, TARGET, "default")
+    for shape, window, stride in (((4, 3, 64, 64), (64, 3, 7), 2), ((4, 96, 28, 28), (64, 96, 2), 2)):
+        other = convolution(lambda x, w, s=stride: F.conv2d(x, w, None, s), *shapes(shape, window)[:2])[1]
+        assert contraction_candidates(other, TARGET, "default")
+
+
 def test_what_triton_does_not_take_is_refused() -> None:
     _, contraction = convolution(dense(1, 1), *DENSE["3x3"][1])
     with pytest.raises(UnsupportedError):

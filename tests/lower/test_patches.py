@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.capture.decompositions import decompositions
-from fxopt.ir.region import Alternatives, Contraction, Patches, Region
+from fxopt.ir.region import Alternatives, Call, Contraction, Patches, Region
 from fxopt.lower import Lowered, patches
 from fxopt.lower.contractions import IMPLICIT, LIBRARY, STENCIL, with_contractions
+from fxopt.lower.convolutions import CUDNN
 from fxopt.lower.schedule import schedule
 from tests.lower.capturing import moved
 from tests.lower.contracting import alternatives, check_ways, kept, searched
@@ -84,6 +85,31 @@ COMPUTED: dict[str, tuple[Function, tuple[Tensor, ...], list[list[str]]]] = {
 }  # fmt: skip
 
 
+def gradients(padding: int, dilation: int, mask: tuple[bool, ...]) -> Function:
+    """Those of a depthwise convolution, with something computed from the input's."""
+
+    def fn(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        geometry = ([1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], x.shape[1])
+        found = torch.ops.aten.convolution_backward(grad, x, w, [x.shape[1]], *geometry, list(mask))
+        return torch.tanh(found[0]), *(g for g, wanted in zip(found[1:], mask[1:], strict=True) if wanted)
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    ("window", "padding", "dilation", "mask"),
+    [(3, 1, 1, (True, True, False)), (7, 3, 1, (True, False, False)), (3, 0, 1, (True, True, True)), (3, 1, 2, (True,) * 3)],
+)
+def test_gradients_of_depthwise_convolutions(window: int, padding: int, dilation: int, mask: tuple[bool, ...]) -> None:
+    """The input's is a convolution as well; the others stay with the library."""
+    side = dilation * (window - 1) - 2 * padding
+    grad, x, w = image(2, 16, 9 - side, 8 - side), image(2, 16, 9, 8), weight(16, 1, window)
+    low = check_ways(gradients(padding, dilation, mask), grad, x, w)
+    assert ways(low) == [[LIBRARY, STENCIL]]
+    calls = [s for s in kept(low, STENCIL).steps if isinstance(s, Call)]
+    assert [c.args[-1] for c in calls] == ([[False, *mask[1:]]] if any(mask[1:]) else [])
+
+
 @pytest.mark.parametrize("name", COMPUTED)
 def test_every_way_has_eagers_values(name: str) -> None:
     fn, args, expected = COMPUTED[name]
@@ -100,6 +126,19 @@ LEFT: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "two dtypes": (lambda x, w: F.conv2d(x, w.to(BF16)), (image(1, 0, 7, 5), weight(24, 0, dtype=F16))),
     "one dimension": (lambda x, w: F.conv1d(x, w), (torch.randn(2, 16, 7).to(BF16), torch.randn(24, 16, 3).to(BF16))),
 }
+
+
+def test_where_a_call_of_cudnns_does_all_of_it_common_convolutions_are_left_to_that() -> None:
+    x, colours = image(2, 16, 8, 6), image(2, 3, 8, 6)
+
+    def relu(x: Tensor, w: Tensor) -> Tensor:
+        return F.relu(dense(x, w))
+
+    with torch.backends.cudnn.flags(enabled=True):
+        assert ways(searched(relu, x, weight(24, 16))) == [[LIBRARY, CUDNN]]
+        assert ways(searched(relu, x, weight(24, 16), every=True)) == [[LIBRARY, IMPLICIT, CUDNN]]
+        for args in ((x, weight(24, 16, 1)), (colours, weight(24, 3))):
+            assert ways(searched(relu, *args)) == [[LIBRARY, IMPLICIT, CUDNN]]
 
 
 @pytest.mark.parametrize("name", LEFT)
