@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.templates import attention_config, conv_config, gemm_config
-from fxopt.codegen.templates.conv_config import StencilConfig
-from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
-from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
+from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region
@@ -40,6 +38,9 @@ nothing in the cases of `benchmarks/gemm_model.py`."""
 
 CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 """The same of a convolution."""
+
+SUMS_CANDIDATES = {"default": 1, "max-autotune": 2}
+"""The same of the gradient of a depthwise weight: those take two seconds of a core each."""
 
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
@@ -152,12 +153,15 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
     if mode != "max-autotune" and is_common(problem.patches) and not problem.epilogue_ops:
         return []
     most = CONVOLUTION_CANDIDATES.get(mode, CONVOLUTION_CANDIDATES["default"])
-    chosen: Sequence[StencilConfig | GemmConfig]
-    if problem.patches.depthwise:
+    chosen: Sequence[ConvConfig]
+    if problem.patches.transposed:
+        chosen = conv_config.sums_configs(problem, target, SUMS_CANDIDATES.get(mode, SUMS_CANDIDATES["default"]))
+    elif problem.patches.depthwise:
         chosen = conv_config.stencil_configs(problem, target, most)
     else:
         chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
-    return [Candidate(str(c), print_convolution(contraction, c, target).kernels) for c in dict.fromkeys(chosen)]
+    printed = [(c, print_convolution(contraction, c, target)) for c in dict.fromkeys(chosen)]
+    return [Candidate(str(c), p.kernels, p.scratch) for c, p in printed]
 
 
 def attention_candidates(attention: Attention, target: Target, mode: str) -> list[Candidate]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.lower.contractions import IMPLICIT, STENCIL
+from fxopt.lower.contractions import IMPLICIT, STENCIL, STENCIL_SUMS, SUMS
 from fxopt.tune import alternatives
 from fxopt.tune.measure import Trial
 from tests.numerics import assert_closer
@@ -35,6 +35,8 @@ class Layer(nn.Module):
         return y + x if y.shape == x.shape else y
 
 
+OURS = (STENCIL, IMPLICIT, SUMS, STENCIL_SUMS)
+
 LAYERS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "MobileNet": ((96, 96, 3), {"padding": 1, "stride": 2, "groups": 96, "activation": F.hardswish}),
     "EfficientNet": ((240, 240, 5), {"padding": 2, "groups": 240, "norm": True}),
@@ -55,7 +57,7 @@ def ours_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     kept: list[str] = []
 
     def choose(each: Any, trials: Sequence[Trial], *_: Any) -> str:
-        own = [t.label for t in trials if t.label.split()[0] in (STENCIL, IMPLICIT)]
+        own = [t.label for t in trials if t.label.split()[0] in OURS]
         kept.append(own[len(kept) % len(own)] if own else trials[0].label)
         return kept[-1]
 
@@ -88,7 +90,7 @@ def test_values(name: str, freeze: bool, dtype: torch.dtype, ours_wins: list[str
     assert got.stride() == want.stride()
 
 
-@pytest.mark.parametrize("name", ["MobileNet", "ConvNeXt", "window of three", "first layer"])
+@pytest.mark.parametrize("name", ["MobileNet", "EfficientNet", "ConvNeXt", "window of three", "first layer"])
 def test_gradients(name: str, ours_wins: list[str]) -> None:
     given, options = LAYERS[name]
     torch.manual_seed(0)
@@ -104,7 +106,7 @@ def test_gradients(name: str, ours_wins: list[str]) -> None:
     weight, want = results(model, model, x)
     _, got = results(compiled(model), model, x, weight)
     _, exact = results(double, double, x.detach().double().requires_grad_(), weight.double())
-    assert any(label.split()[0] in (STENCIL, IMPLICIT) for label in ours_wins)
+    assert any(label.split()[0] in OURS for label in ours_wins)
     assert_closer(got, want, exact, k=1)
 
 
