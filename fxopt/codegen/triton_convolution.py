@@ -67,7 +67,8 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
     epilogue = print_epilogue(contraction, rows, columns)
     extra = f"({', '.join(epilogue.parameters)},)" if epilogue.parameters else "()"
     if isinstance(config, StencilConfig):
-        call, entry, stages = _stencil(problem, config, extra), "fx_stencil", _STENCIL_STAGES
+        kinds = {"b0": POINTER_TYPE[problem.dtype], "b1": POINTER_TYPE[contraction.buffers[contraction.b.buffer].dtype]}
+        call, entry, stages = _stencil(problem, config, extra, kinds), "fx_stencil", _STENCIL_STAGES
     else:
         call, entry, stages = _implicit(problem, config, extra), "fx_conv", config.stages
     name = "_".join([entry, *operations(contraction.region.nest)])
@@ -90,12 +91,15 @@ def _print_sums(contraction: Contraction, problem: ConvProblem, config: SumsConf
     return Printed((parts, print_nest(rest, best, target, "parts")), (partial,))
 
 
-def _stencil(problem: ConvProblem, config: StencilConfig, extra: str) -> GemmCall:
-    if problem.weight != (problem.channels, 1, 0) or problem.patches.transposed:
-        raise UnsupportedError("a depthwise weight that is not laid out for a stencil")
+def _stencil(problem: ConvProblem, config: StencilConfig, extra: str, kinds: dict[str, str]) -> GemmCall:
+    if not problem.patches.depthwise or problem.patches.transposed:
+        raise UnsupportedError("a stencil of anything but a depthwise convolution")
+    row, column, offset = problem.weight
+    weight = f"b1 + {offset}" if offset else "b1"
     blocks = f"T={config.rows}, P={config.columns}, BC={config.channels}"
-    text = f"conv.stencil({_image(problem)}, b1, {extra}, {_geometry(problem)}, EPILOGUE={_EPILOGUE}, {blocks})"
-    return GemmCall(text, {"b0": POINTER_TYPE[problem.dtype], "b1": "*fp32"}, {}, config.programs(problem))
+    given = f"{_image(problem)}, {weight}, {extra}, {row}, {column}"
+    text = f"conv.stencil({given}, {_geometry(problem)}, EPILOGUE={_EPILOGUE}, {blocks})"
+    return GemmCall(text, kinds, {}, config.programs(problem))
 
 
 def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:

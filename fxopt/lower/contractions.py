@@ -29,8 +29,10 @@ NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
 LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
-STENCIL, IMPLICIT = "stencil", "implicit"
-"""Depthwise convolutions, and others as products of patches, with what follows or alone."""
+STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
+"""Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
+alone.
+"""
 
 SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
 """The gradient of a depthwise convolution's weight as sums over places, and that of its input too."""
@@ -115,6 +117,8 @@ class _Search:
         """
         if own is not None and contraction is not None:
             yield Way(STENCIL if own.patches.depthwise else IMPLICIT, (*own.before, contraction))
+            if own.direct is not None:
+                yield Way(DIRECT, (*((own.rest,) if own.rest else ()), self._read_directly(contraction, own.direct)))
         if gradient is None:
             return
         summed, left = self._alone(gradient), without(call, 1)
@@ -124,6 +128,12 @@ class _Search:
             others = without(call, 0, 1)
             before = tuple(s for s in (others, own.filling) if s is not None)
             yield Way(STENCIL_SUMS, (*before, summed, contraction))
+
+    def _read_directly(self, contraction: Contraction, weight: Matrix) -> Contraction:
+        """`contraction`, of a depthwise convolution, with its weight as it lies in memory: no kernel lays it out before."""
+        buffers = {n: s for n, s in contraction.buffers.items() if n != contraction.b.buffer}
+        buffers[weight.buffer] = self.lowered.buffers[weight.buffer]
+        return replace(contraction, name=f"{contraction.name}.direct", b=weight, buffers=buffers)
 
     def _gathered(self, call: Call) -> Gathered | None:
         """`call` for a kernel of ours, its weight among the buffers."""

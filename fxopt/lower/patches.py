@@ -41,7 +41,7 @@ class Gathered:
     Where no memory has the weight as kernels read it, `weight` is a buffer for that: [window's rows, window's columns,
     channels] in float32 of a depthwise convolution, else [result's channels, window's rows, window's columns, channels].
     `filling` is the region that computes it; None if it is a constant, whose value is `constant`. `rest` is what is left of
-    the call, if it has other results.
+    the call, if it has other results. `direct` is the weight of a depthwise convolution where it lies, evenly spaced.
     """
 
     product: Product
@@ -49,6 +49,7 @@ class Gathered:
     filling: Region | None = None
     constant: torch.Tensor | None = None
     rest: Call | None = None
+    direct: Matrix | None = None
 
     @property
     def patches(self) -> Patches:
@@ -174,7 +175,8 @@ class PatchSearch:
         weight = self._weight(call, window, depthwise)
         sizes = (1, patches.rows, patches.columns, channels)
         product = Product(call, patches, weight.matrix, result, sizes, axes, addend)  # type: ignore[arg-type]  # known
-        return Gathered(product, weight.spec, weight.filling, weight.constant)
+        direct = _weight_matrix(window) if depthwise and weight.filling is not None else None
+        return Gathered(product, weight.spec, weight.filling, weight.constant, direct=direct)
 
     def _is_computable(self, *tensors: Alias) -> bool:
         """Whether the tensors are on one GPU, of one dtype that kernels take, neither empty nor too large."""

@@ -42,6 +42,9 @@ CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 SUMS_CANDIDATES = {"default": 1, "max-autotune": 2}
 """The same of the gradient of a depthwise weight: those take two seconds of a core each."""
 
+FEW_BYTES = 8 << 20
+"""Of an image: larger ones are worth a launch that lays out the weight of their depthwise convolution."""
+
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
 
@@ -157,7 +160,9 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
     if problem.patches.transposed:
         chosen = conv_config.sums_configs(problem, target, SUMS_CANDIDATES.get(mode, SUMS_CANDIDATES["default"]))
     elif problem.patches.depthwise:
-        chosen = conv_config.stencil_configs(problem, target, most)
+        if problem.is_strided and problem.image_bytes > FEW_BYTES and mode != "max-autotune":
+            return []
+        chosen = conv_config.stencil_configs(problem, target, most if not problem.is_strided else 2)
     else:
         chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
     printed = [(c, print_convolution(contraction, c, target)) for c in dict.fromkeys(chosen)]

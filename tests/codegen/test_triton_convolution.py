@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.ir.region import Contraction
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import IMPLICIT, STENCIL, STENCIL_SUMS, SUMS
+from fxopt.lower.contractions import DIRECT, IMPLICIT, STENCIL, STENCIL_SUMS, SUMS
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept, searched
@@ -64,10 +64,10 @@ def interpreter() -> Iterator[Interpreter]:
     server.close()
 
 
-def convolution(fn: Function, *args: Tensor) -> tuple[Lowered, Contraction]:
-    """The schedule of `fn` with the way that has a kernel of ours, and the contraction of that."""
+def convolution(fn: Function, *args: Tensor, labels: tuple[str, ...] = LABELS) -> tuple[Lowered, Contraction]:
+    """The schedule of `fn` with the first way of `labels` that it has, and the contraction of that."""
     low = searched(fn, *args, every=True)
-    for label in LABELS:
+    for label in labels:
         steps = kept(low, label)
         found = [s for s in steps.steps if isinstance(s, Contraction)]
         if found:
@@ -75,9 +75,11 @@ def convolution(fn: Function, *args: Tensor) -> tuple[Lowered, Contraction]:
     raise AssertionError("no convolution that a kernel of ours computes")
 
 
-def run(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig) -> list[Tensor]:
+def run(
+    server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig, *labels: str
+) -> list[Tensor]:
     """Results of `fn`, all of whose steps run as printed kernels."""
-    low, _ = convolution(fn, *args)
+    low, _ = convolution(fn, *args, labels=labels or LABELS)
     memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
     for step in low.steps:
         for name in step.writes():  # type: ignore[union-attr]
@@ -96,9 +98,11 @@ def run(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: Ste
     ]
 
 
-def check(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig) -> None:
+def check(
+    server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig, *labels: str
+) -> None:
     """Assert that `fn` through printed kernels is as close to float64 as eager is, in eager's layout."""
-    got, eager, exact = run(server, fn, args, config), _results(fn(*args)), _results(fn(*to_float64(args)))
+    got, eager, exact = run(server, fn, args, config, *labels), _results(fn(*args)), _results(fn(*to_float64(args)))
     assert_closer(got, eager, exact)
     for g, e in zip(got, eager, strict=True):
         assert all(a == b for a, b, n in zip(g.stride(), e.stride(), g.shape, strict=True) if n > 1)
@@ -168,12 +172,12 @@ def test_values_of_implicit_products(interpreter: Interpreter, name: str) -> Non
         check(interpreter, *DENSE[name], config)
 
 
-def gradients(stride: int, padding: int, dilation: int, first: bool = True) -> Function:
-    """Of a depthwise convolution's input (if that is wanted) and weight."""
+def gradients(stride: int, padding: int, dilation: int, first: bool = True, second: bool = True) -> Function:
+    """Of a depthwise convolution's input (if `first`) and weight (if `second`)."""
 
     def fn(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], x.shape[1])
-        found = torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, [first, True, False])
+        found = torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, [first, second, False])
         return tuple(g for g in found if g is not None)
 
     return fn
@@ -189,6 +193,13 @@ GRADIENTS: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_values_of_gradients(interpreter: Interpreter, name: str) -> None:
     check(interpreter, *GRADIENTS[name], STENCILS[1])
+
+
+def test_values_with_weights_as_they_lie(interpreter: Interpreter) -> None:
+    """Those of a gradient from the last to the first."""
+    check(interpreter, *DEPTHWISE["no padding"], STENCILS[1], DIRECT)
+    grad, x, w = (image(1, 16, 5, 4), image(1, 16, 5, 4), weight(16, 1, 3))
+    check(interpreter, gradients(1, 1, 1, True, False), (grad, x, w), STENCILS[1], DIRECT)
 
 
 @pytest.mark.parametrize("config", [STENCILS[0], STENCILS[2]], ids=str)

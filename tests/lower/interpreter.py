@@ -138,9 +138,10 @@ class _Run:
     def _matrices(self, matrix: Matrix, batch: int, rows: int, columns: int) -> torch.Tensor:
         memory, offset = self._memory(matrix.buffer), self.int(matrix.offset)
         strides = self.ints((matrix.batch, matrix.row, matrix.column))
-        last = sum((n - 1) * s for n, s in zip((batch, rows, columns), strides, strict=True))
-        assert offset >= 0 and offset + last < memory.numel(), f"an operand outside {matrix.buffer}"
-        return memory.as_strided((batch, rows, columns), strides, memory.storage_offset() + offset)
+        z, y, x = (torch.arange(n) * s for n, s in zip((batch, rows, columns), strides, strict=True))
+        where = offset + z[:, None, None] + y[None, :, None] + x[None, None, :]
+        assert where.min() >= 0 and where.max() < memory.numel(), f"an operand outside {matrix.buffer}"
+        return memory[where]
 
     def _nest(self, nest: Nest, registers: Registers | None = None) -> None:
         if any(s.size is not None and self.int(s.size) == 0 for s in nest.points):

@@ -62,11 +62,12 @@ def added_row(
 
 @triton.jit
 def stencil(
-    x, w, extra, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
-    STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    x, w, extra, w_tap, w_channel, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     EPILOGUE: tl.constexpr, T: tl.constexpr, P: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """A depthwise convolution; w: float32 [WINDOW[0], WINDOW[1], channels], contiguous.
+    """A depthwise convolution. The weight of channel c at element (r, s) of the window is at (r * WINDOW[1] + s) * w_tap +
+    c * w_channel.
 
     A program has T places in each of P columns of places, and BC channels; the grid is
     cdiv(images * cdiv(PLACES[0], T) * PLACES[1], P) * cdiv(channels, BC).
@@ -85,8 +86,9 @@ def stencil(
     for s in range(WINDOW[1]):
         taps = ()
         for r in tl.static_range(WINDOW[0]):
-            at = w + ((r * WINDOW[1] + s) * SHAPE[3] + c)
-            taps = taps + (tl.load(at) if divides(BC, SHAPE[3]) else tl.load(at, mask=c < SHAPE[3], other=0.0),)
+            at = w + ((r * WINDOW[1] + s) * w_tap + c * w_channel)
+            value = tl.load(at) if divides(BC, SHAPE[3]) else tl.load(at, mask=c < SHAPE[3], other=0.0)
+            taps = taps + (value.to(tl.float32),)
         inside = exists & (left + s * DILATION[1] >= 0) & (left + s * DILATION[1] < SHAPE[2])
         if not divides(BC, SHAPE[3]):
             inside = inside & (c < SHAPE[3])

@@ -66,6 +66,11 @@ class ConvProblem:
     precision: str = "ieee"
 
     @property
+    def is_strided(self) -> bool:
+        """Whether the weights of neighbouring channels are apart, those of one side by side."""
+        return self.weight[1] != 1
+
+    @property
     def image_bytes(self) -> int:
         n, h, w, c = self.patches.shape
         return n * h * w * c * self.dtype.itemsize
