@@ -9,6 +9,7 @@ cache and without. About four minutes on an H100 with 16 cores.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,9 @@ from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alternatives, BufferSpec, Call, Contraction, Patches, Region, Way
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
-from fxopt.lower.contractions import with_contractions
+from fxopt.lower.contractions import IMPLICIT, STENCIL, with_contractions
+from fxopt.lower.convolutions import CUDNN
+from fxopt.lower.patches import is_common
 from fxopt.lower.schedule import schedule
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
@@ -48,6 +51,9 @@ from fxopt.tune.measure import BoundCall, Trial, interleaved, runner
 
 JUDGED = 8
 """Images of which the results are compared with float64."""
+
+SWEPT = (STENCIL, IMPLICIT)
+"""The ways of which many configurations are tried."""
 
 CHUNK = 8
 """Cases compiled together: as many as keep the workers busy, few enough to stop in time."""
@@ -165,7 +171,7 @@ def lower(case: FusedCase | GradientCase, inputs: Sequence[Tensor]) -> tuple[Low
     return lowered, found[0]
 
 
-def choose(problem: ConvProblem, target: Target, count: int) -> list[ConvConfig]:
+def choose(problem: ConvProblem, target: Target, count: int) -> Sequence[ConvConfig]:
     """The cost model's proposals, and others from its best to its worst; `count` at most."""
     if problem.patches.transposed:
         return list(conv_config.sums_configs(problem, target, count))
@@ -201,7 +207,7 @@ def printed(found: Alternatives, target: Target, count: int) -> list[Printed]:
             out.append(_printed(way, found, target, {}))
         elif all(isinstance(k.a, Patches) for k in kernels):
             varied = next((k for k in kernels if not k.a.transposed), kernels[0])  # type: ignore[union-attr]
-            for config in choose(convolution_problem(varied), target, count):
+            for config in choose(convolution_problem(varied), target, count if way.label in SWEPT else 3):
                 out.append(_printed(way, found, target, {varied.name: config}))
     return out
 
@@ -215,7 +221,7 @@ def _printed(way: Way, found: Alternatives, target: Target, chosen: dict[str, Co
             parts.append(BoundCall(step, found.buffers, found.views))
         elif isinstance(step, Region):
             parts += triton_candidates(step, target, "default", 1)[0].sources
-        else:
+        elif isinstance(step, Contraction):
             problem = convolution_problem(step)
             config = chosen[step.name] if step.name in chosen else choose(problem, target, 1)[0]
             if isinstance(config, GemmConfig):
@@ -228,6 +234,20 @@ def _printed(way: Way, found: Alternatives, target: Target, chosen: dict[str, Co
             scratch += made.scratch
             label.append(str(config))
     return Printed(" ".join(label), tuple(parts), tuple(scratch), "".join(map(str, chosen.values())), seconds)
+
+
+def tuned(found: Alternatives, target: Target) -> set[str]:
+    """The labels of what the tuner would compile and measure in default mode, our kernels' ways alone."""
+    labels = set[str]()
+    for way in found.ways:
+        kernels = [s for s in way.steps if isinstance(s, Contraction)]
+        left = any(w.label == CUDNN for w in found.ways) and any(
+            isinstance(k.a, Patches) and is_common(k.a) for k in kernels
+        )
+        if kernels and not left and all(isinstance(k.a, Patches) for k in kernels):
+            choices = ([c.label for c in contraction_candidates(k, target, "default")] for k in kernels)
+            labels |= {" ".join([way.label, *each]) for each in itertools.product(*choices)}
+    return labels
 
 
 def build(groups: Sequence[list[Printed]], target: Target, store: ArtifactStore) -> list[list[tuple[Printed, Trial | str]]]:
@@ -252,7 +272,7 @@ def measure(
     built: list[tuple[Printed, Trial | str]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Errors and microseconds of every way, as JSON data. `proposed`: the configurations that the tuner would compile."""
+    """Errors and microseconds of every way, as JSON data. `proposed`: labels of those that the tuner would measure."""
     inputs = case.inputs(device)
     eager, exact = case.function(*case.few(inputs)), case.function(*(t.double() for t in case.few(inputs)))
     tensors = dict(zip(lowered.inputs, inputs, strict=True))
@@ -266,7 +286,7 @@ def measure(
         if isinstance(trial, str) or run is None:
             rows.append({"label": way.label, "failed": trial if isinstance(trial, str) else "does not run"})
             continue
-        row: dict[str, Any] = {"label": way.label, "ours": way.config != "", "proposed": way.config in proposed}
+        row: dict[str, Any] = {"label": way.label, "ours": way.config != "", "proposed": way.label in proposed}
         if not any(isinstance(p, BoundCall) for p in trial.parts):  # calls make results of their own while they are measured
             for result in results:
                 result.fill_(float("nan"))
@@ -347,9 +367,7 @@ def main(
         built = build(ways, target, store)
         data["compile_seconds"] += time.perf_counter() - start
         for case, (low, found), trials in zip(group, lowered, built, strict=True):
-            kernels = [s for way in found.ways for s in way.steps if isinstance(s, Contraction)]
-            proposed = {c.label for k in kernels for c in contraction_candidates(k, target, "default")}
-            data["cases"].append(measure(case, low, proposed, trials, device))
+            data["cases"].append(measure(case, low, tuned(found, target), trials, device))
             typer.echo(report(data["cases"][-1]))
             torch.cuda.empty_cache()
         data["summary"] = summary(data["cases"])
