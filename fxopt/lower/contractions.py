@@ -21,7 +21,7 @@ from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.patches import Gathered, PatchSearch, is_common
+from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
 from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.values import cast
 
@@ -29,8 +29,13 @@ NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
 LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
-STENCIL, IMPLICIT = "stencil", "implicit"
-"""Depthwise convolutions, and others as products of patches, with what follows or alone."""
+STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
+"""Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
+alone.
+"""
+
+SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
+"""The gradient of a depthwise convolution's weight as sums over places, and that of its input too."""
 
 FEW_ROWS = 64
 """Products of no more rows are bound by memory, where a kernel of ours may beat the library even without an epilogue."""
@@ -53,6 +58,7 @@ class _Search:
         self.kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)} | set(lowered.inputs)
         self.accesses = [self._accesses(s) for s in lowered.steps]
         self.convolutions = FusedConvolutions(lowered)
+        self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
 
     def run(self) -> Lowered:
         for k in range(len(self.steps)):
@@ -65,8 +71,7 @@ class _Search:
                 continue
             if product is not None and self._fuse(k, product):
                 continue
-            gathered = self._gathered(step) if isinstance(step, Call) and product is None else None
-            if isinstance(step, Call) and (convolution or gathered) and self._fuse_convolution(k, step, gathered):
+            if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
             if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
@@ -74,11 +79,14 @@ class _Search:
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
 
     def _fuse_convolution(self, k: int, call: Call, own: Gathered | None) -> bool:
-        """Put alternatives in the place of convolution `k` and a reader, if one call or kernel computes both, or of the
-        convolution alone, if a kernel of ours may: `own`.
+        """Put alternatives in the place of convolution (or gradient) `k` and a reader, if one call or kernel computes both,
+        or of the convolution alone, if a kernel of ours may: `own`.
         """
+        gradient = self.patches.weight_gradient(call)
+        if own is None and gradient is None and call.op != CONVOLUTION:
+            return False
         name = call.outputs[0]
-        for j in range(k + 1, len(self.steps)):
+        for j in range(k + 1, len(self.steps)) if own is not None or call.op == CONVOLUTION else ():
             region = self.steps[j]
             if isinstance(region, Region) and name in self.accesses[j][0]:
                 place = self._place((k, j))
@@ -86,7 +94,7 @@ class _Search:
                     ways = [Way(LIBRARY, (call, region))]
                     fused = self._contraction(own.product, region, self._is_wanted(name, (k, j))) if own and name else None
                     if own is not None and fused is not None:
-                        ways.append(_gathering(own, fused))
+                        ways += self._gathering(call, own, fused, gradient)
                     apart = self._among(region.name, (call,), region, ways)
                     found = self._with_fused_calls(apart, (k, j), call, region)
                     if found is not apart and own is not None and is_common(own.patches) and not self.every:
@@ -94,15 +102,42 @@ class _Search:
                     if len(found.ways) > 1:
                         self._put((k, j), place, found)
                         return True
-        if own is not None:
-            alone = self._alone(own.product)
-            ways = [Way(LIBRARY, (call,)), _gathering(own, alone)]
-            self.steps[k] = self._among(alone.name, (call,), None, ways)
-        return own is not None
+        if own is None and gradient is None:
+            return False
+        alone = None if own is None else self._alone(own.product)
+        ways = [Way(LIBRARY, (call,)), *self._gathering(call, own, alone, gradient)]
+        self.steps[k] = self._among(next(n for n in call.outputs if n), (call,), None, ways)
+        return True
+
+    def _gathering(
+        self, call: Call, own: Gathered | None, contraction: Contraction | None, gradient: Product | None
+    ) -> Iterator[Way]:
+        """The ways in which `contraction` computes the first result of `call`, which is `own`, and another kernel the
+        weight's `gradient`: each alone and both.
+        """
+        if own is not None and contraction is not None:
+            yield Way(STENCIL if own.patches.depthwise else IMPLICIT, (*own.before, contraction))
+            if own.direct is not None:
+                yield Way(DIRECT, (*((own.rest,) if own.rest else ()), self._read_directly(contraction, own.direct)))
+        if gradient is None:
+            return
+        summed, left = self._alone(gradient), without(call, 1)
+        if own is None:
+            yield Way(SUMS, (summed,) if left is None else (left, summed))
+        elif contraction is not None:
+            others = without(call, 0, 1)
+            before = tuple(s for s in (others, own.filling) if s is not None)
+            yield Way(STENCIL_SUMS, (*before, summed, contraction))
+
+    def _read_directly(self, contraction: Contraction, weight: Matrix) -> Contraction:
+        """`contraction`, of a depthwise convolution, with its weight as it lies in memory: no kernel lays it out before."""
+        buffers = {n: s for n, s in contraction.buffers.items() if n != contraction.b.buffer}
+        buffers[weight.buffer] = self.lowered.buffers[weight.buffer]
+        return replace(contraction, name=f"{contraction.name}.direct", b=weight, buffers=buffers)
 
     def _gathered(self, call: Call) -> Gathered | None:
         """`call` for a kernel of ours, its weight among the buffers."""
-        found = PatchSearch(self.lowered.buffers, self.views, self.lowered.constants).find(call)
+        found = self.patches.find(call)
         if found is not None and found.weight is not None:
             self.convolutions.buffers[found.weight.name] = found.weight
             if found.constant is not None:
@@ -358,11 +393,6 @@ class _Search:
 def _uses_tf32(product: Product) -> bool:
     """Whether the library may round the float32 operands of `product` to TF32."""
     return convolutions_use_tf32() if product.call.op == CONVOLUTION else products_use_tf32()
-
-
-def _gathering(gathered: Gathered, contraction: Contraction) -> Way:
-    """The way in which `contraction` computes the convolution `gathered`."""
-    return Way(STENCIL if gathered.patches.depthwise else IMPLICIT, (*gathered.before, contraction))
 
 
 def _is_plain(nest: Nest) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.ir.region import Contraction
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import IMPLICIT, STENCIL
+from fxopt.lower.contractions import DIRECT, IMPLICIT, STENCIL, STENCIL_SUMS, SUMS
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept, searched
@@ -23,7 +23,7 @@ from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.conv_config import StencilConfig, implicit_configs, stencil_configs
+from fxopt.codegen.templates.conv_config import StencilConfig, SumsConfig, implicit_configs, stencil_configs
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_build import compile_triton
@@ -36,8 +36,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET = Target.cuda(90)
 BF16, F16 = torch.bfloat16, torch.float16
 Function = Callable[..., Any]
-LABELS = (STENCIL, IMPLICIT)
+LABELS = (STENCIL_SUMS, SUMS, STENCIL, IMPLICIT)
 
+SUMMED = SumsConfig(3, 8, 16, 4, 2)
 STENCILS = [StencilConfig(1, 16, 8, 4), StencilConfig(4, 4, 16, 4), StencilConfig(7, 8, 32, 4)]
 GEMMS = [GemmConfig(False, 32, 32, 16, 4, 3), GemmConfig(False, 64, 16, 32, 4, 3, group=1, subtile=2)]
 
@@ -63,10 +64,10 @@ def interpreter() -> Iterator[Interpreter]:
     server.close()
 
 
-def convolution(fn: Function, *args: Tensor) -> tuple[Lowered, Contraction]:
-    """The schedule of `fn` with the way that has a kernel of ours, and the contraction of that."""
-    low = searched(fn, *args)
-    for label in LABELS:
+def convolution(fn: Function, *args: Tensor, labels: tuple[str, ...] = LABELS) -> tuple[Lowered, Contraction]:
+    """The schedule of `fn` with the first way of `labels` that it has, and the contraction of that."""
+    low = searched(fn, *args, every=True)
+    for label in labels:
         steps = kept(low, label)
         found = [s for s in steps.steps if isinstance(s, Contraction)]
         if found:
@@ -74,19 +75,22 @@ def convolution(fn: Function, *args: Tensor) -> tuple[Lowered, Contraction]:
     raise AssertionError("no convolution that a kernel of ours computes")
 
 
-def run(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig) -> list[Tensor]:
+def run(
+    server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig, *labels: str
+) -> list[Tensor]:
     """Results of `fn`, all of whose steps run as printed kernels."""
-    low, _ = convolution(fn, *args)
+    low, _ = convolution(fn, *args, labels=labels or LABELS)
     memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
     for step in low.steps:
         for name in step.writes():  # type: ignore[union-attr]
             spec = low.buffers[name]
             memory.setdefault(name, padded(torch.empty(spec.extent, dtype=spec.dtype).fill_(float("nan"))))  # type: ignore[arg-type]
         if isinstance(step, Contraction):
-            kernels = print_convolution(step, config, TARGET).kernels
+            printed = print_convolution(step, SUMMED if step.a.transposed else config, TARGET)  # type: ignore[union-attr]
         else:
-            kernels = print_region(step, configs(step, TARGET)[0], TARGET).kernels  # type: ignore[arg-type]
-        for kernel in kernels:
+            printed = print_region(step, configs(step, TARGET)[0], TARGET)  # type: ignore[arg-type]
+        memory |= {s.name: torch.full((s.extent,), float("nan"), dtype=s.dtype) for s in printed.scratch}  # type: ignore[arg-type]
+        for kernel in printed.kernels:
             server.run(kernel, memory)
     return [
         memory[o.name].as_strided(low.buffers[o.name].shape, low.buffers[o.name].strides, memory[o.name].storage_offset())  # type: ignore[arg-type]
@@ -94,11 +98,14 @@ def run(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: Ste
     ]
 
 
-def check(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig) -> None:
+def check(
+    server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig, *labels: str
+) -> None:
     """Assert that `fn` through printed kernels is as close to float64 as eager is, in eager's layout."""
-    got, eager, exact = run(server, fn, args, config), _results(fn(*args)), _results(fn(*to_float64(args)))
+    got, eager, exact = run(server, fn, args, config, *labels), _results(fn(*args)), _results(fn(*to_float64(args)))
     assert_closer(got, eager, exact)
-    assert [g.stride() for g in got] == [e.stride() for e in eager]
+    for g, e in zip(got, eager, strict=True):
+        assert all(a == b for a, b, n in zip(g.stride(), e.stride(), g.shape, strict=True) if n > 1)
 
 
 def _results(out: Any) -> list[Tensor]:
@@ -163,6 +170,36 @@ def test_values_of_stencils(interpreter: Interpreter, name: str) -> None:
 def test_values_of_implicit_products(interpreter: Interpreter, name: str) -> None:
     for config in GEMMS:
         check(interpreter, *DENSE[name], config)
+
+
+def gradients(stride: int, padding: int, dilation: int, first: bool = True, second: bool = True) -> Function:
+    """Of a depthwise convolution's input (if `first`) and weight (if `second`)."""
+
+    def fn(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], x.shape[1])
+        found = torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, [first, second, False])
+        return tuple(g for g in found if g is not None)
+
+    return fn
+
+
+GRADIENTS: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "3x3": (gradients(1, 1, 1), (image(2, 24, 7, 5), image(2, 24, 7, 5), weight(24, 1, 3))),
+    "5x3, stride 2": (gradients(2, 1, 1, False), (image(1, 16, 4, 4), image(1, 16, 9, 7), weight(16, 1, 5, 3))),
+    "dilated": (gradients(1, 2, 2), (image(1, 19, 6, 5), image(1, 19, 6, 5), weight(19, 1, 3))),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_values_of_gradients(interpreter: Interpreter, name: str) -> None:
+    check(interpreter, *GRADIENTS[name], STENCILS[1])
+
+
+def test_values_with_weights_as_they_lie(interpreter: Interpreter) -> None:
+    """Those of a gradient from the last to the first."""
+    check(interpreter, *DEPTHWISE["no padding"], STENCILS[1], DIRECT)
+    grad, x, w = (image(1, 16, 5, 4), image(1, 16, 5, 4), weight(16, 1, 3))
+    check(interpreter, gradients(1, 1, 1, True, False), (grad, x, w), STENCILS[1], DIRECT)
 
 
 @pytest.mark.parametrize("config", [STENCILS[0], STENCILS[2]], ids=str)
