@@ -33,7 +33,9 @@ from fxopt import knobs
 from fxopt.errors import FxoptError
 
 MOST_WORKERS = 16
-JOB_SECONDS = 300.0
+JOB_SECONDS = 120.0
+"""A kernel takes a second of a core, ten on a crowded machine: a compiler that is still at it after this time hangs."""
+
 START_SECONDS = 180.0
 _REASON_LENGTH = 2000
 
@@ -76,10 +78,25 @@ class Pool:
     """Runs `function` ("module:function", JSON data in and out) in workers. Safe for several threads; one batch at a time.
 
     `warm_up` is run once in the helper before any worker is forked. The helper starts with the first batch or with `start`.
+    If that leaves it idle, it runs `rehearsal`, whose traces in memory all workers inherit, and forks them before there are
+    jobs. A job that takes longer than `job_seconds` is ended with its worker.
     """
 
-    def __init__(self, function: str, warm_up: str | None, workers: int, job_seconds: float = JOB_SECONDS) -> None:
-        self.setup = {"function": function, "warm_up": warm_up, "workers": workers, "job_seconds": job_seconds}
+    def __init__(
+        self,
+        function: str,
+        warm_up: str | None,
+        workers: int,
+        job_seconds: float = JOB_SECONDS,
+        rehearsal: str | None = None,
+    ) -> None:
+        self.setup = {
+            "function": function,
+            "warm_up": warm_up,
+            "rehearsal": rehearsal,
+            "workers": workers,
+            "job_seconds": job_seconds,
+        }
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
@@ -190,12 +207,12 @@ _pools: dict[tuple[int, str, int], Pool] = {}
 _pools_lock = threading.Lock()
 
 
-def shared_pool(function: str, warm_up: str | None) -> Pool:
+def shared_pool(function: str, warm_up: str | None, rehearsal: str | None = None) -> Pool:
     """This process's pool for `function` (a forked child gets its own)."""
     key = (os.getpid(), function, worker_count())
     with _pools_lock:
         if key not in _pools:
-            _pools[key] = Pool(function, warm_up, key[2])
+            _pools[key] = Pool(function, warm_up, key[2], rehearsal=rehearsal)
             atexit.register(_close_own, _pools[key], key[0])
         return _pools[key]
 
@@ -226,6 +243,7 @@ class _Helper:
     function: Callable[..., Any]
     limit: int
     job_seconds: float
+    forks_ahead: bool = False
     queue: deque[dict[str, Any]] = field(default_factory=deque)
     workers: list[_Worker] = field(default_factory=list)
     received: bytes = b""
@@ -235,6 +253,8 @@ class _Helper:
         with selectors.DefaultSelector() as selector:
             selector.register(self.source, selectors.EVENT_READ)
             try:
+                while self.forks_ahead and len(self.workers) < self.limit and not _is_readable(self.source):
+                    self._fork(selector)
                 while self._turn(selector):
                     self._assign(selector)
             finally:
@@ -358,6 +378,10 @@ def _protocol_streams() -> Iterator[tuple[int, int]]:
     yield source, sink
 
 
+def _is_readable(source: int) -> bool:
+    return bool(select.select([source], [], [], 0)[0])
+
+
 def _read_line(source: int) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
@@ -380,7 +404,11 @@ def main() -> None:
             _write_all(sink, json.dumps({"error": describe(error)}).encode() + b"\n")
             return
         _write_all(sink, b'{"ready": true}\n')
-        _Helper(source, sink, function, setup["workers"], setup["job_seconds"]).serve()
+        idle = setup["rehearsal"] is not None and not _is_readable(source)
+        if idle:
+            with contextlib.suppress(Exception):  # what is wrong shows, with its reason, in the first job
+                resolve(setup["rehearsal"])()
+        _Helper(source, sink, function, setup["workers"], setup["job_seconds"], forks_ahead=idle).serve()
 
 
 if __name__ == "__main__":

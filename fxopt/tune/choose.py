@@ -16,8 +16,8 @@ import torch
 from fxopt.codegen import triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
-from fxopt.ir.kernel import Artifact, CompileFailure
-from fxopt.ir.region import Alternatives, Batch, Call, Region
+from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.ir.region import Alternatives, Batch, Call, Contraction, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import replaced
@@ -37,6 +37,9 @@ BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 
 SAMPLE_BYTES = 256 << 20
 """As much of a batch is measured."""
+
+PRODUCT_EFFORT = 20000
+"""Characters of a text that takes as long to compile as the few lines that call a product's template."""
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +133,10 @@ def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
 
 
 def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, journal: Journal) -> None:
-    """Compile every candidate of every contest in one go, the longest texts first: they take longest."""
+    """Compile every candidate of every contest in one go, those that take longest first, lest all wait for one at the end."""
+    effort = {id(s): -_effort(c.region, s) for c in contests for candidate in c.candidates for s in candidate.sources}
     sources = [s for c in contests for candidate in c.candidates for s in candidate.sources]
-    sources.sort(key=lambda s: -len(s.text))
+    sources.sort(key=lambda s: effort[id(s)])
     texts = len({s.text for s in sources})
     log.info("%s: compiling %d kernels (%d texts) for %d regions", journal.graph, len(sources), texts, len(contests))
     results = dict(zip(map(id, sources), compile_kernels(sources, target, store), strict=True))
@@ -144,6 +148,11 @@ def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, j
             if not reasons:
                 kernels = tuple((s, a) for s, a in built if isinstance(a, Artifact))
                 contest.built.append(Choice(candidate.label, kernels, candidate.scratch))
+
+
+def _effort(work: Work, source: KernelSource) -> int:
+    """An order of how long `source` takes to compile: products take several times as long as others, which go by length."""
+    return len(source.text) + (PRODUCT_EFFORT if isinstance(work, Contraction) else 0)
 
 
 def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements) -> Choice:

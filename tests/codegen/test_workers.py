@@ -62,6 +62,28 @@ def test_a_hanging_job_is_ended() -> None:
     assert "took longer than" in hung.error and fine == Outcome([2, 2])
 
 
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_an_idle_helper_rehearses_and_forks_its_workers_ahead() -> None:
+    pool = Pool(f"{JOBS}:job", None, 3, rehearsal=f"{JOBS}:rehearse")
+    pool.start()
+    assert pool._process is not None
+    deadline = time.monotonic() + 60
+    while len(children(pool._process.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    found = [o.value for o in pool.run([job("rehearsed") for _ in range(4)])]
+    pool.close()
+    assert found == [[found[0][1]] * 2] * 4  # once, in the helper
+
+
+def test_a_broken_rehearsal_costs_nothing() -> None:
+    pool = Pool(f"{JOBS}:job", None, 1, rehearsal=f"{JOBS}:broken_warm_up")
+    assert pool.run([job("double", 5)]) == [Outcome([5, 5])]
+    pool.close()
+
+
 def test_a_killed_helper_is_replaced(pool: Pool, tmp_path: Path) -> None:
     assert pool.run([job("kill helper", str(tmp_path / "m")), job("double", 3)]) == [Outcome("survived"), Outcome([3, 3])]
 

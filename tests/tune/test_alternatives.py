@@ -127,6 +127,13 @@ def test_the_library_wins_ties(bench: Bench, store: ArtifactStore) -> None:
     assert [type(s) for s in plan.steps if isinstance(s, Call | Launch)] == [Call, Launch]
 
 
+def test_products_are_compiled_first(bench: Bench, store: ArtifactStore) -> None:
+    """Their texts are short, but they take longest."""
+    tuned(captured(), store)
+    products = ["gemm" in source.text for source in bench.compiled]
+    assert products == sorted(products, reverse=True) and set(products) == {True, False}
+
+
 def test_the_fastest_configuration_is_kept(bench: Bench, store: ArtifactStore) -> None:
     low = captured()
     (each,) = alternatives(low)
