@@ -228,9 +228,7 @@ def test_kernels_that_are_gone_are_built_again(fresh_cache: Path, lowerings: lis
     assert len(lowerings) == 2
 
 
-def test_what_was_compiled_without_a_compiler_is_not_remembered(
-    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_compiled_without_a_compiler_is_not_remembered(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with no_compiler(monkeypatch):
         run(network, X, W)
         assert journal().retreats

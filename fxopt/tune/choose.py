@@ -30,6 +30,7 @@ from fxopt.tune.contest import decide
 from fxopt.tune.made_up import index_bounds
 from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes
 from fxopt.tune.records import RecordKey
+from fxopt.tune.suspects import Suspects
 from fxopt.tune.twins import Printer
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
@@ -77,7 +78,7 @@ def choose(
             _build(here, Target.current(device), store, journal)
     with journal.timed("kernels: measuring"):
         budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
-        measurements = Measurements(journal, budget)
+        measurements = Measurements(journal, budget, Suspects(store.cache))
         winners = {id(c): _fastest(c, store, measurements) for c in contests if c.built}
         chosen: dict[str, Choice] = {}
         for contest, region, own in _places(contests, printed):
@@ -133,13 +134,15 @@ def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
 
 
 def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, journal: Journal) -> None:
-    """Compile every candidate of every contest in one go, those that take longest first, lest all wait for one at the end."""
+    """Compile every candidate of every contest in one go, those that take longest first, lest all wait for the last one."""
     effort = {id(s): -_effort(c.region, s) for c in contests for candidate in c.candidates for s in candidate.sources}
     sources = [s for c in contests for candidate in c.candidates for s in candidate.sources]
     sources.sort(key=lambda s: effort[id(s)])
     texts = len({s.text for s in sources})
     log.info("%s: compiling %d kernels (%d texts) for %d regions", journal.graph, len(sources), texts, len(contests))
-    results = dict(zip(map(id, sources), compile_kernels(sources, target, store), strict=True))
+    suspects = Suspects(store.cache)
+    compiled = [_unsuspected(made, suspects, journal) for made in compile_kernels(sources, target, store)]
+    results = dict(zip(map(id, sources), compiled, strict=True))
     for contest in contests:
         for candidate in contest.candidates:
             built = [(s, results[id(s)]) for s in candidate.sources]
@@ -148,6 +151,14 @@ def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, j
             if not reasons:
                 kernels = tuple((s, a) for s, a in built if isinstance(a, Artifact))
                 contest.built.append(Choice(candidate.label, kernels, candidate.scratch))
+
+
+def _unsuspected(made: Artifact | CompileFailure, suspects: Suspects, journal: Journal) -> Artifact | CompileFailure:
+    """`made`, or why it must not run: it has hung or ended a process before."""
+    if isinstance(made, CompileFailure) or made.language != "triton" or (reason := suspects.reason(made.key)) is None:
+        return made
+    journal.note("tuning", f"{made.entry}: no candidate, {reason}")
+    return CompileFailure(made.key, reason)
 
 
 def _effort(work: Work, source: KernelSource) -> int:
