@@ -24,9 +24,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from fxopt import knobs
@@ -110,39 +112,76 @@ class Pool:
                 self._process = self._spawn()
                 self._send(self._process, [self.setup])
 
-    def run(self, jobs: list[dict[str, Any]]) -> list[Outcome]:
-        """One outcome per job, in order. Raises WorkersUnavailable when the helper cannot be started or dies twice."""
+    def run(self, jobs: Iterable[dict[str, Any]]) -> list[Outcome]:
+        """One outcome per job, in order. Each job is begun as soon as `jobs` gives it, while the next ones are made.
+
+        Raises WorkersUnavailable when the helper cannot be started or dies twice, and what `jobs` raises.
+        """
+        taken: list[dict[str, Any]] = []
         outcomes: dict[int, Outcome] = {}
+
+        def numbered() -> Iterator[tuple[int, dict[str, Any]]]:
+            for job in jobs:
+                taken.append(job)
+                yield len(taken) - 1, job
+
         with self._lock:
+            more = numbered()
+            first = next(more, None)
+            if first is None:
+                return []
             try:
-                for last_try in (False, True):
-                    missing = [i for i in range(len(jobs)) if i not in outcomes]
-                    if missing:
-                        self._run_once(jobs, missing, outcomes, last_try)
+                try:
+                    self._exchange(chain([first], more), outcomes)
+                except WorkersUnavailable:
+                    self.close()
+                    missing = [(i, job) for i, job in enumerate(taken) if i not in outcomes]
+                    self._exchange(chain(missing, more), outcomes)
             except BaseException:
                 self.close()  # replies to an abandoned batch must not meet the next one
                 raise
-        return [outcomes[i] for i in range(len(jobs))]
+        return [outcomes[i] for i in range(len(taken))]
 
-    def _run_once(
-        self, jobs: list[dict[str, Any]], missing: list[int], outcomes: dict[int, Outcome], last_try: bool
-    ) -> None:
+    def _exchange(self, jobs: Iterable[tuple[int, dict[str, Any]]], outcomes: dict[int, Outcome]) -> None:
+        """Send `jobs` with their numbers, and note the outcomes. Threads do it: jobs are made meanwhile, and helper and
+        caller may otherwise each wait for the other to read."""
+        self.start()
+        assert self._process is not None
+        process, failures = self._process, list[WorkersUnavailable]()
+        outbox, awaited = SimpleQueue[dict[str, Any] | None](), SimpleQueue[int | None]()
+
+        def write() -> None:
+            for message in iter(outbox.get, None):
+                self._send(process, [message])
+
+        def read() -> None:
+            try:
+                self._await_ready(process)
+                for _ in iter(awaited.get, None):
+                    reply = self._receive(process, None)
+                    outcomes[reply["id"]] = Outcome(reply.get("value"), reply.get("error"))
+            except WorkersUnavailable as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=task, daemon=True) for task in (write, read)]
+        for thread in threads:
+            thread.start()
         try:
-            self.start()
-            self._await_ready()
-            assert self._process is not None
-            process, messages = self._process, [{"id": i, "arguments": jobs[i]} for i in missing]
-            # From a thread: helper and caller may otherwise each wait for the other to read.
-            writer = threading.Thread(target=self._send, args=(process, messages), daemon=True)
-            writer.start()
-            for _ in missing:
-                reply = self._receive(None)
-                outcomes[reply["id"]] = Outcome(reply.get("value"), reply.get("error"))
-            writer.join()
-        except WorkersUnavailable:
-            self.close()
-            if last_try:
-                raise
+            for number, job in jobs:
+                outbox.put({"id": number, "arguments": job})
+                awaited.put(number)
+        except BaseException:
+            _kill(process)  # no thread may wait for a reply when the pipes are closed
+            raise
+        finally:
+            outbox.put(None)
+            awaited.put(None)
+            threads[1].join()
+        if failures:
+            _kill(process)
+        threads[0].join()
+        if failures:
+            raise failures[0]
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         environment = os.environ | {
@@ -158,9 +197,9 @@ class Pool:
         except (OSError, TypeError, ValueError) as error:
             raise WorkersUnavailable(f"cannot start {command[0]}: {error}") from error
 
-    def _await_ready(self) -> None:
+    def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
         if not self._ready:
-            reply = self._receive(START_SECONDS)
+            reply = self._receive(process, START_SECONDS)
             if reply.get("error"):
                 raise WorkersUnavailable(f"the compile helper cannot work: {reply['error']}")
             self._ready = True
@@ -173,10 +212,9 @@ class Pool:
                 process.stdin.write(json.dumps(message).encode() + b"\n")
                 process.stdin.flush()
 
-    def _receive(self, timeout: float | None) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        output = self._process.stdout.fileno()
+    def _receive(self, process: subprocess.Popen[bytes], timeout: float | None) -> dict[str, Any]:
+        assert process.stdout is not None
+        output = process.stdout.fileno()
         while b"\n" not in self._received:
             if not select.select([output], [], [], timeout)[0]:
                 raise WorkersUnavailable(f"the compile helper did not start within {timeout:.0f} s")
@@ -194,13 +232,18 @@ class Pool:
         self._ready, self._received = False, b""
         if process is None:
             return
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         for stream in (process.stdin, process.stdout):
             with contextlib.suppress(OSError, ValueError):
                 assert stream is not None
                 stream.close()
         process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a helper and its workers."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 _pools: dict[tuple[int, str, int], Pool] = {}

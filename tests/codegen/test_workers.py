@@ -39,6 +39,27 @@ def test_results_come_in_order(pool: Pool) -> None:
     assert pool.run([]) == []
 
 
+def test_a_job_is_begun_while_the_next_one_is_made(pool: Pool, tmp_path: Path) -> None:
+    def jobs() -> Iterator[dict[str, Any]]:
+        yield job("touch", str(tmp_path / "begun"))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield job("double", (tmp_path / "begun").exists())
+
+    assert pool.run(jobs()) == [Outcome("touched"), Outcome([True, True])]
+
+
+def test_an_error_in_making_jobs_ends_the_batch(pool: Pool) -> None:
+    def jobs() -> Iterator[dict[str, Any]]:
+        yield job("hang")
+        raise KeyError("no kernel")
+
+    with pytest.raises(KeyError, match="no kernel"):
+        pool.run(jobs())
+    assert pool.run([job("double", 4)]) == [Outcome([4, 4])]
+
+
 def test_several_workers_at_once(pool: Pool) -> None:
     pids = {o.value for o in pool.run([job("pid") for _ in range(6)])}
     assert len(pids) == 2 and os.getpid() not in pids

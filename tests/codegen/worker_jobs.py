@@ -37,6 +37,9 @@ def job(kind: str, value: Any = None) -> Any:
             return WARM
         case "rehearsed":
             return [REHEARSED_IN, os.getppid()]
+        case "touch":
+            Path(value).touch()
+            return "touched"
         case "pid":
             time.sleep(0.05)
             return os.getpid()
