@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -279,6 +280,21 @@ def test_a_normal_distribution(interpreter: Interpreter) -> None:
     torch.testing.assert_close(
         run(interpreter, case, TritonConfig(1024), {"a": special})[0], 1 + torch.special.erf(special), equal_nan=True
     )
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+def test_halves_in_each_others_place_are_loaded_once(interpreter: Interpreter, reduces: bool) -> None:
+    case = nests.turned_halves(5, 32, 16, reduces)
+    configs = [TritonConfig(4, r_block=32), TritonConfig(1, r_block=8, persistent=False)] if reduces else [TritonConfig(64)]
+    for config in configs:
+        check(interpreter, case, config, slack=16.0)
+        (kernel,) = print_region(case.region, config, TARGET).kernels
+        assert "+ 16) % 32" in kernel.text and not re.search(r"tl\.load\(.*, v", kernel.text), "no load is masked"
+
+
+def test_parts_of_other_sizes_are_selected() -> None:
+    (kernel,) = print_region(nests.turned_halves(5, 32, 20).region, TritonConfig(64), TARGET).kernels
+    assert kernel.text.count("tl.load(") == 3
 
 
 @pytest.mark.parametrize("row", [37, 64])
