@@ -335,6 +335,15 @@ def test_what_is_the_same_for_a_step_is_loaded_once(interpreter: Interpreter) ->
         assert (f"r_base // {length}" in print_region(case.region, config, TARGET).kernels[0].text) == same
 
 
+def test_powers_of_two_divide_by_their_reciprocal() -> None:
+    """The same values, without the slow path that a correctly rounded division has."""
+    texts = {
+        row: print_region(nests.group_scale(5, 4, row // 4).region, TritonConfig(1, r_block=64), TARGET) for row in (48, 64)
+    }
+    assert "h.divide" in texts[48].kernels[0].text
+    assert "h.divide" not in texts[64].kernels[0].text and f"* {1 / 64})" in texts[64].kernels[0].text
+
+
 def test_what_parts_have_stored_is_loaded_again(interpreter: Interpreter) -> None:
     """Rather than its operands; where the last part is incomplete, nothing is stored on the way."""
     for row, buffers in ((128, {"total", "o"}), (100, {"a", "b", "o", "total"})):
