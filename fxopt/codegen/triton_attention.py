@@ -92,7 +92,8 @@ def _scores(attention: Attention, config: AttentionConfig, reserved: int) -> Blo
     scores = attention.scores
     if scores is None:
         return _NOTHING
-    extents = (attention.query.shape[2], config.block_m), (attention.key.shape[2], config.block_n)
+    rows, keys = attention.query.shape[2], attention.key.shape[2]
+    extents = (rows, rows * config.pack % config.block_m != 0), (keys, keys % config.block_n != 0)
     return print_block(_SCORES, scores.region, scores.axes, extents, {scores.product: "acc"}, reserved, returns=True)
 
 

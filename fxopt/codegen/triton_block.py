@@ -37,22 +37,23 @@ def print_block(
     name: str,
     region: Region,
     axes: tuple[Sym | None, Sym, Sym],
-    extents: tuple[tuple[Int, int], tuple[Int, int]],
+    extents: tuple[tuple[Int, bool], tuple[Int, bool]],
     registers: Mapping[str, str],
     reserved: int,
     returns: bool = False,
 ) -> BlockFunction:
     """`name(*registers, y, x, z, extra)` of `region`, which does not reduce and whose points are `axes`: batch, row, column.
 
-    `registers` maps the buffers that are products to parameters, blocks in float32. `extents` are (size, block) of rows and
-    columns, which says what has to be masked. The entry's first `reserved` buffers are the template's. The function stores
-    what the region stores or, if it `returns`, gives the value of its only store, which is a buffer in registers, too.
+    `registers` maps the buffers that are products to parameters, blocks in float32. `extents` are the sizes of rows and
+    columns, each with whether a block may go beyond, which is masked. The entry's first `reserved` buffers are the
+    template's. The function stores what the region stores or, if it `returns`, gives the value of its only store, which is a
+    buffer in registers, too.
     """
     region = replace(region, nest=with_salts(region.nest))
     tiling = _tiling(region, axes)
     index64 = int32_limits(region, tiling) != ()
     sizes_of = dict(zip(_BLOCKS, extents, strict=True))
-    masks = {axis: f"{axis}_mask" for axis, (size, block) in sizes_of.items() if size % block}
+    masks = {axis: f"{axis}_mask" for axis, (_, ragged) in sizes_of.items() if ragged}
     names = Names(reserved=reserved)
     frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
     emitter = Emitter(frame, names, registers=registers)

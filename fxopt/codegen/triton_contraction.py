@@ -150,7 +150,8 @@ def _operands(contraction: Contraction) -> tuple[str, ...]:
 
 def _print_epilogue(contraction: Contraction, config: GemmConfig) -> BlockFunction:
     """The nest of `contraction` on one block of the product, as a function that a template calls."""
-    extents = (contraction.sizes[1], config.block_m), (contraction.sizes[3], config.block_n)
+    _, m, _, n = contraction.sizes
+    extents = (m, m % config.block_m != 0), (n, n % config.block_n != 0)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
     return print_block(_EPILOGUE, contraction.region, contraction.axes, extents, blocks, len(_operands(contraction)))
 

@@ -48,12 +48,13 @@ def with_attention_kernels(lowered: Lowered) -> Lowered:
             k = next(k for k, step in enumerate(steps) if step is found.call)
             steps[k] = _alternatives((found.call,), _kernel(found, lowered, views), lowered, views) or steps[k]
     for written in find_written_attention(lowered):
-        parts = (written.first, written.softmax, written.second)
-        apart = tuple(s for k in parts if isinstance(s := lowered.steps[k], Call | Region))
+        apart = tuple(s for k in written.steps if isinstance(s := lowered.steps[k], Call | Region))
         together = _alternatives(apart, written.step, lowered, views)
         if together is not None:
-            steps[written.first] = steps[written.softmax] = None
-            steps[written.second] = together
+            *others, last = written.steps
+            steps[last] = together
+            for k in others:
+                steps[k] = None
     return replace(lowered, steps=[s for s in steps if s is not None])
 
 

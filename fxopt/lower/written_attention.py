@@ -2,20 +2,21 @@
 
 What a pass before autograd has left alone (`passes/hand_attention`) because no fused kernel of a library computes it: capped
 scores, masks more precise than the products, fills that may not hide. The scores are loop IR, so kernels of ours compute
-them where the product still is in registers.
+them where the product still is in registers; heads and groups of heads are read where they lie (`copies.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Scan, Store, postorder, transform
-from fxopt.ir.region import Alias, Attention, Batch, BufferSpec, Call, Matrix, Ref, Region, Scores, Step, Strided, refs
+from fxopt.ir.region import Alias, Attention, Batch, Call, Matrix, Ref, Region, Scores, Step, Strided, refs
 from fxopt.lower.align import mappings
+from fxopt.lower.copies import Copy, Matrices, copies_of
 from fxopt.lower.joining import remap
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import Product, find_product
@@ -27,11 +28,10 @@ RANDOM = frozenset({"rand", "randn", "randint", "checked_index"})
 
 @dataclass(frozen=True)
 class WrittenOut:
-    """`step` computes what the steps number `first` (a product), `softmax` (a region) and `second` (a product) do."""
+    """`step` computes what the steps number `steps` do, in order: two products with a softmax between them, and copies of
+    their operands and of the result that nobody else reads. All of them may run where the last one is."""
 
-    first: int
-    softmax: int
-    second: int
+    steps: tuple[int, ...]
     step: Attention
 
 
@@ -50,10 +50,13 @@ class _Search:
         self.views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
         kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)}
         self.makers: dict[str, int] = {}
+        self.copies: dict[str, tuple[int, Copy]] = {}
         self.readers: dict[str, list[int]] = {name: [-1] for name in kept}
         for k, step in enumerate(lowered.steps):
             if isinstance(step, Call):
                 self.makers |= {name: k for name in step.outputs if name is not None}
+            if isinstance(step, Region):
+                self.copies |= {copy.target: (k, copy) for copy in copies_of(step) or ()}
             for name in self._reads(step):
                 self.readers.setdefault(name, []).append(k)
 
@@ -70,51 +73,69 @@ class _Search:
         for name in dict.fromkeys(n.buffer for n in postorder((x,)) if isinstance(n, Load)):
             first = self.makers.get(name)
             before = None if first is None or self._only_reader(name) != softmax else self._product(first)
-            if first is None or before is None or self._is_written_between(first, second, (softmax,)):
-                continue
-            step = self._step(before, region, after)
-            if step is not None:
-                return WrittenOut(first, softmax, second, step)
+            scores = None if before is None else self._scores(before, region, after)
+            if first is not None and before is not None and scores is not None:
+                return self._whole((first, softmax, second), before, scores, after)
         return None
 
-    def _step(self, before: Product, region: Region, after: Product) -> Attention | None:
-        z, m, n = before.axes
-        (batch, rows, width, keys), values = before.sizes, after.sizes[3]
-        if after.sizes[:3] != (batch, rows, keys):
+    def _scores(self, before: Product, region: Region, after: Product) -> Scores | None:
+        """What `region` makes the softmax of, in terms of the product before; None unless it is in step with both."""
+        if after.sizes[:3] != (before.sizes[0], before.sizes[1], before.sizes[3]):
             return None
-        product = f"{before.result.buffer}.product"
-        dtype = self.buffers[before.result.buffer].dtype
-        own = Nest(tuple(s for s in (z, m) if s is not None), (n,), (Store(before.result.buffer, before.index, _ZERO),))
+        name, product = before.result.buffer, f"{before.result.buffer}.product"
+        own = Nest(tuple(s for s in before.axes[:2] if s is not None), before.axes[2:], (Store(name, before.index, _ZERO),))
         for mapping in mappings(region.nest, own):
             nest = remap(region.nest, mapping, own)
             x = scores_of(nest)
             if x is None or nest.stores[0].index != _at(after.a, before.axes):
                 continue
-            loads = [v for v in postorder((x,)) if isinstance(v, Load) and v.buffer == before.result.buffer]
+            loads = [v for v in postorder((x,)) if isinstance(v, Load) and v.buffer == name]
             if any(v.index != before.index or v.indirect for v in loads):
                 continue
-            scores = self._scores(before, product, _with_value(x, before, before.value(product, dtype)), region)
-            operands = (
-                _strided(before.a, batch, rows, width, transposed=False),
-                _strided(before.b, batch, keys, width, transposed=True),
-                _strided(after.b, batch, keys, values, transposed=False),
-                _strided(after.result, batch, rows, values, transposed=False),
-            )
-            query, key, value_operand, out = operands
-            if query is None or key is None or value_operand is None or out is None:
-                return None
-            named = (*(o.buffer for o in operands if o is not None), *scores.reads())
-            buffers = {name: self.buffers[name] for name in named}
-            origins = (before.call.origin, *region.origins, after.call.origin)
-            return Attention(region.name, query, key, value_operand, None, out, False, 1.0, buffers, origins, scores)
+            result = self.buffers[name]
+            value = _with_value(x, before, before.value(product, result.dtype))
+            made = Nest(before.points, (), (Store(RESULT, before.index, value),))
+            specs = {n: self.buffers[n] for n in made.reads() if n != product}
+            specs |= {RESULT: replace(result, name=RESULT, dtype=torch.float32), product: replace(result, name=product)}
+            return Scores(before.axes, product, Region(RESULT, made, specs, region.device))
         return None
 
-    def _scores(self, before: Product, product: str, value: Scalar, region: Region) -> Scores:
-        result = replace(self.buffers[before.result.buffer], name=RESULT, dtype=torch.float32)
-        nest = Nest(before.points, (), (Store(RESULT, before.index, value),))
-        specs: dict[str, BufferSpec] = {name: self.buffers[name] for name in nest.reads() if name != product}
-        specs |= {RESULT: result, product: replace(self.buffers[before.result.buffer], name=product)}
-        return Scores(before.axes, product, Region(RESULT, nest, specs, region.device))
+    def _whole(self, steps: tuple[int, ...], before: Product, scores: Scores, after: Product) -> WrittenOut | None:
+        batch, rows, width, keys = before.sizes
+        values = after.sizes[3]
+        shapes = {"query": (rows, width), "key": (keys, width), "value": (keys, values), "out": (rows, values)}
+        b = before.b
+        given = {"query": before.a, "key": replace(b, row=b.column, column=b.row), "value": after.b, "out": after.result}
+        plain = {n: m for n, x in given.items() if (m := Matrices.of(x, batch)) is not None}
+        if len(plain) < len(given):
+            return None
+        seen, copied = dict(plain), set[int]()
+        for name, matrices in plain.items():
+            made = self._copy_of_result(matrices.buffer) if name == "out" else self.copies.get(matrices.buffer)
+            if made is None or (name != "out" and made[0] > steps[0]):
+                continue
+            through = matrices.through(made[1], *shapes[name])
+            if through is not None:
+                seen[name] = through
+                copied.add(made[0])
+        for tensors in (seen, plain):
+            strided = _in_heads(tensors, shapes, batch)
+            if strided is None:
+                continue
+            parts = sorted({*steps, *(copied if tensors is seen else ())})
+            parts = [k for k in parts if k in steps or self._is_for(k, parts)]
+            own = self._attention(steps[1], strided, scores)
+            if not self._is_written_between(own, parts, min((*steps, *copied))):
+                return WrittenOut(tuple(parts), own)
+        return None
+
+    def _attention(self, softmax: int, tensors: Mapping[str, Strided], scores: Scores) -> Attention:
+        region = self.steps[softmax]
+        assert isinstance(region, Region)
+        named = (*(x.buffer for x in tensors.values()), *scores.reads())
+        buffers = {name: self.buffers[name] for name in named}
+        query, key, value, out = (tensors[name] for name in ("query", "key", "value", "out"))
+        return Attention(region.name, query, key, value, None, out, False, 1.0, buffers, region.origins, scores)
 
     # ------------------------------------------------------------------ which step touches what
 
@@ -141,10 +162,27 @@ class _Search:
         step = self.steps[k]
         return find_product(step, self.buffers, self.views) if isinstance(step, Call) else None
 
-    def _is_written_between(self, first: int, second: int, apart: Sequence[int]) -> bool:
-        """Whether a step writes what those at `first` and `apart` read, before `second`, where all will be read."""
-        read = {n for k in (first, *apart) for n in self._reads(self.steps[k])}
-        between = (k for k in range(first + 1, second) if k not in apart)
+    def _copy_of_result(self, name: str) -> tuple[int, Copy] | None:
+        """The step that does nothing but copy the result `name`, its only reader, and that copy from the result's side."""
+        reader = self._only_reader(name)
+        region = None if reader is None else self.steps[reader]
+        copies = copies_of(region) if isinstance(region, Region) else None
+        if reader is None or copies is None or len(copies) != 1:
+            return None
+        return reader, copies[0].turned()
+
+    def _is_for(self, k: int, parts: Sequence[int]) -> bool:
+        """Whether all that step k writes is read by `parts` alone, or it is the last of them."""
+        return k == parts[-1] or all(set(self.readers.get(n, ())) <= set(parts) for n in self._makes(self.steps[k]))
+
+    def _makes(self, step: Step) -> set[str]:
+        return set(step.writes()) if isinstance(step, Region) else set()
+
+    def _is_written_between(self, own: Attention, parts: Sequence[int], first: int) -> bool:
+        """Whether a step that is not one of `parts` writes what these or `own` read, between step `first` and the last of
+        `parts`, where all will run."""
+        read = {*map(self._root, own.reads()), *(n for k in parts for n in self._reads(self.steps[k]))}
+        between = (k for k in range(first + 1, parts[-1]) if k not in parts)
         return any(self._writes(self.steps[k]) & read for k in between)
 
 
@@ -190,8 +228,26 @@ def _at(matrix: Matrix, axes: tuple[Sym | None, Sym, Sym]) -> Int:
     return out
 
 
-def _strided(matrix: Matrix, batch: int, rows: int, width: int, *, transposed: bool) -> Strided | None:
-    """A batch of matrices as a tensor [1, batch, rows, width]; None where something of it is symbolic."""
-    row, column = (matrix.column, matrix.row) if transposed else (matrix.row, matrix.column)
-    known = [n for n in (matrix.batch, row, column, matrix.offset) if isinstance(n, int)]
-    return Strided(matrix.buffer, (1, batch, rows, width), (0, *known[:3]), known[3]) if len(known) == 4 else None
+def _in_heads(
+    tensors: Mapping[str, Matrices], shapes: Mapping[str, tuple[int, int]], count: int
+) -> dict[str, Strided] | None:
+    """The matrices as tensors [B, H, S, E] (query), [B, G, T, E] (key), [B, G, T, Ev] (value) and [B, H, S, Ev] (out), with
+    the most heads to a group that they have in memory; None where no B and G are right for all."""
+    groups = dict.fromkeys([*(d[0] for d in tensors["key"].dims[-1:] if d[1] == 0), 1])
+    batches = dict.fromkeys([*(x.dims[0][0] for x in tensors.values() if x.dims), 1, count])
+    for group in groups:
+        for batch in batches:
+            if count % (batch * group):
+                continue
+            heads = count // batch
+            out: dict[str, Strided] = {}
+            for name, x in tensors.items():
+                shared = name in ("key", "value")
+                strides = x.split(batch, heads // group, group) if shared else x.split(batch, heads)
+                if strides is None or (shared and strides[2] != 0 and group > 1):
+                    break
+                shape = (batch, heads // group if shared else heads, *shapes[name])
+                out[name] = Strided(x.buffer, shape, (*strides[:2], x.row, x.column), x.offset)
+            if len(out) == len(tensors):
+                return out
+    return None

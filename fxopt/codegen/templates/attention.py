@@ -15,9 +15,9 @@ Scores that are not hidden but by the mask's minus infinity are as in eager: NaN
 throughout is zero, as from torch's own fused kernels.
 
 `SCORES(product, y, x, head, extra)` makes scores of a float32 block of query @ key.T with row numbers y [BM, 1] and key
-numbers x [1, BN], where `head` counts the heads of all batches (PACK is 1) and `extra` is the entry's tuple of whatever it
-needs. It masks what it loads for rows from S and keys from T on. A row of such scores that are all minus infinity is NaN, as
-in eager.
+numbers x [1, BN], where `head` counts the heads of all batches (a number or, if tiles have several, [BM, 1]) and `extra` is
+the entry's tuple of whatever it needs. It masks what it loads for rows from S and keys from T on. A row of such scores that
+are all minus infinity is NaN, as in eager.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
@@ -146,6 +146,11 @@ def attend(
     q = block_of(query + wide * QUERY[0], tl.arange(0, EB), q_row, E, EB, position < S, S * PACK % BM != 0)
     masks, mask_row = mask + wide * MASK_STRIDES[0], own_head * MASK_STRIDES[1] + position * MASK_STRIDES[2]
 
+    if PACK == 1:
+        number = heads
+    else:
+        number = (batch * H + own_head)[:, None]
+
     blocks: tl.constexpr = (T + BN - 1) // BN
     each: tl.constexpr = (blocks + SPLIT - 1) // SPLIT * BN
     first, end, whole = part * each, tl.minimum(part * each + each, T), tl.minimum(part * each + each, T // BN * BN)
@@ -158,13 +163,13 @@ def attend(
     acc = tl.zeros([BM, EVB], tl.float32)
     hidden: tl.constexpr = MASK != NO_MASK or (CAUSAL and SPLIT > 1)
     acc, most, total = over_keys(
-        acc, most, total, q, keys, values, masks, position, mask_row, heads, extra, first, whole,
+        acc, most, total, q, keys, values, masks, position, mask_row, number, extra, first, whole,
         S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB, PRECISION,
         SCORES,
     )  # fmt: skip
     if CAUSAL or T % BN != 0:
         acc, most, total = over_keys(
-            acc, most, total, q, keys, values, masks, position, mask_row, heads, extra, whole, end,
+            acc, most, total, q, keys, values, masks, position, mask_row, number, extra, whole, end,
             S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
             PRECISION, SCORES,
         )  # fmt: skip
