@@ -62,7 +62,7 @@ def _attend(attention: Attention, config: AttentionConfig, stored: Sequence[str]
     boolean = mask is not None and attention.buffers[mask.buffer].dtype == torch.bool
     strides = (0, 0, 0, 0) if mask is None else mask.strides
     sizes = f"{heads}, {rows}, {keys}, {width}, {value_width}, {heads // groups}"
-    layouts = ", ".join(str(x.strides[:3]) for x in (attention.query, attention.key, attention.value))
+    layouts = ", ".join(map(str, (attention.query.strides[:3], attention.key.strides, attention.value.strides[:3])))
     meaning = f'{attention.scale!r}, {attention.causal}, "{_kind(attention)}", {boolean}'
     blocks = f"BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(value_width)}"
     way = f'PACK={config.pack}, SPLIT={config.split}, PRECISION="ieee", SCORES={_SCORES if scores.text else None}'

@@ -41,6 +41,8 @@ def with_attention_kernels(lowered: Lowered) -> Lowered:
     """
     if torch.are_deterministic_algorithms_enabled() or len(enabled_backends()) < 2:
         return lowered
+    if not any(spec.device.type == "cuda" for spec in lowered.buffers.values()):
+        return lowered
     steps: list[Step | None] = list(lowered.steps)
     views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
     for found in find_attention(lowered):
@@ -128,9 +130,10 @@ def _is_eligible(own: Attention) -> bool:
         return False
     if any(w > MOST_FEATURES or w % FEATURES_MULTIPLE for w in (key.shape[3], value.shape[3])):
         return False
-    if any(x.strides[3] != 1 for x in (query, key, value)) or not 0.0 < own.scale < float("inf"):
+    if query.strides[3] != 1 or value.strides[3] != 1 or 1 not in key.strides[2:] or not 0.0 < own.scale < float("inf"):
         return False
-    reach = [(x.shape[2] + TILE_ROWS) * x.strides[2] for x in (query, key, value, own.out)]
+    tensors = (query, key, value, own.out)
+    reach = [(x.shape[2] + TILE_ROWS) * x.strides[2] + MOST_FEATURES * x.strides[3] for x in tensors]
     if mask is not None:
         reach.append(sum((n + TILE_ROWS) * s for n, s in zip(mask.shape[1:], mask.strides[1:], strict=True)))
     return all(n < MOST_ELEMENTS for n in reach)

@@ -112,7 +112,8 @@ class _Search:
         seen, copied = dict(plain), set[int]()
         for name, matrices in plain.items():
             made = self._copy_of_result(matrices.buffer) if name == "out" else self.copies.get(matrices.buffer)
-            if made is None or (name != "out" and made[0] > steps[0]):
+            reader = {"query": steps[0], "key": steps[0], "value": steps[2]}.get(name)
+            if made is None or (reader is not None and made[0] > reader):
                 continue
             through = matrices.through(made[1], *shapes[name])
             if through is not None:
@@ -124,9 +125,9 @@ class _Search:
                 continue
             parts = sorted({*steps, *(copied if tensors is seen else ())})
             parts = [k for k in parts if k in steps or self._is_for(k, parts)]
-            own = self._attention(steps[1], strided, scores)
-            if not self._is_written_between(own, parts, min((*steps, *copied))):
-                return WrittenOut(tuple(parts), own)
+            read = {*parts, *(copied if tensors is seen else ())}
+            if not any(self._is_written_over(k, parts) for k in read):
+                return WrittenOut(tuple(parts), self._attention(steps[1], strided, scores))
         return None
 
     def _attention(self, softmax: int, tensors: Mapping[str, Strided], scores: Scores) -> Attention:
@@ -178,12 +179,11 @@ class _Search:
     def _makes(self, step: Step) -> set[str]:
         return set(step.writes()) if isinstance(step, Region) else set()
 
-    def _is_written_between(self, own: Attention, parts: Sequence[int], first: int) -> bool:
-        """Whether a step that is not one of `parts` writes what these or `own` read, between step `first` and the last of
-        `parts`, where all will run."""
-        read = {*map(self._root, own.reads()), *(n for k in parts for n in self._reads(self.steps[k]))}
-        between = (k for k in range(first + 1, parts[-1]) if k not in parts)
-        return any(self._writes(self.steps[k]) & read for k in between)
+    def _is_written_over(self, k: int, parts: Sequence[int]) -> bool:
+        """Whether a step that is not one of `parts` writes what step k reads, between that and the last of `parts`, where it
+        will be read."""
+        read, between = self._reads(self.steps[k]), range(k + 1, parts[-1])
+        return any(self._writes(self.steps[i]) & read for i in between if i not in parts)
 
 
 _ZERO = Load("", 0, torch.float32)

@@ -9,7 +9,7 @@ position of a whole group still fills the tensor cores. Row m of all is position
 
 Shapes: query [B, H, S, E], key [B, G, T, E], value [B, G, T, EV], H = G * GROUP; the mask is broadcast to [B, H, S, T] by
 strides of 0. Sizes and strides are literals in elements; offsets within a head, and within a batch's mask, are below 2**31.
-Features are contiguous in query, key and value. Products are summed in float32, and so are probabilities.
+Features are contiguous in query and value, features or rows in the key. Products and probabilities are summed in float32.
 
 Scores that are not hidden but by the mask's minus infinity are as in eager: NaN in a row makes all of it NaN. A row hidden
 throughout is zero, as from torch's own fused kernels.
@@ -47,6 +47,22 @@ def block_of(rows, features, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, visib
 
 
 @triton.jit
+def turned_block_of(rows, feature, row, held, RAGGED: tl.constexpr, visible, MASKED: tl.constexpr):
+    """The same with rows as columns, [BLOCK, R], for memory in which rows are contiguous: `feature` are offsets, too, of
+    which RAGGED says that not all are `held`.
+    """
+    pointers = rows + (feature[:, None] + row[None, :])
+    if MASKED and RAGGED:
+        return tl.load(pointers, mask=held[:, None] & visible[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=visible[None, :], other=0.0)
+    elif RAGGED:
+        return tl.load(pointers, mask=held[:, None], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def addend_of(mask, at, inside, BOOLEAN: tl.constexpr, MASKED: tl.constexpr):
     """Mask elements at offsets `at` as float32 addends; 0 where MASKED and not `inside`."""
     if BOOLEAN:
@@ -73,7 +89,8 @@ def divisor_of(total, MASK: tl.constexpr):
 @triton.jit
 def over_keys(
     acc, most, total, q, keys, values, mask, position, mask_row, head, extra, first, end,
-    S: tl.constexpr, T: tl.constexpr, key_row: tl.constexpr, value_row: tl.constexpr, mask_column: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, key_row: tl.constexpr, key_feature: tl.constexpr, value_row: tl.constexpr,
+    mask_column: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr, HIDDEN: tl.constexpr,
     EDGE: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, EV: tl.constexpr, EVB: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr,
@@ -87,8 +104,11 @@ def over_keys(
     for block in range(first, end, BN):
         column = tl.full([], 0, tl.int32) + block + n  # a tensor in the interpreter too
         inside = column < T
-        k = block_of(keys, features, column * key_row, E, EB, inside, EDGE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if key_feature == 1:
+            k = tl.trans(block_of(keys, features, column * key_row, E, EB, inside, EDGE))
+        else:
+            k = turned_block_of(keys, features * key_feature, column * key_row, features < E, EB != E, inside, EDGE)
+        scores = tl.dot(q, k, input_precision=PRECISION)
         if MASK == ROWS:
             at = mask_row[:, None] + (column * mask_column)[None, :]
             readable = inside[None, :] & (position < S)[:, None]
@@ -128,8 +148,8 @@ def attend(
 ):  # fmt: skip
     """The grid is B * (H / PACK) * cdiv(S * PACK, BM) * SPLIT programs.
 
-    QUERY, KEY and VALUE are strides of batch, head and row, MASK_STRIDES and OUT of all four dimensions. A causal mask shows
-    row i the keys up to i. MASK: see `NO_MASK`; BOOLEAN if it is true where a key is seen, else it is added. With SPLIT > 1,
+    QUERY and VALUE are strides of batch, head and row, the others of all four dimensions. A causal mask shows row i the keys
+    up to i. MASK: see `NO_MASK`; BOOLEAN if it is true where a key is seen, else it is added. With SPLIT > 1,
     `out` is float32 [SPLIT, B * H * S, EV], the sums of the parts, and `statistics` float32 [2, SPLIT, B * H * S], their
     greatest scores and sums of exponentials.
     """
@@ -164,13 +184,13 @@ def attend(
     hidden: tl.constexpr = MASK != NO_MASK or (CAUSAL and SPLIT > 1)
     acc, most, total = over_keys(
         acc, most, total, q, keys, values, masks, position, mask_row, number, extra, first, whole,
-        S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB, PRECISION,
-        SCORES,
+        S, T, KEY[2], KEY[3], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB,
+        PRECISION, SCORES,
     )  # fmt: skip
     if CAUSAL or T % BN != 0:
         acc, most, total = over_keys(
             acc, most, total, q, keys, values, masks, position, mask_row, number, extra, whole, end,
-            S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
+            S, T, KEY[2], KEY[3], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
             PRECISION, SCORES,
         )  # fmt: skip
 
