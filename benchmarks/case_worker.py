@@ -1,4 +1,4 @@
-"""A process that runs cases of `memory_bound` one after the other: `python -m benchmarks.case_worker DEVICE`.
+"""A process that runs cases of one program one after the other: `python -m benchmarks.case_worker MODULE DEVICE`.
 
 `benchmarks/dealing.py` starts it and says what the lines on its pipes are. It measures while it holds the device's lock in
 FXOPT_LOCK_DIR: fxopt's tuner takes it by itself, Inductor's is made to here.
@@ -7,17 +7,19 @@ FXOPT_LOCK_DIR: fxopt's tuner takes it by itself, Inductor's is made to here.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
 import time
 from contextlib import AbstractContextManager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 
-from benchmarks.memory_bound import WORKLOADS, plan_case
-from benchmarks.run import Budget, run_case
+from benchmarks.budget import Budget
+from benchmarks.crew import Suite
+from benchmarks.run import run_case
 from fxopt import knobs
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.report.contenders import CONTENDERS, Contender
@@ -25,20 +27,32 @@ from fxopt.runtime.device_lock import device_identity, turn
 
 
 def inductor_tunes_in_turn(device_turn: Any) -> None:
-    """Inductor's own choice among configurations is by time too. A torch that does it elsewhere is left as it is."""
-    from torch._inductor.runtime import triton_heuristics
+    """Inductor's own choices among configurations and templates are by time too.
 
-    tuner = triton_heuristics.CachingAutotuner
-    measured = getattr(tuner, "benchmark_all_configs", None)
-    if measured is None:
-        return
+    A torch that makes them elsewhere is left as it is.
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    for owner, name in (
+        (CachingAutotuner, "benchmark_all_configs"),
+        (CachingAutotuner, "bench"),  # each step of a coordinate descent
+        (AlgorithmSelectorCache, "benchmark_in_current_process"),  # templates and library calls of a product
+    ):
+        if hasattr(owner, name):
+            setattr(owner, name, _in_turn(vars(owner)[name], device_turn))
+
+
+def _in_turn(method: Any, device_turn: Any) -> Any:
+    """`method`, plain or a class method, run while the device is held."""
+    measured = method.__func__ if isinstance(method, classmethod) else method
 
     @functools.wraps(measured)
-    def benchmark_all_configs(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         with device_turn():
             return measured(*args, **kwargs)
 
-    tuner.benchmark_all_configs = benchmark_all_configs
+    return classmethod(call) if isinstance(method, classmethod) else call
 
 
 def is_broken(device: torch.device) -> bool:
@@ -51,7 +65,7 @@ def is_broken(device: torch.device) -> bool:
     return False
 
 
-def answer(request: dict[str, Any], device: torch.device, device_turn: Any, channel: TextIO) -> bool:
+def answer(suite: Suite, request: dict[str, Any], device: torch.device, device_turn: Any, channel: TextIO) -> bool:
     """Run the case of `request`; whether another can follow."""
 
     def say(message: dict[str, Any]) -> None:
@@ -68,9 +82,9 @@ def answer(request: dict[str, Any], device: torch.device, device_turn: Any, chan
     def why_not(contender: Contender) -> str:
         return str(request["without"].get(contender.name, ""))
 
-    workload = WORKLOADS[request["workload"]]
-    budget = Budget(time.monotonic() + request["left"], request["compile_limit"], slow=False)
-    plan = plan_case(budget, workload, device, request["seconds"], request["warm"])
+    workload = suite.WORKLOADS[request["workload"]]
+    budget = Budget(time.monotonic() + request["left"], request["compile_limit"], slow=request["slow"])
+    plan = suite.plan_case(budget, workload, device, request["seconds"], request["warm"])
     plan.turn, plan.skip = device_turn, why_not
     chosen = [CONTENDERS[name] for name in request["contenders"]]
     rows = run_case(workload, request["sizes"], pick_dtype(request["dtype"]), chosen, plan, report)
@@ -79,10 +93,10 @@ def answer(request: dict[str, Any], device: torch.device, device_turn: Any, chan
     return not broken
 
 
-def main(name: str) -> None:
+def main(module: str, name: str) -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not get between the answers
-    device = pick_device(name)
+    device, suite = pick_device(name), cast(Suite, importlib.import_module(module))
     folder = knobs.LOCK_DIR.get()
     assert folder is not None
 
@@ -93,9 +107,9 @@ def main(name: str) -> None:
     channel.write('{"ready": true}\n')
     channel.flush()
     for line in sys.stdin:
-        if not answer(json.loads(line), device, device_turn, channel):
+        if not answer(suite, json.loads(line), device, device_turn, channel):
             return
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

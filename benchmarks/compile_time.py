@@ -67,7 +67,7 @@ def run_child(workload: Workload, sizes: Sizes, row: FirstCall, device: str, dty
     command = [sys.executable, "-m", "benchmarks.first_call", workload.name, row.contender]
     command += ["--sizes", json.dumps(sizes), "--device", device, "--dtype", dtype]
     try:
-        done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         row.skipped = f"failed: took longer than {limit:.0f} s"
         return
@@ -78,7 +78,7 @@ def run_child(workload: Workload, sizes: Sizes, row: FirstCall, device: str, dty
         setattr(row, name, value)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """This environment, in which the child finds the checkout's modules before any that are installed."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))}
 

@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-START_SECONDS, CASE_SECONDS = 180.0, 300.0
-"""How long a worker may take to start, and for one case."""
+START_SECONDS, STEP_SECONDS = 180.0, 300.0
+"""How long a worker may take to start, and for one step of a case besides compiling."""
 
 UNREPLACED = 2
 """A place gives up after so many workers in a row that could not start."""
@@ -136,15 +136,16 @@ class Dealer:
 
 @dataclass
 class Pool:
-    """Workers in `places`, each an environment; `arguments` start one. `failed_rows` makes the rows of a case by what is
-    wrong with each contender, or with all of them ("")."""
+    """Workers in `places`, each an environment; `arguments` start one. `failed_rows` makes a request's rows by what is wrong
+    with each contender, or with all of them (""). One compilation may take `compile_seconds`."""
 
     arguments: Sequence[str]
     places: Sequence[Mapping[str, str]]
     per_place: int
     deadline: float
-    failed_rows: Callable[[Mapping[str, str]], list[RawRow]]
+    failed_rows: Callable[[Request, Mapping[str, str]], list[RawRow]]
     say: Callable[[str], None]
+    compile_seconds: float = 0.0
 
     def run(
         self, requests: Sequence[Request], needs: Sequence[float], room: float, done: Callable[[int, list[RawRow]], None]
@@ -205,7 +206,9 @@ class Pool:
         contender = ""
         worker.tell({**request, "without": dict(assigned.without), "left": self.deadline - time.monotonic()})
         try:
-            while "rows" not in (said := worker.hear(min(self.deadline, time.monotonic() + CASE_SECONDS))):
+            while "rows" not in (
+                said := worker.hear(min(self.deadline, time.monotonic() + self.compile_seconds + STEP_SECONDS))
+            ):
                 contender = said["contender"]
         except WorkerDied as death:
             if time.monotonic() >= self.deadline:
@@ -214,7 +217,7 @@ class Pool:
             culprits = {**assigned.without, contender: f"failed: {death}"}
             if contender and contender not in assigned.without:
                 return replace(assigned, without=culprits), False
-            done(assigned.number, self.failed_rows(culprits))
+            done(assigned.number, self.failed_rows(request, culprits))
             return None, False
         if assigned.need < math.inf and any("OutOfMemoryError" in row["skipped"] for row in said["rows"]):
             return replace(assigned, need=math.inf), not said.get("broken")

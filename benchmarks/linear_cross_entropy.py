@@ -2,9 +2,10 @@
 
 One step is `cross_entropy(linear(hidden, weight), labels)` and its backward, the gradients of hidden states and weight
 included, under eager, Inductor, fxopt and, on CUDA, Liger's fused kernel where that is installed. Without sizes it measures
-CUDA_CASES there, in about 100 s. Times are interleaved in one process. Memory is the most that one step needs beyond what
-was in use before it (hidden states and weights): on CUDA as torch's allocator counts it, on a CPU as the system does, in a
-process per contender whose step has run once before. Loss and gradients are compared with float64.
+CUDA_CASES there, in about 100 s. `products` times the products of one chunk over an odd vocabulary alone. Times are
+interleaved in one process. Memory is the most that one step needs beyond what was in use before it (hidden states and
+weights): on CUDA as torch's allocator counts it, on a CPU as the system does, in a process per contender whose step has run
+once before. Loss and gradients are compared with float64.
 """
 
 from __future__ import annotations
@@ -247,6 +248,70 @@ def compare(
         share = (seconds or SECONDS[where.type]) / len(cases)
         document["cases"].append(measured(sizes, chosen_dtype, where, names, share))
         (out / f"linear_cross_entropy_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def chunk_products(rows: int, features: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The three products of a chunk, each over a vocabulary that is no multiple of eight, and that with its last classes
+    apart: what rows of logits that are padded do alone, and what fxopt does.
+    """
+    width = -(-vocabulary // 8) * 8
+    main = vocabulary // 8 * 8
+    hidden, weight, _ = (x.detach() for x in make_inputs(rows, features, vocabulary, dtype, device))
+    rest = weight.new_zeros((8, features))
+    rest[: vocabulary - main] = weight[main:]
+    logits = hidden.new_empty((rows, width))
+    whole, many, few = logits[:, :vocabulary], logits[:, :main], logits[:, main : main + 8]
+    of_hidden, of_weight, of_rest = torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(rest)
+
+    def parts(*products: tuple[Tensor, Tensor, Tensor]) -> Step:
+        def step() -> Tensor:
+            for a, b, out in products:
+                torch.mm(a, b, out=out)
+            return products[0][2]
+
+        return step
+
+    def hidden_apart() -> Tensor:
+        torch.mm(few, rest, out=of_hidden)
+        return of_hidden.addmm_(many, weight[:main])
+
+    return {
+        "logits, whole": parts((hidden, weight.t(), whole)),
+        "logits, apart": parts((hidden, weight[:main].t(), many), (hidden, rest.t(), few)),
+        "hidden, whole": parts((whole, weight, of_hidden)),
+        "hidden, apart": hidden_apart,
+        "weight, whole": parts((whole.t(), hidden, of_weight)),
+        "weight, apart": parts((many.t(), hidden, of_weight[:main]), (few.t(), hidden, of_rest)),
+    }
+
+
+@app.command()
+def products(
+    out: Annotated[Path, typer.Option(help="folder for linear_cross_entropy_products_<device>.json")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
+    rows: Annotated[int, typer.Option(help="rows of a chunk")] = 4096,
+    features: int = 4096,
+    vocabulary: int = 50257,
+    dtype: str = "bfloat16",
+    seconds: float = 3.0,
+) -> None:
+    """Time the products of one chunk over an odd vocabulary, whole and with the last classes apart."""
+    where = pick_device(device)
+    steps = chunk_products(rows, features, vocabulary, pick_dtype(dtype), where)
+    timings = interleaved(steps, where, seconds=seconds)
+    found = {name: {"seconds": t.median, "quartiles": t.quartiles} for name, t in timings.items()}
+    for name, timing in timings.items():
+        typer.echo(f"  {name:<14} {timing.median * 1e3:8.2f} ms")
+    sizes = {"rows": rows, "features": features, "vocabulary": vocabulary, "dtype": dtype}
+    document = {
+        "target": target_facts(where),
+        "versions": versions(),
+        "commit": revision(),
+        "sizes": sizes,
+        "products": found,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"linear_cross_entropy_products_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

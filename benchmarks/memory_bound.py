@@ -10,30 +10,29 @@ once and take turns at measuring.
 
 from __future__ import annotations
 
-import math
 import random
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from benchmarks import dealing, liger
+from benchmarks import liger
+from benchmarks.budget import Budget
+from benchmarks.crew import Crew, usable_devices
 from benchmarks.memory_bound_kernels import SWEEP
 from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.plot import plot_shares
 from benchmarks.results import Results
-from benchmarks.run import Budget, Job, measure
+from benchmarks.run import measure
 from benchmarks.summary import summarize, summary_tables
-from benchmarks.workload import Workload
+from benchmarks.workload import Job, Workload
 from fxopt.cli import pick_device, pick_dtype
-from fxopt.report.compare import Plan, Row, speedup
+from fxopt.report.compare import Plan
 from fxopt.report.contenders import Contender, pick
 from fxopt.report.tables import open_console
 
@@ -44,9 +43,6 @@ FLOAT64_COPIES = 8
 
 OTHER_BYTES = 8 << 30
 """About as much does an optimizer's case take."""
-
-ROOM = 0.9
-"""The share of a GPU's memory that the cases on it may be expected to need together."""
 
 
 @dataclass(frozen=True)
@@ -110,70 +106,13 @@ def present(contenders: Sequence[Contender]) -> tuple[list[Contender], dict[str,
 def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds: float, warm: bool) -> Plan:
     """Passes apart. An optimizer's step is timed as it runs, host included: hundreds of tensors keep it busy."""
     usual = budget.plan(workload, device, seconds, cold=not warm)
-    return replace(usual, split=True, ahead=workload.kind == "kernel")
+    return replace(usual, split=True, ahead=workload.kind == "kernel", replay=workload.kind != "kernel")
 
 
 def expected_bytes(job: Job) -> float:
     """About the memory that a case needs at most."""
     workload, sizes, _ = job
     return FLOAT64_COPIES * 8.0 * sizes["rows"] * sizes["cols"] if workload.kind == "kernel" else float(OTHER_BYTES)
-
-
-@dataclass(frozen=True)
-class Crew:
-    """Worker processes: `processes` on each of the first `gpus` GPUs, or on the CPU."""
-
-    device: torch.device
-    processes: int
-    gpus: int
-
-    def run(
-        self, todo: Sequence[Job], chosen: Sequence[Contender], results: Results, budget: Budget, seconds: float, warm: bool
-    ) -> int:
-        """As `benchmarks.run.measure`, with a line on standard error per case. Returns how many cases were left out."""
-        console = Console(stderr=True)
-        missing = [job for job in todo if not results.has(*job)]
-        settings = {"seconds": seconds, "warm": warm, "compile_limit": budget.compile_limit}
-        settings["contenders"] = [c.name for c in chosen]
-        requests = [{"workload": w.name, "sizes": sizes, "dtype": dtype, **settings} for w, sizes, dtype in missing]
-        finished = len(todo) - len(missing)
-
-        def done(number: int, raw: Sequence[dict[str, Any]]) -> None:
-            nonlocal finished
-            finished += 1
-            rows = [Row.from_dict(row) for row in raw]
-            results.add(*missing[number], rows)
-            where = f"{finished}/{len(todo)}, {budget.left:.0f} s left"
-            console.print(f"{where}: {_in_a_line(missing[number], rows)}", highlight=False, soft_wrap=True)
-
-        with tempfile.TemporaryDirectory(prefix="fxopt-bench-", ignore_cleanup_errors=True) as folder:
-            common = {"TMPDIR": folder, "FXOPT_LOCK_DIR": f"{folder}/locks"}
-            common |= dealing.shared_threads(self.processes * self.gpus)
-            devices = dealing.visible_devices(self.gpus) if self.device.type == "cuda" else [""]
-            pool = dealing.Pool(
-                ("-m", "benchmarks.case_worker", self.device.type),
-                [common | {"CUDA_VISIBLE_DEVICES": name} for name in devices],
-                self.processes,
-                budget.deadline,
-                lambda why: [Row(c.name, c.mode_label, c.frozen, skipped=_why(c, why)).to_dict() for c in chosen],
-                lambda text: console.print(text, highlight=False, soft_wrap=True),
-            )
-            room = ROOM * results.data["target"].get("memory_bytes", math.inf)
-            pool.run(requests, [expected_bytes(job) for job in missing], room, done)
-        return len(todo) - finished
-
-
-def _why(contender: Contender, why: Mapping[str, str]) -> str:
-    return why.get(contender.name) or f"failed: not run, because of {', '.join(f'{k} ({v})' for k, v in why.items())}"
-
-
-def _in_a_line(job: Job, rows: Sequence[Row]) -> str:
-    """fxopt's speed-up over Inductor by pass, and who failed."""
-    own = [row for row in rows if row.contender == "fxopt"]
-    factors = [f"{row.part} {factor:.2f}x" for row in own if (factor := speedup(row, rows, "inductor"))]
-    failed = sorted({f"{row.contender} FAILED" for row in rows if row.skipped.startswith("failed")})
-    workload, sizes, dtype = job
-    return f"{workload.name} {'x'.join(map(str, sizes.values()))} {dtype}: {', '.join([*factors, *failed]) or 'done'}"
 
 
 def _numbers(text: str) -> list[float]:
@@ -211,12 +150,13 @@ def main(
     for name, reason in absent.items():
         console.print(f"without {name}: {reason}")
     todo = plan_jobs(choose(workloads), grid, seed)
-    used = min(gpus or 1 << 16, torch.cuda.device_count()) if where.type == "cuda" else 1
+    used = usable_devices(where, gpus)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "seed": seed, "warm": warm, "absent": absent}
     results = Results(out, where, settings | {"processes": processes, "gpus": used}, resume, compact=True)
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow=False)
     if where.type == "cuda" or processes > 1:
-        left = Crew(where, processes, used).run(todo, chosen, results, budget, seconds, warm)
+        crew = Crew("benchmarks.memory_bound", where, processes, used)
+        left = crew.run(todo, lambda job: chosen, results, budget, seconds, warm, expected_bytes)
     else:
         left = measure(
             todo, chosen, results, budget, lambda w: plan_case(budget, w, where, seconds, warm), console, whole=True

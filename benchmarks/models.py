@@ -4,12 +4,13 @@ MiniLM alone is the trained model of the demo."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.workload import Sizes, Workload
+from benchmarks.workload import Build, Sizes, Workload
 from fxopt.report import minilm
 from fxopt.report.cases import Case
 
@@ -67,7 +68,8 @@ def _gpt2(sizes: Sizes) -> nn.Module:
     return t.GPT2LMHeadModel(config)
 
 
-def _llama(sizes: Sizes) -> nn.Module:
+def llama(sizes: Sizes) -> nn.Module:
+    """Llama 3.2's proportions: with 2048 features, 16 layers and 128256 words its 1.24 billion parameters."""
     t, hidden = _transformers(), sizes["hidden"]
     config = t.LlamaConfig(
         hidden_size=hidden,
@@ -76,6 +78,10 @@ def _llama(sizes: Sizes) -> nn.Module:
         num_key_value_heads=max(1, hidden // 256),
         intermediate_size=4 * hidden,
         vocab_size=sizes["vocab"],
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return t.LlamaForCausalLM(config)
 
@@ -85,10 +91,10 @@ def _resnet(sizes: Sizes) -> nn.Module:
     config = t.ResNetConfig(
         embedding_size=width, hidden_sizes=[4 * width, 8 * width, 16 * width, 32 * width], num_labels=sizes["classes"]
     )
-    return _with_statistics(t.ResNetForImageClassification(config))
+    return with_statistics(t.ResNetForImageClassification(config))
 
 
-def _with_statistics(model: nn.Module) -> nn.Module:
+def with_statistics(model: nn.Module) -> nn.Module:
     """`model` with BatchNorms like a trained network's.
 
     A fresh one multiplies by 1 / sqrt(1 + eps): the sum of two bfloat16 values after it is a rounding tie in every other
@@ -156,6 +162,15 @@ def _images(
     return build
 
 
+def _decoding(make: Callable[[Sizes], nn.Module]) -> Build:
+    def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+        from benchmarks.decoding import decoding  # needs transformers
+
+        return decoding(make)(sizes, device, dtype)
+
+    return build
+
+
 def _build_minilm(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
     encoder, tokenizer = minilm.load(device, dtype)
     texts = (minilm.sentences() * (sizes["batch"] // 16 + 1))[: sizes["batch"]]
@@ -166,7 +181,9 @@ _BASE = {"hidden": 768, "layers": 12}
 _SMALL = {"hidden": 64, "layers": 2, "vocab": 97, "batch": 2, "tokens": 10}
 _BERT = {**_BASE, "vocab": 30522, "batch": 32, "tokens": 128}
 _GPT2 = {**_BASE, "vocab": 50257, "batch": 8, "tokens": 512}
-_LLAMA = {"hidden": 2048, "layers": 16, "vocab": 32000, "batch": 1, "tokens": 2048}
+_LLAMA = {"hidden": 2048, "layers": 16, "vocab": 128256, "batch": 1, "tokens": 2048}
+_STEP = {"batch": 1, "tokens": 1, "cached": 1024}
+_SMALL_STEP = {**_SMALL, "batch": 1, "tokens": 1, "cached": 16}
 _RESNET = ({"width": 64, "classes": 1000, "batch": 64, "side": 224}, {"width": 8, "classes": 5, "batch": 2, "side": 64})
 _VIT = (
     {**_BASE, "classes": 1000, "batch": 64, "side": 224},
@@ -189,6 +206,10 @@ def _pair(
     ]
 
 
+def _half(*workloads: Workload) -> list[Workload]:
+    return [replace(workload, dtype="float16") for workload in workloads]
+
+
 MODELS = (
     Workload("minilm", "model", _build_minilm, {"batch": 16, "tokens": 64}, {"batch": 2, "tokens": 8}, _TEXT),
     *_pair("bert-base", _text, _bert, _BERT, _SMALL, _TEXT),
@@ -198,7 +219,10 @@ MODELS = (
     *_pair("vit-b", _images, _vit, *_VIT, _IMAGE),
     *_pair("convnext-t", _images, _convnext, *_CONVNEXT, _IMAGE, channels_last=True),
     *_pair("convnext-t-nchw", _images, _convnext, *_CONVNEXT, _IMAGE),
-    Workload("llama-1b", "model", _text(_llama, False), _LLAMA, _SMALL, {"tokens": (5, 2048)}),
+    *_half(*_pair("resnet50-fp16", _images, _resnet, *_RESNET, _IMAGE, channels_last=True)[:2]),
+    Workload("llama-1b", "model", _text(llama, False), _LLAMA, _SMALL, {"tokens": (5, 2048)}),
+    Workload("gpt2-decode", "model", _decoding(_gpt2), {**_GPT2, **_STEP}, _SMALL_STEP),
+    Workload("llama-1b-decode", "model", _decoding(llama), {**_LLAMA, **_STEP}, _SMALL_STEP),
     Workload(
         "bert-base-train-dropout",
         "model",
@@ -211,3 +235,10 @@ MODELS = (
         "gpt2-train-dropout", "model", _text(_gpt2, True), {**_GPT2, "dropout": 10}, {**_SMALL, "dropout": 10}, training=True
     ),
 )
+
+END_TO_END = (
+    *("resnet50-fp16-b1", "resnet50-fp16", "vit-b-b1", "vit-b", "convnext-t", "bert-base-b1", "bert-base", "gpt2"),
+    *("gpt2-decode", "llama-1b", "llama-1b-decode"),
+    *("bert-base-train", "gpt2-train", "vit-b-train", "resnet50-train"),
+)
+"""Inference at small and large batches, decoding steps and training steps by which whole graphs are judged."""

@@ -82,14 +82,19 @@ def _kept(optimizer: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def _case(make: Make, values: Sequence[Tensor], gradients: Sequence[Tensor], **implementation: bool) -> Case:
-    """One step of `make`'s optimizer from parameters `values`, moments of a tenth of the squared gradients and step 10."""
+    """One step of `make`'s optimizer from parameters `values`, moments of a tenth of the squared gradients and step 10.
+
+    Lion's momenta have the gradients' signs: where the two cancel, the sign of their sum is a matter of rounding, and a step
+    in the other direction is no error.
+    """
     parameters = [torch.nn.Parameter(v.clone()) for v in values]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer = make(parameters, **implementation)
     optimizer.step()  # torch's make their state in the first step
     moments = _moments(optimizer, parameters)
-    start = [g.square() / 10 for g in gradients for _ in range(len(moments) // len(parameters))]
+    signed = isinstance(optimizer, Lion)
+    start = [g * (g.abs() if signed else g) / 10 for g in gradients for _ in range(len(moments) // len(parameters))]
 
     def reset() -> None:
         with torch.no_grad():

@@ -42,8 +42,12 @@ def label_of(case: dict[str, Any], cases: list[dict[str, Any]]) -> str:
 
 
 def plot_results(data: dict[str, Any], path: Path) -> Path | None:
-    """Save a bar chart of the speed-ups over eager as `path`; None when there is nothing to draw or no matplotlib."""
-    table = speedups(data)
+    """Save a bar chart of the speed-ups over eager as `path`; None as in `plot_bars`."""
+    return plot_bars(data, speedups(data), path, "speed-up over eager (higher is better)")
+
+
+def plot_bars(data: dict[str, Any], table: dict[str, dict[str, float]], path: Path, meaning: str) -> Path | None:
+    """Save `table`, series -> label -> speed-up, as bars; None when there is nothing to draw or no matplotlib."""
     labels = list(dict.fromkeys(label for bars in table.values() for label in bars))
     if not labels:
         return None
@@ -55,7 +59,7 @@ def plot_results(data: dict[str, Any], path: Path) -> Path | None:
             places = [i + number * height for i, label in enumerate(labels) if label in bars]
             axes.barh(places, [bars[label] for label in labels if label in bars], height, label=name)
         axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_xlabel("speed-up over eager (higher is better)")
+        axes.set_xlabel(meaning)
     return path
 
 

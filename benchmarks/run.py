@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +14,14 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.budget import Budget
+from benchmarks.crew import Crew, usable_devices
 from benchmarks.kernels import KERNELS
-from benchmarks.models import MODELS
+from benchmarks.model_summary import summarize, summary_table
+from benchmarks.models import END_TO_END, MODELS
 from benchmarks.plot import plot_results
 from benchmarks.results import Results
-from benchmarks.workload import Sizes, Workload
+from benchmarks.workload import Job, Sizes, Workload
 from fxopt.cli import pick_device, pick_dtype, progress_bar
 from fxopt.report.cases import Case
 from fxopt.report.compare import Plan, Row, compare
@@ -30,7 +33,7 @@ WORKLOADS = {w.name: w for w in (*KERNELS, *MODELS)}
 
 
 def choose(names: str) -> list[Workload]:
-    """Workloads from a comma-separated list of names, "kernels", "models", "inference", "train" or "all", in that order.
+    """Workloads from a comma-separated list of names, "kernels", "models", "inference", "train", "end-to-end" or "all".
 
     ValueError lists the valid names.
     """
@@ -40,6 +43,7 @@ def choose(names: str) -> list[Workload]:
         "models": list(MODELS),
         "inference": [w for w in MODELS if not w.training],
         "train": [w for w in MODELS if w.training],
+        "end-to-end": [WORKLOADS[name] for name in END_TO_END],
     }
     chosen: dict[str, Workload] = {}
     for name in filter(None, (n.strip() for n in names.split(","))):
@@ -49,59 +53,14 @@ def choose(names: str) -> list[Workload]:
     return list(chosen.values())
 
 
-@dataclass
-class Budget:
-    """Decides what is skipped so that the run ends in time; what each contender's compilations took so far is its guide."""
-
-    deadline: float
-    compile_limit: float
-    slow: bool
-    longest: dict[tuple[str, str], float] = field(default_factory=dict)
-    longest_case: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def why_skip(self, workload: Workload, contender: Contender) -> str:
-        """Why `contender` should not even start on `workload`, or ""."""
-        if contender.slow and workload.kind == "model" and not self.slow:
-            return "skipped: compiles for minutes on whole models; ask for it with --slow"
-        expected = self.longest.get((workload.kind, contender.name), 0.0)
-        if self.left <= expected:
-            return (
-                f"skipped: {max(0.0, self.left):.0f} s of the time budget left, its compilations took up to {expected:.0f} s"
-            )
-        return ""
-
-    def limit(self) -> float:
-        """Seconds that one compilation may take now."""
-        return max(1.0, min(self.compile_limit, self.left))
-
-    def fits(self, workload: Workload) -> bool:
-        """Whether a whole case of this kind can be expected to end in time."""
-        return self.left > self.longest_case.get(workload.kind, 0.0)
-
-    def learn(self, workload: Workload, rows: Sequence[Row], took: float = 0.0) -> None:
-        """What the case's compilations, and all of it, took."""
-        self.longest_case[workload.kind] = max(self.longest_case.get(workload.kind, 0.0), took)
-        for row in rows:
-            key = (workload.kind, row.contender)
-            self.longest[key] = max(self.longest.get(key, 0.0), row.compile_seconds or 0.0)
-
-    def plan(self, workload: Workload, device: torch.device, seconds: float, cold: bool) -> Plan:
-        return Plan(
-            device,
-            seconds=min(seconds, max(0.5, self.left / 4)),
-            compile_limit=self.limit(),
-            cold=cold,
-            flush=workload.kind == "kernel",
-            skip=lambda contender: self.why_skip(workload, contender),
-        )
+def usual_dtype(workload: Workload, device: torch.device) -> str:
+    """The dtype of a run that names none."""
+    return (workload.dtype or "bfloat16") if device.type == "cuda" else "float32"
 
 
-Job = tuple[Workload, Sizes, str]
-"""A workload, its sizes and the name of its dtype."""
+def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds: float, warm: bool) -> Plan:
+    """Whole steps as they run, host included."""
+    return budget.plan(workload, device, seconds, cold=not warm)
 
 
 def jobs(workloads: Sequence[Workload], tiny: bool, seed: int | None, draws: int) -> list[tuple[Workload, Sizes]]:
@@ -114,10 +73,12 @@ def jobs(workloads: Sequence[Workload], tiny: bool, seed: int | None, draws: int
 
 @app.command()
 def bench(
-    workloads: Annotated[str, typer.Option(help="names, or kernels, models, inference, train, all")] = "all",
+    workloads: Annotated[str, typer.Option(help="names, or kernels, models, inference, train, end-to-end, all")] = "all",
     contenders: Annotated[str, typer.Option(help='names, "plain" (default modes) or "all"')] = "all",
     device: Annotated[str, typer.Option(help="cuda, cpu or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; default: bfloat16 on CUDA, float32 on CPU")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; default: float32 on CPU, the workload's or bfloat16 on CUDA")
+    ] = "",
     tiny: Annotated[bool, typer.Option("--tiny", help="tiny sizes, to try the harness itself")] = False,
     seconds: Annotated[float, typer.Option(help="timing per case, all contenders together")] = 5.0,
     minutes: Annotated[
@@ -134,17 +95,27 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="keep the cases already in the results file, run the others")
     ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="GPUs to use at once, each by a process of its own; 0: one, by this process")
+    ] = 0,
 ) -> None:
     """Compare fxopt with eager and Inductor on kernels and whole models; JSON after every case, tables and a plot."""
     where = pick_device(device)
-    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    pick_dtype(dtype)  # a wrong name ends the run before anything is measured
+    pick_dtype(dtype or "float32")  # a wrong name ends the run before anything is measured
     chosen, console = pick(contenders), open_console()
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "random_shapes": random_shapes, "warm": warm}
     results = Results(out, where, settings, resume)
-    todo = [(w, sizes, dtype) for w, sizes in jobs(choose(workloads), tiny, random_shapes, draws)]
-    measure(todo, chosen, results, budget, lambda w: budget.plan(w, where, seconds, not warm), console)
+    todo = [(w, sizes, dtype or usual_dtype(w, where)) for w, sizes in jobs(choose(workloads), tiny, random_shapes, draws)]
+    if gpus:
+        crew = Crew("benchmarks.run", where, processes=1, gpus=usable_devices(where, gpus))
+        crew.run(todo, lambda job: chosen, results, budget, seconds, warm, lambda job: math.inf)
+    else:
+        measure(todo, chosen, results, budget, lambda w: plan_case(budget, w, where, seconds, warm), console)
+    results.data["summary"] = summary = summarize(results.data["cases"])
+    results.save()
+    for own, entry in summary.items():
+        console.print(summary_table(own, entry))
     console.print(f"results: {out}")
     if picture := plot_results(results.data, out.with_suffix(".png")):
         console.print(f"plot:    {picture}")

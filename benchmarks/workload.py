@@ -42,7 +42,8 @@ class Values:
 class Workload:
     """`build(sizes, device, dtype)` makes the case. `ranges` are inclusive bounds that random sizes are drawn from.
 
-    `one_pass`: the longest rows for which forward and backward can read every element once.
+    `one_pass`: the longest rows for which forward and backward can read every element once. `dtype` is that of runs on a GPU
+    which name none, "" for the usual one.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Workload:
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     training: bool = False
     one_pass: tuple[int, int] = (ANY_LENGTH, ANY_LENGTH)
+    dtype: str = ""
 
     def sizes(self, tiny: bool) -> Sizes:
         return dict(self.tiny if tiny else self.full)
@@ -64,3 +66,7 @@ class Workload:
             top = max(low, min(high, 4 * self.tiny[name])) if tiny else high
             sizes[name] = round(low * (top / low) ** rng.random())
         return sizes
+
+
+Job = tuple[Workload, Sizes, str]
+"""A workload, its sizes and the name of its dtype."""

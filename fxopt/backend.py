@@ -16,6 +16,7 @@ from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
 from fxopt.capture.normalize import copy_graph
 from fxopt.errors import OptionError
+from fxopt.garbage import collection_paused
 from fxopt.ir.graph import Graph
 from fxopt.journal import RECENT, Journal
 from fxopt.options import Options, suggestion
@@ -34,7 +35,8 @@ def fxopt(
     _check_disabled(parsed, options or {})
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     on_miss = functools.partial(_prestart_compiler, devices)
-    return compile_dynamo_graph(gm, inputs, parsed, _compile_graph, _shelf(), on_miss)
+    with collection_paused():
+        return compile_dynamo_graph(gm, inputs, parsed, _compile_graph, _shelf(), on_miss)
 
 
 def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
@@ -43,8 +45,9 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
         return
     from fxopt.lower import batching
     from fxopt.passes import NAMES
+    from fxopt.runtime import cuda_graph
 
-    known = (*NAMES, batching.NAME)
+    known = (*NAMES, batching.NAME, cuda_graph.NAME)
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"
         if name in given.get("disable", ()):

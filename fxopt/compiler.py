@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
 
 from fxopt import passes, plan_cache, tune
 from fxopt.assemble import assemble
+from fxopt.capture.eager_memory import eager_peak
 from fxopt.errors import CacheError, UnsupportedError
-from fxopt.ir.graph import Graph
+from fxopt.ir.graph import Graph, Phase
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Batch, Region
 from fxopt.journal import Journal
@@ -16,9 +21,11 @@ from fxopt.lower import Lowered, attention_kernels, batching, contractions, lowe
 from fxopt.lower.attention_kernels import with_attention_kernels
 from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
-from fxopt.options import GRAPH_MODES, Options
+from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
+from fxopt.runtime.cuda_graph import with_graphs
 from fxopt.runtime.executor import Executor
+from fxopt.runtime.footprint import footprint
 from fxopt.runtime.plan import Plan
 
 MAX_ATTEMPTS = 4
@@ -39,11 +46,12 @@ def compile_graph(
         key = plan_cache.plan_key(graph, options)
         known = None if key is None else plan_cache.load(key, graph, store, journal)
     if known is not None:
-        return known
+        return with_graphs(known, graph.phase, options, journal)
+    device = main_device(graph)
+    eager = eager_peak(graph, device) if graph.phase is Phase.INFERENCE else None  # passes change what eager would run
     with journal.timed("passes"):
         passes.run(graph, options, journal)
     lowered, chosen = _lower_and_choose(graph, options, journal, store)
-    note_mode(options, {spec.device.type for spec in lowered.buffers.values()}, journal)
     try:
         plan, executor = _bind(graph, lowered, chosen, journal)
     except CacheError as error:  # sound files that this process cannot load: another machine's, say
@@ -53,15 +61,25 @@ def compile_graph(
         journal.library.clear()
         lowered, chosen = _lower_and_choose(graph, options, journal, store)
         plan, executor = _bind(graph, lowered, chosen, journal)
+    journal.memory = memory_of(plan, device, eager)
     if key is not None and plan_cache.save(key, plan, lowered, journal, store):
         executor.kept_as = key.digest()
-    return executor
+    return with_graphs(executor, graph.phase, options, journal)
 
 
-def note_mode(options: Options, devices: set[str], journal: Journal) -> None:
-    """Say what a mode does not do on a GPU, where its name promises more."""
-    if "cuda" in devices and options.mode in GRAPH_MODES:
-        journal.note("mode", GRAPH_MODES[options.mode])
+def main_device(graph: Graph) -> torch.device:
+    """The GPU that the graph has values on, else the CPU."""
+    leaves = pytree.tree_leaves([n.meta.get("val") for n in graph.gm.graph.nodes])
+    devices = (x.device for x in leaves if isinstance(x, torch.Tensor))
+    return next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
+
+
+def memory_of(plan: Plan, device: torch.device, eager: int | None) -> dict[str, int]:
+    """What the journal tells of memory: empty where sizes are symbolic."""
+    found = footprint(plan, device)
+    if found is None:
+        return {}
+    return asdict(found) | ({} if eager is None else {"eager": eager})
 
 
 def _bind(graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], journal: Journal) -> tuple[Plan, Executor]:

@@ -99,7 +99,9 @@ CACHE_SIZE: Knob[int] = Knob(
 DUMP: Knob[str | None] = Knob(
     "FXOPT_DUMP", _optional_text, None, "directory that receives the graph after each pass that changed it"
 )
-DISABLE: Knob[tuple[str, ...]] = Knob("FXOPT_DISABLE", _names, (), "comma-separated names of passes to switch off")
+DISABLE: Knob[tuple[str, ...]] = Knob(
+    "FXOPT_DISABLE", _names, (), "comma-separated names of passes to switch off; cuda-graphs is one, too"
+)
 FUEL: Knob[int | None] = Knob(
     "FXOPT_FUEL",
     _optional_count,

@@ -13,15 +13,12 @@ from fxopt import knobs
 from fxopt.errors import OptionError
 
 MODES = {
-    "default": "generated kernels from the cost model, few of them measured",
-    "reduce-overhead": "the same as default in this version: CUDA graphs are not captured yet",
-    "max-autotune": "default, with more implementations measured for longer; CUDA graphs are not captured yet",
+    "default": "generated kernels from the cost model, few of them measured; inference replays CUDA graphs where it can",
+    "reduce-overhead": "the same as default in this version: training is not captured in CUDA graphs yet",
+    "max-autotune": "default, with more implementations measured for longer",
 }
-GRAPH_MODES = {
-    "reduce-overhead": "reduce-overhead: CUDA graphs are not captured in this version; runs as default",
-    "max-autotune": "max-autotune: searches wider; CUDA graphs are not captured in this version",
-}
-"""What to tell, where there is a GPU, users of modes that elsewhere mean replay of CUDA graphs."""
+TRAINING_UNCAPTURED = "training is not captured in CUDA graphs in this version; inference is, in every mode"
+"""What to tell, where there is a GPU, users of a mode that elsewhere means CUDA graphs."""
 
 
 def _is_bool(value: Any) -> bool:
@@ -34,6 +31,10 @@ def _is_fuel(value: Any) -> bool:
 
 def _is_seconds(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_names(value: Any) -> bool:
@@ -85,6 +86,16 @@ class Options:
     fuel: int | None = _option(
         None, "how many rewrites may be applied in all", "a number >= 0 or None", _is_fuel, in_key=True
     )
+    cuda_graphs: bool = _option(
+        True, "inference on a GPU replays CUDA graphs where it can", "a bool", _is_bool, in_key=False
+    )
+    cuda_graph_limit: int = _option(
+        32,
+        "how many CUDA graphs one compiled graph keeps, one for each combination of sizes and addresses of weights",
+        "a number > 0",
+        _is_positive,
+        in_key=False,
+    )
     dump: str | None = _option(
         None, "directory for readable graphs after each pass", "a path or None", _is_path, in_key=False
     )
@@ -118,8 +129,8 @@ class Options:
         """The options that can change a graph's plan, by name: what the key of a kept plan has to hold. Plain JSON data.
 
         Keys of kernels and of measurements need none of them: they hold the printed texts. Not among them are `dump` and
-        `check`, which only watch, nor `strict`, under which the plan is the same but one with retreats raises
-        (`plan_cache.load` looks at those).
+        `check`, which only watch, those of CUDA graphs, which are made of finished plans, nor `strict`, under which the plan
+        is the same but one with retreats raises (`plan_cache.load` looks at those).
         """
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["in_key"]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}

@@ -11,13 +11,11 @@ A document whose plan or kernels are gone or damaged counts as absent.
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,19 @@ from torch import fx
 
 from fxopt.codegen.compile import toolchain
 from fxopt.errors import CacheError, PlanError, UnsupportedError
+from fxopt.garbage import collection_paused
 from fxopt.ir import ops
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.canonical import UnwritableError, argument
 from fxopt.ir.exprs_json import to_json
-from fxopt.ir.graph import Graph
-from fxopt.ir.precision import convolutions_use_tf32
+from fxopt.ir.graph import Graph, Phase
+from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
 from fxopt.runtime.cachedir import default_directory
+from fxopt.runtime.cuda_graph import GraphedExecutor, with_graphs
 from fxopt.runtime.encoding import torch_name
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Launch, Plan
@@ -98,8 +98,11 @@ def _bytes(value: torch.Tensor) -> bytes:
     """The elements in row-major order. Raises UnwritableError for a tensor that is no plain memory."""
     if value.layout != torch.strided or value.is_quantized or value.nbytes > SMALL:
         raise UnwritableError
-    plain = value.detach().resolve_conj().resolve_neg().contiguous().cpu()
-    return bytes(plain.view(torch.uint8).numpy().tobytes()) if plain.dim() else _bytes(plain.reshape(1))
+    resolved = value.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    # Not .contiguous(), which keeps the strides of dimensions of one element as they are (as of a 1x1 convolution's
+    # weight in channels-last): such a tensor cannot be viewed as bytes.
+    plain = resolved.clone(memory_format=torch.contiguous_format)
+    return bytes(plain.view(torch.uint8).numpy().tobytes())
 
 
 def _node(node: fx.Node, graph: Graph) -> list[Any]:
@@ -154,6 +157,7 @@ def _flags() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "cudnn": [torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic, convolutions_use_tf32()],
+        "products": products_use_tf32(),
         "attention": enabled_backends(),
     }
 
@@ -202,7 +206,7 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
             raise ValueError("another format")
         if journal.strict and body["journal"]["retreats"]:
             return None
-        with _no_collections():
+        with collection_paused():
             with journal.timed("plan cache: reading"):
                 plan = Plan.from_json(json.dumps({**body["plan"], "name": graph}))
                 constants = {name: _decoded(data) for name, data in body["constants"].items()}
@@ -219,19 +223,6 @@ def _executor(name: str, body: Any, graph: str, store: ArtifactStore, journal: J
         return None
     executor.kept_as = name
     return executor
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """No garbage collection meanwhile: a plan is some ten thousand objects that all stay, enough to start one that walks
-    over all objects of the process, which takes longer than everything else about a plan."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _set_aside(store: ArtifactStore, name: str, reason: str) -> None:
@@ -282,6 +273,7 @@ def _kept(journal: Journal) -> dict[str, Any]:
         "library": journal.library,
         "retreats": journal.retreats,
         "notes": journal.notes,
+        "memory": journal.memory,
         "passes": [(name, rewrites, 0.0) for name, rewrites, _ in journal.passes],
     }
 
@@ -291,6 +283,7 @@ def _restore(journal: Journal, kept: dict[str, Any]) -> None:
     journal.kernels += entries
     for what in ("library", "retreats", "notes", "passes"):
         getattr(journal, what).extend(tuple(item) for item in kept[what])
+    journal.memory = dict(kept["memory"])
     journal.note("plan", "loaded from the cache: compiled by an earlier process or call")
 
 
@@ -317,7 +310,8 @@ class AutogradShelf:
         path = self._store.cache.path / AUTOGRAD_FOLDER / f"{name}.json"
         self._store.cache.quarantine(path, reason, lambda: False)
 
-    def load(self, plan: str, journal: Journal) -> Executor | None:
-        """As `load`, by the name of the plan's document."""
+    def load(self, plan: str, phase: Phase, options: Options, journal: Journal) -> Executor | GraphedExecutor | None:
+        """As `load`, by the name of the plan's document, and what `compile_graph` makes of that."""
         body = self._store.cache.get_document(FOLDER, plan)
-        return _executor(plan, body, journal.graph, self._store, journal)
+        executor = _executor(plan, body, journal.graph, self._store, journal)
+        return None if executor is None else with_graphs(executor, phase, options, journal)

@@ -126,22 +126,6 @@ def test_a_batch_without_a_kernel_is_its_regions_again(monkeypatch: pytest.Monke
     assert not plain.notes and not plain.provisional
 
 
-@pytest.mark.parametrize(
-    ("mode", "devices", "said"),
-    [
-        ("reduce-overhead", {"cuda", "cpu"}, ["not captured in this version; runs as default"]),
-        ("max-autotune", {"cuda"}, ["CUDA graphs are not captured"]),
-        ("default", {"cuda"}, []),
-        ("reduce-overhead", {"cpu"}, []),
-    ],
-)
-def test_modes_do_not_claim_cuda_graphs(mode: str, devices: set[str], said: list[str]) -> None:
-    journal = Journal("graph")
-    compiler.note_mode(Options.parse(mode), devices, journal)
-    assert [topic for topic, _ in journal.notes] == ["mode"] * len(said)
-    assert all(words in text for words, (_, text) in zip(said, journal.notes, strict=True))
-
-
 def test_kernels_that_never_load_are_tried_twice_and_the_graph_runs_as_it_was(
     monkeypatch: pytest.MonkeyPatch, fresh_cache: object
 ) -> None:

@@ -43,7 +43,7 @@ def transposed(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tenso
 
 def cat_and_slice(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     y = torch.cat([x[:, 1:], x[:, :1] * 2, w.expand(x.shape[0], 1, -1)], 1)
-    return F.pad(y, (1, 2)) [..., ::2] + torch.stack([b, b * 2]).sum()
+    return F.pad(y, (1, 2))[..., ::2] + torch.stack([b, b * 2]).sum()
 
 
 def gather_and_scatter(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,11 @@ import fxopt
 
 PACKAGE = Path(fxopt.__file__).parent
 
-FOUNDATION = {"target", "options", "knobs", "journal", "errors"}
+FOUNDATION = {"target", "options", "knobs", "journal", "errors", "garbage"}
 # What each part of fxopt may import; parts are the first component below the package.
 ALLOWED = {
     "errors": set(),
+    "garbage": set(),
     "knobs": {"errors"},
     "options": {"errors", "knobs"},
     "target": {"errors", "knobs"},

@@ -171,6 +171,17 @@ def test_frozen_weights_are_never_taken_from_a_plan(lowerings: list[str]) -> Non
     assert len(lowerings) == 2
 
 
+def test_a_frozen_weight_whose_last_stride_is_not_one(lowerings: list[str]) -> None:
+    """A 1x1 convolution's in channels-last: contiguous by torch's rule, with strides of its own where the size is 1."""
+    model = nn.Conv2d(8, 4, 1).to(memory_format=torch.channels_last)
+    assert model.weight.is_contiguous() and model.weight.stride(-1) == 8
+    x = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model, x, freeze=True, strict=True), model(x))
+        torch.testing.assert_close(run(model, x, freeze=True, strict=True), model(x))
+    assert len(lowerings) == 1
+
+
 def test_subgraphs_have_no_key(lowerings: list[str]) -> None:
     def fn(x: torch.Tensor) -> torch.Tensor:
         return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
@@ -228,9 +239,7 @@ def test_kernels_that_are_gone_are_built_again(fresh_cache: Path, lowerings: lis
     assert len(lowerings) == 2
 
 
-def test_what_was_compiled_without_a_compiler_is_not_remembered(
-    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_compiled_without_a_compiler_is_not_remembered(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with no_compiler(monkeypatch):
         run(network, X, W)
         assert journal().retreats

@@ -24,6 +24,7 @@ from fxopt.capture.pool_offsets import save_pool_offsets
 from fxopt.capture.random import functionalize_random
 from fxopt.capture.roles import InputFacts
 from fxopt.errors import UnsupportedError
+from fxopt.garbage import collection_paused
 from fxopt.ir.graph import Graph, Phase
 from fxopt.journal import RECENT, Journal
 from fxopt.options import Options
@@ -166,7 +167,8 @@ class Capture:
             journal.note("freeze", note)
         RECENT.append(journal)
         try:
-            with private.retracing(context), private.outside_tracing():
+            # The backward is compiled at its first run, outside the block of the backend.
+            with collection_paused(), private.retracing(context), private.outside_tracing():
                 with journal.timed("normalize"):
                     graph = self._normalized(gm, phase, journal.graph, constants)
                 return self.compile_graph(graph, list(example_inputs), self.options, journal), True

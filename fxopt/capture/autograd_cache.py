@@ -90,7 +90,7 @@ class Shelf(Protocol):
     def reject(self, name: str, reason: str) -> None:
         """Set an entry aside that cannot be read."""
 
-    def load(self, plan: str, journal: Journal) -> Runner | None:
+    def load(self, plan: str, phase: Phase, options: Options, journal: Journal) -> Runner | None:
         """What runs the plan of that name, None when it cannot be had; the journal tells what it told when it was made."""
 
 
@@ -123,8 +123,8 @@ class KeptCode(OutputCode):
 class Session:
     """One compilation of a Dynamo graph, as far as the cache has to do with it. It ends with the backward's compilation."""
 
-    def __init__(self, shelf: Shelf, facts: dict[str, Any], number: int, strict: bool) -> None:
-        self.shelf, self.facts, self.number, self.strict = shelf, facts, number, strict
+    def __init__(self, shelf: Shelf, facts: dict[str, Any], number: int, options: Options) -> None:
+        self.shelf, self.facts, self.number, self.options = shelf, facts, number, options
         self.on_miss: Callable[[], None] | None = None
         self.name: str | None = None  # of the entry: set by the lookup, unless there shall be none
         self._guards = _guards()
@@ -191,9 +191,9 @@ class Session:
         return entry, content
 
     def _bind(self, code: KeptCode) -> bool:
-        journal = Journal(f"graph {self.number} {code.phase.value}", strict=self.strict)
+        journal = Journal(f"graph {self.number} {code.phase.value}", strict=self.options.strict)
         with journal.timed("plan cache"), outside_tracing():
-            code.run = self.shelf.load(str(code.plan), journal)
+            code.run = self.shelf.load(str(code.plan), code.phase, self.options, journal)
         journal.note("plan", "not traced by AOTAutograd either: what it made of Dynamo's graph was in the cache")
         self._found.append(journal)
         return code.run is not None
@@ -240,7 +240,7 @@ def begin(shelf: Shelf | None, gm: fx.GraphModule, inputs: Sequence[Any], option
         "shared memory": _shared_memory(inputs),
         "state": _state(),
     }
-    session = Session(shelf, facts, number, options.strict)
+    session = Session(shelf, facts, number, options)
     session.seconds = time.perf_counter() - start
     return session
 

@@ -17,15 +17,20 @@ from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.utils import counters, flatten_graph_inputs
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
+from torch._functorch._aot_autograd.schemas import MemoryFormatMeta
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _BoxedCodeGen
 from torch.fx.node import _get_qualified_name as qualified_name
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxopt.capture.joint_graph import remove_duplicates, without_unread_logs
 from fxopt.errors import RetreatError
+
+_PATCHING = threading.RLock()
 
 __all__ = [
     "PASS_THROUGH",
@@ -33,6 +38,7 @@ __all__ = [
     "TracingContext",
     "boxed_code",
     "flatten_graph_inputs",
+    "gradients_as_outputs",
     "graph_breaks",
     "keep_saved_values",
     "lazily_compiled",
@@ -60,7 +66,7 @@ def through_aot(
 
     counters["aot_autograd"]["total"] += 1
     try:
-        with _aot_logs():
+        with _aot_logs(), _PATCHING, gradients_as_outputs(), without_unread_logs():
             compiled = aot_module_simplified(gm, list(inputs), bw_compiler=compile_backward, **settings)
     except dynamo_errors.TensorifyScalarRestartAnalysis:
         raise
@@ -77,6 +83,28 @@ def _aot_logs() -> contextlib.AbstractContextManager[None]:
     from torch._inductor.debug import enable_aot_logging
 
     return enable_aot_logging()
+
+
+@contextlib.contextmanager
+def gradients_as_outputs() -> Iterator[None]:
+    """What is traced in the block expects the gradient of an output in that output's strides, where sizes are static.
+
+    That is torch's own default from 2.12 on. Before, a gradient that is neither contiguous nor channels-last, as those of
+    heads taken out of rows are, is copied ahead of every backward. An output whose elements share memory, or that has gaps,
+    gets no such gradient.
+    """
+    if functorch_config.guess_tangent_strides_as_outputs:
+        yield
+        return
+    by_strides: Callable[..., Any] = MemoryFormatMeta.from_tensor
+
+    def by_strides_if_dense(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        dense = tensor.layout is torch.strided and is_non_overlapping_and_dense_or_false(tensor)
+        with functorch_config.patch(guess_tangent_strides_as_outputs=dense):
+            return by_strides(tensor, *args, **kwargs)
+
+    with _PATCHING, mock.patch.object(MemoryFormatMeta, "from_tensor", staticmethod(by_strides_if_dense)):
+        yield
 
 
 def lazily_compiled(root: Any, graph: fx.Graph) -> fx.GraphModule:
@@ -107,8 +135,6 @@ PASS_THROUGH: tuple[type[Exception], ...] = (
 )
 """What every catch-all lets pass: exceptions by which Dynamo steers itself, and the error that `strict` asks for."""
 
-_PATCHING = threading.RLock()
-
 
 def min_cut_partition(
     joint: fx.GraphModule, inputs: Any, recomputable: tuple[Any, ...], **settings: Any
@@ -122,7 +148,11 @@ def min_cut_partition(
         types.fusible_ops.update(recomputable)
         return types
 
-    with _PATCHING, mock.patch.object(partitioners, "get_default_op_list", extended):
+    with (
+        _PATCHING,
+        mock.patch.object(partitioners, "get_default_op_list", extended),
+        mock.patch.object(partitioners, "fx_graph_cse", remove_duplicates),
+    ):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **settings)
 
 

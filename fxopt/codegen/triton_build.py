@@ -27,7 +27,7 @@ SCRATCH_POINTERS = 2
 _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": False}
 """Signed overflow wraps as in eager, and denormals are kept."""
 
-_DEVICE_FILES = ("triton_helpers.py", "templates/gemm.py", "templates/attention.py")
+_DEVICE_FILES = ("triton_helpers.py", "templates/gemm.py", "templates/conv.py", "templates/attention.py")
 """Device functions that printed kernels import."""
 
 _DESCRIPTOR = "tensordesc"
@@ -35,6 +35,9 @@ _DESCRIPTOR = "tensordesc"
 
 _HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}
 """CUtensorMapDataType of the element types that Triton's compiler numbers otherwise (as its own launcher has it)."""
+
+_TFLOAT32 = 11
+"""CUtensorMapDataType of float32 elements that are rounded to TF32 when loaded."""
 
 _ATTR_FRAME_SIZE, _ATTR_REGCOUNT = 0x11, 0x2F  # entries of a cubin's .nv.info section
 _FORMAT_SIZED = 4
@@ -188,7 +191,7 @@ def _tensor_maps(source: KernelSource, metadata: Any) -> list[dict[str, Any]]:
     for name, encoding in zip(names, metadata.tensordesc_meta or (), strict=True):
         if encoding["fp4_padded"]:
             raise ValueError("padded 4-bit elements have no tensor map here")
-        number = encoding["elem_type"]
+        number = _TFLOAT32 if described[name].get("rounds_to_tf32") else encoding["elem_type"]
         maps.append(
             {field: described[name][field] for field in ("shape", "strides", "offset")}
             | {"block": list(encoding["block_size"]), "swizzle": encoding["swizzle"], "itemsize": encoding["elem_size"]}

@@ -15,6 +15,9 @@ from fxopt.target import Target
 PERSISTENT_LIMIT = 32768
 """Longest row held in registers, in elements."""
 
+BYTE_RUN = 4
+"""Neighbouring bytes that a thread takes beside values of four bytes or more, of which it then takes 16 bytes."""
+
 _CHEAP = ("cast", "where", "add", "mul", "sub")
 _TILES = (
     (64, 64, 8),
@@ -97,18 +100,22 @@ def _narrowest(tiling: Tiling) -> int:
     return min((a.itemsize for a in tiling.accesses), default=4)
 
 
-def _even(tiling: Tiling) -> int:
-    """Most elements per thread and step with which the widest accesses stay coalesced.
+def byte_run(tiling: Tiling) -> int:
+    """Most neighbouring elements of one byte that a thread takes in one access; 0 for any number.
 
     Triton gives each thread as many neighbours as make 16 bytes of the narrowest type, in all accesses: 16 bytes of a mask
-    are 64 of the float32 values beside it, of which one instruction then reads a quarter of every second line. A sector
-    (32 bytes) for each thread is still whole. A mask of one row for all does the same to the rows.
+    are 64 of the float32 values beside it, of which one instruction then reads a quarter of every second line.
     """
-    fastest = (*tiling.x.symbols, *(tiling.r.symbols if tiling.inner_reduction else ()))[-1:]
-    beside = [a for a in tiling.accesses if any(coefficient(a.index, s) == 1 for s in fastest)]
-    sizes = [a.itemsize for a in (*_streams(tiling), *beside)] or [1]
+    return BYTE_RUN if max((a.itemsize for a in _streams(tiling)), default=1) >= 4 else 0
+
+
+def _even(tiling: Tiling) -> int:
+    """Most elements per thread and step with which the widest accesses stay coalesced: a sector (32 bytes) for each thread
+    is still whole. See `byte_run`, which takes care of bytes."""
+    sizes = [a.itemsize for a in _streams(tiling)] or [1]
     most = max(1, _SECTOR_BYTES // max(sizes))
-    return most if 16 // min(sizes) > most else _VALUES_PER_THREAD
+    narrowest = BYTE_RUN if min(sizes) == 1 and byte_run(tiling) else min(sizes)
+    return most if 16 // narrowest > most else _VALUES_PER_THREAD
 
 
 def _streams(tiling: Tiling) -> list[Access]:
@@ -251,7 +258,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
     for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
-    if block >= min(16, even) * 32 * 32:
+    if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
@@ -412,14 +419,11 @@ def join_config(region: Region, target: Target) -> TritonConfig:
     return TritonConfig(width, r_block=block, persistent=_whole(tiling, block), num_warps=warps)
 
 
-def part_of_rows(rows: Int, config: TritonConfig) -> Int:
-    """How many of `rows` points each of about `config.split` programs takes, `config.x_block` at a time."""
-    return mul(floordiv(rows + (config.split * config.x_block - 1), config.split * config.x_block), config.x_block)
-
-
 def part_count(rows: Int, config: TritonConfig) -> Int:
-    """How many programs that is."""
-    each = part_of_rows(rows, config)
+    """How many programs, about `config.split`, take `rows` points in turns of `config.x_block` so that all take equally many
+    turns, or one less."""
+    turn = config.x_block
+    each = mul(floordiv(rows + (config.split * turn - 1), config.split * turn), turn)
     return floordiv(rows + each - 1, each)
 
 
@@ -435,11 +439,21 @@ def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[Trit
     found = _together_configs(region, tiling, target)
     if not found:
         pieces = statistics_first(region)
-        down = [] if pieces is None else [replace(c, statistics=True) for c in configs(pieces[1], target, 3)]
+        down = [] if pieces is None else [replace(c, statistics=True) for c in _down_long_rows(pieces[1], target)]
         return [*down[:2], alone, *down[2:]] if tiling.r.hint > PERSISTENT_LIMIT else [alone, *down]
     ahead = replace(found[0], stages=3)
     first = [ahead, found[0]] if found[0].r_block >= _ROW_WORTH_FETCHING else [found[0], ahead]
     return [*first, *found[1:2], alone, *found[2:]]
+
+
+def _down_long_rows(columns: Region, target: Target) -> list[TritonConfig]:
+    """Configurations of what goes down the columns of long rows: with many operands, wide pieces of few rows, while their
+    programs are as many as run at once, are 2 to 6 % faster (an H100, 2048 rows of 131072)."""
+    proposed = configs(columns, target, 3)
+    points, width = tile(columns).x.hint, 4 * _LINE // 4
+    wide = replace(proposed[0], x_block=width, r_block=max(1, proposed[0].x_block * proposed[0].r_block // width), split=1)
+    fits = points >= _PROGRAMS_PER_SM * target.sm_count * width and width > proposed[0].x_block
+    return list(dict.fromkeys([wide, *proposed] if fits else proposed))[:3]
 
 
 def _together_configs(region: Region, tiling: Tiling, target: Target) -> list[TritonConfig]:

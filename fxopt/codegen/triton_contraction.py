@@ -22,7 +22,7 @@ from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, mul, prod, symbol
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, postorder
-from fxopt.ir.region import BufferSpec, Contraction, Matrix, Region
+from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region
 from fxopt.target import Target
 
 _EPILOGUE = "epilogue"
@@ -39,9 +39,9 @@ def problem_of(contraction: Contraction) -> GemmProblem:
     batch, m, k, n = contraction.sizes
     if not all(isinstance(x, int) for x in (batch, m, k, n)):
         raise UnsupportedError("a product of unknown size")
-    specs = {name: spec for name, spec in contraction.region.buffers.items() if name not in contraction.products}
-    written = set(contraction.writes())
-    nbytes = {name: _bytes(spec) for name, spec in specs.items()}
+    if isinstance(contraction.a, Patches):
+        raise UnsupportedError("a product of patches, which are no matrix in memory")
+    read, written = moved_by_epilogue(contraction)
     return GemmProblem(
         batch,  # type: ignore[arg-type]  # they are numbers
         m,  # type: ignore[arg-type]
@@ -50,11 +50,25 @@ def problem_of(contraction: Contraction) -> GemmProblem:
         contraction.buffers[contraction.a.buffer].dtype,
         _operand(contraction.a, m, k),
         _operand(contraction.b, k, n),
-        read=sum(size for name, size in nbytes.items() if name in contraction.region.reads()),
-        written=sum(size for name, size in nbytes.items() if name in written),
+        read=read,
+        written=written,
+        precision="tf32" if contraction.tf32 else "ieee",
         c=None if contraction.c is None else _operand(contraction.c, k, n),
-        epilogue_ops=sum(_cost(n) for n in postorder(contraction.region.nest.roots) if isinstance(n, Op)),
+        epilogue_ops=epilogue_ops(contraction),
     )
+
+
+def moved_by_epilogue(contraction: Contraction) -> tuple[int, int]:
+    """Bytes that the epilogue reads and writes."""
+    specs = {name: spec for name, spec in contraction.region.buffers.items() if name not in contraction.products}
+    reads, writes = contraction.region.reads(), contraction.writes()
+    nbytes = {name: _bytes(spec) for name, spec in specs.items()}
+    return sum(n for name, n in nbytes.items() if name in reads), sum(n for name, n in nbytes.items() if name in writes)
+
+
+def epilogue_ops(contraction: Contraction) -> float:
+    """What the epilogue computes for an element, in error functions."""
+    return sum(_cost(n) for n in postorder(contraction.region.nest.roots) if isinstance(n, Op))
 
 
 def _cost(op: Op) -> float:
@@ -102,29 +116,37 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
 
 
 def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:
-    epilogue = _print_epilogue(contraction, config)
+    epilogue = print_epilogue(contraction, config.block_m, config.block_n)
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     call = gemm_entry.gemm_call(problem, config, extra=epilogue.extra, epilogue=_EPILOGUE)
-    return _source(contraction, config, entry, call, epilogue)
+    return source_of(contraction, entry, call, epilogue, config.warps, config.stages)
 
 
 def _print_parts(contraction: Contraction, partial: BufferSpec, problem: GemmProblem, config: GemmConfig) -> KernelSource:
     call = gemm_entry.gemm_call(problem, config, extra="b2")
-    return _source(contraction, config, "fx_gemm_split", call, BlockFunction("", {"b2": "*fp32"}, (partial.name,), ()))
+    sums = BlockFunction("", {"b2": "*fp32"}, (partial.name,), ())
+    return source_of(contraction, "fx_gemm_split", call, sums, config.warps, config.stages)
 
 
-def _source(
-    contraction: Contraction, config: GemmConfig, entry: str, call: gemm_entry.GemmCall, epilogue: BlockFunction
+def source_of(
+    contraction: Contraction,
+    entry: str,
+    call: gemm_entry.GemmCall,
+    epilogue: BlockFunction,
+    warps: int,
+    stages: int,
+    module: str = gemm_entry.MODULE,
 ) -> KernelSource:
+    """The kernel `entry` that makes `call`, of a template of `module` (an import), with `epilogue`."""
     parameters = call.signature | epilogue.parameters
     kernel = f"@triton.jit\ndef {entry}({', '.join(parameters)}):\n    {call.text}"
-    preamble = f"{PREAMBLE}\n{gemm_entry.MODULE}"
+    preamble = f"{PREAMBLE}\n{module}"
     options: dict[str, Any] = {
         "signature": parameters,
         "constexprs": {},
         "aligned": [p for p, kind in parameters.items() if kind.startswith(("*", "tensordesc"))],
-        "num_warps": config.warps,
-        "num_stages": config.stages,
+        "num_warps": warps,
+        "num_stages": stages,
         "asserts": False,
     }
     if call.tensor_maps:
@@ -148,10 +170,12 @@ def _operands(contraction: Contraction) -> tuple[str, ...]:
     return a, b
 
 
-def _print_epilogue(contraction: Contraction, config: GemmConfig) -> BlockFunction:
-    """The nest of `contraction` on one block of the product, as a function that a template calls."""
+def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> BlockFunction:
+    """The nest of `contraction` on one block of so many rows (None: some of them may be none) and columns of the product, as
+    a function that a template calls.
+    """
     _, m, _, n = contraction.sizes
-    extents = (m, m % config.block_m != 0), (n, n % config.block_n != 0)
+    extents = (m, rows is None or m % rows != 0), (n, n % columns != 0)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
     return print_block(_EPILOGUE, contraction.region, contraction.axes, extents, blocks, len(_operands(contraction)))
 

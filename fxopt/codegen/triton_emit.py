@@ -14,9 +14,9 @@ from types import MappingProxyType
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_index import computed_in_int32, same_within
+from fxopt.codegen.triton_index import computed_in_int32, in_runs, same_within
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
-from fxopt.codegen.triton_tiling import Tiling
+from fxopt.codegen.triton_tiling import Tiling, accumulator_dtype
 from fxopt.ir.exprs import Atom, Int, Sym, bounds, floordiv, free_symbols, mod, substitute, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
 
@@ -54,6 +54,7 @@ class Frame:
     masks: dict[str, str]  # axis -> mask variable, for axes that need one
     blocks: dict[str, str]  # axis -> block size name, in tile order
     scalars: frozenset[str] = frozenset()  # axes of which a program has one index, a scalar: what it loads is loaded once
+    byte_run: int = 0  # neighbouring 1-byte elements that a thread may take at most; 0 for any number
 
     def axis_of(self, sym: Sym) -> str | None:
         return next((name for name, line in self.tiling.lines.items() if line == sym), None)
@@ -154,7 +155,8 @@ class Emitter:
         if _narrow_compare(node):
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
-        args = node.args[:1] if _counts_index(node) else node.args
+        erf = _erf_beside_one(node)
+        args = node.args[:1] if _counts_index(node) else erf.args if erf is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
 
     def walk(self, roots: list[Instance]) -> Iterator[Instance]:
@@ -228,6 +230,9 @@ class Emitter:
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
         if _counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
+        erf = _erf_beside_one(node)
+        if erf is not None:
+            return f"h.erf_plus_one({self.arg(erf.args[0], guards)})"
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":
@@ -292,6 +297,14 @@ class Emitter:
             return text
         return f"tl.zeros({self.frame.shape(wanted)}, tl.int32) + {text}"
 
+    def pointer(self, text: str, index: Int, dtype: torch.dtype, wanted: frozenset[str]) -> str:
+        """`text`, the pointers at `index`, told to be neighbours in shorter runs where the frame limits those of bytes."""
+        frame = self.frame
+        for axis in wanted - frame.scalars if frame.byte_run and dtype.itemsize == 1 else ():
+            if in_runs(index, frame.tiling.lines[axis], frame.byte_run):
+                return f"tl.max_contiguous({text}, {[frame.byte_run if a == axis else 1 for a in frame.blocks]})"
+        return text
+
     def bind(self, indirect: tuple[tuple[Sym, Scalar], ...], guards: Guards) -> None:
         for sym, value in indirect:
             self._bound[sym] = self.arg(value, guards)
@@ -312,7 +325,8 @@ class Emitter:
         extra = f", {mask}" if mask else ""
         if eviction and self.varies(*self.instance(node, guards)):
             extra += f', eviction_policy="{eviction}"'
-        text = f"tl.load({self.names.buffer(node.buffer)} + {tight(address)}{extra})"
+        pointer = self.pointer(f"{self.names.buffer(node.buffer)} + {tight(address)}", index, node.dtype, wanted)
+        text = f"tl.load({pointer}{extra})"
         return f"{text}.to(tl.float32)" if node.dtype in (torch.float16, torch.bfloat16) else text
 
     # integers
@@ -460,6 +474,16 @@ def _narrow_compare(node: Scalar) -> bool:
 def _counts_index(node: Scalar) -> bool:
     """A random number at an index, of which a printer takes quotient and remainder."""
     return isinstance(node, Op) and node.name == "rand" and isinstance(node.args[1], IndexValue)
+
+
+def _erf_beside_one(node: Scalar) -> Op | None:
+    """The erf of `node` if that is 1 + erf(...) as a normal distribution has it, computed in float32."""
+    if not (isinstance(node, Op) and node.name == "add" and accumulator_dtype(node.dtype) == torch.float32):
+        return None
+    one, erf = node.args if isinstance(node.args[0], Const) else reversed(node.args)
+    if isinstance(one, Const) and one.value == 1 and isinstance(erf, Op) and erf.name == "erf":
+        return erf
+    return None
 
 
 def _narrow(node: Scalar) -> bool:

@@ -16,6 +16,7 @@ from fxopt.ir.exprs import (
     add,
     ask,
     bounds,
+    coefficient,
     floordiv,
     free_symbols,
     maximum,
@@ -23,6 +24,7 @@ from fxopt.ir.exprs import (
     mod,
     mul,
     prod,
+    substitute,
     symbol,
     symbol_or_atom,
 )
@@ -241,3 +243,9 @@ def same_within(x: Int, sym: Sym, step: int) -> bool:
         elif not (same_within(atom.a, sym, step) and same_within(atom.b, sym, step)):
             return False
     return True
+
+
+def in_runs(x: Int, sym: Sym, length: int) -> bool:
+    """Whether `x` goes up by one with `sym` from each multiple of `length` to the next."""
+    group, place = Sym("group", lo=0), Sym("place", size=length)
+    return coefficient(substitute(x, {sym: symbol(group) * length + symbol(place)}), place) == 1

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count, part_of_rows
+from fxopt.codegen.triton_config import (
+    BYTE_RUN,
+    TritonConfig,
+    byte_run,
+    next_power_of_2,
+    part_count,
+)
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
@@ -95,7 +101,9 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
         blocks = {"y": "YB", "x": "XB"}
     single = (a for a, size in (("x", config.x_block), ("y", config.y_block)) if a in blocks and size == 1)
     in_parts = any(s.mode == "part" for s in tiling.nest.stores)  # whose loop fetches blocks ahead, and no scalars
-    frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else frozenset(single))
+    sizes = {"x": config.x_block, "y": config.y_block, "r": config.r_block}
+    run = byte_run(tiling) if all(sizes[a] == 1 or sizes[a] >= BYTE_RUN for a in blocks) else 0
+    frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else frozenset(single), run)
     looped = tiling.reduces and not config.persistent
     along = tiling.nest.reduced if looped else tiling.nest.points
     emitter = Emitter(frame, names, config.r_block if looped else 0, along)
@@ -197,18 +205,18 @@ def _store_varies(kernel: _Kernel, store: Store) -> bool:
     return bool(frozenset(kernel.tiling.nest.reduced) & store.symbols())
 
 
-def _prepare(kernel: _Kernel, stores: list[Store]) -> list[str]:
-    return _prepared(kernel.region, kernel.frame, kernel.emitter, stores)
+def _prepare(kernel: _Kernel, stores: list[Store], eviction: str = "") -> list[str]:
+    return _prepared(kernel.region, kernel.frame, kernel.emitter, stores, eviction)
 
 
-def _prepared(region: Region, frame: Frame, emitter: Emitter, stores: Sequence[Store]) -> list[str]:
+def _prepared(region: Region, frame: Frame, emitter: Emitter, stores: Sequence[Store], eviction: str = "") -> list[str]:
     """Print what `stores` need and return the store statements themselves."""
     lines = []
     for store in stores:
         for _, bound in store.indirect:
             emitter.value(bound)
         value = emitter.value(store.value)
-        lines.append(_store_line(region, frame, emitter, store, value))
+        lines.append(_store_line(region, frame, emitter, store, value, eviction))
     return lines
 
 
@@ -219,20 +227,23 @@ def straight_line(region: Region, frame: Frame, emitter: Emitter) -> list[str]:
     return [*emitter.outer, *_barrier(nest), *statements]
 
 
-def _store_line(region: Region, frame: Frame, emitter: Emitter, store: Store, value: str) -> str:
+def _store_line(region: Region, frame: Frame, emitter: Emitter, store: Store, value: str, eviction: str) -> str:
     dtype = region.buffers[store.buffer].dtype
     varies = bool(frozenset(frame.tiling.nest.reduced) & store.symbols())
     wanted = frozenset(a for a in frame.blocks if a != "r" or varies)
     emitter.bind(store.indirect, ())
     address = emitter.address(store.index, _address_symbols(store), wanted, block=True)
-    pointer = f"{emitter.names.buffer(store.buffer)} + {tight(address)}"
+    text = f"{emitter.names.buffer(store.buffer)} + {tight(address)}"
+    pointer = emitter.pointer(text, store.index, dtype, wanted)
     mask = " & ".join(frame.masks[a] for a in frame.blocks if a in wanted and a in frame.masks)  # of one point as well
     if accumulator_dtype(dtype) != dtype:
         value = f"{value}.to({ops.tl_type(dtype)})"
     if store.value.dtype != dtype:
         raise ValueError(f"{store.buffer} holds {dtype}, not {store.value.dtype}: lowering must cast what it stores")
     if store.mode == "set":
-        return f"tl.store({pointer}, {value}{f', {mask}' if mask else ''})"
+        extra = f", {mask}" if mask else ""
+        policy = f', eviction_policy="{eviction}"' if eviction else ""
+        return f"tl.store({pointer}, {value}{extra}{policy})"
     if dtype not in _ATOMIC:
         raise UnsupportedError(f"no atomic addition of {dtype} in Triton")
     return f'tl.atomic_add({pointer}, {value}{f", {mask}" if mask else ""}, sem="relaxed")'
@@ -285,7 +296,7 @@ def _print_looped(kernel: _Kernel) -> None:
     at_end = _prepare(kernel, [s for s in stores if s not in varying])
     if varying and not early:
         emitter.open_loop(at_last)
-        statements = _prepare(kernel, varying)
+        statements = _prepare(kernel, varying, at_last)  # lest they drive out rows that are still to be read again
         body = emitter.close_loop()
         last_loop = _Loop(along, turning and bool(levels) and not backwards, at_last)
         emitter.outer += _loop(kernel, last_loop, [*body, *_barrier(kernel.tiling.nest), *statements])
@@ -297,12 +308,19 @@ def _sums_parts(kernel: _Kernel) -> bool:
 
 
 def _print_parts(kernel: _Kernel) -> None:
-    """One loop over a part of the points, whole rows at a time, with sums over those points in registers."""
+    """One loop over a part of the points, whole rows at a time, with sums over those points in registers.
+
+    The programs take turns, so that all of them together walk through memory in order, and not as many streams as there are
+    programs, far from each other.
+    """
     emitter, outer = kernel.emitter, kernel.emitter.outer
-    rows, each = kernel.tiling.x.extent, part_of_rows(kernel.tiling.x.extent, kernel.config)
+    rows = kernel.tiling.x.extent
     outer += [_program_line(kernel), f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
     outer.append(f"x_lane = {_lanes(kernel, 'x')}")
+    turned = kernel.region.backwards
     along = ["x = x_base + x_lane", *_axis_lines(kernel, "x")]
+    if turned:
+        along.insert(0, f"x_base = ({tight(emitter.index_text(rows))} - 1) // XB * XB - x_done")
     shape = f"[{', '.join(kernel.frame.blocks.values())}]"
     parts = [s for s in kernel.tiling.nest.stores if s.mode == "part"]
     emitter.open_loop("")
@@ -315,11 +333,11 @@ def _print_parts(kernel: _Kernel) -> None:
         sums.append(f"s{number} += {value}")
     body = [*emitter.close_loop(), *_barrier(kernel.tiling.nest), *statements, *sums]
     outer += [f"s{n} = tl.zeros({shape}, {ops.compute_type(s.value.dtype)})" for n, s in enumerate(parts)]
-    first = f"pid * {tight(emitter.index_text(each))}"
-    last = f"tl.minimum({first} + {emitter.index_text(each)}, {emitter.index_text(rows)})"
     ahead = kernel.config.stages
-    steps = f"tl.range({first}, {last}, XB, num_stages={ahead})" if ahead > 1 else f"range({first}, {last}, XB)"
-    outer += [f"for x_base in {steps}:", *(f"    {line}" for line in [*along, *body])]
+    turn = emitter.index_text(mul(part_count(rows, kernel.config), kernel.config.x_block))
+    walk = f"pid * XB, {emitter.index_text(rows)}, {turn}"
+    steps = f"tl.range({walk}, num_stages={ahead})" if ahead > 1 else f"range({walk})"
+    outer += [f"for {'x_done' if turned else 'x_base'} in {steps}:", *(f"    {line}" for line in [*along, *body])]
     row = emitter.index_text(kernel.tiling.r.extent)
     for number, store in enumerate(parts):
         address = f"{kernel.names.buffer(store.buffer)} + (pid * {tight(row)} + {tight(emitter.index_text(store.index))})"

@@ -229,9 +229,10 @@ def _may_try(backend: str, x: Inputs) -> bool:
 
 
 def _refused(backend: str, x: Inputs, error: RuntimeError) -> None:
-    """Remember it, for finding out may take a backend long. Running out of memory says nothing about the problem, and after
-    MATH there is no other."""
-    if backend == MATH or isinstance(error, torch.OutOfMemoryError):
+    """Remember it, for finding out may take a backend long. Running out of memory says nothing about the problem, nor does
+    what a stream refuses that is being captured, and after MATH there is no other."""
+    capturing = x.query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if backend == MATH or isinstance(error, torch.OutOfMemoryError) or capturing:
         raise error
     _refusals.add(_problem(backend, x))
     problem, reason = f"{tuple(x.query.shape)} over {tuple(x.key.shape)}", str(error).partition("\n")[0]

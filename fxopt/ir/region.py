@@ -115,8 +115,8 @@ class Region:
     for both need not store.
 
     Of operands larger than the GPU's L2 cache, that holds what was touched last. With `backwards` the programs of a kernel
-    start with the last elements, where the region before it has ended; `reread` says that the next region touches what this
-    one does, which should therefore stay there.
+    start with the last elements, where the region before it has ended; `reread` says that the next region or call touches
+    what this one does, which should therefore stay there.
     """
 
     name: str
@@ -209,19 +209,58 @@ class Matrix:
     column: Int
 
 
+Pair = tuple[int, int]
+"""Of rows and columns of an image."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What a window sees of images in memory, as a matrix [M, K]: a row for each place of the window, in the order (image,
+    place's row, place's column), and a column for each element under it, in the order (window's row, column, channel).
+
+    Element (n, h, w, c) of the images, whose sizes are `shape`, is number `offset + n * strides[0] + h * strides[1] +
+    w * strides[2] + c * strides[3]` of `buffer`. Under element (r, s) of the window at place (y, x) lies the pixel
+    (y * stride[0] - padding[0] + r * dilation[0], x * stride[1] - padding[1] + s * dilation[1]), zero outside of the image.
+
+    `depthwise`: each channel is multiplied by a column of its own. Then K counts the window's elements only, and element
+    (m, c) of the product is the sum over k of the patch's element (k, c) times element (k, c) of the right operand.
+    """
+
+    buffer: str
+    offset: int
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    window: Pair
+    places: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    depthwise: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] * self.places[0] * self.places[1]
+
+    @property
+    def columns(self) -> int:
+        return self.window[0] * self.window[1] * (1 if self.depthwise else self.shape[3])
+
+
 @dataclass(frozen=True)
 class Contraction:
     """A matrix product and what is computed from it element by element, as one kernel.
 
-    `a` [Z, M, K] times `b` [Z, K, N]. The points of `region`, which does not reduce, are `axes`, the symbols of (batch, row,
-    column), of which the batch is None for a single product. In its nest the product is the load of `result`, a buffer in
-    registers, at the index of the product's own element. `buffers` describes what memory is read and written.
+    `a` [Z, M, K] times `b` [Z, K, N]; of a convolution, `a` is what its window sees. The points of `region`, which does not
+    reduce, are `axes`, the symbols of (batch, row, column), of which the batch is None for a single product. In its nest the
+    product is the load of `result`, a buffer in registers, at the index of the product's own element. `buffers` describes
+    what memory is read and written.
 
     With `c`, of the shape and strides of `b`, there are two products (a gated layer): that with `c` is the load of `second`.
+    `tf32`: float32 operands are rounded to TF32 first, as the library does where the user allows it.
     """
 
     name: str
-    a: Matrix
+    a: Matrix | Patches
     b: Matrix
     depth: Int
     result: str
@@ -230,6 +269,7 @@ class Contraction:
     buffers: dict[str, BufferSpec]
     c: Matrix | None = None
     second: str = ""
+    tf32: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)

@@ -15,18 +15,23 @@ import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
-from fxopt.lower.convolutions import CONVOLUTION, FusedConvolutions
+from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.products import Product, columns_of, find_product
+from fxopt.lower.patches import Gathered, PatchSearch, is_common
+from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.values import cast
 
 NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
 LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
+STENCIL, IMPLICIT = "stencil", "implicit"
+"""Depthwise convolutions, and others as products of patches, with what follows or alone."""
+
 FEW_ROWS = 64
 """Products of no more rows are bound by memory, where a kernel of ours may beat the library even without an epilogue."""
 
@@ -60,27 +65,49 @@ class _Search:
                 continue
             if product is not None and self._fuse(k, product):
                 continue
-            if convolution is not None and self._fuse_convolution(k, convolution):
+            gathered = self._gathered(step) if isinstance(step, Call) and product is None else None
+            if isinstance(step, Call) and (convolution or gathered) and self._fuse_convolution(k, step, gathered):
                 continue
             if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
         steps = [s for s in self.steps if s is not None]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
 
-    def _fuse_convolution(self, k: int, call: Call) -> bool:
-        """Put alternatives in the place of convolution `k` and its only reader, if one call computes both."""
+    def _fuse_convolution(self, k: int, call: Call, own: Gathered | None) -> bool:
+        """Put alternatives in the place of convolution `k` and a reader, if one call or kernel computes both, or of the
+        convolution alone, if a kernel of ours may: `own`.
+        """
         name = call.outputs[0]
         for j in range(k + 1, len(self.steps)):
             region = self.steps[j]
             if isinstance(region, Region) and name in self.accesses[j][0]:
                 place = self._place((k, j))
                 if place is not None:
-                    apart = self._among(region.name, (call,), region, [Way(LIBRARY, (call, region))])
+                    ways = [Way(LIBRARY, (call, region))]
+                    fused = self._contraction(own.product, region, self._is_wanted(name, (k, j))) if own and name else None
+                    if own is not None and fused is not None:
+                        ways.append(_gathering(own, fused))
+                    apart = self._among(region.name, (call,), region, ways)
                     found = self._with_fused_calls(apart, (k, j), call, region)
-                    if found is not apart:
+                    if found is not apart and own is not None and is_common(own.patches) and not self.every:
+                        found = replace(found, ways=tuple(w for w in found.ways if w.label != IMPLICIT))
+                    if len(found.ways) > 1:
                         self._put((k, j), place, found)
                         return True
-        return False
+        if own is not None:
+            alone = self._alone(own.product)
+            ways = [Way(LIBRARY, (call,)), _gathering(own, alone)]
+            self.steps[k] = self._among(alone.name, (call,), None, ways)
+        return own is not None
+
+    def _gathered(self, call: Call) -> Gathered | None:
+        """`call` for a kernel of ours, its weight among the buffers."""
+        found = PatchSearch(self.lowered.buffers, self.views, self.lowered.constants).find(call)
+        if found is not None and found.weight is not None:
+            self.convolutions.buffers[found.weight.name] = found.weight
+            if found.constant is not None:
+                self.convolutions.constants[found.weight.name] = found.constant
+        return found
 
     def _fuse_shortcut(self, k: int, call: Call, product: Product | None) -> bool:
         """`_fuse_convolution` for convolution `k` and the next one, whose result their only reader adds."""
@@ -118,9 +145,10 @@ class _Search:
 
     def _is_eligible(self, product: Product) -> bool:
         operands = [self.lowered.buffers[m.buffer] for m in (product.a, product.b, product.result)]
-        if any(s.device.type != "cuda" for s in operands):
+        dtype = operands[0].dtype
+        if any(s.device.type != "cuda" or s.dtype != dtype for s in operands):
             return False
-        return operands[0].dtype in _DTYPES and all(s.dtype == operands[0].dtype for s in operands)
+        return dtype in _DTYPES or (dtype == torch.float32 and _uses_tf32(product))
 
     def _fuse(self, k: int, product: Product) -> bool:
         """Put alternatives in the place of product `k` and the first region that can take it as an epilogue, if any; and of
@@ -263,9 +291,12 @@ class _Search:
     def _with_epilogue(self, products: Sequence[Product], registers: Sequence[str], region: Region) -> Contraction:
         operands = [m.buffer for p in products for m in (p.a, p.b)]
         touched = {n: s for n, s in region.buffers.items() if n not in registers}
-        touched |= {n: self.lowered.buffers[n] for n in operands}
+        touched |= {n: self.convolutions.buffers[n] for n in operands}
         first, *others = products
-        made = Contraction(region.name, first.a, first.b, first.sizes[2], registers[0], first.axes, region, touched)
+        tf32 = self.lowered.buffers[first.a.buffer].dtype == torch.float32
+        made = Contraction(
+            region.name, first.a, first.b, first.sizes[2], registers[0], first.axes, region, touched, tf32=tf32
+        )
         return replace(made, c=others[0].b, second=registers[1]) if others else made
 
     def _alternatives(
@@ -299,7 +330,7 @@ class _Search:
             *(n for call in calls for n in call.outputs if n is not None),
             *map(self._root, named),
         ]
-        return Alternatives(name, tuple(ways), {n: self.lowered.buffers[n] for n in dict.fromkeys(names)}, views)
+        return Alternatives(name, tuple(ways), {n: self.convolutions.buffers[n] for n in dict.fromkeys(names)}, views)
 
     # ------------------------------------------------------------------ which step touches what
 
@@ -325,6 +356,16 @@ class _Search:
                 reads |= {self._root(n) for n in refs((step.args, step.kwargs))}
                 writes |= {self._root(n) for n in (*step.outputs, *step.writes) if n is not None}
         return frozenset(reads), frozenset(writes)
+
+
+def _uses_tf32(product: Product) -> bool:
+    """Whether the library may round the float32 operands of `product` to TF32."""
+    return convolutions_use_tf32() if product.call.op == CONVOLUTION else products_use_tf32()
+
+
+def _gathering(gathered: Gathered, contraction: Contraction) -> Way:
+    """The way in which `contraction` computes the convolution `gathered`."""
+    return Way(STENCIL if gathered.patches.depthwise else IMPLICIT, (*gathered.before, contraction))
 
 
 def _is_plain(nest: Nest) -> bool:
@@ -369,6 +410,7 @@ def _renamed(nest: Nest, products: Mapping[str, Product]) -> Nest | None:
 
 def as_reduction(contraction: Contraction) -> Region:
     """Products of one row as a region that reduces: every element of the right operands is read once."""
+    assert isinstance(contraction.a, Matrix)
     k = Sym("r3", size=contraction.depth)
     batch, row, column = contraction.axes
 

@@ -19,10 +19,9 @@ from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region, Way
 from fxopt.ir.rounding import HALVES
 from fxopt.lower.channel_sums import ChannelSum, channel_sum, uncast
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.products import as_view
+from fxopt.lower.products import CONVOLUTION, as_view
 
 CUDNN, FOLDED = "cudnn", "cudnn-folded"
-CONVOLUTION = "aten::convolution.default"
 RELU, ADD_RELU = "aten::cudnn_convolution_relu.default", "aten::cudnn_convolution_add_relu.default"
 
 BIAS_OF = {RELU: 2, ADD_RELU: 4}

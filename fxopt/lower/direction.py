@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 from fxopt.ir.region import Alias, Batch, Call, Region, Step, refs
 
@@ -31,16 +32,21 @@ def alternate(steps: Sequence[Step], nbytes: Mapping[str, int]) -> list[Step]:
         touched = _touched(step, base)
         if isinstance(step, Alias) or sum(nbytes.get(n, 0) for n in touched) < SMALL:
             continue
-        if previous is not None and isinstance(step, Region) and step.device.type == "cuda":
+        if previous is not None:
             before = out[previous]
             known = _touched(before, base)
             shared = sum(nbytes.get(n, 0) for n in known & touched)
             if sum(nbytes.get(n, 0) for n in known) > FITS_IN_CACHE and shared > WORTH_TURNING:
-                out[-1] = replace(step, backwards=not (isinstance(before, Region) and before.backwards))
-                if isinstance(before, Region):
+                if _is_kernel(step):
+                    out[-1] = replace(step, backwards=not (isinstance(before, Region) and before.backwards))
+                if _is_kernel(before):
                     out[previous] = replace(before, reread=True)
         previous = len(out) - 1
     return out
+
+
+def _is_kernel(step: Step) -> TypeGuard[Region]:
+    return isinstance(step, Region) and step.device.type == "cuda"
 
 
 def _touched(step: Step, base: Mapping[str, str]) -> set[str]:

@@ -14,13 +14,13 @@ import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, prod, symbol
 from fxopt.ir.loops import Load, Op, Scalar, transform
-from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Ref
+from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Ref
 from fxopt.lower.values import cast
 
 _ADDEND = {"aten::mm.default": False, "aten::bmm.default": False, "aten::addmm.default": True, "aten::baddbmm.default": True}
 """The products, and whether their first argument is added to the result."""
 
-_CONVOLUTION = "aten::convolution.default"
+CONVOLUTION = "aten::convolution.default"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Product:
     """
 
     call: Call
-    a: Matrix
+    a: Matrix | Patches
     b: Matrix
     result: Matrix
     sizes: tuple[int, int, int, int]  # Z, M, K, N
@@ -73,7 +73,7 @@ def columns_of(product: Product, first: int, count: int) -> Product:
 
 def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
     """`call` as a product of more than one column, all sizes static, or None."""
-    if call.op == _CONVOLUTION:
+    if call.op == CONVOLUTION:
         return _pointwise_convolution(call, buffers, views)
     if call.op not in _ADDEND or call.kwargs or not all(isinstance(a, Ref) for a in call.args) or call.outputs[0] is None:
         return None
@@ -90,7 +90,7 @@ def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[s
     if n < 2 or min(batch, m, depth) < 1:
         return None
     axes = (None if batch == 1 else Sym("x0", size=batch), Sym("x1", size=m), Sym("x2", size=n))
-    added = _broadcast(addend[0], made.shape, axes, buffers) if addend else None
+    added = broadcast(addend[0], made.shape, axes, buffers) if addend else None
     return Product(call, a, b, result, (batch, m, depth, n), axes, added)
 
 
@@ -106,17 +106,17 @@ def _pointwise_convolution(call: Call, buffers: Mapping[str, BufferSpec], views:
     places, channels = prod((batch, *inner)), window.shape[0]
     if not (isinstance(places, int) and isinstance(depth, int) and isinstance(channels, int)):
         return None
-    a, result = _places(image), _places(made)
+    a, result = places_of(image), places_of(made)
     added = None if bias is None else as_view(bias.name, buffers, views)
     if a is None or result is None or (added is None) != (bias is None) or channels < 2 or min(places, depth) < 1:
         return None
     b = Matrix(window.of, window.offset, 0, window.strides[1], window.strides[0])
     axes = (None, Sym("x1", size=places), Sym("x2", size=channels))
-    addend = None if added is None else _broadcast(added, (places, channels), axes, buffers)
+    addend = None if added is None else broadcast(added, (places, channels), axes, buffers)
     return Product(call, a, b, result, (1, places, depth, channels), axes, addend)
 
 
-def _places(view: Alias) -> Matrix | None:
+def places_of(view: Alias) -> Matrix | None:
     """A tensor [N, channels, ...] as one matrix of places by channels; None where places are not evenly spaced."""
     dims = [d for d in (0, *range(2, len(view.shape))) if view.shape[d] != 1]
     for outer, inner in pairwise(dims):
@@ -146,7 +146,7 @@ def _at(matrix: Matrix, axes: tuple[Sym | None, Sym, Sym]) -> Int:
     return out
 
 
-def _broadcast(
+def broadcast(
     view: Alias, shape: tuple[Int, ...], axes: tuple[Sym | None, Sym, Sym], buffers: Mapping[str, BufferSpec]
 ) -> Load:
     """`view`, broadcast to `shape`, at `axes`."""

@@ -82,6 +82,7 @@ class _Search:
         """What `region` makes the softmax of, in terms of the product before; None unless it is in step with both."""
         if after.sizes[:3] != (before.sizes[0], before.sizes[1], before.sizes[3]):
             return None
+        assert isinstance(after.a, Matrix)
         name, product = before.result.buffer, f"{before.result.buffer}.product"
         own = Nest(tuple(s for s in before.axes[:2] if s is not None), before.axes[2:], (Store(name, before.index, _ZERO),))
         for mapping in mappings(region.nest, own):
@@ -105,6 +106,7 @@ class _Search:
         values = after.sizes[3]
         shapes = {"query": (rows, width), "key": (keys, width), "value": (keys, values), "out": (rows, values)}
         b = before.b
+        assert isinstance(before.a, Matrix)
         given = {"query": before.a, "key": replace(b, row=b.column, column=b.row), "value": after.b, "out": after.result}
         plain = {n: m for n, x in given.items() if (m := Matrices.of(x, batch)) is not None}
         if len(plain) < len(given):
@@ -160,8 +162,10 @@ class _Search:
         return readers[0] if len(readers) == 1 and readers[0] >= 0 else None
 
     def _product(self, k: int) -> Product | None:
+        """The product of matrices that step k is."""
         step = self.steps[k]
-        return find_product(step, self.buffers, self.views) if isinstance(step, Call) else None
+        found = find_product(step, self.buffers, self.views) if isinstance(step, Call) else None
+        return found if found is not None and isinstance(found.a, Matrix) else None
 
     def _copy_of_result(self, name: str) -> tuple[int, Copy] | None:
         """The step that does nothing but copy the result `name`, its only reader, and that copy from the result's side."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.ir import ops
 from fxopt.ir.graph import Graph, Input, Phase, Role
@@ -124,23 +126,50 @@ class _Trace:
 
 def _trace(function: Callable[..., Any], example: tuple[Any, ...]) -> _Trace:
     """Trace over the tensors of `example` and bring the result to the form that graphs have when patterns are tried."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     tensors = [i for i, a in enumerate(example) if isinstance(a, torch.Tensor)]
+    graph = fx.Graph()
+    placeholders = [graph.placeholder(f"a{i}") for i in tensors]
+    with torch.no_grad(), _Recorder(graph) as recorder:
+        given = list(example)
+        for node, i in zip(placeholders, tensors, strict=True):
+            like = example[i]
+            given[i] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+            recorder.assign(node, given[i])
+        result = function(*given)
+        graph.output(recorder.argument(tuple(result) if isinstance(result, tuple | list) else (result,)))
+    inputs = [Input(n.name, Role.USER) for n in placeholders]
+    _normalize(Graph(fx.GraphModule({}, graph), inputs, Phase.INFERENCE, "pattern"))
+    return _Trace(graph, tensors)
 
-    def over_tensors(*given: torch.Tensor) -> Any:
-        merged = list(example)
-        for position, value in zip(tensors, given, strict=True):
-            merged[position] = value
-        return function(*merged)
 
-    gm = make_fx(over_tensors, tracing_mode="fake")(*(example[i] for i in tensors))
-    result: Any = gm.graph.output_node().args[0]
-    if isinstance(result, fx.Node):
-        gm.graph.output_node().args = ((result,),)
-    inputs = [Input(n.name, Role.USER) for n in gm.graph.nodes if n.op == "placeholder"]
-    _normalize(Graph(gm, inputs, Phase.INFERENCE, "pattern"))
-    return _Trace(gm.graph, tensors)
+class _Recorder(TorchDispatchMode):
+    """Puts every ATen call on a known tensor into a graph. For the few calls of a pattern; `make_fx` would take a tenth of a
+    second of each compilation's first graph to set up."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self._nodes: dict[int, tuple[fx.Node, torch.Tensor]] = {}  # by identity: the tensor is kept so that it stays its own
+
+    def assign(self, node: fx.Node, value: Any) -> None:
+        """Let `node` stand for `value`, a tensor or a sequence of tensors."""
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            self._nodes[id(value)] = node, value
+        elif isinstance(value, tuple | list):
+            for k, part in enumerate(value):
+                self.assign(self.graph.call_function(operator.getitem, (node, k)), part)
+
+    def argument(self, value: Any) -> Any:
+        """`value` with nodes for tensors."""
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: self._nodes[id(t)][0], value)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if any(id(t) in self._nodes for t in torch.utils._pytree.tree_leaves((args, kwargs))):
+            self.assign(self.graph.call_function(func, self.argument(args), self.argument(kwargs)), out)
+        return out
 
 
 def _normalize(graph: Graph) -> None:

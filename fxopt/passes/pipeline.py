@@ -30,6 +30,7 @@ from fxopt.passes.fusions import PATTERNS
 from fxopt.passes.hand_attention.rewrite import hand_attention
 from fxopt.passes.linear_cross_entropy import linear_cross_entropy
 from fxopt.passes.matcher import apply_pattern
+from fxopt.passes.merged_products import merged_products
 from fxopt.passes.no_ops import no_ops
 from fxopt.passes.open_mask import open_mask
 from fxopt.passes.pad_gemm import pad_gemm
@@ -61,6 +62,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("cse", cse),
     Pass("dead_code", dead_code),  # an unused user would keep a pattern from matching
     *FUSIONS,
+    Pass("merged_products", merged_products),
     Pass("pad_gemm", pad_gemm),
     Pass("constant_folding", constant_folding),  # frozen weights are padded once
     Pass("views", views),  # fusions leave views next to each other

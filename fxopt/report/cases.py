@@ -65,19 +65,26 @@ class Case:
         }
 
     def bytes_moved(self, outputs: Tensors) -> dict[str, int]:
-        """Bytes that each pass must move: inputs read once and outputs written once. `outputs` are what `drive` returned.
+        """Bytes that each pass must move: inputs and a module's parameters and buffers read once, outputs written once.
 
-        The backward's inputs are the gradient and `backward_reads`: values saved by the forward stand for inputs of their
-        size. A tensor returned twice (a residual's gradient) is written once.
+        `outputs` are what `drive` returned. The backward's inputs are the gradient and `backward_reads`: values saved by the
+        forward stand for inputs of their size. A tensor returned twice (a residual's gradient) is written once.
         """
         if self.traffic is not None:
             return dict(self.traffic)
-        inputs = tensors_of(self.inputs)
+        inputs, held = tensors_of(self.inputs), self._held()
         if not self.training:
-            return {FORWARD: _nbytes((*inputs, *outputs))}
+            return {FORWARD: _nbytes((*inputs, *held, *outputs))}
         own, gradients = outputs[: -len(self._leaves())], outputs[-len(self._leaves()) :]
         read = inputs if self.backward_reads is None else tuple(inputs[i] for i in self.backward_reads)
-        return {FORWARD: _nbytes((*inputs, *own)), BACKWARD: _nbytes((*read, *tensors_of(self.grad_output), *gradients))}
+        seeds = tensors_of(self.grad_output)
+        return {FORWARD: _nbytes((*inputs, *held, *own)), BACKWARD: _nbytes((*read, *held, *seeds, *gradients))}
+
+    def _held(self) -> Tensors:
+        """What belongs to the module."""
+        if not isinstance(self.module, torch.nn.Module):
+            return ()
+        return (*self.module.parameters(), *self.module.buffers())
 
     def _gradients(self, outputs: Tensors, retain_graph: bool = False) -> Tensors:
         seeds = self._seeds()

@@ -24,7 +24,17 @@ from fxopt.journal import Journal
 from fxopt.report.cases import BACKWARD, Case, Tensors, relative_error
 from fxopt.report.contenders import COPY, Contender, caches_under
 from fxopt.report.explanation import journals
-from fxopt.report.measure import Call, Timing, interleaved, kernels_seen, memory_in_use, peak_memory, release_memory
+from fxopt.report.measure import (
+    Call,
+    Timing,
+    interleaved,
+    kernels_seen,
+    memory_in_use,
+    memory_taken,
+    peak_memory,
+    peak_taken,
+    release_memory,
+)
 from fxopt.runtime.device_lock import seconds_waited
 
 Progress = Callable[[str, float], None]
@@ -40,7 +50,8 @@ class Row:
     loaded for the first time in this process, or "user" for the directories the user has. `error` is the largest relative
     error of an output against float64. `kernels` counts launches of one call by name; on CPU, fxopt's own kernels come from
     its record, since they are no operators of torch. `peak_bytes` is beyond what was in use before this one was compiled
-    (weights, inputs, other contenders). `choices` are the tuner's decisions and `retreats` what fxopt ran as
+    (weights, inputs, other contenders); `reserved_bytes` is the same in what torch's allocator had from the device, which
+    counts the pools of CUDA graphs between calls. `choices` are the tuner's decisions and `retreats` what fxopt ran as
     ATen. `skipped` is why there is no measurement. `outputs`, the tensors of one step, are kept when the Plan asks for it.
 
     `part` is "" for a whole step; where a Plan splits passes it is "forward" or "backward", and `seconds`, `kernels`,
@@ -57,6 +68,7 @@ class Row:
     quartiles: tuple[float, float] | None = None
     error: float | None = None
     peak_bytes: int | None = None
+    reserved_bytes: int | None = None
     kernels: dict[str, int] | None = None
     choices: dict[str, int] = field(default_factory=dict)
     retreats: list[tuple[str, str]] = field(default_factory=list)
@@ -88,7 +100,8 @@ class Plan:
 
     `split` times forward and backward each alone, and only of contenders whose values are right by EAGER_SHARE (eager has to
     be among them). `flush` and `ahead` are those of `interleaved`. `turn` makes what is held while values are judged and
-    contenders timed: a lock, where several processes share the device.
+    contenders timed: a lock, where several processes share the device. Without `replay` fxopt makes no CUDA graphs in its
+    default mode: where the device's time alone counts, copies of inputs and outputs are no part of a kernel.
     """
 
     device: torch.device
@@ -98,6 +111,7 @@ class Plan:
     flush: bool = False
     ahead: bool = False
     split: bool = False
+    replay: bool = True
     max_rounds: int = 100
     profile: bool = True
     keep_outputs: bool = False
@@ -306,12 +320,14 @@ def _compile(subject: _Subject, entrant: _Entrant) -> None:
     contender, row, plan = entrant.contender, entrant.row, subject.plan
     row.cache = _cache_state(contender, plan.cold)
     case = subject.case_for(contender, judged=not _is_compiled(contender))
-    base = memory_in_use(plan.device)
-    compiled = contender.compile(case.module, plan.device)
+    base, taken = memory_in_use(plan.device), memory_taken(plan.device)
+    compiled = contender.compile(case.module, plan.device, plan.replay)
     with _own_caches(entrant, plan):
         row.compile_seconds = _first_step(case, compiled, plan)
         case.drive(compiled)  # which compiles again where the first step has changed its inputs' kind
-    _inspect(case, compiled, row, plan, entrant.graphs, base)
+    _inspect(case, compiled, row, plan, entrant.graphs)
+    row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device, base)
+    row.reserved_bytes = peak_taken(lambda: case.drive(compiled), plan.device, taken)
     for part, call in _calls(case, compiled, plan).items():
         if plan.profile and contender.countable(plan.device):
             entrant.kernels[part] = _kernels(call, part, plan.device, entrant.graphs)
@@ -383,12 +399,11 @@ def _first_step(case: Case, compiled: Callable[..., Any], plan: Plan) -> float:
     return time.perf_counter() - seconds_waited() - start
 
 
-def _inspect(case: Case, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal], base: int) -> None:
+def _inspect(case: Case, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal]) -> None:
     for _ in range(2):  # CUDA graphs record on the second and third call
         case.drive(compiled)
     row.choices = dict(Counter(f"{k.language} {k.choice}".strip() for j in graphs for k in j.kernels))
     row.retreats = [r for j in graphs for r in j.retreats]
-    row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device, base)
 
 
 def _kernels(call: Call, part: str, device: torch.device, graphs: list[Journal]) -> dict[str, int]:

@@ -41,11 +41,16 @@ class Contender:
         # The request is an option, and torch.compile takes either options or a mode.
         return device.type == "cuda" or self.backend != "inductor" or self.mode is None
 
-    def compile(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-        """`fn` under this contender; nothing is compiled before the first call."""
+    def compile(self, fn: Callable[..., Any], device: torch.device, replay: bool = True) -> Callable[..., Any]:
+        """`fn` under this contender; nothing is compiled before the first call.
+
+        Without `replay`, fxopt's default mode makes no CUDA graphs, as Inductor's makes none.
+        """
         if self.backend is None:
             return fn
         options = dict(self.options)
+        if self.backend == "fxopt" and self.mode is None and not replay:
+            options["cuda_graphs"] = False
         if self.backend == "inductor" and device.type == "cpu" and self.countable(device):
             # Makes Inductor's C++ kernels visible to the profiler; costs about 0.1 us per kernel.
             options["cpp.enable_kernel_profile"] = True
@@ -85,6 +90,8 @@ def _marking_steps(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _FREEZING = {"freezing": True}
+_MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
+"""What mode max-autotune-no-cudagraphs sets, as options, which can be joined with freezing."""
 _ALL = (
     Contender("eager"),
     Contender("inductor", "inductor"),
@@ -100,16 +107,29 @@ _ALL = (
     Contender("fxopt-reduce-overhead-freeze", "fxopt", options={"mode": "reduce-overhead", "freeze": True}, frozen=True),
     Contender("fxopt-max-autotune", "fxopt", mode="max-autotune", slow=True),
 )
+_TUNED = (
+    Contender("inductor-max-autotune-no-cudagraphs", "inductor", options=_MAX_AUTOTUNE, slow=True),
+    Contender(
+        "inductor-max-autotune-no-cudagraphs-freezing",
+        "inductor",
+        options={**_FREEZING, **_MAX_AUTOTUNE},
+        frozen=True,
+        slow=True,
+    ),
+)
+"""For timing on the device alone, which makes CUDA graphs pointless."""
+
 COPY = Contender("copy")
 """No implementation of the case: a copy that moves as many bytes as the case must."""
 _PEERS = (COPY, Contender("liger", alternative="liger"), Contender("fused", alternative="fused"))
-CONTENDERS = {c.name: c for c in (*_ALL, *_PEERS)}
+CONTENDERS = {c.name: c for c in (*_ALL, *_TUNED, *_PEERS)}
 
 
 def pick(names: str) -> list[Contender]:
     """Contenders from a comma-separated list, "all", or "plain" (default modes only). ValueError lists the valid names.
 
-    "all" are the ways of running a torch model; those that only some cases have (liger, fused, copy) are asked for by name.
+    "all" are the ways of running a torch model; those that only some cases or programs have (liger, fused, copy,
+    max-autotune without CUDA graphs) are asked for by name.
     """
     if names == "all":
         return list(_ALL)

@@ -160,6 +160,26 @@ def peak_memory(call: Call, device: torch.device, base: int) -> int | None:
     return torch.cuda.max_memory_allocated(device) - base
 
 
+def memory_taken(device: torch.device) -> int:
+    """Bytes that torch's CUDA allocator has from the device and cannot give back; 0 on CPU."""
+    release_memory(device)
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def peak_taken(call: Call, device: torch.device, base: int) -> int | None:
+    """Most bytes beyond `base` that torch's CUDA allocator had from the device during one call; None on CPU.
+
+    That counts what only one user may use again, such as the pools of CUDA graphs, in whole segments.
+    """
+    if device.type != "cuda":
+        return None
+    memory_taken(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device) - base
+
+
 def kernels_seen(call: Call, device: torch.device) -> dict[str, int]:
     """Name -> launches in one call, as torch's profiler saw them.
 

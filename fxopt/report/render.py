@@ -27,6 +27,7 @@ def journal_to_dict(journal: Journal) -> dict[str, Any]:
         "retreats": [{"what": what, "reason": reason} for what, reason in journal.retreats],
         "passes": [{"name": n, "rewrites": c, "seconds": s} for n, c, s in journal.passes],
         "seconds": dict(journal.seconds),
+        "memory": dict(journal.memory),
         "notes": [{"topic": topic, "text": text} for topic, text in journal.notes],
     }
 
@@ -40,10 +41,21 @@ def journal_to_text(journal: Journal) -> str:
         ),
         _section("retreats to ATen", [f"{what}: {reason}" for what, reason in journal.retreats]),
         _section("passes that changed something", [_pass_line(*p) for p in journal.passes if p[1]]),
+        _section("memory, beside inputs", _memory_lines(journal.memory)),
         _section("compile time", [f"{phase:<24}{_duration(s)}" for phase, s in journal.seconds.items()]),
         _section("notes", [f"{topic}: {text}" for topic, text in journal.notes]),
     ]
     return "\n".join([f"== {journal.graph}", *(s for s in sections if s)])
+
+
+def _memory_lines(memory: dict[str, int]) -> list[str]:
+    if not memory:
+        return []
+    parts = f"planned {_bytes(memory['planned'])}, own storages and outputs {_bytes(memory['own'])}"
+    lines = [f"peak {_bytes(memory['peak'])}: {parts}, library results {_bytes(memory['library'])}"]
+    if "eager" in memory:
+        lines.append(f"eager {_bytes(memory['eager'])}, by the lifetimes of its values")
+    return lines
 
 
 def _section(title: str, lines: list[str]) -> str:

@@ -25,7 +25,8 @@ from fxopt.ir.attention_op import attend, attend_backward, attend_forward
 from fxopt.ir.exprs import Atom, Expr, Int
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size, refs
-from fxopt.runtime.memory import Lifetimes
+from fxopt.runtime import draws
+from fxopt.runtime.lifetimes import Lifetimes
 from fxopt.runtime.plan import Free, InputSpec, Launch, Plan, PlanStep, allocated
 
 ALIGNMENT = 16
@@ -62,10 +63,11 @@ DIRECT: dict[str, Callable[..., Any]] = {
     "fxopt::attention.default": attend,
     "fxopt::attention_forward.default": attend_forward,
     "fxopt::attention_backward.default": attend_backward,
+    draws.SEED: draws.draw,
     "aten::_scaled_dot_product_cudnn_attention_backward.default": cudnn_backward,
 }
 """Ops that models call most, as functions with the same parameters that reach the kernel with less Python in between: 1 to
-5 us less a call than through the OpOverload. The last one is here for its values."""
+5 us less a call than through the OpOverload. The last one is here for its values, the seed for captured runs."""
 
 
 def resolve_op(op: str) -> Callable[..., Any]:
@@ -115,7 +117,7 @@ class Writer:
         self.roots = Lifetimes.of(plan).root
         self.materialized = _needs_tensor(plan)
         self.tenants = [{n for n, s in plan.placement.items() if s == i} for i in range(len(plan.slots))]
-        self.uniform = [len({self._layout(n) for n in names}) <= 1 for names in self.tenants]
+        self.uniform = [len({(plan.offsets.get(n, 0), *self._layout(n)) for n in names}) <= 1 for names in self.tenants]
         self.open_slots: set[int] = set()
         self.known: dict[Any, str] = {}
         self.offsets: list[Int] = []
@@ -268,9 +270,9 @@ class Writer:
         return f"empty({self._shape(spec.shape)}, {self._shape(spec.strides)}, dtype={dtype}, device={device})"
 
     def _lay_out_workspace(self) -> None:
-        """Where each CPU slot begins in the call's one block of memory."""
+        """Where each CPU slot begins in the call's one block of memory; other slots are storages themselves."""
         for slot in self.plan.slots:
-            self.offsets.append(self.workspace)
+            self.offsets.append(self.workspace if slot.device.type == "cpu" else 0)
             if slot.device.type == "cpu":
                 # A few lines apart: slots a power of two long would else meet in the same cache sets.
                 self.workspace = self.workspace + (slot.nbytes + (LINE - 1)) // LINE * LINE + 3 * LINE
@@ -285,41 +287,40 @@ class Writer:
     def _in_workspace(self, slot: int | None) -> bool:
         return slot is not None and self.plan.slots[slot].device.type == "cpu"
 
-    def _place_in_workspace(self, name: str, slot: int) -> None:
-        """Make `name` the tenant of a part of the workspace; tenants with equal layouts are the same tensor object."""
-        self.open_slots.add(slot)
-        self.addresses[name] = f"q{slot}"
-        if name not in self.materialized:
-            return
-        spec, layout = self.own[name], ("view", slot, *self._layout(name))
+    def _place(self, name: str, slot: int) -> None:
+        """Make `name` a tenant of a shared storage, allocating that for its first tenant."""
+        offset = self.plan.offsets.get(name, 0)
+        self.addresses[name] = f"q{slot} + {offset}" if offset else f"q{slot}"
+        if self._in_workspace(slot):
+            self.open_slots.add(slot)
+        elif slot not in self.open_slots:
+            self.open_slots.add(slot)
+            alone = self._empty(self.own[name] if self.uniform[slot] else self._bytes(slot))
+            self._emit(f"m{slot} = {alone}")
+            self._emit(f"q{slot} = m{slot}.data_ptr()")
+        if not self._in_workspace(slot) and self.uniform[slot]:
+            self.tensors[name] = f"m{slot}"
+        elif name in self.materialized:
+            self.tensors[name] = self._view_into(slot, name)
+
+    def _view_into(self, slot: int, name: str) -> str:
+        """`name` as a tensor; tenants with equal layouts at one place are the same tensor object."""
+        spec, offset = self.own[name], self.plan.offsets.get(name, 0)
+        layout = ("view", slot, offset, *self._layout(name))
         if layout not in self.views:
             dtype = self._constant(spec.dtype)
-            typed = self.views.setdefault(("typed", dtype), f"W_{dtype}")
+            first = self._size((self.offsets[slot] + offset) // spec.dtype.itemsize)
+            if self._in_workspace(slot):
+                base = self.views.setdefault(("typed", dtype), f"W_{dtype}")
+            elif ("bytes", slot, dtype) in self.views:
+                base = self.views["bytes", slot, dtype]
+            else:
+                base = self.views["bytes", slot, dtype] = self._fresh("v")
+                self._emit(f"{base} = m{slot}.view({dtype})")
             self.views[layout] = self._fresh("v")
-            offset = self._size(self.offsets[slot] // spec.dtype.itemsize)
-            view = f"{typed}.as_strided({self._shape(spec.shape)}, {self._shape(spec.strides)}, {offset})"
+            view = f"{base}.as_strided({self._shape(spec.shape)}, {self._shape(spec.strides)}, {first})"
             self._emit(f"{self.views[layout]} = {view}")
-        self.tensors[name] = self.views[layout]
-
-    def _place(self, name: str, slot: int) -> None:
-        """Make `name` the tenant of a shared storage, allocating that for its first tenant."""
-        if self._in_workspace(slot):
-            self._place_in_workspace(name, slot)
-            return
-        spec, holder = self.own[name], f"m{slot}"
-        if slot not in self.open_slots:
-            self.open_slots.add(slot)
-            self._emit(f"{holder} = {self._empty(spec if self.uniform[slot] else self._bytes(slot))}")
-            self._emit(f"q{slot} = {holder}.data_ptr()")
-        self.addresses[name] = f"q{slot}"
-        if self.uniform[slot]:
-            self.tensors[name] = holder
-        elif name in self.materialized:
-            self.tensors[name] = self._fresh("v")
-            typed = f"{holder}.view({self._constant(spec.dtype)})"
-            self._emit(
-                f"{self.tensors[name]} = {typed}.as_strided({self._shape(spec.shape)}, {self._shape(spec.strides)}, 0)"
-            )
+        return self.views[layout]
 
     def _bytes(self, slot: int) -> BufferSpec:
         """The slot as bytes, rounded up so that it can be viewed as any dtype."""
@@ -348,15 +349,15 @@ class Writer:
         gone = []
         for name in step.names:
             slot = self.plan.placement.get(name)
-            if self._in_workspace(slot):
-                continue
-            tensor = self.tensors.get(name)
-            if tensor is not None and name not in self.constants and (slot is None or not self.uniform[slot]):
-                gone.append(tensor)
-            if slot is not None:
+            if slot is None:
+                tensor = self.tensors.get(name)
+                if tensor is not None and name not in self.constants:
+                    gone.append(tensor)
+            elif not self._in_workspace(slot):
                 self.tenants[slot].discard(name)
                 if not self.tenants[slot]:
-                    gone.append(f"m{slot}")
+                    views = (text for key, text in self.views.items() if key[0] in ("view", "bytes") and key[1] == slot)
+                    gone += [f"m{slot}", *views]
         if gone:
             self._emit(f"del {', '.join(gone)}")
 
@@ -372,7 +373,7 @@ class Writer:
             self._emit(f"{self.addresses[step.name]} = {source}")
             return
         base = self.tensors[step.of]
-        if step.of not in self.own or self._in_workspace(self.plan.placement.get(step.of)):
+        if step.of not in self.own or self._begins_later(step.of):
             # The plan's offsets count from the base's first element, as_strided's from its storage's.
             offset = f"{base}.storage_offset()" + ("" if offset == "0" else f" + {offset}")
         self.tensors[step.name] = self._fresh("v")
@@ -381,6 +382,10 @@ class Writer:
             self._remembered_view(step, view)
         else:
             self._emit(f"{self.tensors[step.name]} = {view}")
+
+    def _begins_later(self, name: str) -> bool:
+        """Whether a buffer's first element may not be the first of the storage that its tensor has."""
+        return name in self.plan.offsets or self._in_workspace(self.plan.placement.get(name))
 
     def _remembered_view(self, step: Alias, view: str) -> None:
         """A view of a parameter is made again only when the parameter's memory has moved.

@@ -25,7 +25,10 @@ from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
 from fxopt.runtime.encoding import Field, decode_value, encode_value, size_values, sizes_json, torch_name
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
+
+OFFSET_ALIGNMENT = 16
+"""Bytes, of which offsets in slots are multiples: what kernels that assume aligned operands rely on."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class SymbolSource:
 
 @dataclass(frozen=True)
 class Slot:
-    """A storage of `nbytes` bytes that buffers with disjoint lifetimes take in turn."""
+    """A storage of `nbytes` bytes in which buffers lie; those whose lifetimes overlap do not overlap there."""
 
     device: torch.device
     nbytes: Int
@@ -113,7 +116,8 @@ class Plan:
 
     `constants` are tensors handed in by name when the plan is bound. `buffers` describes every other named tensor (for a
     Call's output: the layout that later steps rely on). `placement` maps a buffer to the slot whose storage it uses; a
-    buffer without one has its own. `outputs` holds Ref, Size or plain constants.
+    buffer without one has its own. `offsets` says at which byte of the slot a buffer begins, if not at the first.
+    `outputs` holds Ref, Size or plain constants.
     """
 
     name: str
@@ -125,6 +129,7 @@ class Plan:
     outputs: tuple[Any, ...]
     slots: tuple[Slot, ...] = ()
     placement: dict[str, int] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
     from_bytes: bool = field(default=False, init=False, compare=False, repr=False)
 
     def to_json(self) -> str:
@@ -138,6 +143,7 @@ class Plan:
             "buffers": [_buffer_json(x) for x in self.buffers],
             "slots": [[str(s.device), to_json(s.nbytes)] for s in self.slots],
             "placement": self.placement,
+            "offsets": self.offsets,
             "steps": [_step_json(x, f"plan.steps[{i}]") for i, x in enumerate(self.steps)],
             "outputs": [encode_value(x, f"plan.outputs[{i}]") for i, x in enumerate(self.outputs)],
         }
@@ -164,9 +170,6 @@ def _no_constant(text: str) -> Any:
 
 
 def _read_plan(root: Field) -> Plan:
-    placement = root["placement"]
-    if not isinstance(placement.data, dict):
-        raise placement.fail("an object")
     return Plan(
         name=root["name"].text(),
         inputs=root["inputs"].each(_read_input),
@@ -176,8 +179,15 @@ def _read_plan(root: Field) -> Plan:
         steps=root["steps"].each(_read_step),
         outputs=root["outputs"].each(decode_value),
         slots=root["slots"].each(_read_slot),
-        placement={name: placement[name].integer() for name in placement.data},
+        placement=_read_integers(root["placement"]),
+        offsets=_read_integers(root["offsets"]),
     )
+
+
+def _read_integers(x: Field) -> dict[str, int]:
+    if not isinstance(x.data, dict):
+        raise x.fail("an object")
+    return {name: x[name].integer() for name in x.data}
 
 
 # --- records ---------------------------------------------------------------------------------------------------------------
@@ -478,3 +488,9 @@ def _check_placement(plan: Plan, own: dict[str, BufferSpec]) -> None:
             raise PlanError(f"plan.placement.{name}: there is no slot {slot}")
         if plan.slots[slot].device != own[name].device:
             raise PlanError(f"plan.placement.{name}: the slot is on another device")
+    for name, offset in plan.offsets.items():
+        if name not in plan.placement:
+            raise PlanError(f"plan.offsets.{name}: the buffer is in no slot")
+        end, size = offset + own[name].extent * own[name].dtype.itemsize, plan.slots[plan.placement[name]].nbytes
+        if offset < 0 or offset % OFFSET_ALIGNMENT or not isinstance(end, int) or not isinstance(size, int) or end > size:
+            raise PlanError(f"plan.offsets.{name}: {offset} is not an aligned place within its slot")

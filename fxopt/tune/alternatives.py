@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fxopt.ir.attention_backends import enabled_backends
-from fxopt.ir.precision import convolutions_use_tf32
+from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alternatives, Call, Ref, Way
 from fxopt.journal import Journal
 from fxopt.lower.contractions import NAME
@@ -150,4 +150,5 @@ def _switches(op: str) -> list[object]:
     if "attention" in op:
         return [torch.backends.cudnn.version(), *enabled_backends()]
     flags = torch.backends.cuda.matmul
-    return [flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction]
+    reductions = [flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction]
+    return [*reductions, products_use_tf32()]

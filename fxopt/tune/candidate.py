@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
-from fxopt.codegen.templates import attention_config, gemm_config
+from fxopt.codegen.templates import attention_config, conv_config, gemm_config
+from fxopt.codegen.templates.conv_config import StencilConfig
+from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
+from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, KernelSource
-from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Region
+from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region
 from fxopt.lower.cost import nbytes
+from fxopt.lower.patches import is_common
 from fxopt.options import Options
 from fxopt.target import Target
 from fxopt.tune.made_up import index_bounds, indexes_indirectly
@@ -33,6 +37,9 @@ WORTH_MORE = 256 << 20
 GEMM_CANDIDATES = {"default": 3, "max-autotune": 12}
 """How many configurations of a product are compiled, by mode: each takes half a second of a core, and a fourth brought
 nothing in the cases of `benchmarks/gemm_model.py`."""
+
+CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
+"""The same of a convolution."""
 
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
@@ -128,6 +135,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
 
     Raises UnsupportedError when no template takes it.
     """
+    if isinstance(contraction.a, Patches):
+        return convolution_candidates(contraction, target, mode)
     problem = problem_of(contraction)
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
     ranked = gemm_config.configs(problem, target, limit=most)
@@ -135,6 +144,20 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
         return []
     chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
     return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in chosen]
+
+
+def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
+    """As `contraction_candidates`, of a product of patches."""
+    problem = convolution_problem(contraction)
+    if mode != "max-autotune" and is_common(problem.patches) and not problem.epilogue_ops:
+        return []
+    most = CONVOLUTION_CANDIDATES.get(mode, CONVOLUTION_CANDIDATES["default"])
+    chosen: Sequence[StencilConfig | GemmConfig]
+    if problem.patches.depthwise:
+        chosen = conv_config.stencil_configs(problem, target, most)
+    else:
+        chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
+    return [Candidate(str(c), print_convolution(contraction, c, target).kernels) for c in dict.fromkeys(chosen)]
 
 
 def attention_candidates(attention: Attention, target: Target, mode: str) -> list[Candidate]:

@@ -60,7 +60,7 @@ class Run:
         self.log = [line.split(" ", 3) for line in log.read_text().splitlines()]
 
     @staticmethod
-    def failed(why: Mapping[str, str]) -> list[RawRow]:
+    def failed(request: Mapping[str, Any], why: Mapping[str, str]) -> list[RawRow]:
         return [{"contender": name, "skipped": why.get(name, "lost")} for name in ("eager", "liger", "fxopt")]
 
     def skipped(self, workload: str) -> dict[str, str]:

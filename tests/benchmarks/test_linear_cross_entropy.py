@@ -11,7 +11,15 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from benchmarks.linear_cross_entropy import app, errors, exact_values, make_inputs, peak_resident, training_step
+from benchmarks.linear_cross_entropy import (
+    app,
+    chunk_products,
+    errors,
+    exact_values,
+    make_inputs,
+    peak_resident,
+    training_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -41,3 +49,15 @@ def test_the_file_that_it_writes(tmp_path: Path) -> None:
     assert entry["contender"] == "eager"
     assert entry["seconds"] > 0
     assert case["sizes"] == {"rows": 8, "features": 4, "vocabulary": 32}
+
+
+def test_products_with_the_last_classes_apart_are_those_over_all(tmp_path: Path) -> None:
+    steps = chunk_products(6, 16, 21, torch.float64, CPU)
+    for name in ("logits", "hidden"):
+        whole, apart = (steps[f"{name}, {way}"]().clone() for way in ("whole", "apart"))
+        torch.testing.assert_close(apart[:, :16], whole[:, :16])
+    sizes = ["--rows", "8", "--features", "8", "--vocabulary", "9", "--seconds", "0.01"]
+    done = CliRunner().invoke(app, ["products", "--out", str(tmp_path), "--device", "cpu", "--dtype", "float32", *sizes])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "linear_cross_entropy_products_cpu.json").read_text())
+    assert len(document["products"]) == 6

@@ -196,6 +196,7 @@ def test_compact_files_hold_the_rows_in_short(tmp_path: Path) -> None:
 
 def test_inductor_tunes_while_it_has_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
 
     order: list[str] = []
 
@@ -205,10 +206,17 @@ def test_inductor_tunes_while_it_has_the_device(monkeypatch: pytest.MonkeyPatch)
         yield
         order.append("over")
 
+    def compared(cls: type, x: int) -> str:
+        order.append(f"{cls.__name__} compared {x}")
+        return "best"
+
     monkeypatch.setattr(CachingAutotuner, "benchmark_all_configs", lambda self, x: order.append(f"measured {x}"))
+    monkeypatch.setattr(CachingAutotuner, "bench", CachingAutotuner.bench)  # so that the real one is back afterwards
+    monkeypatch.setattr(AlgorithmSelectorCache, "benchmark_in_current_process", classmethod(compared))
     case_worker.inductor_tunes_in_turn(device_turn)
     CachingAutotuner.benchmark_all_configs(None, 3)
-    assert order == ["turn", "measured 3", "over"]
+    assert AlgorithmSelectorCache.benchmark_in_current_process(4) == "best"
+    assert order == ["turn", "measured 3", "over", "turn", "AlgorithmSelectorCache compared 4", "over"]
 
 
 def test_what_does_not_fit_is_left_for_another_run(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.model_summary import summarize, summary_table
 from benchmarks.plot import label_of, rows_of, speedups
 from benchmarks.results import load
-from benchmarks.run import WORKLOADS, Budget, app, choose, jobs
+from benchmarks.run import WORKLOADS, Budget, app, choose, jobs, usual_dtype
 from fxopt.report.cases import relative_error
 from fxopt.report.compare import Row
 from fxopt.report.contenders import CONTENDERS
@@ -40,6 +42,28 @@ def test_choose_knows_groups_and_names() -> None:
     assert all(w.training for w in choose("train"))
     with pytest.raises(ValueError, match="column-sum"):
         choose("bogus")
+
+
+def test_the_end_to_end_workloads_are_inference_decoding_and_training_steps() -> None:
+    names = [w.name for w in choose("end-to-end")]
+    assert len(names) == len(set(names)) >= 14
+    assert {"resnet50-fp16-b1", "gpt2-decode", "llama-1b-decode", "vit-b-train"} <= set(names)
+    half = WORKLOADS["resnet50-fp16"]
+    assert [usual_dtype(half, torch.device(d)) for d in ("cpu", "cuda")] == ["float32", "float16"]
+    assert usual_dtype(WORKLOADS["vit-b"], torch.device("cuda")) == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["gpt2-decode", "llama-1b-decode"])
+def test_a_decoding_step_does_the_same_again_and_again(name: str) -> None:
+    pytest.importorskip("transformers")
+    case = WORKLOADS[name].build(WORKLOADS[name].sizes(tiny=True), CPU, torch.float32)
+    first, again = (case.drive(case.module) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    cache: Any = case.module.cache  # type: ignore[attr-defined]
+    cache.layers[0].values[:, :, 9:] = 7.0  # beyond the token's own place nothing is in use
+    assert torch.equal(first[0], case.drive(case.module)[0])
+    cache.layers[0].values[:, :, :8] = 7.0
+    assert not torch.equal(first[0], case.drive(case.module)[0])
 
 
 def test_random_shapes_follow_their_seed() -> None:
@@ -108,3 +132,32 @@ def test_speedups_are_over_eager_and_labels_tell_cases_apart() -> None:
         for p in ("forward", "backward")
     ]
     assert speedups({"cases": [{**cases[0], "rows": split}]}) == {"fxopt": {"softmax forward": 3.0, "softmax backward": 3.0}}
+
+
+def _row(contender: str, seconds: float, reserved: int = 0, frozen: bool = False) -> dict[str, object]:
+    base = {"contender": contender, "seconds": seconds or None, "frozen": frozen, "part": ""}
+    return {**base, "reserved_bytes": reserved or None}
+
+
+def test_the_summary_is_against_the_best_mode_with_the_same_freezing() -> None:
+    rows = [
+        _row("eager", 8.0, 100),
+        _row("inductor", 4.0, 50),
+        _row("inductor-reduce-overhead", 2.0, 200),
+        _row("inductor-freezing", 1.0, frozen=True),
+        _row("inductor-max-autotune", 0.0),
+        _row("fxopt", 2.1, 150),
+        _row("fxopt-freeze", 0.5, frozen=True),
+        _row("fxopt-reduce-overhead", 1.0),
+    ]
+    case = {"workload": "vit-b", "dtype": "bfloat16", "sizes": {"batch": 1}, "rows": rows}
+    alone = {**case, "workload": "bert-base", "rows": [_row("eager", 1.0), _row("fxopt", 0.5)]}
+    summary = summarize([case, alone])
+    (line,) = summary["fxopt"]["workloads"]
+    assert (line["best"], line["over_best"], line["over_eager"]) == ("inductor-reduce-overhead", 2.0 / 2.1, 8.0 / 2.1)
+    assert (line["memory_to_best"], line["memory_to_eager"]) == (0.75, 1.5)
+    assert summary["fxopt"]["slower"] == ["vit-b"]
+    assert summary["fxopt-freeze"]["over_best"] == 2.0
+    assert summary["fxopt-reduce-overhead"]["slower"] == []
+    assert summary["fxopt-reduce-overhead"]["workloads"][0]["memory_to_eager"] is None
+    assert summary_table("fxopt", summary["fxopt"]).row_count == 1

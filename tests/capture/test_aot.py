@@ -10,8 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.schemas import MemoryFormatMeta
 from torch.utils.checkpoint import checkpoint
 
+from fxopt.capture.private import gradients_as_outputs
 from fxopt.ir.graph import Phase, Role
 from tests.capture.recording import Recorder
 
@@ -440,3 +443,15 @@ def test_custom_ops_and_ops_with_effects():
 
     x = torch.eye(3) * 2
     close(recorder.compile(fn)(x), fn(x))
+
+
+def test_gradients_come_in_the_layout_of_their_outputs():
+    """Also with a torch that copies those which are neither contiguous nor channels-last (up to 2.11)."""
+    heads = torch.randn(2, 6, 4, 8).transpose(1, 2)
+    cases = {"heads": heads, "one row for all": torch.randn(1, 8).expand(6, 8), "gaps": torch.randn(6, 8)[:, ::2]}
+    with functorch_config.patch(guess_tangent_strides_as_outputs=False):
+        before = {n: MemoryFormatMeta.from_tensor(t).stride for n, t in cases.items()}
+        with gradients_as_outputs():
+            inside = {n: MemoryFormatMeta.from_tensor(t).stride for n, t in cases.items()}
+    assert before == dict.fromkeys(cases)
+    assert inside == {"heads": heads.stride(), "one row for all": None, "gaps": None}

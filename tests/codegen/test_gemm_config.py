@@ -17,6 +17,7 @@ from fxopt.codegen.templates.gemm_config import (
     plausible,
     ranked,
 )
+from fxopt.codegen.templates.gemm_entry import gemm_call
 from fxopt.target import Target
 from fxopt.tune.candidate import GEMM_CANDIDATES, _may_win
 from tests.codegen.gemm_entries import matrix, problem
@@ -87,6 +88,17 @@ def test_exact_float32_is_left_to_the_library_but_for_few_rows() -> None:
     assert configs(many, H100) == [] and configs(few, H100)
     assert configs(replace(many, precision="tf32"), H100)
     assert not any(c.swap for c in plausible(few, H100))
+
+
+@pytest.mark.parametrize("rows", [16, 2048])
+def test_tf32_operands_are_rounded_by_tensor_maps_where_the_inner_dimension_is_contiguous(rows: int) -> None:
+    p = replace(problem(rows, 2048, 2048), precision="tf32")
+    assert all(c.tma for c in plausible(p, H100)) and plausible(p, H100)
+    maps = gemm_call(p, configs(p, H100, limit=1)[0]).tensor_maps
+    assert all(m["rounds_to_tf32"] for m in maps.values())
+    assert plausible(p, A100) == [], "pointers truncate"
+    for layout in ("nn", "tt"):
+        assert plausible(replace(problem(rows, 2048, 2048, layout), precision="tf32"), H100) == []
 
 
 def test_impossible_configurations_take_forever() -> None:

@@ -88,6 +88,16 @@ def test_accesses_are_sixteen_bytes_wide(dtype: torch.dtype) -> None:
         assert re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)
 
 
+@pytest.mark.parametrize("row", [4096, 65536])
+def test_bytes_do_not_spread_what_lies_beside_them(row: int) -> None:
+    """Each thread takes 16 bytes of float32 and the 4 bytes of the mask that belong to them; no layout is converted."""
+    target = Target.cuda(90)
+    (kernel,) = kernels(nests.masked_excess(512, row), target)
+    ptx = compile_to_text(kernel, target, "ptx")
+    assert set(re.findall(r"(?:ld|st)\.global[.\w:]*?((?:\.v\d)?\.b\d+)", ptx)) == {".v4.b32", ".b32"}
+    assert compile_triton(kernel, target)[1]["shared"] <= 4 * 32, "only what joins the warps' sums"
+
+
 @pytest.mark.parametrize("name", ["triton_column_sum", "triton_column_store", "triton_variance_columns"])
 def test_column_reductions_read_whole_lines(name: str) -> None:
     """Parts of a column reduction: 128 contiguous bytes per row, 16 per thread, enough programs, every byte read once."""

@@ -15,6 +15,7 @@ from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.loops import Load, transform
 from fxopt.ir.region import Contraction
 from fxopt.lower.contractions import FUSED, TWO
+from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import fused, kept, searched
 from tests.numerics import assert_closer, to_float64
@@ -32,9 +33,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET = Target.cuda(90)
 F = torch.nn.functional
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-PADDING = 64
-"""Elements of NaN before and behind each buffer."""
-
 POINTER = GemmConfig(False, 32, 32, 16, 4, 3)
 TMA = replace(POINTER, tma=True)
 CONFIGS = [
@@ -61,14 +59,6 @@ def interpreter() -> Iterator[Interpreter]:
     server = Interpreter()
     yield server
     server.close()
-
-
-def padded(values: torch.Tensor) -> torch.Tensor:
-    """The memory of `values` between junk: what a kernel reads outside becomes NaN in what it computes."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True))
-    around = torch.full((extent + 2 * PADDING,), float("nan") if values.is_floating_point() else 1, dtype=values.dtype)
-    around[PADDING : PADDING + extent] = values.as_strided((extent,), (1,), values.storage_offset())
-    return around[PADDING : PADDING + extent]
 
 
 def run(
@@ -308,6 +298,18 @@ def test_the_first_candidates_compile_without_spills(epilogue: str, arch: int) -
             cubin, meta = compile_triton(kernel, target)
             assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{config}: {meta}"
             assert config.split > 1 or meta["shared"] <= target.shared_per_block
+
+
+def test_tf32_operands_are_loaded_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tensor cores that take TF32, from tensor maps of the driver's type 11, which rounds."""
+    monkeypatch.setattr("fxopt.lower.contractions.products_use_tf32", lambda: True)
+    args = tuple(t.float() for t in of(2048, 1024, 1024)[:3])
+    contraction = a_contraction(linear_gelu, *args)
+    config, *_ = configs(problem_of(contraction), TARGET, limit=1)
+    (kernel,) = print_contraction(contraction, config, TARGET).kernels
+    _, meta = compile_triton(kernel, TARGET)
+    assert [m["element_type"] for m in meta["tensor_maps"]] == [11, 11] and meta["n_spills"] == 0
+    assert 'PRECISION="tf32"' in kernel.text
 
 
 def test_equal_layers_are_one_text() -> None:

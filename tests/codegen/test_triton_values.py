@@ -265,6 +265,28 @@ def test_split_parts_store_along_the_row_themselves() -> None:
     assert len(unequal) == 3
 
 
+def test_a_normal_distribution(interpreter: Interpreter) -> None:
+    """1 + erf(x) as exact as with the nearest float32 to erf(x), which is off by 4.5e-8 and 9e-8 of the sum."""
+    x = Sym("x", size=4096)
+    value = Op("add", (Const(1.0, F32), Op("erf", (Load("a", symbol(x), F32),), F32)), F32)
+    nest = Nest((x,), (), (Store("o", symbol(x), value),))
+    case = nests.make(nest, [nests.buffer(n, F32, (4096,)) for n in "ao"], "a", "o", lambda a: 1 + torch.special.erf(a))
+    inputs = {"a": torch.linspace(-7, 7, 4096)}
+    (actual,) = run(interpreter, case, TritonConfig(1024), inputs)
+    error = (actual.double() - 1 - torch.special.erf(inputs["a"].double())).abs()
+    assert error[:2048].max() < 9e-8 and error[2048:].max() < 2e-7
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 100.0, -100.0]).repeat(586)[:4096]
+    torch.testing.assert_close(
+        run(interpreter, case, TritonConfig(1024), {"a": special})[0], 1 + torch.special.erf(special), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("row", [37, 64])
+def test_bytes_beside_float32(interpreter: Interpreter, row: int) -> None:
+    for config in (TritonConfig(4, r_block=64), TritonConfig(1, r_block=16, persistent=False), TritonConfig(1, split=2)):
+        check(interpreter, nests.masked_excess(7, row), config)
+
+
 def test_a_split_reduction_of_uneven_parts(interpreter: Interpreter) -> None:
     check(interpreter, nests.gelu_backward(64, 12, F32), TritonConfig(8, split=5))
 

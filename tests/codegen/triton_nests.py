@@ -178,6 +178,22 @@ def nhwc_add() -> Case:
     return make(nest, buffers, "a b k", "o", lambda a, b, k: a + b + k[:, None, None])
 
 
+def masked_excess(points: Int, row: Int) -> Case:
+    """Of values that a mask keeps, what is above the row's mean, and whether it is: bytes beside float32."""
+    p, r, at = rows(points, row)
+    kept = Op("where", (Load("mask", at, BOOL), Load("a", at, F32), Const(0.0, F32)), F32)
+    mean = op("truediv", Reduce("sum", (kept,), (r,), F32), cast(IndexValue(row), F32))
+    stores = (Store("o", at, op("sub", kept, mean)), Store("above", at, Op("gt", (kept, mean), BOOL)))
+    buffers = [buffer(n, d, (points, row)) for n, d in (("mask", BOOL), ("a", F32), ("o", F32), ("above", BOOL))]
+
+    def reference(mask: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = torch.where(mask, a, 0.0)
+        mean = kept.mean(1, keepdim=True)
+        return kept - mean, kept > mean
+
+    return make(Nest((p,), (r,), stores), buffers, "mask a", "o above", reference)
+
+
 def softmax(points: Int, row: Int, dtype: torch.dtype, log: bool = False, **sizes: int) -> Case:
     p, r, at = rows(points, row)
     x = cast(Load("a", at, dtype), F32)

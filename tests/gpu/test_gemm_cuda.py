@@ -76,3 +76,23 @@ def test_tf32(tmp_path: Path) -> None:
     p = replace(problem(256, 256, 256), precision="tf32")
     for config in [c for c in plausible(p, Target.current("cuda")) if c.stages == 3][:4]:
         check(p, config, tmp_path)
+
+
+def test_tf32_is_rounded_as_the_library_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands that are truncated give several times the error: the bits that are cut off all pull the same way."""
+    if not Target.current("cuda").has_tensor_maps:
+        pytest.skip("this GPU has no tensor maps")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    torch.manual_seed(0)
+    x, w = torch.rand(512, 1024, device="cuda") + 0.5, torch.rand(512, 1024, device="cuda") + 0.5
+    exact = x.double() @ w.double().t()
+    p = replace(problem(512, 512, 1024), precision="tf32")
+    config = next(c for c in plausible(p, Target.current("cuda")) if c.split == 1)
+    code, meta = compile_triton(source := entry(p, config), Target.current("cuda"))
+    (tmp_path / "kernel.cubin").write_bytes(code)
+    result = torch.empty(512, 512, device="cuda")
+    torch.cuda.synchronize()
+    launch = load_cubin(tmp_path / "kernel.cubin", meta, 0).bind()
+    launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *(b.data_ptr() for b in (x, w, result)))
+    error, library = (float((got.double() - exact).abs().mean()) for got in (result, x @ w.t()))
+    assert error <= 1.5 * library

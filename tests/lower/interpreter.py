@@ -19,7 +19,20 @@ from torch.utils import _pytree as pytree
 
 from fxopt.ir.exprs import Atom, Expr, Int, Sym, as_symbol, evaluate, free_symbols
 from fxopt.ir.loops import BINARY, COMPARE, Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder
-from fxopt.ir.region import Alias, Alternatives, Batch, BufferSpec, Call, Contraction, Matrix, Ref, Region, Size, Step
+from fxopt.ir.region import (
+    Alias,
+    Alternatives,
+    Batch,
+    BufferSpec,
+    Call,
+    Contraction,
+    Matrix,
+    Patches,
+    Ref,
+    Region,
+    Size,
+    Step,
+)
 from fxopt.lower.lowering import Lowered
 
 Env = dict[Sym, torch.Tensor]
@@ -91,9 +104,25 @@ class _Run:
         touched = {*step.reads(), *step.writes()}
         assert touched <= step.buffers.keys(), f"{step.name} does not describe {touched - step.buffers.keys()}"
         batch, m, k, n = self.ints(step.sizes)
+        if isinstance(step.a, Patches):
+            self._nest(step.region.nest, Registers(step, {step.result: self._convolution(step.a, step.b, k, n)}))
+            return
         a = self._matrices(step.a, batch, m, k).double()
         made = {name: (a @ self._matrices(b, batch, k, n).double()).float() for name, b in step.products.items()}
         self._nest(step.region.nest, Registers(step, made))
+
+    def _convolution(self, patches: Patches, weight: Matrix, depth: int, channels: int) -> torch.Tensor:
+        """What patches and weight give, float32 [1, places, channels]."""
+        memory = self._memory(patches.buffer)
+        last = sum((n - 1) * s for n, s in zip(patches.shape, patches.strides, strict=True))
+        assert patches.offset >= 0 and patches.offset + last < memory.numel(), f"an operand outside {patches.buffer}"
+        image = memory.as_strided(patches.shape, patches.strides, memory.storage_offset() + patches.offset)
+        columns = self._matrices(weight, 1, depth, channels)[0].T.unflatten(1, (*patches.window, -1))
+        geometry = (patches.stride, patches.padding, patches.dilation, channels if patches.depthwise else 1)
+        x, w = (t.permute(0, 3, 1, 2).double() for t in (image, columns))
+        made = torch.nn.functional.conv2d(x, w, None, *geometry).float()
+        assert tuple(made.shape[2:]) == patches.places
+        return made.permute(0, 2, 3, 1).reshape(1, patches.rows, channels)
 
     def _matrices(self, matrix: Matrix, batch: int, rows: int, columns: int) -> torch.Tensor:
         memory, offset = self._memory(matrix.buffer), self.int(matrix.offset)
@@ -313,6 +342,8 @@ class _NestValues:
         spec = contraction.region.buffers[node.buffer]
         places = [torch.zeros(1, dtype=torch.int64) if s is None else self.env[s] for s in contraction.axes]
         strides = spec.strides if len(spec.strides) == 3 else (0, *spec.strides)
+        if len(spec.strides) == 4:  # a convolution's result: its places in a row, and its channels
+            strides = (0, spec.strides[3], spec.strides[1])
         own = sum(p * evaluate(s, self.sizes) for p, s in zip(places, strides, strict=True))
         half = evaluate(contraction.sizes[3], self.sizes) * evaluate(strides[-1], self.sizes)
         both = (own, own + half) if contraction.c is not None else (own,)  # of one product, two halves of the columns

@@ -396,6 +396,24 @@ def test_what_stays_apart(name: str) -> None:
     assert not alternatives(check_ways(fn, *args))
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_where_the_library_may_round_to_tf32(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.lower.contractions.products_use_tf32", lambda: allowed)
+    args = tuple(t.float() for t in LINEAR)
+    found = alternatives(check_ways(lambda x, w, b: F.gelu(F.linear(x, w, b)), *args))
+    contractions = [s for each in found for way in each.ways for s in way.steps if isinstance(s, Contraction)]
+    assert [c.tf32 for c in contractions] == [True] * allowed
+    assert not any(c.tf32 for c in fused(lambda x, w, b: F.gelu(F.linear(x, w, b)), *LINEAR))
+
+
+def test_a_convolution_in_float32_goes_by_cudnns_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.lower.contractions.convolutions_use_tf32", lambda: True)
+    monkeypatch.setattr("fxopt.lower.contractions.products_use_tf32", lambda: False)
+    image = rand(2, K, 9, 8, dtype=F32).to(memory_format=torch.channels_last)
+    found = fused(lambda x, w: torch.relu(F.conv2d(x, w)), image, rand(N, K, 1, 1, dtype=F32))
+    assert [c.tf32 for c in found] == [True]
+
+
 def test_products_of_other_factors_are_the_librarys() -> None:
     low = searched(lambda c, x, w: torch.relu(torch.addmm(c, x, w, beta=0.5, alpha=2)), rand(N), rand(M, K), rand(K, N))
     assert all(s.op != "aten::addmm.default" or s.kwargs for s in low.steps if isinstance(s, Call))

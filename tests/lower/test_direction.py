@@ -29,3 +29,14 @@ def test_what_is_larger_than_the_cache_is_read_from_its_end() -> None:
 def test_what_the_cache_holds_is_read_as_before() -> None:
     assert directions(FITS_IN_CACHE // (4096 * 8)) == [(False, False), (False, False)]
     assert directions(4096, "cpu") == [(False, False), (False, False)]
+
+
+def test_what_a_library_call_reads_next_stays_in_the_cache() -> None:
+    """Many programs of one kernel would otherwise ask the cache to drop what they store."""
+
+    def fn(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.softmax(x, 1) @ weight
+
+    steps = schedule(moved(lower(fn, (torch.empty(1024, 65536), torch.empty(65536, 8))), "cuda")).steps
+    (region,) = (s for s in steps if isinstance(s, Region))
+    assert region.reread and not region.backwards

@@ -26,12 +26,12 @@ from fxopt.ir.linear_cross_entropy_op import (
     linear_cross_entropy_op,
     plan_chunks,
 )
-from fxopt.ir.region import Region
+from fxopt.ir.region import Alias, Call, Region, refs
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.ops import linear_cross_entropy as lowering
 from fxopt.lower.schedule import schedule
-from fxopt.runtime.memory import nbytes
+from fxopt.runtime.lifetimes import nbytes
 from fxopt.runtime.plan import Free, Plan, defined, used
 from fxopt.target import Target
 from fxopt.tune import Choice
@@ -116,15 +116,31 @@ def test_all_options_are_one_region_a_chunk(backward: bool) -> None:
     options: dict[str, Any] = {"smoothing": 0.1, "weighted": True, "bias": True, "reduction": reduction}
     low = scheduled(captured(8192, 2048, 50257, BF16, backward=backward, **options))
     large = [s for s in low.steps if isinstance(s, Region) and len(s.nest.points) == len(s.nest.reduced) == 1]
-    assert len(large) == products_and_more(low).count("add_product_") and all(r.across is not None for r in large)
+    assert 2 * len(large) == products_and_more(low).count("addmm") and all(r.across is not None for r in large)
     printed = kernels(low)
     assert len({tuple(k.text for k in printed[r.name].kernels) for r in large}) == 2
 
 
-def test_rows_of_an_odd_vocabulary_begin_at_aligned_addresses() -> None:
-    low = scheduled(captured(8192, 1024, 50257, BF16))
-    logits = [spec for spec in low.buffers.values() if spec.shape[1:] == (50257,)]
-    assert [spec.strides for spec in logits] == [(50264, 1)]
+@pytest.mark.parametrize(("classes", "bias"), [(50257, False), (50257, True), (50263, True), (50260, False)])
+def test_products_over_an_odd_vocabulary_have_whole_lines_of_16_bytes(classes: int, bias: bool) -> None:
+    """Each operand and result begins at one, and its rows, which lie along memory, have a multiple of eight elements."""
+    low = scheduled(captured(8192, 1024, classes, BF16, bias=bias))
+    views = {step.name: step for step in low.steps if isinstance(step, Alias)}
+    products = [s for s in low.steps if isinstance(s, Call) and ("mm." in s.op or "add_product_" in s.op)]
+    assert len(products) % 6 == 0 and products, "three for the last classes, three for all others"
+    for product in products:
+        for name in refs((product.args, product.kwargs)):
+            spec = views.get(name) or low.buffers[name]
+            offset = spec.offset if isinstance(spec, Alias) else 0
+            along = spec.strides.index(1)
+            assert [n % 8 for n in (offset, spec.shape[along], *spec.strides[:along], *spec.strides[along + 1 :])] == [0] * (
+                len(spec.shape) + 1
+            )
+
+
+def test_exact_products_over_an_odd_vocabulary_are_whole() -> None:
+    low = scheduled(captured(8192, 1024, 50257, F32))
+    assert products_and_more(low).count("mm") == 2 * products_and_more(low).count("add_product_")
 
 
 @pytest.mark.parametrize("change", ["device", "sizes"])
@@ -220,6 +236,35 @@ def test_the_schedule_for_gpus_computes_the_op(monkeypatch: pytest.MonkeyPatch) 
     actual = run_lowered(moved(low, "cpu"), dict(zip(low.inputs, (*given, torch.zeros(())), strict=True)))
     settings = ("mean", -100, 0.1, F32, [True, True, True])
     torch.testing.assert_close(actual, list(linear_cross_entropy_op(*given, *settings)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("classes", [19, 16, 23, 7])
+def test_the_classes_beyond_whole_lines_are_computed_apart(
+    classes: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by the exact values: these sums are rounded as often as the whole ones."""
+    monkeypatch.setattr(lowering, "plan_chunks", lambda *sizes: Chunks(64, F32))
+    rows, features = 150, 8
+    floats = torch.randn(rows, features), torch.randn(classes, features), torch.randn(classes)
+    h, w, b = (x.to(BF16) for x in floats)
+    labels = torch.randint(0, classes, (rows,))
+    labels[::2] = classes - 1
+    labels[5], h[5, 2] = -100, float("nan")
+    others = labels, torch.ones(classes), torch.zeros(())
+    low = scheduled(captured(rows, features, classes, BF16, bias=bias))
+    loss, of_hidden, of_weight, of_bias = run_lowered(
+        moved(low, "cpu"), dict(zip(low.inputs, (h, w, b, *others), strict=True))
+    )
+    wide = [x.double().requires_grad_() for x in (h, w, b)]
+    logits = wide[0][labels != -100] @ wide[1].t() + (wide[2] if bias else 0)
+    exact = torch.nn.functional.cross_entropy(logits, labels[labels != -100])
+    exact.backward()
+    torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(of_hidden.double(), wide[0].grad, rtol=2e-2, atol=5e-4)
+    torch.testing.assert_close(of_weight.double()[:, 3:], wide[1].grad[:, 3:], rtol=2e-2, atol=5e-4)
+    if bias:
+        torch.testing.assert_close(of_bias.double(), wide[2].grad, rtol=2e-2, atol=5e-4)
 
 
 def test_nan_in_a_row_that_does_not_count_reaches_the_weight_as_in_eager(

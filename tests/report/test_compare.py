@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -258,6 +259,23 @@ def test_pick_lists_the_valid_names() -> None:
     assert [c.name for c in pick("eager, fxopt")] == ["eager", "fxopt"]
     with pytest.raises(ValueError, match="inductor-max-autotune"):
         pick("tensorrt")
+
+
+@pytest.mark.parametrize(("name", "switched_off"), [("fxopt", True), ("fxopt-freeze", True), ("inductor", False)])
+def test_plans_without_replay_make_no_cuda_graphs(name: str, switched_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[Any] = []
+
+    def compiled(fn: Any, **settings: Any) -> Any:
+        options.append(settings.get("options") or {})
+        return fn
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for replay in (True, False):
+        CONTENDERS[name].compile(lambda: None, torch.device("meta"), replay)
+    assert "cuda_graphs" not in options[0]
+    assert (options[1].get("cuda_graphs") is False) == switched_off
+    compare(linear_case(), [CONTENDERS[name]], Plan(CPU, seconds=0.01, replay=False))
+    assert options[-1].get("cuda_graphs", True) != switched_off
 
 
 def test_table_shows_numbers_and_reasons() -> None:

@@ -28,6 +28,14 @@ def test_inference_names_the_graph_and_what_it_became() -> None:
     assert explanation.breaks == ()
 
 
+def test_memory_of_the_plan_and_of_eager() -> None:
+    """Eager holds two tensors at a time, and a plan without intermediate values its result alone; from the cache, too."""
+    for _ in range(2):
+        (journal,) = fxopt.explain(lambda x: x.exp().sin().cos(), torch.randn(1 << 18)).graphs
+        assert journal.memory["peak"] == journal.memory["outputs"] == 1 << 20
+        assert journal.memory["eager"] == 2 << 20
+
+
 def test_training_compiles_the_backward_and_leaves_grad_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
     explanation = fxopt.explain(model, torch.randn(4, 8))

@@ -18,6 +18,14 @@ def sample() -> Journal:
     journal.retreats.append(("aten::cumprod", "no rule for it"))
     journal.passes += [("dead_code", 4, 0.002), ("algebra", 0, 0.001)]
     journal.seconds["lowering"] = 1.5
+    journal.memory = {
+        "peak": 3 << 20,
+        "planned": 2 << 20,
+        "own": 1 << 19,
+        "library": 1 << 19,
+        "outputs": 0,
+        "eager": 4 << 20,
+    }
     journal.note("cache", "7 of 8 kernels found")
     return journal
 
@@ -30,6 +38,8 @@ def test_text_says_what_fused_what_fell_back_and_why() -> None:
     assert "aten::cumprod: no rule for it" in text
     assert "7 of 8 kernels found" in text
     assert "1.50 s" in text
+    assert "peak 3.0 MiB: planned 2.0 MiB, own storages and outputs 512.0 KiB, library results 512.0 KiB" in text
+    assert "eager 4.0 MiB" in text
 
 
 def test_text_lists_only_passes_that_changed_something() -> None:
@@ -49,6 +59,7 @@ def test_dict_is_json_and_complete() -> None:
         {"name": "dead_code", "rewrites": 4, "seconds": 0.002},
         {"name": "algebra", "rewrites": 0, "seconds": 0.001},
     ]
+    assert data["memory"]["peak"] == 3 << 20
     assert data["retreats"] == [{"what": "aten::cumprod", "reason": "no rule for it"}]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from fxopt.ir.exprs import Int, floordiv
 from fxopt.ir.kernel import Artifact
-from fxopt.ir.region import Alias, Call, Ref
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref
 from fxopt.runtime import executor
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.memory import plan_memory
@@ -168,3 +170,52 @@ def test_library_results_may_be_misaligned_too(kernel: Increment) -> None:
     steps = [Call("aten::slice.Tensor", (Ref("x"), 0, 1, 5), outputs=("y",)), launch("y", "a", 4)]
     run = bind(plan([tensor("x", 6)], [buffer("a", 4), buffer("y", 4)], steps, [Ref("a")]))
     assert run([torch.arange(6.0)])[0].tolist() == [2, 3, 4, 5] and kernel.calls[0][4] % 16 == 0
+
+
+@pytest.fixture
+def pretended(kernel: Increment, monkeypatch: pytest.MonkeyPatch) -> Increment:
+    """Memory of the GPU is taken from the CPU."""
+
+    def empty(shape: Any, strides: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype)
+
+    monkeypatch.setitem(executor._HELPERS, "empty", empty)
+    return kernel
+
+
+def on_gpu(name: str, *shape: int) -> BufferSpec:
+    return replace(buffer(name, *shape), device=torch.device("cuda", 0))
+
+
+def test_buffers_lie_in_one_block(pretended: Increment) -> None:
+    """Each at its own offset, as addresses for kernels, tensors for the library, views, and results of products."""
+    steps = [
+        launch("x", "a", 4),
+        launch("a", "b", 2),
+        Call("aten::mm.default", (Ref("y"), Ref("y")), outputs=("c",)),
+        Alias("part", "c", (2,), (1,), 2),
+        Call("aten::add.Tensor", (Ref("part"), Ref("b")), outputs=("d",)),
+        launch("d", "e", 2),
+        launch("c", "f", 4),
+    ]
+    buffers = [on_gpu(n, s) for n, s in (("a", 4), ("b", 2), ("d", 2), ("e", 2), ("f", 4))]
+    run = bind(plan([tensor("x", 4), tensor("y", 2, 2)], [*buffers, on_gpu("c", 2, 2)], steps, [Ref("e"), Ref("f")]))
+    assert set(run.plan.placement) == {"a", "b", "c"} and len(run.plan.slots) == 1
+    assert run.plan.offsets == {"b": 512}, "the product lies where its first operand was"
+    x, y = torch.arange(4.0), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for _ in range(2):
+        e, f = run([x, y])
+        torch.testing.assert_close(e, (y @ y)[1] + x[:2] + 2 + 1)
+        torch.testing.assert_close(f, (y @ y).flatten() + 1)
+    assert all(address % 16 == 0 for call in pretended.calls for address in call[4:6] if address != e.data_ptr())
+
+
+def test_layers_share_tensor_objects(pretended: Increment) -> None:
+    """A value at the place and in the layout of an earlier one needs no tensor of its own."""
+    names = ["x", "a", "b", "c", "d", "e"]
+    steps = [Call("aten::mm.default", (Ref(s), Ref(s)), outputs=(t,)) for s, t in pairwise(names)]
+    buffers = [*(on_gpu(n, 2, 2) for n in names[1:]), on_gpu("f", 4)]
+    run = bind(plan([tensor("x", 2, 2)], buffers, [*steps, launch("e", "f", 4)], [Ref("f")]))
+    assert run.source.count("as_strided") == 2
+    x = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    assert run([x])[0].tolist() == [2.0, 33.0, 1.0, 2.0]

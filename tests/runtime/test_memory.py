@@ -10,7 +10,8 @@ import torch
 
 from fxopt.ir.exprs import Int, evaluate
 from fxopt.ir.region import Alias, Call, Ref
-from fxopt.runtime.memory import plan_memory, returns_fresh
+from fxopt.runtime.lifetimes import returns_fresh
+from fxopt.runtime.memory import plan_memory
 from fxopt.runtime.plan import Free, Plan, SymbolSource
 from tests.runtime.plans import S0, buffer, increment, plan, tensor
 

@@ -128,6 +128,7 @@ DAMAGE = [
     ("outputs", [{"ref": "nothing"}], "plan.outputs.*nothing"),
     ("placement", {"x": 0}, "plan.placement.x"),
     ("placement", {"a": 3}, "plan.placement.a"),
+    ("offsets", {"x": 16}, "plan.offsets.x: the buffer is in no slot"),
 ]
 
 
@@ -136,6 +137,19 @@ def test_damage_is_named(path: str, value: Any, message: str) -> None:
     data = json.loads(full().to_json())
     _set(data, path, value)
     with pytest.raises(PlanError, match=message):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("offset", [-16, 8, 32])
+def test_an_offset_lies_within_its_slot(offset: int) -> None:
+    steps = [increment("x", "a", 8), increment("a", "b", 8)]
+    made = plan_memory(plan([tensor("x", 8)], [buffer("a", 8), buffer("b", 8)], steps, [Ref("b")]))
+    data = json.loads(made.to_json())
+    data["slots"][0][1] = 48
+    data["offsets"] = {"a": 16}
+    assert Plan.from_json(json.dumps(data)).offsets == {"a": 16}
+    data["offsets"] = {"a": offset}
+    with pytest.raises(PlanError, match=r"plan\.offsets\.a"):
         Plan.from_json(json.dumps(data))
 
 

@@ -183,6 +183,10 @@ class GemmProblem:
         return self.dtype == torch.float32 and self.precision == "ieee"
 
     @property
+    def is_tf32(self) -> bool:
+        return self.dtype == torch.float32 and self.precision == "tf32"
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.products * self.batch * self.m * self.n * self.k
 
@@ -298,12 +302,22 @@ def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
 def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
     """Everything that fits `target` and could be right for such a problem: what a benchmark tries.
 
-    Nothing for exact float32 products of more than a few rows: without tensor cores, the library's kernels are better.
+    Nothing for exact float32 products of more than a few rows: without tensor cores, the library's kernels are better. Of
+    those in TF32 what `_rounds_to_tf32`.
     """
     if problem.exact and problem.m > _FEWEST_ROWS:
         return []
-    found = dict.fromkeys(_forms(problem, target))
+    found = dict.fromkeys(c for c in _forms(problem, target) if not problem.is_tf32 or _rounds_to_tf32(problem, c))
     return [c for c in found if c.per_sm(problem, target) > 0 and _inner_blocks_fit(problem, c)]
+
+
+def _rounds_to_tf32(problem: GemmProblem, config: GemmConfig) -> bool:
+    """Whether operands reach the tensor cores rounded to TF32, as the library's do.
+
+    A tensor map can round what it loads; what comes through pointers is truncated, with several times the error. Tensor
+    cores of a warp group take 32-bit operands from shared memory only where the inner dimension is contiguous.
+    """
+    return config.tma and problem.a.columns_last and not any(b.columns_last for b in problem.matrices[1:])
 
 
 def _inner_blocks_fit(problem: GemmProblem, config: GemmConfig) -> bool:

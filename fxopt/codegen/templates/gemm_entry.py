@@ -82,13 +82,14 @@ def gemm_call(
 
 def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:
     """Geometry of the descriptor of `matrix` with blocks of so many of its rows and columns: sizes, strides and block with
-    the contiguous dimension last, in elements.
+    the contiguous dimension last, in elements. Elements of products in TF32 are rounded to it on their way.
     """
     outer, inner, block = matrix.rows, matrix.columns, [rows, columns]
     if not matrix.columns_last:
         outer, inner, block = inner, outer, block[::-1]
     outer += matrix.batch_rows(problem.batch) * (problem.batch - 1)
-    return {"shape": [outer, inner], "strides": [matrix.pitch, 1], "offset": matrix.offset, "block": block}
+    geometry = {"shape": [outer, inner], "strides": [matrix.pitch, 1], "offset": matrix.offset, "block": block}
+    return geometry | {"rounds_to_tf32": True} if problem.is_tf32 else geometry
 
 
 def partial_shape(problem: GemmProblem, config: GemmConfig) -> tuple[int, int, int, int]:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from fxopt.ir.exprs import Int, index
+from fxopt.ir.exprs import Int, add, index
 from fxopt.ir.linear_cross_entropy_op import Chunks, linear_cross_entropy_backward, linear_cross_entropy_op, plan_chunks
-from fxopt.ir.loops import Const, Load, Nest, Op, Reduce, Scalar, Store
+from fxopt.ir.loops import Const, Load, Masked, Nest, Op, Reduce, Scalar, Store
 from fxopt.ir.region import Call, Ref
 from fxopt.lower.calls import overload_name
 from fxopt.lower.lowering import Lowering
@@ -33,7 +33,7 @@ aten, fxopt = torch.ops.aten, torch.ops.fxopt
 TABLE = Table()
 
 LINE = 16
-"""Bytes that rows of logits are padded to: a vocabulary of odd size would slow down the products and the kernel."""
+"""Bytes that rows of logits are padded to: a vocabulary of odd size would slow the kernel and the products (`_Part`)."""
 
 
 @TABLE.lowers(linear_cross_entropy_op)
@@ -70,6 +70,27 @@ class _Row:
 
     def zero_unless_counted(self, x: Term) -> Term:
         return t.where(self.counts, x, 0.0)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Classes from `first` on whose products are made together, and their operands in memory.
+
+    Libraries multiply half precision at full speed only if the rows of each matrix begin on 16-byte boundaries and consist
+    of whole 16 bytes as well (cuBLAS, "tensor core usage"): padding between the rows is not enough. So the last V % 8
+    classes of a vocabulary are a part of their own, padded with zeros to eight: `weight` [C, K], `bias` [C] or None,
+    `of_weight` the sums of the weight's gradient [C, K]. That of padding is never looked at.
+    """
+
+    first: int
+    weight: Stored
+    bias: Stored | None
+    of_weight: Stored | None
+
+    def columns(self, logits: Stored) -> Stored:
+        """This part of a chunk's logits [r, V], which have room for the padding."""
+        count, pitch = self.weight.shape[0], logits.strides[1]
+        return replace(logits, shape=(logits.shape[0], count), offset=logits.offset + self.first * pitch)
 
 
 @dataclass(frozen=True)
@@ -137,28 +158,80 @@ class _Head:
         total = self._total() if self.reduction == "mean" else None
         every = self._every_class() if self.smoothing else None
         pitch = LINE // kind.itemsize
-        strides = (-(-self.classes // pitch) * pitch, 1)
-        logits = ctx.new_buffer(kind, self.device, (min(self.chunks.rows, self.rows), self.classes), strides)
+        width = -(-self.classes // pitch) * pitch
+        logits = ctx.new_buffer(kind, self.device, (min(self.chunks.rows, self.rows), width))
         of_hidden = self._gradient(0, (self.rows, self.features), kind)
         of_weight = self._gradient(1, (self.classes, self.features), self.chunks.sums)
         of_bias = self._gradient(2, (self.classes,), torch.promote_types(kind, torch.float32))
-        losses = []
+        parts, losses = self._parts(of_weight), []
         for start in range(0, self.rows, self.chunks.rows):
             count = min(self.chunks.rows, self.rows - start)
             here = replace(logits, shape=(count, self.classes))
             rows = _rows(self.hidden, start, count)
-            self._multiply(rows, self.weight, here)
+            for part in parts:
+                self._multiply(rows, part, here)
+            if len(parts) > 1 and any(self.wanted):
+                self._clear_padding(logits, count)
             losses.append(self._losses_and_slopes(here, start, total, every))
             if of_hidden is not None:
-                self._call(aten.mm.out, (here, self.weight), _rows(of_hidden, start, count))
-            if of_weight is not None:
-                self._add_product(of_weight, _transposed(here), rows, start > 0)
+                self._multiply_back(here, parts, _rows(of_hidden, start, count))
+            for part in parts:
+                if part.of_weight is not None:
+                    self._add_product(part.of_weight, _transposed(part.columns(here)), rows, start > 0)
             if of_bias is not None:
                 self._add_columns(of_bias, here, start > 0)
+        if of_weight is not None:
+            for part in parts[1:]:
+                self._put_rows(of_weight, part)
         gradients = (self._finished(g, kind) for g in (of_hidden, of_weight, of_bias))
         loss = self._reduced(losses, total)
         ctx.journal.note("linear_cross_entropy", f"{self.rows} rows in {len(losses)} chunks, sums in {self.chunks.sums}")
         return (loss, *gradients)  # type: ignore[return-value]
+
+    def _parts(self, of_weight: Stored | None) -> list[_Part]:
+        """All classes, in parts; `of_weight` [V, K] has the sums of the weight's gradient."""
+        whole, kind = _Part(0, self.weight, self.bias, of_weight), self.weight.dtype
+        pitch = LINE // kind.itemsize
+        rest = self.classes % pitch
+        first = self.classes - rest
+        if not rest or not first or kind.itemsize != 2:
+            return [whole]
+        sums = of_weight and self.ctx.new_buffer(of_weight.dtype, self.device, (pitch, self.features))
+        bias = self.bias and self._padded(self.bias, first, pitch)
+        main = _Part(
+            0,
+            _rows(self.weight, 0, first),
+            self.bias and _rows(self.bias, 0, first),
+            of_weight and _rows(of_weight, 0, first),
+        )
+        return [main, _Part(first, self._padded(self.weight, first, pitch), bias, sums)]
+
+    def _padded(self, x: Stored, first: int, count: int) -> Stored:
+        """`count` rows of `x` from `first` on, zeros after its last one."""
+        rest = self.classes - first
+
+        def element(i: tuple[Int, ...]) -> Scalar:
+            inside = Term(size_value(i[0], torch.int32)).lt(rest)
+            return Masked(inside.scalar, at(x, (add(i[0], first), *i[1:])), Const(0.0, x.dtype))
+
+        return self.ctx.store(pointwise((count, *x.shape[1:]), x.dtype, self.device, element, (x,)))
+
+    def _put_rows(self, of_weight: Stored, part: _Part) -> None:
+        """Append the kernel that puts the gradient of `part` into that of the weight, without padding."""
+        assert part.of_weight is not None
+        i, k = index("x0", self.classes - part.first), index("x1", self.features)
+        value = at(part.of_weight, (i, k))
+        store = Store(of_weight.buffer, address(of_weight, (add(i, part.first), k)), value)
+        self.ctx.emit(Nest(symbols_of((i, k)), (), (store,)), self.device, ())
+
+    def _clear_padding(self, logits: Stored, count: int) -> None:
+        """Append the kernel that sets the padding of `count` rows of `logits` to zero: it is NaN where a row has a NaN, also
+        in rows that do not count."""
+        width = logits.shape[1]
+        assert isinstance(width, int)
+        r, c = index("x0", count), index("x1", width - self.classes)
+        store = Store(logits.buffer, address(logits, (r, add(c, self.classes))), Const(0.0, logits.dtype))
+        self.ctx.emit(Nest(symbols_of((r, c)), (), (store,)), self.device, ())
 
     def _gradient(self, operand: int, shape: tuple[int, ...], dtype: torch.dtype) -> Stored | None:
         return self.ctx.new_buffer(dtype, self.device, shape) if self.wanted[operand] else None
@@ -279,11 +352,19 @@ class _Head:
 
     # ------------------------------------------------------------------ calls
 
-    def _multiply(self, rows: Stored, weight: Stored, out: Stored) -> None:
-        if self.bias is None:
-            self._call(aten.mm.out, (rows, _transposed(weight)), out)
+    def _multiply(self, rows: Stored, part: _Part, logits: Stored) -> None:
+        out = part.columns(logits)
+        if part.bias is None:
+            self._call(aten.mm.out, (rows, _transposed(part.weight)), out)
         else:
-            self._call(aten.addmm.out, (self.bias, rows, _transposed(weight)), out)
+            self._call(aten.addmm.out, (part.bias, rows, _transposed(part.weight)), out)
+
+    def _multiply_back(self, slopes: Stored, parts: list[_Part], out: Stored) -> None:
+        """out = slopes [r, V] @ weight [V, K]. The few classes first: the sum is rounded with the many."""
+        first, *others = parts[::-1]
+        self._call(aten.mm.out, (first.columns(slopes), first.weight), out)
+        for part in others:
+            self._add_product(out, part.columns(slopes), part.weight, True)
 
     def _add_product(self, total: Stored, a: Stored, b: Stored, keep: bool) -> None:
         """total += a @ b, or its first value."""
@@ -326,8 +407,8 @@ class _Head:
         return self.ctx.origins[self.ctx.node.name]
 
 
-def _rows(matrix: Stored, start: int, count: int) -> Stored:
-    return replace(matrix, shape=(count, matrix.shape[1]), offset=matrix.offset + start * matrix.strides[0])
+def _rows(x: Stored, start: int, count: int) -> Stored:
+    return replace(x, shape=(count, *x.shape[1:]), offset=x.offset + start * x.strides[0])
 
 
 def _transposed(matrix: Stored) -> Stored:

@@ -1,0 +1,202 @@
+"""Host time of a call: without CUDA graphs, with them, and under Inductor; and what the parts of a replay take.
+
+    python -m benchmarks.host_time --out benchmarks/results/host_time_h100.json
+
+A call's host time is what it takes to return when the device keeps up: calls are timed one by one, each begun on an idle
+device, and the median counts. "guards" is a backend whose results are those of the first call: what remains is Dynamo's
+guards and AOTAutograd's wrapper, which every backend has. "total" is from the call to the end of the device's work, "loop"
+the mean over calls that follow each other without waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.models import MODELS
+from benchmarks.results import target_facts
+from fxopt.cli import pick_device, pick_dtype
+from fxopt.report.backends import unshared
+from fxopt.report.contenders import CONTENDERS, Contender
+from fxopt.runtime import capturable
+from fxopt.runtime.cuda_graph import GraphedExecutor, _comparison
+
+WORKLOADS = "bert-base-b1,resnet50-b1,vit-b-b1,bert-base,gpt2"
+AT_ANY_PRICE = "fxopt, any copies"
+"""Captured however much has to be copied: what `capturable.COPY_SHARE` should be."""
+WAYS = {
+    "without graphs": Contender("fxopt", "fxopt", options={"cuda_graphs": False}),
+    "fxopt": CONTENDERS["fxopt"],
+    AT_ANY_PRICE: CONTENDERS["fxopt"],
+    "inductor": CONTENDERS["inductor"],
+    "inductor-reduce-overhead": CONTENDERS["inductor-reduce-overhead"],
+}
+
+
+def microseconds(call: Callable[[], Any], calls: int, wait: Callable[[], None]) -> tuple[float, float]:
+    """Medians over `calls`, each begun on an idle device: (until the call returns, until the device is done)."""
+    host, total = [], []
+    for _ in range(calls):
+        wait()
+        start = time.perf_counter()
+        out = call()
+        returned = time.perf_counter()
+        wait()
+        host.append(returned - start)
+        total.append(time.perf_counter() - start)
+        del out
+    return statistics.median(host) * 1e6, statistics.median(total) * 1e6
+
+
+def looped(call: Callable[[], Any], calls: int, wait: Callable[[], None]) -> float:
+    """Microseconds of a call among others."""
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = call()
+    wait()
+    del out
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def piece(call: Callable[[], Any], wait: Callable[[], None], repeats: int = 300) -> float:
+    """Microseconds of a part, the least of five means."""
+    best = float("inf")
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    wait()
+    return best * 1e6
+
+
+def _doing_nothing(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend that compiles a graph to nothing: its results are those of the first call."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiler(graph: Any, example: Any) -> Callable[..., Any]:
+        known: list[Any] = []
+
+        def run(args: list[Any]) -> Any:
+            if not known:
+                known.append(graph(*args))
+            args.clear()
+            return known[0]
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return aot_autograd(fw_compiler=compiler)(gm, inputs)
+
+
+def _executors(before: set[int]) -> list[GraphedExecutor]:
+    return [x for x in gc.get_objects() if type(x) is GraphedExecutor and id(x) not in before]
+
+
+def pieces(executor: GraphedExecutor, wait: Callable[[], None]) -> dict[str, float]:
+    """What the parts of a replay of the executor's latest recording take."""
+    recording = executor._latest
+    assert recording is not None
+    driver, found = executor._turns.driver, recording.traits
+    device = found.device
+    fixed = [torch.nn.Parameter(torch.empty(4, device=device)) for _ in found.fixed]
+    addresses = [x.data_ptr() for x in fixed]
+    same = _comparison(tuple(range(len(fixed))))
+    a, b = torch.empty(1024, device=device), torch.empty(1024, device=device)
+    stream = driver.stream()
+    shapes = [(x.shape, x.strides, x.dtype) for x in recording.results.fresh]
+    return {
+        "comparing addresses": piece(lambda: same(fixed, addresses), wait),
+        "comparing addresses in Python": piece(lambda: list(map(torch.Tensor.data_ptr, fixed)) == addresses, wait),
+        "comparing identities": piece(lambda: list(map(id, fixed)), wait),
+        "whether the host is free": piece(lambda: (driver.is_free(), driver.is_current()), wait),
+        "the stream": piece(driver.stream, wait),
+        "a turn": piece(lambda: executor._turns.take(lambda s: None, lambda: None), wait),
+        "one copy": piece(lambda: driver.copy(a.data_ptr(), b.data_ptr(), 4096, stream), wait, 100),
+        "one copy by torch": piece(lambda: a.copy_(b), wait, 100),
+        "allocating results": piece(
+            lambda: [torch.empty_strided(s, t, dtype=d, device=device) for s, t, d in shapes], wait, 100
+        ),
+        "launching the graph": piece(lambda: recording.replay(stream), wait, 20),
+    }
+
+
+@contextlib.contextmanager
+def _at_any_price(wanted: bool) -> Iterator[None]:
+    usual = capturable.COPY_SHARE
+    capturable.COPY_SHARE = float("inf") if wanted else usual
+    try:
+        yield
+    finally:
+        capturable.COPY_SHARE = usual
+
+
+def measure(
+    workload: str, ways: Sequence[str], device: torch.device, dtype: torch.dtype, tiny: bool, calls: int
+) -> dict[str, Any]:
+    known = next(w for w in MODELS if w.name == workload)
+    case = known.build(known.sizes(tiny), device, dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    entry: dict[str, Any] = {"workload": workload, "ways": {}}
+    compiled: dict[str, Callable[..., Any]] = {}
+    torch.compiler.reset()
+    before = {id(x) for x in _executors(set())}
+    for name in ways:
+        compiled[name] = WAYS[name].compile(case.module, device)
+    compiled["guards"] = torch.compile(unshared(case.module), backend=_doing_nothing, dynamic=False)
+    with torch.no_grad():
+        for name, run in compiled.items():
+            with _at_any_price(name == AT_ANY_PRICE):
+                for _ in range(5):
+                    run(*case.inputs)
+            call = functools.partial(run, *case.inputs)
+            host, total = microseconds(call, calls, wait)
+            loop = looped(call, calls, wait)
+            entry["ways"][name] = {"host_us": round(host, 2), "total_us": round(total, 2), "loop_us": round(loop, 2)}
+            print(
+                f"{workload:>16} {name:<26} host {host:9.1f}, until done {total:9.1f}, in a loop {loop:9.1f} us", flush=True
+            )
+    captured = [x for x in _executors(before) if x.graphs]
+    if captured:
+        largest = max(captured, key=lambda x: len(x._traits.fixed))
+        entry["fixed inputs"] = len(largest._traits.fixed)
+        entry["pieces_us"] = {name: round(us, 3) for name, us in pieces(largest, wait).items()}
+        for name, us in entry["pieces_us"].items():
+            print(f"{workload:>16}   {name:<30} {us:8.2f} us", flush=True)
+    return entry
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    workloads: Annotated[str, typer.Option(help="comma-separated")] = WORKLOADS,
+    ways: Annotated[str, typer.Option(help="separated by semicolons: " + "; ".join(WAYS))] = ";".join(WAYS),
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    tiny: Annotated[bool, typer.Option(help="small sizes, to try the script")] = False,
+    calls: int = 200,
+) -> None:
+    """Measure host time per call."""
+    place = pick_device(device)
+    chosen = [way.strip() for way in ways.split(";")]
+    facts: dict[str, Any] = {"device": target_facts(place), "torch": torch.__version__, "calls": calls, "workloads": []}
+    for name in workloads.split(","):
+        facts["workloads"].append(measure(name, chosen, place, pick_dtype(dtype), tiny, calls))
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

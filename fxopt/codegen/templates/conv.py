@@ -1,0 +1,165 @@
+"""Convolutions of channels-last images with an epilogue: what a printed kernel calls for `epilogue(convolution)`.
+
+- `stencil`: depthwise ones, in float32 without tensor cores; each thread has several places in a column of the result, so
+  that what it loads and widens serves several of them
+- `implicit_gemm`: others, as a product of patches, which are gathered block by block, and the weight
+
+Geometry is given as tuples of literals: SHAPE are the images' sizes (images, height, width, channels) and STRIDES their
+strides in elements; PLACES, WINDOW, STRIDE, PADDING and DILATION are pairs for height and width. A place of the window is a
+row of the product, a channel of the result its column. `EPILOGUE(acc, y, x, z, extra)` is that of `gemm.py`; rows that are
+none have the number of the first row past the end.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,assignment"
+# ruff: noqa: B007, RUF005  # Triton has neither unused names nor unpacking
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxopt.codegen.templates.gemm import divides, finish, tile_of
+
+
+@triton.constexpr_function
+def tap(j, t, window, stride, dilation):
+    """Which row of the t-th place's window is row j of the input, counted from the first under place 0; -1: none."""
+    distance = j - t * stride
+    reaches = distance >= 0 and distance % dilation == 0 and distance // dilation < window
+    return distance // dilation if reaches else -1
+
+
+@triton.constexpr_function
+def rows_under(places, window, stride, dilation):
+    """Rows of the input from the first to the last that so many places in a column see."""
+    return (places - 1) * stride + (window - 1) * dilation + 1
+
+
+@triton.constexpr_function
+def is_seen(j, places, window, stride, dilation):
+    """Whether any of the places sees row j of the input."""
+    for t in range(places):
+        distance = j - t * stride
+        if distance >= 0 and distance % dilation == 0 and distance // dilation < window:
+            return True
+    return False
+
+
+@triton.jit
+def added_row(
+    acc, row, taps, j: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr
+):
+    """The T sums `acc` with row j of the input added to those of the places that see it."""
+    sums = ()
+    for t in tl.static_range(T):
+        if tap(j, t, WINDOW, STRIDE, DILATION) >= 0:
+            sums = sums + (acc[t] + row * taps[tap(j, t, WINDOW, STRIDE, DILATION)],)
+        else:
+            sums = sums + (acc[t],)
+    return sums
+
+
+@triton.jit
+def stencil(
+    x, w, extra, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    EPILOGUE: tl.constexpr, T: tl.constexpr, P: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A depthwise convolution; w: float32 [WINDOW[0], WINDOW[1], channels], contiguous.
+
+    A program has T places in each of P columns of places, and BC channels; the grid is
+    cdiv(images * cdiv(PLACES[0], T) * PLACES[1], P) * cdiv(channels, BC).
+    """
+    strips, blocks = tl.cdiv(PLACES[0], T), tl.cdiv(SHAPE[3], BC)
+    program = tl.program_id(0)
+    c = (program % blocks) * BC + tl.arange(0, BC)[None, :]
+    p = (program // blocks) * P + tl.arange(0, P)[:, None]
+    image, first, column = p // (strips * PLACES[1]), p // PLACES[1] % strips * T, p % PLACES[1]
+    exists = p < SHAPE[0] * strips * PLACES[1]
+    top, left = first * STRIDE[0] - PADDING[0], column * STRIDE[1] - PADDING[1]
+    corner = x + (image * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2] + c * STRIDES[3])
+    acc = ()
+    for t in tl.static_range(T):
+        acc = acc + (tl.zeros([P, BC], tl.float32),)
+    for s in range(WINDOW[1]):
+        taps = ()
+        for r in tl.static_range(WINDOW[0]):
+            at = w + ((r * WINDOW[1] + s) * SHAPE[3] + c)
+            taps = taps + (tl.load(at) if divides(BC, SHAPE[3]) else tl.load(at, mask=c < SHAPE[3], other=0.0),)
+        inside = exists & (left + s * DILATION[1] >= 0) & (left + s * DILATION[1] < SHAPE[2])
+        if not divides(BC, SHAPE[3]):
+            inside = inside & (c < SHAPE[3])
+        for j in tl.static_range(rows_under(T, WINDOW[0], STRIDE[0], DILATION[0])):
+            if is_seen(j, T, WINDOW[0], STRIDE[0], DILATION[0]):
+                seen = inside & (top + j >= 0) & (top + j < SHAPE[1])
+                row = tl.load(corner + (s * (DILATION[1] * STRIDES[2]) + j * STRIDES[1]), mask=seen, other=0.0)
+                acc = added_row(acc, row.to(tl.float32), taps, j, T, WINDOW[0], STRIDE[0], DILATION[0])
+    for t in tl.static_range(T):
+        y = (image * PLACES[0] + first + t) * PLACES[1] + column
+        y = tl.where(exists & (first + t < PLACES[0]), y, SHAPE[0] * PLACES[0] * PLACES[1])
+        EPILOGUE(acc[t], y, c, 0, extra)
+
+
+@triton.jit
+def implicit_gemm(
+    x, w, extra, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A convolution into N channels; element (k, n) of the weight is at k * w_row + n * w_column, k counting (row of the
+    window, column, channel).
+
+    The grid is cdiv(places, BM) * cdiv(N, BN). Where BK divides the channels a block has one element of the window;
+    else it counts through several.
+    """
+    M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
+    C: tl.constexpr = SHAPE[3]
+    K: tl.constexpr = WINDOW[0] * WINDOW[1] * C
+    _, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    y, n, k = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
+    place = y if divides(BM, M) else tl.minimum(y, M - 1)
+    top = place // PLACES[1] % PLACES[0] * STRIDE[0] - PADDING[0]
+    left = place % PLACES[1] * STRIDE[1] - PADDING[1]
+    corner = x + (place // (PLACES[0] * PLACES[1]) * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2])[:, None]
+    weights = w + (k * w_row)[:, None] + (n * w_column)[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in range(0, K, BK):
+        start = tl.full([], 0, tl.int32) + k0  # a tensor in the interpreter too
+        if divides(BK, C):
+            r, s, c = start // (WINDOW[1] * C), start // C % WINDOW[1], start % C + k
+            a_tile = patch(
+                corner + (r * (DILATION[0] * STRIDES[1]) + s * (DILATION[1] * STRIDES[2]) + c * STRIDES[3])[None, :],
+                (top + r * DILATION[0])[:, None], (left + s * DILATION[1])[:, None], None, SHAPE, PADDING,
+            )  # fmt: skip
+        else:
+            each = start + k
+            r, s, c = each // (WINDOW[1] * C), each // C % WINDOW[1], each % C
+            a_tile = patch(
+                corner + (r * (DILATION[0] * STRIDES[1]) + s * (DILATION[1] * STRIDES[2]) + c * STRIDES[3])[None, :],
+                top[:, None] + (r * DILATION[0])[None, :], left[:, None] + (s * DILATION[1])[None, :],
+                None if divides(BK, K) else (each < K)[None, :], SHAPE, PADDING,
+            )  # fmt: skip
+        b_at = weights + start * w_row
+        if divides(BK, K) and divides(BN, N):
+            b_tile = tl.load(b_at)
+        else:
+            b_tile = tl.load(b_at, mask=(start + k < K)[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
+
+
+@triton.jit
+def patch(at, h, v, more, SHAPE: tl.constexpr, PADDING: tl.constexpr):
+    """The pixels (h, v) at addresses `at`, zero outside of the image and, if that is not None, where `more` is false."""
+    if PADDING[0] == 0 and PADDING[1] == 0:
+        if more is None:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=more, other=0.0)
+    else:
+        inside = (h >= 0) & (h < SHAPE[1]) & (v >= 0) & (v < SHAPE[2])
+        if more is None:
+            return tl.load(at, mask=inside, other=0.0)
+        else:
+            return tl.load(at, mask=inside & more, other=0.0)

@@ -1,0 +1,201 @@
+"""Configurations of the convolution templates (`conv.py`), and what each should take: decides what is compiled at all."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+
+from fxopt.codegen.templates import gemm_config
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
+from fxopt.ir.region import Patches
+from fxopt.target import Target
+
+WARP_OPS = 1.6e9
+"""Instructions a second that one scheduler of a multiprocessor issues."""
+
+SCHEDULERS = 4
+
+WARPS_TO_HIDE = 3
+"""Warps of one scheduler that hide each other's waiting for data."""
+
+LANE_ELEMENTS = 4
+"""Channels that one thread of a stencil has: eight bytes of half precision a load."""
+
+_REGISTERS_BESIDE = 40
+_MOST_REGISTERS = 200
+_OPS_PER_ELEMENT = 0.6
+"""What widening an element costs in instructions of the full rate, beside the share of its load."""
+
+_OPS_PER_LOAD = 4.0
+_OPS_PER_LINE = 2.0
+"""What a load and its condition cost, in instructions, and each cache line that a warp's load touches."""
+
+_OPS_PER_PLACE = 12.0
+"""What the epilogue's addresses cost for each place of a thread."""
+
+_FUNCTION_OPS = 20.0
+"""Instructions of an error function, the unit of `epilogue_ops`."""
+
+LIBRARY_SHARE = {True: 0.4, False: 1.0}
+"""Of the speed of a stencil's model, what cuDNN reaches: with depthwise convolutions, a third to a half (H100)."""
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """`epilogue(convolution)` of `patches`, of `dtype`, into `channels`.
+
+    `weight` is the right operand: (row, column) strides in elements and the offset of the first. `read`, `written` and
+    `epilogue_ops` are those of `GemmProblem`, as is `precision`.
+    """
+
+    patches: Patches
+    channels: int
+    dtype: torch.dtype
+    weight: tuple[int, int, int]
+    read: int = 0
+    written: int = 0
+    epilogue_ops: float = 0.0
+    precision: str = "ieee"
+
+    @property
+    def image_bytes(self) -> int:
+        n, h, w, c = self.patches.shape
+        return n * h * w * c * self.dtype.itemsize
+
+    @property
+    def product(self) -> GemmProblem:
+        """The product that it is, as if the patches lay in memory."""
+        m, k = self.patches.rows, self.patches.columns
+        row, column, offset = self.weight
+        a, b = Matrix(m, k, k, 1), Matrix(k, self.channels, row, column, offset=offset)
+        return GemmProblem(
+            1, m, self.channels, k, self.dtype, a, b, self.read, self.written, precision=self.precision,
+            epilogue_ops=self.epilogue_ops,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StencilConfig:
+    """How a depthwise convolution is done: `rows` places in a column by thread, `columns` of those and `channels` by
+    program. `str()` is its name in records and reports.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"stencil {self.rows}x{self.columns}x{self.channels} w{self.warps}"
+
+    def programs(self, problem: ConvProblem) -> int:
+        height, width = problem.patches.places
+        strips = problem.patches.shape[0] * ceil(height / self.rows) * width
+        return ceil(strips / self.columns) * ceil(problem.channels / self.channels)
+
+
+def stencil_configs(problem: ConvProblem, target: Target, limit: int = 3) -> list[StencilConfig]:
+    """The best configurations of different `rows` (seven and eight count as equal), best first; at most `limit`."""
+    kinds: dict[int, StencilConfig] = {}
+    for config in ranked_stencils(problem, target):
+        kinds.setdefault(min(config.rows, 7), config)
+    return list(kinds.values())[:limit]
+
+
+def ranked_stencils(problem: ConvProblem, target: Target) -> list[StencilConfig]:
+    """All that could be right for such a problem, best first."""
+    return sorted(_stencils(problem), key=lambda c: (stencil_seconds(problem, c, target), -c.channels, c.rows))
+
+
+def _stencils(problem: ConvProblem) -> Iterator[StencilConfig]:
+    height, width = problem.patches.places
+    strips = problem.patches.shape[0] * width
+    for rows, channels, warps in itertools.product((1, 2, 4, 7, 8), (8, 16, 32, 64, 128), (4, 8)):
+        columns = warps * 32 * LANE_ELEMENTS // channels
+        if rows >= 2 * height or columns >= 2 * strips * ceil(height / rows):
+            continue
+        if channels >= 2 * max(problem.channels, 8) or _registers(problem, rows) > _MOST_REGISTERS:
+            continue
+        yield StencilConfig(rows, columns, channels, warps)
+
+
+def _registers(problem: ConvProblem, rows: int) -> int:
+    """Of a thread: sums, a column of the window's weights, a column of the input."""
+    window, loads = problem.patches.window[0], _rows_read(problem.patches, rows)
+    packed = problem.dtype.itemsize / 4
+    return ceil(LANE_ELEMENTS * (rows + window + packed * loads)) + _REGISTERS_BESIDE
+
+
+def _rows_read(patches: Patches, rows: int) -> int:
+    """Rows of the input that `rows` places in a column see."""
+    seen = {t * patches.stride[0] + r * patches.dilation[0] for t in range(rows) for r in range(patches.window[0])}
+    return len(seen)
+
+
+def stencil_seconds(problem: ConvProblem, config: StencilConfig, target: Target) -> float:
+    """Seconds that `config` should take: memory, or instructions with whole programs on whole multiprocessors."""
+    patches = problem.patches
+    loads = _rows_read(patches, config.rows)
+    lines = ceil(target.warp_size * LANE_ELEMENTS / config.channels)
+    load = _OPS_PER_LOAD + _OPS_PER_LINE * lines + _OPS_PER_ELEMENT * LANE_ELEMENTS
+    each = LANE_ELEMENTS * config.rows * patches.window[0] + loads * load
+    each = patches.window[1] * (each + patches.window[0])
+    each += config.rows * (_OPS_PER_PLACE + LANE_ELEMENTS * _FUNCTION_OPS * problem.epilogue_ops)
+    resident = max(1, target.registers_per_sm // (_registers(problem, config.rows) * target.warp_size * config.warps))
+    programs = config.programs(problem)
+    rounds = ceil(programs / target.sm_count)
+    warps = min(rounds, resident) * config.warps
+    hidden = min(1.0, warps / (WARPS_TO_HIDE * SCHEDULERS))
+    compute = rounds * config.warps * each / (SCHEDULERS * WARP_OPS * hidden)
+    # Neighbouring columns of places see the same pixels, which the L2 cache holds; what is short of a sector is lost.
+    width = config.columns * patches.stride[1]
+    overlap = (width + (patches.window[1] - 1) * patches.dilation[1]) / width
+    overlap *= loads / (config.rows * min(patches.stride[0], patches.window[0]))
+    overlap *= max(1.0, 32 / (config.channels * problem.dtype.itemsize))
+    cached = problem.image_bytes * overlap / (gemm_config.L2_RATE_OF_MEMORY * target.memory_rate)
+    memory = (problem.image_bytes + problem.read + problem.written) / target.memory_rate
+    return gemm_config.LAUNCH_SECONDS + max(memory, cached, compute)
+
+
+def implicit_configs(problem: ConvProblem, target: Target, limit: int = 3) -> list[GemmConfig]:
+    """The best configuration of each of the most promising kinds, best first; at most `limit`."""
+    return list(_implicit(problem, target)[:limit])
+
+
+@functools.lru_cache(maxsize=256)
+def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
+    product = problem.product
+    found = [_with_block(problem, c) for c in gemm_config.plausible(product, target) if _is_a_form(c)]
+    ranked = sorted(dict.fromkeys(found), key=lambda c: (implicit_seconds(problem, c, target), c.stages, -c.warps))
+    kinds: dict[object, GemmConfig] = {}
+    for config in ranked:
+        if config.per_sm(product, target) > 0:
+            kinds.setdefault(config.kind, config)
+    return tuple(kinds.values())
+
+
+def _is_a_form(config: GemmConfig) -> bool:
+    return not config.tma and config.split == 1 and not config.swap
+
+
+def _with_block(problem: ConvProblem, config: GemmConfig) -> GemmConfig:
+    """`config` with blocks of the inner dimension that lie under one element of the window, if channels are many."""
+    channels, block = problem.patches.shape[3], config.block_k
+    while channels % block and block > 16:
+        block //= 2
+    if channels % block:  # through several elements, whose number should not leave much of the last block empty
+        block = min((32, 64), key=lambda b: (ceil(problem.patches.columns / b) * b, -b))
+    return replace(config, block_k=min(block, config.block_k))
+
+
+def implicit_seconds(problem: ConvProblem, config: GemmConfig, target: Target) -> float:
+    """Seconds that `config` should take: those of the product, whose patches come from memory once."""
+    product = problem.product
+    seen = gemm_config.estimate(product, config, target)
+    repeated = product.m * product.k * product.itemsize - problem.image_bytes
+    return max(seen - max(0, repeated) / target.memory_rate, product.flops / gemm_config.product_rate(product, target))

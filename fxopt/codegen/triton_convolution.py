@@ -1,0 +1,105 @@
+"""A convolution as a Triton kernel: a template of `templates/conv.py` with the printed epilogue as its argument.
+
+As in `triton_contraction`, b0 and b1 are the image and the weight, and the geometry is literals of the entry.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig
+from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.gemm_entry import GemmCall
+from fxopt.codegen.triton import Printed
+from fxopt.codegen.triton_contraction import epilogue_ops, moved_by_epilogue, print_epilogue, source_of
+from fxopt.codegen.triton_names import operations
+from fxopt.codegen.triton_ops import POINTER_TYPE
+from fxopt.errors import UnsupportedError
+from fxopt.ir.region import Contraction, Patches
+from fxopt.target import Target
+
+MODULE = "from fxopt.codegen.templates import conv"
+_EPILOGUE = "epilogue"
+_STENCIL_STAGES = 1
+"""A stencil's loop begins each step with several loads that do not wait for each other: there is nothing to stage."""
+
+
+def convolution_problem(contraction: Contraction) -> ConvProblem:
+    """The convolution of `contraction` and what its epilogue moves, for the cost model and the templates.
+
+    Raises UnsupportedError where the left operand is no patches or a number is unknown.
+    """
+    patches, weight, channels = contraction.a, contraction.b, contraction.sizes[3]
+    if not isinstance(patches, Patches):
+        raise UnsupportedError("a product of matrices")
+    given = (channels, weight.row, weight.column, weight.offset)
+    if not all(isinstance(x, int) for x in given):
+        raise UnsupportedError("a weight of unknown layout")
+    dtype = contraction.buffers[patches.buffer].dtype
+    read, written = moved_by_epilogue(contraction)
+    return ConvProblem(
+        patches,
+        channels,  # type: ignore[arg-type]  # they are numbers
+        dtype,
+        given[1:],  # type: ignore[arg-type]
+        read,
+        written,
+        epilogue_ops(contraction),
+        "tf32" if dtype == torch.float32 else "ieee",
+    )
+
+
+def print_convolution(contraction: Contraction, config: StencilConfig | GemmConfig, target: Target) -> Printed:
+    """`contraction`, whose left operand are patches, in configuration `config`.
+
+    Raises UnsupportedError where Triton has no form for the epilogue or `target`.
+    """
+    if not target.compiles_triton:
+        raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    problem = convolution_problem(contraction)
+    stencil = isinstance(config, StencilConfig)
+    rows, columns = (None, config.channels) if stencil else (config.block_m, config.block_n)  # type: ignore[union-attr]
+    epilogue = print_epilogue(contraction, rows, columns)
+    if isinstance(config, StencilConfig):
+        call, entry, stages = _stencil(problem, config, epilogue.extra), "fx_stencil", _STENCIL_STAGES
+    else:
+        call, entry, stages = _implicit(problem, config, epilogue.extra), "fx_conv", config.stages
+    name = "_".join([entry, *operations(contraction.region.nest)])
+    return Printed((source_of(contraction, name, call, epilogue, config.warps, stages, MODULE),))
+
+
+def _stencil(problem: ConvProblem, config: StencilConfig, extra: str) -> GemmCall:
+    if problem.weight != (problem.channels, 1, 0):
+        raise UnsupportedError("a depthwise weight that is not laid out for a stencil")
+    blocks = f"T={config.rows}, P={config.columns}, BC={config.channels}"
+    text = f"conv.stencil({_image(problem)}, b1, {extra}, {_geometry(problem)}, EPILOGUE={_EPILOGUE}, {blocks})"
+    return GemmCall(text, {"b0": POINTER_TYPE[problem.dtype], "b1": "*fp32"}, {}, config.programs(problem))
+
+
+def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:
+    row, column, offset = problem.weight
+    blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
+    way = f'EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}, PRECISION="{problem.precision}"'
+    weight = f"b1 + {offset}" if offset else "b1"
+    given = f"{_image(problem)}, {weight}, {extra}, {problem.channels}, {row}, {column}"
+    text = f"conv.implicit_gemm({given}, {_geometry(problem)}, {way})"
+    return GemmCall(text, dict.fromkeys(("b0", "b1"), POINTER_TYPE[problem.dtype]), {}, config.tiles(problem.product))
+
+
+def _image(problem: ConvProblem) -> str:
+    offset = problem.patches.offset
+    return f"b0 + {offset}" if offset else "b0"
+
+
+def _geometry(problem: ConvProblem) -> str:
+    p = problem.patches
+    given = {
+        "SHAPE": p.shape,
+        "STRIDES": p.strides,
+        "PLACES": p.places,
+        "WINDOW": p.window,
+        "STRIDE": p.stride,
+        "PADDING": p.padding,
+        "DILATION": p.dilation,
+    }
+    return ", ".join(f"{name}={value}" for name, value in given.items())

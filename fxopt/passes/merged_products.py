@@ -1,0 +1,223 @@
+"""Products of one operand with several frozen weights become one product with the weights side by side.
+
+The projections of query, key and value, the gate and up layers of a gated MLP: each reads the same rows. One product over
+all their columns reads those once, is one launch instead of several, and leaves fewer multiprocessors idle: the tiles of
+all columns together need at most as many rounds as the tiles of each part. For few rows, where weights' bytes decide, more
+loads are in flight. What reads one of the results reads columns of the merged one, in place: attention and kernels take
+strides, and halves of a product are a form of the product templates (a gated layer).
+
+Merged are products that work for the same next one: results which, through attention and whatever else has no weight of its
+own, reach a common product with a weight. So a layer that has an epilogue of its own, as the MLP beside the attention of a
+parallel block, keeps it. Biases are merged as well, with zeros for who has none.
+
+Only frozen weights (CONSTANT inputs): others would be copied at each call. The merged weight is a constant of its own beside
+the module's parameters, so a merged layer's weights take their memory twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.ir import ops
+from fxopt.ir.graph import Role
+from fxopt.passes.context import Context
+from fxopt.passes.facts import arguments, escapes, static_shape, tensor
+from fxopt.passes.strides import StrideWalk
+
+aten = torch.ops.aten
+
+ALIGNMENT = 16
+"""Bytes at which each part of a merged row begins, so that whoever reads it can load as much at a time."""
+
+MOST_VISITED = 400
+"""Nodes looked at between a product and the next ones, in a graph that has none for long."""
+
+_PRODUCTS = (aten.mm.default, aten.addmm.default)
+_NEXT = frozenset({"mm", "addmm", "linear", "convolution"})
+
+
+def merges(device: torch.device) -> bool:
+    """Whether one wide product is faster there than several: on CPUs, threads share out each, and columns are copied."""
+    return device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`node` multiplies rows by `weight` [K, N], a view of a frozen input, and adds `bias` [N], such an input or None.
+
+    The weight lies in memory row by row, or (`turned`) column by column, as that of a linear layer.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    turned: bool
+    bias: fx.Node | None
+
+    @property
+    def columns(self) -> int:
+        return int(self.node.meta["val"].shape[1])
+
+
+def merged_products(context: Context) -> None:
+    constants = _constants(context)
+    if not constants:
+        return
+    walk = StrideWalk(context)
+    for group in list(_groups(context, constants)):
+        if context.exhausted:
+            break
+        _merge(context, group, walk)
+    if walk.traced:
+        for node in context.nodes:
+            walk.visit(node)
+
+
+def _constants(context: Context) -> set[fx.Node]:
+    placeholders = (n for n in context.nodes if n.op == "placeholder")
+    return {n for n, i in zip(placeholders, context.graph.inputs, strict=True) if i.role is Role.CONSTANT}
+
+
+def _groups(context: Context, constants: set[fx.Node]) -> Iterator[list[Part]]:
+    """Products that may be merged, two or more at a time, in the order of the graph."""
+    by_operand: dict[Any, list[Part]] = defaultdict(list)
+    for node in context.nodes:
+        part, operand = _part(node, constants)
+        if part is not None:
+            value = node.meta["val"]
+            by_operand[operand, part.turned, value.dtype].append(part)
+    for parts in by_operand.values():
+        if len(parts) > 1:
+            yield from _with_a_common_aim(context, parts)
+
+
+def _part(node: fx.Node, constants: set[fx.Node]) -> tuple[Part | None, Any]:
+    """`node` as a part of a merged product, with the operand that all parts share."""
+    value = tensor(node)
+    if node.op != "call_function" or node.target not in _PRODUCTS or value is None or not merges(value.device):
+        return None, None
+    given = arguments(node)
+    rows, weight, bias = given["self"], given["mat2"], None
+    if node.target is aten.addmm.default:
+        rows, bias = given["mat1"], given["self"]
+        if given["beta"] != 1 or given["alpha"] != 1 or bias not in constants:
+            return None, None
+    turned, columns = _is_turned(weight.meta["val"]), value.shape[1]
+    if turned is None or not _is_view_of(weight, constants) or escapes(node):
+        return None, None
+    if rows in constants or columns * value.element_size() % ALIGNMENT:
+        return None, None
+    if bias is not None and (bias.meta["val"].shape != (columns,) or bias.meta["val"].dtype != value.dtype):
+        return None, None
+    return Part(node, weight, turned, bias), rows
+
+
+def _is_turned(weight: torch.Tensor) -> bool | None:
+    """Whether a matrix lies in memory column by column; None where it has gaps or its sizes are not known."""
+    rows, columns = weight.shape
+    if not static_shape(weight) or weight.stride() not in ((columns, 1), (1, rows)):
+        return None
+    return weight.stride(0) == 1
+
+
+def _is_view_of(node: fx.Node, constants: set[fx.Node]) -> bool:
+    while node not in constants:
+        if node.op != "call_function" or not ops.is_view(node.target) or len(node.all_input_nodes) != 1:
+            return False
+        node = node.all_input_nodes[0]
+    return True
+
+
+def _with_a_common_aim(context: Context, parts: list[Part]) -> Iterator[list[Part]]:
+    """`parts` in groups of those whose results reach a common product."""
+    groups: list[tuple[set[fx.Node], list[Part]]] = []
+    for part in parts:
+        aims = _aims(part.node)
+        found = next((g for g in groups if g[0] & aims), None)
+        if found is None:
+            groups.append((aims, [part]))
+        else:
+            found[0].update(aims)
+            found[1].append(part)
+    for _, group in groups:
+        if len(group) > 1:
+            yield group
+        else:
+            context.reject("merged_products", "its result is for another product than those of its operand's others")
+
+
+def _aims(node: fx.Node) -> set[fx.Node]:
+    """The first products with a weight that `node` reaches."""
+    found, seen, stack = set(), {node}, [node]
+    while stack and len(seen) < MOST_VISITED:
+        for user in stack.pop().users:
+            if user.op != "call_function" or user in seen:
+                continue
+            seen.add(user)
+            if ops.name_of(user.target) in _NEXT:
+                found.add(user)
+            else:
+                stack.append(user)
+    return found
+
+
+def _merge(context: Context, parts: list[Part], walk: StrideWalk) -> None:
+    """One product in the place of the first of `parts`; `walk` learns of the columns that stand for each."""
+    first = parts[0].node
+    merged = _merged(context, parts, first)
+    start = 0
+    for part in parts:
+        if context.exhausted:
+            return
+        stop = start + part.columns
+        columns = (
+            None if merged is None else context.derive(aten.slice.Tensor, (merged, 1, start, stop), part.node, symbolic=True)
+        )
+        if columns is None:
+            context.reject("merged_products", "the merged product cannot be propagated")
+            return
+        start, before = stop, part.node.meta["val"]
+        context.replace("columns", part.node, columns)
+        walk.traced[columns] = before
+        walk.show_as_traced(columns)
+
+
+def _merged(context: Context, parts: list[Part], first: fx.Node) -> fx.Node | None:
+    """The product over all columns, before `first`."""
+    given = arguments(first)
+    rows = given["mat1"] if first.target is aten.addmm.default else given["self"]
+    weight = _side_by_side(context, parts, first)
+    if weight is None:
+        return None
+    if all(p.bias is None for p in parts):
+        return context.derive(aten.mm.default, (rows, weight), first, symbolic=True)
+    value = first.meta["val"]
+    zeros = {"dtype": value.dtype, "device": value.device}
+    biases = [p.bias or context.derive(aten.full.default, ([p.columns], 0.0), first, zeros) for p in parts]
+    bias = context.derive(aten.cat.default, (biases, 0), first)
+    return None if bias is None else context.derive(aten.addmm.default, (bias, rows, weight), first, symbolic=True)
+
+
+def _side_by_side(context: Context, parts: list[Part], first: fx.Node) -> fx.Node | None:
+    """The weights as one [K, all N], in the memory order of each; before `first`, whatever views come after it."""
+    weights = [_copied_views(context, p.weight, first) for p in parts]
+    if not parts[0].turned:
+        return context.derive(aten.cat.default, (weights, 1), first)
+    turned = [context.derive(aten.permute.default, (w, [1, 0]), first) for w in weights]
+    joined = context.derive(aten.cat.default, (turned, 0), first)
+    return None if joined is None else context.derive(aten.permute.default, (joined, [1, 0]), first)
+
+
+def _copied_views(context: Context, node: fx.Node, before: fx.Node) -> fx.Node:
+    """`node`, an input or a chain of views of one, before another node."""
+    if node.op == "placeholder":
+        return node
+    source = _copied_views(context, node.all_input_nodes[0], before)
+    copy = context.emit(node.target, (source, *node.args[1:]), before, dict(node.kwargs))
+    copy.meta["val"] = node.meta["val"]
+    return copy

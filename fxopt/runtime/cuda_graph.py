@@ -1,0 +1,253 @@
+"""An executor that replays CUDA graphs: when to capture, what to replay, in which order.
+
+The first call with the same sizes and addresses runs as without graphs, which loads libraries and lets them choose; the
+second one, in the same thread, captures; later ones replay. What does not fit, or cannot be captured, runs as without.
+
+Replays of one device share memory (`graph_driver.py`), so they take turns: copies in, replay and copies out are enqueued
+under one lock, and when the stream is another one than the last time, it waits for what the last one has enqueued.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from fxopt.ir.graph import Phase
+from fxopt.journal import Journal
+from fxopt.options import TRAINING_UNCAPTURED, Options
+from fxopt.runtime.capturable import Traits, gpu, obstacle, too_dear, traits
+from fxopt.runtime.executor import Executor
+from fxopt.runtime.recording import Driver, Recording, record
+
+NAME = "cuda-graphs"
+"""What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
+CAPTURED = "captured at the second call with the same sizes and addresses of weights"
+REPLAYS_PER_CAPTURE = 256
+"""When there are as many graphs as may be kept, replays that have to come before another one takes a graph's place."""
+SEEN_PER_GRAPH = 8
+"""How many keys are remembered as seen, for each graph that may be kept."""
+
+Note = Callable[[str, str], None]
+Key = tuple[Any, tuple[int, ...]]
+
+
+class OrderingDriver(Driver, Protocol):
+    """A device with streams (`GraphDriver`)."""
+
+    def is_free(self) -> bool: ...
+
+    def is_current(self) -> bool: ...
+
+    def enter(self) -> AbstractContextManager[Any]: ...
+
+    def record(self, stream: int) -> None: ...
+
+    def wait(self, stream: int) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Turns:
+    """Who may use the memory that the captured runs of one device share. One turn at a time, each on one stream."""
+
+    def __init__(self, driver: OrderingDriver) -> None:
+        self.driver = driver
+        self._lock = threading.RLock()  # entered again by a signal handler that calls the model
+        self._owner = 0  # the thread whose turn it is
+        self._last: int | None = None  # the stream of the last turn
+
+    def take(self, work: Callable[[int], Any], nested: Callable[[], Any]) -> Any:
+        """What `work(stream)` returns, in a turn on the current stream; `nested()` when this thread is inside of one."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._owner == me:
+                return nested()
+            driver = self.driver
+            if self._owner:  # somebody was interrupted while leaving, perhaps before the end of his turn was recorded
+                driver.synchronize()
+            stream = driver.stream()
+            self._owner = me
+            try:
+                if self._last != stream:
+                    driver.wait(stream)
+                return work(stream)
+            finally:
+                driver.record(stream)  # now: a stream may be gone, or be captured, when somebody has to wait for it
+                self._last = stream
+                self._owner = 0
+
+
+class GraphedExecutor:
+    """Runs a plan on one GPU as `executor` does, by replaying what was captured where possible.
+
+    Called like an `Executor`, from any thread and on any stream. At most `limit` graphs are kept, the least recently used
+    are dropped. `note(topic, text)` is told why a plan that seemed capturable is not captured after all.
+    """
+
+    def __init__(self, executor: Executor, found: Traits, turns: Turns, limit: int, note: Note) -> None:
+        self.plan, self.kept_as = executor.plan, executor.kept_as
+        self._boxed_call = True
+        self._executor, self._traits, self._turns, self._note = executor, found, turns, note
+        self._limit = limit
+        self._inputs_are = _comparison(found.fixed)
+        self._latest: Recording | None = None
+        self._kept: OrderedDict[Key, Recording] = OrderedDict()
+        self._seen: OrderedDict[Key, set[int]] = OrderedDict()  # the threads that have run it
+        self._declined = False
+        self._captures = self._replays = 0
+        self._lock = threading.RLock()
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        driver = self._turns.driver
+        if self._declined or not driver.is_free():
+            return self._executor(inputs)
+        if not driver.is_current():
+            with driver.enter():
+                return self._run(inputs)
+        return self._run(inputs)
+
+    def _run(self, inputs: list[Any]) -> tuple[Any, ...]:
+        recording = self._latest
+        if recording is None or not self._fits(recording, inputs):
+            return self._otherwise(inputs)
+        return self._replay(recording, inputs)
+
+    def _fits(self, recording: Recording, inputs: list[Any]) -> bool:
+        if self._traits.varying and self._signature(inputs) != recording.signature:
+            return False
+        return self._inputs_are(inputs, recording.addresses)
+
+    def _signature(self, inputs: list[Any]) -> tuple[Any, ...]:
+        """The sizes and strides that may differ from call to call."""
+        found = []
+        for i in self._traits.varying:
+            x = inputs[i]
+            found.append((tuple(x.shape), x.stride()) if isinstance(x, torch.Tensor) else x)
+        return tuple(found)
+
+    def _replay(self, recording: Recording, inputs: list[Any]) -> tuple[Any, ...]:
+        self._replays += 1
+        result: tuple[Any, ...] = self._turns.take(
+            lambda stream: recording.play(inputs, stream), lambda: self._executor(inputs)
+        )
+        return result
+
+    def _otherwise(self, inputs: list[Any]) -> tuple[Any, ...]:
+        """A call that the latest recording does not fit."""
+        key = self._signature(inputs), tuple(inputs[i].data_ptr() for i in self._traits.fixed)
+        me = threading.get_ident()
+        with self._lock:
+            recording = self._kept.get(key)
+            if recording is not None:
+                self._kept.move_to_end(key)
+                self._latest = recording
+            seen = me in self._seen.get(key, ())
+        if recording is None and seen and self._may_capture():
+            recording = self._turns.take(lambda stream: self._capture(key, inputs), lambda: None)
+        if recording is not None:
+            return self._replay(recording, inputs)
+        result = self._executor(inputs)
+        with self._lock:
+            self._seen.setdefault(key, set()).add(me)
+            self._seen.move_to_end(key)
+            while len(self._seen) > SEEN_PER_GRAPH * self._limit:
+                self._seen.popitem(last=False)
+        return result
+
+    def _may_capture(self) -> bool:
+        """Keys that take turns, more of them than graphs are kept, must not capture again and again."""
+        return len(self._kept) < self._limit or self._replays >= REPLAYS_PER_CAPTURE * (self._captures - self._limit + 1)
+
+    def _capture(self, key: Key, inputs: list[Any]) -> Recording | None:
+        with self._lock:
+            if key in self._kept:  # another thread was faster
+                return self._kept[key]
+            while len(self._kept) >= self._limit:
+                self._kept.popitem(last=False)
+        try:
+            recording = record(self._executor, inputs, key[0], self._traits, self._turns.driver)
+        except Exception as error:
+            self._decline(str(error).partition("\n")[0] or type(error).__name__)
+            return None
+        dear = too_dear(recording.copied, self._traits.steps)
+        if dear is not None:
+            self._decline(dear)
+            return None
+        with self._lock:
+            self._kept[key] = self._latest = recording
+            self._captures += 1
+        return recording
+
+    def _decline(self, reason: str) -> None:
+        self._declined = True
+        self._latest = None
+        self._kept.clear()
+        self._seen.clear()
+        self._note(NAME, f"not captured: {reason}")
+
+    @property
+    def graphs(self) -> int:
+        """How many captured runs are kept now."""
+        return len(self._kept)
+
+
+def _comparison(fixed: tuple[int, ...]) -> Callable[[list[Any], list[int]], bool]:
+    """A function that says whether the tensors at these positions of a list are where a list of addresses says."""
+    if not fixed:
+        return lambda inputs, addresses: True
+    in_c = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if in_c is not None:
+        positions = list(fixed)
+        return lambda inputs, addresses: bool(in_c(inputs, addresses, positions))
+    pick = operator.itemgetter(*fixed, fixed[0])  # two at least, so that it returns a tuple
+    data_ptr = torch.Tensor.data_ptr
+    return lambda inputs, addresses: tuple(map(data_ptr, pick(inputs))) == pick(addresses)
+
+
+_turns: dict[int, Turns] = {}
+_turns_lock = threading.Lock()
+
+
+def _turns_at(index: int) -> Turns:
+    from fxopt.runtime.graph_driver import GraphDriver
+
+    with _turns_lock:
+        if index not in _turns:
+            with torch.cuda.device(index):
+                _turns[index] = Turns(GraphDriver(index))
+        return _turns[index]
+
+
+def with_graphs(executor: Executor, phase: Phase, options: Options, journal: Journal) -> Executor | GraphedExecutor:
+    """What runs `executor`'s plan: with CUDA graphs for an inference graph on a GPU, unless switched off or impossible.
+
+    The journal says which, and why.
+    """
+    if gpu(executor.plan) is None:
+        return executor
+    if phase is not Phase.INFERENCE:
+        if options.mode == "reduce-overhead":
+            journal.note("mode", TRAINING_UNCAPTURED)
+        return executor
+    reason = _switched_off(options) or obstacle(executor.plan)
+    if reason is None:
+        found = traits(executor.plan)
+        try:
+            turns = _turns_at(found.device.index)
+        except (OSError, RuntimeError) as error:
+            reason = str(error)
+    if reason is not None:
+        journal.note(NAME, f"not captured: {reason}")
+        return executor
+    journal.note(NAME, CAPTURED)
+    return GraphedExecutor(executor, found, turns, options.cuda_graph_limit, journal.note)
+
+
+def _switched_off(options: Options) -> str | None:
+    return "switched off" if not options.cuda_graphs or NAME in options.disable else None

@@ -1,0 +1,190 @@
+"""Capturing and replaying CUDA graphs through the driver, by ctypes.
+
+Not torch.cuda.CUDAGraph: that puts torch's random generator into a mode in which every other thread that draws meanwhile
+gets an error, leaves it there when a capture fails, and launches two kernels before each replay to tell the graph where the
+generator stands. Plans draw their seeds outside of the captured run (`runtime/draws.py`), so none of it is needed.
+
+Captured runs of one device share one pool of torch's allocator, and all of it is scratch: nothing in there means anything
+between two replays. They are captured on a stream of their own that torch hands out to nobody else, because cuBLAS's
+workspaces belong to streams: another user of that stream would write into the one that the graph uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from fxopt.errors import FxoptError
+from fxopt.runtime.launch import check, driver
+
+T = TypeVar("T")
+
+_NON_BLOCKING, _DISABLE_TIMING = 1, 2
+_THREAD_LOCAL, _RELAXED = 1, 2
+_NO_CONTEXT = 201
+_PROBE_BYTES = 512
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_active_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+
+class CaptureError(FxoptError):
+    """A run could not be captured although nothing in it failed."""
+
+
+class CapturedGraph:
+    """An instantiated CUDA graph, with the pool that its memory is in. Destroyed with the last reference to it.
+
+    `ended` is an event that is recorded after each replay of any graph in the pool.
+    """
+
+    def __init__(
+        self, lib: Any, executable: ctypes.c_void_p, pool: Any, ended: ctypes.c_void_p, call: Callable[..., None]
+    ) -> None:
+        self._pool = pool
+        self._executable, self._launch, self._call = executable, lib.cuGraphLaunch, call
+        weakref.finalize(self, _destroy, lib, executable, ended).atexit = False
+
+    def __call__(self, stream: int) -> None:
+        """Replay on `stream` (a raw handle). Raises CudaError."""
+        self._call(self._launch, "replaying a CUDA graph", self._executable, ctypes.c_void_p(stream))
+
+
+def _destroy(lib: Any, executable: ctypes.c_void_p, ended: ctypes.c_void_p) -> None:
+    """Afterwards the pool may be freed: not before replays are done, for unmapping memory does not wait for them.
+
+    May come at any time, in a thread that captures, too.
+    """
+    mode = ctypes.c_int(_RELAXED)
+    lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    lib.cuEventSynchronize(ended)
+    lib.cuGraphExecDestroy(executable)
+    lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+class GraphDriver:
+    """What capturing and replaying asks of one CUDA device. All of it is called with that device current."""
+
+    def __init__(self, index: int) -> None:
+        """Raises CudaError, and OSError without a driver."""
+        self.index = index
+        self._lib = driver()
+        self._context = ctypes.c_void_p()
+        torch.cuda.current_stream(index).synchronize()  # the context exists from here on
+        self._call(self._lib.cuCtxGetCurrent, "asking for the context", ctypes.byref(self._context))
+        self._event, side = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call(self._lib.cuEventCreate, "making an event", ctypes.byref(self._event), _DISABLE_TIMING)
+        self._call(self._lib.cuStreamCreate, "making a stream", ctypes.byref(side), _NON_BLOCKING)
+        self._side = torch.cuda.ExternalStream(side.value, torch.device("cuda", index))
+        self._pool: Callable[[], Any] = lambda: None
+        self._memcpy = self._lib.cuMemcpyDtoDAsync_v2
+
+    def _call(self, function: Any, what: str, *arguments: Any) -> None:
+        code = function(*arguments)
+        if code == _NO_CONTEXT and self._context:  # this thread has not called CUDA yet
+            check(self._lib, self._lib.cuCtxSetCurrent(self._context), what)
+            code = function(*arguments)
+        if code:
+            check(self._lib, code, what)
+
+    def is_free(self) -> bool:
+        """Whether this thread runs plainly: its current stream is not being captured, and no torch mode watches it."""
+        return not ((_active_modes is not None and _active_modes()) or torch.cuda.is_current_stream_capturing())
+
+    def is_current(self) -> bool:
+        """Whether the device is the current one."""
+        return torch.cuda.current_device() == self.index
+
+    def enter(self) -> contextlib.AbstractContextManager[Any]:
+        """A block in which the device is the current one."""
+        return torch.cuda.device(self.index)
+
+    def stream(self) -> int:
+        """The raw handle of the current stream; 0 for the default stream."""
+        if _raw_stream is not None:
+            return int(_raw_stream(self.index))
+        return int(torch.cuda.current_stream(self.index).cuda_stream)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy bytes between addresses on the device, in the stream's order. Raises CudaError."""
+        code = self._memcpy(
+            ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream)
+        )
+        if code:
+            self._call(
+                self._memcpy,
+                "copying for a CUDA graph",
+                ctypes.c_void_p(target),
+                ctypes.c_void_p(source),
+                ctypes.c_size_t(nbytes),
+                ctypes.c_void_p(stream),
+            )
+
+    def record(self, stream: int) -> None:
+        """Remember this point of the stream for `wait`."""
+        self._call(self._lib.cuEventRecord, "recording an event", self._event, ctypes.c_void_p(stream))
+
+    def wait(self, stream: int) -> None:
+        """What is enqueued on `stream` from here on runs after the point that was recorded last."""
+        self._call(self._lib.cuStreamWaitEvent, "waiting for an event", ctypes.c_void_p(stream), self._event, 0)
+
+    def synchronize(self) -> None:
+        """Wait until the device has nothing to do."""
+        torch.cuda.synchronize(self.index)
+
+    def allocate(self, nbytes: int) -> torch.UntypedStorage:
+        """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
+        return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
+
+    def capture(self, run: Callable[[], T]) -> tuple[Callable[[int], None], T]:
+        """(what replays `run` on a stream, the result of `run`).
+
+        Nothing is executed. The memory of what `run` returns is scratch of the pool as soon as the caller lets go of it: it
+        has the values of a replay from the replay to the next one of any graph of this device. Raises whatever `run` raises;
+        CudaError and CaptureError where the driver or the allocator refuses. Afterwards all is as before.
+        """
+        pool = self._pool()
+        if pool is None:
+            pool = torch.cuda.MemPool()
+            self._pool = weakref.ref(pool)
+        stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
+        lib = self._lib
+        try:
+            with _no_collections(), torch.cuda.stream(self._side), torch.cuda.use_mem_pool(pool, self.index):
+                self._call(lib.cuStreamBeginCapture_v2, "beginning to capture", stream, _THREAD_LOCAL)
+                try:
+                    probe = self.allocate(_PROBE_BYTES)
+                    result = run()
+                finally:
+                    ended = lib.cuStreamEndCapture(stream, ctypes.byref(graph))
+            check(lib, ended, "capturing")
+            if not _is_in(pool, probe.data_ptr()):
+                raise CaptureError("memory comes from another pool than the captured run's own")
+            instantiate = lib.cuGraphInstantiateWithFlags
+            self._call(instantiate, "instantiating a CUDA graph", ctypes.byref(executable), graph, ctypes.c_uint64(0))
+        finally:
+            if graph:
+                lib.cuGraphDestroy(graph)
+        return CapturedGraph(lib, executable, pool, self._event, self._call), result
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage collection meanwhile, which might free what CUDA does not want freed while a stream is captured."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _is_in(pool: Any, address: int) -> bool:
+    return any(s["address"] <= address < s["address"] + s["total_size"] for s in pool.snapshot())

@@ -1,0 +1,305 @@
+"""One captured run of a plan: what is copied in before it is replayed, and how its results are given out.
+
+The memory of a captured run is overwritten by the next replay, its own or another graph's. So nobody outside ever sees it:
+inputs are copied to the addresses that the captured kernels read, results are copied from where they write into fresh
+tensors. Copies are of bytes, from a tensor's first element to the end of its last, so that any strides will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from fxopt.runtime.capturable import Traits
+from fxopt.runtime.draws import draw, given
+
+LARGEST_GAPS = 4
+"""A tensor is not copied when its memory, first to last element, is that many times its elements' and more than a MiB."""
+_ALIGNMENT = 16
+
+Run = Callable[[list[Any]], tuple[Any, ...]]
+
+
+class CaptureRefused(Exception):
+    """Why a run, looked at while it was captured, is not to be replayed."""
+
+
+class Driver(Protocol):
+    """What a recording asks of its device (`GraphDriver`)."""
+
+    def stream(self) -> int: ...
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...
+
+    def allocate(self, nbytes: int) -> torch.UntypedStorage: ...
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[int], None], Any]: ...
+
+
+@dataclass(frozen=True)
+class Move:
+    """Input number `at`, copied before each replay: its layout in the captured run, its bytes, and where they go."""
+
+    at: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    nbytes: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Result number `at`, a tensor of its own memory, and where a replay leaves its bytes."""
+
+    at: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    source: int
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Results that share memory with each other: the bytes they lie in, and each with its offset in bytes in there.
+
+    `size` is `nbytes` in whole elements of any dtype.
+    """
+
+    nbytes: int
+    size: int
+    source: int
+    members: tuple[tuple[Fresh, int], ...]
+
+
+@dataclass(frozen=True)
+class OfInput:
+    """Result number `at`: input number `input` itself, or (`view`) a view of it, `offset` elements from its first one."""
+
+    at: int
+    input: int
+    view: bool
+    input_strides: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    offset: int = 0
+
+
+@dataclass
+class Results:
+    """How the results of a replay come about; `constants` has those that are no tensors, None in place of the others."""
+
+    constants: list[Any] = field(default_factory=list)
+    fresh: list[Fresh] = field(default_factory=list)
+    shared: list[Shared] = field(default_factory=list)
+    of_inputs: list[OfInput] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.fresh) + sum(x.nbytes for x in self.shared)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A captured run, for inputs with `signature` (their sizes) and with these `addresses` of those that are not moved.
+
+    `addresses` has an entry for each input, zero for those that are moved or not looked at.
+    """
+
+    signature: tuple[Any, ...]
+    addresses: list[int]
+    replay: Callable[[int], None]
+    moves: tuple[Move, ...]
+    seeds: tuple[int, ...]
+    results: Results
+    traits: Traits
+    driver: Driver
+
+    @property
+    def copied(self) -> int:
+        """Bytes copied in a call."""
+        return sum(m.nbytes for m in self.moves) + self.results.nbytes
+
+    def play(self, inputs: list[Any], stream: int) -> tuple[Any, ...]:
+        """Run on `inputs`, which it empties, in the order of `stream`, the device's current one.
+
+        Allocates before anything that the plan writes is written: who runs out of memory has changed nothing.
+        """
+        copy, results, traits = self.driver.copy, self.results, self.traits
+        for move in self.moves:
+            given_one = inputs[move.at]
+            if given_one.stride() != move.strides:
+                given_one = _laid_out(given_one, move.shape, move.strides)
+            copy(move.target, given_one.data_ptr(), move.nbytes, stream)
+        for target in self.seeds:
+            seed = draw(traits.device)  # alive until it is copied
+            copy(target, seed.data_ptr(), 8, stream)
+        kept = [inputs[i] for i in traits.written]
+        out = list(results.constants)
+        for of_input in results.of_inputs:
+            out[of_input.at] = _from_input(of_input, inputs[of_input.input])
+        inputs.clear()
+        given_one = None
+        for x in results.fresh:
+            out[x.at] = torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=traits.device)
+        bases = [torch.empty(s.size, dtype=torch.uint8, device=traits.device) for s in results.shared]
+        self.replay(stream)
+        for x in results.fresh:
+            if x.nbytes:
+                copy(out[x.at].data_ptr(), x.source, x.nbytes, stream)
+        for shared, base in zip(results.shared, bases, strict=True):
+            copy(base.data_ptr(), shared.source, shared.nbytes, stream)
+            for member, offset in shared.members:
+                out[member.at] = _typed_view(base, member, offset)
+        if kept:
+            _count_writes(kept)
+        return tuple(out)
+
+
+def record(run: Run, inputs: Sequence[Any], signature: tuple[Any, ...], traits: Traits, driver: Driver) -> Recording:
+    """Capture `run` on `inputs`, executing nothing. Raises CaptureRefused, and what `run` and the driver raise."""
+    for i in traits.moved:
+        _check_copyable(inputs[i])
+
+    def body() -> tuple[tuple[Move, ...], tuple[int, ...], Results]:
+        arguments = list(inputs)
+        for i in traits.moved:
+            arguments[i] = _twin(inputs[i], driver)
+        seeds = [_strided(driver.allocate(8), torch.int64, (), ()) for _ in range(traits.seeds)]
+        seen = [arguments[i] for i in (*traits.moved, *traits.fixed)]  # alive, so that no result takes their memory
+        with given(seeds):
+            outputs = run(arguments)
+        moves = tuple(_move(i, x) for i, x in zip(traits.moved, seen, strict=False))
+        sources = dict(zip((*traits.moved, *traits.fixed), seen, strict=True))
+        return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits)
+
+    replay, (moves, seeds, results) = driver.capture(body)
+    addresses = [0] * len(inputs)
+    for i in traits.fixed:
+        addresses[i] = inputs[i].data_ptr()
+    return Recording(signature, addresses, replay, tuple(m for m in moves if m.nbytes), seeds, results, traits, driver)
+
+
+# ---------------------------------------------------------------------- inputs
+
+
+def span(x: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    return _span(tuple(x.shape), x.stride(), x.dtype)
+
+
+def _span(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> int:
+    if not math.prod(shape):
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * dtype.itemsize
+
+
+def _check_copyable(x: torch.Tensor) -> None:
+    if x.layout is not torch.strided or x.is_conj() or x.is_neg():
+        raise CaptureRefused("an input is no plain tensor in memory")
+    if span(x) > max(LARGEST_GAPS * x.numel() * x.dtype.itemsize, 1 << 20):
+        raise CaptureRefused("an input is spread over much more memory than it has elements")
+
+
+def _twin(x: torch.Tensor, driver: Driver) -> torch.Tensor:
+    """A tensor with the layout of `x` and undefined contents."""
+    return _strided(driver.allocate(span(x)), x.dtype, tuple(x.shape), x.stride())
+
+
+def _strided(
+    memory: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=memory.device).set_(memory, 0, shape, strides)
+
+
+def _move(at: int, twin: torch.Tensor) -> Move:
+    return Move(at, tuple(twin.shape), twin.stride(), span(twin), twin.data_ptr())
+
+
+def _laid_out(x: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """`x`, a tensor of this shape, with these strides. Elements that lie on one another there are equal in `x`."""
+    out = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+    distinct = tuple(slice(0, n if s else 1) for n, s in zip(shape, strides, strict=True))
+    out[distinct].copy_(x[distinct])
+    return out
+
+
+def _count_writes(tensors: list[torch.Tensor]) -> None:
+    """Bump version counters, as what was captured did. Inference tensors have none."""
+    counted = [t for t in tensors if not t.is_inference()]
+    if counted:
+        torch.autograd.graph.increment_version(counted)
+
+
+# ---------------------------------------------------------------------- results
+
+
+def _results(outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: Traits) -> Results:
+    """How to make results like `outputs`, which a captured run returned; `sources` are the inputs that it was given."""
+    found = Results()
+    owners = {x.untyped_storage().data_ptr(): i for i, x in sources.items() if x.numel()}
+    groups: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    for at, value in enumerate(outputs):
+        found.constants.append(None if isinstance(value, torch.Tensor) else value)
+        if not isinstance(value, torch.Tensor):
+            continue
+        _check_result(value, traits)
+        memory = value.untyped_storage().data_ptr()
+        if value.numel() and memory in owners:
+            found.of_inputs.append(_of_input(at, value, owners[memory], sources))
+        elif value.numel():
+            groups.setdefault(memory, []).append((at, value))
+        else:
+            found.fresh.append(_fresh(at, value))
+    for members in groups.values():
+        if len(members) == 1:
+            found.fresh.append(_fresh(*members[0]))
+        else:
+            found.shared.append(_shared(members))
+    return found
+
+
+def _check_result(value: torch.Tensor, traits: Traits) -> None:
+    if value.device.type != traits.device.type or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        raise CaptureRefused("a result is elsewhere than on the GPU")
+    if value.layout is not torch.strided or value.is_conj() or value.is_neg():
+        raise CaptureRefused("a result is no plain tensor in memory")
+
+
+def _fresh(at: int, x: torch.Tensor) -> Fresh:
+    return Fresh(at, tuple(x.shape), x.stride(), x.dtype, span(x), x.data_ptr() if x.numel() else 0)
+
+
+def _shared(members: list[tuple[int, torch.Tensor]]) -> Shared:
+    parts = [_fresh(at, x) for at, x in members]
+    begin = max(min(p.source for p in parts) // _ALIGNMENT * _ALIGNMENT, members[0][1].untyped_storage().data_ptr())
+    nbytes = max(p.source + p.nbytes for p in parts) - begin
+    size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return Shared(nbytes, size, begin, tuple((p, p.source - begin) for p in parts))
+
+
+def _of_input(at: int, value: torch.Tensor, owner: int, sources: dict[int, torch.Tensor]) -> OfInput:
+    source = sources[owner]
+    same = next((i for i, x in sources.items() if x is value), None)
+    if same is not None:
+        return OfInput(at, same, False)
+    if value.dtype != source.dtype:
+        raise CaptureRefused("a result is a view of an input as another dtype")
+    offset = int(value.storage_offset() - source.storage_offset())
+    return OfInput(at, owner, True, source.stride(), tuple(value.shape), value.stride(), offset)
+
+
+def _from_input(recipe: OfInput, x: torch.Tensor) -> torch.Tensor:
+    if not recipe.view:
+        return x
+    if x.stride() != recipe.input_strides:
+        x = _laid_out(x, tuple(x.shape), recipe.input_strides)
+    return x.as_strided(recipe.shape, recipe.strides, x.storage_offset() + recipe.offset).detach()
+
+
+def _typed_view(base: torch.Tensor, x: Fresh, offset: int) -> torch.Tensor:
+    return base.view(x.dtype).as_strided(x.shape, x.strides, offset // x.dtype.itemsize).detach()

@@ -1,0 +1,263 @@
+"""Convolutions as Triton kernels: their values in Triton's interpreter, the text, and machine code without spills."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.ir.region import Contraction
+from fxopt.lower import Lowered
+from fxopt.lower.contractions import IMPLICIT, STENCIL
+from tests.codegen.padding import padded
+from tests.codegen.triton_interpreter import Interpreter
+from tests.lower.contracting import kept, searched
+from tests.numerics import assert_closer, to_float64
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.templates.conv_config import StencilConfig, implicit_configs, stencil_configs
+from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.triton import configs, print_region
+from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
+from fxopt.errors import UnsupportedError
+from fxopt.target import Target
+from fxopt.tune.candidate import contraction_candidates
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TARGET = Target.cuda(90)
+BF16, F16 = torch.bfloat16, torch.float16
+Function = Callable[..., Any]
+LABELS = (STENCIL, IMPLICIT)
+
+STENCILS = [StencilConfig(1, 16, 8, 4), StencilConfig(4, 4, 16, 4), StencilConfig(7, 8, 32, 4)]
+GEMMS = [GemmConfig(False, 32, 32, 16, 4, 3), GemmConfig(False, 64, 16, 32, 4, 3, group=1, subtile=2)]
+
+
+def image(*shape: int, dtype: torch.dtype = F16) -> Tensor:
+    return torch.randn(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def weight(out: int, inside: int, *window: int, dtype: torch.dtype = F16) -> Tensor:
+    rows, columns = window if len(window) == 2 else window * 2
+    values = torch.randn(out, inside, rows, columns) / (inside * rows * columns) ** 0.5
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def column(n: int, dtype: torch.dtype = F16) -> Tensor:
+    return torch.randn(n).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    server = Interpreter()
+    yield server
+    server.close()
+
+
+def convolution(fn: Function, *args: Tensor) -> tuple[Lowered, Contraction]:
+    """The schedule of `fn` with the way that has a kernel of ours, and the contraction of that."""
+    low = searched(fn, *args)
+    for label in LABELS:
+        steps = kept(low, label)
+        found = [s for s in steps.steps if isinstance(s, Contraction)]
+        if found:
+            return steps, found[0]
+    raise AssertionError("no convolution that a kernel of ours computes")
+
+
+def run(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig) -> list[Tensor]:
+    """Results of `fn`, all of whose steps run as printed kernels."""
+    low, _ = convolution(fn, *args)
+    memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
+    for step in low.steps:
+        for name in step.writes():  # type: ignore[union-attr]
+            spec = low.buffers[name]
+            memory.setdefault(name, padded(torch.empty(spec.extent, dtype=spec.dtype).fill_(float("nan"))))  # type: ignore[arg-type]
+        if isinstance(step, Contraction):
+            kernels = print_convolution(step, config, TARGET).kernels
+        else:
+            kernels = print_region(step, configs(step, TARGET)[0], TARGET).kernels  # type: ignore[arg-type]
+        for kernel in kernels:
+            server.run(kernel, memory)
+    return [
+        memory[o.name].as_strided(low.buffers[o.name].shape, low.buffers[o.name].strides, memory[o.name].storage_offset())  # type: ignore[arg-type]
+        for o in low.outputs
+    ]
+
+
+def check(server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig) -> None:
+    """Assert that `fn` through printed kernels is as close to float64 as eager is, in eager's layout."""
+    got, eager, exact = run(server, fn, args, config), _results(fn(*args)), _results(fn(*to_float64(args)))
+    assert_closer(got, eager, exact)
+    assert [g.stride() for g in got] == [e.stride() for e in eager]
+
+
+def _results(out: Any) -> list[Tensor]:
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def depthwise(*geometry: Any) -> Function:
+    def fn(x: Tensor, w: Tensor, *bias: Tensor) -> Tensor:
+        return F.silu(F.conv2d(x, w, bias[0] if bias else None, *geometry, groups=x.shape[1]))
+
+    return fn
+
+
+def dense(*geometry: Any) -> Function:
+    def fn(x: Tensor, w: Tensor, *bias: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, w, bias[0] if bias else None, *geometry))
+
+    return fn
+
+
+def with_residual(x: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+    """As in ConvNeXt and MobileNet: what is computed is kept as well."""
+    y = F.conv2d(x, w, None, 1, 1, groups=x.shape[1])
+    return y, F.hardswish(y) + r
+
+
+# In float16: Triton's interpreter multiplies the bits of bfloat16.
+DEPTHWISE: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "3x3": (depthwise(1, 1), (image(2, 24, 7, 5), weight(24, 1, 3), column(24))),
+    "3x3, stride 2": (depthwise(2, 1), (image(2, 16, 10, 7), weight(16, 1, 3))),
+    "5x5, stride 2": (depthwise(2, 2), (image(1, 40, 9, 9), weight(40, 1, 5), column(40))),
+    "7x7": (depthwise(1, 3), (image(1, 16, 8, 5), weight(16, 1, 7), column(16))),
+    "dilated": (depthwise(1, 2, 2), (image(1, 16, 9, 8), weight(16, 1, 3))),
+    "of one row, uneven": (depthwise((2, 1), (0, 2), (1, 3)), (image(1, 16, 5, 12), weight(16, 1, 1, 5))),
+    "no padding": (depthwise(), (image(1, 19, 6, 8), weight(19, 1, 3, 2))),
+    "residual": (with_residual, (image(2, 24, 5, 6), weight(24, 1, 3), image(2, 24, 5, 6))),
+    "float32": (depthwise(1, 1), (image(1, 12, 6, 5, dtype=torch.float32), weight(12, 1, 3, dtype=torch.float32))),
+}
+DENSE: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "3x3": (dense(1, 1), (image(2, 32, 6, 5), weight(24, 32, 3), column(24))),
+    "first layer": (dense(2, 3), (image(2, 3, 15, 13), weight(16, 3, 7), column(16))),
+    "patches": (dense(4), (image(2, 3, 12, 8), weight(40, 3, 4))),
+    "downsampling": (dense(2), (image(1, 16, 9, 8), weight(24, 16, 2), column(24))),
+    "1x1, stride 2": (dense(2), (image(2, 48, 7, 6), weight(32, 48, 1))),
+    "dilated, uneven": (dense((2, 1), (3, 1), (2, 1)), (image(1, 20, 9, 7), weight(17, 20, 3, 2))),
+    "residual and result": (
+        lambda x, w, r: (y := F.conv2d(x, w, None, 1, 1), F.gelu(y) + r),
+        (image(1, 16, 6, 5), weight(32, 16, 3), image(1, 32, 6, 5)),
+    ),
+    "a part of the images, a weight by rows": (
+        lambda x, w: F.relu(F.conv2d(x[1:, 16:], w.contiguous(), None, 1, 1)), (image(3, 32, 5, 6), weight(16, 16, 3)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_values_of_stencils(interpreter: Interpreter, name: str) -> None:
+    check(interpreter, *DEPTHWISE[name], STENCILS[1])
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_values_of_implicit_products(interpreter: Interpreter, name: str) -> None:
+    for config in GEMMS:
+        check(interpreter, *DENSE[name], config)
+
+
+@pytest.mark.parametrize("config", [STENCILS[0], STENCILS[2]], ids=str)
+def test_values_of_other_stencils(interpreter: Interpreter, config: StencilConfig) -> None:
+    check(interpreter, *DEPTHWISE["3x3, stride 2"], config)
+
+
+def test_nan_is_kept(interpreter: Interpreter) -> None:
+    """In the places that see it, and nowhere else."""
+    x, w = torch.ones(1, 16, 6, 6).to(F16).contiguous(memory_format=torch.channels_last), weight(16, 1, 3)
+    x[0, 3, 2, 2] = float("nan")
+    fn = depthwise(1, 1)
+    (got,) = run(interpreter, fn, (x, w), STENCILS[1])
+    assert torch.equal(got.isnan(), fn(x, w).isnan())
+    w = weight(32, 16, 3)
+    (got,) = run(interpreter, dense(1, 1), (x, w), GEMMS[0])
+    assert torch.equal(got.isnan(), dense(1, 1)(x, w).isnan())
+
+
+def shapes(x: tuple[int, ...], w: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return image(*x, dtype=BF16), weight(*w, dtype=BF16), column(w[0], BF16)
+
+
+def convnext(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.conv2d(x, w, b, 1, 3, groups=x.shape[1])
+
+
+def residual_block(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.conv2d(x, w, b, 1, 1)) + x
+
+
+def test_golden_text() -> None:
+    """EXPECTTEST_ACCEPT=1 accepts a change."""
+    found = [
+        (convolution(depthwise(2, 1), *shapes((8, 144, 28, 28), (144, 1, 3)))[1], StencilConfig(4, 8, 64, 4)),
+        (convolution(residual_block, *shapes((4, 64, 28, 28), (64, 64, 3)))[1], GemmConfig(False, 128, 64, 64, 4, 3)),
+    ]
+    texts = []
+    for contraction, config in found:
+        (kernel,) = print_convolution(contraction, config, TARGET).kernels  # type: ignore[arg-type]
+        head = f"# {config}: grid {kernel.grid}, {kernel.compile_options['num_warps']} warps, buffers {kernel.buffers}"
+        texts.append(f"{head}\n{kernel.text}")
+    text, path = "\n\n".join(texts), GOLDEN / "triton_convolution.txt"
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(text)
+    assert path.exists(), f"no golden text {path.name}: run with EXPECTTEST_ACCEPT=1"
+    assert text == path.read_text()
+
+
+COMPILED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "ConvNeXt": (convnext, shapes((4, 96, 56, 56), (96, 1, 7))),
+    "EfficientNet": (depthwise(2, 2), shapes((4, 240, 28, 28), (240, 1, 5))),
+    "residual block": (residual_block, shapes((16, 128, 28, 28), (128, 128, 3))),
+    "first layer": (dense(2, 3), shapes((4, 3, 112, 112), (64, 3, 7))),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_first_candidates_compile_without_spills(name: str, arch: int) -> None:
+    target = Target.cuda(arch)
+    _, contraction = convolution(COMPILED[name][0], *COMPILED[name][1])
+    first = contraction_candidates(contraction, target, "default")[0]
+    for kernel in first.sources:
+        cubin, meta = compile_triton(kernel, target)
+        assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{first.label}: {meta}"
+        assert meta["shared"] <= target.shared_per_block
+
+
+def test_a_stencil_has_enough_programs() -> None:
+    """A small image is cut into more, smaller ones, a large one into few with much in registers."""
+    small, large = (convolution_problem(convolution(convnext, *shapes((n, 384, 14, 14), (384, 1, 7)))[1]) for n in (1, 64))
+    few, many = (stencil_configs(p, TARGET)[0] for p in (small, large))
+    assert few.rows < many.rows
+    assert few.programs(small) >= TARGET.sm_count // 2
+
+
+def test_blocks_lie_under_one_element_of_the_window_where_channels_are_many() -> None:
+    problem = convolution_problem(convolution(dense(1, 1), *shapes((4, 96, 28, 28), (64, 96, 3)))[1])
+    assert {c.block_k for c in implicit_configs(problem, TARGET)} == {32}
+
+
+def test_a_common_convolution_with_nothing_after_it_has_no_candidate() -> None:
+    common = convolution(lambda x, w, b: F.conv2d(x, w, b, 1, 1), *shapes((4, 96, 28, 28), (64, 96, 3)))[1]
+    assert common.region.nest.stores and contraction_candidates(common, TARGET, "max-autotune")
+    alone = convolution(lambda x, w: F.conv2d(x, w, None, 1, 1), *shapes((4, 96, 28, 28), (64, 96, 3))[:2])[1]
+    assert not contraction_candidates(alone, TARGET, "default")
+    for shape, window, stride in (((4, 3, 64, 64), (64, 3, 7), 2), ((4, 96, 28, 28), (64, 96, 2), 2)):
+        other = convolution(lambda x, w, s=stride: F.conv2d(x, w, None, s), *shapes(shape, window)[:2])[1]
+        assert contraction_candidates(other, TARGET, "default")
+
+
+def test_what_triton_does_not_take_is_refused() -> None:
+    _, contraction = convolution(dense(1, 1), *DENSE["3x3"][1])
+    with pytest.raises(UnsupportedError):
+        print_convolution(contraction, GEMMS[0], Target.cpu())
+    with pytest.raises(UnsupportedError):
+        print_convolution(replace(contraction, a=contraction.b), GEMMS[0], TARGET)

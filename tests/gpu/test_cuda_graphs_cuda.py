@@ -1,0 +1,542 @@
+"""CUDA graphs on a GPU: whatever a caller does between calls, values are those of a run without graphs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.journal import RECENT
+from fxopt.runtime import cuda_graph
+from fxopt.runtime.cuda_graph import GraphedExecutor
+from tests.guest.agreement import compiled, graphs
+
+pytestmark = pytest.mark.gpu
+CALLS = 5
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def network(width: int = 64, depth: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width) for _ in range(depth))).cuda().eval()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedExecutor]:
+    """The executors with graphs that are made during the test."""
+    found: list[GraphedExecutor] = []
+
+    class Watched(GraphedExecutor):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            found.append(self)
+
+    monkeypatch.setattr(cuda_graph, "GraphedExecutor", Watched)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def x_of(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape or (8, 64), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+def close(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
+def replays(made: list[GraphedExecutor]) -> int:
+    return sum(executor._replays for executor in made)
+
+
+def reasons() -> list[str]:
+    return [text for journal in RECENT for topic, text in journal.notes if topic == cuda_graph.NAME]
+
+
+def test_results_are_kept_across_calls(made: list[GraphedExecutor]) -> None:
+    model = network()
+    run = compiled(model)
+    inputs = [x_of(k) for k in range(CALLS)]
+    kept = [run(x) for x in inputs]
+    close(kept, [model(x) for x in inputs])
+    assert replays(made) == CALLS - 1 and made[0].graphs == 1
+    assert len({out.data_ptr() for out in kept}) == CALLS
+
+
+def test_values_equal_those_without_graphs_bit_for_bit(made: list[GraphedExecutor]) -> None:
+    model = network()
+    plain = compiled(model, cuda_graphs=False)
+    want = [plain(x_of(k)) for k in range(CALLS)]
+    run = compiled(model)
+    assert all(torch.equal(run(x_of(k)), want[k]) for k in range(CALLS))
+    assert replays(made) == CALLS - 1
+
+
+def test_inputs_may_live_anywhere(made: list[GraphedExecutor]) -> None:
+    model = network()
+    run = compiled(model)
+    memory = torch.zeros(20000, device="cuda")
+    for k in range(CALLS):
+        x = memory[k * 1001 : k * 1001 + 512].view(8, 64)  # not aligned
+        x.copy_(x_of(k))
+        close(run(x), model(x))
+    assert replays(made) == CALLS - 1
+
+
+def test_the_host_may_overwrite_an_input_after_the_call(made: list[GraphedExecutor]) -> None:
+    model = network()
+    run, x = compiled(model), x_of(0)
+    for k in range(CALLS):
+        x.copy_(x_of(k))
+        out = run(x)
+        x.zero_()
+        close(out, model(x_of(k)))
+    assert replays(made) == CALLS - 1
+
+
+def _in_place(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.mul_(1.5)
+
+
+def _load(model: nn.Module) -> None:
+    model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
+
+
+def _assign(model: nn.Module) -> None:
+    model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()}, assign=True)
+
+
+def _data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = p.data * 0.7
+
+
+def _replace(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight * 0.9)
+
+
+def _there_and_back(model: nn.Module) -> None:
+    model.cpu()
+    junk = [torch.full((64, 256), float("nan"), device="cuda") for _ in range(64)]
+    model.cuda()
+    del junk
+
+
+def _freed_and_reused(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.cpu())
+    torch.cuda.empty_cache()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter((module.weight * -1).cuda())
+
+
+@pytest.mark.parametrize("change", [_in_place, _load, _assign, _data, _replace, _there_and_back, _freed_and_reused])
+def test_weights_that_change(change: Callable[[nn.Module], None], made: list[GraphedExecutor]) -> None:
+    model = network()
+    run = compiled(model)
+    for k in range(3):
+        close(run(x_of(k)), model(x_of(k)))
+    for _ in range(3):
+        change(model)
+        for k in range(3):
+            close(run(x_of(k)), model(x_of(k)))
+    assert replays(made) >= 2
+
+
+def test_two_models_of_one_class(made: list[GraphedExecutor]) -> None:
+    models = [network(), network()]
+    _in_place(models[1])
+    torch.compiler.reset()
+    runs = [torch.compile(model, backend="fxopt") for model in models]
+    for k in range(4):
+        for run, model in zip(runs, models, strict=True):
+            close(run(x_of(k)), model(x_of(k)))
+    assert replays(made) == 6
+
+
+def test_threads_and_streams(made: list[GraphedExecutor]) -> None:
+    models = [network(64), network(96)]
+    torch.compiler.reset()
+    runs = [torch.compile(model, backend="fxopt") for model in models]
+    widths = (64, 96)
+    for run, width in zip(runs, widths, strict=True):
+        for k in range(3):
+            run(x_of(k, 8, width))
+    expected = [[model(x_of(k, 8, width)) for k in range(20)] for model, width in zip(models, widths, strict=True)]
+    inputs = [[x_of(k, 8, width) for k in range(20)] for width in widths]
+    torch.cuda.synchronize()
+    failures: list[str] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            got = [[], []]  # type: ignore[var-annotated]
+            for repetition in range(5):
+                for which in ((number + repetition) % 2, (number + repetition + 1) % 2):
+                    got[which] = [runs[which](x) for x in inputs[which]]
+            torch.cuda.current_stream().synchronize()
+            for which in (0, 1):
+                try:
+                    close(got[which], expected[which])
+                except AssertionError as error:
+                    failures.append(f"thread {number}: {error}")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert replays(made) > 500
+
+
+def test_a_slow_stream_is_waited_for(made: list[GraphedExecutor]) -> None:
+    """A replay on one stream may not overwrite what one on another, further behind, still needs."""
+    model = network(256)
+    run = compiled(model)
+    inputs = [x_of(k, 64, 256) for k in range(4)]
+    want = [model(x) for x in inputs]
+    for _ in range(2):
+        run(inputs[0])
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    got = []
+    for stream, x in zip(streams, inputs, strict=True):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            got.append(run(x))
+    torch.cuda.synchronize()
+    close(got, want)
+    assert replays(made) == 5
+
+
+def test_exceptions_in_the_middle(made: list[GraphedExecutor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    run = compiled(model)
+    for k in range(2):
+        run(x_of(k))
+    driver = made[0]._turns.driver
+    real = driver.copy
+    for after in range(3):
+        seen = 0
+
+        def copy_or_raise(*args: Any, after: int = after) -> None:
+            nonlocal seen
+            seen += 1
+            if seen > after:
+                raise KeyboardInterrupt
+            real(*args)
+
+        monkeypatch.setattr(driver, "copy", copy_or_raise)
+        if after < 2:
+            with pytest.raises(KeyboardInterrupt):
+                run(x_of(9))
+        monkeypatch.undo()
+        close(run(x_of(after)), model(x_of(after)))
+
+
+class Dropping(nn.Module):
+    """Drops in every mode; wide, so that masks that are equal are no coincidence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.blocks(F.dropout(x, 0.5, training=True)), 0.5, training=True)
+
+
+def test_random_numbers_are_those_without_graphs(made: list[GraphedExecutor]) -> None:
+    model, x = Dropping(), x_of(0)
+    plain = compiled(model, cuda_graphs=False)
+    torch.manual_seed(5)
+    want, state = [plain(x) for _ in range(CALLS)], torch.cuda.get_rng_state()
+    after = torch.rand(4, device="cuda")
+    run = compiled(model)
+    torch.manual_seed(5)
+    got = [run(x) for _ in range(CALLS)]
+    assert torch.equal(torch.cuda.get_rng_state(), state) and torch.equal(torch.rand(4, device="cuda"), after)
+    assert replays(made) == CALLS - 1
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not torch.equal(got[2], got[3])
+    torch.manual_seed(5)
+    assert torch.equal(run(x), want[0])
+
+
+def test_eager_random_ops_are_not_captured(made: list[GraphedExecutor]) -> None:
+    run = compiled(Dropping(), fallback_random=True)
+    assert not torch.equal(run(x_of(0)), run(x_of(0)))
+    assert not made and any("draws from torch's generator" in text for text in reasons())
+
+
+def test_other_threads_draw_while_a_run_is_captured(made: list[GraphedExecutor]) -> None:
+    stop, failures = threading.Event(), []
+
+    def draw() -> None:
+        try:
+            while not stop.is_set():
+                torch.rand(100, device="cuda")
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for depth in (3, 4, 5):
+            model = network(64, depth)
+            run = compiled(model)
+            for k in range(3):
+                close(run(x_of(k)), model(x_of(k)))
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures and replays(made) == 6
+
+
+def test_lengths_that_vary(made: list[GraphedExecutor]) -> None:
+    model = network()
+    run = compiled(model, dynamic=True, cuda_graph_limit=4)
+    for _ in range(3):
+        for length in range(2, 10):
+            x = x_of(length, 3, length, 64)
+            close(run(x), model(x))
+    assert sum(executor.graphs for executor in made) == 4
+    assert len(graphs()) <= 2
+
+
+class Cached(nn.Module):
+    """Writes a row into a cache that it keeps, and one that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = network()
+        self.register_buffer("own", torch.zeros(16, 64, device="cuda"))
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        y = self.blocks(x)
+        self.own.index_copy_(0, at, y)
+        given.index_copy_(0, at, y * 2)
+        return (y @ self.own.t()).softmax(-1) @ given
+
+
+def test_caches_are_written_where_they_are(made: list[GraphedExecutor]) -> None:
+    model = Cached()
+    eager = copy.deepcopy(model)
+    run = compiled(model)
+    mine, theirs = torch.zeros(16, 64, device="cuda"), torch.zeros(16, 64, device="cuda")
+    for k in range(8):
+        x, at = x_of(k, 1, 64), torch.tensor([k], device="cuda")
+        version = mine._version
+        close(run(x, at, mine), eager(x, at, theirs))
+        close((model.own, mine), (eager.own, theirs))
+        assert mine._version > version
+    assert replays(made) >= 6
+    other, others = torch.zeros(16, 64, device="cuda"), torch.zeros(16, 64, device="cuda")
+    close(run(x, at, other), eager(x, at, others))
+    close(other, others)
+
+
+def test_results_share_memory_as_in_eager(made: list[GraphedExecutor]) -> None:
+    blocks = network()
+
+    def fn(x: torch.Tensor) -> Any:
+        y = blocks(x)
+        return y, y[1:], x[2:], x, y.t().expand(2, 64, 8)
+
+    run = compiled(fn)
+    for k in range(4):
+        x = x_of(k)
+        got, want = run(x), fn(x)
+        close(got, want)
+        assert [g.stride() for g in got] == [w.stride() for w in want]
+        assert got[3] is x and got[2].data_ptr() == x[2:].data_ptr()
+        got[0].zero_()
+        assert (got[1].abs().max() == 0) == (want[1].data_ptr() == want[0][1:].data_ptr())
+    assert replays(made) == 3
+
+
+def test_compiled_inside_compiled_and_hooks(made: list[GraphedExecutor]) -> None:
+    inner_model, outer_model = network(64, 3), network(64, 3)
+    torch.compiler.reset()
+    inner = torch.compile(inner_model, backend="fxopt")
+    hooked = torch._dynamo.disable(lambda module, args, out: out + inner(out))
+    outer_model[1].register_forward_hook(hooked)
+    run = torch.compile(outer_model, backend="fxopt")
+    for k in range(4):
+        x = x_of(k)
+        got = run(x)
+        close(got, outer_model(x))
+    assert replays(made) > 0
+
+
+def test_inside_a_capture_of_the_users(made: list[GraphedExecutor]) -> None:
+    model = network()
+    run, x = compiled(model), x_of(0)
+    for _ in range(3):
+        run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(x)
+    before = replays(made)
+    x.copy_(x_of(7))
+    graph.replay()
+    close(out, model(x_of(7)))
+    close(run(x), model(x_of(7)))
+    assert replays(made) == before + 1
+
+
+def test_inference_mode_and_back(made: list[GraphedExecutor]) -> None:
+    model = network()
+    run = compiled(model)
+    outs = []
+    for k in range(6):
+        with torch.inference_mode(k % 2 == 1):
+            outs.append(run(x_of(k)))
+            assert outs[-1].is_inference() == (k % 2 == 1)
+    for k, out in enumerate(outs):
+        close(out.clone(), model(x_of(k)))
+
+
+def test_gradients_are_left_to_training(made: list[GraphedExecutor]) -> None:
+    model = network()
+    run = compiled(model)
+    with torch.enable_grad():
+        for k in range(3):
+            run(x_of(k)).sum().backward()
+    assert not made
+    for k in range(3):
+        close(run(x_of(k)), model(x_of(k)))
+    assert replays(made) == 2
+
+
+def test_what_is_not_captured_says_why(made: list[GraphedExecutor]) -> None:
+    model = network()
+    close(compiled(lambda x: model(x) + x.cpu().mean().cuda())(x_of(0)), model(x_of(0)) + x_of(0).mean())
+    assert any("not in a GPU's memory" in text or "runs on the CPU" in text for text in reasons())
+    close(compiled(lambda x: x.sin() + 1)(x_of(0)), x_of(0).sin() + 1)
+    assert "not captured: it has 1 step; a replay saves time from 6 on" in reasons()
+    assert not made
+
+
+def test_a_capture_that_fails_leaves_everything_as_it_was(
+    made: list[GraphedExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    run = compiled(model)
+    run(x_of(0))
+    (executor,) = made
+    real = executor._executor
+
+    def waits(inputs: list[Any]) -> Any:
+        torch.cuda.synchronize()  # not permitted while capturing
+        return real(inputs)
+
+    executor._executor = waits  # type: ignore[assignment]
+    for k in range(3):
+        close(run(x_of(k)), model(x_of(k)))
+    assert any("not captured: " in text and "captur" in text for text in reasons())
+    torch.cuda.synchronize()
+    assert torch.rand(3, device="cuda").shape == (3,)
+    fresh = network(96)
+    again = compiled(fresh)
+    for k in range(3):
+        close(again(x_of(k, 8, 96)), fresh(x_of(k, 8, 96)))
+    assert replays(made[1:]) == 2
+
+
+def test_graphs_share_memory_and_give_it_back() -> None:
+    def held() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    torch.compiler.reset()
+    model = network(256, 4)
+    before = held()
+    runs = [compiled(model, cuda_graphs=False) if k == 0 else torch.compile(model, backend="fxopt") for k in range(2)]
+    x = x_of(0, 2048, 256)
+    runs[1](x)
+    plain = held()
+    for _ in range(3):
+        runs[1](x)
+    one = held()
+    more = [torch.compile(lambda x, k=k: model(x) * k, backend="fxopt") for k in range(2, 5)]
+    for run in more:
+        for _ in range(3):
+            run(x)
+    several = held()
+    assert one > plain
+    assert several - one < (one - plain) / 4, "each graph has its own memory"
+    del runs, more, run
+    torch.compiler.reset()
+    assert held() <= before + 2 * (64 << 20), "all but the workspaces of libraries has gone back"
+
+
+def test_deterministic_algorithms_fill_memory(made: list[GraphedExecutor]) -> None:
+    model = network()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        run = compiled(model)
+        for k in range(4):
+            close(run(x_of(k)), model(x_of(k)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_pool_of_the_users_is_not_shared(made: list[GraphedExecutor]) -> None:
+    """A run that would be captured while allocations go to the caller's pool is right, captured or not."""
+    model = network()
+    run = compiled(model)
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        outs = [run(x_of(k)) for k in range(4)]
+        junk = [torch.full((8, 64), float("nan"), device="cuda") for _ in range(100)]
+        outs.append(run(x_of(4)))
+    close(outs, [model(x_of(k)) for k in range(5)])
+    del junk
+
+
+def test_index_errors_are_as_good_as_without(tmp_path: Any) -> None:
+    from tests.gpu.test_guest_cuda import run_apart
+
+    script = """
+        import torch
+        from torch import nn
+        table = nn.Embedding(10, 64).cuda()
+        blocks = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU()) for _ in range(4))).cuda()
+        run = torch.compile(lambda i: blocks(table(i)), backend="fxopt")
+        with torch.no_grad():
+            for k in range(4):
+                run(torch.arange(4, device="cuda") + k)
+            torch.cuda.synchronize()
+            print("fine until here")
+            run(torch.tensor([1, 2, 3, 10], device="cuda"))
+            torch.cuda.synchronize()
+    """
+    failed = run_apart(script, tmp_path)
+    assert "fine until here" in failed.stdout and failed.returncode != 0
+    assert "device-side assert" in failed.stderr

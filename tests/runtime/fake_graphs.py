@@ -1,0 +1,156 @@
+"""CUDA graphs acted out on the CPU: a driver that records functions of tensors, and what they are handed to a policy as."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fxopt.runtime.capturable import Traits
+from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
+from fxopt.runtime.draws import given
+
+Fn = Callable[..., tuple[Any, ...]]
+
+
+class Function:
+    """Stands for an executor: runs `fn` on its inputs, and can repeat that in the memory of the first time."""
+
+    plan: Any = None
+    kept_as = None
+
+    def __init__(self, fn: Fn) -> None:
+        self.fn, self.plain_runs = fn, 0
+        self.captured: tuple[list[Any], tuple[Any, ...]] | None = None
+        self.capturing = False
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        values = list(inputs)
+        inputs.clear()
+        if not self.capturing:
+            self.plain_runs += 1
+            return self.fn(*values)
+        before = [v.clone() if isinstance(v, torch.Tensor) and v.numel() else v for v in values]
+        outputs = self.fn(*values)
+        self.captured = values, outputs
+        for value, old in zip(values, before, strict=True):  # a captured run is not executed
+            if isinstance(value, torch.Tensor) and value.is_contiguous():
+                value.data.copy_(old)
+        return outputs
+
+
+class FakeDriver:
+    """A device whose memory is the CPU's. After each replay's turn the memory of the captured runs is overwritten."""
+
+    def __init__(self, function: Function, seeds: int) -> None:
+        self.function, self.seeds = function, seeds
+        self.memory: list[torch.UntypedStorage] = []
+        self.current, self.free, self.refusal = 7, True, ""
+        self.log: list[tuple[str, int]] = []
+        self.captures = 0
+        self.scratch: list[torch.Tensor] = []
+        self.during_replay: Callable[[], None] = lambda: None
+
+    def stream(self) -> int:
+        return self.current
+
+    def is_free(self) -> bool:
+        return self.free
+
+    def is_current(self) -> bool:
+        return True
+
+    def enter(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        ctypes.memmove(target, source, nbytes)
+
+    def record(self, stream: int) -> None:
+        self.log.append(("record", stream))
+        for tensor in self.scratch:
+            tensor.fill_(-77)
+
+    def wait(self, stream: int) -> None:
+        self.log.append(("wait", stream))
+
+    def synchronize(self) -> None:
+        self.log.append(("synchronize", 0))
+
+    def allocate(self, nbytes: int) -> torch.UntypedStorage:
+        self.memory.append(torch.UntypedStorage(nbytes))
+        return self.memory[-1]
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[int], None], Any]:
+        if self.refusal:
+            raise RuntimeError(self.refusal)
+        self.captures += 1
+        with self._capturing():
+            result = run()
+        assert self.function.captured is not None
+        values, outputs = self.function.captured
+        inputs = {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor)}
+        made = [
+            (i, x)
+            for i, x in enumerate(outputs)
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs
+        ]
+        self.scratch += [x for _, x in made]
+        places = self.memory[len(self.memory) - self.seeds :]  # a recording allocates those of its seeds last
+        seeds = [torch.empty(0, dtype=torch.int64).set_(place, 0, (), ()) for place in places]
+
+        def replay(stream: int) -> None:
+            self.log.append(("replay", stream))
+            self.during_replay()
+            with given(seeds):
+                again = self.function.fn(*values)
+            for i, x in made:
+                x.copy_(again[i])
+
+        return replay, result
+
+    @contextlib.contextmanager
+    def _capturing(self) -> Iterator[None]:
+        self.function.capturing = True
+        try:
+            yield
+        finally:
+            self.function.capturing = False
+
+
+class Acted:
+    """`fn` behind the policy; `moved`, `fixed` and the like are positions among its inputs (see `Traits`)."""
+
+    def __init__(
+        self,
+        fn: Fn,
+        moved: tuple[int, ...] = (0,),
+        fixed: tuple[int, ...] = (),
+        written: tuple[int, ...] = (),
+        varying: tuple[int, ...] = (),
+        seeds: int = 0,
+        limit: int = 4,
+    ) -> None:
+        self.function = Function(fn)
+        self.driver = FakeDriver(self.function, seeds)
+        self.turns = Turns(self.driver)
+        self.notes: list[str] = []
+        found = Traits(torch.device("cpu"), moved, fixed, written, varying, seeds, steps=100)
+        self.run = GraphedExecutor(self.function, found, self.turns, limit, lambda _, text: self.notes.append(text))  # type: ignore[arg-type]
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        inputs = list(args)
+        out = self.run(inputs)
+        assert not inputs, "the list is handed over"
+        return out
+
+    @property
+    def replays(self) -> int:
+        return sum(what == "replay" for what, _ in self.driver.log)
+
+    def counts(self) -> tuple[int, int, int]:
+        """(runs without a graph, captures, replays) so far."""
+        return self.function.plain_runs, self.driver.captures, self.replays

@@ -1,0 +1,195 @@
+"""Which plans run as CUDA graphs: pure data, no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.errors import OptionError
+from fxopt.ir.exprs import contiguous_strides
+from fxopt.ir.graph import Phase, Role
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref
+from fxopt.journal import Journal
+from fxopt.options import Options
+from fxopt.runtime import cuda_graph
+from fxopt.runtime.capturable import MIN_STEPS, gpu, obstacle, too_dear, traits
+from fxopt.runtime.plan import InputSpec, Launch, Plan, SymbolSource
+from tests.runtime.plans import CPU, S0, plan
+
+GPU = torch.device("cuda", 0)
+
+
+def given(
+    name: str, *shape: Any, dtype: torch.dtype = torch.float32, device: torch.device = GPU, **kwargs: Any
+) -> InputSpec:
+    return InputSpec(name, dtype=dtype, device=device, shape=shape, strides=contiguous_strides(shape), **kwargs)
+
+
+def spec(name: str, *shape: Any, device: torch.device = GPU) -> BufferSpec:
+    return BufferSpec(name, torch.float32, device, shape, contiguous_strides(shape))
+
+
+def product(source: str, target: str, op: str = "aten::mm.default", **kwargs: Any) -> Call:
+    return Call(op, (Ref(source), Ref("w")), outputs=(target,), **kwargs)
+
+
+def network(*more: Any, outputs: tuple[Any, ...] = (Ref("h9"),), steps: int = 10) -> Plan:
+    """h0 = x @ w, h1 = h0 @ w, ...: a plan that is captured, with `more` inputs, buffers and steps."""
+    chain = [product("x" if k == 0 else f"h{k - 1}", f"h{k}") for k in range(steps)]
+    inputs = [given("x", 8, 8), given("w", 8, 8, role=Role.PARAMETER), *(m for m in more if isinstance(m, InputSpec))]
+    buffers = [*(spec(f"h{k}", 8, 8) for k in range(steps)), *(m for m in more if isinstance(m, BufferSpec))]
+    extra = [m for m in more if not isinstance(m, InputSpec | BufferSpec)]
+    return plan(inputs, buffers, [*chain, *extra], list(outputs))
+
+
+def launch(*buffers: str, device: torch.device = GPU, language: str = "triton") -> Launch:
+    return Launch("k", language, "k", buffers, (buffers[-1],), device, (8,))
+
+
+def test_a_network_is_captured() -> None:
+    made = network(launch("h3", "h9"))
+    assert gpu(made) == GPU and obstacle(made) is None
+    found = traits(made)
+    assert (found.moved, found.fixed, found.written, found.varying) == ((0,), (1,), (), ())
+    assert (found.device, found.seeds, found.steps) == (GPU, 0, 11)
+
+
+def test_a_plan_of_cpus_is_no_business_of_graphs() -> None:
+    made = plan([given("x", 4, device=CPU)], [spec("y", 4, device=CPU)], [launch("x", "y", device=CPU, language="cpp")], [])
+    assert gpu(made) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ((given("c", 8, device=CPU), Call("aten::copy_.default", (Ref("h1"), Ref("c")))), "c is not in a GPU's memory"),
+        ((spec("c", 8, device=CPU), Call("aten::_to_copy.default", (Ref("h1"),), {}, ("c",))), "some of it runs on the CPU"),
+        ((Call("aten::_to_copy.default", (Ref("h1"),), {"device": CPU}, (None,)),), "some of it runs on the CPU"),
+        ((launch("h1", "h2", device=torch.device("cuda", 1)),), "several GPUs"),
+        ((product("h1", "c", "local:graph 0/cond", origin="layer.cond"), spec("c", 8, 8)), "layer.cond does on the host"),
+        ((product("h1", "c", "mylib::gate.default"), spec("c", 8, 8)), "nothing is known of what mylib::gate"),
+        ((Call("aten::_local_scalar_dense.default", (Ref("h1"),), {}, (None,)),), "waits for the GPU"),
+        ((Call("fxopt::linear_cross_entropy.default", (Ref("h1"),), {}, ("c",)), spec("c", 8)), "waits for the GPU"),
+        ((Call("aten::bernoulli.p", (Ref("h1"), 0.5), {}, ("c",)), spec("c", 8, 8)), "draws from torch's generator"),
+        (
+            (InputSpec("f", "float"), Call("aten::mul.Scalar", (Ref("h1"), Ref("f")), {}, ("c",)), spec("c", 8)),
+            "f is a number",
+        ),
+        (
+            (given("z", 8, dtype=torch.complex64), Call("aten::abs.default", (Ref("z"),), {}, ("c",)), spec("c", 8)),
+            "complex",
+        ),
+        ((given("big", 1 << 24), Call("aten::sum.default", (Ref("big"),), {}, ("c",)), spec("c")), "64.0 MiB a call"),
+    ],
+)
+def test_what_cannot_be_captured_says_why(more: tuple[Any, ...], reason: str) -> None:
+    found = obstacle(network(*more))
+    assert found is not None and reason in found
+
+
+def test_few_steps_are_not_worth_it() -> None:
+    assert obstacle(network(steps=MIN_STEPS, outputs=(Ref(f"h{MIN_STEPS - 1}"),))) is None
+    short = network(steps=MIN_STEPS - 1, outputs=(Ref("h1"),))
+    assert f"it has {MIN_STEPS - 1} steps" in str(obstacle(short))
+
+
+def test_large_results_are_dear_and_views_of_inputs_are_not() -> None:
+    grown = network(launch("h9", "r"), spec("r", 1 << 24), outputs=(Ref("r"),))
+    assert "64.0 MiB" in str(obstacle(grown))
+    state = given("cache", 1 << 24, role=Role.STATE)
+    updated = network(state, Alias("part", "cache", (8, 8), (8, 1), 0), launch("h9", "part"), outputs=(Ref("cache"),))
+    assert obstacle(updated) is None
+    assert (traits(updated).fixed, traits(updated).written) == ((1, 2), (2,))
+    assert too_dear(10_000, 100) is None and too_dear(100_000_000, 100) is not None
+
+
+def test_written_without_being_state_stays_where_it_is() -> None:
+    found = traits(network(given("y", 8, 8), launch("h9", "y")))
+    assert (found.moved, found.fixed, found.written) == ((0,), (1, 2), (2,))
+
+
+def test_unused_inputs_do_not_matter() -> None:
+    made = network(given("c", 8, device=CPU), InputSpec("f", "float"))
+    assert obstacle(made) is None and traits(made).moved == (0,)
+
+
+def test_sizes_that_vary_are_looked_at() -> None:
+    made = network(InputSpec("n", "int"), given("y", S0, 8), launch("y", "h9"))
+    made = replace(made, symbols=(SymbolSource("s0", 2, "value"),))
+    assert obstacle(made) is None
+    assert (traits(made).varying, traits(made).moved) == ((2, 3), (0, 3))
+
+
+def test_seeds_are_drawn_outside() -> None:
+    made = network(Call("fxopt::seed.default", (GPU,), {}, ("s",), effect=True), spec("s"), launch("s", "h9"))
+    assert obstacle(made) is None and traits(made).seeds == 1
+
+
+def test_attention_draws_nothing() -> None:
+    flash = Call(
+        "aten::_scaled_dot_product_flash_attention.default", (Ref("h1"), Ref("h1"), Ref("h1")), {}, ("c", *[None] * 8)
+    )
+    assert obstacle(network(flash, spec("c", 8, 8))) is None
+
+
+class Stub:
+    """An executor of a plan that is not run."""
+
+    def __init__(self, made: Plan) -> None:
+        self.plan, self.kept_as = made, None
+
+
+def prepared(made: Plan, phase: Phase = Phase.INFERENCE, mode: str = "default", **options: Any) -> tuple[Any, list[str]]:
+    journal, stub = Journal("graph"), Stub(made)
+    parsed = Options.parse(None, {"mode": mode, **options})
+    out = cuda_graph.with_graphs(stub, phase, parsed, journal)  # type: ignore[arg-type]
+    assert out is stub or isinstance(out, cuda_graph.GraphedExecutor)
+    return out, [text for _, text in journal.notes]
+
+
+@pytest.fixture
+def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "_turns_at", lambda index: cuda_graph.Turns(None))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("some_gpu")
+def test_inference_is_captured_in_every_mode() -> None:
+    for mode in ("default", "reduce-overhead", "max-autotune"):
+        found, notes = prepared(network(), mode=mode)
+        assert isinstance(found, cuda_graph.GraphedExecutor) and notes == [cuda_graph.CAPTURED]
+
+
+@pytest.mark.usefixtures("some_gpu")
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({"cuda_graphs": False}, {"disable": ["cuda-graphs"]}):
+        assert prepared(network(), **options)[1] == ["not captured: switched off"]
+    monkeypatch.setenv("FXOPT_DISABLE", "cuda-graphs")
+    assert prepared(network())[1] == ["not captured: switched off"]
+
+
+def test_training_says_that_it_is_not_captured() -> None:
+    assert prepared(network(), Phase.FORWARD)[1] == []
+    (said,) = prepared(network(), Phase.BACKWARD, mode="reduce-overhead")[1]
+    assert "training is not captured" in said
+
+
+def test_an_obstacle_is_noted() -> None:
+    (said,) = prepared(network(steps=2, outputs=(Ref("h1"),)))[1]
+    assert said.startswith("not captured: it has 2 steps")
+
+
+def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(index: int) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(cuda_graph, "_turns_at", refuse)
+    assert prepared(network())[1] == ["not captured: libcuda.so.1: cannot open shared object file"]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.5])
+def test_the_limit_is_a_count(value: Any) -> None:
+    with pytest.raises(OptionError, match="a number > 0"):
+        Options.parse(None, {"cuda_graph_limit": value})
