@@ -107,10 +107,10 @@ def _lower_and_choose(
             lowered = tune.choose_attention(lowered, options, store, journal)
         with journal.timed("scheduling"):
             lowered = schedule(lowered, batch=batch, apart=apart)
-            if contractions.NAME not in options.disable and options.tuning_seconds != 0:
-                lowered = with_contractions(lowered, every=options.mode == "max-autotune")
             if attention_kernels.NAME not in options.disable and options.tuning_seconds != 0:
                 lowered = with_attention_kernels(lowered)
+            if contractions.NAME not in options.disable and options.tuning_seconds != 0:
+                lowered = with_contractions(lowered, every=options.mode == "max-autotune")
         with journal.timed("kernels"):
             lowered, chosen, failed = tune.choose(lowered, options, store, journal)
         if not failed:

@@ -1,7 +1,7 @@
 """Attention as Triton kernels: entries with flat parameters that call the templates of `codegen/templates/attention.py`.
 
 Sizes, strides and block sizes are literals of an entry, so its text is the whole problem. Of `attend`, b0, b1 and b2 are
-query, key and value; then come the mask, if there is one, and what is stored.
+query, key and value; then come the mask, if there is one, what is stored, and what scores are computed from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 
 from fxopt.codegen.templates.attention_config import AttentionConfig, block_of
 from fxopt.codegen.triton import Printed
+from fxopt.codegen.triton_block import BlockFunction, print_block
+from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
 from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
@@ -22,7 +24,9 @@ from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import attention"
 
-JOIN_WARPS = 4
+_SCORES = "scores"
+_JOIN = AttentionConfig(1, 1, warps=4, stages=1)
+"""How parts are joined; only warps and stages count."""
 
 
 def print_attention(attention: Attention, config: AttentionConfig, target: Target) -> Printed:
@@ -49,27 +53,48 @@ def _attend(attention: Attention, config: AttentionConfig, stored: Sequence[str]
     split, mask = config.split > 1, attention.mask
     operands = [f"b{k}{_plus(x)}" for k, x in enumerate(attention.operands)]
     results = [f"b{len(operands) + k}" for k in range(len(stored))]
+    scores = _scores(attention, config, len(operands) + len(results))
+    given = [*operands, *(["b0"] if mask is None else []), *results]
     if not split:
-        results = [results[0] + _plus(attention.out), results[0]]
+        given[-1:] = [given[-1] + _plus(attention.out), given[-1]]
     _, heads, rows, width = attention.query.shape
     groups, keys, value_width = attention.key.shape[1], attention.key.shape[2], attention.value.shape[3]
     boolean = mask is not None and attention.buffers[mask.buffer].dtype == torch.bool
-    kind, strides = _kind(attention), (0, 0, 0, 0) if mask is None else mask.strides
+    strides = (0, 0, 0, 0) if mask is None else mask.strides
     sizes = f"{heads}, {rows}, {keys}, {width}, {value_width}, {heads // groups}"
-    layouts = ", ".join(str(x.strides[:3]) for x in (attention.query, attention.key, attention.value))
-    meaning = f'{attention.scale!r}, {attention.causal}, "{kind}", {boolean}'
+    layouts = ", ".join(map(str, (attention.query.strides[:3], attention.key.strides, attention.value.strides[:3])))
+    meaning = f'{attention.scale!r}, {attention.causal}, "{_kind(attention)}", {boolean}'
     blocks = f"BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(value_width)}"
-    way = f'PACK={config.pack}, SPLIT={config.split}, PRECISION="ieee"'
-    given = [*operands, *(["b0"] if mask is None else []), *results]
+    way = f'PACK={config.pack}, SPLIT={config.split}, PRECISION="ieee", SCORES={_SCORES if scores.text else None}'
     call = (
-        f"attention.attend(\n        {', '.join(given)}, {sizes},\n        {layouts}, {strides}, {attention.out.strides},\n"
-        f"        {meaning},\n        {blocks}, {way},\n    )"
+        f"attention.attend(\n        {', '.join(given)}, {scores.extra}, {sizes},\n"
+        f"        {layouts}, {strides}, {attention.out.strides},\n        {meaning},\n        {blocks}, {way},\n    )"
     )
-    buffers = (*(x.buffer for x in attention.operands), *stored)
     types = [POINTER_TYPE[attention.buffers[x.buffer].dtype] for x in attention.operands]
     types += ["*fp32", "*fp32"] if split else [POINTER_TYPE[attention.dtype]]
-    name = "_".join(["fx_attention", *(["causal"] * attention.causal), *(["masked"] * bool(kind)), *(["split"] * split)])
-    return _source(name, call, types, buffers, config.programs(attention), config.warps, config.stages)
+    parameters = {f"b{k}": kind for k, kind in enumerate(types)} | scores.parameters
+    buffers = (*(x.buffer for x in attention.operands), *stored, *scores.buffers)
+    return _source(_name(attention, split), call, parameters, buffers, config.programs(attention), config, scores)
+
+
+def _name(attention: Attention, split: bool) -> str:
+    words = ["fx_attention"]
+    if attention.scores is not None:
+        words += operations(attention.scores.region.nest)
+    return "_".join(words + ["causal"] * attention.causal + ["masked"] * (attention.mask is not None) + ["split"] * split)
+
+
+_NOTHING = BlockFunction("", {}, (), ())
+
+
+def _scores(attention: Attention, config: AttentionConfig, reserved: int) -> BlockFunction:
+    """What is done to scores, as the function that the template calls."""
+    scores = attention.scores
+    if scores is None:
+        return _NOTHING
+    rows, keys = attention.query.shape[2], attention.key.shape[2]
+    extents = (rows, rows * config.pack % config.block_m != 0), (keys, keys % config.block_n != 0)
+    return print_block(_SCORES, scores.region, scores.axes, extents, {scores.product: "acc"}, reserved, returns=True)
 
 
 def _join(attention: Attention, config: AttentionConfig, stored: Sequence[str]) -> KernelSource:
@@ -80,14 +105,16 @@ def _join(attention: Attention, config: AttentionConfig, stored: Sequence[str]) 
         f'        "{_kind(attention)}", '
         f"SPLIT={config.split}, PARTS={block_of(config.split, 1)}, EVB={block_of(width)},\n    )"
     )
-    types = ["*fp32", "*fp32", POINTER_TYPE[attention.dtype]]
-    buffers = (*stored, attention.out.buffer)
-    return _source("fx_attention_join", call, types, buffers, batch * heads * rows, JOIN_WARPS, 1)
+    parameters = {"b0": "*fp32", "b1": "*fp32", "b2": POINTER_TYPE[attention.dtype]}
+    programs = batch * heads * rows
+    return _source("fx_attention_join", call, parameters, (*stored, attention.out.buffer), programs, _JOIN, _NOTHING)
 
 
 def _kind(attention: Attention) -> str:
-    """The template's name for the kind of mask."""
+    """The template's word for what else there is to scores."""
     mask = attention.mask
+    if attention.scores is not None:
+        return "function"
     return "" if mask is None else "rows" if mask.strides[1] or mask.strides[2] else "row"
 
 
@@ -96,21 +123,28 @@ def _plus(view: Strided) -> str:
 
 
 def _source(
-    entry: str, call: str, types: Sequence[str], buffers: tuple[str, ...], programs: int, warps: int, stages: int
+    entry: str,
+    call: str,
+    parameters: dict[str, str],
+    buffers: tuple[str, ...],
+    programs: int,
+    config: AttentionConfig,
+    scores: BlockFunction,
 ) -> KernelSource:
-    parameters = {f"b{k}": kind for k, kind in enumerate(types)}
+    kernel = f"@triton.jit\ndef {entry}({', '.join(parameters)}):\n    {call}"
     return KernelSource(
         language="triton",
         entry=entry,
-        text=f"{PREAMBLE}\n{MODULE}\n\n\n@triton.jit\ndef {entry}({', '.join(parameters)}):\n    {call}\n",
+        text="\n\n\n".join(part for part in (f"{PREAMBLE}\n{MODULE}", scores.text, kernel) if part) + "\n",
         buffers=buffers,
+        sizes=scores.sizes,
         grid=(programs, 1, 1),
         compile_options={
             "signature": parameters,
             "constexprs": {},
-            "aligned": list(parameters),
-            "num_warps": warps,
-            "num_stages": stages,
+            "aligned": [p for p, kind in parameters.items() if kind.startswith("*")],
+            "num_warps": config.warps,
+            "num_stages": config.stages,
             "asserts": False,
         },
     )

@@ -6,7 +6,7 @@ operands, the others what the epilogue loads and stores. An operand that the epi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +15,9 @@ from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.templates import gemm_config, gemm_entry
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem
 from fxopt.codegen.triton import Printed, configs, print_nest
-from fxopt.codegen.triton_emit import Emitter, Frame, Names
-from fxopt.codegen.triton_index import int32_limits
+from fxopt.codegen.triton_block import BlockFunction, print_block
 from fxopt.codegen.triton_names import operations
-from fxopt.codegen.triton_nest import PREAMBLE, size_expressions, size_type, straight_line, with_salts
-from fxopt.codegen.triton_tiling import Axis, Tiling, accesses_of
+from fxopt.codegen.triton_nest import PREAMBLE
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, mul, prod, symbol
 from fxopt.ir.kernel import KernelSource
@@ -27,8 +25,6 @@ from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region
 from fxopt.target import Target
 
-_AXES = {"z": 0, "y": 1, "x": 2}
-_BLOCKS = {"y": "YB", "x": "XB"}
 _EPILOGUE = "epilogue"
 _OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
 _CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
@@ -121,33 +117,22 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
 
 def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:
     epilogue = print_epilogue(contraction, config.block_m, config.block_n)
-    extra = f"({', '.join(epilogue.parameters)},)" if epilogue.parameters else "()"
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
-    call = gemm_entry.gemm_call(problem, config, extra=extra, epilogue=_EPILOGUE)
+    call = gemm_entry.gemm_call(problem, config, extra=epilogue.extra, epilogue=_EPILOGUE)
     return source_of(contraction, entry, call, epilogue, config.warps, config.stages)
 
 
 def _print_parts(contraction: Contraction, partial: BufferSpec, problem: GemmProblem, config: GemmConfig) -> KernelSource:
     call = gemm_entry.gemm_call(problem, config, extra="b2")
-    sums = Epilogue("", {"b2": "*fp32"}, (partial.name,), ())
+    sums = BlockFunction("", {"b2": "*fp32"}, (partial.name,), ())
     return source_of(contraction, "fx_gemm_split", call, sums, config.warps, config.stages)
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """A printed epilogue: its text, its parameters in order with their types, the buffers and sizes that they are."""
-
-    text: str
-    parameters: dict[str, str]
-    buffers: tuple[str, ...]
-    sizes: tuple[Int, ...]
 
 
 def source_of(
     contraction: Contraction,
     entry: str,
     call: gemm_entry.GemmCall,
-    epilogue: Epilogue,
+    epilogue: BlockFunction,
     warps: int,
     stages: int,
     module: str = gemm_entry.MODULE,
@@ -185,39 +170,14 @@ def _operands(contraction: Contraction) -> tuple[str, ...]:
     return a, b
 
 
-def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> Epilogue:
+def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> BlockFunction:
     """The nest of `contraction` on one block of so many rows (None: some of them may be none) and columns of the product, as
     a function that a template calls.
     """
-    region = replace(contraction.region, nest=with_salts(contraction.region.nest))
-    tiling = _tiling(region, contraction.axes)
-    limits = int32_limits(region, tiling)
-    index64 = limits != ()
-    extents = {"y": (contraction.sizes[1], rows), "x": (contraction.sizes[3], columns)}
-    masks = {axis: f"{axis}_mask" for axis, (size, block) in extents.items() if block is None or size % block}
-    names = Names(reserved=len(_operands(contraction)))
-    frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
+    _, m, _, n = contraction.sizes
+    extents = (m, rows is None or m % rows != 0), (n, n % columns != 0)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
-    emitter = Emitter(frame, names, registers=blocks)
-    body = straight_line(region, frame, emitter)
-    kinds = {p: ops.POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
-    kinds |= {p: size_type(s, index64) for s, p in names.sizes.items()}
-    lines = [f"{', '.join(kinds)}{',' * (len(kinds) == 1)} = extra"] if kinds else []
-    sizes = [f"{block}: tl.constexpr = acc.shape[{dim}]" for dim, block in enumerate(_BLOCKS.values())]
-    lines += [line for line, block in zip(sizes, _BLOCKS.values(), strict=True) if any(block in text for text in body)]
-    lines += [f"{axis} = {axis}.to(tl.int64)" for axis in tiling.lines] if index64 else []
-    lines += [f"{name} = {axis} < {extents[axis][0]}" for axis, name in masks.items()]
-    head = ["@triton.jit", f"def {_EPILOGUE}({', '.join(blocks.values())}, y, x, z, extra):"]
-    text = "\n".join([*head, *(f"    {line}" for line in [*lines, *body])])
-    return Epilogue(text, kinds, tuple(names.buffers), tuple(size_expressions(names)))
-
-
-def _tiling(region: Region, axes: tuple[Sym | None, Sym, Sym]) -> Tiling:
-    """The tiling of an epilogue: rows are y, columns are x, the batch is one number."""
-    lines = {name: sym for name, k in _AXES.items() if (sym := axes[k]) is not None}
-    sizes = {name: spec.dtype.itemsize for name, spec in region.buffers.items()}
-    x, y = Axis((axes[2],)), Axis((axes[1],))
-    return Tiling(region.nest, region.nest, lines, x, y, Axis(()), accesses_of(region.nest, sizes))
+    return print_block(_EPILOGUE, contraction.region, contraction.axes, extents, blocks, len(_operands(contraction)))
 
 
 def in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:

@@ -65,12 +65,11 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
         return _print_sums(contraction, problem, config, target)
     rows, columns = (None, config.channels) if isinstance(config, StencilConfig) else (config.block_m, config.block_n)
     epilogue = print_epilogue(contraction, rows, columns)
-    extra = f"({', '.join(epilogue.parameters)},)" if epilogue.parameters else "()"
     if isinstance(config, StencilConfig):
         kinds = {"b0": POINTER_TYPE[problem.dtype], "b1": POINTER_TYPE[contraction.buffers[contraction.b.buffer].dtype]}
-        call, entry, stages = _stencil(problem, config, extra, kinds), "fx_stencil", _STENCIL_STAGES
+        call, entry, stages = _stencil(problem, config, epilogue.extra, kinds), "fx_stencil", _STENCIL_STAGES
     else:
-        call, entry, stages = _implicit(problem, config, extra), "fx_conv", config.stages
+        call, entry, stages = _implicit(problem, config, epilogue.extra), "fx_conv", config.stages
     name = "_".join([entry, *operations(contraction.region.nest)])
     return Printed((source_of(contraction, name, call, epilogue, config.warps, stages, MODULE),))
 

@@ -342,12 +342,37 @@ class Strided:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What is done to products of queries and keys before the softmax, element by element.
+
+    The points of `region` are `axes`, the symbols of (head, row, key); heads of all batches are counted together, and None
+    where there is one. Its nest has one store, of the scores in float32, in which the product is the load of `product`; both
+    are buffers in registers.
+    """
+
+    axes: tuple[Sym | None, Sym, Sym]
+    product: str
+    region: Region
+
+    def __hash__(self) -> int:
+        return hash(self.region)
+
+    @property
+    def value(self) -> Scalar:
+        return self.region.nest.stores[0].value
+
+    def reads(self) -> tuple[str, ...]:
+        """Buffers in memory that are read."""
+        return tuple(name for name in self.region.reads() if name != self.product)
+
+
+@dataclass(frozen=True)
 class Attention:
     """softmax(query @ key.T * scale + mask) @ value as kernels of ours.
 
     query [B, H, S, E], key [B, G, T, E], value [B, G, T, Ev] and out [B, H, S, Ev] lie in `buffers`; so does the mask, which
     strides of 0 broadcast to [B, H, S, T]: true where a key is seen, or an addend. A causal mask shows row i the keys up
-    to i.
+    to i. With `scores`, these are in the place of scale, mask and causality, and a row of minus infinity is NaN.
     """
 
     name: str
@@ -360,6 +385,7 @@ class Attention:
     scale: float
     buffers: dict[str, BufferSpec]
     origins: tuple[str, ...] = ()
+    scores: Scores | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -380,7 +406,8 @@ class Attention:
 
     def reads(self) -> tuple[str, ...]:
         """Buffers read, in order of first use."""
-        return tuple(dict.fromkeys(x.buffer for x in self.operands))
+        more = () if self.scores is None else self.scores.reads()
+        return tuple(dict.fromkeys((*(x.buffer for x in self.operands), *more)))
 
     def writes(self) -> tuple[str, ...]:
         """The buffer stored to."""

@@ -10,10 +10,11 @@ import torch
 from fxopt.ir import ops
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.exprs import Int
-from fxopt.ir.region import Alias, Alternatives, Attention, Call, Ref, Step, Strided, Way
+from fxopt.ir.region import Alias, Alternatives, Attention, Call, Ref, Region, Step, Strided, Way, refs
 from fxopt.lower.attention_calls import OPS, TENSORS, AttentionCall, find_attention
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import as_view
+from fxopt.lower.written_attention import find_written_attention
 
 NAME = "attention_kernels"
 """What switches this off (FXOPT_DISABLE)."""
@@ -33,27 +34,50 @@ TILE_ROWS = 128
 def with_attention_kernels(lowered: Lowered) -> Lowered:
     """`lowered`, already scheduled, with `Alternatives` for each attention on a GPU that kernels of ours can compute.
 
+    That is a call, or two products with a softmax between them.
+
     Only for calls without a gradient: a forward in training belongs to the backward of its library. As when backends are
     chosen, deterministic algorithms and a single enabled backend leave all to torch: what is measured may change.
     """
     if torch.are_deterministic_algorithms_enabled() or len(enabled_backends()) < 2:
         return lowered
-    found = {id(f.call): f for f in find_attention(lowered) if f.device.type == "cuda" and len(f.results) == 1}
+    if not any(spec.device.type == "cuda" for spec in lowered.buffers.values()):
+        return lowered
+    steps: list[Step | None] = list(lowered.steps)
     views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
-    steps: list[Step] = []
-    for step in lowered.steps:
-        own = _kernel(found[id(step)], lowered, views) if id(step) in found else None
-        if own is None or not isinstance(step, Call):
-            steps.append(step)
-            continue
-        named = tuple(views[r.name] for r in _references(step).values() if r.name in views)
-        ways = (Way(LIBRARY, (step,)), Way(KERNEL, (own,)))
-        steps.append(Alternatives(own.name, ways, own.buffers, tuple(dict.fromkeys(named))))
-    return replace(lowered, steps=steps)
+    for found in find_attention(lowered):
+        if found.device.type == "cuda" and len(found.results) == 1:
+            k = next(k for k, step in enumerate(steps) if step is found.call)
+            steps[k] = _alternatives((found.call,), _kernel(found, lowered, views), lowered, views) or steps[k]
+    for written in find_written_attention(lowered):
+        apart = tuple(s for k in written.steps if isinstance(s := lowered.steps[k], Call | Region))
+        together = _alternatives(apart, written.step, lowered, views)
+        if together is not None:
+            *others, last = written.steps
+            steps[last] = together
+            for k in others:
+                steps[k] = None
+    return replace(lowered, steps=[s for s in steps if s is not None])
+
+
+def _alternatives(
+    apart: tuple[Call | Region, ...], own: Attention | None, lowered: Lowered, views: Mapping[str, Alias]
+) -> Alternatives | None:
+    """The steps `apart` and `own`, which computes the same; None where the templates do not take that."""
+    if own is None or not _is_eligible(own):
+        return None
+    calls = [step for step in apart if isinstance(step, Call)]
+    named = [n for call in calls for n in (*refs((call.args, call.kwargs)), *filter(None, call.outputs))]
+    used = dict.fromkeys(n for n in named if n in views)
+    names = [*(views[n].of if n in views else n for n in named)]
+    names += [n for step in apart if isinstance(step, Region) for n in step.buffers]
+    buffers = own.buffers | {n: lowered.buffers[n] for n in names}
+    ways = (Way(LIBRARY, apart), Way(KERNEL, (own,)))
+    return Alternatives(own.name, ways, buffers, tuple(views[n] for n in used))
 
 
 def _kernel(found: AttentionCall, lowered: Lowered, views: Mapping[str, Alias]) -> Attention | None:
-    """`found` as a step of kernels, or None where the templates do not take it."""
+    """`found` as a step of kernels, or None where something of it is symbolic."""
     names = {name: ref.name for name, ref in _references(found.call).items()}
     tensors = {name: _strided(of, lowered, views) for name, of in (*names.items(), ("out", found.call.outputs[0]))}
     query, key, value, mask, out = (tensors.get(name) for name in (*TENSORS, "out"))
@@ -65,8 +89,7 @@ def _kernel(found: AttentionCall, lowered: Lowered, views: Mapping[str, Alias]) 
     scale = query.shape[3] ** -0.5 if settings.scale is None else settings.scale
     buffers = {x.buffer: lowered.buffers[x.buffer] for x in (query, key, value, mask, out) if x is not None}
     name, origins = f"{out.buffer}.attention", (found.call.origin,)
-    own = Attention(name, query, key, value, mask, out, settings.is_causal, scale, buffers, origins)
-    return own if _is_eligible(own) else None
+    return Attention(name, query, key, value, mask, out, settings.is_causal, scale, buffers, origins)
 
 
 def _references(call: Call) -> dict[str, Ref]:
@@ -107,9 +130,10 @@ def _is_eligible(own: Attention) -> bool:
         return False
     if any(w > MOST_FEATURES or w % FEATURES_MULTIPLE for w in (key.shape[3], value.shape[3])):
         return False
-    if any(x.strides[3] != 1 for x in (query, key, value)) or not 0.0 < own.scale < float("inf"):
+    if query.strides[3] != 1 or value.strides[3] != 1 or 1 not in key.strides[2:] or not 0.0 < own.scale < float("inf"):
         return False
-    reach = [(x.shape[2] + TILE_ROWS) * x.strides[2] for x in (query, key, value, own.out)]
+    tensors = (query, key, value, own.out)
+    reach = [(x.shape[2] + TILE_ROWS) * x.strides[2] + MOST_FEATURES * x.strides[3] for x in tensors]
     if mask is not None:
         reach.append(sum((n + TILE_ROWS) * s for n, s in zip(mask.shape[1:], mask.strides[1:], strict=True)))
     return all(n < MOST_ELEMENTS for n in reach)

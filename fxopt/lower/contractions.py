@@ -16,7 +16,7 @@ import torch
 from fxopt.ir.exprs import Int, Sym, add, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
-from fxopt.ir.region import Alias, Alternatives, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
+from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.joining import combine, remap, with_nests
@@ -381,7 +381,10 @@ class _Search:
         for step in steps:
             if isinstance(step, Alias):  # which comes after what makes its memory
                 reads.add(self._root(step.of))
-            elif isinstance(step, Region | Batch):
+            elif isinstance(step, Alternatives):  # attention, which was looked for before
+                of_ways = [self._accesses(*way.steps) for way in step.ways]
+                reads, writes = reads.union(*(r for r, _ in of_ways)), writes.union(*(w for _, w in of_ways))
+            elif isinstance(step, Region | Batch | Attention):
                 reads |= {self._root(n) for n in step.reads()}
                 writes |= {self._root(n) for n in step.writes()}
             elif isinstance(step, Call):

@@ -154,6 +154,14 @@ def test_values_past_the_end_are_not_read(interpreter: Interpreter) -> None:
     check(interpreter, WHOLE, x._replace(key=key, value=value))
 
 
+@pytest.mark.parametrize("width", [16, 24])
+def test_keys_with_contiguous_rows(interpreter: Interpreter, width: int) -> None:
+    x = inputs(4, 2, 7, 41, width)
+    check(interpreter, AttentionConfig(16, 16, 4, 2, 2, 2), x._replace(key=x.key.mT.contiguous().mT))
+    x = inputs(2, 2, 7, 32, width)
+    check(interpreter, WHOLE, x._replace(key=x.key.mT.contiguous().mT))
+
+
 def test_half_types(interpreter: Interpreter) -> None:
     for config in (WHOLE, AttentionConfig(16, 16, 4, 2, 2, 3)):
         check(interpreter, config, inputs(4, 2, 8, 41, 32, scale=0.3, dtype=torch.float16))

@@ -22,7 +22,7 @@ from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
 
-from fxopt.codegen import triton_contraction
+from fxopt.codegen import triton_block
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
@@ -207,7 +207,7 @@ def test_values_at_odd_sizes_and_strides(interpreter: Interpreter, config: GemmC
 def test_values_with_wide_indices(interpreter: Interpreter, config: GemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code for memory beyond 2**31 elements, on less."""
     monkeypatch.setattr(GemmProblem, "wide", True)
-    monkeypatch.setattr(triton_contraction, "int32_limits", lambda region, tiling: None)
+    monkeypatch.setattr(triton_block, "int32_limits", lambda region, tiling: None)
     for name in ("dropout", "bmm transposed"):
         check(interpreter, *FUNCTIONS[name], config)
 

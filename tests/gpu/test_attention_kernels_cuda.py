@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks.attention_kernels import contenders, step_of
+from benchmarks.written_attention import Case, capped, precise_bias
 from fxopt.codegen.templates.attention_config import plausible
 from fxopt.ir.attention_backends import MATH, Inputs, Settings, forward, forward_by
 from fxopt.journal import RECENT
@@ -21,6 +22,7 @@ from fxopt.lower.attention_kernels import KERNEL
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.measure import Trial
+from tests.numerics import assert_closer
 
 tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
@@ -115,3 +117,19 @@ def test_a_static_cache_is_read_by_kernels_of_ours(monkeypatch: pytest.MonkeyPat
             assert error <= EAGERS_ERROR * eagers
         entries = [e.entry for journal in RECENT for e in journal.kernels]
         assert any(e.startswith("fx_attention") for e in entries)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("attend", [capped, precise_bias])
+def test_attention_written_out_is_one_kernel(monkeypatch: pytest.MonkeyPatch, attend: Any, rows: int) -> None:
+    _preferring_kernels(monkeypatch)
+    torch.compiler.reset()
+    RECENT.clear()
+    q, k, v, mask = Case("small", attend, 2, 8, 4, rows, 300, 128).inputs(torch.device("cuda"))
+    compiled = torch.compile(attend, backend="fxopt", dynamic=False)
+    with torch.no_grad():
+        got, eager = compiled(q, k, v, mask), attend(q, k, v, mask)
+        exact = attend(q.double(), k.double(), v.double(), mask.double())
+    assert_closer([got], [eager], [exact])
+    entries = [e.entry for journal in RECENT for e in journal.kernels]
+    assert any(e.startswith("fx_attention") for e in entries) and not [op for j in RECENT for op, _ in j.library]

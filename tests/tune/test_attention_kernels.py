@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir.attention_op import attention
 from fxopt.ir.region import Alternatives, Attention, Call
 from fxopt.lower import Lowered
 from fxopt.lower.attention_kernels import KERNEL, LIBRARY
+from fxopt.lower.contractions import with_contractions
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.runtime.plan import Launch
 from fxopt.tune.candidate import attention_candidates
@@ -79,3 +81,24 @@ def test_what_is_compiled_at_all() -> None:
     assert not attention_candidates(prefill, TARGET, "default") and attention_candidates(prefill, TARGET, "max-autotune")
     mask = torch.zeros(256, 256, dtype=torch.bfloat16)
     assert attention_candidates(kernel_of(searched(attention, *(rand(1, 4, 256, 64),) * 3, mask)), TARGET, "default")
+    written = kernel_of(searched(lambda q, k, v: torch.softmax(torch.tanh(q @ k.mT), -1) @ v, *(rand(1, 4, 256, 64),) * 3))
+    assert attention_candidates(written, TARGET, "default"), "no library computes that"
+
+
+def test_written_attention_becomes_launches(bench: Bench, store: ArtifactStore) -> None:
+    """Of one kernel or of two products, a softmax and copies, in a layer with products before and after."""
+
+    def layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        q, k, v = (F.linear(x, w, b).relu().unflatten(-1, (4, 16)).transpose(1, 2) for _ in range(3))
+        scores = torch.softmax(torch.tanh(q @ k.mT), -1)
+        return F.linear((scores @ v).transpose(1, 2).flatten(2), w, b).relu()
+
+    args = tuple(torch.empty(shape, dtype=torch.bfloat16) for shape in ((2, 128, 64), (64, 64), (64,)))
+    for winner, calls in ((KERNEL, 4), (LIBRARY, 6)):
+        bench.seconds = {winner: 0.5}
+        low = with_contractions(searched(layer, *args))
+        after, chosen, failed, _ = tuned(low, ArtifactStore(store.directory / winner), mode="default")
+        plan = planned(after, chosen)
+        assert not failed and sum(isinstance(s, Call) for s in plan.steps) == calls
+        entries = [s.entry for s in plan.steps if isinstance(s, Launch)]
+        assert any(e.startswith("fx_attention") for e in entries) == (winner == KERNEL)

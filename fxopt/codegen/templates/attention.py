@@ -9,10 +9,15 @@ position of a whole group still fills the tensor cores. Row m of all is position
 
 Shapes: query [B, H, S, E], key [B, G, T, E], value [B, G, T, EV], H = G * GROUP; the mask is broadcast to [B, H, S, T] by
 strides of 0. Sizes and strides are literals in elements; offsets within a head, and within a batch's mask, are below 2**31.
-Features are contiguous in query, key and value. Products are summed in float32, and so are probabilities.
+Features are contiguous in query and value, features or rows in the key. Products and probabilities are summed in float32.
 
 Scores that are not hidden but by the mask's minus infinity are as in eager: NaN in a row makes all of it NaN. A row hidden
 throughout is zero, as from torch's own fused kernels.
+
+`SCORES(product, y, x, head, extra)` makes scores of a float32 block of query @ key.T with row numbers y [BM, 1] and key
+numbers x [1, BN], where `head` counts the heads of all batches (a number or, if tiles have several, [BM, 1]) and `extra` is
+the entry's tuple of whatever it needs. It masks what it loads for rows from S and keys from T on. A row of such scores that
+are all minus infinity is NaN, as in eager.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
@@ -23,8 +28,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-ROWS_OF_MASK = tl.constexpr("rows")
-"""Kind of a mask with a row for each row of scores; any other text but "" is one row for all."""
+NO_MASK, ONE_ROW, ROWS, FUNCTION = tl.constexpr(""), tl.constexpr("row"), tl.constexpr("rows"), tl.constexpr("function")
+"""What else there is to scores: nothing; a mask of one row for all, or of one for each; `SCORES`, which makes them."""
 
 
 @triton.jit
@@ -37,6 +42,22 @@ def block_of(rows, features, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, visib
         return tl.load(pointers, mask=visible[:, None], other=0.0)
     elif BLOCK != SIZE:
         return tl.load(pointers, mask=(features < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def turned_block_of(rows, feature, row, held, RAGGED: tl.constexpr, visible, MASKED: tl.constexpr):
+    """The same with rows as columns, [BLOCK, R], for memory in which rows are contiguous: `feature` are offsets, too, of
+    which RAGGED says that not all are `held`.
+    """
+    pointers = rows + (feature[:, None] + row[None, :])
+    if MASKED and RAGGED:
+        return tl.load(pointers, mask=held[:, None] & visible[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=visible[None, :], other=0.0)
+    elif RAGGED:
+        return tl.load(pointers, mask=held[:, None], other=0.0)
     else:
         return tl.load(pointers)
 
@@ -57,12 +78,22 @@ def addend_of(mask, at, inside, BOOLEAN: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def divisor_of(total, MASK: tl.constexpr):
+    """What sums over values are divided by: not 0 for a row that a mask hides throughout."""
+    if MASK == FUNCTION:
+        return total
+    else:
+        return tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
 def over_keys(
-    acc, most, total, q, keys, values, mask, position, mask_row, first, end,
-    S: tl.constexpr, T: tl.constexpr, key_row: tl.constexpr, value_row: tl.constexpr, mask_column: tl.constexpr,
+    acc, most, total, q, keys, values, mask, position, mask_row, head, extra, first, end,
+    S: tl.constexpr, T: tl.constexpr, key_row: tl.constexpr, key_feature: tl.constexpr, value_row: tl.constexpr,
+    mask_column: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr, HIDDEN: tl.constexpr,
     EDGE: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, EV: tl.constexpr, EVB: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """(acc, most, total) after the keys from `first` to `end`: sums of exp(score - most) * value and of exp(score - most).
 
@@ -73,21 +104,26 @@ def over_keys(
     for block in range(first, end, BN):
         column = tl.full([], 0, tl.int32) + block + n  # a tensor in the interpreter too
         inside = column < T
-        k = block_of(keys, features, column * key_row, E, EB, inside, EDGE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if MASK == ROWS_OF_MASK:
+        if key_feature == 1:
+            k = tl.trans(block_of(keys, features, column * key_row, E, EB, inside, EDGE))
+        else:
+            k = turned_block_of(keys, features * key_feature, column * key_row, features < E, EB != E, inside, EDGE)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if MASK == ROWS:
             at = mask_row[:, None] + (column * mask_column)[None, :]
             readable = inside[None, :] & (position < S)[:, None]
             scores = scores * SCALE + addend_of(mask, at, readable, BOOLEAN, True)
-        elif MASK != "":
+        elif MASK == ONE_ROW:
             scores = scores * SCALE + addend_of(mask, column * mask_column, inside, BOOLEAN, EDGE)[None, :]
+        elif MASK == FUNCTION:
+            scores = SCORES(scores, position[:, None], column[None, :], head, extra)
         if EDGE and CAUSAL:
             scores = tl.where(inside[None, :] & (column[None, :] <= position[:, None]), scores, float("-inf"))
         elif EDGE:
             scores = tl.where(inside[None, :], scores, float("-inf"))
         # A mask may be as low as the least float: then only differences may be multiplied.
-        unit: tl.constexpr = SCALE * LOG2_E if MASK == "" else 1.0
-        power: tl.constexpr = 1.0 if MASK == "" else LOG2_E
+        unit: tl.constexpr = SCALE * LOG2_E if MASK == NO_MASK else 1.0
+        power: tl.constexpr = 1.0 if MASK == NO_MASK else LOG2_E
         higher = tl.maximum(most, tl.max(scores, 1) * unit)
         if HIDDEN:
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -103,19 +139,19 @@ def over_keys(
 
 @triton.jit
 def attend(
-    query, key, value, mask, out, statistics,
+    query, key, value, mask, out, statistics, extra,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK_STRIDES: tl.constexpr, OUT: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """The grid is B * (H / PACK) * cdiv(S * PACK, BM) * SPLIT programs.
 
-    QUERY, KEY and VALUE are strides of batch, head and row, MASK_STRIDES and OUT of all four dimensions. A causal mask shows
-    row i the keys up to i. MASK: "" for none, "rows" or "row" (see `ROWS_OF_MASK`); BOOLEAN if it is true where a key is
-    seen, else it is added. With SPLIT > 1, `out` is float32 [SPLIT, B * H * S, EV], the sums of
-    the parts, and `statistics` float32 [2, SPLIT, B * H * S], their greatest scores and sums of exponentials.
+    QUERY and VALUE are strides of batch, head and row, the others of all four dimensions. A causal mask shows row i the keys
+    up to i. MASK: see `NO_MASK`; BOOLEAN if it is true where a key is seen, else it is added. With SPLIT > 1,
+    `out` is float32 [SPLIT, B * H * S, EV], the sums of the parts, and `statistics` float32 [2, SPLIT, B * H * S], their
+    greatest scores and sums of exponentials.
     """
     tiles: tl.constexpr = (S * PACK + BM - 1) // BM
     part, tile = tl.program_id(0) % SPLIT, tiles - 1 - tl.program_id(0) // SPLIT % tiles  # the longest causal rows first
@@ -128,7 +164,12 @@ def attend(
     position, own_head = row // PACK, head + row % PACK
     q_row = own_head.to(tl.int64) * QUERY[1] + position * QUERY[2]
     q = block_of(query + wide * QUERY[0], tl.arange(0, EB), q_row, E, EB, position < S, S * PACK % BM != 0)
-    mask_row = own_head * MASK_STRIDES[1] + position * MASK_STRIDES[2]
+    masks, mask_row = mask + wide * MASK_STRIDES[0], own_head * MASK_STRIDES[1] + position * MASK_STRIDES[2]
+
+    if PACK == 1:
+        number = heads
+    else:
+        number = (batch * H + own_head)[:, None]
 
     blocks: tl.constexpr = (T + BN - 1) // BN
     each: tl.constexpr = (blocks + SPLIT - 1) // SPLIT * BN
@@ -140,22 +181,23 @@ def attend(
 
     most, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, EVB], tl.float32)
-    hidden: tl.constexpr = MASK != "" or (CAUSAL and SPLIT > 1)
+    hidden: tl.constexpr = MASK != NO_MASK or (CAUSAL and SPLIT > 1)
     acc, most, total = over_keys(
-        acc, most, total, q, keys, values, mask + wide * MASK_STRIDES[0], position, mask_row, first, whole,
-        S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB, PRECISION,
+        acc, most, total, q, keys, values, masks, position, mask_row, number, extra, first, whole,
+        S, T, KEY[2], KEY[3], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB,
+        PRECISION, SCORES,
     )  # fmt: skip
     if CAUSAL or T % BN != 0:
         acc, most, total = over_keys(
-            acc, most, total, q, keys, values, mask + wide * MASK_STRIDES[0], position, mask_row, whole, end,
-            S, T, KEY[2], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
-            PRECISION,
+            acc, most, total, q, keys, values, masks, position, mask_row, number, extra, whole, end,
+            S, T, KEY[2], KEY[3], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
+            PRECISION, SCORES,
         )  # fmt: skip
 
     features = tl.arange(0, EVB)
     inside = (position < S)[:, None] & (features < EV)[None, :]
     if SPLIT == 1:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = acc / divisor_of(total, MASK)[:, None]
         at = own_head.to(tl.int64) * OUT[1] + position * OUT[2]
         place = out + wide * OUT[0] + (at[:, None] + (features * OUT[3])[None, :])
         tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
@@ -181,12 +223,12 @@ def join(
     highest = tl.load(statistics + at, mask=part < SPLIT, other=float("-inf"))
     totals = tl.load(statistics + (SPLIT * count + at), mask=part < SPLIT, other=0.0)
     most = tl.max(highest, 0)
-    power: tl.constexpr = 1.0 if MASK == "" else LOG2_E
+    power: tl.constexpr = 1.0 if MASK == NO_MASK else LOG2_E
     weights = tl.exp2((highest - tl.where(most == float("-inf"), 0.0, most)) * power)
     inside = (part < SPLIT)[:, None] & (features < EV)[None, :]
     sums = tl.load(parts + (at[:, None] * EV + features[None, :]), mask=inside, other=0.0)
     total = tl.sum(totals * weights, 0)
-    value = tl.sum(sums * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    value = tl.sum(sums * weights[:, None], 0) / divisor_of(total, MASK)
     batch, head, position = row // (H * S), row // S % H, row % S
     place = out + (batch.to(tl.int64) * OUT[0] + head.to(tl.int64) * OUT[1] + position.to(tl.int64) * OUT[2])
     tl.store(place + features * OUT[3], value.to(out.dtype.element_ty), mask=features < EV)

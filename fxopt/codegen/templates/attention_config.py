@@ -117,10 +117,11 @@ def may_win(attention: Attention, target: Target) -> bool:
     """Whether a kernel of ours may be faster than the best one of a library.
 
     Those go over all keys at the rate of large products, but they pack no heads, split the keys less, and masks slow them
-    down. cuDNN's, for Hopper and later, are out of reach where arithmetic is all that counts.
+    down. cuDNN's, for Hopper and later, are out of reach where arithmetic is all that counts. What else is done to scores no
+    library computes.
     """
-    few = attention.query.shape[2] <= FEW_ROWS
-    return few or attention.mask is not None or not target.has_warpgroup_products
+    special = attention.mask is not None or attention.scores is not None
+    return special or attention.query.shape[2] <= FEW_ROWS or not target.has_warpgroup_products
 
 
 def ranked(attention: Attention, target: Target) -> list[AttentionConfig]:
