@@ -19,6 +19,7 @@ from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
+from fxopt.lower.cut_products import cut_to, padding_of
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
@@ -69,7 +70,7 @@ class _Search:
             convolution = step if isinstance(step, Call) and step.op == CONVOLUTION else None
             if convolution is not None and self._fuse_shortcut(k, convolution, product):
                 continue
-            if product is not None and self._fuse(k, product):
+            if product is not None and (self._fuse(k, product) or self._fuse_cut(k, product)):
                 continue
             if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
@@ -203,6 +204,27 @@ class _Search:
                     return True
         return False
 
+    def _fuse_cut(self, k: int, product: Product) -> bool:
+        """`_fuse` for a padded product of which one region reads what is no padding, and nobody anything else."""
+        name = product.result.buffer
+        readers = [j for j, s in enumerate(self.steps) if name in self.accesses[j][0] and not isinstance(s, Alias)]
+        region = self.steps[readers[0]] if len(readers) == 1 else None
+        cut = cut_to(product, region) if isinstance(region, Region) else None
+        if cut is None or name in self.kept or not isinstance(region, Region):
+            return False
+        steps: tuple[int, ...] = (k, readers[0])
+        first: tuple[Region | Contraction | Call, ...] = (product.call, region)
+        padding = padding_of(self.steps, cut, self.lowered.buffers)
+        if padding is not None and not self._is_wanted(cut.b.buffer, (padding[0][0], k)):
+            (i, copying), cut = padding[0], padding[1]
+            steps, first = (i, *steps), (copying, *first)
+        place, fused = self._place(steps), self._contraction(cut, region, False)
+        if place is None or fused is None:
+            return False
+        ways = (Way(LIBRARY, first), Way(FUSED, (fused,)))
+        self._put(steps, place, self._among(fused.name, (product.call,), region, ways))
+        return True
+
     def _fuse_two(self, k: int, j: int, product: Product, region: Region) -> bool:
         """`_fuse` for product `k` with another one, or for the two halves of its columns."""
         for i, one, two in self._partners(k, j, product):
@@ -253,15 +275,17 @@ class _Search:
         """Whether step `k` can run at `place`, where those of `steps` are, which make `made`."""
         reads, writes = self.accesses[k]
         reads -= made
-        between = range(min(k, place), max(k, place) + 1)
-        others = [self.accesses[i] for i in between if i not in steps and self.steps[i] is not None]
+        between = (i for i in range(min(k, place), max(k, place) + 1) if i not in steps and self.steps[i] is not None)
+        in_sight = isinstance(self.steps[k], Region)  # what it writes is allocated for whoever names it first, a view, say
+        others = [self.accesses[i] for i in between if not (in_sight and isinstance(self.steps[i], Alias))]
         return not any(writes & (r | w) or reads & w for r, w in others)
 
     def _is_wanted(self, name: str, steps: tuple[int, ...]) -> bool:
         """Whether the product `name` is read by others than `steps`."""
         if name in self.kept:
             return True
-        return any(name in self.accesses[i][0] for i, s in enumerate(self.steps) if s is not None and i not in steps)
+        others = (i for i, s in enumerate(self.steps) if s is not None and not isinstance(s, Alias) and i not in steps)
+        return any(name in self.accesses[i][0] for i in others)  # of views, those who read them count
 
     def _contraction(self, product: Product, region: Region, wanted: bool) -> Contraction | None:
         """`product` with `region` as its epilogue, which stores the product as well where it is `wanted`."""
