@@ -11,7 +11,8 @@ from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, Sums
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.templates.gemm_entry import GemmCall
 from fxopt.codegen.triton import Printed, configs, print_nest
-from fxopt.codegen.triton_contraction import Epilogue, epilogue_ops, in_parts, moved_by_epilogue, print_epilogue, source_of
+from fxopt.codegen.triton_block import BlockFunction
+from fxopt.codegen.triton_contraction import epilogue_ops, in_parts, moved_by_epilogue, print_epilogue, source_of
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
@@ -84,7 +85,7 @@ def _print_sums(contraction: Contraction, problem: ConvProblem, config: SumsConf
     text = f"conv.stencil_gradient({_image(problem)}, {grad}, b2, ROW={row}, {_geometry(problem)}, {blocks})"
     kinds = dict.fromkeys(("b0", "b1"), POINTER_TYPE[problem.dtype])
     call = GemmCall(text, kinds, {}, config.programs(problem))
-    epilogue = Epilogue("", {"b2": "*fp32"}, (partial.name,), ())
+    epilogue = BlockFunction("", {"b2": "*fp32"}, (partial.name,), ())
     parts = source_of(contraction, "fx_stencil_gradient", call, epilogue, config.warps, _STENCIL_STAGES, MODULE)
     best = next(c for c in configs(rest, target) if c.split == 1)
     return Printed((parts, print_nest(rest, best, target, "parts")), (partial,))
