@@ -47,6 +47,7 @@ class Bench:
         self.measured: list[tuple[str, list[str]]] = []
         self.buffers: list[dict[str, BufferSpec]] = []
         self.failing: Callable[[KernelSource], bool] = lambda source: False
+        self.spilling: Callable[[KernelSource], bool] = lambda source: False
         monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
         monkeypatch.setattr(tuner, "compile_kernels", self.compile)
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
@@ -60,7 +61,8 @@ class Bench:
     def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
         if self.failing(source):
             return CompileFailure("key", f"no {source.entry}")
-        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": 0})
+        meta = {"n_spills": 8 if self.spilling(source) else 0}
+        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), meta)
 
     def compare(self, name: str, memory: measure.Memory, device: torch.device, trials: Sequence[Trial]) -> list[float]:
         self.measured.append((name, [t.label for t in trials]))
@@ -276,6 +278,16 @@ def test_a_kernel_that_the_driver_refuses_to_launch_costs_only_itself(monkeypatc
     artifact = Artifact("key", "triton", "k", Path("kernel.cubin"), {})
     assert measure.runner(Trial("k", ((source, artifact),)), {"x": torch.empty(1)}, {}) is None
     assert launches == [5]
+
+
+def test_products_that_spill_are_no_candidates(bench: Bench, store: ArtifactStore) -> None:
+    bench.seconds = {FUSED: 0.1}
+    bench.spilling = lambda source: "gemm" in source.text
+    low, _, failed, _ = tuned(captured(), store)
+    assert not failed and [type(s) for s in steps_of(low)] == [Call, Region]
+    bench.spilling = lambda source: "gemm" in source.text and source.compile_options["num_warps"] == 4
+    _, chosen, failed, _ = tuned(captured(), store)
+    assert not failed and [k.compile_options["num_warps"] for c in chosen.values() for k, _ in c.kernels] == [8]
 
 
 def test_without_any_contraction_that_compiles_the_library_is_kept(bench: Bench, store: ArtifactStore) -> None:
