@@ -1,14 +1,15 @@
 """Convolutions with what follows them, by kernels of ours and by cuDNN: `python -m benchmarks.conv_kernels --out FOLDER`.
 
 The convolutions of ResNet-50, ConvNeXt-T, MobileNetV3-Large, EfficientNet-B0, ViT-B and a UNet in bfloat16, each with bias
-and the model's activation, channels-last. For each, the ways that the tuner would measure: cuDNN's convolution and a
-generated kernel, cuDNN's fused call, and our kernel in several configurations, the cost model's first ones first. Values are
-checked against float64 beside eager's; times are interleaved, with operands in the L2 cache and without. About three minutes
-on an H100 with 16 cores.
+and the model's activation, channels-last, and the gradients of the depthwise ones. For each, the ways that the tuner would
+measure: cuDNN's convolution and a generated kernel, cuDNN's fused call, and our kernel in several configurations, the cost
+model's first ones first. Values are checked against float64 beside eager's; times are interleaved, with operands in the L2
+cache and without. About four minutes on an H100 with 16 cores.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,18 +34,26 @@ from fxopt.codegen.templates import conv_config
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.triton_contraction import with_room
-from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
+from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.kernel import Artifact, KernelSource
-from fxopt.ir.region import Alternatives, Call, Contraction, Patches, Region, Way
+from fxopt.ir.region import Alternatives, BufferSpec, Call, Contraction, Patches, Region, Way
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
-from fxopt.lower.contractions import with_contractions
+from fxopt.lower.contractions import IMPLICIT, STENCIL, with_contractions
+from fxopt.lower.convolutions import CUDNN
+from fxopt.lower.patches import is_common
 from fxopt.lower.schedule import schedule
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import contraction_candidates, triton_candidates
 from fxopt.tune.measure import BoundCall, Trial, interleaved, runner
+
+JUDGED = 8
+"""Images of which the results are compared with float64."""
+
+SWEPT = (STENCIL, IMPLICIT)
+"""The ways of which many configurations are tried."""
 
 CHUNK = 8
 """Cases compiled together: as many as keep the workers busy, few enough to stop in time."""
@@ -100,39 +109,72 @@ class FusedCase:
     def title(self) -> str:
         return self.conv.title
 
-    def function(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def function(self, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         c = self.conv
-        return self.activation(F.conv2d(x, w, b, c.stride, c.padding, 1, c.groups))
+        return (self.activation(F.conv2d(x, w, b, c.stride, c.padding, 1, c.groups)),)
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         o = operands(self.conv, device)
         return o.x, o.weight, o.bias
 
+    def few(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Inputs for the results that are judged: those of the first images."""
+        return inputs[0][:JUDGED], *inputs[1:]
 
-def cases() -> Iterator[FusedCase]:
-    """Each different convolution that is no plain product, once."""
+
+@dataclass(frozen=True)
+class GradientCase:
+    """The gradients of a depthwise convolution's input and weight."""
+
+    conv: ConvCase
+
+    @property
+    def title(self) -> str:
+        return f"{self.conv.title} gradients"
+
+    def function(self, grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        c = self.conv
+        geometry = ([c.stride] * 2, [c.padding] * 2, [1, 1], False, [0, 0], c.groups)
+        return torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, [True, True, False])[:2]
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        o = operands(self.conv, device)
+        return o.residual, o.x, o.weight
+
+    def few(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """All: each element of the weight's gradient is a sum over them."""
+        return inputs
+
+
+def cases() -> Iterator[FusedCase | GradientCase]:
+    """Each different convolution that is no plain product, once; then gradients of the depthwise ones."""
+    listed = list[FusedCase]()
     for model, (layers, batches, activation) in MODELS.items():
         for batch in batches:
             for layer in dict.fromkeys(layers()):
                 case = ConvCase(model, batch, *layer)
                 if not case.is_product:
-                    yield FusedCase(case, activation)
+                    listed.append(FusedCase(case, activation))
+    yield from listed
+    yield from (GradientCase(c.conv) for c in listed if c.conv.groups > 1 and c.conv.batch > 1)
 
 
-def lower(case: FusedCase, inputs: Sequence[Tensor]) -> tuple[Lowered, Alternatives]:
+def lower(case: FusedCase | GradientCase, inputs: Sequence[Tensor]) -> tuple[Lowered, Alternatives]:
     """The case, and the one step that it is. Raises ValueError where it is more."""
     gm = make_fx(case.function, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, case.title, to_int)
     lowered = with_contractions(schedule(lower_graph(graph, Journal(case.title))), every=True)
     found = [s for s in lowered.steps if isinstance(s, Alternatives)]
-    if len(found) != 1 or not all(isinstance(s, Alternatives) for s in lowered.steps):
+    if len(found) != 1 or len(lowered.steps) != 1:
         raise ValueError(f"{case.title} is not one convolution: {lowered.steps}")
     return lowered, found[0]
 
 
-def choose(problem: ConvProblem, target: Target, count: int) -> list[StencilConfig | GemmConfig]:
+def choose(problem: ConvProblem, target: Target, count: int) -> Sequence[ConvConfig]:
     """The cost model's proposals, and others from its best to its worst; `count` at most."""
+    if problem.patches.transposed:
+        return list(conv_config.sums_configs(problem, target, count))
     if not problem.patches.depthwise:
         return list(conv_config.implicit_configs(problem, target, count))
     kinds: dict[object, StencilConfig] = {}
@@ -145,46 +187,67 @@ def choose(problem: ConvProblem, target: Target, count: int) -> list[StencilConf
 
 @dataclass(frozen=True)
 class Printed:
-    """A way, printed: kernels and calls in order. `seconds` is what the cost model says, if anything."""
+    """A way, printed: kernels and calls in order, with buffers between them. `config` is that of our kernel, if there is
+    one; `seconds` what the cost model says of that.
+    """
 
     label: str
     parts: tuple[KernelSource | BoundCall, ...]
-    seconds: float | None = None
+    scratch: tuple[BufferSpec, ...] = ()
+    config: str = ""
+    seconds: float = 0.0
 
 
 def printed(found: Alternatives, target: Target, count: int) -> list[Printed]:
     """Every way of `found`, our kernels in `count` configurations at most."""
     out: list[Printed] = []
     for way in found.ways:
-        contraction = next((s for s in way.steps if isinstance(s, Contraction)), None)
-        if contraction is None:
-            out.append(Printed(way.label, _parts(way, found, target, None)))
-        elif isinstance(contraction.a, Patches):
-            problem = convolution_problem(contraction)
-            for config in choose(problem, target, count):
-                if isinstance(config, StencilConfig):
-                    seconds = conv_config.stencil_seconds(problem, config, target)
-                else:
-                    seconds = conv_config.implicit_seconds(problem, config, target)
-                    config = with_room(contraction, config, target)
-                kernels = print_convolution(contraction, config, target).kernels
-                out.append(Printed(str(config), _parts(way, found, target, kernels), seconds))
+        kernels = [s for s in way.steps if isinstance(s, Contraction)]
+        if not kernels:
+            out.append(_printed(way, found, target, {}))
+        elif all(isinstance(k.a, Patches) for k in kernels):
+            varied = next((k for k in kernels if not k.a.transposed), kernels[0])  # type: ignore[union-attr]
+            for config in choose(convolution_problem(varied), target, count if way.label in SWEPT else 3):
+                out.append(_printed(way, found, target, {varied.name: config}))
     return out
 
 
-def _parts(
-    way: Way, found: Alternatives, target: Target, kernels: tuple[KernelSource, ...] | None
-) -> tuple[KernelSource | BoundCall, ...]:
-    """The steps of `way`, `kernels` in the place of its contraction."""
-    out: list[KernelSource | BoundCall] = []
+def _printed(way: Way, found: Alternatives, target: Target, chosen: dict[str, ConvConfig]) -> Printed:
+    """`way` with the configurations `chosen` by contraction, else the first."""
+    parts, scratch = list[KernelSource | BoundCall](), list[BufferSpec]()
+    label, seconds = [way.label], 0.0
     for step in way.steps:
         if isinstance(step, Call):
-            out.append(BoundCall(step, found.buffers, found.views))
+            parts.append(BoundCall(step, found.buffers, found.views))
         elif isinstance(step, Region):
-            out += triton_candidates(step, target, "default", 1)[0].sources
-        else:
-            out += kernels or ()
-    return tuple(out)
+            parts += triton_candidates(step, target, "default", 1)[0].sources
+        elif isinstance(step, Contraction):
+            problem = convolution_problem(step)
+            config = chosen[step.name] if step.name in chosen else choose(problem, target, 1)[0]
+            if isinstance(config, GemmConfig):
+                seconds = conv_config.implicit_seconds(problem, config, target)
+                config = with_room(step, config, target)
+            elif isinstance(config, StencilConfig):
+                seconds = conv_config.stencil_seconds(problem, config, target)
+            made = print_convolution(step, config, target)
+            parts += made.kernels
+            scratch += made.scratch
+            label.append(str(config))
+    return Printed(" ".join(label), tuple(parts), tuple(scratch), "".join(map(str, chosen.values())), seconds)
+
+
+def tuned(found: Alternatives, target: Target) -> set[str]:
+    """The labels of what the tuner would compile and measure in default mode, our kernels' ways alone."""
+    labels = set[str]()
+    for way in found.ways:
+        kernels = [s for s in way.steps if isinstance(s, Contraction)]
+        left = any(w.label == CUDNN for w in found.ways) and any(
+            isinstance(k.a, Patches) and is_common(k.a) for k in kernels
+        )
+        if kernels and not left and all(isinstance(k.a, Patches) for k in kernels):
+            choices = ([c.label for c in contraction_candidates(k, target, "default")] for k in kernels)
+            labels |= {" ".join([way.label, *each]) for each in itertools.product(*choices)}
+    return labels
 
 
 def build(groups: Sequence[list[Printed]], target: Target, store: ArtifactStore) -> list[list[tuple[Printed, Trial | str]]]:
@@ -197,37 +260,42 @@ def build(groups: Sequence[list[Printed]], target: Target, store: ArtifactStore)
         for way in group:
             parts: list[Any] = [(p, results[id(p)]) if isinstance(p, KernelSource) else p for p in way.parts]
             reasons = [p[1].reason for p in parts if isinstance(p, tuple) and not isinstance(p[1], Artifact)]
-            built.append((way, "; ".join(reasons) or Trial(way.label, tuple(parts))))
+            built.append((way, "; ".join(reasons) or Trial(way.label, tuple(parts), way.scratch)))
         out.append(built)
     return out
 
 
 def measure(
-    case: FusedCase, lowered: Lowered, proposed: set[str], built: list[tuple[Printed, Trial | str]], device: torch.device
+    case: FusedCase | GradientCase,
+    lowered: Lowered,
+    proposed: set[str],
+    built: list[tuple[Printed, Trial | str]],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Errors and microseconds of every way, as JSON data. `proposed`: what the tuner would compile."""
+    """Errors and microseconds of every way, as JSON data. `proposed`: labels of those that the tuner would measure."""
     inputs = case.inputs(device)
-    eager, few = case.function(*inputs), inputs[0][:8]
-    exact = case.function(few.double(), *(t.double() for t in inputs[1:]))
+    eager, exact = case.function(*case.few(inputs)), case.function(*(t.double() for t in case.few(inputs)))
     tensors = dict(zip(lowered.inputs, inputs, strict=True))
     for name, spec in lowered.buffers.items():
         if name not in tensors:
             tensors[name] = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=device)  # type: ignore[arg-type]
-    result = tensors[lowered.outputs[0].name]
+    results = [tensors[o.name] for o in lowered.outputs]
     rows, runs = list[dict[str, Any]](), list[Callable[[], Any]]()
     for way, trial in built:
         run = None if isinstance(trial, str) else runner(trial, tensors, {})
         if isinstance(trial, str) or run is None:
             rows.append({"label": way.label, "failed": trial if isinstance(trial, str) else "does not run"})
             continue
-        row: dict[str, Any] = {"label": way.label, "proposed": way.label in proposed}
+        row: dict[str, Any] = {"label": way.label, "ours": way.config != "", "proposed": way.label in proposed}
         if not any(isinstance(p, BoundCall) for p in trial.parts):  # calls make results of their own while they are measured
-            result.fill_(float("nan"))
+            for result in results:
+                result.fill_(float("nan"))
             run()
-            row["excess_error"] = min(excess([result[:8]], [eager[:8]], [exact]), 1e9)
+            judged = [r[: len(e)] for r, e in zip(results, eager, strict=True)]
+            row["excess_error"] = min(excess(judged, eager, exact), 1e9)
+        if way.config:
             metas = [p[1].meta for p in trial.parts if isinstance(p, tuple)]
             row |= {field: [m.get(field) for m in metas] for field in ("n_regs", "n_spills", "shared")}
-        if way.seconds is not None:
             row["estimate_us"] = way.seconds * 1e6
         rows.append(row)
         runs.append(run)
@@ -247,9 +315,9 @@ def report(entry: dict[str, Any]) -> str:
 
     text = f"{entry['case']:<66}"
     for row in timed:
-        if "estimate_us" not in row:
+        if not row["ours"]:
             text += f" | {row['label']} {mean(row):.1f}"
-    ours = [r for r in timed if "estimate_us" in r]
+    ours = [r for r in timed if r["ours"]]
     for word, some in (("proposed", [r for r in ours if r["proposed"]]), ("best", ours)):
         best = min(some, key=mean, default=None)
         if best is not None:
@@ -264,8 +332,8 @@ def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ratios, wins = {}, dict[str, int]()
     for entry in entries:
         timed = [r for r in entry["rows"] if "failed" not in r]
-        library = min((r["us_hot"] + r["us_cold"] for r in timed if "estimate_us" not in r), default=inf)
-        tuned = [r for r in timed if "estimate_us" not in r or r["proposed"]]
+        library = min((r["us_hot"] + r["us_cold"] for r in timed if not r["ours"]), default=inf)
+        tuned = [r for r in timed if not r["ours"] or r["proposed"]]
         best = min(tuned, key=lambda r: r["us_hot"] + r["us_cold"])
         ratios[entry["case"]] = library / (best["us_hot"] + best["us_cold"])
         kind = best["label"].split()[0]
@@ -277,7 +345,7 @@ def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(
     out: Annotated[Path, typer.Option(help="folder for conv_kernels.json")],
     only: Annotated[str, typer.Option(help="run cases whose title contains one of these, separated by commas")] = "",
-    seconds: Annotated[float, typer.Option(help="begin no further cases after so long")] = 220.0,
+    seconds: Annotated[float, typer.Option(help="begin no further cases after so long")] = 280.0,
     count: Annotated[int, typer.Option(help="configurations of our kernel a case")] = 8,
 ) -> None:
     """Check and time ways to compute convolutions with what follows them on this machine's first GPU."""
@@ -299,9 +367,7 @@ def main(
         built = build(ways, target, store)
         data["compile_seconds"] += time.perf_counter() - start
         for case, (low, found), trials in zip(group, lowered, built, strict=True):
-            kernels = [s for way in found.ways for s in way.steps if isinstance(s, Contraction)]
-            proposed = {c.label for k in kernels for c in contraction_candidates(k, target, "default")}
-            data["cases"].append(measure(case, low, proposed, trials, device))
+            data["cases"].append(measure(case, low, tuned(found, target), trials, device))
             typer.echo(report(data["cases"][-1]))
             torch.cuda.empty_cache()
         data["summary"] = summary(data["cases"])

@@ -27,6 +27,10 @@ class GradientError(FxoptError, RuntimeError):
     """A gradient was asked for that an op of fxopt does not have; the message names the op and says what to do."""
 
 
+class HungKernelError(FxoptError, RuntimeError):
+    """A generated kernel does not end. The process cannot use its GPU any more; the next one avoids the kernel."""
+
+
 class PlanError(FxoptError):
     """A plan's bytes are not a valid plan; the message names the field."""
 

@@ -28,7 +28,7 @@ from torch.fx.node import _get_qualified_name as qualified_name
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.capture.joint_graph import remove_duplicates, without_unread_logs
-from fxopt.errors import RetreatError
+from fxopt.errors import HungKernelError, RetreatError
 
 _PATCHING = threading.RLock()
 
@@ -132,8 +132,10 @@ PASS_THROUGH: tuple[type[Exception], ...] = (
     dynamo_errors.ShortenTraceback,
     dynamo_errors.SkipFrame,
     RetreatError,
+    HungKernelError,
 )
-"""What every catch-all lets pass: exceptions by which Dynamo steers itself, and the error that `strict` asks for."""
+"""What every catch-all lets pass: exceptions by which Dynamo steers itself, the error that `strict` asks for, and the one
+after which eager would hang, too."""
 
 
 def min_cut_partition(

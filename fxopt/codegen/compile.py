@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from fxopt.codegen import cpp_build, cxx, triton_build
@@ -20,48 +22,78 @@ Keyed = list[tuple[str, KernelSource]]
 
 _TRITON_JOB = "fxopt.codegen.compile:triton_job"
 _TRITON_WARM_UP = "fxopt.codegen.triton_build:warm_up"
+_TRITON_REHEARSAL = "fxopt.codegen.compile:rehearse_triton"
 
 
-def compile_kernels(sources: Sequence[KernelSource], target: Target, store: ArtifactStore) -> list[Result]:
+def compile_kernels(sources: Iterable[KernelSource], target: Target, store: ArtifactStore) -> list[Result]:
     """Machine code for each of `sources`, in order; kernels already in `store` are not compiled again.
 
-    What does not compile (or finds no compiler, or hangs) comes back as a CompileFailure with the reason; nothing is raised.
-    That a whole language cannot be compiled here is also a warning, once in a process.
+    Triton kernels are begun as soon as `sources` gives them, so that printing the next ones takes no time of its own. What
+    does not compile (or finds no compiler, or hangs) comes back as a CompileFailure with the reason; nothing is raised but
+    what `sources` raises. That a whole language cannot be compiled here is also a warning, once in a process.
     """
-    toolchains = {language: _toolchain(language, target) for language in dict.fromkeys(s.language for s in sources)}
-    keys = [source.key(toolchains[source.language]) for source in sources]
-    unique = dict(zip(keys, sources, strict=True))
-    results = _known(unique, store)
-    if len(results) < len(unique):
-        with store.cache.claimed(min(unique)):  # processes with the same job build its kernels once, not each
-            results = _known(unique, store)
-            missing = {key: source for key, source in unique.items() if key not in results}
-            results.update(_compile(missing, toolchains, target, store))
-    return [results[key] for key in keys]
+    with contextlib.ExitStack() as claims:
+        request = _Request(target, store, claims)
+        compiled: dict[str, dict[str, Result]] = {}
+        triton = request.missing_triton(sources)
+        first = next(triton, None)
+        if first is not None:
+            compiled["triton"] = _compile_triton(chain([first], triton), target, store, request.toolchains["triton"])
+        if request.missing_cpp:
+            compiled["cpp"] = _compile_cpp(request.missing_cpp, target, store, request.toolchains["cpp"])
+    for language, results in compiled.items():
+        request.known.update(results)
+        _report(any(isinstance(r, CompileFailure) for r in results.values()), language, target)
+    return [request.known[key] for key in request.keys]
 
 
-def _known(unique: dict[str, KernelSource], store: ArtifactStore) -> dict[str, Result]:
-    return {key: found for key in unique if (found := store.get(key)) is not None}
+class _Request:
+    """The kernels of one call of `compile_kernels`: the key of each, and what is known or missing.
 
+    The first that is missing is claimed until `claims` ends, so that processes with the same job do it once, not each.
+    """
 
-def _compile(
-    missing: dict[str, KernelSource], toolchains: dict[str, str], target: Target, store: ArtifactStore
-) -> dict[str, Result]:
-    results: dict[str, Result] = {}
-    for language, compile_missing in _COMPILERS.items():
-        todo = [(key, source) for key, source in missing.items() if source.language == language]
-        if todo:
-            compiled = compile_missing(todo, target, store, toolchains[language])
-            results.update(compiled)
-            _report(any(isinstance(r, CompileFailure) for r in compiled.values()), language, target)
-    return results
+    def __init__(self, target: Target, store: ArtifactStore, claims: contextlib.ExitStack) -> None:
+        self.target, self.store, self.claims = target, store, claims
+        self.keys: list[str] = []
+        self.known: dict[str, Result] = {}
+        self.missing_cpp: Keyed = []
+        self.toolchains: dict[str, str] = {}
+        self._missing: set[str] = set()
+
+    def missing_triton(self, sources: Iterable[KernelSource]) -> Iterator[tuple[str, KernelSource]]:
+        """The Triton kernels among `sources` that are not in the store."""
+        for source in sources:
+            key = self._key(source)
+            self.keys.append(key)
+            if key in self._missing or key in self.known or self._is_known(key):
+                continue
+            self._missing.add(key)
+            if source.language == "cpp":
+                self.missing_cpp.append((key, source))
+            else:
+                yield key, source
+
+    def _key(self, source: KernelSource) -> str:
+        if source.language not in self.toolchains:
+            self.toolchains[source.language] = _toolchain(source.language, self.target)
+        return source.key(self.toolchains[source.language])
+
+    def _is_known(self, key: str) -> bool:
+        found = self.store.get(key)
+        if found is None and not self._missing:
+            self.claims.enter_context(self.store.cache.claimed(key))
+            found = self.store.get(key)  # who had the claim may have built it
+        if found is not None:
+            self.known[key] = found
+        return found is not None
 
 
 def prestart(target: Target) -> None:
     """Begin starting the compile workers for `target` in the background, so that they are ready when the first kernel is."""
     if target.compiles_triton and worker_count() > 0 and triton_build.available() is None:
         try:
-            shared_pool(_TRITON_JOB, _TRITON_WARM_UP).start()
+            shared_pool(_TRITON_JOB, _TRITON_WARM_UP, _TRITON_REHEARSAL).start()
         except WorkersUnavailable:
             return  # reported when there is something to compile
 
@@ -119,6 +151,13 @@ def triton_job(source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]
     kernel = KernelSource("triton", source["entry"], source["text"], (), compile_options=source["compile_options"])
     code, meta = triton_build.compile_triton(kernel, Target(**target))
     return {"code": base64.b64encode(code).decode(), "meta": meta}
+
+
+def rehearse_triton() -> None:
+    """Compile a small kernel, and read the device functions that others import: a worker's first kernel then takes no
+    longer than its next ones (0.2 s less). What Triton keeps of it does not depend on the target."""
+    triton_build.read_device_functions()
+    triton_build.compile_triton(_PROBE, Target.cuda(90))
 
 
 _refused: dict[str, str] = {}
@@ -179,12 +218,21 @@ def _job(source: KernelSource, target: Target) -> dict[str, Any]:
     return {"source": {f: getattr(source, f) for f in fields}, "target": dataclasses.asdict(target)}
 
 
-def _compile_triton(todo: Keyed, target: Target, store: ArtifactStore, toolchain: str) -> dict[str, Result]:
+def _compile_triton(
+    missing: Iterable[tuple[str, KernelSource]], target: Target, store: ArtifactStore, toolchain: str
+) -> dict[str, Result]:
     reason = _no_triton(target)
     if reason is not None:
-        return {key: CompileFailure(key, reason) for key, _ in todo}
+        return {key: CompileFailure(key, reason) for key, _ in missing}
+    todo: Keyed = []
+
+    def jobs() -> Iterator[dict[str, Any]]:
+        for key, source in missing:
+            todo.append((key, source))
+            yield _job(source, target)
+
     results: dict[str, Result] = {}
-    outcomes = _run_jobs([_job(source, target) for _, source in todo], target)
+    outcomes = _run_jobs(jobs(), target)
     _learn(outcomes, target)
     for (key, source), outcome in zip(todo, outcomes, strict=True):
         if outcome.error is not None:
@@ -195,18 +243,25 @@ def _compile_triton(todo: Keyed, target: Target, store: ArtifactStore, toolchain
     return results
 
 
-def _run_jobs(jobs: list[dict[str, Any]], target: Target) -> list[Outcome]:
-    """In workers; here, with one warning, when there can be none."""
+def _run_jobs(jobs: Iterable[dict[str, Any]], target: Target) -> list[Outcome]:
+    """In workers, each as soon as it is there; here, with one warning, when there can be none."""
+    given, rest = list[dict[str, Any]](), iter(jobs)
     if worker_count() > 0:
         try:
-            return shared_pool(_TRITON_JOB, _TRITON_WARM_UP).run(jobs)
+            return shared_pool(_TRITON_JOB, _TRITON_WARM_UP, _TRITON_REHEARSAL).run(_noted(rest, given))
         except WorkersUnavailable as error:
             reason = triton_build.broken()
             if reason is not None:
                 _refused[target.key] = reason
-                return [Outcome(error=reason) for _ in jobs]
+                return [Outcome(error=reason) for _ in (*given, *rest)]
             _warn_once("workers", f"fxopt compiles kernels one by one in this process, which is slower: {error}")
-    return [_run_here(job) for job in jobs]
+    return [_run_here(job) for job in (*given, *rest)]
+
+
+def _noted(jobs: Iterable[dict[str, Any]], given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for job in jobs:
+        given.append(job)
+        yield job
 
 
 def _run_here(job: dict[str, Any]) -> Outcome:
@@ -234,9 +289,3 @@ def _warn_once(kind: str, message: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(message, stacklevel=2)
-
-
-_COMPILERS: dict[str, Callable[[Keyed, Target, ArtifactStore, str], dict[str, Result]]] = {
-    "cpp": _compile_cpp,
-    "triton": _compile_triton,
-}

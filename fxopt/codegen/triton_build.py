@@ -98,6 +98,17 @@ def warm_up() -> None:
     assert triton.compiler.compile
 
 
+def read_device_functions() -> None:
+    """Let Triton parse the functions that printed kernels import, once for all forks of this process."""
+    import triton
+
+    for name in ("fxopt.codegen.triton_helpers", "fxopt.codegen.templates.gemm"):
+        for function in vars(importlib.import_module(name)).values():
+            if isinstance(function, triton.JITFunction):
+                assert function.cache_key
+                function.parse()
+
+
 def _environment() -> None:
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"

@@ -100,7 +100,7 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
     problem = problem_of(contraction)
     if config.split == 1:
         return Printed((_print_whole(contraction, problem, config),))
-    partial, rest = _in_parts(contraction, gemm_entry.partial_shape(problem, config))
+    partial, rest = in_parts(contraction, gemm_entry.partial_shape(problem, config))
     best = next(c for c in configs(rest, target) if c.split == 1)
     parts = _print_parts(contraction, partial, problem, config)
     return Printed((parts, print_nest(rest, best, target, "gemm_parts")), (partial,))
@@ -180,7 +180,7 @@ def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> 
     return print_block(_EPILOGUE, contraction.region, contraction.axes, extents, blocks, len(_operands(contraction)))
 
 
-def _in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:
+def in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:
     """The partial sums of a product, and the region that adds them up and has the epilogue."""
     name = f"{contraction.result}.parts"
     spec = BufferSpec(name, torch.float32, contraction.device, shape, contiguous_strides(shape))

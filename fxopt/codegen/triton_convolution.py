@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig
+from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, SumsConfig
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.templates.gemm_entry import GemmCall
-from fxopt.codegen.triton import Printed
-from fxopt.codegen.triton_contraction import epilogue_ops, moved_by_epilogue, print_epilogue, source_of
+from fxopt.codegen.triton import Printed, configs, print_nest
+from fxopt.codegen.triton_block import BlockFunction
+from fxopt.codegen.triton_contraction import epilogue_ops, in_parts, moved_by_epilogue, print_epilogue, source_of
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
@@ -49,31 +50,56 @@ def convolution_problem(contraction: Contraction) -> ConvProblem:
     )
 
 
-def print_convolution(contraction: Contraction, config: StencilConfig | GemmConfig, target: Target) -> Printed:
-    """`contraction`, whose left operand are patches, in configuration `config`.
+ConvConfig = StencilConfig | SumsConfig | GemmConfig
+
+
+def print_convolution(contraction: Contraction, config: ConvConfig, target: Target) -> Printed:
+    """`contraction`, whose left operand are patches, in configuration `config`: one kernel, or for the gradient of a weight
+    two and a buffer between them.
 
     Raises UnsupportedError where Triton has no form for the epilogue or `target`.
     """
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
     problem = convolution_problem(contraction)
-    stencil = isinstance(config, StencilConfig)
-    rows, columns = (None, config.channels) if stencil else (config.block_m, config.block_n)  # type: ignore[union-attr]
+    if isinstance(config, SumsConfig):
+        return _print_sums(contraction, problem, config, target)
+    rows, columns = (None, config.channels) if isinstance(config, StencilConfig) else (config.block_m, config.block_n)
     epilogue = print_epilogue(contraction, rows, columns)
     if isinstance(config, StencilConfig):
-        call, entry, stages = _stencil(problem, config, epilogue.extra), "fx_stencil", _STENCIL_STAGES
+        kinds = {"b0": POINTER_TYPE[problem.dtype], "b1": POINTER_TYPE[contraction.buffers[contraction.b.buffer].dtype]}
+        call, entry, stages = _stencil(problem, config, epilogue.extra, kinds), "fx_stencil", _STENCIL_STAGES
     else:
         call, entry, stages = _implicit(problem, config, epilogue.extra), "fx_conv", config.stages
     name = "_".join([entry, *operations(contraction.region.nest)])
     return Printed((source_of(contraction, name, call, epilogue, config.warps, stages, MODULE),))
 
 
-def _stencil(problem: ConvProblem, config: StencilConfig, extra: str) -> GemmCall:
-    if problem.weight != (problem.channels, 1, 0):
-        raise UnsupportedError("a depthwise weight that is not laid out for a stencil")
+def _print_sums(contraction: Contraction, problem: ConvProblem, config: SumsConfig, target: Target) -> Printed:
+    patches, (row, column, offset) = problem.patches, problem.weight
+    if not patches.transposed or column != 1:
+        raise UnsupportedError("sums of anything but a depthwise weight's gradient, channels-last")
+    partial, rest = in_parts(contraction, (config.parts, 1, patches.rows, problem.channels))
+    blocks = f"T={config.rows}, P={config.columns}, BC={config.channels}, PARTS={config.parts}"
+    grad = f"b1 + {offset}" if offset else "b1"
+    text = f"conv.stencil_gradient({_image(problem)}, {grad}, b2, ROW={row}, {_geometry(problem)}, {blocks})"
+    kinds = dict.fromkeys(("b0", "b1"), POINTER_TYPE[problem.dtype])
+    call = GemmCall(text, kinds, {}, config.programs(problem))
+    epilogue = BlockFunction("", {"b2": "*fp32"}, (partial.name,), ())
+    parts = source_of(contraction, "fx_stencil_gradient", call, epilogue, config.warps, _STENCIL_STAGES, MODULE)
+    best = next(c for c in configs(rest, target) if c.split == 1)
+    return Printed((parts, print_nest(rest, best, target, "parts")), (partial,))
+
+
+def _stencil(problem: ConvProblem, config: StencilConfig, extra: str, kinds: dict[str, str]) -> GemmCall:
+    if not problem.patches.depthwise or problem.patches.transposed:
+        raise UnsupportedError("a stencil of anything but a depthwise convolution")
+    row, column, offset = problem.weight
+    weight = f"b1 + {offset}" if offset else "b1"
     blocks = f"T={config.rows}, P={config.columns}, BC={config.channels}"
-    text = f"conv.stencil({_image(problem)}, b1, {extra}, {_geometry(problem)}, EPILOGUE={_EPILOGUE}, {blocks})"
-    return GemmCall(text, {"b0": POINTER_TYPE[problem.dtype], "b1": "*fp32"}, {}, config.programs(problem))
+    given = f"{_image(problem)}, {weight}, {extra}, {row}, {column}"
+    text = f"conv.stencil({given}, {_geometry(problem)}, EPILOGUE={_EPILOGUE}, {blocks})"
+    return GemmCall(text, kinds, {}, config.programs(problem))
 
 
 def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:

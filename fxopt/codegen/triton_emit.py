@@ -7,6 +7,7 @@ below the body of a `Masked` carries the conditions it stands under (`Guards`), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,6 +25,7 @@ Guards = tuple[Scalar, ...]
 Instance = tuple[Scalar, Guards]
 _RELATIVE = ("mul", "truediv", "neg", "where")
 _COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
+_WIDE_RUN = 4  # neighbours in memory that one access takes
 
 
 @dataclass
@@ -241,6 +243,9 @@ class Emitter:
             return ops.bitcast(args[0], source, node.dtype)
         if node.name in ops.INFIX and not all(isinstance(a, Const) for a in node.args) and source != torch.bool:
             args = [ops.literal(a.value) if isinstance(a, Const) else t for a, t in zip(node.args, args, strict=True)]
+        reciprocal = _exact_reciprocal(node.args[1]) if node.name == "truediv" else None
+        if reciprocal is not None:  # the same value without a division's slow path
+            return f"({args[0]} * {reciprocal!r})"
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
         return ops.apply(node.name, args, source, node.dtype, fast=node in self._rounded or node.dtype in ops.HALF)
@@ -297,6 +302,17 @@ class Emitter:
             return text
         return f"tl.zeros({self.frame.shape(wanted)}, tl.int32) + {text}"
 
+    def _lies_along_rows(self, index: Int) -> bool:
+        """Whether what is the same for all rows of a block is better loaded for each of them, as wide as the rows are.
+
+        Triton gives [1, RB] pointers a layout of their own, with other elements for each thread, and brings the values into
+        that of the block through shared memory: barriers, and a fifth of the registers of an RMS norm.
+        """
+        frame = self.frame
+        if self.looped or not frame.scalars.isdisjoint(frame.blocks) or not frame.tiling.inner_reduction:
+            return False
+        return in_runs(index, frame.tiling.lines["r"], _WIDE_RUN)
+
     def pointer(self, text: str, index: Int, dtype: torch.dtype, wanted: frozenset[str]) -> str:
         """`text`, the pointers at `index`, told to be neighbours in shorter runs where the frame limits those of bytes."""
         frame = self.frame
@@ -320,6 +336,8 @@ class Emitter:
             self._bound[start] = f"r_base{'.to(tl.int64)' if self.frame.index64 else ''}"
             symbols, index, eviction = symbols - {row}, substitute(index, {row: symbol(start)}), ""
         wanted = self.frame.axes(symbols.union(*(g.symbols() for g in guards)))
+        if wanted == {"r"} and self._lies_along_rows(index):
+            wanted = frozenset(self.frame.blocks)
         address = self.address(index, symbols, wanted, block=bool(guards and wanted))
         mask = self.mask(symbols, guards)
         extra = f", {mask}" if mask else ""
@@ -376,7 +394,9 @@ class Emitter:
 
     def block(self) -> BlockInfo:
         extent = self.frame.tiling.r.extent
-        return BlockInfo(f"[{', '.join(self.frame.blocks.values())}]", self.frame.masks.get("r"), self.index_text(extent))
+        share = repr(1 / extent) if isinstance(extent, int) and extent > 0 and extent & (extent - 1) == 0 else None
+        shape = f"[{', '.join(self.frame.blocks.values())}]"
+        return BlockInfo(shape, self.frame.masks.get("r"), self.index_text(extent), share)
 
     def state_names(self, node: Reduce, guards: Guards, looped: bool) -> tuple[list[str], bool]:
         """The variables of a reduction's result (shared by its outputs) and whether they are new."""
@@ -405,11 +425,8 @@ class Emitter:
             if self.looped:
                 raise ValueError(f"reduction met outside its pass: {node!r}")
             dtype = working_dtype(reduced_dtype(node))
-            block = self.block()
-            if node.kind == "welford":
-                block = BlockInfo(block.shape, block.mask, f"tl.full([], {block.count}, {ops.compute_type(dtype)})")
             operands = self.reduce_operands(node, instance[1])
-            self.write(instance, persistent(node.kind, names, operands, dtype, block, self._exponential()))
+            self.write(instance, persistent(node.kind, names, operands, dtype, self.block(), self._exponential()))
         self.define(instance, self.result(node, names))
 
     def _emit_scan(self, instance: Instance, node: Scan) -> None:
@@ -474,6 +491,15 @@ def _narrow_compare(node: Scalar) -> bool:
 def _counts_index(node: Scalar) -> bool:
     """A random number at an index, of which a printer takes quotient and remainder."""
     return isinstance(node, Op) and node.name == "rand" and isinstance(node.args[1], IndexValue)
+
+
+def _exact_reciprocal(node: Scalar) -> float | None:
+    """1 / `node` if that is a known power of two, far from the ends of float32."""
+    if isinstance(node, Op) and node.name == "cast":
+        node = node.args[0]
+    if not isinstance(node, Const) or abs(math.frexp(node.value)[0]) != 0.5 or not 2.0**-100 < abs(node.value) < 2.0**100:
+        return None
+    return 1 / node.value
 
 
 def _erf_beside_one(node: Scalar) -> Op | None:

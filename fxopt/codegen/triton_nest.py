@@ -16,6 +16,7 @@ from fxopt.codegen.triton_config import (
     part_count,
 )
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
+from fxopt.codegen.triton_halves import with_common_halves
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_narrow import with_narrow_choices
@@ -66,7 +67,7 @@ def print_kernel(region: Region, config: TritonConfig, stage: str | None = None)
 
     `stage` names a part of a split reduction. Raises UnsupportedError for dtypes and atomics that Triton does not have.
     """
-    region = replace(region, nest=with_narrow_choices(with_salts(region.nest)))
+    region = replace(region, nest=with_common_halves(with_narrow_choices(with_salts(region.nest))))
     names = Names()
     limits = int32_limits(region, _tiling(region, config))
     if limits == ():

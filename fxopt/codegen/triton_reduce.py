@@ -44,11 +44,19 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """The block a reduction sees: tile shape, the mask of its r lanes (None when all are valid), the row's length."""
+    """The block a reduction sees: tile shape, the mask of its r lanes (None when all are valid), the row's length and, where
+    that is a power of two, its reciprocal."""
 
     shape: str
     mask: str | None
     count: str
+    share: str | None = None
+
+    def average(self, total: str, own: str) -> str:
+        """`total`, of type `own`, over the row's length: correctly rounded."""
+        if self.share is not None:
+            return f"{total} * {self.share}"
+        return f"h.divide({total}, tl.full([], {self.count}, {own}))"
 
     def fill(self, value: str, neutral: str) -> str:
         """`value` broadcast over the tile with invalid lanes neutral."""
@@ -77,9 +85,10 @@ def persistent(
         return [f"{names[0]} = tl.sum({block.fill(operands[0], neutral[0][0])}, 1, keep_dims=True)"]
     if kind == "welford":
         zero = "0.0"
+        total = f"tl.sum({block.fill(operands[0], zero)}, 1, keep_dims=True)"
         centered = block.fill(f"({operands[0]} - {names[0]})", zero)
         return [
-            f"{names[0]} = h.divide(tl.sum({block.fill(operands[0], zero)}, 1, keep_dims=True), {block.count})",
+            f"{names[0]} = {block.average(total, compute_type(dtype))}",
             f"{names[1]}_d = {centered}",
             f"{names[1]} = tl.sum({names[1]}_d * {names[1]}_d, 1, keep_dims=True)",
         ]

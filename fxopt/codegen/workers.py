@@ -24,16 +24,20 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from fxopt import knobs
 from fxopt.errors import FxoptError
 
 MOST_WORKERS = 16
-JOB_SECONDS = 300.0
+JOB_SECONDS = 120.0
+"""A kernel takes a second of a core, ten on a crowded machine: a compiler that is still at it after this time hangs."""
+
 START_SECONDS = 180.0
 _REASON_LENGTH = 2000
 
@@ -76,10 +80,25 @@ class Pool:
     """Runs `function` ("module:function", JSON data in and out) in workers. Safe for several threads; one batch at a time.
 
     `warm_up` is run once in the helper before any worker is forked. The helper starts with the first batch or with `start`.
+    If that leaves it idle, it runs `rehearsal`, whose traces in memory all workers inherit, and forks them before there are
+    jobs. A job that takes longer than `job_seconds` is ended with its worker.
     """
 
-    def __init__(self, function: str, warm_up: str | None, workers: int, job_seconds: float = JOB_SECONDS) -> None:
-        self.setup = {"function": function, "warm_up": warm_up, "workers": workers, "job_seconds": job_seconds}
+    def __init__(
+        self,
+        function: str,
+        warm_up: str | None,
+        workers: int,
+        job_seconds: float = JOB_SECONDS,
+        rehearsal: str | None = None,
+    ) -> None:
+        self.setup = {
+            "function": function,
+            "warm_up": warm_up,
+            "rehearsal": rehearsal,
+            "workers": workers,
+            "job_seconds": job_seconds,
+        }
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
@@ -93,39 +112,76 @@ class Pool:
                 self._process = self._spawn()
                 self._send(self._process, [self.setup])
 
-    def run(self, jobs: list[dict[str, Any]]) -> list[Outcome]:
-        """One outcome per job, in order. Raises WorkersUnavailable when the helper cannot be started or dies twice."""
+    def run(self, jobs: Iterable[dict[str, Any]]) -> list[Outcome]:
+        """One outcome per job, in order. Each job is begun as soon as `jobs` gives it, while the next ones are made.
+
+        Raises WorkersUnavailable when the helper cannot be started or dies twice, and what `jobs` raises.
+        """
+        taken: list[dict[str, Any]] = []
         outcomes: dict[int, Outcome] = {}
+
+        def numbered() -> Iterator[tuple[int, dict[str, Any]]]:
+            for job in jobs:
+                taken.append(job)
+                yield len(taken) - 1, job
+
         with self._lock:
+            more = numbered()
+            first = next(more, None)
+            if first is None:
+                return []
             try:
-                for last_try in (False, True):
-                    missing = [i for i in range(len(jobs)) if i not in outcomes]
-                    if missing:
-                        self._run_once(jobs, missing, outcomes, last_try)
+                try:
+                    self._exchange(chain([first], more), outcomes)
+                except WorkersUnavailable:
+                    self.close()
+                    missing = [(i, job) for i, job in enumerate(taken) if i not in outcomes]
+                    self._exchange(chain(missing, more), outcomes)
             except BaseException:
                 self.close()  # replies to an abandoned batch must not meet the next one
                 raise
-        return [outcomes[i] for i in range(len(jobs))]
+        return [outcomes[i] for i in range(len(taken))]
 
-    def _run_once(
-        self, jobs: list[dict[str, Any]], missing: list[int], outcomes: dict[int, Outcome], last_try: bool
-    ) -> None:
+    def _exchange(self, jobs: Iterable[tuple[int, dict[str, Any]]], outcomes: dict[int, Outcome]) -> None:
+        """Send `jobs` with their numbers, and note the outcomes. Threads do it: jobs are made meanwhile, and helper and
+        caller may otherwise each wait for the other to read."""
+        self.start()
+        assert self._process is not None
+        process, failures = self._process, list[WorkersUnavailable]()
+        outbox, awaited = SimpleQueue[dict[str, Any] | None](), SimpleQueue[int | None]()
+
+        def write() -> None:
+            for message in iter(outbox.get, None):
+                self._send(process, [message])
+
+        def read() -> None:
+            try:
+                self._await_ready(process)
+                for _ in iter(awaited.get, None):
+                    reply = self._receive(process, None)
+                    outcomes[reply["id"]] = Outcome(reply.get("value"), reply.get("error"))
+            except WorkersUnavailable as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=task, daemon=True) for task in (write, read)]
+        for thread in threads:
+            thread.start()
         try:
-            self.start()
-            self._await_ready()
-            assert self._process is not None
-            process, messages = self._process, [{"id": i, "arguments": jobs[i]} for i in missing]
-            # From a thread: helper and caller may otherwise each wait for the other to read.
-            writer = threading.Thread(target=self._send, args=(process, messages), daemon=True)
-            writer.start()
-            for _ in missing:
-                reply = self._receive(None)
-                outcomes[reply["id"]] = Outcome(reply.get("value"), reply.get("error"))
-            writer.join()
-        except WorkersUnavailable:
-            self.close()
-            if last_try:
-                raise
+            for number, job in jobs:
+                outbox.put({"id": number, "arguments": job})
+                awaited.put(number)
+        except BaseException:
+            _kill(process)  # no thread may wait for a reply when the pipes are closed
+            raise
+        finally:
+            outbox.put(None)
+            awaited.put(None)
+            threads[1].join()
+        if failures:
+            _kill(process)
+        threads[0].join()
+        if failures:
+            raise failures[0]
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         environment = os.environ | {
@@ -141,9 +197,9 @@ class Pool:
         except (OSError, TypeError, ValueError) as error:
             raise WorkersUnavailable(f"cannot start {command[0]}: {error}") from error
 
-    def _await_ready(self) -> None:
+    def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
         if not self._ready:
-            reply = self._receive(START_SECONDS)
+            reply = self._receive(process, START_SECONDS)
             if reply.get("error"):
                 raise WorkersUnavailable(f"the compile helper cannot work: {reply['error']}")
             self._ready = True
@@ -156,10 +212,9 @@ class Pool:
                 process.stdin.write(json.dumps(message).encode() + b"\n")
                 process.stdin.flush()
 
-    def _receive(self, timeout: float | None) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        output = self._process.stdout.fileno()
+    def _receive(self, process: subprocess.Popen[bytes], timeout: float | None) -> dict[str, Any]:
+        assert process.stdout is not None
+        output = process.stdout.fileno()
         while b"\n" not in self._received:
             if not select.select([output], [], [], timeout)[0]:
                 raise WorkersUnavailable(f"the compile helper did not start within {timeout:.0f} s")
@@ -177,8 +232,7 @@ class Pool:
         self._ready, self._received = False, b""
         if process is None:
             return
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         for stream in (process.stdin, process.stdout):
             with contextlib.suppress(OSError, ValueError):
                 assert stream is not None
@@ -186,16 +240,22 @@ class Pool:
         process.wait()
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a helper and its workers."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 _pools: dict[tuple[int, str, int], Pool] = {}
 _pools_lock = threading.Lock()
 
 
-def shared_pool(function: str, warm_up: str | None) -> Pool:
+def shared_pool(function: str, warm_up: str | None, rehearsal: str | None = None) -> Pool:
     """This process's pool for `function` (a forked child gets its own)."""
     key = (os.getpid(), function, worker_count())
     with _pools_lock:
         if key not in _pools:
-            _pools[key] = Pool(function, warm_up, key[2])
+            _pools[key] = Pool(function, warm_up, key[2], rehearsal=rehearsal)
             atexit.register(_close_own, _pools[key], key[0])
         return _pools[key]
 
@@ -226,6 +286,7 @@ class _Helper:
     function: Callable[..., Any]
     limit: int
     job_seconds: float
+    forks_ahead: bool = False
     queue: deque[dict[str, Any]] = field(default_factory=deque)
     workers: list[_Worker] = field(default_factory=list)
     received: bytes = b""
@@ -235,6 +296,8 @@ class _Helper:
         with selectors.DefaultSelector() as selector:
             selector.register(self.source, selectors.EVENT_READ)
             try:
+                while self.forks_ahead and len(self.workers) < self.limit and not _is_readable(self.source):
+                    self._fork(selector)
                 while self._turn(selector):
                     self._assign(selector)
             finally:
@@ -358,6 +421,10 @@ def _protocol_streams() -> Iterator[tuple[int, int]]:
     yield source, sink
 
 
+def _is_readable(source: int) -> bool:
+    return bool(select.select([source], [], [], 0)[0])
+
+
 def _read_line(source: int) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
@@ -380,7 +447,11 @@ def main() -> None:
             _write_all(sink, json.dumps({"error": describe(error)}).encode() + b"\n")
             return
         _write_all(sink, b'{"ready": true}\n')
-        _Helper(source, sink, function, setup["workers"], setup["job_seconds"]).serve()
+        idle = setup["rehearsal"] is not None and not _is_readable(source)
+        if idle:
+            with contextlib.suppress(Exception):  # what is wrong shows, with its reason, in the first job
+                resolve(setup["rehearsal"])()
+        _Helper(source, sink, function, setup["workers"], setup["job_seconds"], forks_ahead=idle).serve()
 
 
 if __name__ == "__main__":

@@ -303,10 +303,22 @@ def mod(n: Int, d: Int) -> Int:
     if reduced is not None and isinstance(d, int):
         scaled, low, g = reduced
         return add(mul(mod(scaled, d // g), g), low)
-    inner = _as_atom(rest)
-    if inner is not None and inner.kind == "mod" and _split_divisible(inner.b, d)[1] == 0:
-        return mod(inner.a, d)
-    return symbol_or_atom(Atom("mod", rest, d))
+    plain = _without_mods(rest, d)
+    return symbol_or_atom(Atom("mod", rest, d)) if plain is rest else mod(plain, d)
+
+
+def _without_mods(x: Int, d: Int) -> Int:
+    """`x` modulo `d`, without the modulos in it that this makes superfluous; `x` itself when there are none."""
+    if not isinstance(x, Expr):
+        return x
+    out: Int = 0
+    for monomial, coef in x.terms:
+        atom = monomial[0] if len(monomial) == 1 else None
+        if isinstance(atom, Atom) and atom.kind == "mod" and _split_divisible(mul(atom.b, coef), d)[1] == 0:
+            out = add(out, mul(atom.a, coef))
+        else:
+            out = add(out, _from_terms({monomial: coef}))
+    return x if out == x else out
 
 
 def _as_atom(x: Int) -> Atom | None:

@@ -223,7 +223,9 @@ class Patches:
     (y * stride[0] - padding[0] + r * dilation[0], x * stride[1] - padding[1] + s * dilation[1]), zero outside of the image.
 
     `depthwise`: each channel is multiplied by a column of its own. Then K counts the window's elements only, and element
-    (m, c) of the product is the sum over k of the patch's element (k, c) times element (k, c) of the right operand.
+    (m, c) of the product is the sum over k of the patch's element (k, c) times element (k, c) of the right operand. With
+    `transposed`, which is for depthwise ones only, a row is an element of the window and a column a place: so the gradient
+    of the weight is a product with that of the result.
     """
 
     buffer: str
@@ -236,13 +238,22 @@ class Patches:
     padding: Pair
     dilation: Pair
     depthwise: bool = False
+    transposed: bool = False
 
     @property
     def rows(self) -> int:
-        return self.shape[0] * self.places[0] * self.places[1]
+        return self._taps if self.transposed else self._all_places
 
     @property
     def columns(self) -> int:
+        return self._all_places if self.transposed else self._taps
+
+    @property
+    def _all_places(self) -> int:
+        return self.shape[0] * self.places[0] * self.places[1]
+
+    @property
+    def _taps(self) -> int:
         return self.window[0] * self.window[1] * (1 if self.depthwise else self.shape[3])
 
 

@@ -19,9 +19,10 @@ from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
 from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
+from fxopt.lower.cut_products import cut_to, padding_of
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.patches import Gathered, PatchSearch, is_common
+from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
 from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.values import cast
 
@@ -29,8 +30,13 @@ NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
 LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
-STENCIL, IMPLICIT = "stencil", "implicit"
-"""Depthwise convolutions, and others as products of patches, with what follows or alone."""
+STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
+"""Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
+alone.
+"""
+
+SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
+"""The gradient of a depthwise convolution's weight as sums over places, and that of its input too."""
 
 FEW_ROWS = 64
 """Products of no more rows are bound by memory, where a kernel of ours may beat the library even without an epilogue."""
@@ -53,6 +59,7 @@ class _Search:
         self.kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)} | set(lowered.inputs)
         self.accesses = [self._accesses(s) for s in lowered.steps]
         self.convolutions = FusedConvolutions(lowered)
+        self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
 
     def run(self) -> Lowered:
         for k in range(len(self.steps)):
@@ -63,10 +70,9 @@ class _Search:
             convolution = step if isinstance(step, Call) and step.op == CONVOLUTION else None
             if convolution is not None and self._fuse_shortcut(k, convolution, product):
                 continue
-            if product is not None and self._fuse(k, product):
+            if product is not None and (self._fuse(k, product) or self._fuse_cut(k, product)):
                 continue
-            gathered = self._gathered(step) if isinstance(step, Call) and product is None else None
-            if isinstance(step, Call) and (convolution or gathered) and self._fuse_convolution(k, step, gathered):
+            if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
             if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
@@ -74,11 +80,14 @@ class _Search:
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
 
     def _fuse_convolution(self, k: int, call: Call, own: Gathered | None) -> bool:
-        """Put alternatives in the place of convolution `k` and a reader, if one call or kernel computes both, or of the
-        convolution alone, if a kernel of ours may: `own`.
+        """Put alternatives in the place of convolution (or gradient) `k` and a reader, if one call or kernel computes both,
+        or of the convolution alone, if a kernel of ours may: `own`.
         """
+        gradient = self.patches.weight_gradient(call)
+        if own is None and gradient is None and call.op != CONVOLUTION:
+            return False
         name = call.outputs[0]
-        for j in range(k + 1, len(self.steps)):
+        for j in range(k + 1, len(self.steps)) if own is not None or call.op == CONVOLUTION else ():
             region = self.steps[j]
             if isinstance(region, Region) and name in self.accesses[j][0]:
                 place = self._place((k, j))
@@ -86,7 +95,7 @@ class _Search:
                     ways = [Way(LIBRARY, (call, region))]
                     fused = self._contraction(own.product, region, self._is_wanted(name, (k, j))) if own and name else None
                     if own is not None and fused is not None:
-                        ways.append(_gathering(own, fused))
+                        ways += self._gathering(call, own, fused, gradient)
                     apart = self._among(region.name, (call,), region, ways)
                     found = self._with_fused_calls(apart, (k, j), call, region)
                     if found is not apart and own is not None and is_common(own.patches) and not self.every:
@@ -94,15 +103,42 @@ class _Search:
                     if len(found.ways) > 1:
                         self._put((k, j), place, found)
                         return True
-        if own is not None:
-            alone = self._alone(own.product)
-            ways = [Way(LIBRARY, (call,)), _gathering(own, alone)]
-            self.steps[k] = self._among(alone.name, (call,), None, ways)
-        return own is not None
+        if own is None and gradient is None:
+            return False
+        alone = None if own is None else self._alone(own.product)
+        ways = [Way(LIBRARY, (call,)), *self._gathering(call, own, alone, gradient)]
+        self.steps[k] = self._among(next(n for n in call.outputs if n), (call,), None, ways)
+        return True
+
+    def _gathering(
+        self, call: Call, own: Gathered | None, contraction: Contraction | None, gradient: Product | None
+    ) -> Iterator[Way]:
+        """The ways in which `contraction` computes the first result of `call`, which is `own`, and another kernel the
+        weight's `gradient`: each alone and both.
+        """
+        if own is not None and contraction is not None:
+            yield Way(STENCIL if own.patches.depthwise else IMPLICIT, (*own.before, contraction))
+            if own.direct is not None:
+                yield Way(DIRECT, (*((own.rest,) if own.rest else ()), self._read_directly(contraction, own.direct)))
+        if gradient is None:
+            return
+        summed, left = self._alone(gradient), without(call, 1)
+        if own is None:
+            yield Way(SUMS, (summed,) if left is None else (left, summed))
+        elif contraction is not None:
+            others = without(call, 0, 1)
+            before = tuple(s for s in (others, own.filling) if s is not None)
+            yield Way(STENCIL_SUMS, (*before, summed, contraction))
+
+    def _read_directly(self, contraction: Contraction, weight: Matrix) -> Contraction:
+        """`contraction`, of a depthwise convolution, with its weight as it lies in memory: no kernel lays it out before."""
+        buffers = {n: s for n, s in contraction.buffers.items() if n != contraction.b.buffer}
+        buffers[weight.buffer] = self.lowered.buffers[weight.buffer]
+        return replace(contraction, name=f"{contraction.name}.direct", b=weight, buffers=buffers)
 
     def _gathered(self, call: Call) -> Gathered | None:
         """`call` for a kernel of ours, its weight among the buffers."""
-        found = PatchSearch(self.lowered.buffers, self.views, self.lowered.constants).find(call)
+        found = self.patches.find(call)
         if found is not None and found.weight is not None:
             self.convolutions.buffers[found.weight.name] = found.weight
             if found.constant is not None:
@@ -168,6 +204,27 @@ class _Search:
                     return True
         return False
 
+    def _fuse_cut(self, k: int, product: Product) -> bool:
+        """`_fuse` for a padded product of which one region reads what is no padding, and nobody anything else."""
+        name = product.result.buffer
+        readers = [j for j, s in enumerate(self.steps) if name in self.accesses[j][0] and not isinstance(s, Alias)]
+        region = self.steps[readers[0]] if len(readers) == 1 else None
+        cut = cut_to(product, region) if isinstance(region, Region) else None
+        if cut is None or name in self.kept or not isinstance(region, Region):
+            return False
+        steps: tuple[int, ...] = (k, readers[0])
+        first: tuple[Region | Contraction | Call, ...] = (product.call, region)
+        padding = padding_of(self.steps, cut, self.lowered.buffers)
+        if padding is not None and not self._is_wanted(cut.b.buffer, (padding[0][0], k)):
+            (i, copying), cut = padding[0], padding[1]
+            steps, first = (i, *steps), (copying, *first)
+        place, fused = self._place(steps), self._contraction(cut, region, False)
+        if place is None or fused is None:
+            return False
+        ways = (Way(LIBRARY, first), Way(FUSED, (fused,)))
+        self._put(steps, place, self._among(fused.name, (product.call,), region, ways))
+        return True
+
     def _fuse_two(self, k: int, j: int, product: Product, region: Region) -> bool:
         """`_fuse` for product `k` with another one, or for the two halves of its columns."""
         for i, one, two in self._partners(k, j, product):
@@ -218,15 +275,17 @@ class _Search:
         """Whether step `k` can run at `place`, where those of `steps` are, which make `made`."""
         reads, writes = self.accesses[k]
         reads -= made
-        between = range(min(k, place), max(k, place) + 1)
-        others = [self.accesses[i] for i in between if i not in steps and self.steps[i] is not None]
+        between = (i for i in range(min(k, place), max(k, place) + 1) if i not in steps and self.steps[i] is not None)
+        in_sight = isinstance(self.steps[k], Region)  # what it writes is allocated for whoever names it first, a view, say
+        others = [self.accesses[i] for i in between if not (in_sight and isinstance(self.steps[i], Alias))]
         return not any(writes & (r | w) or reads & w for r, w in others)
 
     def _is_wanted(self, name: str, steps: tuple[int, ...]) -> bool:
         """Whether the product `name` is read by others than `steps`."""
         if name in self.kept:
             return True
-        return any(name in self.accesses[i][0] for i, s in enumerate(self.steps) if s is not None and i not in steps)
+        others = (i for i, s in enumerate(self.steps) if s is not None and not isinstance(s, Alias) and i not in steps)
+        return any(name in self.accesses[i][0] for i in others)  # of views, those who read them count
 
     def _contraction(self, product: Product, region: Region, wanted: bool) -> Contraction | None:
         """`product` with `region` as its epilogue, which stores the product as well where it is `wanted`."""
@@ -361,11 +420,6 @@ class _Search:
 def _uses_tf32(product: Product) -> bool:
     """Whether the library may round the float32 operands of `product` to TF32."""
     return convolutions_use_tf32() if product.call.op == CONVOLUTION else products_use_tf32()
-
-
-def _gathering(gathered: Gathered, contraction: Contraction) -> Way:
-    """The way in which `contraction` computes the convolution `gathered`."""
-    return Way(STENCIL if gathered.patches.depthwise else IMPLICIT, (*gathered.before, contraction))
 
 
 def _is_plain(nest: Nest) -> bool:

@@ -13,10 +13,11 @@ from torch import fx
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, as_symbol, contiguous_strides, index
 from fxopt.ir.graph import Graph
-from fxopt.ir.loops import Nest, Reduce, Scalar, Scan, Store, loads_below
+from fxopt.ir.loops import Nest, Reduce, Scalar, Scan, Store, loads_below, transform
 from fxopt.ir.region import Alias, BufferSpec, Ref, Region, Size, Step
 from fxopt.journal import Journal
 from fxopt.lower import calls, cost, layout
+from fxopt.lower.one_hot import only_term
 from fxopt.lower.opsets import KERNEL_DTYPES, LIBRARY_OPS, VIEW_OPS
 from fxopt.lower.small import empty_reduction, trivial_reduction
 from fxopt.lower.table import table
@@ -29,6 +30,7 @@ from fxopt.lower.values import (
     address,
     at,
     cast,
+    dim_indices,
     known_equal,
     nodes_of,
     symbols_of,
@@ -345,6 +347,11 @@ class Lowering:
         device, nodes = _one_device(inputs), nodes_of(*inputs)
         out: list[Value] = []
         empty = any(known_equal(shape[k], 0) for k in over)
+        term = only_term(args[0], axes[0]) if kind == "sum" and len(axes) == 1 and not empty else None
+        if term is not None:
+            place = {as_symbol(idx[k]): i for k, i in zip(kept, dim_indices(out_shape), strict=True) if k not in over}
+            term = transform(cast(term, accumulate), {s: i for s, i in place.items() if s is not None})
+            return tuple(Computed(cast(term, d), d, device, out_shape, nodes) for _, d in results)
         for position, dtype in results:
             if empty:
                 value: Scalar = empty_reduction(kind, accumulate, position)

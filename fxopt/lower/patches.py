@@ -18,11 +18,14 @@ from fxopt.ir.loops import Load, Nest, Store
 from fxopt.ir.precision import convolutions_use_tf32
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Pair, Patches, Ref, Region
 from fxopt.ir.rounding import HALVES
+from fxopt.lower import products
 from fxopt.lower.products import Product, as_view, broadcast, places_of
 from fxopt.lower.values import cast, symbols_of
 
 LARGEST_OFFSET = 2**31 - 2**20
 """Elements: addresses are computed in int32, also those just outside of an image."""
+
+CONVOLUTION_BACKWARD = "aten::convolution_backward.default"
 
 FEW_CHANNELS = 16
 """Fewer leave most of a tensor core empty, however a library goes about it."""
@@ -38,7 +41,7 @@ class Gathered:
     Where no memory has the weight as kernels read it, `weight` is a buffer for that: [window's rows, window's columns,
     channels] in float32 of a depthwise convolution, else [result's channels, window's rows, window's columns, channels].
     `filling` is the region that computes it; None if it is a constant, whose value is `constant`. `rest` is what is left of
-    the call, if it has other results.
+    the call, if it has other results. `direct` is the weight of a depthwise convolution where it lies, evenly spaced.
     """
 
     product: Product
@@ -46,6 +49,7 @@ class Gathered:
     filling: Region | None = None
     constant: torch.Tensor | None = None
     rest: Call | None = None
+    direct: Matrix | None = None
 
     @property
     def patches(self) -> Patches:
@@ -66,6 +70,13 @@ def is_common(patches: Patches) -> bool:
     return overlap and not patches.depthwise and patches.shape[3] >= FEW_CHANNELS
 
 
+def without(call: Call, *results: int) -> Call | None:
+    """The backward `call` without its results number `results`; None if that leaves nothing."""
+    mask = [wanted and k not in results for k, wanted in enumerate(call.args[-1])]
+    outputs = tuple(None if k in results else name for k, name in enumerate(call.outputs))
+    return replace(call, args=(*call.args[:-1], mask), outputs=outputs) if any(mask) else None
+
+
 @dataclass(frozen=True)
 class PatchSearch:
     """Finds convolutions, and gradients, of channels-last images on a GPU, all sizes known, that kernels of ours can do."""
@@ -79,9 +90,9 @@ class PatchSearch:
         if call.outputs[:1] in ((), (None,)):
             return None
         match call.op:
-            case "aten::convolution.default":
+            case products.CONVOLUTION:
                 return self._convolution(call)
-            case "aten::convolution_backward.default":
+            case _ if call.op == CONVOLUTION_BACKWARD and call.args[-1][0]:
                 return self._input_gradient(call)
         return None
 
@@ -94,7 +105,7 @@ class PatchSearch:
 
     def _input_gradient(self, call: Call) -> Gathered | None:
         """That of a depthwise convolution without stride: one of the gradient, with the window turned around."""
-        grad, _, weight, _, *geometry, transposed, _, groups, mask = call.args
+        grad, _, weight, _, *geometry, transposed, _, groups, _ = call.args
         image, window, made = (self._view(n) for n in (grad.name, weight.name, call.outputs[0]))
         if image is None or window is None or made is None or transposed or not _are_known(geometry, groups):
             return None
@@ -109,10 +120,31 @@ class PatchSearch:
         last = sum((n - 1) * s for n, s in zip(_ints(window.shape[2:]), steps, strict=True))
         turned = replace(window, strides=(*window.strides[:2], *(-s for s in steps)), offset=add(window.offset, last))
         found = self._gathered(call, image, turned, made, None, (stride, around, dilation), groups)
-        if found is None or not any(mask[1:]):
-            return found
-        others = replace(call, args=(*call.args[:-1], [False, *mask[1:]]), outputs=(None, *call.outputs[1:]))
-        return replace(found, rest=others)
+        return None if found is None else replace(found, rest=without(call, 0))
+
+    def weight_gradient(self, call: Call) -> Product | None:
+        """That of a depthwise convolution's weight, if `call` is its backward: each of its elements is a sum over places."""
+        if call.op != CONVOLUTION_BACKWARD or not call.args[-1][1]:
+            return None
+        grad, x, _, _, *geometry, transposed, _, groups, _ = call.args
+        image, above, made = (self._view(n) for n in (x.name, grad.name, call.outputs[1]))
+        if image is None or above is None or made is None or transposed or not _are_known(geometry, groups):
+            return None
+        if not all(_are_known(v.shape, *v.strides, v.offset) for v in (image, above, made)) or groups == 1:
+            return None
+        taps, channels, places = _count(made.shape[2:]), made.shape[0], places_of(above)
+        if not groups == image.shape[1] == channels or taps > MOST_TAPS or places is None or places.column != 1:
+            return None
+        if not self._is_computable(image, above, made) or not _is_channels_last(image):
+            return None
+        if made.strides[2] != made.strides[3] * made.shape[3]:
+            return None
+        stride, padding, dilation = map(_pair, geometry)
+        patches = replace(_patches(image, made, above, (stride, padding, dilation), True), transposed=True)
+        result = Matrix(made.of, made.offset, 0, made.strides[3], made.strides[0])
+        axes = (None, Sym("x1", size=taps), Sym("x2", size=channels))
+        sizes = (1, taps, patches.columns, channels)
+        return Product(call, patches, places, result, sizes, axes, None)  # type: ignore[arg-type]  # sizes are known
 
     def _view(self, name: str | None) -> Alias | None:
         """The four-dimensional tensor `name`."""
@@ -143,7 +175,8 @@ class PatchSearch:
         weight = self._weight(call, window, depthwise)
         sizes = (1, patches.rows, patches.columns, channels)
         product = Product(call, patches, weight.matrix, result, sizes, axes, addend)  # type: ignore[arg-type]  # known
-        return Gathered(product, weight.spec, weight.filling, weight.constant)
+        direct = _weight_matrix(window) if depthwise and weight.filling is not None else None
+        return Gathered(product, weight.spec, weight.filling, weight.constant, direct=direct)
 
     def _is_computable(self, *tensors: Alias) -> bool:
         """Whether the tensors are on one GPU, of one dtype that kernels take, neither empty nor too large."""

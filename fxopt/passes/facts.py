@@ -14,7 +14,14 @@ from fxopt.ir.spec import COPY_INTO, known_equal
 _LOOKED_THROUGH = frozenset(
     "view _unsafe_view reshape expand permute t transpose unsqueeze squeeze slice select clone alias detach".split()
 )
-_RESHAPES = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default})
+_RESHAPES = frozenset(
+    {
+        torch.ops.aten.view.default,
+        torch.ops.aten._unsafe_view.default,
+        torch.ops.aten.unsqueeze.default,
+        torch.ops.aten.squeeze.dim,
+    }
+)
 _ZEROS, _ONES = frozenset({"zeros", "zeros_like", "new_zeros"}), frozenset({"ones", "ones_like", "new_ones"})
 
 

@@ -148,7 +148,7 @@ def _padded(context: Context, product: Product) -> fx.Node | None:
         given["self"] = _grown_bias(context, product)
     schema = ops.schema(target).arguments
     args = tuple(given[p.name] for p in schema if not p.kwarg_only)
-    kwargs = {p.name: given[p.name] for p in schema if p.kwarg_only}
+    kwargs = {p.name: given[p.name] for p in schema if p.kwarg_only and given[p.name] != p.default_value}
     result = context.derive(target, args, product.node, kwargs)
     for dim, size, pad in ((-2, m, pad_m), (-1, n, pad_n)):
         if result is not None and pad:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.templates import attention_config, conv_config, gemm_config
-from fxopt.codegen.templates.conv_config import StencilConfig
-from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
-from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
+from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region
@@ -40,6 +38,12 @@ nothing in the cases of `benchmarks/gemm_model.py`."""
 
 CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 """The same of a convolution."""
+
+SUMS_CANDIDATES = {"default": 1, "max-autotune": 2}
+"""The same of the gradient of a depthwise weight: those take two seconds of a core each."""
+
+FEW_BYTES = 8 << 20
+"""Of an image: larger ones are worth a launch that lays out the weight of their depthwise convolution."""
 
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
@@ -152,12 +156,17 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
     if mode != "max-autotune" and is_common(problem.patches) and not problem.epilogue_ops:
         return []
     most = CONVOLUTION_CANDIDATES.get(mode, CONVOLUTION_CANDIDATES["default"])
-    chosen: Sequence[StencilConfig | GemmConfig]
-    if problem.patches.depthwise:
-        chosen = conv_config.stencil_configs(problem, target, most)
+    chosen: Sequence[ConvConfig]
+    if problem.patches.transposed:
+        chosen = conv_config.sums_configs(problem, target, SUMS_CANDIDATES.get(mode, SUMS_CANDIDATES["default"]))
+    elif problem.patches.depthwise:
+        if problem.is_strided and problem.image_bytes > FEW_BYTES and mode != "max-autotune":
+            return []
+        chosen = conv_config.stencil_configs(problem, target, most if not problem.is_strided else 2)
     else:
         chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
-    return [Candidate(str(c), print_convolution(contraction, c, target).kernels) for c in dict.fromkeys(chosen)]
+    printed = [(c, print_convolution(contraction, c, target)) for c in dict.fromkeys(chosen)]
+    return [Candidate(str(c), p.kernels, p.scratch) for c, p in printed]
 
 
 def attention_candidates(attention: Attention, target: Target, mode: str) -> list[Candidate]:

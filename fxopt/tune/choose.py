@@ -7,7 +7,7 @@ once and measured once, and all take the same choice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from fxopt.codegen import triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
-from fxopt.ir.kernel import Artifact, CompileFailure
+from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import Alternatives, Batch, Call, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
@@ -30,6 +30,7 @@ from fxopt.tune.contest import decide
 from fxopt.tune.made_up import index_bounds
 from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes
 from fxopt.tune.records import RecordKey
+from fxopt.tune.suspects import Suspects
 from fxopt.tune.twins import Printer
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
@@ -37,6 +38,8 @@ BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 
 SAMPLE_BYTES = 256 << 20
 """As much of a batch is measured."""
+
+PRINTING, COMPILING = "kernels: printing", "kernels: compiling"
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,20 @@ class _Contest:
     def region(self) -> Work:
         return self.regions[0]
 
+    @property
+    def sources(self) -> list[KernelSource]:
+        return [s for candidate in self.candidates for s in candidate.sources]
+
+    def take(self, results: Mapping[int, Artifact | CompileFailure]) -> None:
+        """Note which candidates were built, and why others were not. `results` are of sources, by identity."""
+        for candidate in self.candidates:
+            made = [(s, results[id(s)]) for s in candidate.sources]
+            reasons = [r.reason for _, r in made if isinstance(r, CompileFailure)]
+            self.reasons += reasons
+            if not reasons:
+                kernels = tuple((s, a) for s, a in made if isinstance(a, Artifact))
+                self.built.append(Choice(candidate.label, kernels, candidate.scratch))
+
 
 def choose(
     lowered: Lowered, options: Options, store: ArtifactStore, journal: Journal
@@ -64,17 +81,15 @@ def choose(
     alternatives = [s for s in lowered.steps if isinstance(s, Alternatives)]
     first = [s for each in alternatives for s in each.ways[0].steps]
     others = [s for each in alternatives for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
-    with journal.timed("kernels: printing"):
-        printed, failed = _print([s for s in (*lowered.steps, *first) if isinstance(s, Region | Batch)], options)
-        also, _ = _print(others, options)
-        contests, optional = _grouped(printed), _grouped(also)
-    with journal.timed("kernels: compiling"):
-        for device in dict.fromkeys(c.region.device for c in (*contests, *optional)):
-            here = [c for c in (*contests, *optional) if c.region.device == device]
-            _build(here, Target.current(device), store, journal)
+    needed = [s for s in (*lowered.steps, *first) if isinstance(s, Region | Batch)]
+    build = _Build(options, store, journal)
+    for device in dict.fromkeys(work.device for work in (*others, *needed)):
+        build.on(device, [w for w in others if w.device == device], [w for w in needed if w.device == device])
+    printed, failed, also = build.printed, build.failed, build.also
+    contests, optional = build.contests, build.optional
     with journal.timed("kernels: measuring"):
         budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
-        measurements = Measurements(journal, budget)
+        measurements = Measurements(journal, budget, Suspects(store.cache))
         winners = {id(c): _fastest(c, store, measurements) for c in contests if c.built}
         chosen: dict[str, Choice] = {}
         for contest, region, own in _places(contests, printed):
@@ -100,26 +115,74 @@ def _places(
     return ((of[region.name], region, own) for region, own in printed)
 
 
-def _print(regions: Sequence[Work], options: Options) -> tuple[list[tuple[Any, list[Candidate]]], list[tuple[Any, str]]]:
-    printed: list[tuple[Work, list[Candidate]]] = []
-    failed: list[tuple[Work, str]] = []
-    printer = Printer(lambda region: candidates(region, options))
-    for region in regions:
-        try:
-            own = printer(region) if isinstance(region, Region) else candidates(region, options)
-            printed.append((region, own))
-        except UnsupportedError as error:
-            failed.append((region, error.reason))
-    return printed, failed
+class _Build:
+    """Candidates of regions, batches and contractions: printed, and compiled while the next ones are printed."""
+
+    def __init__(self, options: Options, store: ArtifactStore, journal: Journal) -> None:
+        self.options, self.store, self.journal = options, store, journal
+        self.printed: list[tuple[Work, list[Candidate]]] = []
+        self.also: list[tuple[Work, list[Candidate]]] = []
+        self.failed: list[tuple[Any, str]] = []
+        self.contests: list[_Contest] = []
+        self.optional: list[_Contest] = []
+
+    def on(self, device: torch.device, others: Sequence[Work], needed: Sequence[Work]) -> None:
+        """Build the steps of other ways than the first (`others`), and those that are `needed`, on one device."""
+        sources: list[KernelSource] = []
+        printing = self.journal.seconds.get(PRINTING, 0.0)
+        with self.journal.timed(COMPILING):
+            made = compile_kernels(self._sources(others, needed, sources), Target.current(device), self.store)
+        self.journal.seconds[COMPILING] -= self.journal.seconds.get(PRINTING, 0.0) - printing
+        suspects = Suspects(self.store.cache)
+        compiled = [_unsuspected(result, suspects, self.journal) for result in made]
+        results = dict(zip(map(id, sources), compiled, strict=True))
+        texts = len({s.text for s in sources})
+        log.info("%s: %d kernels (%d texts) on %s", self.journal.graph, len(sources), texts, device)
+        for contest in (*self.contests, *self.optional):
+            if contest.region.device == device:
+                contest.take(results)
+
+    def _sources(self, others: Sequence[Work], needed: Sequence[Work], given: list[KernelSource]) -> Iterator[KernelSource]:
+        """Every candidate's kernels, also noted in `given`. Those that take longest come first, lest all wait for the last:
+        products, which are among `others`, take several times as long as the rest, which goes by length."""
+        known: dict[object, _Contest] = {}
+        for region, own in self._printed(others, []):
+            self.also.append((region, own))
+            contest = _put(known, region, own)
+            if contest is not None:
+                self.optional.append(contest)
+                given += contest.sources
+                yield from contest.sources
+        printed = list(self._printed(needed, self.failed))
+        self.printed += printed
+        known = {}
+        contests = [contest for region, own in printed if (contest := _put(known, region, own)) is not None]
+        self.contests += contests
+        sources = sorted((s for c in contests for s in c.sources), key=lambda s: -len(s.text))
+        given += sources
+        yield from sources
+
+    def _printed(self, works: Sequence[Work], failed: list[tuple[Any, str]]) -> Iterator[tuple[Work, list[Candidate]]]:
+        """Each of `works` with its candidates; what cannot be printed goes to `failed`."""
+        printer = Printer(lambda region: candidates(region, self.options))
+        for work in works:
+            try:
+                with self.journal.timed(PRINTING):
+                    own = printer(work) if isinstance(work, Region) else candidates(work, self.options)
+            except UnsupportedError as error:
+                failed.append((work, error.reason))
+            else:
+                yield work, own
 
 
-def _grouped(printed: Sequence[tuple[Work, list[Candidate]]]) -> list[_Contest]:
-    """One contest for all regions that print the same kernels for the same sizes."""
-    contests: dict[object, _Contest] = {}
-    for region, own in printed:
-        key = (region.device, tuple(c.identity for c in own))
-        contests.setdefault(key, _Contest([], own)).regions.append(region)
-    return list(contests.values())
+def _put(contests: dict[object, _Contest], work: Work, own: list[Candidate]) -> _Contest | None:
+    """Put `work` to the contest of all that print the same kernels for the same sizes; that contest if it is a new one."""
+    key = (work.device, tuple(c.identity for c in own))
+    if key in contests:
+        contests[key].regions.append(work)
+        return None
+    contests[key] = _Contest([work], own)
+    return contests[key]
 
 
 def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
@@ -129,21 +192,12 @@ def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
     return replace(winner, kernels=tuple(zip(candidate.sources, artifacts, strict=True)), scratch=candidate.scratch)
 
 
-def _build(contests: Sequence[_Contest], target: Target, store: ArtifactStore, journal: Journal) -> None:
-    """Compile every candidate of every contest in one go, the longest texts first: they take longest."""
-    sources = [s for c in contests for candidate in c.candidates for s in candidate.sources]
-    sources.sort(key=lambda s: -len(s.text))
-    texts = len({s.text for s in sources})
-    log.info("%s: compiling %d kernels (%d texts) for %d regions", journal.graph, len(sources), texts, len(contests))
-    results = dict(zip(map(id, sources), compile_kernels(sources, target, store), strict=True))
-    for contest in contests:
-        for candidate in contest.candidates:
-            built = [(s, results[id(s)]) for s in candidate.sources]
-            reasons = [r.reason for _, r in built if isinstance(r, CompileFailure)]
-            contest.reasons += reasons
-            if not reasons:
-                kernels = tuple((s, a) for s, a in built if isinstance(a, Artifact))
-                contest.built.append(Choice(candidate.label, kernels, candidate.scratch))
+def _unsuspected(made: Artifact | CompileFailure, suspects: Suspects, journal: Journal) -> Artifact | CompileFailure:
+    """`made`, or why it must not run: it has hung or ended a process before."""
+    if isinstance(made, CompileFailure) or made.language != "triton" or (reason := suspects.reason(made.key)) is None:
+        return made
+    journal.note("tuning", f"{made.entry}: no candidate, {reason}")
+    return CompileFailure(made.key, reason)
 
 
 def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements) -> Choice:

@@ -26,11 +26,16 @@ from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.binding import resolve_op
 from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.launch import CudaError, load_cubin
+from fxopt.tune.suspects import Suspects
 
-METHOD = 5
+METHOD = 6
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
+FIRST_ROUNDS = 2
+BEHIND = 1.25
+"""After FIRST_ROUNDS, what takes this many times as long as the fastest is not measured further."""
+
 MOST_LAUNCHES = 8
 SAMPLE_SECONDS = 200e-6
 """A sample is as many launches as fill this time, at most MOST_LAUNCHES."""
@@ -86,8 +91,9 @@ class Measurements:
     cache serves well enough look good.
     """
 
-    def __init__(self, journal: Journal, budget: float) -> None:
+    def __init__(self, journal: Journal, budget: float, suspects: Suspects | None = None) -> None:
         self.journal, self.left = journal, budget
+        self.suspects = Suspects(None) if suspects is None else suspects
         self._patience = PATIENCE_SECONDS
         self._said = False
 
@@ -108,7 +114,7 @@ class Measurements:
     def compare(self, name: str, memory: Memory, device: torch.device, trials: Sequence[Trial]) -> list[float] | None:
         """Seconds of one run of each of `trials` (infinity for one that does not run), or None when nothing can be measured.
 
-        `name` says whose trials they are; `memory` is what they share.
+        `name` says whose trials they are; `memory` is what they share. Raises HungKernelError for one that does not end.
         """
         if self.left <= 0:
             self.journal.provisional = True
@@ -119,9 +125,9 @@ class Measurements:
         start = time.perf_counter()
         try:
             with torch.cuda.device(device):
-                seconds = time_trials(memory, device, trials)
+                seconds = time_trials(memory, device, trials, self.suspects)
                 if _may_stay_in_cache(memory.buffers, device):
-                    cold = time_trials(memory, device, trials, cold=True)
+                    cold = time_trials(memory, device, trials, self.suspects, cold=True)
                     seconds = [(a + b) / 2 for a, b in zip(seconds, cold, strict=True)]
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{name}: not measured, the GPU is out of memory")
@@ -145,7 +151,9 @@ def _may_stay_in_cache(buffers: Mapping[str, BufferSpec], device: torch.device) 
     return sum(map(nbytes, buffers.values())) < 2 * cache
 
 
-def time_trials(memory: Memory, device: torch.device, trials: Sequence[Trial], cold: bool = False) -> list[float]:
+def time_trials(
+    memory: Memory, device: torch.device, trials: Sequence[Trial], suspects: Suspects, cold: bool = False
+) -> list[float]:
     """Median seconds of one run of each trial on random data; infinity for one that does not run.
 
     `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache.
@@ -153,7 +161,7 @@ def time_trials(memory: Memory, device: torch.device, trials: Sequence[Trial], c
     sizes = assumed_sizes(memory, trials)
     generator = torch.Generator(device).manual_seed(0)  # the user's own keeps its state
     tensors = {name: _made_up(spec, memory.bounds.get(name), sizes, generator) for name, spec in memory.buffers.items()}
-    return interleaved([runner(trial, tensors, sizes) for trial in trials], device, cold)
+    return interleaved([runner(trial, tensors, sizes, suspects) for trial in trials], device, cold)
 
 
 def eager_seconds(run: Run, device: torch.device) -> float:
@@ -168,9 +176,11 @@ def interleaved(runs: Sequence[Run | None], device: torch.device, cold: bool) ->
     launches = 1 if cold else max(1, min(MOST_LAUNCHES, round(SAMPLE_SECONDS / max(min(first), 1e-9))))
     fills = [_fills(run, launches) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
+    for done in range(ROUNDS):
+        most = BEHIND * min(map(min, times)) if done >= FIRST_ROUNDS else math.inf
         for k, run in enumerate(runs):
-            times[k].append(_seconds(run, filler, fills[k], launches, cold))
+            if done < FIRST_ROUNDS or min(times[k]) <= most:
+                times[k].append(_seconds(run, filler, fills[k], launches, cold))
     return [statistics.median(t) for t in times]
 
 
@@ -202,12 +212,18 @@ def _seconds(run: Run | None, filler: torch.Tensor, fills: int, launches: int, c
     return float(start.elapsed_time(end)) / 1e3 / launches
 
 
-def runner(trial: Trial, shared: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
-    """A function that runs `trial` once on the current stream; None when it does not load or a call in it fails."""
+def runner(
+    trial: Trial, shared: dict[str, torch.Tensor], sizes: dict[str, int], suspects: Suspects | None = None
+) -> Run | None:
+    """A function that runs `trial` once on the current stream; None when it does not load or a call in it fails.
+
+    Its kernels have run once, watched as `suspects` do: HungKernelError for one that does not end.
+    """
+    watch = Suspects(None) if suspects is None else suspects
     tensors = shared | {spec.name: _zeros(spec, sizes) for spec in trial.scratch}
     parts: list[Run] = []
     for part in trial.parts:
-        run = _call(part, tensors, sizes) if isinstance(part, BoundCall) else _launch(*part, tensors, sizes)
+        run = _call(part, tensors, sizes) if isinstance(part, BoundCall) else _launch(*part, tensors, sizes, watch)
         if run is None:
             return None
         parts.append(run)
@@ -221,7 +237,9 @@ def runner(trial: Trial, shared: dict[str, torch.Tensor], sizes: dict[str, int])
     return run_all
 
 
-def _launch(source: KernelSource, artifact: Artifact, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
+def _launch(
+    source: KernelSource, artifact: Artifact, tensors: dict[str, torch.Tensor], sizes: dict[str, int], suspects: Suspects
+) -> Run | None:
     try:
         launcher = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device()).bind(artifact.entry)
     except (CudaError, OSError):  # OSError: another process has just evicted its file
@@ -231,17 +249,25 @@ def _launch(source: KernelSource, artifact: Artifact, tensors: dict[str, torch.T
     if source.members:
         device, width = tensors[source.buffers[0]].device, len(source.buffers) // len(source.members)
         batch = BatchLauncher(launcher, source.members, source.block, width, device)
-        return functools.partial(batch, stream, tuple(pointers))
-    grid = [evaluate(g, sizes) for g in source.grid]
-    run = functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+        run: Run = functools.partial(batch, stream, tuple(pointers))
+    else:
+        grid = [evaluate(g, sizes) for g in source.grid]
+        run = functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+    return run if _runs(run, artifact, suspects) else None
+
+
+def _runs(run: Run, artifact: Artifact, suspects: Suspects) -> bool:
+    """Whether `run` launches its kernel, which then has ended. Raises HungKernelError; CudaError if the context is lost."""
     try:
-        run()
+        with suspects.on_trial(artifact.key, artifact.entry, lambda: torch.cuda.current_stream().query()):
+            run()
     except CudaError as error:
         if error.ends_context:
             raise
+        suspects.clear(artifact.key)
         log.info("%s cannot be a candidate: %s", artifact.entry, error)
-        return None
-    return run
+        return False
+    return True
 
 
 def _call(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def test_a_gpu_that_nothing_compiles_for(store: ArtifactStore, monkeypatch: pyte
     """Whatever the compiler says of a GPU that it cannot serve: when not even the simplest kernel compiles, that is why."""
     tried: list[str] = []
 
-    def run_jobs(jobs: list[dict[str, Any]], target: Target) -> list[workers.Outcome]:
+    def run_jobs(jobs: Iterable[dict[str, Any]], target: Target) -> list[workers.Outcome]:
+        jobs = list(jobs)
         tried.extend(job["source"]["entry"] for job in jobs)
         fine, failed = workers.Outcome({"code": "", "meta": {}}), workers.Outcome(error="no ptxas")
         return [fine if sound and job["source"]["entry"] == "fx_probe" else failed for job in jobs]

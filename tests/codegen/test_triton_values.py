@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -281,6 +282,21 @@ def test_a_normal_distribution(interpreter: Interpreter) -> None:
     )
 
 
+@pytest.mark.parametrize("reduces", [False, True])
+def test_halves_in_each_others_place_are_loaded_once(interpreter: Interpreter, reduces: bool) -> None:
+    case = nests.turned_halves(5, 32, 16, reduces)
+    configs = [TritonConfig(4, r_block=32), TritonConfig(1, r_block=8, persistent=False)] if reduces else [TritonConfig(64)]
+    for config in configs:
+        check(interpreter, case, config, slack=16.0)
+        (kernel,) = print_region(case.region, config, TARGET).kernels
+        assert "+ 16) % 32" in kernel.text and not re.search(r"tl\.load\(.*, v", kernel.text), "no load is masked"
+
+
+def test_parts_of_other_sizes_are_selected() -> None:
+    (kernel,) = print_region(nests.turned_halves(5, 32, 20).region, TritonConfig(64), TARGET).kernels
+    assert kernel.text.count("tl.load(") == 3
+
+
 @pytest.mark.parametrize("row", [37, 64])
 def test_bytes_beside_float32(interpreter: Interpreter, row: int) -> None:
     for config in (TritonConfig(4, r_block=64), TritonConfig(1, r_block=16, persistent=False), TritonConfig(1, split=2)):
@@ -317,6 +333,15 @@ def test_what_is_the_same_for_a_step_is_loaded_once(interpreter: Interpreter) ->
         check(interpreter, case, config)
         check(interpreter, case, replace(config, x_block=2))
         assert (f"r_base // {length}" in print_region(case.region, config, TARGET).kernels[0].text) == same
+
+
+def test_powers_of_two_divide_by_their_reciprocal() -> None:
+    """The same values, without the slow path that a correctly rounded division has."""
+    texts = {
+        row: print_region(nests.group_scale(5, 4, row // 4).region, TritonConfig(1, r_block=64), TARGET) for row in (48, 64)
+    }
+    assert "h.divide" in texts[48].kernels[0].text
+    assert "h.divide" not in texts[64].kernels[0].text and f"* {1 / 64})" in texts[64].kernels[0].text
 
 
 def test_what_parts_have_stored_is_loaded_again(interpreter: Interpreter) -> None:

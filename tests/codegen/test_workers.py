@@ -39,6 +39,27 @@ def test_results_come_in_order(pool: Pool) -> None:
     assert pool.run([]) == []
 
 
+def test_a_job_is_begun_while_the_next_one_is_made(pool: Pool, tmp_path: Path) -> None:
+    def jobs() -> Iterator[dict[str, Any]]:
+        yield job("touch", str(tmp_path / "begun"))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield job("double", (tmp_path / "begun").exists())
+
+    assert pool.run(jobs()) == [Outcome("touched"), Outcome([True, True])]
+
+
+def test_an_error_in_making_jobs_ends_the_batch(pool: Pool) -> None:
+    def jobs() -> Iterator[dict[str, Any]]:
+        yield job("hang")
+        raise KeyError("no kernel")
+
+    with pytest.raises(KeyError, match="no kernel"):
+        pool.run(jobs())
+    assert pool.run([job("double", 4)]) == [Outcome([4, 4])]
+
+
 def test_several_workers_at_once(pool: Pool) -> None:
     pids = {o.value for o in pool.run([job("pid") for _ in range(6)])}
     assert len(pids) == 2 and os.getpid() not in pids
@@ -60,6 +81,28 @@ def test_a_hanging_job_is_ended() -> None:
     pool.close()
     assert hung.error is not None
     assert "took longer than" in hung.error and fine == Outcome([2, 2])
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_an_idle_helper_rehearses_and_forks_its_workers_ahead() -> None:
+    pool = Pool(f"{JOBS}:job", None, 3, rehearsal=f"{JOBS}:rehearse")
+    pool.start()
+    assert pool._process is not None
+    deadline = time.monotonic() + 60
+    while len(children(pool._process.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    found = [o.value for o in pool.run([job("rehearsed") for _ in range(4)])]
+    pool.close()
+    assert found == [[found[0][1]] * 2] * 4  # once, in the helper
+
+
+def test_a_broken_rehearsal_costs_nothing() -> None:
+    pool = Pool(f"{JOBS}:job", None, 1, rehearsal=f"{JOBS}:broken_warm_up")
+    assert pool.run([job("double", 5)]) == [Outcome([5, 5])]
+    pool.close()
 
 
 def test_a_killed_helper_is_replaced(pool: Pool, tmp_path: Path) -> None:

@@ -178,6 +178,31 @@ def nhwc_add() -> Case:
     return make(nest, buffers, "a b k", "o", lambda a, b, k: a + b + k[:, None, None])
 
 
+def turned_halves(points: int, row: int, half: int, reduces: bool = False) -> Case:
+    """Rows, normalized if `reduces`, with their parts before and after `half` (all of them if that is half) in each other's
+    place, the second with its sign changed; times 2, plus the row."""
+    p, r, _ = rows(points, row)
+
+    def value(at: Int) -> Scalar:
+        x = Load("a", symbol(p) * row + at, F32)
+        return op("mul", x, Reduce("max", (Load("a", symbol(p) * row + symbol(r), F32),), (r,), F32)) if reduces else x
+
+    below = Op("lt", (IndexValue(symbol(r)), Const(half, I64)), BOOL)
+    above = Op("ge", (IndexValue(symbol(r) - half), Const(0, I64)), BOOL)
+    second, first = op("neg", value(symbol(r) + half)), value(symbol(r) - half)
+    turned = Masked(below, second, Masked(above, first, Const(0.0, F32)))
+    at = symbol(p) * row + symbol(r)
+    stored = Store("o", at, op("add", op("mul", turned, Const(2.0, F32)), value(symbol(r))))
+    nest = Nest((p,), (r,), (stored,)) if reduces else Nest((p, r), (), (stored,))
+    buffers = [buffer("a", F32, (points, row)), buffer("o", F32, (points, row))]
+
+    def reference(a: torch.Tensor) -> torch.Tensor:
+        a = a * a.amax(1, keepdim=True) if reduces else a
+        return torch.cat((-a[:, half:], a[:, : row - half]), 1)[:, :row] * 2 + a
+
+    return make(nest, buffers, "a", "o", reference)
+
+
 def masked_excess(points: Int, row: Int) -> Case:
     """Of values that a mask keeps, what is above the row's mean, and whether it is: bytes beside float32."""
     p, r, at = rows(points, row)

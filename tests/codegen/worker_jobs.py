@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 WARM = False
+REHEARSED_IN = 0
 
 
 def warm_up() -> None:
     global WARM
     WARM = True
     print("libraries print what they like")
+
+
+def rehearse() -> None:
+    global REHEARSED_IN
+    REHEARSED_IN = os.getpid()
 
 
 def broken_warm_up() -> None:
@@ -29,6 +35,11 @@ def job(kind: str, value: Any = None) -> Any:
             return [value, value]
         case "warm":
             return WARM
+        case "rehearsed":
+            return [REHEARSED_IN, os.getppid()]
+        case "touch":
+            Path(value).touch()
+            return "touched"
         case "pid":
             time.sleep(0.05)
             return os.getpid()

@@ -153,3 +153,20 @@ def test_nan_stays(norm: bool, shortcut: bool) -> None:
     args = (x, z) if shortcut else (x,)
     with torch.no_grad():
         assert torch.equal(compiled(model, freeze=norm)(*args).isnan(), model(*args).isnan())
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_over_time(dtype: torch.dtype, freeze: bool) -> None:
+    """Two convolutions of one dimension with GELUs, then tokens, as at the entry of speech models."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(32, 64, 3, padding=1), nn.GELU(), nn.Conv1d(64, 64, 3, 2, 1), nn.GELU())
+    model = model.cuda().to(dtype).eval()
+    x = torch.randn(2, 32, 100, device="cuda").to(dtype)
+    with torch.no_grad():
+        run = compiled(model, freeze)
+        got, want = run(x), model(x)
+        assert_closer(got, want, copy.deepcopy(model).double()(x.double()))
+    assert got.stride() == want.stride()
+    rewrites = {reason.split()[0] for journal in RECENT for topic, reason in journal.notes if topic == "rewrite"}
+    assert {"flat_convolution.with_one_row", "channels_last.convolution"} <= rewrites

@@ -117,6 +117,8 @@ class _Run:
         last = sum((n - 1) * s for n, s in zip(patches.shape, patches.strides, strict=True))
         assert patches.offset >= 0 and patches.offset + last < memory.numel(), f"an operand outside {patches.buffer}"
         image = memory.as_strided(patches.shape, patches.strides, memory.storage_offset() + patches.offset)
+        if patches.transposed:
+            return self._weight_gradient(patches, image, self._matrices(weight, 1, depth, channels)[0])
         columns = self._matrices(weight, 1, depth, channels)[0].T.unflatten(1, (*patches.window, -1))
         geometry = (patches.stride, patches.padding, patches.dilation, channels if patches.depthwise else 1)
         x, w = (t.permute(0, 3, 1, 2).double() for t in (image, columns))
@@ -124,12 +126,22 @@ class _Run:
         assert tuple(made.shape[2:]) == patches.places
         return made.permute(0, 2, 3, 1).reshape(1, patches.rows, channels)
 
+    def _weight_gradient(self, patches: Patches, image: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """That of a depthwise convolution, float32 [1, elements of the window, channels]; `grad` [places, channels]."""
+        x = image.permute(0, 3, 1, 2).double()
+        above = grad.unflatten(0, (patches.shape[0], *patches.places)).permute(0, 3, 1, 2).double()
+        weight = torch.zeros(x.shape[1], 1, *patches.window, dtype=torch.float64)
+        geometry = ([*patches.stride], [*patches.padding], [*patches.dilation], False, [0, 0], x.shape[1])
+        found = torch.ops.aten.convolution_backward(above, x, weight, None, *geometry, [False, True, False])[1]
+        return found.flatten(1).T.float()[None]
+
     def _matrices(self, matrix: Matrix, batch: int, rows: int, columns: int) -> torch.Tensor:
         memory, offset = self._memory(matrix.buffer), self.int(matrix.offset)
         strides = self.ints((matrix.batch, matrix.row, matrix.column))
-        last = sum((n - 1) * s for n, s in zip((batch, rows, columns), strides, strict=True))
-        assert offset >= 0 and offset + last < memory.numel(), f"an operand outside {matrix.buffer}"
-        return memory.as_strided((batch, rows, columns), strides, memory.storage_offset() + offset)
+        z, y, x = (torch.arange(n) * s for n, s in zip((batch, rows, columns), strides, strict=True))
+        where = offset + z[:, None, None] + y[None, :, None] + x[None, None, :]
+        assert where.min() >= 0 and where.max() < memory.numel(), f"an operand outside {matrix.buffer}"
+        return memory[where]
 
     def _nest(self, nest: Nest, registers: Registers | None = None) -> None:
         if any(s.size is not None and self.int(s.size) == 0 for s in nest.points):
@@ -343,7 +355,8 @@ class _NestValues:
         places = [torch.zeros(1, dtype=torch.int64) if s is None else self.env[s] for s in contraction.axes]
         strides = spec.strides if len(spec.strides) == 3 else (0, *spec.strides)
         if len(spec.strides) == 4:  # a convolution's result: its places in a row, and its channels
-            strides = (0, spec.strides[3], spec.strides[1])
+            transposed = isinstance(contraction.a, Patches) and contraction.a.transposed
+            strides = (0, spec.strides[3], spec.strides[0 if transposed else 1])
         own = sum(p * evaluate(s, self.sizes) for p, s in zip(places, strides, strict=True))
         half = evaluate(contraction.sizes[3], self.sizes) * evaluate(strides[-1], self.sizes)
         both = (own, own + half) if contraction.c is not None else (own,)  # of one product, two halves of the columns

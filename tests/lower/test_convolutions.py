@@ -15,7 +15,7 @@ from fxopt.capture.decompositions import decompositions
 from fxopt.ir.region import Alternatives, Call
 from fxopt.lower import Lowered
 from fxopt.lower import convolutions as module
-from fxopt.lower.contractions import FUSED, IMPLICIT, LIBRARY, STENCIL, with_contractions
+from fxopt.lower.contractions import DIRECT, FUSED, IMPLICIT, LIBRARY, STENCIL, with_contractions
 from fxopt.lower.convolutions import ADD_RELU, CUDNN, FOLDED, RELU
 from fxopt.lower.schedule import schedule
 from tests.lower.capturing import moved
@@ -50,9 +50,9 @@ def searched(fn: Function, args: tuple[Tensor, ...], frozen: tuple[int, ...] = (
 
 def ways(low: Lowered) -> list[list[str]]:
     """Where there are ways beside the first, without those in which a kernel gathers the patches."""
-    labels = [
-        [w.label for w in s.ways if w.label not in (STENCIL, IMPLICIT)] for s in low.steps if isinstance(s, Alternatives)
-    ]
+    gathering = (STENCIL, DIRECT, IMPLICIT)
+    found = [s for s in low.steps if isinstance(s, Alternatives)]
+    labels = [[w.label for w in s.ways if w.label not in gathering] for s in found]
     return [each for each in labels if each != [LIBRARY]]
 
 

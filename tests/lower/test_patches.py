@@ -14,7 +14,7 @@ from torch import Tensor
 from fxopt.capture.decompositions import decompositions
 from fxopt.ir.region import Alternatives, Call, Contraction, Patches, Region
 from fxopt.lower import Lowered, patches
-from fxopt.lower.contractions import IMPLICIT, LIBRARY, STENCIL, with_contractions
+from fxopt.lower.contractions import DIRECT, IMPLICIT, LIBRARY, STENCIL, STENCIL_SUMS, SUMS, with_contractions
 from fxopt.lower.convolutions import CUDNN
 from fxopt.lower.schedule import schedule
 from tests.lower.capturing import moved
@@ -63,15 +63,16 @@ def kept_too(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return y, F.silu(y)
 
 
+STENCILS = [[LIBRARY, STENCIL, DIRECT]]
 COMPUTED: dict[str, tuple[Function, tuple[Tensor, ...], list[list[str]]]] = {
-    "depthwise": (lambda *a: F.silu(depthwise(*a)), (image(2, 16, 7, 5), weight(16, 1)), [[LIBRARY, STENCIL]]),
-    "depthwise, alone": (depthwise, (image(2, 16, 7, 5), weight(16, 1, 5), torch.randn(16).to(BF16)), [[LIBRARY, STENCIL]]),
-    "depthwise, float32": (depthwise, (image(2, 16, 7, 5, dtype=F32), weight(16, 1, dtype=F32)), [[LIBRARY, STENCIL]]),
+    "depthwise": (lambda *a: F.silu(depthwise(*a)), (image(2, 16, 7, 5), weight(16, 1)), STENCILS),
+    "depthwise, alone": (depthwise, (image(2, 16, 7, 5), weight(16, 1, 5), torch.randn(16).to(BF16)), STENCILS),
+    "depthwise, float32": (depthwise, (image(2, 16, 7, 5, dtype=F32), weight(16, 1, dtype=F32)), STENCILS),
     "batch norm": (
-        batch_norm, (image(2, 16, 7, 5), weight(16, 1), torch.randn(16), torch.randn(16)), [[LIBRARY, STENCIL]],
+        batch_norm, (image(2, 16, 7, 5), weight(16, 1), torch.randn(16), torch.randn(16)), STENCILS,
     ),
     "norm of places": (
-        norm_of_places, (image(2, 16, 7, 5), weight(16, 1, 7), torch.randn(16).to(BF16)), [[LIBRARY, STENCIL]],
+        norm_of_places, (image(2, 16, 7, 5), weight(16, 1, 7), torch.randn(16).to(BF16)), STENCILS,
     ),
     "dense": (lambda *a: F.gelu(dense(*a)), (image(2, 16, 7, 5), weight(24, 16)), [[LIBRARY, IMPLICIT]]),
     "strided 1x1": (lambda *a: F.gelu(dense(*a)), (image(2, 16, 7, 5), weight(24, 16, 1)), [[LIBRARY, IMPLICIT]]),
@@ -101,13 +102,29 @@ def gradients(padding: int, dilation: int, mask: tuple[bool, ...]) -> Function:
     [(3, 1, 1, (True, True, False)), (7, 3, 1, (True, False, False)), (3, 0, 1, (True, True, True)), (3, 1, 2, (True,) * 3)],
 )
 def test_gradients_of_depthwise_convolutions(window: int, padding: int, dilation: int, mask: tuple[bool, ...]) -> None:
-    """The input's is a convolution as well; the others stay with the library."""
+    """The input's is a convolution as well, the weight's are sums; a bias's stays with the library."""
     side = dilation * (window - 1) - 2 * padding
     grad, x, w = image(2, 16, 9 - side, 8 - side), image(2, 16, 9, 8), weight(16, 1, window)
     low = check_ways(gradients(padding, dilation, mask), grad, x, w)
-    assert ways(low) == [[LIBRARY, STENCIL]]
-    calls = [s for s in kept(low, STENCIL).steps if isinstance(s, Call)]
-    assert [c.args[-1] for c in calls] == ([[False, *mask[1:]]] if any(mask[1:]) else [])
+    assert ways(low) == ([[*STENCILS[0], STENCIL_SUMS]] if mask[1] else STENCILS)
+    left = {STENCIL: [False, *mask[1:]], DIRECT: [False, *mask[1:]], STENCIL_SUMS: [False, False, mask[2]]}
+    for label in ways(low)[0][1:]:
+        calls = [s for s in kept(low, label).steps if isinstance(s, Call)]
+        assert [c.args[-1] for c in calls] == ([left[label]] if any(left[label]) else [])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_gradient_of_a_strided_depthwise_weight(wanted: bool) -> None:
+    """The input's stays with the library."""
+
+    def fn(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        geometry = ([2, 2], [1, 1], [1, 1], False, [0, 0], x.shape[1])
+        found = torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, [wanted, True, False])
+        return tuple(g for g in found if g is not None)
+
+    low = check_ways(fn, image(2, 16, 4, 3), image(2, 16, 7, 6), weight(16, 1))
+    assert ways(low) == [[LIBRARY, SUMS]]
+    assert len([s for s in kept(low, SUMS).steps if isinstance(s, Call)]) == wanted
 
 
 @pytest.mark.parametrize("name", COMPUTED)
@@ -173,7 +190,9 @@ def frozen(fn: Function, args: tuple[Tensor, ...], constants: tuple[int, ...]) -
 
 def test_a_frozen_weight_is_laid_out_once() -> None:
     args = (image(2, 16, 7, 5), weight(16, 1, 5))
-    own = kept(frozen(depthwise, args, (1,)), STENCIL)
+    low = frozen(depthwise, args, (1,))
+    own = kept(low, STENCIL)
+    assert ways(low) == [[LIBRARY, STENCIL]]
     assert [type(s) for s in own.steps] == [Contraction]
     known = own.constants[own.steps[0].b.buffer]  # type: ignore[union-attr]
     assert torch.equal(known, args[1][:, 0].permute(1, 2, 0).float())

@@ -9,7 +9,8 @@ import torch
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import ReductionOpInfo
 
-from tests.lower.harness import check, outputs
+from fxopt.ir.region import Region
+from tests.lower.harness import check, lower, outputs
 from tests.lower.test_pointwise import check_sample
 
 aten = torch.ops.aten
@@ -209,3 +210,29 @@ def test_samples(op):
         if dtype in op.supported_dtypes("cpu"):
             for sample in list(op.sample_inputs("cpu", dtype, requires_grad=False))[::5][:6]:
                 check_sample(op, sample)
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_of_one_hot_rows_takes_no_loop(dtype, keepdim):
+    """Also where no element of a row is hit."""
+
+    def fn(place, value):
+        hit = torch.arange(6)[None] == place[:, None]
+        return torch.where(hit, value[:, None], 0.0).to(dtype).sum(1, keepdim=keepdim).float() * 2
+
+    place, value = torch.tensor([0, 5, 3, -100, 6]), torch.tensor([1.0, 2.5, -3.0, 4.0, 5.0])
+    check(fn, place, value)
+    assert not any(s.nest.reduced for s in lower(fn, (place, value)).steps if isinstance(s, Region))
+
+
+def test_sums_of_more_than_one_term_stay_sums():
+    def twice(place, value):
+        return torch.where(torch.arange(6)[None] == place[:, None], value[:, None], 1.0).sum(1)
+
+    def along(place, rows):
+        return torch.where(torch.arange(6)[None] == place[:, None], rows, 0.0).sum(1)
+
+    place = torch.tensor([0, 5, 3, -100])
+    check(twice, place, torch.arange(4.0))
+    check(along, place, torch.arange(24.0).reshape(4, 6))

@@ -177,7 +177,7 @@ forward:
   kernel [32 | 100] 1 in, 2 out softmax_stats softmax_stats
   kernel [ | 32] 4 in, 2 out sum sum
 backward:
-  kernel [32 | 100] 6 in, 1 out sum
+  kernel [32 x 100] 6 in, 1 out
 """,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Bench:
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
         monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, *rest))
 
-    def compile(self, sources: Sequence[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+    def compile(self, sources: Iterable[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+        sources = list(sources)
         self.compiled += sources
         return [self._artifact(s) for s in sources]
 
@@ -125,6 +126,13 @@ def test_the_library_wins_ties(bench: Bench, store: ArtifactStore) -> None:
     assert set(chosen) == {region.name}
     plan = planned(low, chosen)
     assert [type(s) for s in plan.steps if isinstance(s, Call | Launch)] == [Call, Launch]
+
+
+def test_products_are_compiled_first(bench: Bench, store: ArtifactStore) -> None:
+    """Their texts are short, but they take longest."""
+    tuned(captured(), store)
+    products = ["gemm" in source.text for source in bench.compiled]
+    assert products == sorted(products, reverse=True) and set(products) == {True, False}
 
 
 def test_the_fastest_configuration_is_kept(bench: Bench, store: ArtifactStore) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fxopt.tune import measure
 from fxopt.tune.candidate import CANDIDATES_AT_MOST, Choice, candidate_count, triton_candidates
 from fxopt.tune.choose import choose
 from fxopt.tune.measure import Trial
+from fxopt.tune.suspects import FOLDER
 
 tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
 CUDA = torch.device("cuda", 0)
@@ -64,7 +65,8 @@ class Bench:
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
         monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, rest[-1]))
 
-    def compile(self, sources: Sequence[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+    def compile(self, sources: Iterable[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+        sources = list(sources)
         self.compiled += sources
         return [self._artifact(s) for s in sources]
 
@@ -262,3 +264,14 @@ def test_a_batch_that_does_not_compile_is_reported(bench: Bench, store: Artifact
     batch = batch_of_squares(*range(100, 112))
     chosen, failed = choices([batch], store)
     assert not chosen and failed == [(batch, "no fx_batch_mul")]
+
+
+def test_a_kernel_that_has_hung_is_no_candidate(bench: Bench, store: ArtifactStore) -> None:
+    """Though it is what the cost model puts first. A twin under another name is the same kernel."""
+    first, second, *_ = triton_candidates(row_sum("b", "y"), TARGET, "default")
+    (source,) = first.sources
+    store.cache.put_document(FOLDER, source.key("toolchain"), {"pid": 1, "started": 0, "hung": True})
+    journal = Journal("test")
+    _, chosen, failed = choose(lowered(row_sum("a", "x")), Options(), store, journal)
+    assert not failed and chosen["region_a"].label == second.label
+    assert any(topic == "tuning" and f"{source.entry}: no candidate" in text for topic, text in journal.notes)

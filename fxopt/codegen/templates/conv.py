@@ -2,6 +2,7 @@
 
 - `stencil`: depthwise ones, in float32 without tensor cores; each thread has several places in a column of the result, so
   that what it loads and widens serves several of them
+- `stencil_gradient`: the gradient of a depthwise convolution's weight, in partial sums
 - `implicit_gemm`: others, as a product of patches, which are gathered block by block, and the weight
 
 Geometry is given as tuples of literals: SHAPE are the images' sizes (images, height, width, channels) and STRIDES their
@@ -61,11 +62,12 @@ def added_row(
 
 @triton.jit
 def stencil(
-    x, w, extra, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
-    STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    x, w, extra, w_tap, w_channel, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     EPILOGUE: tl.constexpr, T: tl.constexpr, P: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """A depthwise convolution; w: float32 [WINDOW[0], WINDOW[1], channels], contiguous.
+    """A depthwise convolution. The weight of channel c at element (r, s) of the window is at (r * WINDOW[1] + s) * w_tap +
+    c * w_channel.
 
     A program has T places in each of P columns of places, and BC channels; the grid is
     cdiv(images * cdiv(PLACES[0], T) * PLACES[1], P) * cdiv(channels, BC).
@@ -84,8 +86,9 @@ def stencil(
     for s in range(WINDOW[1]):
         taps = ()
         for r in tl.static_range(WINDOW[0]):
-            at = w + ((r * WINDOW[1] + s) * SHAPE[3] + c)
-            taps = taps + (tl.load(at) if divides(BC, SHAPE[3]) else tl.load(at, mask=c < SHAPE[3], other=0.0),)
+            at = w + ((r * WINDOW[1] + s) * w_tap + c * w_channel)
+            value = tl.load(at) if divides(BC, SHAPE[3]) else tl.load(at, mask=c < SHAPE[3], other=0.0)
+            taps = taps + (value.to(tl.float32),)
         inside = exists & (left + s * DILATION[1] >= 0) & (left + s * DILATION[1] < SHAPE[2])
         if not divides(BC, SHAPE[3]):
             inside = inside & (c < SHAPE[3])
@@ -98,6 +101,72 @@ def stencil(
         y = (image * PLACES[0] + first + t) * PLACES[1] + column
         y = tl.where(exists & (first + t < PLACES[0]), y, SHAPE[0] * PLACES[0] * PLACES[1])
         EPILOGUE(acc[t], y, c, 0, extra)
+
+
+@triton.jit
+def added_taps(
+    acc, row, above, j: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr
+):
+    """`acc`, a sum for each row of the window, with the products of row j of the input and the gradients `above` of those of
+    the T places that see it.
+    """
+    sums = ()
+    for r in tl.static_range(WINDOW):
+        total = acc[r]
+        for t in tl.static_range(T):
+            if tap(j, t, WINDOW, STRIDE, DILATION) == r:
+                total = total + row * above[t]
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def stencil_gradient(
+    x, grad, partial, ROW: tl.constexpr, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    T: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a depthwise convolution's weight, in PARTS sums over the places: float32 [PARTS, WINDOW[0] *
+    WINDOW[1], channels], contiguous.
+
+    grad: the gradient of the result, whose places are ROW elements apart and channels side by side. A program has BC
+    channels and a part of the places, T x P of them at a time; the grid is PARTS * cdiv(channels, BC).
+    """
+    strips, blocks = tl.cdiv(PLACES[0], T), tl.cdiv(SHAPE[3], BC)
+    count: tl.constexpr = WINDOW[0] * WINDOW[1]
+    part = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)[None, :]
+    tiles = tl.cdiv(SHAPE[0] * strips * PLACES[1], P)
+    each = tl.cdiv(tiles, PARTS)
+    acc = ()
+    for k in tl.static_range(count):
+        acc = acc + (tl.zeros([P, BC], tl.float32),)
+    for tile in range(part * each, tl.minimum(part * each + each, tiles)):
+        p = tile * P + tl.arange(0, P)[:, None]
+        image, first, column = p // (strips * PLACES[1]), p // PLACES[1] % strips * T, p % PLACES[1]
+        exists = (p < SHAPE[0] * strips * PLACES[1]) & (c < SHAPE[3])
+        above = ()
+        for t in tl.static_range(T):
+            place = (image * PLACES[0] + first + t) * PLACES[1] + column
+            value = tl.load(grad + (place * ROW + c), mask=exists & (first + t < PLACES[0]), other=0.0)
+            above = above + (value.to(tl.float32),)
+        top, left = first * STRIDE[0] - PADDING[0], column * STRIDE[1] - PADDING[1]
+        corner = x + (image * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2] + c * STRIDES[3])
+        sums = ()
+        for s in tl.static_range(WINDOW[1]):
+            inside = exists & (left + s * DILATION[1] >= 0) & (left + s * DILATION[1] < SHAPE[2])
+            own = acc[s * WINDOW[0] : (s + 1) * WINDOW[0]]
+            for j in tl.static_range(rows_under(T, WINDOW[0], STRIDE[0], DILATION[0])):
+                if is_seen(j, T, WINDOW[0], STRIDE[0], DILATION[0]):
+                    seen = inside & (top + j >= 0) & (top + j < SHAPE[1])
+                    row = tl.load(corner + (s * DILATION[1] * STRIDES[2] + j * STRIDES[1]), mask=seen, other=0.0)
+                    own = added_taps(own, row.to(tl.float32), above, j, T, WINDOW[0], STRIDE[0], DILATION[0])
+            sums = sums + own
+        acc = sums
+    for s in tl.static_range(WINDOW[1]):
+        for r in tl.static_range(WINDOW[0]):
+            at = partial + ((part * count + r * WINDOW[1] + s) * SHAPE[3] + c)
+            tl.store(at, tl.sum(acc[s * WINDOW[0] + r], 0)[None, :], mask=c < SHAPE[3])
 
 
 @triton.jit

@@ -28,6 +28,9 @@ LANE_ELEMENTS = 4
 
 _REGISTERS_BESIDE = 40
 _MOST_REGISTERS = 200
+_SUMS_AT_MOST = 108
+"""Registers of a thread for the sums of a weight's gradient."""
+
 _OPS_PER_ELEMENT = 0.6
 """What widening an element costs in instructions of the full rate, beside the share of its load."""
 
@@ -61,6 +64,11 @@ class ConvProblem:
     written: int = 0
     epilogue_ops: float = 0.0
     precision: str = "ieee"
+
+    @property
+    def is_strided(self) -> bool:
+        """Whether the weights of neighbouring channels are apart, those of one side by side."""
+        return self.weight[1] != 1
 
     @property
     def image_bytes(self) -> int:
@@ -122,6 +130,48 @@ def _stencils(problem: ConvProblem) -> Iterator[StencilConfig]:
         if channels >= 2 * max(problem.channels, 8) or _registers(problem, rows) > _MOST_REGISTERS:
             continue
         yield StencilConfig(rows, columns, channels, warps)
+
+
+@dataclass(frozen=True)
+class SumsConfig:
+    """How the gradient of a depthwise weight is summed up: `rows` x `columns` places at a time, and `channels`, by each
+    program of one of `parts`.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"sums {self.rows}x{self.columns}x{self.channels} w{self.warps} parts{self.parts}"
+
+    def programs(self, problem: ConvProblem) -> int:
+        return self.parts * ceil(problem.channels / self.channels)
+
+
+def sums_configs(problem: ConvProblem, target: Target, limit: int = 1) -> list[SumsConfig]:
+    """As many programs as the GPU holds, with as many channels a thread as leave room for a sum for each of the window's
+    elements; few rows at a time, which take less time to compile, and more. `limit` at most.
+    """
+    patches = problem.patches
+    taps = patches.window[0] * patches.window[1]
+    lanes = max(lane for lane in (1, 2, 4) if lane == 1 or lane * taps <= _SUMS_AT_MOST)
+    widths = (16, 32, 64, 128)
+    channels = min(widths, key=lambda b: (ceil(problem.channels / b) * b * (1 + _OPS_PER_LINE / b), -b))
+    height, width = patches.places
+    out = []
+    for most in (4, 8):
+        rows = min(range(1, most + 1), key=lambda t: (ceil(height / t) * _rows_read(patches, t), t))
+        registers = lanes * (taps + 2 * rows) + _REGISTERS_BESIDE
+        warps = 4
+        columns = max(1, warps * target.warp_size * lanes // channels)
+        tiles = ceil(patches.shape[0] * ceil(height / rows) * width / columns)
+        resident = max(1, target.registers_per_sm // (registers * target.warp_size * warps))
+        parts = max(1, min(tiles, target.sm_count * resident // ceil(problem.channels / channels)))
+        out.append(SumsConfig(rows, columns, channels, warps, parts))
+    return list(dict.fromkeys(out))[:limit]
 
 
 def _registers(problem: ConvProblem, rows: int) -> int:

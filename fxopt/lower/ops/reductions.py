@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxopt.ir.exprs import Int, prod, ravel
-from fxopt.ir.loops import IndexValue, Scalar
+from fxopt.ir.loops import Const, IndexValue, Scalar
 from fxopt.ir.rounding import rounded
 from fxopt.lower.layout import dense_strides
 from fxopt.lower.lowering import Lowering
@@ -225,10 +225,14 @@ def _variance(
 ) -> Value:
     """total / max(count - correction, 0): infinite or NaN when that is zero, as in eager."""
     acc = compute_dtype(x.dtype)
-    count = Term(size_value(reduced_count(x, dims), acc))
+    count, less = reduced_count(x, dims), 1 if correction is None else correction
+    if isinstance(count, int):
+        divisor = Term(Const(max(count - less, 0), acc))
+    else:
+        divisor = t.maximum(Term(size_value(count, acc)) - less, 0.0)
 
     def fn(s: Term) -> Term:
-        variance = s / t.maximum(count - (1 if correction is None else correction), 0.0)
+        variance = s / divisor
         return t.sqrt(variance) if root else variance
 
     return after(total, dtype, fn)
