@@ -274,7 +274,7 @@ def measure(shape: Shape, device: torch.device, seconds: float, configs: int) ->
     """One entry of the results."""
     x = make_inputs(shape, device)
     grad = torch.randn_like(x.query)
-    compiled = torch.compile(eager_attention(x.settings), backend="fxopt", dynamic=False)
+    compiled = torch.compile(eager_attention(x.settings), backend="fxopt", dynamic=False, options={"cuda_graphs": False})
     torch.compiler.reset()
     RECENT.clear()
     steps = {"eager": whole(eager_attention(x.settings), x, grad, shape.train)}

@@ -108,7 +108,7 @@ def measure(case: Case, device: torch.device, seconds: float, contenders: Sequen
         steps: dict[str, Callable[[], Tensor]] = {"eager": lambda: case.attend(*inputs)}
         for name in contenders:
             backend = "inductor" if name == "inductor" else "fxopt"
-            options = {} if name == "inductor" else {"options": {"tuning_seconds": TUNING_SECONDS}}
+            options = {} if name == "inductor" else {"options": {"tuning_seconds": TUNING_SECONDS, "cuda_graphs": False}}
             start = time.perf_counter()
             with kept(name) as contests:
                 compiled = torch.compile(copy_of(case.attend, name), backend=backend, dynamic=False, **options)  # type: ignore[call-overload]
