@@ -15,6 +15,7 @@ from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
 from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
 from fxopt.capture.normalize import copy_graph
+from fxopt.capture.tracing_pause import pause_while_tracing
 from fxopt.errors import OptionError
 from fxopt.garbage import collection_paused
 from fxopt.ir.graph import Graph
@@ -32,6 +33,7 @@ def fxopt(
     compile runs as the graph that it was, unless `options={"strict": True}` asks for a RetreatError.
     """
     parsed = Options.parse(mode, options)
+    pause_while_tracing()
     _check_disabled(parsed, options or {})
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     on_miss = functools.partial(_prestart_compiler, devices)
@@ -129,6 +131,8 @@ def _nothing_is_kept() -> bool:
 
     return is_empty()
 
+
+pause_while_tracing()
 
 # torch.compile imports this module when it looks the backend up, before Dynamo traces: seconds won for a first model on a
 # GPU. Where plans are kept, there may be nothing to compile.

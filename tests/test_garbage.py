@@ -40,6 +40,26 @@ def test_a_collector_that_is_off_stays_off() -> None:
     assert not gc.isenabled()
 
 
+@pytest.mark.parametrize("backend", ["fxopt", "aot_eager"])
+def test_dynamo_traces_for_fxopt_without_collections(backend: str) -> None:
+    torch.compile(lambda x: x + 1, backend="fxopt")(torch.zeros(2))  # what `reset` has forgotten is registered anew
+    seen: list[bool] = []
+    note = torch._dynamo.callback.callback_handler.register_start_callback(lambda _: seen.append(gc.isenabled()))
+    torch.compile(lambda x: x * 2 + 1, backend=backend)(torch.zeros(2))
+    torch._dynamo.callback.callback_handler.remove_start_callback(note)
+    assert seen == [backend != "fxopt"]
+    assert gc.isenabled()
+
+
+def test_a_trace_that_fails_ends_the_pause() -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("of the user's")
+
+    with pytest.raises(ValueError, match="of the user's"):
+        torch.compile(fails, backend="fxopt")(torch.zeros(2))
+    assert gc.isenabled()
+
+
 def test_forward_and_backward_are_compiled_without_collections() -> None:
     torch.compiler.reset()
     seen: list[bool] = []

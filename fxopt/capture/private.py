@@ -22,7 +22,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.graph import _BoxedCodeGen
 from torch.fx.node import _get_qualified_name as qualified_name
 from torch.utils._python_dispatch import _disable_current_modes
@@ -66,7 +66,8 @@ def through_aot(
 
     counters["aot_autograd"]["total"] += 1
     try:
-        with _aot_logs(), _PATCHING, gradients_as_outputs(), without_unread_logs():
+        # Lazy: the graphs on the way are not run, so their Python code need not be written.
+        with _aot_logs(), _PATCHING, gradients_as_outputs(), without_unread_logs(), _use_lazy_graph_module(True):
             compiled = aot_module_simplified(gm, list(inputs), bw_compiler=compile_backward, **settings)
     except dynamo_errors.TensorifyScalarRestartAnalysis:
         raise

@@ -61,12 +61,14 @@ class _Contest:
     def sources(self) -> list[KernelSource]:
         return [s for candidate in self.candidates for s in candidate.sources]
 
-    def take(self, results: Mapping[int, Artifact | CompileFailure]) -> None:
+    def take(self, results: Mapping[int, Artifact | CompileFailure], journal: Journal) -> None:
         """Note which candidates were built, and why others were not. `results` are of sources, by identity."""
         for candidate in self.candidates:
             made = [(s, results[id(s)]) for s in candidate.sources]
             reasons = [r.reason for _, r in made if isinstance(r, CompileFailure)]
             self.reasons += reasons
+            for reason in reasons:
+                journal.note("tuning", f"{self.region.name}: {candidate.label} is no candidate: {reason}")
             if not reasons:
                 kernels = tuple((s, a) for s, a in made if isinstance(a, Artifact))
                 self.built.append(Choice(candidate.label, kernels, candidate.scratch))
@@ -136,13 +138,13 @@ class _Build:
             made = compile_kernels(self._sources(others, needed, sources), Target.current(device), self.store)
         self.journal.seconds[COMPILING] -= self.journal.seconds.get(PRINTING, 0.0) - printing
         suspects = Suspects(self.store.cache)
-        compiled = [_unsuspected(result, suspects, self.journal) for result in made]
+        compiled = [_unsuspected(result, suspects) for result in made]
         results = dict(zip(map(id, sources), compiled, strict=True))
         texts = len({s.text for s in sources})
         log.info("%s: %d kernels (%d texts) on %s", self.journal.graph, len(sources), texts, device)
         for contest in (*self.contests, *self.optional):
             if contest.region.device == device:
-                contest.take(results)
+                contest.take(results, self.journal)
 
     def _sources(self, others: Sequence[Work], needed: Sequence[Work], given: list[KernelSource]) -> Iterator[KernelSource]:
         """Every candidate's kernels, also noted in `given`. Those that take longest come first, lest all wait for the last:
@@ -194,12 +196,10 @@ def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:
     return replace(winner, kernels=tuple(zip(candidate.sources, artifacts, strict=True)), scratch=candidate.scratch)
 
 
-def _unsuspected(made: Artifact | CompileFailure, suspects: Suspects, journal: Journal) -> Artifact | CompileFailure:
+def _unsuspected(made: Artifact | CompileFailure, suspects: Suspects) -> Artifact | CompileFailure:
     """`made`, or why it must not run: it has hung or ended a process before."""
-    if isinstance(made, CompileFailure) or made.language != "triton" or (reason := suspects.reason(made.key)) is None:
-        return made
-    journal.note("tuning", f"{made.entry}: no candidate, {reason}")
-    return CompileFailure(made.key, reason)
+    reason = suspects.reason(made.key) if isinstance(made, Artifact) and made.language == "triton" else None
+    return made if reason is None else CompileFailure(made.key, reason)
 
 
 def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements) -> Choice:
