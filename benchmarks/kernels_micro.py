@@ -48,7 +48,7 @@ EAGER_SHARE, ROUNDINGS = 1.5, 8.0
 
 _ALTERATIONS = (
     ("forwards", r"r_base = .* - r_done", "r_base = r_done"),
-    ("streamed", r"(?m)^(        +tl\.store\(.*)\)$", r'\1, eviction_policy="evict_first")'),
+    ("kept", r'(tl\.store\(.*), eviction_policy="evict_first"\)', r"\1)"),
 )
 
 
@@ -330,7 +330,7 @@ def variants(region: Region, target: Target) -> list[TritonConfig]:
 
 
 def _with_alterations(candidate: Candidate) -> Iterator[Candidate]:
-    """`candidate`, and with its second loops forwards or its stores leaving the cache first, to see what that is worth."""
+    """`candidate`, and with its second loops forwards or its stores kept in the cache, to see what that costs."""
     yield candidate
     for name, pattern, text in _ALTERATIONS:
         sources = [replace(s, text=re.sub(pattern, text, s.text)) if "r_done" in s.text else s for s in candidate.sources]

@@ -97,6 +97,7 @@ _BY_KIND = {  # op -> (floating point, integer)
     "pow": ("libdevice.pow", "h.int_pow"),
 }
 
+_ONE_INSTRUCTION = {"maximum": "h.largest", "minimum": "h.smallest"}  # of float32; of two zeros either
 _FAST = {"exp": "tl.exp", "rsqrt": "tl.rsqrt", "sigmoid": "h.fast_sigmoid"}
 _INTEGER_IDENTITY = frozenset(("floor", "ceil", "trunc", "round"))
 
@@ -171,6 +172,8 @@ def _function(name: str, operand: torch.dtype, fast: bool) -> str:
         return _BY_KIND[name][0 if operand.is_floating_point else 1]
     if name in _FAST and fast:
         return _FAST[name]
+    if name in _ONE_INSTRUCTION and accumulator_dtype(operand) == torch.float32:
+        return _ONE_INSTRUCTION[name]
     if name in _CALLS:
         return _CALLS[name]
     if name in _LIBDEVICE:
