@@ -37,6 +37,7 @@ KEPT_WHOLE = (
     "scaled_dot_product_attention",
     "_scaled_dot_product_attention_math",
     "_scaled_dot_product_flash_attention_for_cpu",
+    "select_scatter",  # may change a part in place, where a selection over all elements reads and writes them all
     "bernoulli",  # capture/random.py turns it into a function of a seed, or leaves it to eager
 )
 """aten ops that core ATen would decompose and fxopt does not."""

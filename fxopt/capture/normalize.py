@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
-from fxopt.capture.private import lazily_compiled
+from fxopt.capture.private import lazily_compiled, regenerated_outputs
 from fxopt.capture.roles import InputFacts, module_of, written_inputs
 from fxopt.capture.symbols import to_int
 from fxopt.ir.graph import Graph, Input, Phase, Role
@@ -48,7 +48,8 @@ def normalize(
     """A Graph over a copy of `gm`, which stays as it was (a retreat runs it).
 
     `constants` maps names of placeholders to their frozen values: those inputs are CONSTANT. `saved` counts the trailing
-    outputs of a forward graph that are activations for the backward. `notes["static"]` names inputs with fixed addresses.
+    outputs of a forward graph that are activations for the backward. `notes["static"]` names inputs with fixed addresses;
+    `notes["views of inputs"]` are positions of outputs in whose place the caller gets a view of an input.
     """
     copy = copy_module(gm)
     written = {n.name for n in written_inputs(gm)}
@@ -66,7 +67,8 @@ def normalize(
     copy.graph.lint()
     copy.recompile()
     static = [i.name for i in inputs if i.name in facts.static]
-    return Graph(copy, inputs, phase, name, to_int=to_int, saved=saved, notes={"static": static})
+    notes = {"static": static, "views of inputs": sorted(() if phase is Phase.BACKWARD else regenerated_outputs())}
+    return Graph(copy, inputs, phase, name, to_int=to_int, saved=saved, notes=notes)
 
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:

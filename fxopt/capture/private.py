@@ -17,7 +17,7 @@ from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.utils import counters, flatten_graph_inputs
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
-from torch._functorch._aot_autograd.schemas import MemoryFormatMeta
+from torch._functorch._aot_autograd.schemas import MemoryFormatMeta, OutputType
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._prims_common import is_non_overlapping_and_dense_or_false
@@ -200,6 +200,17 @@ def static_positions() -> frozenset[int]:
     context: Any = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return frozenset(metadata.static_input_indices or ()) if metadata is not None else frozenset()
+
+
+def regenerated_outputs() -> frozenset[int]:
+    """Positions, among the outputs of the graph AOTAutograd is compiling, of which the caller gets the input itself or a new
+    view of it: of the graph's own result only the layout is looked at."""
+    metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
+    if metadata is None:
+        return frozenset()
+    first = metadata.num_mutated_inp_runtime_indices
+    kinds = (OutputType.alias_of_input, OutputType.is_input)
+    return frozenset(first + k for k, info in enumerate(metadata.output_info) if info.output_type in kinds)
 
 
 def plain_input_index(node: fx.Node) -> int | None:

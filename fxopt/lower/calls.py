@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Expr, Int, index
-from fxopt.ir.loops import Nest, Store, loads_below
+from fxopt.ir.loops import Load, Nest, Store, loads_below
 from fxopt.ir.region import Call, Ref, Region, Size
 from fxopt.lower import layout
 from fxopt.lower.opsets import KERNEL_DTYPES, STORAGE_OFFSET_OPS, VIEW_OPS
@@ -179,6 +179,8 @@ def copy_into(ctx: Lowering, node: fx.Node) -> Any:
         return call(ctx, node)
     points = tuple(index(f"x{k}", size) for k, size in enumerate(dest.shape))
     where = address(dest, points)
+    if at(source, points) == Load(dest.buffer, where, dest.dtype):  # its own contents by way of views and clones
+        return dest
     own = [load for load in loads_below((at(source, points),)) if load.buffer == dest.buffer]
     if any(load.index != where or load.indirect for load in own):  # elements would be read after they were overwritten
         source = ctx.store(_broadcast(source, dest.shape, copy=True))

@@ -15,13 +15,32 @@ from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import searched
 from fxopt.lower.ops.bounds import BOOL, all_of, compare, dim_of, inside, is_empty, range_start, wrapped
 from fxopt.lower.ops.elements import Indices, fresh, zeros
-from fxopt.lower.ops.in_place import own_memory, own_view
+from fxopt.lower.ops.in_place import (
+    own_memory,
+    reads,
+    reads_elsewhere,
+    same_elements,
+    selection_of,
+    slice_of,
+    stored_apart,
+)
 from fxopt.lower.ops.indexing import Advanced, Place, along
 from fxopt.lower.ops.indirect import position, require_device, require_integer
 from fxopt.lower.ops.joins import clamped, edge_padded, reflected
-from fxopt.lower.ops.views import apply, selected, sliced, strided_view
+from fxopt.lower.ops.views import strided_view
 from fxopt.lower.table import Table
-from fxopt.lower.values import Computed, Value, at, broadcast_indices, cast, known_equal, pointwise, size_value
+from fxopt.lower.values import (
+    Computed,
+    Stored,
+    Value,
+    at,
+    broadcast_indices,
+    cast,
+    dim_indices,
+    known_equal,
+    pointwise,
+    size_value,
+)
 
 aten = torch.ops.aten
 TABLE = Table()
@@ -59,8 +78,12 @@ def scattered(
     if is_empty(x.shape) or is_empty(shape):
         return fresh(x)
     dtype = accumulator(x.dtype) if accumulate else x.dtype
-    dest = own_memory(ctx, x, inputs) if dtype == x.dtype else None
-    if dest is None:
+    dest = None
+    if dtype == x.dtype and isinstance(x, Stored) and not _places_read(place(dim_indices(shape)), x.buffer):
+        dest = own_memory(ctx, x)
+    if dest is not None:
+        value = stored_apart(ctx, dest, shape, value, dtype)
+    else:
         start = fresh(x)
         start = Computed(cast(start.body, dtype), dtype, x.device, x.shape, start.nodes)
         dest = ctx.store(start, layout.dense_strides(ctx, ctx.out()))
@@ -71,6 +94,11 @@ def scattered(
 
     ctx.scatter(dest, shape, element, "add" if accumulate else "set", inputs)
     return dest if dtype == x.dtype else pointwise(x.shape, x.dtype, x.device, lambda i: at(dest, i), (dest,))
+
+
+def _places_read(place: Place, buffer: str) -> bool:
+    """Whether where something is written depends on what is in `buffer`."""
+    return any(reads(scalar, buffer) for _, scalar in place[1])
 
 
 # ---------------------------------------------------------------------- index_put
@@ -300,17 +328,22 @@ def embedding_dense_backward(
 def slice_scatter(
     ctx: Lowering, x: Value, src: Value, dim: int = 0, start: Int | None = None, end: Int | None = None, step: Int = 1
 ) -> Value:
-    dim = dim_of(dim, len(x.shape))
-    view = apply(x, sliced(x.shape, dim, range_start(start, x.shape[dim]), step, src.shape[dim]))
-    return _written(ctx, x, view, src) or sliced_in(x, src, dim, start, step)
+    return _written(ctx, x, slice_of(x, src, dim, start, step), src) or sliced_in(x, src, dim, start, step)
 
 
 def _written(ctx: Lowering, x: Value, view: Value, src: Value) -> Value | None:
     """`x` with `src` stored into `view` of it, when that may be done in its own memory."""
-    dest = None if is_empty(src.shape) or src.device != x.device else own_view(ctx, x, view, src)
-    if dest is None:
+    if is_empty(src.shape) or src.device != x.device or not isinstance(view, Stored):
         return None
-    ctx.scatter(dest, src.shape, lambda i: (i, (), at(src, i)), "set", (src,))
+    dest = own_memory(ctx, x)
+    if dest is None or same_elements(src, view):  # the latter: what an update of a view in place has left there
+        return dest
+
+    def value(i: Indices) -> Scalar:
+        return at(src, i)
+
+    moved = stored_apart(ctx, dest, src.shape, value, src.dtype) if reads_elsewhere(view, src) else value
+    ctx.scatter(view, src.shape, lambda i: (i, (), moved(i)), "set", (src,))
     return x
 
 
@@ -332,9 +365,7 @@ def sliced_in(x: Value, src: Value, dim: int, start: Int | None, step: Int) -> C
 
 @TABLE.lowers(aten.select_scatter.default)
 def select_scatter(ctx: Lowering, x: Value, src: Value, dim: int, index: Int) -> Value:
-    dim = dim_of(dim, len(x.shape))
-    view = apply(x, selected(x.shape, dim, wrapped(index, x.shape[dim])))
-    return _written(ctx, x, view, src) or selected_in(x, src, dim, index)
+    return _written(ctx, x, selection_of(x, dim, index), src) or selected_in(x, src, dim, index)
 
 
 def selected_in(x: Value, src: Value, dim: int, index: Int) -> Computed:
