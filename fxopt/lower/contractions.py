@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, mul, symbol
+from fxopt.ir.exprs import Int, Sym, add, ask, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
@@ -74,7 +74,7 @@ class _Search:
                 continue
             if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
-            if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
+            if product is not None and (self.every or ask("<=", product.sizes[1], FEW_ROWS) is True):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
         steps = [s for s in self.steps if s is not None]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, mul, prod, symbol
+from fxopt.ir.exprs import Int, Sym, add, ask, mul, prod, symbol
 from fxopt.ir.loops import Load, Op, Scalar, transform
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Ref
 from fxopt.lower.values import cast
@@ -35,7 +35,7 @@ class Product:
     a: Matrix | Patches
     b: Matrix
     result: Matrix
-    sizes: tuple[int, int, int, int]  # Z, M, K, N
+    sizes: tuple[int, Int, int, int]  # Z, M, K, N; the number of rows may be known only at run time
     axes: tuple[Sym | None, Sym, Sym]
     addend: Load | None
 
@@ -72,7 +72,7 @@ def columns_of(product: Product, first: int, count: int) -> Product:
 
 
 def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
-    """`call` as a product of more than one column, all sizes static, or None."""
+    """`call` as a product of more than one column, all sizes but the number of rows static, or None."""
     if call.op == CONVOLUTION:
         return _pointwise_convolution(call, buffers, views)
     if call.op not in _ADDEND or call.kwargs or not all(isinstance(a, Ref) for a in call.args) or call.outputs[0] is None:
@@ -85,9 +85,9 @@ def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[s
     a, b, result = _matrix(left), _matrix(right), _matrix(made)
     m, n = made.shape[-2:]
     batch, depth = (made.shape[0] if len(made.shape) == 3 else 1), left.shape[-1]
-    if not (isinstance(batch, int) and isinstance(m, int) and isinstance(depth, int) and isinstance(n, int)):
+    if not (isinstance(batch, int) and isinstance(depth, int) and isinstance(n, int)):
         return None
-    if n < 2 or min(batch, m, depth) < 1:
+    if n < 2 or min(batch, depth) < 1 or ask("<=", 1, m) is not True:
         return None
     axes = (None if batch == 1 else Sym("x0", size=batch), Sym("x1", size=m), Sym("x2", size=n))
     added = broadcast(addend[0], made.shape, axes, buffers) if addend else None

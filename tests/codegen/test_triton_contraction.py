@@ -17,7 +17,8 @@ from fxopt.ir.region import Contraction
 from fxopt.lower.contractions import FUSED, TWO
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
-from tests.lower.contracting import fused, kept, searched
+from tests.lower.contracting import fused, kept, searched, searched_for_any
+from tests.lower.interpreter import sizes_of
 from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
@@ -28,6 +29,7 @@ from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
+from fxopt.tune.candidate import contraction_candidates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET = Target.cuda(90)
@@ -210,6 +212,55 @@ def test_values_with_wide_indices(interpreter: Interpreter, config: GemmConfig, 
     monkeypatch.setattr(triton_block, "int32_limits", lambda region, tiling: None)
     for name in ("dropout", "bmm transposed"):
         check(interpreter, *FUNCTIONS[name], config)
+
+
+def sequences(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x @ w.T + b)
+
+
+@pytest.mark.parametrize("way", [FUSED, TWO])
+def test_values_for_any_number_of_rows(interpreter: Interpreter, way: str) -> None:
+    """One kernel, run for other numbers than those of tracing; two sizes of which the rows are the product."""
+    config = replace(POINTER, subtile=2)
+    fn, args = (
+        (sequences, (rand(3, 20, 24), rand(40, 24), rand(40))) if way == FUSED else (merged, (rand(60, 24), rand(80, 24)))
+    )
+    low = kept(searched_for_any(fn, args, {(0, 0), (0, 1)} if way == FUSED else {(0, 0)}), way)
+    (contraction,) = [s for s in low.steps if isinstance(s, Contraction)]
+    (kernel,) = print_contraction(contraction, config, TARGET).kernels
+    for shape in ((3, 20), (2, 33), (1, 7)) if way == FUSED else ((60,), (33,), (2,)):
+        x = rand(*shape, 24)
+        own = (x, *args[1:])
+        sizes = sizes_of(low.buffers, dict(zip(low.inputs, own, strict=True)))
+        memory = {name: padded(value) for name, value in zip(low.inputs, own, strict=True)}
+        (name,) = contraction.writes()
+        memory[name] = padded(torch.full((x[..., 0].numel() * 40,), float("nan"), dtype=F16))
+        interpreter.run(kernel, memory, sizes)
+        assert_closer(memory[name].view(*shape, 40), fn(*own), fn(*to_float64(own)))
+
+
+def test_a_product_of_any_number_of_rows_is_whole_and_through_pointers() -> None:
+    low = searched_for_any(linear_gelu, (rand(64, 24), rand(40, 24), rand(40)), {(0, 0)})
+    (contraction,) = [s for s in kept(low, FUSED).steps if isinstance(s, Contraction)]
+    assert not any(c.tma for c in configs(problem_of(contraction), TARGET))
+    for config in (TMA, replace(POINTER, split=2)):
+        with pytest.raises(UnsupportedError):
+            print_contraction(contraction, config, TARGET)
+
+
+def test_what_may_win_for_any_number_of_rows_wins_for_each() -> None:
+    """By the cost model: a gated layer of a large model does; GELU after a short product loses where there are many rows."""
+    args = rand(60, 4096, dtype=BF16), rand(2 * 14336, 4096, dtype=BF16)
+    (gated,) = [s for s in kept(searched_for_any(merged, args, {(0, 0)}), TWO).steps if isinstance(s, Contraction)]
+    proposed = contraction_candidates(gated, TARGET, "default")
+    assert 1 <= len(proposed) <= 3
+    (kernel,) = proposed[0].sources
+    _, meta = compile_triton(kernel, TARGET)
+    assert meta["n_spills"] == 0
+    short = searched_for_any(linear_gelu, of(60, 768, 3072)[:3], {(0, 0)})
+    (contraction,) = [s for s in kept(short, FUSED).steps if isinstance(s, Contraction)]
+    assert contraction_candidates(contraction, TARGET, "default") == []
+    assert contraction_candidates(contraction, TARGET, "max-autotune")
 
 
 def test_a_product_that_overflows_its_dtype_is_used_unrounded(interpreter: Interpreter) -> None:

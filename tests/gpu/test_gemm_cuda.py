@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
@@ -15,6 +17,7 @@ from fxopt.codegen.triton_build import compile_triton
 from fxopt.runtime.launch import load_cubin
 from fxopt.target import Target
 from tests.codegen.gemm_entries import entry, problem, result_shape
+from tests.numerics import assert_closer
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -96,3 +99,30 @@ def test_tf32_is_rounded_as_the_library_rounds(tmp_path: Path, monkeypatch: pyte
     launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *(b.data_ptr() for b in (x, w, result)))
     error, library = (float((got.double() - exact).abs().mean()) for got in (result, x @ w.t()))
     assert error <= 1.5 * library
+
+
+class Gated(torch.nn.Module):
+    """A feed-forward layer as in Llama."""
+
+    def __init__(self, size: int = 512, inner: int = 1408) -> None:
+        super().__init__()
+        self.gate, self.up = (torch.nn.Linear(size, inner, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down: torch.Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return x + down
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_layers_for_any_number_of_rows(freeze: bool) -> None:
+    """Compiled once, with every way of each product measured; run for sizes around those of tiles."""
+    torch.compiler.reset()
+    model = Gated().to("cuda", BF16).eval()
+    wide = copy.deepcopy(model).double()
+    options = {"freeze": freeze, "strict": True, "mode": "max-autotune"}
+    with torch.no_grad():
+        run = torch.compile(model, backend="fxopt", options=options, dynamic=True)
+        for rows in (96, 2, 127, 1000, 4097):
+            x = torch.randn(2, rows, 512, device="cuda", dtype=BF16)
+            assert_closer(run(x), model(x), wide(x.double()))

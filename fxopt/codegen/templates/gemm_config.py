@@ -199,7 +199,7 @@ class GemmProblem:
     @property
     def wide(self) -> bool:
         """Whether an offset within an operand may not fit int32 (a tile may reach beyond the matrix by its own size)."""
-        return max(m.extent + _LARGEST_BOX * max(m.row, m.column) for m in self.matrices) >= 2**31
+        return not self.static or max(m.extent + _LARGEST_BOX * max(m.row, m.column) for m in self.matrices) >= 2**31
 
     @property
     def describable(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
+from fxopt.ir.exprs import Int
 
 MODULE = "from fxopt.codegen.templates import gemm"
 """The import that an entry's text needs."""
@@ -25,13 +26,13 @@ _TYPES = {
 class GemmCall:
     """`text` is the statement; `signature` the types of the operands' parameters; `tensor_maps` what the parameters that are
     tensor descriptors describe (`KernelSource.compile_options`, whose `aligned` has to list these parameters); `grid` the
-    number of programs, for static sizes.
+    number of programs (`gemm_call` gives that for static sizes).
     """
 
     text: str
     signature: dict[str, str]
     tensor_maps: dict[str, dict[str, Any]]
-    grid: int
+    grid: Int
 
 
 def gemm_call(
