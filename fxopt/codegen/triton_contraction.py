@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil
 from types import MappingProxyType
 from typing import Any
 
@@ -66,19 +67,25 @@ def problem_of(contraction: Contraction, rows: int | None = None) -> GemmProblem
     static = isinstance(m, int)
     m = typical if static or rows is None else rows
     read, written = (nbytes * m // typical for nbytes in moved_by_epilogue(contraction, sizes))
+    a, total = _operand(contraction.a, m, k), 0
+    if contraction.ends:
+        (groups,), total = contraction.buffers[contraction.ends].shape, m
+        assert isinstance(groups, int)
+        batch, m = groups, ceil(m / groups)
     return GemmProblem(
         batch,  # type: ignore[arg-type]  # they are numbers
         m,
         n,  # type: ignore[arg-type]
         k,  # type: ignore[arg-type]
         contraction.buffers[contraction.a.buffer].dtype,
-        _operand(contraction.a, m, k),
+        a,
         _operand(contraction.b, k, n),
         read=read,
         written=written,
         static=static,
         precision="tf32" if contraction.tf32 else "ieee",
         c=None if contraction.c is None else _operand(contraction.c, k, n),
+        rows=total,
         epilogue_ops=epilogue_ops(contraction),
     )
 
@@ -147,9 +154,11 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
     epilogue = print_epilogue(contraction, config.block_m, config.block_n)
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
-    call = gemm_entry.gemm_call(problem, config, extra=epilogue.extra, epilogue=_EPILOGUE, sizes=sizes)
+    ends = f"b{len(contraction.products) + 1}"
+    call = gemm_entry.gemm_call(problem, config, ends=ends, extra=epilogue.extra, epilogue=_EPILOGUE, sizes=sizes)
     call = replace(call, grid=_grid(contraction, config, call))
-    return source_of(contraction, entry, call, epilogue, config.warps, config.stages)
+    module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE
+    return source_of(contraction, entry, call, epilogue, config.warps, config.stages, module)
 
 
 def _rows(contraction: Contraction) -> str:
@@ -207,11 +216,9 @@ def _grid(contraction: Contraction, config: GemmConfig, call: gemm_entry.GemmCal
 
 
 def _operands(contraction: Contraction) -> tuple[str, ...]:
-    """The buffers of the operands' parameters, b0, b1 and, where a template takes three, b2."""
-    a, b = contraction.a.buffer, contraction.b.buffer
-    if contraction.c is not None:
-        return a, b, contraction.c.buffer
-    return a, b
+    """The buffers of the operands' parameters: b0, b1, of two products b2, and then the ends of groups."""
+    ends = (contraction.ends,) if contraction.ends else ()
+    return (contraction.a.buffer, *(m.buffer for m in contraction.products.values()), *ends)
 
 
 def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> BlockFunction:
@@ -219,7 +226,8 @@ def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> 
     a function that a template calls.
     """
     _, m, _, n = contraction.sizes
-    limits = (_rows(contraction), rows is None or not isinstance(m, int) or m % rows != 0), (n, n % columns != 0)
+    whole = rows is not None and isinstance(m, int) and m % rows == 0 and not contraction.ends
+    limits = ("z" if contraction.ends else _rows(contraction), not whole), (n, n % columns != 0)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
     more = {} if isinstance(m, int) else {_ROWS: m}
     return print_block(

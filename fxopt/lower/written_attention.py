@@ -167,7 +167,7 @@ class _Search:
         step = self.steps[k]
         found = find_product(step, self.buffers, self.views) if isinstance(step, Call) else None
         static = found is not None and isinstance(found.a, Matrix) and isinstance(found.sizes[1], int)
-        return found if static else None
+        return found if static and found is not None and not found.ends else None
 
     def _copy_of_result(self, name: str) -> tuple[int, Copy] | None:
         """The step that does nothing but copy the result `name`, its only reader, and that copy from the result's side."""

@@ -19,6 +19,7 @@ from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import fused, kept, searched, searched_for_any
 from tests.lower.interpreter import sizes_of
+from tests.lower.test_grouped_products import activated, gated
 from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
@@ -261,6 +262,66 @@ def test_what_may_win_for_any_number_of_rows_wins_for_each() -> None:
     (contraction,) = [s for s in kept(short, FUSED).steps if isinstance(s, Contraction)]
     assert contraction_candidates(contraction, TARGET, "default") == []
     assert contraction_candidates(contraction, TARGET, "max-autotune")
+
+
+GROUPED = [POINTER, replace(POINTER, swap=True), replace(TMA, block_k=32), replace(TMA, swap=True, subtile=2)]
+
+
+@pytest.mark.parametrize("config", GROUPED, ids=str)
+@pytest.mark.parametrize("ends", [[10, 10, 47, 48, 75], [0, 0, 75, 75, 75], [3, 30, 40, 41, 41]], ids=str)
+def test_values_of_grouped_products(interpreter: Interpreter, config: GemmConfig, ends: list[int]) -> None:
+    """Groups without rows, and rows without a group: of those nothing is written."""
+    x, w, group_ends = rand(75, 64, dtype=BF16), rand(5, 96, 64, dtype=BF16) / 8, torch.tensor(ends, dtype=torch.int32)
+    for fn, way in ((activated, FUSED), (gated, TWO)):
+        if way == TWO and config.swap:
+            continue
+        (got, *_) = run(interpreter, fn, (x, w, group_ends), config, way)
+        last = ends[-1]
+        exact = fn(x.double(), w.double(), group_ends)
+        assert_closer(got[:last], fn(x, w, group_ends)[:last], exact[:last])
+        assert got[last:].isnan().all(), "rows without a group keep what was there"
+
+
+def test_a_grouped_product_with_weights_by_row(interpreter: Interpreter) -> None:
+    """[G, K, N], whose descriptor folds the groups into the inner dimension: only whole blocks of it."""
+    x, w, ends = (
+        rand(75, 64, dtype=BF16),
+        rand(5, 64, 96, dtype=BF16) / 8,
+        torch.tensor([10, 10, 47, 48, 75], dtype=torch.int32),
+    )
+
+    def fn(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return activated(x, w.mT, ends)
+
+    for config in (POINTER, TMA):
+        (got, *_) = run(interpreter, fn, (x, w, ends), config)
+        assert_closer(got, fn(x, w, ends), fn(x.double(), w.double(), ends))
+    ragged = a_contraction(fn, rand(75, 72, dtype=BF16), rand(5, 72, 96, dtype=BF16), ends)
+    assert not any(c.tma and c.block_k > 8 for c in configs(problem_of(ragged), TARGET))
+
+
+def test_a_grouped_product_has_as_many_programs_as_any_groups_need() -> None:
+    """Few rows are in few of many groups."""
+    for rows, groups in ((75, 5), (3, 64), (64, 1)):
+        ends = torch.full((groups,), rows, dtype=torch.int32)
+        contraction = a_contraction(activated, rand(rows, 64, dtype=BF16), rand(groups, 96, 64, dtype=BF16), ends)
+        (kernel,) = print_contraction(contraction, POINTER, TARGET).kernels
+        one_each = [1] * (min(rows, groups) - 1)
+        worst = [*one_each, rows - len(one_each)]
+        assert sum(-(-n // 32) for n in worst) * 3 <= kernel.grid[0] <= (rows // 32 + min(rows, groups)) * 3
+
+
+@pytest.mark.parametrize("layer", ["activated", "gated"])
+def test_grouped_candidates_compile_without_spills(layer: str) -> None:
+    x, w = torch.empty(16384, 2048, dtype=BF16), torch.empty(8, 1536, 2048, dtype=BF16)
+    fn, way = (activated, FUSED) if layer == "activated" else (gated, TWO)
+    low = kept(searched(fn, x, w, torch.zeros(8, dtype=torch.int32)), way)
+    (contraction,) = [s for s in low.steps if isinstance(s, Contraction)]
+    config, *_ = configs(problem_of(contraction), TARGET, limit=1)
+    assert config.tma and config.split == 1 and not config.programs
+    (kernel,) = print_contraction(contraction, config, TARGET).kernels
+    _, meta = compile_triton(kernel, TARGET)
+    assert meta["n_spills"] == 0 and meta["shared"] <= TARGET.shared_per_block
 
 
 def test_a_product_that_overflows_its_dtype_is_used_unrounded(interpreter: Interpreter) -> None:

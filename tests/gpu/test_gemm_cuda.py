@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fxopt.codegen.triton_build import compile_triton
 from fxopt.runtime.launch import load_cubin
 from fxopt.target import Target
 from tests.codegen.gemm_entries import entry, problem, result_shape
+from tests.lower.test_grouped_products import activated, gated
 from tests.numerics import assert_closer
 
 pytestmark = pytest.mark.gpu
@@ -126,3 +128,18 @@ def test_layers_for_any_number_of_rows(freeze: bool) -> None:
         for rows in (96, 2, 127, 1000, 4097):
             x = torch.randn(2, rows, 512, device="cuda", dtype=BF16)
             assert_closer(run(x), model(x), wide(x.double()))
+
+
+@pytest.mark.parametrize("rows", [16, 1000])
+@pytest.mark.parametrize("layer", [activated, gated], ids=["activated", "gated"])
+def test_grouped_products(layer: Callable[..., torch.Tensor], rows: int) -> None:
+    """Every way measured; groups without rows, of one row, and of most."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("torch has no grouped products for this GPU")
+    torch.compiler.reset()
+    x = torch.randn(rows, 256, device="cuda", dtype=BF16)
+    w = torch.randn(6, 384, 256, device="cuda", dtype=BF16) / 16
+    run = torch.compile(layer, backend="fxopt", options={"strict": True, "mode": "max-autotune"})
+    for ends in ([0, 1, 1, rows // 8, rows, rows], [rows // 6 * g for g in range(1, 6)] + [rows]):
+        on_gpu = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        assert_closer(run(x, w, on_gpu), layer(x, w, on_gpu), layer(x.double(), w.double(), on_gpu))
