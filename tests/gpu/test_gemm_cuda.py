@@ -15,11 +15,13 @@ pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, plausible
 from fxopt.codegen.triton_build import compile_triton
+from fxopt.journal import RECENT
 from fxopt.runtime.launch import load_cubin
 from fxopt.target import Target
 from tests.codegen.gemm_entries import entry, problem, result_shape
 from tests.lower.test_grouped_products import activated, gated
 from tests.numerics import assert_closer
+from tests.passes.test_merged_products import Attention
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -143,3 +145,15 @@ def test_grouped_products(layer: Callable[..., torch.Tensor], rows: int) -> None
     for ends in ([0, 1, 1, rows // 8, rows, rows], [rows // 6 * g for g in range(1, 6)] + [rows]):
         on_gpu = torch.tensor(ends, dtype=torch.int32, device="cuda")
         assert_closer(run(x, w, on_gpu), layer(x, w, on_gpu), layer(x.double(), w.double(), on_gpu))
+
+
+def test_merged_products_are_read_in_place() -> None:
+    """Attention takes columns of one product as query, key and value; a gated layer its halves."""
+    torch.compiler.reset()
+    model = Attention(size=512, groups=4).to("cuda", BF16).eval()
+    wide, x = copy.deepcopy(model).double(), torch.randn(3, 200, 512, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        run = torch.compile(model, backend="fxopt", options={"freeze": True, "strict": True})
+        assert_closer(run(x), model(x), wide(x.double()))
+    notes = [text for journal in RECENT for topic, text in journal.notes if topic == "rewrite"]
+    assert any("merged_products.columns x5" in text for text in notes)
