@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_emit import Emitter, Frame, Names
@@ -37,15 +38,17 @@ def print_block(
     name: str,
     region: Region,
     axes: tuple[Sym | None, Sym, Sym],
-    extents: tuple[tuple[Int, bool], tuple[Int, bool]],
+    extents: tuple[tuple[Int | str, bool], tuple[Int | str, bool]],
     registers: Mapping[str, str],
     reserved: int,
     returns: bool = False,
+    more: Mapping[str, Int] = MappingProxyType({}),
 ) -> BlockFunction:
     """`name(*registers, y, x, z, extra)` of `region`, which does not reduce and whose points are `axes`: batch, row, column.
 
     `registers` maps the buffers that are products to parameters, blocks in float32. `extents` are the sizes of rows and
-    columns, each with whether a block may go beyond, which is masked. The entry's first `reserved` buffers are the
+    columns, or texts for them, each with whether a block may go beyond, which is masked. `more` are int32 parameters of the
+    entry beside those that the region asks for, by name. The entry's first `reserved` buffers are the
     template's. The function stores what the region stores or, if it `returns`, gives the value of its only store, which is a
     buffer in registers, too.
     """
@@ -64,6 +67,7 @@ def print_block(
         body = straight_line(region, frame, emitter)
     kinds = {p: ops.POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
     kinds |= {p: size_type(s, index64) for s, p in names.sizes.items()}
+    kinds |= dict.fromkeys(more, "i32")
     first = next(iter(registers.values()))
     lines = [f"{', '.join(kinds)}{',' * (len(kinds) == 1)} = extra"] if kinds else []
     blocks = [f"{block}: tl.constexpr = {first}.shape[{dim}]" for dim, block in enumerate(_BLOCKS.values())]
@@ -72,7 +76,7 @@ def print_block(
     lines += [f"{mask} = {axis} < {sizes_of[axis][0]}" for axis, mask in masks.items()]
     head = ["@triton.jit", f"def {name}({', '.join(registers.values())}, y, x, z, extra):"]
     text = "\n".join([*head, *(f"    {line}" for line in [*lines, *body])])
-    return BlockFunction(text, kinds, tuple(names.buffers), tuple(size_expressions(names)))
+    return BlockFunction(text, kinds, tuple(names.buffers), (*size_expressions(names), *more.values()))
 
 
 def _tiling(region: Region, axes: tuple[Sym | None, Sym, Sym]) -> Tiling:

@@ -27,7 +27,10 @@ SCRATCH_POINTERS = 2
 _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": False}
 """Signed overflow wraps as in eager, and denormals are kept."""
 
-_DEVICE_FILES = ("triton_helpers.py", "templates/gemm.py", "templates/conv.py", "templates/attention.py")
+_DEVICE_FILES = (
+    *("triton_helpers.py", "templates/gemm.py", "templates/grouped_gemm.py"),
+    *("templates/conv.py", "templates/attention.py"),
+)
 """Device functions that printed kernels import."""
 
 _DESCRIPTOR = "tensordesc"

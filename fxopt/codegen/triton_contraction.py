@@ -6,7 +6,10 @@ operands, the others what the epilogue loads and stores. An operand that the epi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,13 +22,26 @@ from fxopt.codegen.triton_block import BlockFunction, print_block
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, mul, prod, symbol
+from fxopt.ir.exprs import (
+    Int,
+    Sym,
+    add,
+    assumed,
+    contiguous_strides,
+    evaluate,
+    floordiv,
+    free_symbols,
+    mul,
+    prod,
+    symbol,
+)
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region
 from fxopt.target import Target
 
 _EPILOGUE = "epilogue"
+_ROWS = "rows"
 _OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
 _CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
 """What one op, any other function of a floating argument and a random number cost, in error functions."""
@@ -34,35 +50,51 @@ _RANDOM_AT_ONCE = 16
 """Elements of one thread: 32 spill beside an accumulator of 128 registers, on sm_80 as on sm_90 and sm_100."""
 
 
-def problem_of(contraction: Contraction) -> GemmProblem:
-    """The product and what its epilogue moves, for the cost model and the templates. All sizes have to be numbers."""
+def problem_of(contraction: Contraction, rows: int | None = None) -> GemmProblem:
+    """The product and what its epilogue moves, for the cost model and the templates.
+
+    All sizes but the number of rows have to be numbers; where that one is known only at run time, it is taken to be `rows`
+    (what is measured, if None).
+    """
     batch, m, k, n = contraction.sizes
-    if not all(isinstance(x, int) for x in (batch, m, k, n)):
+    if not all(isinstance(x, int) for x in (batch, k, n)):
         raise UnsupportedError("a product of unknown size")
     if isinstance(contraction.a, Patches):
         raise UnsupportedError("a product of patches, which are no matrix in memory")
-    read, written = moved_by_epilogue(contraction)
+    specs = contraction.region.buffers.values()
+    sizes = {sym.name: assumed(symbol(sym)) for spec in specs for x in spec.shape for sym in free_symbols(x)}
+    typical = evaluate(m, sizes | {sym.name: assumed(symbol(sym)) for sym in free_symbols(m)})
+    static = isinstance(m, int)
+    m = typical if static or rows is None else rows
+    read, written = (nbytes * m // typical for nbytes in moved_by_epilogue(contraction, sizes))
+    a, total = _operand(contraction.a, m, k), 0
+    if contraction.ends:
+        (groups,), total = contraction.buffers[contraction.ends].shape, m
+        assert isinstance(groups, int)
+        batch, m = groups, ceil(m / groups)
     return GemmProblem(
         batch,  # type: ignore[arg-type]  # they are numbers
-        m,  # type: ignore[arg-type]
+        m,
         n,  # type: ignore[arg-type]
         k,  # type: ignore[arg-type]
         contraction.buffers[contraction.a.buffer].dtype,
-        _operand(contraction.a, m, k),
+        a,
         _operand(contraction.b, k, n),
         read=read,
         written=written,
+        static=static,
         precision="tf32" if contraction.tf32 else "ieee",
         c=None if contraction.c is None else _operand(contraction.c, k, n),
+        rows=total,
         epilogue_ops=epilogue_ops(contraction),
     )
 
 
-def moved_by_epilogue(contraction: Contraction) -> tuple[int, int]:
-    """Bytes that the epilogue reads and writes."""
+def moved_by_epilogue(contraction: Contraction, sizes: Mapping[str, int] = MappingProxyType({})) -> tuple[int, int]:
+    """Bytes that the epilogue reads and writes, for these values of the size symbols."""
     specs = {name: spec for name, spec in contraction.region.buffers.items() if name not in contraction.products}
     reads, writes = contraction.region.reads(), contraction.writes()
-    nbytes = {name: _bytes(spec) for name, spec in specs.items()}
+    nbytes = {name: _bytes(spec, sizes) for name, spec in specs.items()}
     return sum(n for name, n in nbytes.items() if name in reads), sum(n for name, n in nbytes.items() if name in writes)
 
 
@@ -85,19 +117,22 @@ def _operand(matrix: Matrix, rows: Int, columns: Int) -> gemm_config.Matrix:
     return gemm_config.Matrix(*given)  # type: ignore[arg-type]
 
 
-def _bytes(spec: BufferSpec) -> int:
+def _bytes(spec: BufferSpec, sizes: Mapping[str, int]) -> int:
     distinct = prod(size for size, stride in zip(spec.shape, spec.strides, strict=True) if stride != 0)
-    return distinct * spec.dtype.itemsize if isinstance(distinct, int) else 0
+    return evaluate(distinct, sizes) * spec.dtype.itemsize
 
 
 def print_contraction(contraction: Contraction, config: GemmConfig, target: Target) -> Printed:
     """`contraction` in configuration `config`: one kernel, or with `config.split` above 1 two and a buffer between them.
 
-    Raises UnsupportedError where Triton has no form for the epilogue or `target`, or sizes are symbolic.
+    Raises UnsupportedError where Triton has no form for the epilogue or `target`, or sizes other than the number of rows are
+    symbolic. A product of any number of rows takes no descriptors, which have sizes, and is not split.
     """
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
     problem = problem_of(contraction)
+    if not problem.static and (config.tma or config.split > 1):
+        raise UnsupportedError("a product of unknown size through descriptors, or in parts")
     if config.split == 1:
         return Printed((_print_whole(contraction, problem, config),))
     partial, rest = in_parts(contraction, gemm_entry.partial_shape(problem, config))
@@ -118,8 +153,18 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
 def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:
     epilogue = print_epilogue(contraction, config.block_m, config.block_n)
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
-    call = gemm_entry.gemm_call(problem, config, extra=epilogue.extra, epilogue=_EPILOGUE)
-    return source_of(contraction, entry, call, epilogue, config.warps, config.stages)
+    sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
+    ends = f"b{len(contraction.products) + 1}"
+    call = gemm_entry.gemm_call(problem, config, ends=ends, extra=epilogue.extra, epilogue=_EPILOGUE, sizes=sizes)
+    call = replace(call, grid=_grid(contraction, config, call))
+    module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE
+    return source_of(contraction, entry, call, epilogue, config.warps, config.stages, module)
+
+
+def _rows(contraction: Contraction) -> str:
+    """The number of rows in a kernel's text: a literal or a parameter."""
+    rows = contraction.sizes[1]
+    return str(rows) if isinstance(rows, int) else _ROWS
 
 
 def _print_parts(contraction: Contraction, partial: BufferSpec, problem: GemmProblem, config: GemmConfig) -> KernelSource:
@@ -162,12 +207,18 @@ def source_of(
     )
 
 
+def _grid(contraction: Contraction, config: GemmConfig, call: gemm_entry.GemmCall) -> Int:
+    batch, m, _, n = contraction.sizes
+    if isinstance(m, int):
+        return call.grid
+    tiles = [floordiv(add(size, block - 1), block) for size, block in ((m, config.block_m), (n, config.block_n))]
+    return prod((batch, *tiles))
+
+
 def _operands(contraction: Contraction) -> tuple[str, ...]:
-    """The buffers of the operands' parameters, b0, b1 and, where a template takes three, b2."""
-    a, b = contraction.a.buffer, contraction.b.buffer
-    if contraction.c is not None:
-        return a, b, contraction.c.buffer
-    return a, b
+    """The buffers of the operands' parameters: b0, b1, of two products b2, and then the ends of groups."""
+    ends = (contraction.ends,) if contraction.ends else ()
+    return (contraction.a.buffer, *(m.buffer for m in contraction.products.values()), *ends)
 
 
 def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> BlockFunction:
@@ -175,9 +226,13 @@ def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> 
     a function that a template calls.
     """
     _, m, _, n = contraction.sizes
-    extents = (m, rows is None or m % rows != 0), (n, n % columns != 0)
+    whole = rows is not None and isinstance(m, int) and m % rows == 0 and not contraction.ends
+    limits = ("z" if contraction.ends else _rows(contraction), not whole), (n, n % columns != 0)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
-    return print_block(_EPILOGUE, contraction.region, contraction.axes, extents, blocks, len(_operands(contraction)))
+    more = {} if isinstance(m, int) else {_ROWS: m}
+    return print_block(
+        _EPILOGUE, contraction.region, contraction.axes, limits, blocks, len(_operands(contraction)), more=more
+    )
 
 
 def in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:

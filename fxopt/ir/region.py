@@ -267,6 +267,9 @@ class Contraction:
     what memory is read and written.
 
     With `c`, of the shape and strides of `b`, there are two products (a gated layer): that with `c` is the load of `second`.
+    With `ends`, an int32 buffer [G], the rows belong to G groups, one after the other: group g ends before row ends[g] and
+    is multiplied by the g-th matrix of `b`, whose batch stride leads there. Rows after the last end have no product.
+
     `tf32`: float32 operands are rounded to TF32 first, as the library does where the user allows it.
     """
 
@@ -281,6 +284,7 @@ class Contraction:
     c: Matrix | None = None
     second: str = ""
     tf32: bool = False
+    ends: str = ""
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -323,7 +327,7 @@ class Contraction:
 
     def reads(self) -> tuple[str, ...]:
         """Buffers read, operands first."""
-        operands = (self.a.buffer, *(m.buffer for m in self.products.values()))
+        operands = (self.a.buffer, *(m.buffer for m in self.products.values()), *([self.ends] if self.ends else []))
         return tuple(dict.fromkeys((*operands, *(n for n in self.region.reads() if n not in self.products))))
 
     def writes(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, mul, symbol
+from fxopt.ir.exprs import Int, Sym, add, ask, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
@@ -74,7 +74,7 @@ class _Search:
                 continue
             if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
-            if product is not None and (self.every or product.sizes[1] <= FEW_ROWS):
+            if product is not None and (self.every or ask("<=", product.sizes[1], FEW_ROWS) is True):
                 self.steps[k] = self._alternatives((product,), None, self._alone(product))
         steps = [s for s in self.steps if s is not None]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
@@ -248,7 +248,9 @@ class _Search:
             other = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
             if other is None or not self._is_eligible(other) or other.result.buffer not in self.accesses[j][0]:
                 continue
-            if (other.a, other.sizes) == (product.a, product.sizes) and _strides(other.b) == _strides(product.b):
+            if (other.a, other.sizes, other.ends) == (product.a, product.sizes, product.ends) and _strides(
+                other.b
+            ) == _strides(product.b):
                 yield i, product, other
         if product.sizes[3] >= 4 and product.sizes[3] % 2 == 0:
             half = product.sizes[3] // 2
@@ -348,13 +350,22 @@ class _Search:
         return self._with_epilogue((product,), (registers,), region)
 
     def _with_epilogue(self, products: Sequence[Product], registers: Sequence[str], region: Region) -> Contraction:
-        operands = [m.buffer for p in products for m in (p.a, p.b)]
+        first, *others = products
+        operands = [*(m.buffer for p in products for m in (p.a, p.b)), *([first.ends] if first.ends else [])]
         touched = {n: s for n, s in region.buffers.items() if n not in registers}
         touched |= {n: self.convolutions.buffers[n] for n in operands}
-        first, *others = products
         tf32 = self.lowered.buffers[first.a.buffer].dtype == torch.float32
         made = Contraction(
-            region.name, first.a, first.b, first.sizes[2], registers[0], first.axes, region, touched, tf32=tf32
+            region.name,
+            first.a,
+            first.b,
+            first.sizes[2],
+            registers[0],
+            first.axes,
+            region,
+            touched,
+            tf32=tf32,
+            ends=first.ends,
         )
         return replace(made, c=others[0].b, second=registers[1]) if others else made
 
@@ -375,7 +386,7 @@ class _Search:
             ways.append(Way(FUSED, (*calls[1:], fused)))
         if both is not None:
             ways.append(Way(TWO, (both,)))
-        if products[0].sizes[:2] == (1, 1):
+        if products[0].sizes[:2] == (1, 1) and not products[0].ends:
             ways.append(Way(ROW, (as_reduction(found[-1]),)))
         return self._among(found[0].name, calls, region, ways)
 

@@ -57,6 +57,8 @@ LIBRARY_OPS = frozenset(
         aten._addmm_activation.default,
         aten._scaled_mm.default,
         aten._int_mm.default,
+        aten._grouped_mm.default,
+        aten._scaled_grouped_mm.default,
         aten.convolution.default,
         aten.convolution_backward.default,
         aten.cudnn_convolution_relu.default,

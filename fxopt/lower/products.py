@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, mul, prod, symbol
+from fxopt.ir.exprs import Int, Sym, add, ask, mul, prod, symbol
 from fxopt.ir.loops import Load, Op, Scalar, transform
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Ref
 from fxopt.lower.values import cast
@@ -21,6 +21,8 @@ _ADDEND = {"aten::mm.default": False, "aten::bmm.default": False, "aten::addmm.d
 """The products, and whether their first argument is added to the result."""
 
 CONVOLUTION = "aten::convolution.default"
+_GROUPED = "aten::_grouped_mm.default"
+_GROUPED_ARGUMENTS = ("self", "mat2", "offs", "bias", "out_dtype")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class Product:
     a: Matrix | Patches
     b: Matrix
     result: Matrix
-    sizes: tuple[int, int, int, int]  # Z, M, K, N
+    sizes: tuple[int, Int, int, int]  # Z, M, K, N; the number of rows may be known only at run time
     axes: tuple[Sym | None, Sym, Sym]
     addend: Load | None
+    ends: str = ""
+    """Of a grouped product, the buffer of the rows at which groups end; b is then [G, K, N]."""
 
     @property
     def points(self) -> tuple[Sym, ...]:
@@ -72,9 +76,11 @@ def columns_of(product: Product, first: int, count: int) -> Product:
 
 
 def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
-    """`call` as a product of more than one column, all sizes static, or None."""
+    """`call` as a product of more than one column, all sizes but the number of rows static, or None."""
     if call.op == CONVOLUTION:
         return _pointwise_convolution(call, buffers, views)
+    if call.op == _GROUPED:
+        return _grouped(call, buffers, views)
     if call.op not in _ADDEND or call.kwargs or not all(isinstance(a, Ref) for a in call.args) or call.outputs[0] is None:
         return None
     operands = [as_view(a.name, buffers, views) for a in call.args]
@@ -85,13 +91,33 @@ def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[s
     a, b, result = _matrix(left), _matrix(right), _matrix(made)
     m, n = made.shape[-2:]
     batch, depth = (made.shape[0] if len(made.shape) == 3 else 1), left.shape[-1]
-    if not (isinstance(batch, int) and isinstance(m, int) and isinstance(depth, int) and isinstance(n, int)):
+    if not (isinstance(batch, int) and isinstance(depth, int) and isinstance(n, int)):
         return None
-    if n < 2 or min(batch, m, depth) < 1:
+    if n < 2 or min(batch, depth) < 1 or ask("<=", 1, m) is not True:
         return None
     axes = (None if batch == 1 else Sym("x0", size=batch), Sym("x1", size=m), Sym("x2", size=n))
     added = broadcast(addend[0], made.shape, axes, buffers) if addend else None
     return Product(call, a, b, result, (batch, m, depth, n), axes, added)
+
+
+def _grouped(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
+    """Rows [M, K] in groups, each by a matrix of its own of [G, K, N]: a mixture of experts."""
+    given = dict(zip(_GROUPED_ARGUMENTS, call.args, strict=False)) | call.kwargs
+    left, right, ends = (given.get(name) for name in _GROUPED_ARGUMENTS[:3])
+    refs_given = all(isinstance(x, Ref) for x in (left, right, ends))
+    if not refs_given or call.outputs[0] is None or any(given.get(name) is not None for name in _GROUPED_ARGUMENTS[3:]):
+        return None
+    rows, weights, made = (as_view(n, buffers, views) for n in (left.name, right.name, call.outputs[0]))  # type: ignore[union-attr]
+    if rows is None or weights is None or made is None or len(rows.shape) != 2 or len(weights.shape) != 3:
+        return None
+    (m, depth), n = rows.shape, weights.shape[2]
+    spec = buffers.get(ends.name)  # type: ignore[union-attr]
+    if spec is None or spec.strides != (1,) or spec.dtype != torch.int32 or spec.shape != weights.shape[:1]:
+        return None
+    if not (isinstance(m, int) and isinstance(depth, int) and isinstance(n, int)) or n < 2 or min(m, depth) < 1:
+        return None
+    axes = (None, Sym("x1", size=m), Sym("x2", size=n))
+    return Product(call, _matrix(rows), _matrix(weights), _matrix(made), (1, m, depth, n), axes, None, spec.name)
 
 
 def _pointwise_convolution(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:

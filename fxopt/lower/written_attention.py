@@ -104,6 +104,7 @@ class _Search:
     def _whole(self, steps: tuple[int, ...], before: Product, scores: Scores, after: Product) -> WrittenOut | None:
         batch, rows, width, keys = before.sizes
         values = after.sizes[3]
+        assert isinstance(rows, int)
         shapes = {"query": (rows, width), "key": (keys, width), "value": (keys, values), "out": (rows, values)}
         b = before.b
         assert isinstance(before.a, Matrix)
@@ -162,10 +163,11 @@ class _Search:
         return readers[0] if len(readers) == 1 and readers[0] >= 0 else None
 
     def _product(self, k: int) -> Product | None:
-        """The product of matrices that step k is."""
+        """The product of matrices of known sizes that step k is."""
         step = self.steps[k]
         found = find_product(step, self.buffers, self.views) if isinstance(step, Call) else None
-        return found if found is not None and isinstance(found.a, Matrix) else None
+        static = found is not None and isinstance(found.a, Matrix) and isinstance(found.sizes[1], int)
+        return found if static and found is not None and not found.ends else None
 
     def _copy_of_result(self, name: str) -> tuple[int, Copy] | None:
         """The step that does nothing but copy the result `name`, its only reader, and that copy from the result's side."""

@@ -124,7 +124,7 @@ def _materialize(context: Context, node: fx.Node, known: _Known) -> None:
     worth_it = known.bytes_from > 0 or (not known.inlined and held.numel() <= MAX_EMBEDDED)
     if worth_it and not escapes(node):
         context.spend("frozen" if known.bytes_from else "generated", node)
-        _embed(context, node, known.value)
+        embed(context, node, known.value)
 
 
 def _uniform(value: torch.Tensor) -> bool | int | float | None:
@@ -139,8 +139,8 @@ def _uniform(value: torch.Tensor) -> bool | int | float | None:
     return item
 
 
-def _embed(context: Context, node: fx.Node, value: torch.Tensor) -> None:
-    """Replace `node` by a new CONSTANT input that holds its value, in the strides that its users expect."""
+def embed(context: Context, node: fx.Node, value: torch.Tensor) -> fx.Node:
+    """Replace `node` by a new CONSTANT input, the result, that holds its value in the strides that its users expect."""
     held = tensor(node)
     assert held is not None
     if value.stride() != held.stride():
@@ -153,3 +153,4 @@ def _embed(context: Context, node: fx.Node, value: torch.Tensor) -> None:
     context.graph.inputs.append(Input(fresh.name, Role.CONSTANT, value))
     node.replace_all_uses_with(fresh)
     graph.erase_node(node)
+    return fresh

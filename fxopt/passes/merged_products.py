@@ -26,6 +26,7 @@ from torch import fx
 
 from fxopt.ir import ops
 from fxopt.ir.graph import Role
+from fxopt.passes.constant_folding import embed
 from fxopt.passes.context import Context
 from fxopt.passes.facts import arguments, escapes, static_shape, tensor
 from fxopt.passes.strides import StrideWalk
@@ -37,6 +38,8 @@ ALIGNMENT = 16
 
 MOST_VISITED = 400
 """Nodes looked at between a product and the next ones, in a graph that has none for long."""
+
+Constants = dict[fx.Node, torch.Tensor]
 
 _PRODUCTS = (aten.mm.default, aten.addmm.default)
 _NEXT = frozenset({"mm", "addmm", "linear", "convolution"})
@@ -72,18 +75,20 @@ def merged_products(context: Context) -> None:
     for group in list(_groups(context, constants)):
         if context.exhausted:
             break
-        _merge(context, group, walk)
+        _merge(context, group, constants, walk)
     if walk.traced:
         for node in context.nodes:
             walk.visit(node)
 
 
-def _constants(context: Context) -> set[fx.Node]:
+def _constants(context: Context) -> dict[fx.Node, torch.Tensor]:
+    """The frozen inputs with their values."""
     placeholders = (n for n in context.nodes if n.op == "placeholder")
-    return {n for n, i in zip(placeholders, context.graph.inputs, strict=True) if i.role is Role.CONSTANT}
+    given = zip(placeholders, context.graph.inputs, strict=True)
+    return {n: i.value for n, i in given if i.role is Role.CONSTANT and i.value is not None}
 
 
-def _groups(context: Context, constants: set[fx.Node]) -> Iterator[list[Part]]:
+def _groups(context: Context, constants: Constants) -> Iterator[list[Part]]:
     """Products that may be merged, two or more at a time, in the order of the graph."""
     by_operand: dict[Any, list[Part]] = defaultdict(list)
     for node in context.nodes:
@@ -96,7 +101,7 @@ def _groups(context: Context, constants: set[fx.Node]) -> Iterator[list[Part]]:
             yield from _with_a_common_aim(context, parts)
 
 
-def _part(node: fx.Node, constants: set[fx.Node]) -> tuple[Part | None, Any]:
+def _part(node: fx.Node, constants: Constants) -> tuple[Part | None, Any]:
     """`node` as a part of a merged product, with the operand that all parts share."""
     value = tensor(node)
     if node.op != "call_function" or node.target not in _PRODUCTS or value is None or not merges(value.device):
@@ -125,7 +130,7 @@ def _is_turned(weight: torch.Tensor) -> bool | None:
     return weight.stride(0) == 1
 
 
-def _is_view_of(node: fx.Node, constants: set[fx.Node]) -> bool:
+def _is_view_of(node: fx.Node, constants: Constants) -> bool:
     while node not in constants:
         if node.op != "call_function" or not ops.is_view(node.target) or len(node.all_input_nodes) != 1:
             return False
@@ -166,11 +171,10 @@ def _aims(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _merge(context: Context, parts: list[Part], walk: StrideWalk) -> None:
+def _merge(context: Context, parts: list[Part], constants: Constants, walk: StrideWalk) -> None:
     """One product in the place of the first of `parts`; `walk` learns of the columns that stand for each."""
     first = parts[0].node
-    merged = _merged(context, parts, first)
-    start = 0
+    merged, start = _merged(context, parts, constants, first), 0
     for part in parts:
         if context.exhausted:
             return
@@ -179,7 +183,7 @@ def _merge(context: Context, parts: list[Part], walk: StrideWalk) -> None:
             None if merged is None else context.derive(aten.slice.Tensor, (merged, 1, start, stop), part.node, symbolic=True)
         )
         if columns is None:
-            context.reject("merged_products", "the merged product cannot be propagated")
+            context.reject("merged_products", "the merged weight or product cannot be computed")
             return
         start, before = stop, part.node.meta["val"]
         context.replace("columns", part.node, columns)
@@ -187,11 +191,11 @@ def _merge(context: Context, parts: list[Part], walk: StrideWalk) -> None:
         walk.show_as_traced(columns)
 
 
-def _merged(context: Context, parts: list[Part], first: fx.Node) -> fx.Node | None:
+def _merged(context: Context, parts: list[Part], constants: Constants, first: fx.Node) -> fx.Node | None:
     """The product over all columns, before `first`."""
     given = arguments(first)
     rows = given["mat1"] if first.target is aten.addmm.default else given["self"]
-    weight = _side_by_side(context, parts, first)
+    weight = _side_by_side(context, parts, constants)
     if weight is None:
         return None
     if all(p.bias is None for p in parts):
@@ -203,21 +207,28 @@ def _merged(context: Context, parts: list[Part], first: fx.Node) -> fx.Node | No
     return None if bias is None else context.derive(aten.addmm.default, (bias, rows, weight), first, symbolic=True)
 
 
-def _side_by_side(context: Context, parts: list[Part], first: fx.Node) -> fx.Node | None:
-    """The weights as one [K, all N], in the memory order of each; before `first`, whatever views come after it."""
-    weights = [_copied_views(context, p.weight, first) for p in parts]
-    if not parts[0].turned:
-        return context.derive(aten.cat.default, (weights, 1), first)
-    turned = [context.derive(aten.permute.default, (w, [1, 0]), first) for w in weights]
-    joined = context.derive(aten.cat.default, (turned, 0), first)
-    return None if joined is None else context.derive(aten.permute.default, (joined, [1, 0]), first)
+def _side_by_side(context: Context, parts: list[Part], constants: Constants) -> fx.Node | None:
+    """The weights as one constant [K, all N], in the memory order of each. None where memory is short: joined
+    at each call instead of once, they would cost more than several products.
+    """
+    turned = parts[0].turned
+    try:
+        weights = [_value(p.weight, constants) for p in parts]
+        value = torch.cat([w.t() for w in weights]).t() if turned else torch.cat(weights, 1)
+    except RuntimeError:  # torch's OutOfMemoryError is one
+        return None
+    joined = context.derive(aten.cat.default, ([p.weight for p in parts], 1), parts[-1].node)
+    if joined is None or hasattr(value, "fake_mode"):
+        return None
+    joined.meta["val"] = joined.meta["val"].new_empty_strided(value.shape, value.stride())
+    return embed(context, joined, value)
 
 
-def _copied_views(context: Context, node: fx.Node, before: fx.Node) -> fx.Node:
-    """`node`, an input or a chain of views of one, before another node."""
-    if node.op == "placeholder":
-        return node
-    source = _copied_views(context, node.all_input_nodes[0], before)
-    copy = context.emit(node.target, (source, *node.args[1:]), before, dict(node.kwargs))
-    copy.meta["val"] = node.meta["val"]
-    return copy
+def _value(node: fx.Node, constants: Constants) -> torch.Tensor:
+    """What a frozen input or a view of one is."""
+    if node in constants:
+        return constants[node].detach()
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _value(n, constants))
+    with torch.no_grad():
+        value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return value

@@ -14,7 +14,7 @@ import torch
 
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
-from fxopt.ir.region import Alternatives, Call, Ref, Way
+from fxopt.ir.region import Alternatives, Call, Contraction, Ref, Way
 from fxopt.journal import Journal
 from fxopt.lower.contractions import NAME
 from fxopt.runtime.artifacts import ArtifactStore
@@ -97,7 +97,7 @@ def _fastest(
     if len(trials) == 1 or alternatives.device.type != "cuda":
         return first
     key = RecordKey("alternatives", facts)
-    found = decide(key, alternatives.name, Memory(alternatives.buffers), alternatives.device, trials, store, measurements)
+    found = decide(key, alternatives.name, _memory(alternatives), alternatives.device, trials, store, measurements)
     if found is None:
         return first
     winner, figures = found
@@ -106,12 +106,19 @@ def _fastest(
     return winner
 
 
+def _memory(alternatives: Alternatives) -> Memory:
+    steps = (step for way in alternatives.ways for step in way.steps)
+    grouped = (c for c in steps if isinstance(c, Contraction) and c.ends)
+    rows = {c.ends: m for c in grouped if isinstance(m := c.sizes[1], int)}
+    return Memory(alternatives.buffers, ends=rows)
+
+
 def _facts(alternatives: Alternatives, trials: Sequence[Trial]) -> dict[str, object]:
     """Everything that a contest's result depends on."""
     target = Target.current(alternatives.device)
     return {
         "trials": [[t.label, *(_part_facts(p) for p in t.parts)] for t in trials],
-        "assumed": assumed_sizes(Memory(alternatives.buffers), trials),
+        "assumed": assumed_sizes(_memory(alternatives), trials),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,

@@ -14,6 +14,7 @@ from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import bounds
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region
 from fxopt.lower.cost import nbytes
@@ -44,6 +45,9 @@ SUMS_CANDIDATES = {"default": 1, "max-autotune": 2}
 
 FEW_BYTES = 8 << 20
 """Of an image: larger ones are worth a launch that lays out the weight of their depthwise convolution."""
+
+ASSUMED_ROWS = (128, 1024, 8192)
+"""Numbers of rows at which a product of any number has to be good."""
 
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
@@ -143,8 +147,12 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
         return convolution_candidates(contraction, target, mode)
     problem = problem_of(contraction)
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
-    ranked = gemm_config.configs(problem, target, limit=most)
-    if mode != "max-autotune" and not _may_win(problem, ranked, target):
+    if problem.static:
+        ranked = gemm_config.configs(problem, target, limit=most)
+        wins = _may_win(problem, ranked[:1], target)
+    else:
+        ranked, wins = _for_any_rows(contraction, target, most)
+    if mode != "max-autotune" and not wins:
         return []
     chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
     return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in chosen]
@@ -181,15 +189,34 @@ def attention_candidates(attention: Attention, target: Target, mode: str) -> lis
     return [Candidate(str(c), (p := print_attention(attention, c, target)).kernels, p.scratch) for c in chosen]
 
 
-def _may_win(problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
-    """Whether the best configuration, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
+def _for_any_rows(contraction: Contraction, target: Target, most: int) -> tuple[list[gemm_config.GemmConfig], bool]:
+    """(configurations for a number of rows that is known only at run time, whether the first may win whatever it is).
+
+    One kernel serves all sizes and is measured at one, so those come first that are never much slower than the best one at
+    a size; and each size has to be one at which the library may lose.
+    """
+    low, high = bounds(contraction.sizes[1])
+    sizes = [r for r in ASSUMED_ROWS if (low or 0) <= r <= (r if high is None else high)] or [max(low or 1, 1)]
+    problems = [problem_of(contraction, rows) for rows in sizes]
+    found = [c for c in gemm_config.plausible(problems[-1], target) if c.split == 1]
+    best = [min((gemm_config.estimate(p, c, target) for c in found), default=0.0) for p in problems]
+
+    def worst(config: gemm_config.GemmConfig) -> float:
+        return max(gemm_config.estimate(p, config, target) / b for p, b in zip(problems, best, strict=True))
+
+    ranked = sorted(found, key=worst)[:most]
+    return ranked, all(_may_win(p, ranked[:1], target) for p in problems)
+
+
+def _may_win(problem: gemm_config.GemmProblem, proposed: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
+    """Whether one of `proposed`, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
     if not problem.epilogue_ops and problem.m > gemm_config.FEW_ROWS and problem.describable:
         return False  # nothing to save, and the library is at its best
     apart = gemm_config.library_seconds(problem, target)
     if problem.epilogue_ops:  # else the epilogue is a store, which the library does
         result = problem.products * problem.batch * problem.m * problem.n * problem.itemsize
         apart += gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
-    return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in ranked[:1])
+    return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in proposed)
 
 
 def candidate_count(region: Work, mode: str) -> int:

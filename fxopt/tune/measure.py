@@ -54,10 +54,13 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Memory:
-    """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below."""
+    """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below, `ends` how many rows the
+    groups have whose ends a buffer holds.
+    """
 
     buffers: Mapping[str, BufferSpec]
     bounds: Mapping[str, Int] = field(default_factory=dict)
+    ends: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ def time_trials(
     sizes = assumed_sizes(memory, trials)
     generator = torch.Generator(device).manual_seed(0)  # the user's own keeps its state
     tensors = {name: _made_up(spec, memory.bounds.get(name), sizes, generator) for name, spec in memory.buffers.items()}
+    for name, rows in memory.ends.items():
+        tensors[name].copy_(_even_ends(len(tensors[name]), rows))
     return interleaved([runner(trial, tensors, sizes, suspects) for trial in trials], device, cold)
 
 
@@ -343,6 +348,11 @@ def _made_up(spec: BufferSpec, bound: Int | None, sizes: dict[str, int], generat
         below = min(max(evaluate(bound, sizes), 1), torch.iinfo(spec.dtype).max)
         return torch.randint(below, (extent,), generator=generator, device=spec.device, dtype=spec.dtype)
     return _zeros(spec, sizes)
+
+
+def _even_ends(groups: int, rows: int) -> torch.Tensor:
+    """Where groups of about equal size end."""
+    return torch.tensor([rows * (g + 1) // groups for g in range(groups)], dtype=torch.int32)
 
 
 def _zeros(spec: BufferSpec, sizes: dict[str, int]) -> torch.Tensor:

@@ -17,7 +17,9 @@ from fxopt.ir.region import Contraction
 from fxopt.lower.contractions import FUSED, TWO
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
-from tests.lower.contracting import fused, kept, searched
+from tests.lower.contracting import fused, kept, searched, searched_for_any
+from tests.lower.interpreter import sizes_of
+from tests.lower.test_grouped_products import activated, gated
 from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
@@ -28,6 +30,7 @@ from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
+from fxopt.tune.candidate import contraction_candidates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET = Target.cuda(90)
@@ -210,6 +213,115 @@ def test_values_with_wide_indices(interpreter: Interpreter, config: GemmConfig, 
     monkeypatch.setattr(triton_block, "int32_limits", lambda region, tiling: None)
     for name in ("dropout", "bmm transposed"):
         check(interpreter, *FUNCTIONS[name], config)
+
+
+def sequences(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x @ w.T + b)
+
+
+@pytest.mark.parametrize("way", [FUSED, TWO])
+def test_values_for_any_number_of_rows(interpreter: Interpreter, way: str) -> None:
+    """One kernel, run for other numbers than those of tracing; two sizes of which the rows are the product."""
+    config = replace(POINTER, subtile=2)
+    fn, args = (
+        (sequences, (rand(3, 20, 24), rand(40, 24), rand(40))) if way == FUSED else (merged, (rand(60, 24), rand(80, 24)))
+    )
+    low = kept(searched_for_any(fn, args, {(0, 0), (0, 1)} if way == FUSED else {(0, 0)}), way)
+    (contraction,) = [s for s in low.steps if isinstance(s, Contraction)]
+    (kernel,) = print_contraction(contraction, config, TARGET).kernels
+    for shape in ((3, 20), (2, 33), (1, 7)) if way == FUSED else ((60,), (33,), (2,)):
+        x = rand(*shape, 24)
+        own = (x, *args[1:])
+        sizes = sizes_of(low.buffers, dict(zip(low.inputs, own, strict=True)))
+        memory = {name: padded(value) for name, value in zip(low.inputs, own, strict=True)}
+        (name,) = contraction.writes()
+        memory[name] = padded(torch.full((x[..., 0].numel() * 40,), float("nan"), dtype=F16))
+        interpreter.run(kernel, memory, sizes)
+        assert_closer(memory[name].view(*shape, 40), fn(*own), fn(*to_float64(own)))
+
+
+def test_a_product_of_any_number_of_rows_is_whole_and_through_pointers() -> None:
+    low = searched_for_any(linear_gelu, (rand(64, 24), rand(40, 24), rand(40)), {(0, 0)})
+    (contraction,) = [s for s in kept(low, FUSED).steps if isinstance(s, Contraction)]
+    assert not any(c.tma for c in configs(problem_of(contraction), TARGET))
+    for config in (TMA, replace(POINTER, split=2)):
+        with pytest.raises(UnsupportedError):
+            print_contraction(contraction, config, TARGET)
+
+
+def test_what_may_win_for_any_number_of_rows_wins_for_each() -> None:
+    """By the cost model: a gated layer of a large model does; GELU after a short product loses where there are many rows."""
+    args = rand(60, 4096, dtype=BF16), rand(2 * 14336, 4096, dtype=BF16)
+    (gated,) = [s for s in kept(searched_for_any(merged, args, {(0, 0)}), TWO).steps if isinstance(s, Contraction)]
+    proposed = contraction_candidates(gated, TARGET, "default")
+    assert 1 <= len(proposed) <= 3
+    (kernel,) = proposed[0].sources
+    _, meta = compile_triton(kernel, TARGET)
+    assert meta["n_spills"] == 0
+    short = searched_for_any(linear_gelu, of(60, 768, 3072)[:3], {(0, 0)})
+    (contraction,) = [s for s in kept(short, FUSED).steps if isinstance(s, Contraction)]
+    assert contraction_candidates(contraction, TARGET, "default") == []
+    assert contraction_candidates(contraction, TARGET, "max-autotune")
+
+
+GROUPED = [POINTER, replace(POINTER, swap=True), replace(TMA, block_k=32), replace(TMA, swap=True, subtile=2)]
+
+
+@pytest.mark.parametrize("config", GROUPED, ids=str)
+@pytest.mark.parametrize("ends", [[10, 10, 47, 48, 75], [0, 0, 75, 75, 75], [3, 30, 40, 41, 41]], ids=str)
+def test_values_of_grouped_products(interpreter: Interpreter, config: GemmConfig, ends: list[int]) -> None:
+    """Groups without rows, and rows without a group: of those nothing is written."""
+    x, w, group_ends = rand(75, 64, dtype=BF16), rand(5, 96, 64, dtype=BF16) / 8, torch.tensor(ends, dtype=torch.int32)
+    for fn, way in ((activated, FUSED), (gated, TWO)):
+        if way == TWO and config.swap:
+            continue
+        (got, *_) = run(interpreter, fn, (x, w, group_ends), config, way)
+        last = ends[-1]
+        exact = fn(x.double(), w.double(), group_ends)
+        assert_closer(got[:last], fn(x, w, group_ends)[:last], exact[:last])
+        assert got[last:].isnan().all(), "rows without a group keep what was there"
+
+
+def test_a_grouped_product_with_weights_by_row(interpreter: Interpreter) -> None:
+    """[G, K, N], whose descriptor folds the groups into the inner dimension: only whole blocks of it."""
+    x, w, ends = (
+        rand(75, 64, dtype=BF16),
+        rand(5, 64, 96, dtype=BF16) / 8,
+        torch.tensor([10, 10, 47, 48, 75], dtype=torch.int32),
+    )
+
+    def fn(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return activated(x, w.mT, ends)
+
+    for config in (POINTER, TMA):
+        (got, *_) = run(interpreter, fn, (x, w, ends), config)
+        assert_closer(got, fn(x, w, ends), fn(x.double(), w.double(), ends))
+    ragged = a_contraction(fn, rand(75, 72, dtype=BF16), rand(5, 72, 96, dtype=BF16), ends)
+    assert not any(c.tma and c.block_k > 8 for c in configs(problem_of(ragged), TARGET))
+
+
+def test_a_grouped_product_has_as_many_programs_as_any_groups_need() -> None:
+    """Few rows are in few of many groups."""
+    for rows, groups in ((75, 5), (3, 64), (64, 1)):
+        ends = torch.full((groups,), rows, dtype=torch.int32)
+        contraction = a_contraction(activated, rand(rows, 64, dtype=BF16), rand(groups, 96, 64, dtype=BF16), ends)
+        (kernel,) = print_contraction(contraction, POINTER, TARGET).kernels
+        one_each = [1] * (min(rows, groups) - 1)
+        worst = [*one_each, rows - len(one_each)]
+        assert sum(-(-n // 32) for n in worst) * 3 <= kernel.grid[0] <= (rows // 32 + min(rows, groups)) * 3
+
+
+@pytest.mark.parametrize("layer", ["activated", "gated"])
+def test_grouped_candidates_compile_without_spills(layer: str) -> None:
+    x, w = torch.empty(16384, 2048, dtype=BF16), torch.empty(8, 1536, 2048, dtype=BF16)
+    fn, way = (activated, FUSED) if layer == "activated" else (gated, TWO)
+    low = kept(searched(fn, x, w, torch.zeros(8, dtype=torch.int32)), way)
+    (contraction,) = [s for s in low.steps if isinstance(s, Contraction)]
+    config, *_ = configs(problem_of(contraction), TARGET, limit=1)
+    assert config.tma and config.split == 1 and not config.programs
+    (kernel,) = print_contraction(contraction, config, TARGET).kernels
+    _, meta = compile_triton(kernel, TARGET)
+    assert meta["n_spills"] == 0 and meta["shared"] <= TARGET.shared_per_block
 
 
 def test_a_product_that_overflows_its_dtype_is_used_unrounded(interpreter: Interpreter) -> None:

@@ -103,6 +103,25 @@ def _fake_libdevice() -> None:
         setattr(libdevice, name, fake(name))
 
 
+def _multiply_bfloat16() -> None:
+    """The interpreter multiplies the bits of bfloat16 blocks as integers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = dot
+
+
 def _enable_asserts() -> None:
     from triton.runtime import interpreter
 
@@ -169,6 +188,7 @@ def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor
 def _serve() -> None:
     torch.set_num_threads(1)
     _fake_libdevice()
+    _multiply_bfloat16()
     _enable_asserts()
     _type_sizes()
     replies, number = sys.stdout.buffer, 0

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, plausible
 from fxopt.codegen.triton_build import compile_triton
+from fxopt.journal import RECENT
 from fxopt.runtime.launch import load_cubin
 from fxopt.target import Target
 from tests.codegen.gemm_entries import entry, problem, result_shape
+from tests.lower.test_grouped_products import activated, gated
+from tests.numerics import assert_closer
+from tests.passes.test_merged_products import Attention
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -96,3 +103,57 @@ def test_tf32_is_rounded_as_the_library_rounds(tmp_path: Path, monkeypatch: pyte
     launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *(b.data_ptr() for b in (x, w, result)))
     error, library = (float((got.double() - exact).abs().mean()) for got in (result, x @ w.t()))
     assert error <= 1.5 * library
+
+
+class Gated(torch.nn.Module):
+    """A feed-forward layer as in Llama."""
+
+    def __init__(self, size: int = 512, inner: int = 1408) -> None:
+        super().__init__()
+        self.gate, self.up = (torch.nn.Linear(size, inner, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down: torch.Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return x + down
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_layers_for_any_number_of_rows(freeze: bool) -> None:
+    """Compiled once, with every way of each product measured; run for sizes around those of tiles."""
+    torch.compiler.reset()
+    model = Gated().to("cuda", BF16).eval()
+    wide = copy.deepcopy(model).double()
+    options = {"freeze": freeze, "strict": True, "mode": "max-autotune"}
+    with torch.no_grad():
+        run = torch.compile(model, backend="fxopt", options=options, dynamic=True)
+        for rows in (96, 2, 127, 1000, 4097):
+            x = torch.randn(2, rows, 512, device="cuda", dtype=BF16)
+            assert_closer(run(x), model(x), wide(x.double()))
+
+
+@pytest.mark.parametrize("rows", [16, 1000])
+@pytest.mark.parametrize("layer", [activated, gated], ids=["activated", "gated"])
+def test_grouped_products(layer: Callable[..., torch.Tensor], rows: int) -> None:
+    """Every way measured; groups without rows, of one row, and of most."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("torch has no grouped products for this GPU")
+    torch.compiler.reset()
+    x = torch.randn(rows, 256, device="cuda", dtype=BF16)
+    w = torch.randn(6, 384, 256, device="cuda", dtype=BF16) / 16
+    run = torch.compile(layer, backend="fxopt", options={"strict": True, "mode": "max-autotune"})
+    for ends in ([0, 1, 1, rows // 8, rows, rows], [rows // 6 * g for g in range(1, 6)] + [rows]):
+        on_gpu = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        assert_closer(run(x, w, on_gpu), layer(x, w, on_gpu), layer(x.double(), w.double(), on_gpu))
+
+
+def test_merged_products_are_read_in_place() -> None:
+    """Attention takes columns of one product as query, key and value; a gated layer its halves."""
+    torch.compiler.reset()
+    model = Attention(size=512, groups=4).to("cuda", BF16).eval()
+    wide, x = copy.deepcopy(model).double(), torch.randn(3, 200, 512, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        run = torch.compile(model, backend="fxopt", options={"freeze": True, "strict": True})
+        assert_closer(run(x), model(x), wide(x.double()))
+    notes = [text for journal in RECENT for topic, text in journal.notes if topic == "rewrite"]
+    assert any("merged_products.columns x5" in text for text in notes)

@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from fxopt.capture.decompositions import decompositions
+from fxopt.capture.symbols import to_int
+from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Alternatives, Contraction, Way
-from fxopt.lower import Lowered
+from fxopt.journal import Journal
+from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.contractions import FUSED, replaced, with_contractions
 from fxopt.lower.schedule import schedule
 from tests.lower.capturing import moved
@@ -23,6 +31,21 @@ def searched(fn: Callable[..., Any], *args: Any, every: bool = False, dynamic: b
     """`fn` on tensors `args`, scheduled for CUDA, with alternatives for its products."""
     low = lower(fn, args, decompose=decompositions(), dynamic=dynamic)
     return with_contractions(schedule(moved(low, "cuda")), every=every)
+
+
+def searched_for_any(fn: Callable[..., Any], args: tuple[torch.Tensor, ...], dims: set[tuple[int, int]]) -> Lowered:
+    """`searched`, with the sizes of the dimensions `dims` (argument, dimension) known only at run time."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(k: int, x: torch.Tensor) -> torch.Tensor:
+        kinds = [DimDynamic.DYNAMIC if (k, d) in dims else DimDynamic.STATIC for d in range(x.dim())]
+        return mode.from_tensor(x, source=ConstantSource(f"x{k}"), symbolic_context=StatelessSymbolicContext(kinds))
+
+    fakes = [fake(k, x) for k, x in enumerate(args)]
+    gm = make_fx(functionalize(fn), decomposition_table=decompositions(), tracing_mode="symbolic")(*fakes)
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, "test", to_int)
+    return with_contractions(schedule(moved(lower_graph(graph, Journal("test")), "cuda")))
 
 
 def alternatives(low: Lowered) -> list[Alternatives]:

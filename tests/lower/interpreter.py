@@ -108,7 +108,16 @@ class _Run:
             self._nest(step.region.nest, Registers(step, {step.result: self._convolution(step.a, step.b, k, n)}))
             return
         a = self._matrices(step.a, batch, m, k).double()
-        made = {name: (a @ self._matrices(b, batch, k, n).double()).float() for name, b in step.products.items()}
+        ends = self._memory(step.ends).tolist() if step.ends else []
+        made = {}
+        for name, b in step.products.items():
+            if step.ends:
+                weights, parts = self._matrices(b, len(ends), k, n).double(), zip([0, *ends], ends, strict=False)
+                products = [a[:, start:end] @ weights[g] for g, (start, end) in enumerate(parts)]
+                unset = torch.full((1, m - (ends or [0])[-1], n), float("nan"), dtype=torch.float64)
+                made[name] = torch.cat([*products, unset], 1).float()
+            else:
+                made[name] = (a @ self._matrices(b, batch, k, n).double()).float()
         self._nest(step.region.nest, Registers(step, made))
 
     def _convolution(self, patches: Patches, weight: Matrix, depth: int, channels: int) -> torch.Tensor:

@@ -12,8 +12,9 @@ import torch
 from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, Step
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import FEW_ROWS, FUSED, LIBRARY, ROW, TWO, with_contractions
-from tests.lower.contracting import alternatives, check_ways, fused, kept, searched
+from tests.lower.contracting import alternatives, check_ways, fused, kept, labels, searched, searched_for_any
 from tests.lower.interpreter import run_lowered
+from tests.numerics import assert_closer, to_float64
 
 F = torch.nn.functional
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -420,9 +421,42 @@ def test_products_of_other_factors_are_the_librarys() -> None:
     assert not alternatives(low)
 
 
-def test_symbolic_sizes_stay_apart() -> None:
+def test_products_of_unknown_width_stay_apart() -> None:
     low = searched(lambda x, w: torch.relu(x @ w), rand(M, K), rand(K, N), dynamic=True)
     assert not alternatives(low)
+
+
+ANY_ROWS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], set[tuple[int, int]]]] = {
+    "rows": (lambda x, w, b: F.gelu(F.linear(x, w, b)), LINEAR, {(0, 0)}),
+    "a sequence": (lambda x, w, b: F.gelu(x @ w.T + b), (rand(3, 70, K), *LINEAR[1:]), {(0, 1)}),
+    "sequences": (lambda x, w, b: F.gelu(x @ w.T + b), (rand(3, 70, K), *LINEAR[1:]), {(0, 0), (0, 1)}),
+    "residual": (
+        lambda x, w, y: y + F.linear(x, w), (rand(M, K), rand(N, K), rand(M, N)), {(0, 0), (2, 0)}
+    ),
+    "swiglu": (lambda x, v, w: F.silu(F.linear(x, v)) * F.linear(x, w), TWO_WEIGHTS, {(0, 0)}),
+    "merged swiglu": (merged(F.silu), MERGED, {(0, 0)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANY_ROWS)
+def test_any_number_of_rows(name: str) -> None:
+    """Every way is right for other sizes than those of tracing."""
+    fn, args, dims = ANY_ROWS[name]
+    low = searched_for_any(fn, args, dims)
+    assert alternatives(low)
+    for more in (0, 2):
+        own = [_longer(x, [d for k, d in dims if k == n], more) for n, x in enumerate(args)]
+        exact = fn(*to_float64(own))
+        for label in labels(low):
+            steps = kept(low, label)
+            (got,) = run_lowered(steps, dict(zip(low.inputs, own, strict=True)))
+            assert_closer(got, fn(*own), exact)
+
+
+def _longer(x: torch.Tensor, dims: list[int], more: int) -> torch.Tensor:
+    for d in dims:
+        x = torch.cat([x, x.narrow(d, 0, more)], d)
+    return x
 
 
 def test_cpus_have_no_alternatives() -> None:

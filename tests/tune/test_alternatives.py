@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.runtime.launch import CudaError
 from fxopt.runtime.plan import Launch, Plan, allocated, check
 from fxopt.target import Target
+from fxopt.tune import alternatives as ways
 from fxopt.tune import candidate, measure
 from fxopt.tune.candidate import Choice, contraction_candidates
 from fxopt.tune.choose import choose
 from fxopt.tune.measure import Trial
+from fxopt.tune.suspects import Suspects
 from tests.lower.contracting import alternatives, searched
+from tests.lower.test_grouped_products import activated
 
 tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
 F = torch.nn.functional
@@ -373,6 +377,20 @@ def test_a_call_that_makes_zero_of_nan_is_no_candidate(op: str, keeps: bool, mon
     run = measure.runner(Trial("cudnn", (measure.BoundCall(call, buffers, ()),)), tensors, {})
     assert (run is not None) == keeps
     assert given[0] is None and given[1] is not None
+
+
+def test_groups_of_made_up_rows_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up ends of zero would be no rows at all, and nothing to measure."""
+    low = captured(activated, (rand(75, 64), rand(5, 96, 64), torch.zeros(5, dtype=torch.int32)))
+    (each,) = alternatives(low)
+    memory = ways._memory(each)
+    assert list(memory.ends.values()) == [75]
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(measure, "runner", lambda trial, tensors, *rest: seen.extend(tensors[n] for n in memory.ends))
+    monkeypatch.setattr(measure, "interleaved", lambda *args: [])
+    on_cpu = {n: replace(s, device=torch.device("cpu")) for n, s in memory.buffers.items()}
+    measure.time_trials(replace(memory, buffers=on_cpu), torch.device("cpu"), [Trial("one", ())], Suspects(None))
+    assert [t.tolist() for t in seen] == [[15, 30, 45, 60, 75]]
 
 
 def test_other_settings_of_cudnn_are_another_contest(bench: Bench, store: ArtifactStore) -> None:

@@ -308,19 +308,17 @@ def dual_finish(one, two, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def dual_gemm(
-    a, b, c, extra, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
-    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def dual_pointer_product(
+    a, b, c, y, x, M, N, K, a_row, a_column, b_row, b_column,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """`EPILOGUE(a @ b, a @ c)`, otherwise as `pointer_gemm`; c has the strides of b."""
-    z, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    y, x, k = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
+    """The float32 tiles [BM, BN] of a @ b and a @ c at rows y and columns x (vectors)."""
+    k = tl.arange(0, BK)
     ya, xb = widened(inside(y, M, a_row, BM), WIDE), widened(inside(x, N, b_column, BN), WIDE)
     kw = widened(k, WIDE)
-    a_block = a + z.to(tl.int64) * a_batch + (ya[:, None] * a_row + kw[None, :] * a_column)
+    a_block = a + (ya[:, None] * a_row + kw[None, :] * a_column)
     b_offset = kw[:, None] * b_row + xb[None, :] * b_column
-    b_block, c_block = b + z.to(tl.int64) * b_batch + b_offset, c + z.to(tl.int64) * b_batch + b_offset
+    b_block, c_block = b + b_offset, c + b_offset
     one, two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for k0 in range(0, K, BK):
         at = widened(tl.full([], 0, tl.int32) + k0, WIDE)
@@ -330,17 +328,32 @@ def dual_gemm(
         c_tile = fetch(c_block + at * b_row, columns, more[:, None], masked(BN, N, b_column), not divides(BK, K))
         one = tl.dot(a_tile, b_tile, one, input_precision=PRECISION)
         two = tl.dot(a_tile, c_tile, two, input_precision=PRECISION)
+    return one, two
+
+
+@triton.jit
+def dual_gemm(
+    a, b, c, extra, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(a @ b, a @ c)`, otherwise as `pointer_gemm`; c has the strides of b."""
+    z, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    y, x = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    az, bz = a + z.to(tl.int64) * a_batch, z.to(tl.int64) * b_batch
+    one, two = dual_pointer_product(
+        az, b + bz, c + bz, y, x, M, N, K, a_row, a_column, b_row, b_column, BM, BN, BK, PRECISION, WIDE
+    )
     dual_finish(one, two, y[:, None], column * BN, z, extra, EPILOGUE, BN, SUBTILE)
 
 
 @triton.jit
-def dual_descriptor_tile(
-    a, b, c, extra, y, x, z, K, a_batch, b_batch,
-    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUBTILE: tl.constexpr,
+def dual_descriptor_product(
+    a, b, c, y, x, a_first, b_first, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `tma_dual_gemm`, epilogue included."""
-    a_first, b_first = z * a_batch, z * b_batch
+    """`descriptor_product` of a with b and with c, whose matrices begin at the same row."""
     one, two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
         if A_K_LAST:
@@ -353,6 +366,17 @@ def dual_descriptor_tile(
             b_tile, c_tile = b.load([b_first + k, x]), c.load([b_first + k, x])
         one = tl.dot(a_tile, b_tile, one, input_precision=PRECISION)
         two = tl.dot(a_tile, c_tile, two, input_precision=PRECISION)
+    return one, two
+
+
+@triton.jit
+def dual_descriptor_tile(
+    a, b, c, extra, y, x, z, K, a_batch, b_batch,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUBTILE: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of `tma_dual_gemm`, epilogue included."""
+    one, two = dual_descriptor_product(a, b, c, y, x, z * a_batch, z * b_batch, K, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION)
     dual_finish(one, two, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
 
 

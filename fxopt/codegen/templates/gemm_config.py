@@ -140,6 +140,9 @@ class GemmProblem:
     """`epilogue(a @ b)`: a is [batch, m, k] and b [batch, k, n], both of `dtype`; with `c`, `epilogue(a @ b, a @ c)`.
 
     c has the strides of b (else ValueError).
+
+    With `rows`, it is a grouped product: of so many rows of a [1, rows, k], each group is multiplied by its own matrix of b;
+    then m is the mean of the groups' rows.
     `epilogue_ops` is what the epilogue computes for an element, in error functions; 0 if it only stores the product.
     `static`: all sizes are literals; where they are not, the numbers are those that a size has most likely. `read` and
     `written` are the bytes that the epilogue moves, the result included. `precision` ("tf32" or "ieee") is that of float32
@@ -159,6 +162,7 @@ class GemmProblem:
     precision: str = "ieee"
     c: Matrix | None = None
     epilogue_ops: float = 0.0
+    rows: int = 0
 
     def __post_init__(self) -> None:
         b, c = self.b, self.c
@@ -199,7 +203,7 @@ class GemmProblem:
     @property
     def wide(self) -> bool:
         """Whether an offset within an operand may not fit int32 (a tile may reach beyond the matrix by its own size)."""
-        return max(m.extent + _LARGEST_BOX * max(m.row, m.column) for m in self.matrices) >= 2**31
+        return not self.static or max(m.extent + _LARGEST_BOX * max(m.row, m.column) for m in self.matrices) >= 2**31
 
     @property
     def describable(self) -> bool:
@@ -247,6 +251,11 @@ class GemmConfig:
     def tiles(self, problem: GemmProblem) -> int:
         """Tiles of all matrices and parts of the inner dimension."""
         return problem.batch * ceil(problem.m / self.block_m) * ceil(problem.n / self.block_n) * self.split
+
+    def most_tiles(self, problem: GemmProblem) -> int:
+        """Tiles that the groups of a grouped product can have, whatever their sizes."""
+        groups = min(problem.batch, problem.rows)
+        return (problem.rows + groups * (self.block_m - 1)) // self.block_m * ceil(problem.n / self.block_n)
 
     def stage_bytes(self, problem: GemmProblem) -> int:
         return (self.block_m + problem.products * self.block_n) * self.block_k * problem.itemsize
@@ -308,6 +317,8 @@ def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
     if problem.exact and problem.m > _FEWEST_ROWS:
         return []
     found = dict.fromkeys(c for c in _forms(problem, target) if not problem.is_tf32 or _rounds_to_tf32(problem, c))
+    if problem.rows:
+        found = dict.fromkeys(c for c in found if c.split == 1 and not c.programs)
     return [c for c in found if c.per_sm(problem, target) > 0 and _inner_blocks_fit(problem, c)]
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
+from fxopt.ir.exprs import Int
 
 MODULE = "from fxopt.codegen.templates import gemm"
-"""The import that an entry's text needs."""
+GROUPED_MODULE = "from fxopt.codegen.templates import grouped_gemm"
+"""The imports that an entry's text needs."""
 
 _TYPES = {
     torch.float32: "fp32",
@@ -25,13 +27,13 @@ _TYPES = {
 class GemmCall:
     """`text` is the statement; `signature` the types of the operands' parameters; `tensor_maps` what the parameters that are
     tensor descriptors describe (`KernelSource.compile_options`, whose `aligned` has to list these parameters); `grid` the
-    number of programs, for static sizes.
+    number of programs (`gemm_call` gives that for static sizes).
     """
 
     text: str
     signature: dict[str, str]
     tensor_maps: dict[str, dict[str, Any]]
-    grid: int
+    grid: Int
 
 
 def gemm_call(
@@ -41,16 +43,19 @@ def gemm_call(
     a: str = "b0",
     b: str = "b1",
     c: str = "b2",
+    ends: str = "",
     extra: str = "()",
     epilogue: str = "epilogue",
     sizes: tuple[str, str, str, str] | None = None,
 ) -> GemmCall:
     """The call of the template that `config` means.
 
-    `a`, `b` and, of a dual product, `c` name the operands' parameters. `extra` is the text of the epilogue's tuple, and
-    `epilogue` its name; of a split product, `extra` is the name of the parameter for the partial sums and there is no
-    epilogue. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
+    `a`, `b` and, of a dual product, `c` name the operands' parameters, `ends` that of a grouped product's ends. `extra` is
+    the text of the epilogue's tuple, and `epilogue` its name; of a split product, `extra` is the name of the parameter for
+    the partial sums and there is no epilogue. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
     """
+    if problem.rows:
+        return _grouped_call(problem, config, dict(zip((a, b, c), problem.matrices, strict=False)), ends, extra, epilogue)
     batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
     grid = config.programs or config.tiles(problem)
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
@@ -67,10 +72,7 @@ def gemm_call(
         way += f", A_K_LAST={problem.a.columns_last}, B_K_LAST={not problem.b.columns_last}"
         way += "" if split else f", PROGRAMS={config.programs}, FLATTEN={config.flatten}"
         given = f"{', '.join(operands)}, {extra}, {batch}, {m}, {n}, {k}, {a_batch}, {b_batch}"
-        blocks_of = {a: (config.block_m, config.block_k)}
-        tiles = {p: blocks_of.get(p, (config.block_k, config.block_n)) for p in operands}
-        maps = {p: _tensor_map(x, problem, *tiles[p]) for p, x in operands.items()}
-        signature = {p: f"tensordesc<{kind}[{', '.join(map(str, maps[p]['block']))}]>" for p in operands}
+        signature, maps = _descriptors(problem, config, operands)
         return GemmCall(f"gemm.{name}({given}, {blocks}, {way})", signature, maps, grid)
     strides = [problem.a.row, problem.a.column, problem.b.row, problem.b.column, problem.a.batch, problem.b.batch]
     starts = [p + (f" + {x.offset}" if x.offset else "") for p, x in operands.items()]
@@ -78,6 +80,40 @@ def gemm_call(
     given = f"{', '.join(starts)}, {extra}, {sizes_given}, {', '.join(map(str, strides))}"
     text = f"gemm.{name}({given}, {blocks}, {way}, WIDE={problem.wide})"
     return GemmCall(text, dict.fromkeys(operands, f"*{kind}"), {}, grid)
+
+
+def _grouped_call(
+    problem: GemmProblem, config: GemmConfig, operands: dict[str, Matrix], ends: str, extra: str, epilogue: str
+) -> GemmCall:
+    """The call of a template for grouped products; the grid is the most tiles that the groups can have."""
+    power = 1 << (problem.batch - 1).bit_length()
+    way = f"EPILOGUE={epilogue}, GROUPS={problem.batch}, POWER={power}, BM={config.block_m}, BN={config.block_n}"
+    way += f', BK={config.block_k}, SUBTILE={config.subtile}, PRECISION="{problem.precision}"'
+    name = "grouped_gemm" if problem.c is None else "grouped_dual_gemm"
+    way += "" if problem.c is not None else f", SWAP={config.swap}"
+    sizes, grid = f"{problem.rows}, {problem.n}, {problem.k}", config.most_tiles(problem)
+    if config.tma:
+        signature, maps = _descriptors(problem, config, operands)
+        way += f", A_K_LAST={problem.a.columns_last}, B_K_LAST={not problem.b.columns_last}"
+        given = f"{', '.join(operands)}, {ends}, {extra}, {sizes}, {problem.b.batch_rows(problem.batch)}"
+        return GemmCall(f"grouped_gemm.tma_{name}({given}, {way})", signature | {ends: "*i32"}, maps, grid)
+    starts = [p + (f" + {x.offset}" if x.offset else "") for p, x in operands.items()]
+    strides = (problem.a.row, problem.a.column, problem.b.row, problem.b.column, problem.b.batch)
+    given = f"{', '.join(starts)}, {ends}, {extra}, {sizes}, {', '.join(map(str, strides))}"
+    signature = dict.fromkeys(operands, f"*{_TYPES[problem.dtype]}") | {ends: "*i32"}
+    return GemmCall(f"grouped_gemm.{name}({given}, {way}, WIDE={problem.wide})", signature, {}, grid)
+
+
+def _descriptors(
+    problem: GemmProblem, config: GemmConfig, operands: dict[str, Matrix]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Types and geometries of the operands' descriptors, the first of which is the left one's."""
+    kind, (a, *_) = _TYPES[problem.dtype], operands
+    blocks = {
+        p: (config.block_m if p == a else config.block_k, config.block_k if p == a else config.block_n) for p in operands
+    }
+    maps = {p: _tensor_map(x, problem, *blocks[p]) for p, x in operands.items()}
+    return {p: f"tensordesc<{kind}[{', '.join(map(str, m['block']))}]>" for p, m in maps.items()}, maps
 
 
 def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:
