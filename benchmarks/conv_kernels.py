@@ -161,7 +161,7 @@ def cases() -> Iterator[FusedCase | GradientCase]:
 
 def lower(case: FusedCase | GradientCase, inputs: Sequence[Tensor]) -> tuple[Lowered, Alternatives]:
     """The case, and the one step that it is. Raises ValueError where it is more."""
-    gm = make_fx(case.function, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
+    gm = make_fx(lambda *given: case.function(*given), decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, case.title, to_int)
     lowered = with_contractions(schedule(lower_graph(graph, Journal(case.title))), every=True)

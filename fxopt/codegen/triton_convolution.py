@@ -5,8 +5,6 @@ As in `triton_contraction`, b0 and b1 are the image and the weight, and the geom
 
 from __future__ import annotations
 
-import torch
-
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, SumsConfig
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.templates.gemm_entry import GemmCall
@@ -46,7 +44,6 @@ def convolution_problem(contraction: Contraction) -> ConvProblem:
         read,
         written,
         epilogue_ops(contraction),
-        "tf32" if dtype == torch.float32 else "ieee",
     )
 
 
@@ -105,7 +102,7 @@ def _stencil(problem: ConvProblem, config: StencilConfig, extra: str, kinds: dic
 def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:
     row, column, offset = problem.weight
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
-    way = f'EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}, PRECISION="{problem.precision}"'
+    way = f'EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}'
     weight = f"b1 + {offset}" if offset else "b1"
     given = f"{_image(problem)}, {weight}, {extra}, {problem.channels}, {row}, {column}"
     text = f"conv.implicit_gemm({given}, {_geometry(problem)}, {way})"

@@ -17,7 +17,7 @@ from fxopt.tune.measure import Trial
 from tests.numerics import assert_closer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
-BF16, FP16, TF32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16 = torch.bfloat16, torch.float16
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -44,6 +44,7 @@ LAYERS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "odd channels": ((35, 35, 3), {"padding": 1, "groups": 35}),
     "first layer": ((3, 64, 7), {"padding": 3, "stride": 2, "activation": F.relu}),
     "patches": ((3, 96, 4), {"stride": 4}),
+    "large patches": ((3, 768, 16), {"stride": 16}),
     "downsampling": ((96, 192, 2), {"stride": 2}),
     "window of three": ((64, 64, 3), {"padding": 1, "norm": True}),
     "strided product": ((64, 128, 1), {"stride": 2}),
@@ -62,8 +63,7 @@ def ours_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return kept[-1]
 
     monkeypatch.setattr(alternatives, "_fastest", choose)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        yield kept
+    return kept
 
 
 def image(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -76,23 +76,24 @@ def compiled(model: nn.Module, freeze: bool = False) -> Any:
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize(("name", "dtype"), [*((n, BF16) for n in LAYERS), ("ConvNeXt", FP16), ("window of three", TF32)])
+@pytest.mark.parametrize(("name", "dtype"), [*((n, BF16) for n in LAYERS), ("ConvNeXt", FP16)])
 def test_values(name: str, freeze: bool, dtype: torch.dtype, ours_wins: list[str]) -> None:
     given, options = LAYERS[name]
     torch.manual_seed(0)
     model = Layer(*given, **options).cuda().to(dtype).eval()
-    x = image(4, given[0], 28, 27, dtype=dtype)
+    side = max(28, 4 * given[2])
+    x = image(4, given[0], side, side - 1, dtype=dtype)
     with torch.no_grad():
         got, want = compiled(model, freeze)(x), model(x)
         exact = copy.deepcopy(model).double()(x.double())
     assert [label.split()[0] for label in ours_wins] == [
         IMPLICIT if "groups" not in options else STENCIL if freeze else DIRECT
     ]
-    assert_closer(got, want, exact, k=0.5 if dtype != TF32 else 2.0**11)  # eps of TF32 is 2**13 times that of float32
+    assert_closer(got, want, exact, k=0.5)
     assert got.stride() == want.stride()
 
 
-@pytest.mark.parametrize("name", ["MobileNet", "EfficientNet", "ConvNeXt", "window of three", "first layer"])
+@pytest.mark.parametrize("name", ["MobileNet", "EfficientNet", "ConvNeXt", "first layer"])
 def test_gradients(name: str, ours_wins: list[str]) -> None:
     given, options = LAYERS[name]
     torch.manual_seed(0)

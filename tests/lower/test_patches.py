@@ -164,11 +164,9 @@ def test_left_to_the_library(name: str) -> None:
     assert ways(searched(fn, *args)) == []
 
 
-def test_float32_where_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = (image(2, 16, 7, 5, dtype=F32), weight(24, 16, dtype=F32))
-    for allowed in (True, False):
-        monkeypatch.setattr(patches, "convolutions_use_tf32", lambda allowed=allowed: allowed)
-        assert ways(searched(dense, *args)) == ([[LIBRARY, IMPLICIT]] if allowed else [])
+def test_float32_is_left_to_the_library_but_for_depthwise_ones() -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert ways(searched(dense, image(2, 16, 7, 5, dtype=F32), weight(24, 16, dtype=F32))) == []
 
 
 def test_sizes_known_only_at_run_time_are_left_to_the_library() -> None:

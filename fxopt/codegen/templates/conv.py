@@ -174,7 +174,7 @@ def implicit_gemm(
     x, w, extra, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, PRECISION: tl.constexpr,
+    SUBTILE: tl.constexpr,
 ):  # fmt: skip
     """A convolution into N channels; element (k, n) of the weight is at k * w_row + n * w_column, k counting (row of the
     window, column, channel).
@@ -214,7 +214,7 @@ def implicit_gemm(
             b_tile = tl.load(b_at)
         else:
             b_tile = tl.load(b_at, mask=(start + k < K)[:, None] & (n < N)[None, :], other=0.0)
-        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(a_tile, b_tile, acc)
     finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
 
 

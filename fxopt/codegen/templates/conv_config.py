@@ -53,7 +53,7 @@ class ConvProblem:
     """`epilogue(convolution)` of `patches`, of `dtype`, into `channels`.
 
     `weight` is the right operand: (row, column) strides in elements and the offset of the first. `read`, `written` and
-    `epilogue_ops` are those of `GemmProblem`, as is `precision`.
+    `epilogue_ops` are those of `GemmProblem`.
     """
 
     patches: Patches
@@ -63,7 +63,6 @@ class ConvProblem:
     read: int = 0
     written: int = 0
     epilogue_ops: float = 0.0
-    precision: str = "ieee"
 
     @property
     def is_strided(self) -> bool:
@@ -82,7 +81,7 @@ class ConvProblem:
         row, column, offset = self.weight
         a, b = Matrix(m, k, k, 1), Matrix(k, self.channels, row, column, offset=offset)
         return GemmProblem(
-            1, m, self.channels, k, self.dtype, a, b, self.read, self.written, precision=self.precision,
+            1, m, self.channels, k, self.dtype, a, b, self.read, self.written,
             epilogue_ops=self.epilogue_ops,
         )  # fmt: skip
 
