@@ -121,7 +121,7 @@ def pieces(executor: GraphedExecutor, wait: Callable[[], None]) -> dict[str, flo
         "comparing addresses": piece(lambda: same(fixed, addresses), wait),
         "comparing addresses in Python": piece(lambda: list(map(torch.Tensor.data_ptr, fixed)) == addresses, wait),
         "comparing identities": piece(lambda: list(map(id, fixed)), wait),
-        "whether the host is free": piece(lambda: (driver.is_free(), driver.is_current()), wait),
+        "whether the host is free": piece(lambda: (driver.is_captured(), driver.is_watched(), driver.is_current()), wait),
         "the stream": piece(driver.stream, wait),
         "a turn": piece(lambda: executor._turns.take(lambda s: None, lambda: None), wait),
         "one copy": piece(lambda: driver.copy(a.data_ptr(), b.data_ptr(), 4096, stream), wait, 100),
