@@ -30,6 +30,7 @@ from fxopt.report.backends import resolve_backend
 from fxopt.report.contenders import caches_under
 from fxopt.report.explanation import journals
 from fxopt.report.tables import open_console
+from fxopt.runtime.cuda_graph import NAME as CUDA_GRAPHS
 
 LLAMA_1B = {"hidden": 2048, "layers": 16, "vocab": 128256}
 TINY = {"hidden": 64, "layers": 2, "vocab": 97}
@@ -72,7 +73,7 @@ WAYS = {
 @dataclass
 class Written:
     """What a way did: seconds of each call and of the first, the graphs that Dynamo compiled in the first call and in all
-    later ones, the tokens of the first, and whether later calls wrote the same."""
+    later ones, the tokens of the first, and whether later calls wrote the same; what fxopt says of CUDA graphs."""
 
     first_seconds: float
     graphs: int
@@ -81,6 +82,7 @@ class Written:
     later_graphs: int = 0
     repeatable: bool = True
     kernels: int | None = None
+    captured: list[str] = field(default_factory=list)
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -130,6 +132,7 @@ def compare(model: nn.Module, prompt: Tensor, tokens: int, ways: Sequence[Way], 
         found[name] = Written(seconds, compiled_graphs() - before, result)
         if graphs:
             found[name].kernels = sum(len(journal.kernels) for journal in graphs)
+            found[name].captured = [text for journal in graphs for topic, text in journal.notes if topic == CUDA_GRAPHS]
     for _ in range(rounds):
         for name, call in calls.items():
             before, own = compiled_graphs(), found[name]
@@ -169,6 +172,7 @@ def entries(found: Mapping[str, Written], judge: nn.Module, prompt: Tensor, toke
             "graphs": own.graphs,
             "later_graphs": own.later_graphs,
             "fxopt_kernels": own.kernels,
+            "fxopt_captured": own.captured,
             "gap": gap(judge, own.tokens, start),
             "tokens_as_first_way": agreement(own.tokens, first.tokens) - start,
             "repeatable": own.repeatable,

@@ -5,7 +5,8 @@
 A call's host time is what it takes to return when the device keeps up: calls are timed one by one, each begun on an idle
 device, and the median counts. "guards" is a backend whose results are those of the first call: what remains is Dynamo's
 guards and AOTAutograd's wrapper, which every backend has. "total" is from the call to the end of the device's work, "loop"
-the mean over calls that follow each other without waiting.
+the mean over calls that follow each other without waiting. "spent" says where the host time of a call of "fxopt" goes, each
+begun on an idle device, where the same parts take longer than among others like them ("pieces").
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
@@ -30,6 +32,8 @@ from fxopt.report.backends import unshared
 from fxopt.report.contenders import CONTENDERS, Contender
 from fxopt.runtime import capturable
 from fxopt.runtime.cuda_graph import GraphedExecutor, _comparison
+from fxopt.runtime.graph_driver import CapturedGraph
+from fxopt.runtime.recording import Recording
 
 WORKLOADS = "bert-base-b1,resnet50-b1,vit-b-b1,bert-base,gpt2"
 AT_ANY_PRICE = "fxopt, any copies"
@@ -121,7 +125,7 @@ def pieces(executor: GraphedExecutor, wait: Callable[[], None]) -> dict[str, flo
         "comparing addresses": piece(lambda: same(fixed, addresses), wait),
         "comparing addresses in Python": piece(lambda: list(map(torch.Tensor.data_ptr, fixed)) == addresses, wait),
         "comparing identities": piece(lambda: list(map(id, fixed)), wait),
-        "whether the host is free": piece(lambda: (driver.is_free(), driver.is_current()), wait),
+        "whether the host is free": piece(lambda: (driver.is_captured(), driver.is_watched(), driver.is_current()), wait),
         "the stream": piece(driver.stream, wait),
         "a turn": piece(lambda: executor._turns.take(lambda s: None, lambda: None), wait),
         "one copy": piece(lambda: driver.copy(a.data_ptr(), b.data_ptr(), 4096, stream), wait, 100),
@@ -131,6 +135,50 @@ def pieces(executor: GraphedExecutor, wait: Callable[[], None]) -> dict[str, flo
         ),
         "launching the graph": piece(lambda: recording.replay(stream), wait, 20),
     }
+
+
+class _Clock:
+    """Seconds spent in functions that are replaced by ones that measure themselves."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.seconds[name][-1] += time.perf_counter() - start
+
+        self.seconds[name] = []
+        return run
+
+
+def spent(call: Callable[[], Any], executor: GraphedExecutor, calls: int, wait: Callable[[], None]) -> dict[str, float]:
+    """Median microseconds that parts of a call take on the host, each call begun on an idle device."""
+    recording, clock, driver = executor._latest, _Clock(), executor._turns.driver
+    assert recording is not None
+    patched: list[tuple[Any, str, Any]] = [
+        (GraphedExecutor, "__call__", clock.timed("the executor", GraphedExecutor.__call__)),
+        (executor, "_inputs_are", clock.timed("comparing addresses", executor._inputs_are)),
+        (driver, "is_captured", clock.timed("whether the stream is captured", driver.is_captured)),
+        (driver, "copy", clock.timed("copies", driver.copy)),
+        (driver, "record", clock.timed("recording the event", driver.record)),
+        (CapturedGraph, "__call__", clock.timed("launching the graph", CapturedGraph.__call__)),
+        (Recording, "play", clock.timed("copies, allocations and the launch", Recording.play)),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in patched:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        for _ in range(calls):
+            wait()
+            for found in clock.seconds.values():
+                found.append(0.0)
+            call()
+    wait()
+    return {name: statistics.median(found) * 1e6 for name, found in clock.seconds.items()}
 
 
 @contextlib.contextmanager
@@ -152,15 +200,18 @@ def measure(
     entry: dict[str, Any] = {"workload": workload, "ways": {}}
     compiled: dict[str, Callable[..., Any]] = {}
     torch.compiler.reset()
-    before = {id(x) for x in _executors(set())}
+    captured: list[GraphedExecutor] = []
     for name in ways:
         compiled[name] = WAYS[name].compile(case.module, device)
     compiled["guards"] = torch.compile(unshared(case.module), backend=_doing_nothing, dynamic=False)
     with torch.no_grad():
         for name, run in compiled.items():
+            before = {id(x) for x in _executors(set())}
             with _at_any_price(name == AT_ANY_PRICE):
                 for _ in range(5):
                     run(*case.inputs)
+            if name == "fxopt":
+                captured = [x for x in _executors(before) if x.graphs]
             call = functools.partial(run, *case.inputs)
             host, total = microseconds(call, calls, wait)
             loop = looped(call, calls, wait)
@@ -168,13 +219,16 @@ def measure(
             print(
                 f"{workload:>16} {name:<26} host {host:9.1f}, until done {total:9.1f}, in a loop {loop:9.1f} us", flush=True
             )
-    captured = [x for x in _executors(before) if x.graphs]
     if captured:
         largest = max(captured, key=lambda x: len(x._traits.fixed))
         entry["fixed inputs"] = len(largest._traits.fixed)
         entry["pieces_us"] = {name: round(us, 3) for name, us in pieces(largest, wait).items()}
-        for name, us in entry["pieces_us"].items():
-            print(f"{workload:>16}   {name:<30} {us:8.2f} us", flush=True)
+        with torch.no_grad():
+            call = functools.partial(compiled["fxopt"], *case.inputs)
+            entry["spent_us"] = {name: round(us, 3) for name, us in spent(call, largest, calls, wait).items()}
+        for kind in ("pieces", "spent"):
+            for name, us in entry[f"{kind}_us"].items():
+                print(f"{workload:>16}   {kind}: {name:<36} {us:8.2f} us", flush=True)
     return entry
 
 

@@ -6,15 +6,21 @@ happen on one GPU, at addresses and with numbers that are either the same in eve
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fxopt.ir.exprs import Int
 from fxopt.ir.graph import Role
 from fxopt.ir.region import BufferSpec, Call, refs
 from fxopt.runtime import draws
-from fxopt.runtime.lifetimes import Lifetimes, nbytes
-from fxopt.runtime.plan import InputSpec, Launch, Plan, used
+from fxopt.runtime.lifetimes import Lifetimes, nbytes, only_writes, returns_fresh
+from fxopt.runtime.plan import InputSpec, Launch, Plan, defined, used
+from fxopt.runtime.split import Mentions, Part, Parts, split
+
+CAPTURED = "captured at the second call with the same sizes and addresses of weights"
 
 MIN_STEPS = 6
 """Below that, a replay with its copies takes the host about as long as the launches do."""
@@ -24,6 +30,8 @@ COPY_BYTES_PER_SECOND = 1.3e12
 """Bytes that a GPU copies in a second; about half of the rate at which an H100 reads and writes."""
 COPY_SHARE = 1 / 32
 """How much of the host time saved may go into copies: what a replay may lose where the GPU, not the host, was the slower."""
+PART_SECONDS = 1e-5
+"""Host time that a part of its own takes, beside its steps."""
 
 _TRUSTED = frozenset({"aten", "prims", "fxopt", "mkldnn"})
 """Namespaces of ops that do nothing on the host that a replay would have to repeat, those below excepted."""
@@ -35,7 +43,8 @@ _SEEDED_WITHOUT_DROPOUT = "attention"
 
 @dataclass(frozen=True)
 class Traits:
-    """What a captured run has to know of a plan. Numbers are positions among the inputs.
+    """What a captured run has to know of a plan. Numbers are positions among the inputs, and further on among what parts
+    before the captured one have made (`split.Part.takes`).
 
     `moved` are copied into memory of the run before each replay, `fixed` are used where they are; `written` of those are
     changed by the plan. `varying` tell the sizes of a call. `seeds` are drawn in a call; `steps` run something.
@@ -55,26 +64,76 @@ def gpu(plan: Plan) -> torch.device | None:
     return next((d for d in _devices(plan) if d.type == "cuda"), None)
 
 
-def obstacle(plan: Plan) -> str | None:
-    """Why the plan is not to run as a CUDA graph; None when it may."""
-    return _place(plan) or _calls(plan) or _inputs(plan) or _price(plan)
+@dataclass(frozen=True)
+class Choice:
+    """What of a plan is to run as a CUDA graph, and what the journal says of that."""
+
+    parts: Parts
+    note: str
 
 
-def traits(plan: Plan) -> Traits:
-    """Of a plan without obstacle."""
+def choose(plan: Plan) -> Choice | str:
+    """What of the plan is to run as a CUDA graph; why nothing of it, if so.
+
+    Where steps are not to be captured, it is the most consecutive ones that are. Fewer are when the results of the last
+    ones are so large that copying them would take longer than running those steps plainly.
+    """
+    if len({device.index or 0 for device in _devices(plan) if device.type == "cuda"}) > 1:
+        return "it runs on several GPUs"
+    facts = _Facts(plan)
+    reasons = [facts.obstacle(step) for step in facts.found.steps]
+    count = len(reasons)
+    begin, end = _longest_run(reasons)
+    obstacle = next((r for r in (*reasons, facts.unreturnable()) if r is not None), None)
+    if end - begin < MIN_STEPS:
+        return obstacle or f"it has {count} step{'s' * (count != 1)}; a replay saves time from {MIN_STEPS} on"
+    cuts: list[int | None] = [] if obstacle else [None]
+    if not plan.symbols and facts.is_described():
+        cuts += range(begin + MIN_STEPS, end + 1)
+        if begin and end == count and facts.unreturnable() is None:
+            cuts.append(None)
+    if not cuts:
+        return str(obstacle)
+    prices = facts.prices(begin, cuts)
+    best = min(prices, key=lambda price: price.seconds)
+    captured = (count if best.end is None else best.end) - begin
+    if dear := too_dear(best.copied, captured):
+        return dear
+    if (begin, best.end) == (0, None):
+        return Choice(Parts(None, Part(plan, tuple(range(len(plan.inputs)))), None, frozenset()), CAPTURED)
+    why = obstacle or "the last ones, so that their results need no copies"
+    text = f"{CAPTURED}, but for {count - captured} of {count} steps: {why}"
+    return Choice(split(plan, begin, best.end, facts.lends(best.end)), text)
+
+
+def _longest_run(reasons: Sequence[str | None]) -> tuple[int, int]:
+    """(begin, end) of the most consecutive steps without a reason."""
+    best, begin = (0, 0), 0
+    for k, reason in enumerate((*reasons, "")):
+        if reason is not None:
+            best, begin = max(best, (begin, k), key=lambda run: run[1] - run[0]), k + 1
+    return best
+
+
+def traits(captured: Part) -> Traits:
+    """Of the captured part of a choice."""
+    plan = captured.plan
     device = gpu(plan)
     assert device is not None
     mentioned, written = _mentioned(plan), _written(plan)
-    tensors = [(i, x) for i, x in enumerate(plan.inputs) if x.kind == "tensor" and x.name in mentioned]
+    tensors = [
+        (i, x) for i, x in zip(captured.takes, plan.inputs, strict=True) if x.kind == "tensor" and x.name in mentioned
+    ]
     fixed = tuple(i for i, x in tensors if _stays(x, written))
+    numbers = zip(captured.takes, plan.inputs, strict=True)
     return Traits(
         device=torch.device("cuda", device.index or 0),
         moved=tuple(i for i, _ in tensors if i not in fixed),
         fixed=fixed,
         written=tuple(i for i, x in tensors if x.name in written),
-        varying=tuple(i for i, x in enumerate(plan.inputs) if x.kind == "int" or not _is_static(x)),
+        varying=tuple(i for i, x in numbers if x.kind == "int" or not _is_static(x)),
         seeds=sum(isinstance(s, Call) and s.op == draws.SEED for s in plan.steps),
-        steps=_steps(plan),
+        steps=len(Mentions(plan).steps),
     )
 
 
@@ -85,31 +144,110 @@ def too_dear(copied: int, steps: int) -> str | None:
     return f"copying its inputs and results, {copied / 2**20:.1f} MiB a call, costs more than {steps} launches less may save"
 
 
-def _place(plan: Plan) -> str | None:
-    mentioned = _mentioned(plan)
-    for name, device in _places(plan).items():
-        if name in mentioned and device.type != "cuda":
+@dataclass(frozen=True)
+class _Price:
+    """Of capturing up to step `end` (None: to the end, results included): bytes copied in a call, and seconds that a call
+    takes beside what the steps take anyway."""
+
+    end: int | None
+    copied: int
+    seconds: float
+
+
+class _Facts:
+    """What there is to know of a plan before it is split."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.found = plan, Mentions(plan)
+        self.inputs = {x.name: x for x in plan.inputs}
+        self.specs = {b.name: b for b in (*plan.constants, *plan.buffers)}
+        self.places = _places(plan)
+        self.written = _written(plan)
+        self._loans = self._lending()
+
+    def is_described(self) -> bool:
+        """Whether the layout of all that steps make is known."""
+        return all(name in self.specs for name in self.found.made)
+
+    def obstacle(self, step: Launch | Call) -> str | None:
+        """Why the step is not to be captured."""
+        if isinstance(step, Call) and (reason := _call(step)) is not None:
+            return reason
+        reasons = (self._operand(self.found.root.get(n, n)) for n in used(step))
+        if reason := next((r for r in reasons if r is not None), None):
+            return reason
+        devices = [step.device] if isinstance(step, Launch) else _in_arguments((step.args, step.kwargs))
+        devices += [self.places[n] for n in defined(step) if n in self.places]
+        return "some of it runs on the CPU" if any(d.type != "cuda" for d in devices) else None
+
+    def _operand(self, name: str) -> str | None:
+        x = self.inputs.get(name)
+        if x is not None and x.kind in ("float", "other"):
+            return f"{name} is a number or object that may be another one in each call"
+        if name in self.places and self.places[name].type != "cuda":
             return f"{name} is not in a GPU's memory"
-    devices = {device.index or 0 for device in _devices(plan) if device.type == "cuda"}
-    if len(devices) > 1:
-        return "it runs on several GPUs"
-    if any(device.type != "cuda" for device in _devices(plan)):
-        return "some of it runs on the CPU"
-    return None
+        if x is not None and x.dtype is not None and x.dtype.is_complex and not _stays(x, self.written):
+            return f"{name} is complex"
+        return None
+
+    def unreturnable(self) -> str | None:
+        """Why a captured run cannot have the plan's results."""
+        return next((r for name in self.found.returned if (r := self._operand(name)) is not None), None)
+
+    def _lending(self) -> list[bool]:
+        """For each number of a step, whether it and all later ones could be captured and keep nothing of what they use."""
+        out = [True]
+        for step in reversed(self.found.steps):
+            leaves = isinstance(step, Launch) or returns_fresh(step.op) or only_writes(step)
+            out.append(out[-1] and leaves and self.obstacle(step) is None)
+        return out[::-1]
+
+    def lends(self, end: int | None) -> bool:
+        return end is not None and self._loans[end]
+
+    def prices(self, begin: int, cuts: Sequence[int | None]) -> list[_Price]:
+        """Of capturing from step `begin` up to each of the cuts.
+
+        Sizes that are not known count for nothing: those of a call are looked at when it is captured.
+        """
+        found, count = self.found, len(self.found.steps)
+        moved = [
+            (found.first[x.name], _known(nbytes(_buffer(x))))
+            for x in self.plan.inputs
+            if x.kind == "tensor" and found.last.get(x.name, -1) >= begin and not self._stays(x)
+        ]
+        sizes = {n: _known(nbytes(self.specs[n])) for n in (*found.made, *found.returned) if n in self.specs}
+        entering = sum(sizes[n] for n in found.crossing(0, begin))
+        returned = [(found.first[n], size) for n, size in sizes.items() if n in found.returned and found.first[n] >= begin]
+        passing = [0] * (count + 2)  # bytes of what is mentioned on both sides of each cut and is no result
+        for name in found.made:
+            if name in sizes and found.first[name] >= begin and name not in found.returned:
+                passing[found.first[name] + 1] += sizes[name]
+                passing[found.last[name] + 1] -= sizes[name]
+        passing = list(itertools.accumulate(passing))
+        out = []
+        for cut in cuts:
+            stop = count + 1 if cut is None else cut
+            copied = entering + sum(size for first, size in (*moved, *returned) if first < stop)
+            if cut is not None and not self.lends(cut):
+                copied += passing[cut]
+            plain = 0.0 if cut is None else PART_SECONDS + (count - cut) * STEP_SECONDS
+            out.append(_Price(cut, copied, copied / COPY_BYTES_PER_SECOND + plain))
+        return out
+
+    def _stays(self, x: InputSpec) -> bool:
+        return _stays(x, self.written)
 
 
-def _calls(plan: Plan) -> str | None:
-    for step in plan.steps:
-        if not isinstance(step, Call):
-            continue
-        namespace, _, rest = step.op.partition("::")
-        name = rest.partition(".")[0]
-        if step.op.startswith("local:") or namespace not in _TRUSTED:
-            return f"nothing is known of what {step.origin or step.op} does on the host"
-        if name in _WAITING:
-            return f"{step.op} waits for the GPU"
-        if _draws(namespace, name, rest) and step.op != draws.SEED:
-            return f"{step.op} draws from torch's generator"
+def _call(step: Call) -> str | None:
+    namespace, _, rest = step.op.partition("::")
+    name = rest.partition(".")[0]
+    if step.op.startswith("local:") or namespace not in _TRUSTED:
+        return f"nothing is known of what {step.origin or step.op} does on the host"
+    if name in _WAITING:
+        return f"{step.op} waits for the GPU"
+    if _draws(namespace, name, rest) and step.op != draws.SEED:
+        return f"{step.op} draws from torch's generator"
     return None
 
 
@@ -120,37 +258,14 @@ def _draws(namespace: str, name: str, rest: str) -> bool:
     return seeded and _SEEDED_WITHOUT_DROPOUT not in name
 
 
-def _inputs(plan: Plan) -> str | None:
-    mentioned, written = _mentioned(plan), _written(plan)
-    for x in plan.inputs:
-        if x.name not in mentioned:
-            continue
-        if x.kind in ("float", "other"):
-            return f"{x.name} is a number or object that may be another one in each call"
-        if x.kind == "tensor" and x.dtype is not None and x.dtype.is_complex and not _stays(x, written):
-            return f"{x.name} is complex"
-    return None
-
-
-def _price(plan: Plan) -> str | None:
-    steps = _steps(plan)
-    if steps < MIN_STEPS:
-        return f"it has {steps} step{'s' * (steps != 1)}; a replay saves time from {MIN_STEPS} on"
-    root, inputs = Lifetimes.of(plan).root, {x.name for x in plan.inputs}
-    specs = {b.name: b for b in (*plan.buffers, *plan.constants)}
-    made = {root.get(n, n) for n in refs(plan.outputs)} - inputs
-    given = [_buffer(plan.inputs[i]) for i in traits(plan).moved]
-    sizes = [nbytes(spec) for spec in (*given, *(specs[n] for n in made if n in specs))]
-    return too_dear(sum(n for n in sizes if isinstance(n, int)), steps)  # others are known when there are sizes
+def _known(size: Int) -> int:
+    """A size that is a number, else zero."""
+    return size if isinstance(size, int) else 0
 
 
 def _buffer(x: InputSpec) -> BufferSpec:
     assert x.dtype is not None and x.device is not None
     return BufferSpec(x.name, x.dtype, x.device, x.shape, x.strides)
-
-
-def _steps(plan: Plan) -> int:
-    return sum(isinstance(step, Launch | Call) for step in plan.steps)
 
 
 def _stays(x: InputSpec, written: set[str]) -> bool:

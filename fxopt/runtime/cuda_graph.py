@@ -9,26 +9,28 @@ under one lock, and when the stream is another one than the last time, it waits 
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
+from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
 from fxopt.options import TRAINING_UNCAPTURED, Options
-from fxopt.runtime.capturable import Traits, gpu, obstacle, too_dear, traits
+from fxopt.runtime.capturable import Traits, choose, gpu, too_dear, traits
 from fxopt.runtime.executor import Executor
+from fxopt.runtime.in_parts import InParts, Way, Whole
 from fxopt.runtime.recording import Driver, Recording, record
 
 NAME = "cuda-graphs"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
-CAPTURED = "captured at the second call with the same sizes and addresses of weights"
-REPLAYS_PER_CAPTURE = 256
+REPLAYS_PER_CAPTURE = 32
 """When there are as many graphs as may be kept, replays that have to come before another one takes a graph's place."""
 SEEN_PER_GRAPH = 8
 """How many keys are remembered as seen, for each graph that may be kept."""
@@ -40,7 +42,9 @@ Key = tuple[Any, tuple[int, ...]]
 class OrderingDriver(Driver, Protocol):
     """A device with streams (`GraphDriver`)."""
 
-    def is_free(self) -> bool: ...
+    def is_captured(self) -> bool: ...
+
+    def is_watched(self) -> bool: ...
 
     def is_current(self) -> bool: ...
 
@@ -87,13 +91,23 @@ class GraphedExecutor:
     """Runs a plan on one GPU as `executor` does, by replaying what was captured where possible.
 
     Called like an `Executor`, from any thread and on any stream. At most `limit` graphs are kept, the least recently used
-    are dropped. `note(topic, text)` is told why a plan that seemed capturable is not captured after all.
+    are dropped. `note(topic, text)` is told why a plan that seemed capturable is not captured after all. `make_way` is asked
+    before the first capture what is captured; without it, that is the whole plan.
     """
 
-    def __init__(self, executor: Executor, found: Traits, turns: Turns, limit: int, note: Note) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        found: Traits,
+        turns: Turns,
+        limit: int,
+        note: Note,
+        make_way: Callable[[], Way] | None = None,
+    ) -> None:
         self.plan, self.kept_as = executor.plan, executor.kept_as
         self._boxed_call = True
         self._executor, self._traits, self._turns, self._note = executor, found, turns, note
+        self._make_way, self._way = make_way, cast(Way, Whole(executor))
         self._limit = limit
         self._inputs_are = _comparison(found.fixed)
         self._latest: Recording | None = None
@@ -105,8 +119,10 @@ class GraphedExecutor:
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         driver = self._turns.driver
-        if self._declined or not driver.is_free():
+        if self._declined or driver.is_captured():
             return self._executor(inputs)
+        if driver.is_watched():  # AOTAutograd watches the first call, so that has to count
+            return self._plainly(inputs, self._key(inputs) if _are_plain(inputs) else None)
         if not driver.is_current():
             with driver.enter():
                 return self._run(inputs)
@@ -116,7 +132,7 @@ class GraphedExecutor:
         recording = self._latest
         if recording is None or not self._fits(recording, inputs):
             return self._otherwise(inputs)
-        return self._replay(recording, inputs)
+        return self._replay(recording, self._way.begin(inputs))
 
     def _fits(self, recording: Recording, inputs: list[Any]) -> bool:
         if self._traits.varying and self._signature(inputs) != recording.signature:
@@ -131,47 +147,78 @@ class GraphedExecutor:
             found.append((tuple(x.shape), x.stride()) if isinstance(x, torch.Tensor) else x)
         return tuple(found)
 
-    def _replay(self, recording: Recording, inputs: list[Any]) -> tuple[Any, ...]:
+    def _key(self, inputs: list[Any]) -> Key:
+        return self._signature(inputs), tuple(inputs[i].data_ptr() for i in self._traits.fixed)
+
+    def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
+        """`values` are what the captured part takes, and what is needed after it."""
         self._replays += 1
-        result: tuple[Any, ...] = self._turns.take(
-            lambda stream: recording.play(inputs, stream), lambda: self._executor(inputs)
-        )
-        return result
+        way, take = self._way, self._turns.take
+        result: tuple[Any, ...]
+        if way.lent:
+            result = take(
+                lambda stream: way.end(values, recording.play(way.handed(values), stream)),
+                lambda: way.end(values, way.captured(values)),
+            )
+            return result
+        result = take(lambda stream: recording.play(way.handed(values), stream), lambda: way.captured(values))
+        return way.end(values, result)
 
     def _otherwise(self, inputs: list[Any]) -> tuple[Any, ...]:
         """A call that the latest recording does not fit."""
-        key = self._signature(inputs), tuple(inputs[i].data_ptr() for i in self._traits.fixed)
-        me = threading.get_ident()
+        key = self._key(inputs)
         with self._lock:
             recording = self._kept.get(key)
             if recording is not None:
                 self._kept.move_to_end(key)
                 self._latest = recording
-            seen = me in self._seen.get(key, ())
-        if recording is None and seen and self._may_capture():
-            recording = self._turns.take(lambda stream: self._capture(key, inputs), lambda: None)
-        if recording is not None:
-            return self._replay(recording, inputs)
+            seen = threading.get_ident() in self._seen.get(key, ())
+        if recording is None and not (seen and self._may_capture() and self._has_way()):
+            return self._plainly(inputs, key)
+        way = self._way
+        values = way.begin(inputs)
+        if recording is None:
+            recording = self._turns.take(lambda stream: self._capture(key, values), lambda: None)
+        if recording is None:
+            return way.end(values, way.captured(way.handed(values)))
+        return self._replay(recording, values)
+
+    def _plainly(self, inputs: list[Any], key: Key | None) -> tuple[Any, ...]:
+        """Run without graphs; this thread may capture what has this key afterwards."""
         result = self._executor(inputs)
-        with self._lock:
-            self._seen.setdefault(key, set()).add(me)
-            self._seen.move_to_end(key)
-            while len(self._seen) > SEEN_PER_GRAPH * self._limit:
-                self._seen.popitem(last=False)
+        if key is not None:
+            with self._lock:
+                self._seen.setdefault(key, set()).add(threading.get_ident())
+                self._seen.move_to_end(key)
+                while len(self._seen) > SEEN_PER_GRAPH * self._limit:
+                    self._seen.popitem(last=False)
         return result
+
+    def _has_way(self) -> bool:
+        with self._lock:
+            if self._declined:
+                return False
+            try:
+                if self._make_way is not None:
+                    self._way, self._make_way = self._make_way(), None
+            except FxoptError as error:
+                self._decline(str(error))
+                return False
+            return True
 
     def _may_capture(self) -> bool:
         """Keys that take turns, more of them than graphs are kept, must not capture again and again."""
         return len(self._kept) < self._limit or self._replays >= REPLAYS_PER_CAPTURE * (self._captures - self._limit + 1)
 
-    def _capture(self, key: Key, inputs: list[Any]) -> Recording | None:
+    def _capture(self, key: Key, values: list[Any]) -> Recording | None:
         with self._lock:
             if key in self._kept:  # another thread was faster
                 return self._kept[key]
             while len(self._kept) >= self._limit:
                 self._kept.popitem(last=False)
         try:
-            recording = record(self._executor, inputs, key[0], self._traits, self._turns.driver)
+            way = self._way
+            recording = record(way.captured, values, key[0], self._traits, self._turns.driver, way.lent)
         except Exception as error:
             self._decline(str(error).partition("\n")[0] or type(error).__name__)
             return None
@@ -195,6 +242,11 @@ class GraphedExecutor:
     def graphs(self) -> int:
         """How many captured runs are kept now."""
         return len(self._kept)
+
+
+def _are_plain(inputs: list[Any]) -> bool:
+    """Whether the tensors among them have memory of their own, and are not the stand-ins of a mode."""
+    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in inputs if isinstance(x, torch.Tensor))
 
 
 def _comparison(fixed: tuple[int, ...]) -> Callable[[list[Any], list[int]], bool]:
@@ -235,18 +287,20 @@ def with_graphs(executor: Executor, phase: Phase, options: Options, journal: Jou
         if options.mode == "reduce-overhead":
             journal.note("mode", TRAINING_UNCAPTURED)
         return executor
-    reason = _switched_off(options) or obstacle(executor.plan)
-    if reason is None:
-        found = traits(executor.plan)
+    choice = _switched_off(options) or choose(executor.plan)
+    if not isinstance(choice, str):
+        parts = choice.parts
+        found = traits(parts.captured)
         try:
             turns = _turns_at(found.device.index)
         except (OSError, RuntimeError) as error:
-            reason = str(error)
-    if reason is not None:
-        journal.note(NAME, f"not captured: {reason}")
+            choice = str(error)
+    if isinstance(choice, str):
+        journal.note(NAME, f"not captured: {choice}")
         return executor
-    journal.note(NAME, CAPTURED)
-    return GraphedExecutor(executor, found, turns, options.cuda_graph_limit, journal.note)
+    journal.note(NAME, choice.note)
+    way = None if parts.captured.plan is executor.plan else functools.partial(InParts, parts, executor)
+    return GraphedExecutor(executor, found, turns, options.cuda_graph_limit, journal.note, way)
 
 
 def _switched_off(options: Options) -> str | None:

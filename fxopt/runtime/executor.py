@@ -24,6 +24,9 @@ from fxopt.runtime.plan import Launch, Plan
 
 _serial = itertools.count()
 
+LoadedKernels = dict[tuple[str, int], Any]
+"""CUDA kernels by artifact and index of the device."""
+
 
 class Executor:
     """A plan bound to this process.
@@ -34,8 +37,8 @@ class Executor:
 
     `plan` must come from bytes (`Plan.from_json`). `kernels` has the artifact of every kernel key that the plan launches;
     `constants` a tensor for every constant; `local_ops` a callable for every op "local:KEY", by KEY. `profile` wraps every
-    kernel launch in `torch.profiler.record_function`. Raises PlanError when one of these does not fit the plan, CacheError
-    when a kernel cannot be loaded.
+    kernel launch in `torch.profiler.record_function`; `loaded` are CUDA kernels loaded before, to which this plan's are
+    added. Raises PlanError when one of these does not fit the plan, CacheError when a kernel cannot be loaded.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Executor:
         local_ops: Mapping[str, Callable[..., Any]] | None = None,
         *,
         profile: bool = False,
+        loaded: LoadedKernels | None = None,
     ) -> None:
         if not plan.from_bytes:
             raise PlanError(
@@ -55,6 +59,8 @@ class Executor:
         self.kept_as: str | None = None  # the name under which the plan is on disk, for whoever put it there
         self._boxed_call = True  # how AOTAutograd tells that the input list is handed over
         self._constants = _checked_constants(plan, constants or {})
+        self._kernels, self._local_ops = kernels, local_ops or {}
+        self._loaded = {} if loaded is None else loaded
         launches = [s for s in plan.steps if isinstance(s, Launch)]
         for launch in launches:
             if launch.kernel not in kernels:
@@ -62,7 +68,7 @@ class Executor:
                     f"plan.steps: no artifact was given for kernel {launch.kernel} ({launch.label or launch.entry})"
                 )
         natives = {x.kernel: load_kernel(kernels[x.kernel]) for x in launches if x.language == "cpp"}
-        binding = self._write(natives, local_ops or {}, profile)
+        binding = self._write(natives, self._local_ops, profile)
         self.source = binding.source
         self._run = _with_devices(self._compile(binding, kernels), [x.device for x in binding.cuda])
 
@@ -71,6 +77,11 @@ class Executor:
             with torch.no_grad():
                 return self._run(inputs)
         return self._run(inputs)
+
+    def part(self, plan: Plan) -> Executor:
+        """An executor of `plan`, which has some of this one's steps; raises as the constructor does."""
+        checked = Plan.from_json(plan.to_json())
+        return Executor(checked, self._kernels, self._constants, self._local_ops, loaded=self._loaded)
 
     def _write(
         self, natives: dict[str, NativeKernel], local_ops: Mapping[str, Callable[..., Any]], profile: bool
@@ -83,7 +94,7 @@ class Executor:
         linecache.cache[filename] = (len(binding.source), None, binding.source.splitlines(True), filename)
         names = dict(binding.names)
         names["frames"] = []
-        names["new_frame"] = _frame_maker(binding, kernels)
+        names["new_frame"] = _frame_maker(binding, _loaded_cuda(binding.cuda, kernels, self._loaded))
         if any(launch.members for launch in binding.cuda):  # a first call on a stream that is captured could make none
             names["frames"].append(names["new_frame"]())
         exec(compile(binding.source, filename, "exec"), names)
@@ -121,9 +132,11 @@ def _check_constant(spec: BufferSpec, tensor: torch.Tensor) -> None:
         raise PlanError(f"plan.constants.{spec.name}: expected (dtype, device, shape, strides) {wanted}, was given {found}")
 
 
-def _frame_maker(binding: Binding, kernels: Mapping[str, Artifact]) -> Callable[[], tuple[Any, ...]]:
-    """A function that makes what one running call needs for itself: argument arrays, their addresses, CUDA launchers."""
-    loaded = _loaded_cuda(binding.cuda, kernels)
+def _frame_maker(binding: Binding, loaded: list[Any]) -> Callable[[], tuple[Any, ...]]:
+    """A function that makes what one running call needs for itself: argument arrays, their addresses, CUDA launchers.
+
+    `loaded` has the kernel of each of the binding's CUDA launches.
+    """
 
     def new_frame() -> tuple[Any, ...]:
         pointers, sizes = array("Q", binding.pointers), array("q", binding.sizes)
@@ -143,14 +156,15 @@ def _launcher(kernel: Any, launch: Launch) -> Callable[..., None]:
     return BatchLauncher(bound, launch.members, launch.block, width, launch.device)
 
 
-def _loaded_cuda(launches: list[Launch], kernels: Mapping[str, Artifact]) -> list[Any]:
-    """The launches' kernels, loaded on their devices. A plan for CPUs never gets to libcuda."""
+def _loaded_cuda(launches: list[Launch], kernels: Mapping[str, Artifact], loaded: LoadedKernels) -> list[Any]:
+    """The launches' kernels, loaded on their devices if they are not yet. A plan for CPUs never gets to libcuda."""
     if not launches:
         return []
     from fxopt.runtime.launch import load_cubin
 
-    loaded: dict[tuple[str, int], Any] = {}
     for key in dict.fromkeys((x.kernel, x.device.index or 0) for x in launches):
+        if key in loaded:
+            continue
         artifact, device = kernels[key[0]], key[1]
         try:
             with torch.cuda.device(device):

@@ -93,9 +93,13 @@ class GraphDriver:
         if code:
             check(self._lib, code, what)
 
-    def is_free(self) -> bool:
-        """Whether this thread runs plainly: its current stream is not being captured, and no torch mode watches it."""
-        return not ((_active_modes is not None and _active_modes()) or torch.cuda.is_current_stream_capturing())
+    def is_captured(self) -> bool:
+        """Whether this thread's current stream is being captured."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def is_watched(self) -> bool:
+        """Whether a torch mode sees what this thread calls."""
+        return _active_modes is not None and _active_modes() > 0
 
     def is_current(self) -> bool:
         """Whether the device is the current one."""

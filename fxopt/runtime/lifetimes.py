@@ -71,13 +71,13 @@ def shareable(plan: Plan, life: Lifetimes, fresh: Callable[[str], bool]) -> dict
     """The buffers that may share storage: allocated, not part of an output, and seen by kernels and `fresh` calls only."""
     kept = set(refs(plan.outputs))
     for step in plan.steps:
-        if isinstance(step, Call) and not fresh(step.op) and not _only_writes(step):
+        if isinstance(step, Call) and not fresh(step.op) and not only_writes(step):
             kept.update(used(step))
     kept_roots = {life.root.get(name, name) for name in kept}
     return {name: spec for name, spec in allocated(plan).items() if name in life.first and name not in kept_roots}
 
 
-def _only_writes(call: Call) -> bool:
+def only_writes(call: Call) -> bool:
     """An ATen op such as copy_ whose result nobody looks at keeps nothing alive."""
     return call.op.startswith("aten::") and not any(call.outputs)
 

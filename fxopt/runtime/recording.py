@@ -2,7 +2,8 @@
 
 The memory of a captured run is overwritten by the next replay, its own or another graph's. So nobody outside ever sees it:
 inputs are copied to the addresses that the captured kernels read, results are copied from where they write into fresh
-tensors. Copies are of bytes, from a tensor's first element to the end of its last, so that any strides will do.
+tensors, except those that are lent until the next replay to who runs the rest of the plan. Copies are of bytes, from a
+tensor's first element to the end of its last, so that any strides will do.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class OfInput:
 
 @dataclass
 class Results:
-    """How the results of a replay come about; `constants` has those that are no tensors, None in place of the others."""
+    """How the results of a replay come about; `constants` has those that are no tensors, or lent, None in place of the
+    others."""
 
     constants: list[Any] = field(default_factory=list)
     fresh: list[Fresh] = field(default_factory=list)
@@ -160,8 +162,19 @@ class Recording:
         return tuple(out)
 
 
-def record(run: Run, inputs: Sequence[Any], signature: tuple[Any, ...], traits: Traits, driver: Driver) -> Recording:
-    """Capture `run` on `inputs`, executing nothing. Raises CaptureRefused, and what `run` and the driver raise."""
+def record(
+    run: Run,
+    inputs: Sequence[Any],
+    signature: tuple[Any, ...],
+    traits: Traits,
+    driver: Driver,
+    lent: frozenset[int] = frozenset(),
+) -> Recording:
+    """Capture `run` on `inputs`, executing nothing. Raises CaptureRefused, and what `run` and the driver raise.
+
+    Results at the positions `lent` are not copied: `play` returns the captured run's own, which other recordings' runs
+    leave alone as long as this one exists, and its own next one overwrites.
+    """
     for i in traits.moved:
         _check_copyable(inputs[i])
 
@@ -175,7 +188,7 @@ def record(run: Run, inputs: Sequence[Any], signature: tuple[Any, ...], traits: 
             outputs = run(arguments)
         moves = tuple(_move(i, x) for i, x in zip(traits.moved, seen, strict=False))
         sources = dict(zip((*traits.moved, *traits.fixed), seen, strict=True))
-        return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits)
+        return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent)
 
     replay, (moves, seeds, results) = driver.capture(body)
     addresses = [0] * len(inputs)
@@ -238,7 +251,7 @@ def _count_writes(tensors: list[torch.Tensor]) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def _results(outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: Traits) -> Results:
+def _results(outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: Traits, lent: frozenset[int]) -> Results:
     """How to make results like `outputs`, which a captured run returned; `sources` are the inputs that it was given."""
     found = Results()
     owners = {x.untyped_storage().data_ptr(): i for i, x in sources.items() if x.numel()}
@@ -251,6 +264,8 @@ def _results(outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: T
         memory = value.untyped_storage().data_ptr()
         if value.numel() and memory in owners:
             found.of_inputs.append(_of_input(at, value, owners[memory], sources))
+        elif at in lent:
+            found.constants[at] = value
         elif value.numel():
             groups.setdefault(memory, []).append((at, value))
         else:

@@ -48,7 +48,8 @@ class FakeDriver:
     def __init__(self, function: Function, seeds: int) -> None:
         self.function, self.seeds = function, seeds
         self.memory: list[torch.UntypedStorage] = []
-        self.current, self.free, self.refusal = 7, True, ""
+        self.current, self.refusal = 7, ""
+        self.user_captures = self.watched = False
         self.log: list[tuple[str, int]] = []
         self.captures = 0
         self.scratch: list[torch.Tensor] = []
@@ -57,8 +58,11 @@ class FakeDriver:
     def stream(self) -> int:
         return self.current
 
-    def is_free(self) -> bool:
-        return self.free
+    def is_captured(self) -> bool:
+        return self.user_captures
+
+    def is_watched(self) -> bool:
+        return self.watched
 
     def is_current(self) -> bool:
         return True

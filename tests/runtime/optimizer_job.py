@@ -91,7 +91,7 @@ class Machine:
             self.functions[key] = _load(source, self.directory / key), source
         return Artifact(key, "triton", source.entry, self.directory)
 
-    def loaded(self, launches: Sequence[Any], kernels: dict[str, Artifact]) -> list[Any]:
+    def loaded(self, launches: Sequence[Any], kernels: dict[str, Artifact], known: Any) -> list[Any]:
         return [_Kernel(self, *self.functions[launch.kernel]) for launch in launches]
 
     def page_locked(self, count: int) -> torch.Tensor:

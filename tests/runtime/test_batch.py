@@ -70,7 +70,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def entered(device: int) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(executor, "_loaded_cuda", lambda launches, kernels: [made] * len(launches))
+    monkeypatch.setattr(executor, "_loaded_cuda", lambda launches, kernels, loaded: [made] * len(launches))
     monkeypatch.setitem(executor._HELPERS, "stream", lambda device: made.stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", entered)

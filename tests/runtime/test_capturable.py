@@ -14,9 +14,10 @@ from fxopt.ir.graph import Phase, Role
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref
 from fxopt.journal import Journal
 from fxopt.options import Options
-from fxopt.runtime import cuda_graph
-from fxopt.runtime.capturable import MIN_STEPS, gpu, obstacle, too_dear, traits
+from fxopt.runtime import capturable, cuda_graph
+from fxopt.runtime.capturable import CAPTURED, MIN_STEPS, Choice, Traits, choose, gpu, too_dear
 from fxopt.runtime.plan import InputSpec, Launch, Plan, SymbolSource
+from fxopt.runtime.split import Mentions
 from tests.runtime.plans import CPU, S0, plan
 
 GPU = torch.device("cuda", 0)
@@ -49,9 +50,30 @@ def launch(*buffers: str, device: torch.device = GPU, language: str = "triton") 
     return Launch("k", language, "k", buffers, (buffers[-1],), device, (8,))
 
 
+def chosen(made: Plan) -> Choice:
+    found = choose(made)
+    assert isinstance(found, Choice), found
+    return found
+
+
+def is_whole(made: Plan) -> bool:
+    return chosen(made).parts.captured.plan is made and chosen(made).note == CAPTURED
+
+
+def traits(made: Plan) -> Traits:
+    return capturable.traits(chosen(made).parts.captured)
+
+
+def steps(made: Plan) -> tuple[int, int, int]:
+    """How many steps run before the captured ones, captured, and after them."""
+    parts = chosen(made).parts
+    counts = [0 if p is None else len(Mentions(p.plan).steps) for p in (parts.before, parts.captured, parts.after)]
+    return counts[0], counts[1], counts[2]
+
+
 def test_a_network_is_captured() -> None:
     made = network(launch("h3", "h9"))
-    assert gpu(made) == GPU and obstacle(made) is None
+    assert gpu(made) == GPU and is_whole(made)
     found = traits(made)
     assert (found.moved, found.fixed, found.written, found.varying) == ((0,), (1,), (), ())
     assert (found.device, found.seeds, found.steps) == (GPU, 0, 11)
@@ -68,7 +90,6 @@ def test_a_plan_of_cpus_is_no_business_of_graphs() -> None:
         ((given("c", 8, device=CPU), Call("aten::copy_.default", (Ref("h1"), Ref("c")))), "c is not in a GPU's memory"),
         ((spec("c", 8, device=CPU), Call("aten::_to_copy.default", (Ref("h1"),), {}, ("c",))), "some of it runs on the CPU"),
         ((Call("aten::_to_copy.default", (Ref("h1"),), {"device": CPU}, (None,)),), "some of it runs on the CPU"),
-        ((launch("h1", "h2", device=torch.device("cuda", 1)),), "several GPUs"),
         ((product("h1", "c", "local:graph 0/cond", origin="layer.cond"), spec("c", 8, 8)), "layer.cond does on the host"),
         ((product("h1", "c", "mylib::gate.default"), spec("c", 8, 8)), "nothing is known of what mylib::gate"),
         ((Call("aten::_local_scalar_dense.default", (Ref("h1"),), {}, (None,)),), "waits for the GPU"),
@@ -82,27 +103,57 @@ def test_a_plan_of_cpus_is_no_business_of_graphs() -> None:
             (given("z", 8, dtype=torch.complex64), Call("aten::abs.default", (Ref("z"),), {}, ("c",)), spec("c", 8)),
             "complex",
         ),
-        ((given("big", 1 << 24), Call("aten::sum.default", (Ref("big"),), {}, ("c",)), spec("c")), "64.0 MiB a call"),
     ],
 )
-def test_what_cannot_be_captured_says_why(more: tuple[Any, ...], reason: str) -> None:
-    found = obstacle(network(*more))
-    assert found is not None and reason in found
+def test_what_cannot_be_captured_runs_before_or_after_what_can(more: tuple[Any, ...], reason: str) -> None:
+    at_the_end, short = network(*more), network(*more, steps=MIN_STEPS - 1, outputs=(Ref("h1"),))
+    assert steps(at_the_end) == (0, 10, 1)
+    assert reason in chosen(at_the_end).note and "but for 1 of 11 steps" in chosen(at_the_end).note
+    assert reason in str(choose(short))
+    turned = replace(at_the_end, steps=(*at_the_end.steps[:2], at_the_end.steps[-1], *at_the_end.steps[2:-1]))
+    assert steps(turned) == (3, 8, 0) and reason in chosen(turned).note
+
+
+def test_several_gpus() -> None:
+    assert choose(network(launch("h1", "h2", device=torch.device("cuda", 1)))) == "it runs on several GPUs"
 
 
 def test_few_steps_are_not_worth_it() -> None:
-    assert obstacle(network(steps=MIN_STEPS, outputs=(Ref(f"h{MIN_STEPS - 1}"),))) is None
+    assert is_whole(network(steps=MIN_STEPS, outputs=(Ref(f"h{MIN_STEPS - 1}"),)))
     short = network(steps=MIN_STEPS - 1, outputs=(Ref("h1"),))
-    assert f"it has {MIN_STEPS - 1} steps" in str(obstacle(short))
+    assert f"it has {MIN_STEPS - 1} steps" in str(choose(short))
 
 
-def test_large_results_are_dear_and_views_of_inputs_are_not() -> None:
-    grown = network(launch("h9", "r"), spec("r", 1 << 24), outputs=(Ref("r"),))
-    assert "64.0 MiB" in str(obstacle(grown))
+def test_what_is_returned_but_cannot_be_comes_from_a_part_after() -> None:
+    made = network(given("c", 8, device=CPU), outputs=(Ref("h9"), Ref("c")))
+    assert steps(made) == (0, 10, 0) and chosen(made).parts.after is not None
+    assert "c is not in a GPU's memory" in chosen(made).note
+
+
+def test_large_results_are_written_by_steps_that_run_plainly() -> None:
+    grown = network(launch("h8", "r"), spec("r", 1 << 24), outputs=(Ref("r"), Ref("h8")))
+    assert steps(grown) == (0, 10, 1)
+    parts = chosen(grown).parts
+    assert [n.name for n in parts.captured.plan.outputs] == ["h8"] and not parts.lent, "a result is not lent"
+    lending = chosen(network(launch("h9", "r"), spec("r", 1 << 24), outputs=(Ref("r"),)))
+    assert [n.name for n in lending.parts.captured.plan.outputs] == ["h9"] and lending.parts.lent == {0}
+    keeping = product("h9", "r", "aten::reshape.default")
+    kept = network(launch("h9", "q"), keeping, spec("q", 1 << 24), spec("r", 8, 8), outputs=(Ref("r"), Ref("q")))
+    assert steps(kept) == (0, 10, 2) and not chosen(kept).parts.lent, "reshape may return what it is given"
+    early = network(launch("h0", "r"), spec("r", 1 << 24), outputs=(Ref("r"), Ref("h9")))
+    early = replace(early, steps=(early.steps[0], early.steps[-1], *early.steps[1:-1]))
+    assert "64.0 MiB a call" in str(choose(early))
     state = given("cache", 1 << 24, role=Role.STATE)
     updated = network(state, Alias("part", "cache", (8, 8), (8, 1), 0), launch("h9", "part"), outputs=(Ref("cache"),))
-    assert obstacle(updated) is None
+    assert is_whole(updated)
     assert (traits(updated).fixed, traits(updated).written) == ((1, 2), (2,))
+
+
+def test_large_inputs_are_dear() -> None:
+    big = network(given("big", 1 << 24), Call("aten::sum.default", (Ref("big"),), {}, ("c",)), spec("c"))
+    assert steps(big) == (0, 10, 1), "a sum at the end runs plainly"
+    first = replace(big, steps=(big.steps[-1], *big.steps[:-1]))
+    assert "64.0 MiB a call" in str(choose(first))
     assert too_dear(10_000, 100) is None and too_dear(100_000_000, 100) is not None
 
 
@@ -113,26 +164,26 @@ def test_written_without_being_state_stays_where_it_is() -> None:
 
 def test_unused_inputs_do_not_matter() -> None:
     made = network(given("c", 8, device=CPU), InputSpec("f", "float"))
-    assert obstacle(made) is None and traits(made).moved == (0,)
+    assert is_whole(made) and traits(made).moved == (0,)
 
 
 def test_sizes_that_vary_are_looked_at() -> None:
     made = network(InputSpec("n", "int"), given("y", S0, 8), launch("y", "h9"))
     made = replace(made, symbols=(SymbolSource("s0", 2, "value"),))
-    assert obstacle(made) is None
+    assert is_whole(made)
     assert (traits(made).varying, traits(made).moved) == ((2, 3), (0, 3))
 
 
 def test_seeds_are_drawn_outside() -> None:
     made = network(Call("fxopt::seed.default", (GPU,), {}, ("s",), effect=True), spec("s"), launch("s", "h9"))
-    assert obstacle(made) is None and traits(made).seeds == 1
+    assert is_whole(made) and traits(made).seeds == 1
 
 
 def test_attention_draws_nothing() -> None:
     flash = Call(
         "aten::_scaled_dot_product_flash_attention.default", (Ref("h1"), Ref("h1"), Ref("h1")), {}, ("c", *[None] * 8)
     )
-    assert obstacle(network(flash, spec("c", 8, 8))) is None
+    assert is_whole(network(flash, spec("c", 8, 8)))
 
 
 class Stub:
@@ -159,7 +210,7 @@ def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inference_is_captured_in_every_mode() -> None:
     for mode in ("default", "reduce-overhead", "max-autotune"):
         found, notes = prepared(network(), mode=mode)
-        assert isinstance(found, cuda_graph.GraphedExecutor) and notes == [cuda_graph.CAPTURED]
+        assert isinstance(found, cuda_graph.GraphedExecutor) and notes == [CAPTURED]
 
 
 @pytest.mark.usefixtures("some_gpu")

@@ -219,10 +219,18 @@ def test_copies_that_cost_more_than_launches(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_host_is_not_free() -> None:
     run = Acted(twice)
-    for free in (True, True, False, True):
-        run.driver.free = free
+    for captured in (False, False, True, False):
+        run.driver.user_captures = captured
         torch.testing.assert_close(run(torch.ones(2))[0], torch.full((2,), 2.0))
     assert run.counts() == (2, 1, 2)
+
+
+def test_a_call_that_is_watched_runs_plainly_and_counts_as_the_first() -> None:
+    run = Acted(twice)
+    for watched, counts in ((True, (1, 0, 0)), (False, (1, 1, 1)), (True, (2, 1, 1)), (False, (2, 1, 2))):
+        run.driver.watched = watched
+        torch.testing.assert_close(run(torch.ones(2))[0], torch.full((2,), 2.0))
+        assert run.counts() == counts
 
 
 def test_another_stream_waits_for_the_last() -> None:

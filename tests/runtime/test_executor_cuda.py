@@ -55,7 +55,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Increment:
         yield
         made.current = before
 
-    monkeypatch.setattr(executor, "_loaded_cuda", lambda launches, kernels: [made] * len(launches))
+    monkeypatch.setattr(executor, "_loaded_cuda", lambda launches, kernels, loaded: [made] * len(launches))
     monkeypatch.setitem(executor._HELPERS, "stream", lambda device: 100 + device)
     monkeypatch.setitem(executor._HELPERS, "set_device", set_device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: made.current)

@@ -1,0 +1,145 @@
+"""A plan in up to three parts, each a plan of its own: what runs plainly, what is captured, and what runs plainly again.
+
+Values that pass from one part to a later one are results of the one and inputs of the other. Views are not passed: every
+part makes those that it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fxopt.ir.graph import Role
+from fxopt.ir.region import Alias, Call, Ref, refs
+from fxopt.runtime.memory import plan_memory
+from fxopt.runtime.plan import InputSpec, Launch, Plan, PlanStep, defined, used
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plan, and where its inputs are found: `takes` are positions among the inputs of the whole plan, followed by the
+    results of the parts before this one."""
+
+    plan: Plan
+    takes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts that do what the whole plan does, in this order; the results of the last are the plan's.
+
+    `lent` are positions among the results of `captured`: values that `after` only reads, and of which nothing remains when
+    it has run. They may be left where a captured run has them.
+    """
+
+    before: Part | None
+    captured: Part
+    after: Part | None
+    lent: frozenset[int]
+
+
+class Mentions:
+    """Which steps of a plan mention what: `steps` are those that run something, `first` and `last` say for each name that is
+    no view at which of them it, or a view of it, is mentioned; `len(steps)` stands for the results. `root` is what a view is
+    of. `returned` are the values whose memory is in a result."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.steps: list[Launch | Call] = [s for s in plan.steps if isinstance(s, Launch | Call)]
+        self.aliases = {s.name: s for s in plan.steps if isinstance(s, Alias)}
+        self.root: dict[str, str] = {}
+        for alias in self.aliases.values():
+            self.root[alias.name] = self.root.get(alias.of, alias.of)
+        self.first: dict[str, int] = {}
+        self.last: dict[str, int] = {}
+        for k, step in enumerate(self.steps):
+            for name in (*used(step), *defined(step)):
+                owner = self.root.get(name, name)
+                self.first.setdefault(owner, k)
+                self.last[owner] = k
+        self.returned = {self.root.get(n, n) for n in refs(plan.outputs)}
+        for name in self.returned:
+            self.first.setdefault(name, len(self.steps))
+            self.last[name] = len(self.steps)
+        given = {x.name for x in plan.inputs} | {x.name for x in plan.constants}
+        self.made = [name for name in self.first if name not in given]
+
+    def crossing(self, begin: int, cut: int) -> list[str]:
+        """The values that steps from `begin` on make and that are mentioned at `cut` or later."""
+        return [n for n in self.made if begin <= self.first[n] < cut <= self.last[n]]
+
+
+def split(plan: Plan, begin: int, end: int | None, lends: bool) -> Parts:
+    """`plan`, whose sizes are known, in parts: its steps (those that run something) from `begin` to before `end` are
+    captured. With None for `end` that part has the plan's results, else one after it does.
+
+    With `lends` the part after it may read values in the memory of a captured run: none of its steps keeps or returns what
+    it is given. Raises KeyError when a value that passes between parts is not described in `plan.buffers`.
+    """
+    found = Mentions(plan)
+    writer = _Writer(plan, found)
+    values = [x.name for x in plan.inputs]
+    before = None
+    if begin:
+        passed = found.crossing(0, begin)
+        before = writer.part(values, found.steps[:begin], [Ref(n) for n in passed])
+        values += passed
+    if end is None:
+        return Parts(before, writer.part(values, found.steps[begin:], plan.outputs), None, frozenset())
+    passed = found.crossing(begin, end)
+    lent = [n for n in passed if lends and n not in found.returned]
+    kept = [n for n in passed if n not in lent]
+    captured = writer.part(values, found.steps[begin:end], [Ref(n) for n in (*kept, *lent)])
+    after = writer.part([*values, *kept, *lent], found.steps[end:], plan.outputs)
+    return Parts(before, captured, after, frozenset(range(len(kept), len(passed))))
+
+
+class _Writer:
+    """Writes parts of one plan."""
+
+    def __init__(self, plan: Plan, found: Mentions) -> None:
+        self.plan, self.found = plan, found
+        self.specs = {b.name: b for b in plan.buffers}
+        self.inputs = {x.name: x for x in plan.inputs}
+        self.constants = {x.name for x in plan.constants}
+
+    def part(self, values: Sequence[str], steps: Sequence[PlanStep], outputs: Sequence[Any]) -> Part:
+        """A plan of `steps` with these outputs; `values` are the names of what exists before."""
+        written = self._with_views(steps, outputs)
+        mentioned = {n for step in written for n in (*used(step), *defined(step))} | set(refs(tuple(outputs)))
+        takes = tuple(i for i, name in enumerate(values) if name in mentioned)
+        part = replace(
+            self.plan,
+            inputs=tuple(self._input(values[i]) for i in takes),
+            constants=tuple(c for c in self.plan.constants if c.name in mentioned),
+            buffers=tuple(b for b in self.plan.buffers if b.name in mentioned.difference(values)),
+            steps=written,
+            outputs=tuple(outputs),
+        )
+        return Part(plan_memory(part), takes)
+
+    def _with_views(self, steps: Sequence[PlanStep], outputs: Sequence[Any]) -> tuple[PlanStep, ...]:
+        """`steps`, each view made before the first step that uses it."""
+        out: list[PlanStep] = []
+        there: set[str] = set()
+
+        def make(name: str) -> None:
+            alias = self.found.aliases.get(name)
+            if alias is not None and name not in there:
+                there.add(name)
+                make(alias.of)
+                out.append(alias)
+
+        for step in steps:
+            for name in used(step):
+                make(name)
+            out.append(step)
+        for name in refs(tuple(outputs)):
+            make(name)
+        return tuple(out)
+
+    def _input(self, name: str) -> InputSpec:
+        if name in self.inputs:
+            return self.inputs[name]
+        spec = self.specs[name]
+        return InputSpec(name, "tensor", Role.USER, spec.dtype, spec.device, spec.shape, spec.strides)
