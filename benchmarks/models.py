@@ -105,9 +105,9 @@ def with_statistics(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             size = module.running_mean.shape
-            module.running_mean.copy_(0.1 * torch.randn(size, generator=generator))
-            module.running_var.copy_(0.5 + torch.rand(size, generator=generator))
-            with torch.no_grad():
+            with torch.no_grad(), torch.device("cpu"):
+                module.running_mean.copy_(0.1 * torch.randn(size, generator=generator))
+                module.running_var.copy_(0.5 + torch.rand(size, generator=generator))
                 module.weight.copy_(0.75 + 0.5 * torch.rand(size, generator=generator))
                 module.bias.copy_(0.1 * torch.randn(size, generator=generator))
     return model

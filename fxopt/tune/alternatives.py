@@ -23,6 +23,7 @@ from fxopt.tune.candidate import Choice, sizes_of
 from fxopt.tune.contest import decide
 from fxopt.tune.measure import METHOD, BoundCall, Measurements, Memory, Trial, assumed_sizes
 from fxopt.tune.records import RecordKey
+from fxopt.tune.values import unlike_the_first
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _fastest(
     if len(trials) == 1 or alternatives.device.type != "cuda":
         return first
     key = RecordKey("alternatives", facts)
-    found = decide(key, alternatives.name, _memory(alternatives), alternatives.device, trials, store, measurements)
+    memory = _memory(alternatives)
+    found = decide(key, alternatives.name, memory, alternatives.device, trials, store, measurements, unlike_the_first)
     if found is None:
         return first
     winner, figures = found

@@ -242,9 +242,7 @@ def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, 
 
 
 def _usable(contest: _Contest) -> list[Choice]:
-    """The built choices whose kernels keep their values in registers. Of tensor cores' kernels only those: a convolution of
-    176 spilled bytes gave wrong values on an H100. Of others all, if no choice does.
-    """
+    """The built choices whose kernels keep their values in registers. If none does: all, unless they use tensor cores."""
     kept = [c for c in contest.built if not _spills(c)]
     return kept if kept or isinstance(contest.region, Contraction | Attention) else contest.built
 

@@ -9,7 +9,7 @@ import torch
 
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.measure import Measurements, Memory, Trial
+from fxopt.tune.measure import Check, Measurements, Memory, Trial
 from fxopt.tune.records import RecordKey, Records
 
 NOISE = 0.03
@@ -27,6 +27,7 @@ def decide(
     trials: Sequence[Trial],
     store: ArtifactStore,
     measurements: Measurements,
+    check: Check | None = None,
 ) -> Outcome | None:
     """The winner among `trials`: from the records under `key`, or measured now, as `Measurements.compare` does.
 
@@ -40,7 +41,7 @@ def decide(
         # Another process may have measured this very contest while this one waited.
         if (found := _recorded(records, key, labels)) is not None:
             return found
-        seconds = measurements.compare(name, memory, device, trials)
+        seconds = measurements.compare(name, memory, device, trials, check)
         if seconds is None:
             return None
         figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}

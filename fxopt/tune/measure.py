@@ -28,7 +28,7 @@ from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.launch import CudaError, load_cubin
 from fxopt.tune.suspects import Suspects
 
-METHOD = 6
+METHOD = 7
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -81,6 +81,9 @@ class Trial:
     scratch: tuple[BufferSpec, ...] = ()
 
 
+Check = Callable[[Memory, torch.device, Sequence[Trial], Suspects], frozenset[str]]
+"""The labels of trials that must not be kept, however fast."""
+
 log = logging.getLogger(__name__)
 
 
@@ -114,10 +117,13 @@ class Measurements:
                 self.journal.note("tuning", "measured while another process measured on this GPU, after a long wait for it")
             yield
 
-    def compare(self, name: str, memory: Memory, device: torch.device, trials: Sequence[Trial]) -> list[float] | None:
+    def compare(
+        self, name: str, memory: Memory, device: torch.device, trials: Sequence[Trial], check: Check | None = None
+    ) -> list[float] | None:
         """Seconds of one run of each of `trials` (infinity for one that does not run), or None when nothing can be measured.
 
-        `name` says whose trials they are; `memory` is what they share. Raises HungKernelError for one that does not end.
+        `name` says whose trials they are; `memory` is what they share. What `check` names has
+        infinity, too. Raises HungKernelError for one that does not end.
         """
         if self.left <= 0:
             self.journal.provisional = True
@@ -128,16 +134,22 @@ class Measurements:
         start = time.perf_counter()
         try:
             with torch.cuda.device(device):
-                seconds = time_trials(memory, device, trials, self.suspects)
+                wrong = check(memory, device, trials, self.suspects) if check is not None else frozenset()
+                right = [t for t in trials if t.label not in wrong]
+                timed = time_trials(memory, device, right, self.suspects)
                 if _may_stay_in_cache(memory.buffers, device):
-                    cold = time_trials(memory, device, trials, self.suspects, cold=True)
-                    seconds = [(a + b) / 2 for a, b in zip(seconds, cold, strict=True)]
+                    cold = time_trials(memory, device, right, self.suspects, cold=True)
+                    timed = [(a + b) / 2 for a, b in zip(timed, cold, strict=True)]
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{name}: not measured, the GPU is out of memory")
             self.journal.provisional = True
             return None
         finally:
             self.left -= time.perf_counter() - start
+        for label in sorted(wrong):
+            self.journal.note("tuning", f"{name}: {label} is no candidate, its values are not the library's")
+        seconds_of = {t.label: s for t, s in zip(right, timed, strict=True)}
+        seconds = [seconds_of.get(t.label, math.inf) for t in trials]
         figures = ", ".join(f"{t.label}: {s * 1e6:.1f} us" for t, s in zip(trials, seconds, strict=True))
         log.info("%s: %s: %s", self.journal.graph, name, figures)
         return seconds
@@ -162,11 +174,17 @@ def time_trials(
     `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache.
     """
     sizes = assumed_sizes(memory, trials)
+    tensors = made_up(memory, device, sizes)
+    return interleaved([runner(trial, tensors, sizes, suspects) for trial in trials], device, cold)
+
+
+def made_up(memory: Memory, device: torch.device, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """A flat tensor for each buffer, random but the same at each call."""
     generator = torch.Generator(device).manual_seed(0)  # the user's own keeps its state
     tensors = {name: _made_up(spec, memory.bounds.get(name), sizes, generator) for name, spec in memory.buffers.items()}
     for name, rows in memory.ends.items():
         tensors[name].copy_(_even_ends(len(tensors[name]), rows))
-    return interleaved([runner(trial, tensors, sizes, suspects) for trial in trials], device, cold)
+    return tensors
 
 
 def eager_seconds(run: Run, device: torch.device) -> float:
@@ -228,7 +246,7 @@ def runner(
     tensors = shared | {spec.name: _zeros(spec, sizes) for spec in trial.scratch}
     parts: list[Run] = []
     for part in trial.parts:
-        run = _call(part, tensors, sizes) if isinstance(part, BoundCall) else _launch(*part, tensors, sizes, watch)
+        run = _call(part, tensors, sizes) if isinstance(part, BoundCall) else launched(*part, tensors, sizes, watch)
         if run is None:
             return None
         parts.append(run)
@@ -242,7 +260,7 @@ def runner(
     return run_all
 
 
-def _launch(
+def launched(
     source: KernelSource, artifact: Artifact, tensors: dict[str, torch.Tensor], sizes: dict[str, int], suspects: Suspects
 ) -> Run | None:
     try:
@@ -277,21 +295,7 @@ def _runs(run: Run, artifact: Artifact, suspects: Suspects) -> bool:
 
 def _call(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> Run | None:
     """The library call, which makes results of its own: what reads them afterwards finds random data of the same layout."""
-    views = {v.name: v for v in bound.views}
-
-    def argument(value: Any) -> Any:
-        match value:
-            case Ref(name):
-                return _tensor(views.get(name), name, bound.buffers, tensors, sizes)
-            case Size(expr):
-                return evaluate(expr, sizes)
-            case list() | tuple():
-                return type(value)(argument(x) for x in value)
-            case dict():
-                return {k: argument(x) for k, x in value.items()}
-        return value
-
-    op, args, kwargs = resolve_op(bound.call.op), argument(bound.call.args), argument(bound.call.kwargs)
+    op, args, kwargs = bound_arguments(bound, tensors, sizes)
 
     def run() -> None:
         op(*args, **kwargs)
@@ -309,6 +313,27 @@ def _call(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, i
     return None if hidden else run
 
 
+def bound_arguments(
+    bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, int]
+) -> tuple[Callable[..., Any], Any, Any]:
+    """The op of a library call, and its arguments as they are in `tensors`."""
+    views = {v.name: v for v in bound.views}
+
+    def argument(value: Any) -> Any:
+        match value:
+            case Ref(name):
+                return strided(views.get(name), name, bound.buffers, tensors, sizes)
+            case Size(expr):
+                return evaluate(expr, sizes)
+            case list() | tuple():
+                return type(value)(argument(x) for x in value)
+            case dict():
+                return {k: argument(x) for k, x in value.items()}
+        return value
+
+    return resolve_op(bound.call.op), argument(bound.call.args), argument(bound.call.kwargs)
+
+
 def _hides_nan(op: Callable[..., Any], args: Any, position: int) -> bool:
     """Whether relu in a fused convolution makes something else of NaN, as cuDNN's descriptors may say; torch's keeps it."""
     weight = args[1]
@@ -316,7 +341,7 @@ def _hides_nan(op: Callable[..., Any], args: Any, position: int) -> bool:
     return not bool(op(*args[:position], bias, *args[position + 1 :]).isnan().all())
 
 
-def _tensor(
+def strided(
     view: Alias | None, name: str, buffers: Mapping[str, BufferSpec], tensors: dict[str, torch.Tensor], sizes: dict[str, int]
 ) -> torch.Tensor:
     """The buffer or view `name` as a tensor."""
@@ -340,8 +365,11 @@ def assumed_sizes(memory: Memory, trials: Sequence[Trial]) -> dict[str, int]:
 
 
 def _made_up(spec: BufferSpec, bound: Int | None, sizes: dict[str, int], generator: torch.Generator) -> torch.Tensor:
-    """A buffer of random floats or, below `bound`, random indices; of zeros for what is neither (float8 has no normal_)."""
+    """A buffer of random floats, of random indices below `bound`, or of bools, mostly true as in masks; of zeros for what is
+    none of these (float8 has no normal_)."""
     extent = max(evaluate(spec.extent, sizes), 1)
+    if spec.dtype == torch.bool:
+        return torch.randint(8, (extent,), generator=generator, device=spec.device) > 0
     if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
         return torch.empty(extent, device=spec.device, dtype=spec.dtype).normal_(generator=generator)
     if bound is not None:

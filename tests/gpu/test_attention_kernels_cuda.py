@@ -89,7 +89,7 @@ def test_every_configuration_is_as_exact_as_eager(case: str) -> None:
 
 
 def _preferring_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compare(own: Any, name: str, memory: Any, device: torch.device, trials: Sequence[Trial]) -> list[float]:
+    def compare(own: Any, name: str, memory: Any, device: torch.device, trials: Sequence[Trial], check: Any) -> list[float]:
         return [0.5 if t.label.startswith(KERNEL) else 1.0 for t in trials]
 
     monkeypatch.setattr(tuner.Measurements, "compare", compare)

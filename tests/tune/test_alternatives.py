@@ -55,7 +55,7 @@ class Bench:
         monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
         monkeypatch.setattr(tuner, "compile_kernels", self.compile)
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
-        monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, *rest))
+        monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, *rest[:3]))
 
     def compile(self, sources: Iterable[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
         sources = list(sources)

@@ -216,6 +216,10 @@ def implicit_configs(problem: ConvProblem, target: Target, limit: int = 3) -> li
     return list(_implicit(problem, target)[:limit])
 
 
+MOST_REGISTERS = 160
+"""Of 255: addresses take as many as what is gathered. At 192 one such kernel spills, and one has wrong values on an H100."""
+
+
 @functools.lru_cache(maxsize=256)
 def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     product = problem.product
@@ -223,9 +227,15 @@ def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     ranked = sorted(dict.fromkeys(found), key=lambda c: (implicit_seconds(problem, c, target), c.stages, -c.warps))
     kinds: dict[object, GemmConfig] = {}
     for config in ranked:
-        if config.per_sm(product, target) > 0:
+        if config.per_sm(product, target) > 0 and _implicit_registers(problem, config) <= MOST_REGISTERS:
             kinds.setdefault(config.kind, config)
     return tuple(kinds.values())
+
+
+def _implicit_registers(problem: ConvProblem, config: GemmConfig) -> float:
+    """Of a thread, for sums and for patches that are gathered element by element."""
+    gathered = config.block_m * config.block_k if problem.patches.shape[3] % config.block_k else 0
+    return (config.block_m * config.block_n + gathered) / (32 * config.warps)
 
 
 def _is_a_form(config: GemmConfig) -> bool:
