@@ -450,24 +450,26 @@ def test_what_is_not_captured_says_why(made: list[GraphedExecutor]) -> None:
 
 
 class Worded(nn.Module):
-    """Ends in results that are too large to be copied."""
+    """Ends in results that are too large to be copied; `telling` returns what they are made from, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, telling: bool = False) -> None:
         super().__init__()
-        self.blocks, self.head = network(64, 6), nn.Linear(64, 1 << 15).cuda()
+        self.blocks, self.head, self.telling = network(64, 6), nn.Linear(64, 1 << 15).cuda(), telling
 
     def forward(self, x: torch.Tensor) -> Any:
         hidden = self.blocks(x)
-        return self.head(hidden), hidden[1:]
+        return (self.head(hidden), hidden[1:]) if self.telling else self.head(hidden)
 
 
-def test_large_results_are_made_by_a_part_that_runs_plainly(made: list[GraphedExecutor]) -> None:
-    model = Worded()
+@pytest.mark.parametrize("telling", [False, True])
+def test_large_results_are_made_by_a_part_that_runs_plainly(telling: bool, made: list[GraphedExecutor]) -> None:
+    model = Worded(telling)
     run = compiled(model)
     inputs = [x_of(k, 512, 64) for k in range(CALLS)]
     kept = [run(x) for x in inputs]
     close(kept, [model(x) for x in inputs])
     assert replays(made) == CALLS - 1 and any("the last ones, so that their results need no copies" in t for t in reasons())
+    assert len(made[0]._way.lent) == (0 if telling else 1)
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
     got = []
