@@ -88,7 +88,7 @@ def choose(plan: Plan) -> Choice | str:
     if end - begin < MIN_STEPS:
         return obstacle or f"it has {count} step{'s' * (count != 1)}; a replay saves time from {MIN_STEPS} on"
     cuts: list[int | None] = [] if obstacle else [None]
-    if not plan.symbols and facts.is_described():
+    if not plan.symbols and facts.is_described() and not facts.rewrites(begin, end):
         cuts += range(begin + MIN_STEPS, end + 1)
         if begin and end == count and facts.unreturnable() is None:
             cuts.append(None)
@@ -168,6 +168,11 @@ class _Facts:
     def is_described(self) -> bool:
         """Whether the layout of all that steps make is known."""
         return all(name in self.specs for name in self.found.made)
+
+    def rewrites(self, begin: int, end: int) -> bool:
+        """Whether a step from `begin` to before `end` changes what one before them has made: a captured run has a copy."""
+        made = set(self.found.crossing(0, begin))
+        return any(self.found.root.get(n, n) in made for step in self.found.steps[begin:end] for n in step.writes)
 
     def obstacle(self, step: Launch | Call) -> str | None:
         """Why the step is not to be captured."""
