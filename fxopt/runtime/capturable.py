@@ -84,11 +84,12 @@ def choose(plan: Plan) -> Choice | str:
     reasons = [facts.obstacle(step) for step in facts.found.steps]
     count = len(reasons)
     begin, end = _longest_run(reasons)
+    end = facts.first_rewrite(begin, end)
     obstacle = next((r for r in (*reasons, facts.unreturnable()) if r is not None), None)
     if end - begin < MIN_STEPS:
         return obstacle or f"it has {count} step{'s' * (count != 1)}; a replay saves time from {MIN_STEPS} on"
     cuts: list[int | None] = [] if obstacle else [None]
-    if not plan.symbols and facts.is_described() and not facts.rewrites(begin, end):
+    if not plan.symbols and facts.is_described():
         cuts += range(begin + MIN_STEPS, end + 1)
         if begin and end == count and facts.unreturnable() is None:
             cuts.append(None)
@@ -169,10 +170,12 @@ class _Facts:
         """Whether the layout of all that steps make is known."""
         return all(name in self.specs for name in self.found.made)
 
-    def rewrites(self, begin: int, end: int) -> bool:
-        """Whether a step from `begin` to before `end` changes what one before them has made: a captured run has a copy."""
+    def first_rewrite(self, begin: int, end: int) -> int:
+        """The first step from `begin` to before `end`, else that, which changes what one before `begin` has made: a captured
+        run has only a copy of it."""
         made = set(self.found.crossing(0, begin))
-        return any(self.found.root.get(n, n) in made for step in self.found.steps[begin:end] for n in step.writes)
+        writes = ((k, self.found.root.get(n, n)) for k in range(begin, end) for n in self.found.steps[k].writes)
+        return next((k for k, name in writes if name in made), end)
 
     def obstacle(self, step: Launch | Call) -> str | None:
         """Why the step is not to be captured."""

@@ -117,7 +117,7 @@ def test_what_cannot_be_captured_runs_before_or_after_what_can(more: tuple[Any, 
 def test_a_captured_part_does_not_change_what_one_before_has_made() -> None:
     steps_before = [launch("x", "c"), Call("mylib::gate.default", (Ref("c"),), {}, (None,))]
     made = network(spec("c", 8, 8), launch("h9", "c"), outputs=(Ref("c"),))
-    assert "mylib::gate" in str(choose(replace(made, steps=(*steps_before, *made.steps))))
+    assert steps(replace(made, steps=(*steps_before, *made.steps))) == (2, 10, 1)
     reading = network(spec("c", 8, 8), launch("c", "h9"))
     assert steps(replace(reading, steps=(*steps_before, *reading.steps))) == (2, 11, 0)
 
