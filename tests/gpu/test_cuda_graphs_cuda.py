@@ -386,17 +386,26 @@ def test_results_share_memory_as_in_eager(made: list[GraphedExecutor]) -> None:
 
 
 def test_compiled_inside_compiled_and_hooks(made: list[GraphedExecutor]) -> None:
-    inner_model, outer_model = network(64, 4), network(64, 4)
+    inner_model = network(64, 4)
     torch.compiler.reset()
     inner = torch.compile(inner_model, backend="fxopt")
-    hooked = torch._dynamo.disable(lambda module, args, out: out + inner(out), recursive=False)
-    outer_model[1].register_forward_hook(hooked)
-    run = torch.compile(outer_model, backend="fxopt")
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = network(64, 4), network(64, 4)
+            self.first.register_forward_hook(torch._dynamo.disable(lambda m, args, out: out + inner(out), recursive=False))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(y)
+
+    outer = Outer()
+    run = torch.compile(outer, backend="fxopt")
     for k in range(4):
-        x = x_of(k)
-        got = run(x)
-        close(got, outer_model(x))
-    assert replays(made) > 0
+        close(run(x_of(k)), outer(x_of(k)))
+    assert replays(made) >= 6
 
 
 def test_inside_a_capture_of_the_users(made: list[GraphedExecutor]) -> None:
