@@ -8,6 +8,7 @@ Rounds are interleaved; a time is that of a whole call of `generate`, prompt and
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import statistics
 import tempfile
@@ -31,6 +32,7 @@ from fxopt.report.contenders import caches_under
 from fxopt.report.explanation import journals
 from fxopt.report.tables import open_console
 from fxopt.runtime.cuda_graph import NAME as CUDA_GRAPHS
+from fxopt.runtime.cuda_graph import GraphedExecutor
 
 LLAMA_1B = {"hidden": 2048, "layers": 16, "vocab": 128256}
 TINY = {"hidden": 64, "layers": 2, "vocab": 97}
@@ -73,7 +75,8 @@ WAYS = {
 @dataclass
 class Written:
     """What a way did: seconds of each call and of the first, the graphs that Dynamo compiled in the first call and in all
-    later ones, the tokens of the first, and whether later calls wrote the same; what fxopt says of CUDA graphs."""
+    later ones, the tokens of the first, and whether later calls wrote the same; what fxopt says of CUDA graphs, and how many
+    it has captured and replayed in the later calls."""
 
     first_seconds: float
     graphs: int
@@ -83,6 +86,8 @@ class Written:
     repeatable: bool = True
     kernels: int | None = None
     captured: list[str] = field(default_factory=list)
+    captures: int = 0
+    replays: int = 0
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -95,6 +100,12 @@ def compiled_graphs() -> int:
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
+
+
+def cuda_graphs() -> tuple[int, int]:
+    """How many CUDA graphs fxopt has captured in this process, and how often it has replayed any."""
+    found = [x for x in gc.get_objects() if type(x) is GraphedExecutor]
+    return sum(x._captures for x in found), sum(x._replays for x in found)
 
 
 def write(model: Any, prompt: Tensor, tokens: int, way: Way) -> Callable[[], Tensor]:
@@ -136,7 +147,10 @@ def compare(model: nn.Module, prompt: Tensor, tokens: int, ways: Sequence[Way], 
     for _ in range(rounds):
         for name, call in calls.items():
             before, own = compiled_graphs(), found[name]
+            captures, replays = cuda_graphs()
             seconds, result = timed(call, prompt.device)
+            own.captures += cuda_graphs()[0] - captures
+            own.replays += cuda_graphs()[1] - replays
             own.seconds.append(seconds)
             own.later_graphs += compiled_graphs() - before
             own.repeatable &= torch.equal(result, own.tokens)
@@ -173,6 +187,8 @@ def entries(found: Mapping[str, Written], judge: nn.Module, prompt: Tensor, toke
             "later_graphs": own.later_graphs,
             "fxopt_kernels": own.kernels,
             "fxopt_captured": own.captured,
+            "fxopt_captures": own.captures,
+            "fxopt_replays": own.replays,
             "gap": gap(judge, own.tokens, start),
             "tokens_as_first_way": agreement(own.tokens, first.tokens) - start,
             "repeatable": own.repeatable,

@@ -84,6 +84,7 @@ def choose(plan: Plan) -> Choice | str:
     reasons = [facts.obstacle(step) for step in facts.found.steps]
     count = len(reasons)
     begin, end = _longest_run(reasons)
+    end = facts.first_rewrite(begin, end)
     obstacle = next((r for r in (*reasons, facts.unreturnable()) if r is not None), None)
     if end - begin < MIN_STEPS:
         return obstacle or f"it has {count} step{'s' * (count != 1)}; a replay saves time from {MIN_STEPS} on"
@@ -168,6 +169,13 @@ class _Facts:
     def is_described(self) -> bool:
         """Whether the layout of all that steps make is known."""
         return all(name in self.specs for name in self.found.made)
+
+    def first_rewrite(self, begin: int, end: int) -> int:
+        """The first step from `begin` to before `end`, else that, which changes what one before `begin` has made: a captured
+        run has only a copy of it."""
+        made = set(self.found.crossing(0, begin))
+        writes = ((k, self.found.root.get(n, n)) for k in range(begin, end) for n in self.found.steps[k].writes)
+        return next((k for k, name in writes if name in made), end)
 
     def obstacle(self, step: Launch | Call) -> str | None:
         """Why the step is not to be captured."""

@@ -386,17 +386,26 @@ def test_results_share_memory_as_in_eager(made: list[GraphedExecutor]) -> None:
 
 
 def test_compiled_inside_compiled_and_hooks(made: list[GraphedExecutor]) -> None:
-    inner_model, outer_model = network(64, 4), network(64, 4)
+    inner_model = network(64, 4)
     torch.compiler.reset()
     inner = torch.compile(inner_model, backend="fxopt")
-    hooked = torch._dynamo.disable(lambda module, args, out: out + inner(out), recursive=False)
-    outer_model[1].register_forward_hook(hooked)
-    run = torch.compile(outer_model, backend="fxopt")
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = network(64, 4), network(64, 4)
+            self.first.register_forward_hook(torch._dynamo.disable(lambda m, args, out: out + inner(out), recursive=False))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(y)
+
+    outer = Outer()
+    run = torch.compile(outer, backend="fxopt")
     for k in range(4):
-        x = x_of(k)
-        got = run(x)
-        close(got, outer_model(x))
-    assert replays(made) > 0
+        close(run(x_of(k)), outer(x_of(k)))
+    assert replays(made) >= 6
 
 
 def test_inside_a_capture_of_the_users(made: list[GraphedExecutor]) -> None:
@@ -450,24 +459,26 @@ def test_what_is_not_captured_says_why(made: list[GraphedExecutor]) -> None:
 
 
 class Worded(nn.Module):
-    """Ends in results that are too large to be copied."""
+    """Ends in results that are too large to be copied; `telling` returns what they are made from, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, telling: bool = False) -> None:
         super().__init__()
-        self.blocks, self.head = network(64, 6), nn.Linear(64, 1 << 15).cuda()
+        self.blocks, self.head, self.telling = network(64, 6), nn.Linear(64, 1 << 15).cuda(), telling
 
     def forward(self, x: torch.Tensor) -> Any:
         hidden = self.blocks(x)
-        return self.head(hidden), hidden[1:]
+        return (self.head(hidden), hidden[1:]) if self.telling else self.head(hidden)
 
 
-def test_large_results_are_made_by_a_part_that_runs_plainly(made: list[GraphedExecutor]) -> None:
-    model = Worded()
+@pytest.mark.parametrize("telling", [False, True])
+def test_large_results_are_made_by_a_part_that_runs_plainly(telling: bool, made: list[GraphedExecutor]) -> None:
+    model = Worded(telling)
     run = compiled(model)
     inputs = [x_of(k, 512, 64) for k in range(CALLS)]
     kept = [run(x) for x in inputs]
     close(kept, [model(x) for x in inputs])
     assert replays(made) == CALLS - 1 and any("the last ones, so that their results need no copies" in t for t in reasons())
+    assert len(made[0]._way.lent) == (0 if telling else 1)
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
     got = []

@@ -114,6 +114,14 @@ def test_what_cannot_be_captured_runs_before_or_after_what_can(more: tuple[Any, 
     assert steps(turned) == (3, 8, 0) and reason in chosen(turned).note
 
 
+def test_a_captured_part_does_not_change_what_one_before_has_made() -> None:
+    steps_before = [launch("x", "c"), Call("mylib::gate.default", (Ref("c"),), {}, (None,))]
+    made = network(spec("c", 8, 8), launch("h9", "c"), outputs=(Ref("c"),))
+    assert steps(replace(made, steps=(*steps_before, *made.steps))) == (2, 10, 1)
+    reading = network(spec("c", 8, 8), launch("c", "h9"))
+    assert steps(replace(reading, steps=(*steps_before, *reading.steps))) == (2, 11, 0)
+
+
 def test_several_gpus() -> None:
     assert choose(network(launch("h1", "h2", device=torch.device("cuda", 1)))) == "it runs on several GPUs"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, Call, Ref
-from fxopt.runtime.capturable import Traits
+from fxopt.runtime import capturable
+from fxopt.runtime.capturable import Choice, Traits, choose, traits
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.in_parts import InParts
 from fxopt.runtime.memory import plan_memory
 from fxopt.runtime.plan import Plan
-from fxopt.runtime.split import Parts, split
+from fxopt.runtime.split import Part, Parts, split
 from tests.runtime.fake_graphs import FakeDriver, Function
 from tests.runtime.plans import CPU, buffer, plan, tensor
 
@@ -43,11 +46,12 @@ RUNNING = sum(isinstance(step, Call) for step in STEPS)
 OUTPUTS = [Ref("h6"), Ref("turned"), Ref("h1"), Ref("x"), Ref("row"), 7, Ref("h3"), Ref("state")]
 
 
-def network() -> Plan:
+def network(*obstacle: Call, at: int = 0) -> Plan:
+    """With an obstacle before step `at`."""
     inputs = [tensor("x", 4, 4), tensor("w", 4, 4, role=Role.PARAMETER), tensor("state", 4, 4, role=Role.STATE)]
     buffers = [*(buffer(f"h{k}", *((1, 4) if k == 3 else (4, 4))) for k in range(7)), buffer("s", dtype=torch.int64)]
     buffers += [buffer("turned", 4, 4, strides=(1, 4)), buffer("row", 1, 4), buffer("noise", 4, 4)]
-    return plan_memory(plan(inputs, buffers, STEPS, OUTPUTS))
+    return plan_memory(plan(inputs, buffers, [*STEPS[:at], *obstacle, *STEPS[at:]], OUTPUTS))
 
 
 def given(seed: int) -> list[Any]:
@@ -91,13 +95,13 @@ def test_parts_one_after_another_are_the_whole(begin: int, end: int | None, lend
 
 
 class Binder:
-    """Stands for an executor: what it binds for the captured part can be captured on the CPU."""
+    """Stands for an executor of `made`: what it binds for the captured part can be captured on the CPU."""
 
-    plan, kept_as = None, None
+    kept_as = None
 
-    def __init__(self, parts: Parts, driver: FakeDriver) -> None:
-        self.captured, self.driver = parts.captured.plan, driver
-        self.whole = bound(network())
+    def __init__(self, made: Plan, parts: Parts, driver: FakeDriver) -> None:
+        self.plan, self.captured, self.driver = made, parts.captured.plan, driver
+        self.whole = bound(made)
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         return self.whole(inputs)
@@ -110,43 +114,48 @@ class Binder:
         return self.driver.function
 
 
+def acted(made: Plan, parts: Parts, found: Traits) -> tuple[GraphedExecutor, FakeDriver, list[str]]:
+    driver = FakeDriver(Function(lambda: ()), found.seeds)
+    binder: Any = Binder(made, parts, driver)
+    notes = list[str]()
+    way = functools.partial(InParts, parts, binder)
+    return GraphedExecutor(binder, found, Turns(driver), 4, lambda _, text: notes.append(text), way), driver, notes
+
+
 def graphed(begin: int, end: int | None, lends: bool) -> tuple[GraphedExecutor, FakeDriver, list[str]]:
     parts = split(network(), begin, end, lends)
-    names = [x.name for x in parts.captured.plan.inputs]
-    places = dict(zip(names, parts.captured.takes, strict=True))
-    fixed = tuple(places[n] for n in ("w", "state") if n in places)
-    moved = tuple(p for n, p in places.items() if p not in fixed)
-    written = tuple(places[n] for n in ("state",) if n in places)
-    seeds = sum(isinstance(s, Call) and s.op.startswith("fxopt::seed") for s in parts.captured.plan.steps)
-    driver = FakeDriver(Function(lambda: ()), seeds)
-    binder, notes = Binder(parts, driver), list[str]()
-    found = Traits(CPU, moved, fixed, written, (), seeds, steps=100)
+    return acted(network(), parts, on_the_cpu(traits(on_a_gpu(parts.captured))))
 
-    def make() -> InParts:
-        return InParts(parts, binder)  # type: ignore[arg-type]
 
-    return (
-        GraphedExecutor(binder, found, Turns(driver), 4, lambda _, text: notes.append(text), make),  # type: ignore[arg-type]
-        driver,
-        notes,
-    )
+def on_a_gpu(part: Part) -> Part:
+    return Part(moved(part.plan, "cpu", "cuda:0"), part.takes)
+
+
+def moved(made: Plan, source: str, target: str) -> Plan:
+    return Plan.from_json(made.to_json().replace(f'"{source}"', f'"{target}"'))
+
+
+def on_the_cpu(found: Traits) -> Traits:
+    return replace(found, device=CPU, steps=100)
 
 
 @pytest.mark.parametrize("lends", [True, False])
 @pytest.mark.parametrize(("begin", "end"), [(0, 6), (2, 8), (4, 7), (1, None), (0, RUNNING)])
 def test_the_part_in_the_middle_is_replayed(begin: int, end: int | None, lends: bool) -> None:
     run, driver, notes = graphed(begin, end, lends)
-    plain = bound(network())
-    _, weight, mine = given(0)
-    theirs, kept = mine.clone(), []
-    torch.manual_seed(3)
-    wanted = [plain([given(k)[0], weight, theirs]) for k in range(4)]
-    torch.manual_seed(3)
-    for k in range(4):
-        inputs = [given(k)[0], weight, mine]
-        kept.append((run(list(inputs)), inputs))
+    alike(run, bound(network()))
     assert driver.captures == 1 and sum(what == "replay" for what, _ in driver.log) == 3 and not notes
-    for (got, inputs), want in zip(kept, wanted, strict=True):
+
+
+def alike(run: Any, plain: Executor, *more: torch.Tensor) -> None:
+    """Assert that four calls of both do the same, one after another on one weight and one state."""
+    _, weight, mine = given(0)
+    theirs = mine.clone()
+    torch.manual_seed(3)
+    wanted = [plain([given(k)[0], weight, theirs, *more]) for k in range(4)]
+    torch.manual_seed(3)
+    calls = [[given(k)[0], weight, mine, *more] for k in range(4)]
+    for inputs, got, want in zip(calls, [run(list(inputs)) for inputs in calls], wanted, strict=True):
         same(got, want, inputs)
     torch.testing.assert_close(mine, theirs)
 
@@ -178,3 +187,25 @@ def test_a_call_inside_a_replay_in_parts() -> None:
     bound(network())([given(2)[0], weight, state.clone()])
     (got,) = inner
     torch.testing.assert_close(got[2], bound(network())([given(5)[0], weight, state.clone()])[2])
+
+
+@pytest.mark.parametrize("copies", ["cheap", "dear"])
+@pytest.mark.parametrize("at", [*range(len(STEPS) + 1), None])
+def test_whatever_is_chosen_does_what_the_whole_does(at: int | None, copies: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturable, "MIN_STEPS", 2)
+    monkeypatch.setattr(capturable, "COPY_SHARE", float("inf"))
+    if copies == "dear":
+        monkeypatch.setattr(capturable, "COPY_BYTES_PER_SECOND", 1e6)
+    obstacle = Call("aten::_local_scalar_dense.default", (Ref("one"),), {}, (None,))
+    made = network(*([] if at is None else [obstacle]), at=at or 0)
+    made = replace(made, inputs=(*made.inputs, tensor("one")))
+    choice = choose(moved(made, "cpu", "cuda:0"))
+    assert isinstance(choice, Choice)
+    found = choice.parts
+    before, captured, after = (
+        p and Part(moved(p.plan, "cuda:0", "cpu"), p.takes) for p in (found.before, found.captured, found.after)
+    )
+    assert captured is not None
+    run, driver, notes = acted(made, Parts(before, captured, after, found.lent), on_the_cpu(traits(found.captured)))
+    alike(run, bound(made), torch.ones(()))
+    assert driver.captures == 1 and not notes
