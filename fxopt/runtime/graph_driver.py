@@ -155,6 +155,8 @@ class GraphDriver:
         captured run's own: what the caller holds on to is overwritten only by its own replays. Raises whatever `run` raises;
         CudaError and CaptureError where the driver or the allocator refuses. Afterwards all is as before.
         """
+        if apart:  # a run without graphs has left as much memory in the allocator's cache, where the pool cannot get at it
+            torch.cuda.empty_cache()
         pool = None if apart else self._pool()
         if pool is None:
             pool = torch.cuda.MemPool()

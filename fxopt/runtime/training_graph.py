@@ -30,6 +30,8 @@ COPY_SHARE = 1.0
 """How much of the host time that a replay saves may go into copies: whoever asks for graphs here is short of it."""
 SIZES_KEPT = 4
 """How many forwards of a graph with symbolic sizes are kept captured; each keeps the memory of its activations."""
+STALE_REPLAYS = 256
+"""A captured forward goes when another one is captured and it was not among that many last replays: its weights are gone."""
 STREAM_CHANGES = 8
 """How often a captured forward follows its caller to another stream, which the host has to wait for."""
 
@@ -48,6 +50,7 @@ class SavedMemory:
         self._storages = [x.untyped_storage() for x in {x.untyped_storage()._cdata: x for x in tensors}.values()]
         self._own = [own[s._cdata] + 1 for s in self._storages]  # who uses it: each of the tensors, and the object held here
         self._own_objects = self._objects()
+        self.taken_at = 0  # the number of the last replay that has written it
         self.addresses = frozenset(x.data_ptr() for x in tensors)
         self._stream: int | None = None
         self._stream_changes = 0
@@ -99,9 +102,21 @@ class GraphedForward(GraphedExecutor):
         super().__init__(executor, found, turns, min(limit, SIZES_KEPT) if found.varying else limit, note)
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
+        self._drop_stale()
         saved = self.plan.saved
         made = record(self._executor, values, signature, self._traits, self._turns.driver, saved=saved)
-        return ForwardRecording(**vars(made), memory=SavedMemory([kept.tensor for kept in made.results.kept]))
+        memory = SavedMemory([kept.tensor for kept in made.results.kept])
+        memory.taken_at = self._replays
+        return ForwardRecording(**vars(made), memory=memory)
+
+    def _drop_stale(self) -> None:
+        with self._lock:
+            for key, kept in list(self._kept.items()):
+                assert isinstance(kept, ForwardRecording)
+                if self._replays - kept.memory.taken_at > STALE_REPLAYS:
+                    del self._kept[key]
+            if all(kept is not self._latest for kept in self._kept.values()):
+                self._latest = None
 
     def _objection(self, recording: Recording) -> str | None:
         assert isinstance(recording, ForwardRecording)
@@ -119,6 +134,7 @@ class GraphedForward(GraphedExecutor):
             if not recording.memory.take(stream, self._turns):
                 return None
             self._replays += 1
+            recording.memory.taken_at = self._replays
             return recording.play(values, stream)
 
         result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))

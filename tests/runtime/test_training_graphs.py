@@ -319,6 +319,21 @@ def test_lengths_that_vary(stage: Stage) -> None:
     assert sum(made.graphs for made in stage.forwards) == training_graph.SIZES_KEPT
 
 
+def test_forwards_with_weights_that_are_gone_give_their_memory_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_graph, "STALE_REPLAYS", 2)
+    pair = Pair().warm()
+    alive = []
+    for _ in range(3):
+        for p in pair.mine.parameters():
+            alive.append(p.data)
+            p.data = p.data.clone()
+        for seed in range(5):
+            pair.step(seed)
+            pair.agree()
+            pair.clear()
+        assert stage.forwards[0].graphs == 2, "the one before was in use a moment ago"
+
+
 def test_another_stream_is_waited_for_and_then_left_alone(stage: Stage) -> None:
     pair = Pair().warm()
     driver: Any = stage.forwards[0]._turns.driver
