@@ -35,6 +35,10 @@ STALE_REPLAYS = 256
 STREAM_CHANGES = 8
 """How often a captured forward follows its caller to another stream, which the host has to wait for."""
 
+PATIENT_HOOKS = frozenset({"torch.utils.checkpoint", "torch.autograd.graph"})
+"""Modules whose hooks for saved tensors use these only in the order of the current stream, or as long as they hold them."""
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -42,9 +46,9 @@ class SavedMemory:
     """The tensors in which a captured forward leaves what it saves. Others see aliases of them."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raises CaptureRefused when this torch does not say who uses a storage."""
-        if _use_count is None:
-            raise CaptureRefused("this torch does not count the users of a storage")
+        """Raises CaptureRefused when this torch does not say who uses a storage, or what is done to saved tensors."""
+        if _use_count is None or _top_hooks is None:
+            raise CaptureRefused("this torch does not tell who uses saved tensors")
         self._tensors = tuple(tensors)
         own = Counter(x.untyped_storage()._cdata for x in tensors)
         self._storages = [x.untyped_storage() for x in {x.untyped_storage()._cdata: x for x in tensors}.values()]
@@ -82,6 +86,16 @@ class SavedMemory:
             turns.driver.synchronize()  # who has read it last may have done so plainly, on the other stream
         self._stream = stream
         return True
+
+
+def _may_be_read_unseen() -> bool:
+    """Whether a hook gets to see what is saved now that may read it on a stream of its own.
+
+    torch's allocator learns of such reads by `record_stream`, and waits for them; a replay would not.
+    """
+    assert _top_hooks is not None
+    hooks = _top_hooks(True)
+    return hooks is not None and any(getattr(hook, "__module__", "") not in PATIENT_HOOKS for hook in hooks)
 
 
 _memories: weakref.WeakSet[SavedMemory] = weakref.WeakSet()
@@ -131,7 +145,7 @@ class GraphedForward(GraphedExecutor):
     def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
         def work(stream: int) -> tuple[Any, ...] | None:
             assert isinstance(recording, ForwardRecording)
-            if not recording.memory.take(stream, self._turns):
+            if _may_be_read_unseen() or not recording.memory.take(stream, self._turns):
                 return None
             self._replays += 1
             recording.memory.taken_at = self._replays

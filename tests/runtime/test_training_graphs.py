@@ -209,8 +209,21 @@ def test_an_exception_between_forward_and_backward(stage: Stage) -> None:
     assert stage.counts() == (before[0] + 6, before[1] + 3)
 
 
-def test_saved_tensors_that_somebody_keeps(stage: Stage) -> None:
-    """A hook that packs some of what is saved, and keeps one of it longer than the backward."""
+def test_hooks_that_may_read_on_streams_of_their_own_see_no_shared_memory(stage: Stage) -> None:
+    pair = Pair().warm()
+    before = stage.counts()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        pair.step(5)
+    assert stage.counts() == before
+    with torch.autograd.graph.save_on_cpu():
+        pair.step(5)
+    pair.agree()
+    assert stage.counts()[0] == before[0] + 1
+
+
+def test_saved_tensors_that_somebody_keeps(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook that packs what is saved, and keeps it longer than the backward."""
+    monkeypatch.setattr(training_graph, "PATIENT_HOOKS", {__name__})
     pair = Pair().warm()
     before = stage.counts()
     stolen: list[torch.Tensor] = []
