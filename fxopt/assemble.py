@@ -50,6 +50,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
         buffers=tuple(s for n, s in buffers.items() if n in named and n not in given),
         steps=tuple(steps),
         outputs=lowered.outputs,
+        saved=graph.saved,
     )
     return plan_memory(plan)
 

@@ -14,11 +14,9 @@ from fxopt.errors import OptionError
 
 MODES = {
     "default": "generated kernels from the cost model, few of them measured; inference replays CUDA graphs where it can",
-    "reduce-overhead": "the same as default in this version: training is not captured in CUDA graphs yet",
+    "reduce-overhead": "default, with CUDA graphs in training as well, which keep the memory of saved activations",
     "max-autotune": "default, with more implementations measured for longer",
 }
-TRAINING_UNCAPTURED = "training is not captured in CUDA graphs in this version; inference is, in every mode"
-"""What to tell, where there is a GPU, users of a mode that elsewhere means CUDA graphs."""
 
 
 def _is_bool(value: Any) -> bool:
@@ -87,7 +85,11 @@ class Options:
         None, "how many rewrites may be applied in all", "a number >= 0 or None", _is_fuel, in_key=True
     )
     cuda_graphs: bool = _option(
-        True, "inference on a GPU replays CUDA graphs where it can", "a bool", _is_bool, in_key=False
+        True,
+        "a GPU replays CUDA graphs where it can: in inference, and with reduce-overhead in training",
+        "a bool",
+        _is_bool,
+        in_key=False,
     )
     cuda_graph_limit: int = _option(
         32,

@@ -72,14 +72,21 @@ class Choice:
     note: str
 
 
+def flaw(plan: Plan) -> str | None:
+    """Why the plan as a whole, whatever a replay may save, cannot run as a CUDA graph; None when it can."""
+    facts = _Facts(plan)
+    reasons = (*map(facts.obstacle, facts.found.steps), facts.unreturnable())
+    return _spread(plan) or next((reason for reason in reasons if reason is not None), None)
+
+
 def choose(plan: Plan) -> Choice | str:
     """What of the plan is to run as a CUDA graph; why nothing of it, if so.
 
     Where steps are not to be captured, it is the most consecutive ones that are. Fewer are when the results of the last
     ones are so large that copying them would take longer than running those steps plainly.
     """
-    if len({device.index or 0 for device in _devices(plan) if device.type == "cuda"}) > 1:
-        return "it runs on several GPUs"
+    if spread := _spread(plan):
+        return spread
     facts = _Facts(plan)
     reasons = [facts.obstacle(step) for step in facts.found.steps]
     count = len(reasons)
@@ -101,10 +108,20 @@ def choose(plan: Plan) -> Choice | str:
     if dear := too_dear(best.copied, captured):
         return dear
     if (begin, best.end) == (0, None):
-        return Choice(Parts(None, Part(plan, tuple(range(len(plan.inputs)))), None, frozenset()), CAPTURED)
+        return Choice(whole(plan), CAPTURED)
     why = obstacle or "the last ones, so that their results need no copies"
     text = f"{CAPTURED}, but for {count - captured} of {count} steps: {why}"
     return Choice(split(plan, begin, best.end, facts.lends(best.end)), text)
+
+
+def whole(plan: Plan) -> Parts:
+    """All of the plan as one captured part."""
+    return Parts(None, Part(plan, tuple(range(len(plan.inputs)))), None, frozenset())
+
+
+def _spread(plan: Plan) -> str | None:
+    several = len({device.index or 0 for device in _devices(plan) if device.type == "cuda"}) > 1
+    return "it runs on several GPUs" if several else None
 
 
 def _longest_run(reasons: Sequence[str | None]) -> tuple[int, int]:
@@ -138,9 +155,12 @@ def traits(captured: Part) -> Traits:
     )
 
 
-def too_dear(copied: int, steps: int) -> str | None:
-    """Why copying this many bytes a call is not worth the host time that a replay saves; None when it is."""
-    if copied / COPY_BYTES_PER_SECOND <= steps * STEP_SECONDS * COPY_SHARE:
+def too_dear(copied: int, steps: int, share: float = COPY_SHARE) -> str | None:
+    """Why copying this many bytes a call is not worth the host time that a replay saves; None when it is.
+
+    `share` of the time saved may go into copies.
+    """
+    if copied / COPY_BYTES_PER_SECOND <= steps * STEP_SECONDS * share:
         return None
     return f"copying its inputs and results, {copied / 2**20:.1f} MiB a call, costs more than {steps} launches less may save"
 

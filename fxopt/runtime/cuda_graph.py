@@ -22,10 +22,11 @@ import torch
 from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
-from fxopt.options import TRAINING_UNCAPTURED, Options
-from fxopt.runtime.capturable import Traits, choose, gpu, too_dear, traits
+from fxopt.options import Options
+from fxopt.runtime.capturable import CAPTURED, Choice, Traits, choose, flaw, gpu, too_dear, traits, whole
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.in_parts import InParts, Way, Whole
+from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import Driver, Recording, record
 
 NAME = "cuda-graphs"
@@ -217,19 +218,26 @@ class GraphedExecutor:
             while len(self._kept) >= self._limit:
                 self._kept.popitem(last=False)
         try:
-            way = self._way
-            recording = record(way.captured, values, key[0], self._traits, self._turns.driver, way.lent)
+            recording = self._record(values, key[0])
         except Exception as error:
             self._decline(str(error).partition("\n")[0] or type(error).__name__)
             return None
-        dear = too_dear(recording.copied, self._traits.steps)
-        if dear is not None:
-            self._decline(dear)
+        objection = self._objection(recording)
+        if objection is not None:
+            self._decline(objection)
             return None
         with self._lock:
             self._kept[key] = self._latest = recording
             self._captures += 1
         return recording
+
+    def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
+        way = self._way
+        return record(way.captured, values, signature, self._traits, self._turns.driver, way.lent)
+
+    def _objection(self, recording: Recording) -> str | None:
+        """Why it is not to be replayed after all."""
+        return too_dear(recording.copied, self._traits.steps)
 
     def _decline(self, reason: str) -> None:
         self._declined = True
@@ -277,17 +285,15 @@ def _turns_at(index: int) -> Turns:
 
 
 def with_graphs(executor: Executor, phase: Phase, options: Options, journal: Journal) -> Executor | GraphedExecutor:
-    """What runs `executor`'s plan: with CUDA graphs for an inference graph on a GPU, unless switched off or impossible.
+    """What runs `executor`'s plan: with CUDA graphs on a GPU, unless switched off or impossible; in training only where
+    mode="reduce-overhead" asks for them.
 
     The journal says which, and why.
     """
-    if gpu(executor.plan) is None:
+    training = phase is not Phase.INFERENCE
+    if gpu(executor.plan) is None or (training and options.mode != "reduce-overhead"):
         return executor
-    if phase is not Phase.INFERENCE:
-        if options.mode == "reduce-overhead":
-            journal.note("mode", TRAINING_UNCAPTURED)
-        return executor
-    choice = _switched_off(options) or choose(executor.plan)
+    choice = _switched_off(options) or (_all_or_nothing if training else choose)(executor.plan)
     if not isinstance(choice, str):
         parts = choice.parts
         found = traits(parts.captured)
@@ -299,8 +305,17 @@ def with_graphs(executor: Executor, phase: Phase, options: Options, journal: Jou
         journal.note(NAME, f"not captured: {choice}")
         return executor
     journal.note(NAME, choice.note)
+    if training:
+        from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
+
+        made = GraphedForward if phase is Phase.FORWARD else GraphedBackward
+        return made(executor, found, turns, options.cuda_graph_limit, journal.note)
     way = None if parts.captured.plan is executor.plan else functools.partial(InParts, parts, executor)
     return GraphedExecutor(executor, found, turns, options.cuda_graph_limit, journal.note, way)
+
+
+def _all_or_nothing(plan: Plan) -> Choice | str:
+    return flaw(plan) or Choice(whole(plan), CAPTURED)
 
 
 def _switched_off(options: Options) -> str | None:

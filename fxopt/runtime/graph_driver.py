@@ -5,8 +5,9 @@ gets an error, leaves it there when a capture fails, and launches two kernels be
 generator stands. Plans draw their seeds outside of the captured run (`runtime/draws.py`), so none of it is needed.
 
 Captured runs of one device share one pool of torch's allocator, and all of it is scratch: nothing in there means anything
-between two replays. They are captured on a stream of their own that torch hands out to nobody else, because cuBLAS's
-workspaces belong to streams: another user of that stream would write into the one that the graph uses.
+between two replays. Only forwards in training have pools of their own (`runtime/training_graph.py`). All are captured on a
+stream that torch hands out to nobody else, because cuBLAS's workspaces belong to streams: another user of that stream would
+write into the one that the graph uses.
 """
 
 from __future__ import annotations
@@ -146,17 +147,21 @@ class GraphDriver:
         """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
 
-    def capture(self, run: Callable[[], T]) -> tuple[Callable[[int], None], T]:
+    def capture(self, run: Callable[[], T], apart: bool = False) -> tuple[Callable[[int], None], T]:
         """(what replays `run` on a stream, the result of `run`).
 
         Nothing is executed. The memory of what `run` returns is scratch of the pool as soon as the caller lets go of it: it
-        has the values of a replay from the replay to the next one of any graph of this device. Raises whatever `run` raises;
+        has the values of a replay from the replay to the next one of any graph of this device. With `apart` the pool is the
+        captured run's own: what the caller holds on to is overwritten only by its own replays. Raises whatever `run` raises;
         CudaError and CaptureError where the driver or the allocator refuses. Afterwards all is as before.
         """
-        pool = self._pool()
+        if apart:  # a run without graphs has left as much memory in the allocator's cache, where the pool cannot get at it
+            torch.cuda.empty_cache()
+        pool = None if apart else self._pool()
         if pool is None:
             pool = torch.cuda.MemPool()
-            self._pool = weakref.ref(pool)
+            if not apart:
+                self._pool = weakref.ref(pool)
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
         try:

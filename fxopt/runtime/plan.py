@@ -25,7 +25,7 @@ from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
 from fxopt.runtime.encoding import Field, decode_value, encode_value, size_values, sizes_json, torch_name
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 OFFSET_ALIGNMENT = 16
 """Bytes, of which offsets in slots are multiples: what kernels that assume aligned operands rely on."""
@@ -117,7 +117,7 @@ class Plan:
     `constants` are tensors handed in by name when the plan is bound. `buffers` describes every other named tensor (for a
     Call's output: the layout that later steps rely on). `placement` maps a buffer to the slot whose storage it uses; a
     buffer without one has its own. `offsets` says at which byte of the slot a buffer begins, if not at the first.
-    `outputs` holds Ref, Size or plain constants.
+    `outputs` holds Ref, Size or plain constants; the last `saved` of them are kept for a backward.
     """
 
     name: str
@@ -130,6 +130,7 @@ class Plan:
     slots: tuple[Slot, ...] = ()
     placement: dict[str, int] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)
+    saved: int = 0
     from_bytes: bool = field(default=False, init=False, compare=False, repr=False)
 
     def to_json(self) -> str:
@@ -146,6 +147,7 @@ class Plan:
             "offsets": self.offsets,
             "steps": [_step_json(x, f"plan.steps[{i}]") for i, x in enumerate(self.steps)],
             "outputs": [encode_value(x, f"plan.outputs[{i}]") for i, x in enumerate(self.outputs)],
+            "saved": self.saved,
         }
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
@@ -181,6 +183,7 @@ def _read_plan(root: Field) -> Plan:
         slots=root["slots"].each(_read_slot),
         placement=_read_integers(root["placement"]),
         offsets=_read_integers(root["offsets"]),
+        saved=root["saved"].integer(),
     )
 
 

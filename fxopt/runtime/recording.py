@@ -38,7 +38,7 @@ class Driver(Protocol):
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage: ...
 
-    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[int], None], Any]: ...
+    def capture(self, run: Callable[[], Any], apart: bool = False) -> tuple[Callable[[int], None], Any]: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,14 @@ class OfInput:
     offset: int = 0
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Result number `at`, which stays where a replay leaves it; `tensor` is it."""
+
+    at: int
+    tensor: torch.Tensor
+
+
 @dataclass
 class Results:
     """How the results of a replay come about; `constants` has those that are no tensors, or lent, None in place of the
@@ -99,6 +107,7 @@ class Results:
     fresh: list[Fresh] = field(default_factory=list)
     shared: list[Shared] = field(default_factory=list)
     of_inputs: list[OfInput] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +153,8 @@ class Recording:
         out = list(results.constants)
         for of_input in results.of_inputs:
             out[of_input.at] = _from_input(of_input, inputs[of_input.input])
+        for kept_one in results.kept:
+            out[kept_one.at] = kept_one.tensor.detach()
         inputs.clear()
         given_one = None
         for x in results.fresh:
@@ -169,14 +180,18 @@ def record(
     traits: Traits,
     driver: Driver,
     lent: frozenset[int] = frozenset(),
+    saved: int = 0,
 ) -> Recording:
     """Capture `run` on `inputs`, executing nothing. Raises CaptureRefused, and what `run` and the driver raise.
 
     Results at the positions `lent` are not copied: `play` returns the captured run's own, which other recordings' runs
     leave alone as long as this one exists, and its own next one overwrites.
+
+    The last `saved` results, inputs excepted, are not copied either but left in memory of the recording's own: whoever
+    plays it must know that nobody needs them any more.
     """
     for i in traits.moved:
-        _check_copyable(inputs[i])
+        _check_copyable(inputs[i], traits)
 
     def body() -> tuple[tuple[Move, ...], tuple[int, ...], Results]:
         arguments = list(inputs)
@@ -188,9 +203,9 @@ def record(
             outputs = run(arguments)
         moves = tuple(_move(i, x) for i, x in zip(traits.moved, seen, strict=False))
         sources = dict(zip((*traits.moved, *traits.fixed), seen, strict=True))
-        return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent)
+        return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
 
-    replay, (moves, seeds, results) = driver.capture(body)
+    replay, (moves, seeds, results) = driver.capture(body, apart=saved > 0)
     addresses = [0] * len(inputs)
     for i in traits.fixed:
         addresses[i] = inputs[i].data_ptr()
@@ -211,7 +226,9 @@ def _span(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> i
     return (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * dtype.itemsize
 
 
-def _check_copyable(x: torch.Tensor) -> None:
+def _check_copyable(x: torch.Tensor, traits: Traits) -> None:
+    if x.device.type != traits.device.type:
+        raise CaptureRefused("an input is elsewhere than on the GPU")
     if x.layout is not torch.strided or x.is_conj() or x.is_neg():
         raise CaptureRefused("an input is no plain tensor in memory")
     if span(x) > max(LARGEST_GAPS * x.numel() * x.dtype.itemsize, 1 << 20):
@@ -251,8 +268,13 @@ def _count_writes(tensors: list[torch.Tensor]) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def _results(outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: Traits, lent: frozenset[int]) -> Results:
-    """How to make results like `outputs`, which a captured run returned; `sources` are the inputs that it was given."""
+def _results(
+    outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: Traits, lent: frozenset[int], copied: int
+) -> Results:
+    """How to make results like `outputs`, which a captured run returned; `sources` are the inputs that it was given.
+
+    Those from number `copied` on stay where they are.
+    """
     found = Results()
     owners = {x.untyped_storage().data_ptr(): i for i, x in sources.items() if x.numel()}
     groups: dict[int, list[tuple[int, torch.Tensor]]] = {}
@@ -260,12 +282,17 @@ def _results(outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: T
         found.constants.append(None if isinstance(value, torch.Tensor) else value)
         if not isinstance(value, torch.Tensor):
             continue
+        if at >= copied and _is_unused_random_state(value):
+            found.kept.append(Kept(at, value))
+            continue
         _check_result(value, traits)
         memory = value.untyped_storage().data_ptr()
         if value.numel() and memory in owners:
             found.of_inputs.append(_of_input(at, value, owners[memory], sources))
         elif at in lent:
             found.constants[at] = value
+        elif value.numel() and at >= copied:
+            found.kept.append(Kept(at, value))
         elif value.numel():
             groups.setdefault(memory, []).append((at, value))
         else:
@@ -276,6 +303,11 @@ def _results(outputs: Sequence[Any], sources: dict[int, torch.Tensor], traits: T
         else:
             found.shared.append(_shared(members))
     return found
+
+
+def _is_unused_random_state(value: torch.Tensor) -> bool:
+    """What attention without dropout returns as its generator's state; the plan thinks of a tensor on the GPU."""
+    return value.device.type == "cpu" and value.numel() <= 2 and value.dtype in (torch.int64, torch.uint64)
 
 
 def _check_result(value: torch.Tensor, traits: Traits) -> None:

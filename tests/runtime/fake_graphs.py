@@ -12,6 +12,7 @@ import torch
 from fxopt.runtime.capturable import Traits
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.draws import given
+from fxopt.runtime.recording import span
 
 Fn = Callable[..., tuple[Any, ...]]
 
@@ -45,9 +46,9 @@ class Function:
 class FakeDriver:
     """A device whose memory is the CPU's. After each replay's turn the memory of the captured runs is overwritten."""
 
-    def __init__(self, function: Function, seeds: int) -> None:
-        self.function, self.seeds = function, seeds
-        self.memory: list[torch.UntypedStorage] = []
+    def __init__(self, function: Function, seeds: int, saved: int = 0) -> None:
+        self.function, self.seeds, self.saved = function, seeds, saved
+        self.memory: list[bytearray] = []  # no tensor's storage, so that nobody seems to use one
         self.current, self.refusal = 7, ""
         self.user_captures = self.watched = False
         self.log: list[tuple[str, int]] = []
@@ -85,10 +86,11 @@ class FakeDriver:
         self.log.append(("synchronize", 0))
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage:
-        self.memory.append(torch.UntypedStorage(nbytes))
-        return self.memory[-1]
+        self.memory.append(bytearray(nbytes or 1))
+        return torch.frombuffer(self.memory[-1], dtype=torch.uint8).untyped_storage()
 
-    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[int], None], Any]:
+    def capture(self, run: Callable[[], Any], apart: bool = False) -> tuple[Callable[[int], None], Any]:
+        assert apart == (self.saved > 0)
         if self.refusal:
             raise RuntimeError(self.refusal)
         self.captures += 1
@@ -96,15 +98,17 @@ class FakeDriver:
             result = run()
         assert self.function.captured is not None
         values, outputs = self.function.captured
+        self.function.captured = None
         inputs = {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor)}
         made = [
             (i, x)
             for i, x in enumerate(outputs)
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs
         ]
-        self.scratch += [x for _, x in made]
+        self.scratch += [x for i, x in made if i < len(outputs) - self.saved]
+        values = [_address_of(v) if isinstance(v, torch.Tensor) else v for v in values]
         places = self.memory[len(self.memory) - self.seeds :]  # a recording allocates those of its seeds last
-        seeds = [torch.empty(0, dtype=torch.int64).set_(place, 0, (), ()) for place in places]
+        seeds = [torch.frombuffer(place, dtype=torch.int64)[0] for place in places]
 
         def replay(stream: int) -> None:
             self.log.append(("replay", stream))
@@ -123,6 +127,14 @@ class FakeDriver:
             yield
         finally:
             self.function.capturing = False
+
+
+def _address_of(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the same memory, which it does not keep: all that a captured run knows of an input is where it is."""
+    if not x.numel():
+        return x
+    memory = (ctypes.c_char * span(x)).from_address(x.data_ptr())
+    return torch.frombuffer(memory, dtype=torch.uint8).view(x.dtype).as_strided(x.shape, x.stride())
 
 
 class Acted:

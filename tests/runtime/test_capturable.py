@@ -18,6 +18,7 @@ from fxopt.runtime import capturable, cuda_graph
 from fxopt.runtime.capturable import CAPTURED, MIN_STEPS, Choice, Traits, choose, gpu, too_dear
 from fxopt.runtime.plan import InputSpec, Launch, Plan, SymbolSource
 from fxopt.runtime.split import Mentions
+from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
 from tests.runtime.plans import CPU, S0, plan
 
 GPU = torch.device("cuda", 0)
@@ -229,10 +230,16 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepared(network())[1] == ["not captured: switched off"]
 
 
-def test_training_says_that_it_is_not_captured() -> None:
-    assert prepared(network(), Phase.FORWARD)[1] == []
-    (said,) = prepared(network(), Phase.BACKWARD, mode="reduce-overhead")[1]
-    assert "training is not captured" in said
+@pytest.mark.usefixtures("some_gpu")
+def test_training_is_captured_where_it_is_asked_for() -> None:
+    for phase, kind in [(Phase.FORWARD, GraphedForward), (Phase.BACKWARD, GraphedBackward)]:
+        made = network(steps=2, outputs=(Ref("h1"),))
+        assert prepared(made, phase)[1] == [] and prepared(made, phase, mode="max-autotune")[1] == []
+        found, notes = prepared(made, phase, mode="reduce-overhead")
+        assert type(found) is kind and notes == [cuda_graph.CAPTURED]
+        waits = network(Call("aten::_local_scalar_dense.default", (Ref("h1"),), {}, (None,)))
+        assert "waits for the GPU" in prepared(waits, phase, mode="reduce-overhead")[1][0]
+        assert prepared(made, phase, mode="reduce-overhead", cuda_graphs=False)[1] == ["not captured: switched off"]
 
 
 def test_an_obstacle_is_noted() -> None:

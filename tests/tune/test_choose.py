@@ -239,7 +239,7 @@ def test_a_batch_is_one_contest_over_all_of_its_members(bench: Bench, store: Art
 def test_a_part_of_a_batch_is_measured(bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[dict[str, BufferSpec], Sequence[Trial]]] = []
 
-    def compare(own: Any, name: str, memory: measure.Memory, device: Any, trials: Sequence[Trial], check: Any) -> list[float]:
+    def compare(own: Any, name: str, memory: measure.Memory, device: Any, trials: Sequence[Trial], *_: Any) -> list[float]:
         seen.append((dict(memory.buffers), trials))
         return [1.0] * len(trials)
 

@@ -1,0 +1,191 @@
+"""Training with CUDA graphs: a forward and a backward that replay, and the memory of what the one saves for the other.
+
+A captured forward leaves what it saves where it was captured, in memory of its own, and the captured backward reads it
+there. That memory is in use from a replay until nobody holds any of it: backward has run, or its autograd graph was dropped.
+A forward that finds it in use runs plainly, and so does its backward, which is given other addresses. All other results,
+gradients among them, are copied, as in inference.
+
+So values do not depend on what the caller does between forward and backward: backward is captured by the addresses of
+living tensors, whatever they are, and a forward overwrites nothing that anybody can still read.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fxopt.runtime.capturable import Traits, too_dear
+from fxopt.runtime.cuda_graph import NAME, GraphedExecutor, Note, Turns, _comparison
+from fxopt.runtime.executor import Executor
+from fxopt.runtime.recording import CaptureRefused, Recording, record, span
+
+COPY_SHARE = 1.0
+"""How much of the host time that a replay saves may go into copies: whoever asks for graphs here is short of it."""
+SIZES_KEPT = 4
+"""How many forwards of a graph with symbolic sizes are kept captured; each keeps the memory of its activations."""
+STALE_REPLAYS = 256
+"""A captured forward goes when another one is captured and it was not among that many last replays: its weights are gone."""
+STREAM_CHANGES = 8
+"""How often a captured forward follows its caller to another stream, which the host has to wait for."""
+
+PATIENT_HOOKS = frozenset({"torch.utils.checkpoint", "torch.autograd.graph"})
+"""Modules whose hooks for saved tensors use these only in the order of the current stream, or as long as they hold them."""
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+class SavedMemory:
+    """The tensors in which a captured forward leaves what it saves. Others see aliases of them."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raises CaptureRefused when this torch does not say who uses a storage, or what is done to saved tensors."""
+        if _use_count is None or _top_hooks is None:
+            raise CaptureRefused("this torch does not tell who uses saved tensors")
+        self._tensors = tuple(tensors)
+        own = Counter(x.untyped_storage()._cdata for x in tensors)
+        self._storages = [x.untyped_storage() for x in {x.untyped_storage()._cdata: x for x in tensors}.values()]
+        self._own = [own[s._cdata] + 1 for s in self._storages]  # who uses it: each of the tensors, and the object held here
+        self._own_objects = self._objects()
+        self.taken_at = 0  # the number of the last replay that has written it
+        self.addresses = frozenset(x.data_ptr() for x in tensors)
+        self._stream: int | None = None
+        self._stream_changes = 0
+        with _lock:
+            _memories.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(span, self._tensors))
+
+    def is_idle(self) -> bool:
+        """Whether nobody else holds any of it. Work that reads it has then been enqueued."""
+        assert _use_count is not None
+        used = [_use_count(storage._cdata) for storage in self._storages]
+        return used == self._own and self._objects() == self._own_objects
+
+    def _objects(self) -> list[int]:
+        """References to the objects that stand for the storages in Python, of which there is one each."""
+        return [sys.getrefcount(storage) for storage in self._storages]
+
+    def take(self, stream: int, turns: Turns) -> bool:
+        """Whether it may be written now, in the order of `stream`. Called in a turn."""
+        if not self.is_idle():
+            return False
+        if self._stream is not None and self._stream != stream:
+            if self._stream_changes == STREAM_CHANGES:
+                return False
+            self._stream_changes += 1
+            turns.driver.synchronize()  # who has read it last may have done so plainly, on the other stream
+        self._stream = stream
+        return True
+
+
+def _may_be_read_unseen() -> bool:
+    """Whether a hook gets to see what is saved now that may read it on a stream of its own.
+
+    torch's allocator learns of such reads by `record_stream`, and waits for them; a replay would not.
+    """
+    assert _top_hooks is not None
+    hooks = _top_hooks(True)
+    return hooks is not None and any(getattr(hook, "__module__", "") not in PATIENT_HOOKS for hook in hooks)
+
+
+_memories: weakref.WeakSet[SavedMemory] = weakref.WeakSet()
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class ForwardRecording(Recording):
+    """A captured forward, with the memory of what it saves."""
+
+    memory: SavedMemory
+
+
+class GraphedForward(GraphedExecutor):
+    """Runs a forward plan by replaying it where the memory of what it saves is free."""
+
+    def __init__(self, executor: Executor, found: Traits, turns: Turns, limit: int, note: Note) -> None:
+        super().__init__(executor, found, turns, min(limit, SIZES_KEPT) if found.varying else limit, note)
+
+    def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
+        self._drop_stale()
+        saved = self.plan.saved
+        made = record(self._executor, values, signature, self._traits, self._turns.driver, saved=saved)
+        memory = SavedMemory([kept.tensor for kept in made.results.kept])
+        memory.taken_at = self._replays
+        return ForwardRecording(**vars(made), memory=memory)
+
+    def _drop_stale(self) -> None:
+        with self._lock:
+            for key, kept in list(self._kept.items()):
+                assert isinstance(kept, ForwardRecording)
+                if self._replays - kept.memory.taken_at > STALE_REPLAYS:
+                    del self._kept[key]
+            if all(kept is not self._latest for kept in self._kept.values()):
+                self._latest = None
+
+    def _objection(self, recording: Recording) -> str | None:
+        assert isinstance(recording, ForwardRecording)
+        if not recording.memory.is_idle():
+            return "what it saves for the backward is also held elsewhere"
+        dear = too_dear(recording.copied, self._traits.steps, COPY_SHARE)
+        if dear is None:
+            size = recording.memory.nbytes / 2**20
+            self._note(NAME, f"{size:.1f} MiB that are saved for the backward stay allocated between calls")
+        return dear
+
+    def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
+        def work(stream: int) -> tuple[Any, ...] | None:
+            assert isinstance(recording, ForwardRecording)
+            if _may_be_read_unseen() or not recording.memory.take(stream, self._turns):
+                return None
+            self._replays += 1
+            recording.memory.taken_at = self._replays
+            return recording.play(values, stream)
+
+        result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
+        return self._executor(values) if result is None else result
+
+
+class GraphedBackward(GraphedExecutor):
+    """Runs a backward plan by replaying it on what a captured forward has saved.
+
+    Which of its inputs those are is seen at the first call that has some. From then on they are used where they are, and a
+    call with any of them elsewhere runs plainly.
+    """
+
+    _knows_saved = False
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        driver = self._turns.driver
+        if not self._knows_saved and (driver.is_captured() or driver.is_watched() or not self._look_for_saved(inputs)):
+            return self._executor(inputs)
+        return super().__call__(inputs)
+
+    def _look_for_saved(self, inputs: list[Any]) -> bool:
+        with self._lock:
+            if self._knows_saved:
+                return True
+            with _lock:
+                places = [memory.addresses for memory in _memories]
+            known = frozenset[int]().union(*places)
+            saved = [i for i in self._traits.moved if inputs[i].data_ptr() in known] if known else []
+            if not saved:
+                return False
+            fixed = tuple(sorted({*self._traits.fixed, *saved}))
+            moved = tuple(i for i in self._traits.moved if i not in saved)
+            self._inputs_are = _comparison(fixed)
+            self._traits = replace(self._traits, fixed=fixed, moved=moved)
+            self._knows_saved = True
+            return True
+
+    def _objection(self, recording: Recording) -> str | None:
+        return too_dear(recording.copied, self._traits.steps, COPY_SHARE)

@@ -1,0 +1,455 @@
+"""Training with CUDA graphs on a GPU: losses and gradients are those of the same plans without graphs, bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fxopt.journal import RECENT
+from fxopt.runtime import cuda_graph, training_graph
+from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
+from tests.guest.agreement import compiled
+
+pytestmark = pytest.mark.gpu
+WIDTH = 64
+
+
+class Made:
+    """The executors with graphs that are made during a test."""
+
+    def __init__(self) -> None:
+        self.forwards: list[GraphedForward] = []
+        self.backwards: list[GraphedBackward] = []
+
+    def replays(self) -> tuple[int, int]:
+        return sum(f._replays for f in self.forwards), sum(b._replays for b in self.backwards)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    found = Made()
+
+    class WatchedForward(GraphedForward):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            found.forwards.append(self)
+
+    class WatchedBackward(GraphedBackward):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            found.backwards.append(self)
+
+    monkeypatch.setattr(training_graph, "GraphedForward", WatchedForward)
+    monkeypatch.setattr(training_graph, "GraphedBackward", WatchedBackward)
+    return found
+
+
+class Perceptron(nn.Module):
+    """Layers with dropout; the first one's is at the input, so that what it draws is saved."""
+
+    def __init__(self, drop: float = 0.1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(drop), nn.LayerNorm(WIDTH)) for _ in range(4))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, s, 3, 2, WIDTH // 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).reshape(b, s, WIDTH))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, WIDTH)
+        self.blocks = nn.Sequential(*(nn.Sequential(Attention(), Perceptron()) for _ in range(2)))
+        self.head = nn.Linear(WIDTH, 100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.table(x)))
+
+
+class Normalized(nn.Module):
+    """With running statistics, which the forward writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def fresh(kind: type[nn.Module] = Perceptron, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().cuda().to(dtype).train()
+
+
+def x_of(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape or (32, WIDTH), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+def tokens(seed: int) -> torch.Tensor:
+    return torch.randint(100, (4, 32), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+Steps = Callable[[nn.Module, Any], list[Any]]
+
+
+def agree(steps: Steps, made: Made, kind: type[nn.Module] = Perceptron, dtype: torch.dtype = torch.float32) -> None:
+    """`steps(model, compiled model)` returns and leaves in model and generator the same bits with and without graphs."""
+    results = []
+    for graphs in (False, True):
+        model = fresh(kind, dtype)
+        run = compiled(model, mode="reduce-overhead", cuda_graphs=graphs)
+        torch.manual_seed(1)
+        out = steps(model, run)
+        results.append((out, list(model.state_dict().values()), torch.cuda.get_rng_state()))
+        if not graphs:
+            assert made.replays() == (0, 0)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def backward(out: torch.Tensor) -> torch.Tensor:
+    loss = out.float().pow(2).mean()
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Perceptron, Transformer, Normalized])
+def test_loss_curves(kind: type[nn.Module], dtype: torch.dtype, made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for k in range(6):
+            optimizer.zero_grad()
+            losses.append(backward(run(tokens(k) if kind is Transformer else x_of(k).to(dtype))))
+            optimizer.step()
+        return losses
+
+    agree(steps, made, kind, dtype)
+    assert made.replays() == (5, 4), reasons()
+
+
+def reasons() -> list[str]:
+    return [text for journal in RECENT for topic, text in journal.notes if topic == cuda_graph.NAME]
+
+
+def warm(model: nn.Module, run: Any) -> None:
+    """Forward is captured in the second step, backward in the third."""
+    for k in range(3):
+        backward(run(x_of(k)))
+        model.zero_grad()
+
+
+def test_gradients_are_the_callers_own(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        kept = []
+        for k in range(6):
+            loss = backward(run(x_of(k)))
+            kept.append((loss, [p.grad for p in model.parameters()]))
+            model.zero_grad()
+        return kept
+
+    agree(steps, made)
+    assert made.replays() == (5, 4)
+
+
+def test_accumulation(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        out = []
+        for k in range(8):
+            out.append(backward(run(x_of(k))))
+            if k % 4 == 3:
+                out += gradients(model)
+                model.zero_grad(set_to_none=k < 4)
+        return out
+
+    agree(steps, made)
+    assert made.replays() == (7, 6)
+
+
+def test_several_forwards_before_their_backwards(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        warm(model, run)
+        out = []
+        for order in ([0, 1], [1, 0]):
+            losses = [run(x_of(k)).pow(2).mean() for k in range(2)]
+            for k in order:
+                losses[k].backward()
+                out += gradients(model)
+            out += [loss.detach() for loss in losses]
+            model.zero_grad()
+            del losses
+        return out
+
+    agree(steps, made)
+    assert made.replays() == (4, 3)
+
+
+def test_a_graph_of_autograd_that_is_retained(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        warm(model, run)
+        loss = run(x_of(5)).pow(2).mean()
+        out = []
+        for k in range(3):
+            loss.backward(retain_graph=True)
+            out += gradients(model)
+            out.append(backward(run(x_of(k))))
+            out += gradients(model)
+        return out
+
+    agree(steps, made)
+    assert made.replays() == (3, 4)
+
+
+def test_checkpointed(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        out = []
+        for k in range(6):
+            x = x_of(k).requires_grad_()
+            out.append(backward(checkpoint(run, x, use_reentrant=False)))
+            out += [*gradients(model), x.grad]
+            model.zero_grad()
+        return out
+
+    agree(steps, made)
+    forwards, backwards = made.replays()
+    assert forwards >= 9 and backwards >= 3
+
+
+def test_scaled_gradients(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cuda", init_scale=2.0**10)
+        out = []
+        for k in range(8):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.float16):
+                loss = run(x_of(k) * (float("inf") if k == 4 else 1)).float().pow(2).mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            out.append(scaler.get_scale())
+        return out
+
+    agree(steps, made)
+    assert made.replays() == (7, 6)
+
+
+def test_two_models_in_turns(made: Made) -> None:
+    results = []
+    for graphs in (False, True):
+        models = [fresh(), fresh()]
+        torch.compiler.reset()
+        options = {"mode": "reduce-overhead", "cuda_graphs": graphs}
+        runs = [torch.compile(model, backend="fxopt", options=options) for model in models]
+        torch.manual_seed(1)
+        for k in range(6):
+            losses = [run(x_of(k + n)).pow(2).mean() for n, run in enumerate(runs)]
+            for loss in losses:
+                loss.backward()
+            del loss, losses
+        results.append([gradients(model) for model in models])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert made.replays() == (10, 8)
+
+
+def test_evaluation_and_other_work_between_forward_and_backward(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        out = []
+        for k in range(6):
+            loss = run(x_of(k)).pow(2).mean()
+            with torch.no_grad():
+                out.append(run(x_of(k + 7)).clone())
+            junk = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(16)]
+            loss.backward()
+            out += gradients(model)
+            del junk
+        return out
+
+    agree(steps, made)
+    assert made.replays() == (5, 4)
+
+
+def test_exceptions_and_dropped_forwards(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        warm(model, run)
+        out = []
+        for k in range(3):
+            try:
+                held = run(x_of(k))
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                out.append(held.detach().clone())
+            out.append(backward(run(x_of(k))))  # while what the first has saved is held
+            del held
+            gc.collect()
+            out.append(backward(run(x_of(k))))
+            out += gradients(model)
+        return out
+
+    agree(steps, made)
+    assert made.replays() == (2 + 6, 1 + 3)
+
+
+def test_weights_at_other_addresses(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        out = []
+        for k in range(9):
+            if k in (4, 6):
+                for p in model.parameters():
+                    p.data = p.data.clone() * 0.9
+            out.append(backward(run(x_of(k))))
+            out += gradients(model)
+            model.zero_grad()
+        return out
+
+    agree(steps, made)
+    assert made.replays()[0] >= 5
+
+
+def test_saved_tensors_are_offloaded(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        out = []
+        for k in range(6):
+            if k % 2:
+                out.append(backward(run(x_of(k))))
+            else:
+                with torch.autograd.graph.save_on_cpu():
+                    out.append(backward(run(x_of(k))))
+            out += gradients(model)
+        return out
+
+    agree(steps, made)
+    assert made.replays()[0] == 5
+
+
+def test_streams(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        out = []
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        for k in range(24):
+            stream = streams[k % 3]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(2_000_000)
+                out.append(backward(run(x_of(k))))
+            torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        return out + gradients(model)
+
+    agree(steps, made)
+    assert made.replays()[0] >= training_graph.STREAM_CHANGES
+
+
+def test_threads(made: Made) -> None:
+    """Models of their own, and one that all threads train without drawing random numbers."""
+    results = []
+    for graphs in (False, True):
+        shared, own = fresh(Normalized).eval(), [fresh(Normalized).eval() for _ in range(3)]
+        torch.compiler.reset()
+        options = {"mode": "reduce-overhead", "cuda_graphs": graphs}
+        common, *runs = [torch.compile(m, backend="fxopt", options=options) for m in (shared, *own)]
+        for run in (common, *runs):
+            for k in range(3):
+                torch.autograd.grad(
+                    run(x_of(k)).pow(2).mean(),
+                    shared.parameters() if run is common else [*own[runs.index(run)].parameters()],
+                )
+        found: list[Any] = [None] * 3
+
+        def work(
+            number: int,
+            found: list[Any] = found,
+            runs: Any = runs,
+            own: Any = own,
+            common: Any = common,
+            shared: Any = shared,
+        ) -> None:
+            mine = []
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for k in range(30):
+                    mine.append(torch.autograd.grad(runs[number](x_of(k)).pow(2).mean(), list(own[number].parameters())))
+                    mine.append(torch.autograd.grad(common(x_of(k)).pow(2).mean(), list(shared.parameters())))
+                torch.cuda.current_stream().synchronize()
+            found[number] = mine
+
+        torch.cuda.synchronize()
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        results.append(found)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert made.replays()[0] > 60
+
+
+def test_memory_comes_back(made: Made) -> None:
+    def held() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    model = fresh()
+    run = compiled(model, mode="reduce-overhead")
+    for k in range(4):
+        backward(run(x_of(k, 1 << 16, WIDTH)))
+        model.zero_grad()
+    assert made.replays() == (3, 2), reasons()
+    assert any("stay allocated between calls" in text for text in reasons())
+    during = held()
+    del run
+    made.forwards.clear()
+    made.backwards.clear()
+    torch.compiler.reset()
+    assert held() < during - (96 << 20), "activations of four layers, 16 MiB each and more than one a layer"
+
+
+def test_what_was_saved_outlives_the_graphs(made: Made) -> None:
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        warm(model, run)
+        loss = run(x_of(5)).pow(2).mean()
+        for executor in made.forwards:
+            executor._decline("its graphs are dropped")
+        gc.collect()
+        torch.cuda.empty_cache()
+        junk = [torch.full((1 << 16,), float("nan"), device="cuda") for _ in range(64)]
+        loss.backward()
+        del junk
+        return [loss.detach(), *gradients(model)]
+
+    agree(steps, made)
+    assert made.replays() == (3, 2)
+
+
+def test_default_mode_is_left_alone(made: Made) -> None:
+    model = fresh()
+    run = compiled(model)
+    warm(model, run)
+    assert not made.forwards and not made.backwards

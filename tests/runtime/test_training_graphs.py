@@ -1,0 +1,371 @@
+"""Training with CUDA graphs, acted out on the CPU: gradients are those without, whatever happens around the calls."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fxopt import compiler, plan_cache
+from fxopt.ir.graph import Phase
+from fxopt.runtime import capturable, training_graph
+from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
+from fxopt.runtime.training_graph import GraphedBackward, GraphedForward, SavedMemory
+from tests.runtime.fake_graphs import FakeDriver, Function
+
+CPU = torch.device("cpu")
+
+
+class Stage:
+    """Everything that has been compiled, with its acted device; plans run as if they were on a GPU."""
+
+    def __init__(self) -> None:
+        self.forwards: list[GraphedForward] = []
+        self.backwards: list[GraphedBackward] = []
+        self.notes: list[str] = []
+
+    def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any) -> Any:
+        if phase is Phase.INFERENCE:
+            return executor
+        plan = executor.plan
+        found = replace(capturable.traits(capturable.whole(plan).captured), device=CPU, steps=1 << 20)
+        function = Function(lambda *values: executor(list(values)))
+        function.plan = plan
+        turns = Turns(FakeDriver(function, found.seeds, plan.saved))
+        kind = GraphedForward if phase is Phase.FORWARD else GraphedBackward
+        made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text))  # type: ignore[arg-type]
+        (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
+        return made
+
+    def counts(self) -> tuple[int, int]:
+        """Replays of forwards and of backwards so far."""
+        return tuple(sum(_replayed(made) for made in kind) for kind in (self.forwards, self.backwards))  # type: ignore
+
+
+def _replayed(made: GraphedExecutor) -> int:
+    return sum(what == "replay" for what, _ in made._turns.driver.log)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    torch.compiler.reset()
+    found = Stage()
+    monkeypatch.setattr(compiler, "with_graphs", found.with_graphs)
+    monkeypatch.setattr(plan_cache, "with_graphs", found.with_graphs)
+    monkeypatch.setattr(capturable, "gpu", lambda plan: CPU)
+    return found
+
+
+class Layers(nn.Module):
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down, self.drop = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8), drop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.dropout(F.gelu(self.up(self.norm(x))), self.drop, self.training))
+
+
+def data(seed: int, rows: int = 4) -> torch.Tensor:
+    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
+
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Pair:
+    """A compiled model and an equal one in eager; `agree` compares their gradients."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        self.mine, self.theirs = Layers(drop), Layers(drop)
+        self.run: Run = torch.compile(self.mine, backend="fxopt", options={"strict": True})
+
+    def losses(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.run(data(seed)).pow(2).sum(), self.theirs(data(seed)).pow(2).sum()
+
+    def step(self, seed: int) -> None:
+        for loss in self.losses(seed):
+            loss.backward()
+
+    def agree(self) -> None:
+        for mine, theirs in zip(self.mine.parameters(), self.theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+    def clear(self) -> None:
+        for model in (self.mine, self.theirs):
+            model.zero_grad()
+
+    def warm(self) -> Pair:
+        """Three steps: forward is captured in the second, backward in the third."""
+        for k in range(3):
+            self.step(k)
+            self.agree()
+            self.clear()
+        return self
+
+
+def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
+    pair = Pair()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (pair.mine, pair.theirs)]
+    for k, counts in enumerate([(0, 0), (1, 0), (2, 1), (3, 2), (4, 3)]):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        pair.step(k)
+        pair.agree()
+        assert stage.counts() == counts
+        for optimizer in optimizers:
+            optimizer.step()
+    assert any("stay allocated between calls" in note for note in stage.notes)
+
+
+def test_gradients_and_losses_are_nobodys_memory_but_the_callers(stage: Stage) -> None:
+    pair = Pair().warm()
+    kept = []
+    for k in range(4):
+        mine, theirs = pair.losses(k)
+        mine.backward()
+        theirs.backward()
+        kept.append((mine, theirs, *zip(pair.mine.parameters(), pair.theirs.parameters(), strict=True)))
+        kept[-1] = [(mine, theirs)] + [(a.grad, b.grad) for a, b in kept[-1][2:]]  # type: ignore[assignment]
+        pair.clear()
+    for pairs in kept:
+        for mine, theirs in pairs:  # type: ignore[misc]
+            torch.testing.assert_close(mine, theirs)
+    assert stage.counts() == (6, 5)
+
+
+def test_gradients_accumulate(stage: Stage) -> None:
+    pair = Pair().warm()
+    for k in range(3):
+        pair.step(k)
+        pair.agree()
+    assert stage.counts() == (5, 4)
+
+
+def test_forwards_before_a_backward(stage: Stage) -> None:
+    pair = Pair().warm()
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        before = stage.counts()
+        losses = [pair.losses(k) for k in range(3)]
+        for k in order:
+            for loss in losses[k]:
+                loss.backward()
+            pair.agree()
+        pair.clear()
+        del loss, losses
+        assert stage.counts() == (before[0] + 1, before[1] + 1), "one set of activations, so one replay each"
+
+
+def test_the_graph_of_autograd_is_retained(stage: Stage) -> None:
+    pair = Pair().warm()
+    before = stage.counts()
+    losses = pair.losses(5)
+    for _ in range(2):
+        for loss in losses:
+            loss.backward(retain_graph=True)
+        pair.agree()
+        pair.step(6)  # plainly: what the first forward has saved is still wanted
+        pair.agree()
+    assert stage.counts() == (before[0] + 1, before[1] + 2)
+    del loss, losses
+    pair.step(7)
+    pair.agree()
+    assert stage.counts() == (before[0] + 2, before[1] + 3)
+
+
+def test_a_forward_without_backward(stage: Stage) -> None:
+    pair = Pair().warm()
+    before = stage.counts()
+    dropped = pair.losses(5)
+    pair.step(6)
+    pair.agree()
+    assert stage.counts() == (before[0] + 1, before[1]), "its activations are held"
+    del dropped
+    pair.step(7)
+    pair.agree()
+    assert stage.counts() == (before[0] + 2, before[1] + 1)
+
+
+def test_an_exception_between_forward_and_backward(stage: Stage) -> None:
+    pair = Pair().warm()
+    before = stage.counts()
+    for k in range(3):
+        try:
+            loss = pair.losses(k)
+            raise ZeroDivisionError(str(loss[0].item()))
+        except ZeroDivisionError:
+            del loss
+        gc.collect()
+        pair.step(k)
+        pair.agree()
+    assert stage.counts() == (before[0] + 6, before[1] + 3)
+
+
+def test_hooks_that_may_read_on_streams_of_their_own_see_no_shared_memory(stage: Stage) -> None:
+    pair = Pair().warm()
+    before = stage.counts()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        pair.step(5)
+    assert stage.counts() == before
+    with torch.autograd.graph.save_on_cpu():
+        pair.step(5)
+    pair.agree()
+    assert stage.counts()[0] == before[0] + 1
+
+
+def test_saved_tensors_that_somebody_keeps(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook that packs what is saved, and keeps it longer than the backward."""
+    monkeypatch.setattr(training_graph, "PATIENT_HOOKS", {__name__})
+    pair = Pair().warm()
+    before = stage.counts()
+    stolen: list[torch.Tensor] = []
+
+    def pack(x: torch.Tensor) -> Any:
+        stolen.append(x)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        pair.step(5)
+    pair.agree()
+    values = [x.clone() for x in stolen]
+    pair.step(6)
+    assert stage.counts() == (before[0] + 1, before[1]), "moved by the hook, kept by its list"
+    assert all(map(torch.equal, stolen, values))
+    stolen.clear()
+    pair.step(7)
+    pair.agree()
+    assert stage.counts() == (before[0] + 2, before[1] + 1)
+
+
+def test_two_models_in_turns(stage: Stage) -> None:
+    pairs = [Pair(), Pair()]
+    for k in range(5):
+        losses = [loss for pair in pairs for loss in pair.losses(k)]
+        for loss in losses:
+            loss.backward()
+        del loss, losses
+        for pair in pairs:
+            pair.agree()
+            pair.clear()
+    assert stage.counts() == (8, 6)
+
+
+def test_one_model_with_weights_shared_by_two_places(stage: Stage) -> None:
+    pair = Pair()
+
+    def losses(k: int) -> list[torch.Tensor]:
+        return [(run(run(data(k)) * 0.5)).sum() for run in (pair.run, pair.theirs)]
+
+    for k in range(5):
+        for loss in losses(k):
+            loss.backward()
+        del loss
+        pair.agree()
+        pair.clear()
+    assert stage.counts()[0] >= 4
+
+
+def test_evaluation_in_between(stage: Stage) -> None:
+    pair = Pair(0.0).warm()
+    loss, want = pair.losses(5)
+    with torch.no_grad():
+        torch.testing.assert_close(pair.run(data(6)), pair.theirs(data(6)))
+    loss.backward()
+    want.backward()
+    pair.agree()
+    assert stage.counts() == (3, 2)
+
+
+def test_checkpointing(stage: Stage) -> None:
+    pair = Pair()
+    for k in range(5):
+        for run in (pair.run, pair.theirs):
+            x = data(k).requires_grad_()
+            checkpoint(run, x, use_reentrant=False).pow(2).sum().backward()
+        pair.agree()
+        pair.clear()
+    forwards, backwards = stage.counts()
+    assert forwards >= 6 and backwards >= 2
+
+
+def test_dropout_has_the_masks_that_it_has_without_graphs(stage: Stage) -> None:
+    def curve(graphs: bool) -> list[Any]:
+        torch.compiler.reset()
+        pair = Pair(0.5)
+        torch.manual_seed(3)
+        out: list[Any] = []
+        for k in range(6):
+            if not graphs:
+                for made in (*stage.forwards, *stage.backwards):
+                    made._declined = True
+            loss = pair.run(data(k)).pow(2).sum()
+            loss.backward()
+            out.append((loss.detach(), [copy.deepcopy(p.grad) for p in pair.mine.parameters()]))
+            del loss
+            pair.mine.zero_grad()
+        return out
+
+    plain = curve(False)
+    assert stage.counts() == (0, 0)
+    got = curve(True)
+    torch.testing.assert_close(got, plain, rtol=0, atol=0)
+    assert stage.counts() == (5, 4) and not torch.equal(got[3][0], got[4][0])
+
+
+def test_lengths_that_vary(stage: Stage) -> None:
+    model, eager = Layers(), Layers()
+    run = torch.compile(model, backend="fxopt", dynamic=True)
+    for k in range(24):
+        rows = 3 + k % 6
+        for f in (run, eager):
+            f(data(k, rows)).pow(2).sum().backward()
+    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    assert sum(made.graphs for made in stage.forwards) == training_graph.SIZES_KEPT
+
+
+def test_forwards_with_weights_that_are_gone_give_their_memory_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_graph, "STALE_REPLAYS", 2)
+    pair = Pair().warm()
+    alive = []
+    for _ in range(3):
+        for p in pair.mine.parameters():
+            alive.append(p.data)
+            p.data = p.data.clone()
+        for seed in range(5):
+            pair.step(seed)
+            pair.agree()
+            pair.clear()
+        assert stage.forwards[0].graphs == 2, "the one before was in use a moment ago"
+
+
+def test_another_stream_is_waited_for_and_then_left_alone(stage: Stage) -> None:
+    pair = Pair().warm()
+    driver: Any = stage.forwards[0]._turns.driver
+    before = stage.counts()[0]
+    for k in range(training_graph.STREAM_CHANGES + 3):
+        driver.current = 100 + k
+        pair.step(k)
+        pair.agree()
+    assert driver.log.count(("synchronize", 0)) == training_graph.STREAM_CHANGES
+    assert stage.counts()[0] == before + training_graph.STREAM_CHANGES
+
+
+def test_who_uses_a_storage() -> None:
+    tensors = [torch.randn(4), torch.randn(6)]
+    tensors.append(tensors[1][2:])
+    memory = SavedMemory(tensors)
+    assert memory.is_idle() and memory.nbytes == 16 + 24 + 16
+    for alias in (lambda: tensors[0].detach(), lambda: tensors[1].untyped_storage(), lambda: tensors[2].view(2, 2)):
+        held = alias()
+        assert not memory.is_idle()
+        del held
+        assert memory.is_idle()
