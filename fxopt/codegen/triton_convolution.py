@@ -102,7 +102,7 @@ def _stencil(problem: ConvProblem, config: StencilConfig, extra: str, kinds: dic
 def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:
     row, column, offset = problem.weight
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
-    way = f'EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}'
+    way = f"EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}"
     weight = f"b1 + {offset}" if offset else "b1"
     given = f"{_image(problem)}, {weight}, {extra}, {problem.channels}, {row}, {column}"
     text = f"conv.implicit_gemm({given}, {_geometry(problem)}, {way})"
