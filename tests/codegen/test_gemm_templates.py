@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,13 +19,6 @@ from tests.codegen.triton_interpreter import Interpreter
 BF16 = torch.bfloat16
 POINTER, TMA = GemmConfig(False, 32, 32, 16, 4, 3), GemmConfig(True, 32, 32, 16, 4, 3)
 LAYOUTS = ("nn", "nt", "tn", "tt")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def check(interpreter: Interpreter, p: GemmProblem, config: GemmConfig, source: KernelSource | None = None) -> None:
