@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ if "FXOPT_CACHE_DIR" not in os.environ:
 
 import pytest
 import torch
+
+from tests.codegen.triton_interpreter import Interpreter
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -39,6 +42,14 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "cache"
     monkeypatch.setenv("FXOPT_CACHE_DIR", str(directory))
     return directory
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """One for all modules: it takes seconds to import what it needs."""
+    server = Interpreter()
+    yield server
+    server.close()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

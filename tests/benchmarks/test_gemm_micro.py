@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,13 +13,6 @@ from benchmarks.gemm_micro import GemmCase, cases, choose_configs, sources
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.target import Target
 from tests.codegen.triton_interpreter import Interpreter
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(

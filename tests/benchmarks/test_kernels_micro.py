@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,6 @@ SMALL = [
 
 def on_gpu(lowered: Lowered) -> Lowered:
     return moved(lowered, "cuda")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("case", [*cases(scale=512), *long_rows()], ids=lambda c: c.title.replace(" ", "-"))

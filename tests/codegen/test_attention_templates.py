@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,13 +22,6 @@ from tests.codegen.triton_interpreter import Interpreter
 H100 = Target.cuda(90)
 BF16 = torch.bfloat16
 WHOLE, SPLIT = AttentionConfig(16, 16, 4, 2), AttentionConfig(16, 16, 4, 2, split=3)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,13 +19,6 @@ from tests.codegen.triton_interpreter import Interpreter
 BF16 = torch.bfloat16
 POINTER, TMA = GemmConfig(False, 32, 32, 16, 4, 3), GemmConfig(True, 32, 32, 16, 4, 3)
 LAYOUTS = ("nn", "nt", "tn", "tt")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def check(interpreter: Interpreter, p: GemmProblem, config: GemmConfig, source: KernelSource | None = None) -> None:
@@ -162,7 +154,7 @@ def test_sizes_known_at_run_time_compile() -> None:
 
 def test_what_the_launcher_is_told_of_a_descriptor() -> None:
     p = problem(256, 512, 320, dtype=BF16, offset=64)
-    _, meta = compile_triton(entry(p, GemmConfig(True, 128, 256, 64, 8, 3, subtile=2)), Target.cuda(90))
+    _, meta = compile_triton(entry(p, GemmConfig(True, 128, 64, 64, 4, 2)), Target.cuda(90))
     assert meta["parameters"] == ["tensor_map", "tensor_map", "ptr"]
     bf16, swizzle_128_bytes = 9, 3  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B
     assert meta["tensor_maps"][0] == {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,13 +27,6 @@ from tests.numerics import assert_closer, to_float64
 H100 = Target.cuda(90)
 F16 = torch.float16
 Q, K, V = (torch.randn(2, 3, n, 16, generator=torch.Generator().manual_seed(n)).to(F16) for n in (7, 41, 41))
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,13 +130,6 @@ def test_what_triton_does_not_hold_is_refused() -> None:
         print_batch(batch, TritonConfig(64), TARGET)
     with pytest.raises(UnsupportedError):
         print_batch(batch_of(BERT), TritonConfig(64), Target.cpu())
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def chosen(k: int, size: int, dtype: torch.dtype) -> Region:

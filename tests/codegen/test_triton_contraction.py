@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,6 @@ CONFIGS = [
 
 def rand(*shape: int, dtype: torch.dtype = F16) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def run(

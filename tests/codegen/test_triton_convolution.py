@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,6 @@ def weight(out: int, inside: int, *window: int, dtype: torch.dtype = F16) -> Ten
 
 def column(n: int, dtype: torch.dtype = F16) -> Tensor:
     return torch.randn(n).to(dtype)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def convolution(fn: Function, *args: Tensor, labels: tuple[str, ...] = LABELS) -> tuple[Lowered, Contraction]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,13 +22,6 @@ from fxopt.target import Target
 
 TARGET = Target.cuda(90)
 LOOPED = TritonConfig(2, r_block=16, persistent=False)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    server = Interpreter()
-    yield server
-    server.close()
 
 
 def sample(case: Case, name: str) -> torch.Tensor:
