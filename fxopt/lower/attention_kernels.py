@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,10 @@ from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.exprs import Int
 from fxopt.ir.region import Alias, Alternatives, Attention, Call, Ref, Region, Step, Strided, Way, refs
 from fxopt.lower.attention_calls import OPS, TENSORS, AttentionCall, find_attention
+from fxopt.lower.copies import Copy, Matrices
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import as_view
+from fxopt.lower.uses import Uses
 from fxopt.lower.written_attention import find_written_attention
 
 NAME = "attention_kernels"
@@ -44,20 +46,63 @@ def with_attention_kernels(lowered: Lowered) -> Lowered:
     if not any(spec.device.type == "cuda" for spec in lowered.buffers.values()):
         return lowered
     steps: list[Step | None] = list(lowered.steps)
-    views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
+    uses = Uses(lowered)
+
+    def put(numbers: Sequence[int], own: Attention) -> bool:
+        apart = tuple(s for k in numbers if isinstance(s := lowered.steps[k], Call | Region))
+        together = _alternatives(apart, own, lowered, uses.views)
+        if together is not None:
+            for k in numbers:
+                steps[k] = together if k == numbers[-1] else None
+        return together is not None
+
     for found in find_attention(lowered):
         if found.device.type == "cuda" and len(found.results) == 1:
             k = next(k for k, step in enumerate(steps) if step is found.call)
-            steps[k] = _alternatives((found.call,), _kernel(found, lowered, views), lowered, views) or steps[k]
+            own = _kernel(found, lowered, uses.views)
+            if own is not None and not any(put(*seen) for seen in _without_copies(k, own, uses)):
+                put((k,), own)
     for written in find_written_attention(lowered):
-        apart = tuple(s for k in written.steps if isinstance(s := lowered.steps[k], Call | Region))
-        together = _alternatives(apart, written.step, lowered, views)
-        if together is not None:
-            *others, last = written.steps
-            steps[last] = together
-            for k in others:
-                steps[k] = None
+        put(written.steps, written.step)
     return replace(lowered, steps=[s for s in steps if s is not None])
+
+
+def _without_copies(k: int, own: Attention, uses: Uses) -> Iterator[tuple[list[int], Attention]]:
+    """`own`, which computes what call number `k` does, on keys and values as they lie where they are copied from, and the
+    steps in whose place it stands: the call and the copies that nobody else reads. Nothing where they are not copied alike.
+
+    Models repeat keys and values for the query heads that share them (`repeat_kv`), since not every backend takes groups.
+    """
+    made = [uses.copies.get(x.buffer) for x in (own.key, own.value)]
+    for group in dict.fromkeys(loop[0] for _, copy in filter(None, made) for loop in (*copy.loops, (1,))):
+        seen = [_where_copied_from(x, copy[1], group) for x, copy in zip((own.key, own.value), made, strict=True) if copy]
+        if len(seen) < 2 or seen[0] is None or seen[1] is None:
+            continue
+        copying = sorted({step for step, _ in filter(None, made)})
+        parts = [*(j for j in copying if uses.is_for(j, (*copying, k))), k]
+        if copying[-1] < k and not any(uses.is_written_over(j, parts) for j in copying):
+            key, value = seen[0], seen[1]
+            given = {name: spec for name, spec in own.buffers.items() if name not in (own.key.buffer, own.value.buffer)}
+            given |= {x.buffer: uses.buffers[x.buffer] for x in (own.query, key, value)}
+            yield parts, replace(own, key=key, value=value, buffers=given)
+
+
+def _where_copied_from(x: Strided, copy: Copy, group: int) -> Strided | None:
+    """`x` [B, H, T, E], which `copy` makes, as the tensor [B, H / group, T, E] whose heads it has `group` times;
+    None if it has not."""
+    (batch, heads, rows, width), (outer, inner, row, column) = x.shape, x.strides
+    evenly = batch == 1 or heads == 1 or outer == inner * heads
+    if not evenly or heads % group:
+        return None
+    stride = outer if heads == 1 else inner
+    matrices = Matrices(x.buffer, x.offset, ((batch * heads, stride),), row, column).through(copy, rows, width)
+    strides = None if matrices is None else matrices.split(batch, heads // group, group)
+    if matrices is None or strides is None or (group > 1 and strides[2] != 0):
+        return None
+    if min(*strides, matrices.row, matrices.column) < 0:  # copied in reverse order
+        return None
+    shape = (batch, heads // group, rows, width)
+    return Strided(matrices.buffer, shape, (*strides[:2], matrices.row, matrices.column), matrices.offset)
 
 
 def _alternatives(

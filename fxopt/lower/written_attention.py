@@ -7,19 +7,20 @@ them where the product still is in registers; heads and groups of heads are read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from fxopt.ir.exprs import Int, Sym, add, mul, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Scan, Store, postorder, transform
-from fxopt.ir.region import Alias, Attention, Batch, Call, Matrix, Ref, Region, Scores, Step, Strided, refs
+from fxopt.ir.region import Attention, Call, Matrix, Region, Scores, Strided
 from fxopt.lower.align import mappings
 from fxopt.lower.copies import Copy, Matrices, copies_of
 from fxopt.lower.joining import remap
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import Product, find_product
+from fxopt.lower.uses import Uses
 
 RESULT = "scores"
 RANDOM = frozenset({"rand", "randn", "randint", "checked_index"})
@@ -47,18 +48,11 @@ def find_written_attention(lowered: Lowered) -> Iterator[WrittenOut]:
 class _Search:
     def __init__(self, lowered: Lowered) -> None:
         self.steps, self.buffers = lowered.steps, lowered.buffers
-        self.views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
-        kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)}
+        self.uses = Uses(lowered)
         self.makers: dict[str, int] = {}
-        self.copies: dict[str, tuple[int, Copy]] = {}
-        self.readers: dict[str, list[int]] = {name: [-1] for name in kept}
         for k, step in enumerate(lowered.steps):
             if isinstance(step, Call):
                 self.makers |= {name: k for name in step.outputs if name is not None}
-            if isinstance(step, Region):
-                self.copies |= {copy.target: (k, copy) for copy in copies_of(step) or ()}
-            for name in self._reads(step):
-                self.readers.setdefault(name, []).append(k)
 
     def around(self, softmax: int, region: Region) -> WrittenOut | None:
         """The attention whose probabilities `region`, step number `softmax`, computes."""
@@ -66,13 +60,13 @@ class _Search:
         if x is None or region.device.type != "cuda" or region.across is not None:
             return None
         probabilities = region.nest.stores[0].buffer
-        second = self._only_reader(probabilities)
+        second = self.uses.only_reader(probabilities)
         after = None if second is None else self._product(second)
         if second is None or after is None or after.a.buffer != probabilities or after.addend is not None:
             return None
         for name in dict.fromkeys(n.buffer for n in postorder((x,)) if isinstance(n, Load)):
             first = self.makers.get(name)
-            before = None if first is None or self._only_reader(name) != softmax else self._product(first)
+            before = None if first is None or self.uses.only_reader(name) != softmax else self._product(first)
             scores = None if before is None else self._scores(before, region, after)
             if first is not None and before is not None and scores is not None:
                 return self._whole((first, softmax, second), before, scores, after)
@@ -114,7 +108,7 @@ class _Search:
             return None
         seen, copied = dict(plain), set[int]()
         for name, matrices in plain.items():
-            made = self._copy_of_result(matrices.buffer) if name == "out" else self.copies.get(matrices.buffer)
+            made = self._copy_of_result(matrices.buffer) if name == "out" else self.uses.copies.get(matrices.buffer)
             reader = {"query": steps[0], "key": steps[0], "value": steps[2]}.get(name)
             if made is None or (reader is not None and made[0] > reader):
                 continue
@@ -127,9 +121,9 @@ class _Search:
             if strided is None:
                 continue
             parts = sorted({*steps, *(copied if tensors is seen else ())})
-            parts = [k for k in parts if k in steps or self._is_for(k, parts)]
+            parts = [k for k in parts if k in steps or self.uses.is_for(k, parts)]
             read = {*parts, *(copied if tensors is seen else ())}
-            if not any(self._is_written_over(k, parts) for k in read):
+            if not any(self.uses.is_written_over(k, parts) for k in read):
                 return WrittenOut(tuple(parts), self._attention(steps[1], strided, scores))
         return None
 
@@ -141,55 +135,23 @@ class _Search:
         query, key, value, out = (tensors[name] for name in ("query", "key", "value", "out"))
         return Attention(region.name, query, key, value, None, out, False, 1.0, buffers, region.origins, scores)
 
-    # ------------------------------------------------------------------ which step touches what
-
-    def _root(self, name: str) -> str:
-        while name in self.views:
-            name = self.views[name].of
-        return name
-
-    def _reads(self, step: Step) -> set[str]:
-        if isinstance(step, Region | Batch):
-            return set(map(self._root, step.reads()))
-        return {self._root(n) for n in refs((step.args, step.kwargs))} if isinstance(step, Call) else set()
-
-    def _writes(self, step: Step) -> set[str]:
-        if isinstance(step, Region | Batch):
-            return set(map(self._root, step.writes()))
-        return set(map(self._root, step.writes)) if isinstance(step, Call) else set()
-
-    def _only_reader(self, name: str) -> int | None:
-        readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and readers[0] >= 0 else None
+    # ------------------------------------------------------------------ which step is what
 
     def _product(self, k: int) -> Product | None:
         """The product of matrices of known sizes that step k is."""
         step = self.steps[k]
-        found = find_product(step, self.buffers, self.views) if isinstance(step, Call) else None
+        found = find_product(step, self.buffers, self.uses.views) if isinstance(step, Call) else None
         static = found is not None and isinstance(found.a, Matrix) and isinstance(found.sizes[1], int)
         return found if static and found is not None and not found.ends else None
 
     def _copy_of_result(self, name: str) -> tuple[int, Copy] | None:
         """The step that does nothing but copy the result `name`, its only reader, and that copy from the result's side."""
-        reader = self._only_reader(name)
+        reader = self.uses.only_reader(name)
         region = None if reader is None else self.steps[reader]
         copies = copies_of(region) if isinstance(region, Region) else None
         if reader is None or copies is None or len(copies) != 1:
             return None
         return reader, copies[0].turned()
-
-    def _is_for(self, k: int, parts: Sequence[int]) -> bool:
-        """Whether all that step k writes is read by `parts` alone, or it is the last of them."""
-        return k == parts[-1] or all(set(self.readers.get(n, ())) <= set(parts) for n in self._makes(self.steps[k]))
-
-    def _makes(self, step: Step) -> set[str]:
-        return set(step.writes()) if isinstance(step, Region) else set()
-
-    def _is_written_over(self, k: int, parts: Sequence[int]) -> bool:
-        """Whether a step that is not one of `parts` writes what step k reads, between that and the last of `parts`, where it
-        will be read."""
-        read, between = self._reads(self.steps[k]), range(k + 1, parts[-1])
-        return any(self._writes(self.steps[i]) & read for i in between if i not in parts)
 
 
 _ZERO = Load("", 0, torch.float32)

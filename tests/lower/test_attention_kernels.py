@@ -136,3 +136,122 @@ def test_a_user_who_asks_for_one_backend_or_determinism_gets_torchs_kernels() ->
     finally:
         torch.use_deterministic_algorithms(False)
     assert list(kernels(searched(decode, Q, K, K)))
+
+
+# ---------------------------------------------------------------------- keys and values that are copied first
+
+
+def repeat_kv(x: Tensor, count: int = 4) -> Tensor:
+    """As transformers repeats heads [B, G, T, E]."""
+    batch, heads, rows, width = x.shape
+    return x[:, :, None].expand(batch, heads, count, rows, width).reshape(batch, heads * count, rows, width)
+
+
+REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "expand": repeat_kv,
+    "interleave": lambda x: x.repeat_interleave(4, dim=1),
+    "flatten": lambda x: x.unsqueeze(2).expand(-1, -1, 4, -1, -1).flatten(1, 2),
+    "alone": lambda x: x.contiguous(),
+}
+CACHE, QUERY = torch.randn(2, 3, 40, 64).to(BF16), rand(2, 12, 1, 64)
+
+
+def repeating(repeat: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v, mask: attention(q, repeat(k), repeat(v), mask, enable_gqa=True)
+
+
+def alternatives(low: Lowered) -> Alternatives:
+    (found,) = (step for step in low.steps if isinstance(step, Alternatives))
+    return found
+
+
+def kernel_of(low: Lowered) -> Attention:
+    (own,) = alternatives(low).ways[1].steps
+    assert isinstance(own, Attention)
+    return own
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(2, 1, 1, 40, dtype=BF16)], ids=["open", "masked"])
+@pytest.mark.parametrize("apart", [False, True], ids=["rows of heads", "heads of rows"])
+@pytest.mark.parametrize("name", REPEATS)
+def test_heads_are_read_where_they_are_copied_from(name: str, apart: bool, mask: Tensor | None) -> None:
+    cache = rand(2, 3, 40, 64) if apart else CACHE
+    args = (QUERY, cache, cache + 1, mask)
+    low = searched(repeating(REPEATS[name]), *args)
+    own, found = kernel_of(low), alternatives(low)
+    if name == "alone" and not apart:
+        assert own.key.buffer == low.inputs[1], "a copy that is none"
+        return
+    assert [type(step) for step in found.ways[0].steps] == [Region, Call]
+    assert {*own.reads(), *own.writes()} < set(found.buffers)
+    for x, name_of, given in ((own.key, low.inputs[1], cache), (own.value, low.inputs[2], cache + 1)):
+        assert x.buffer == name_of and x.shape == given.shape
+        assert torch.equal(given.as_strided(x.shape, x.strides, x.offset), given)
+    kept = replaced(low, {found.name: found.ways[1]}).steps
+    assert kept == [own], "no copy is left"
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda x: x.repeat(1, 4, 1, 1),
+        lambda x: x[:, None].expand(-1, 4, -1, -1, -1).flatten(1, 2),
+        lambda x: repeat_kv(x * 2),
+        lambda x: repeat_kv(x.flip(1)),
+        lambda x: repeat_kv(x[:, :, :20].repeat(1, 1, 2, 1)),
+    ],
+    ids=["tiled", "outside", "scaled", "reversed", "rows"],
+)
+def test_other_orders_are_read_where_they_are_copied_to(repeat: Callable[[Tensor], Tensor]) -> None:
+    low = searched(repeating(repeat), QUERY, CACHE, CACHE + 1, None)
+    own = kernel_of(low)
+    assert [type(step) for step in alternatives(low).ways[0].steps] == [Call]
+    assert not {own.key.buffer, own.value.buffer} & set(low.inputs) and own.key.shape == (2, 12, 40, 64)
+
+
+def test_keys_and_values_are_seen_through_together() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, repeat_kv(k), v)
+
+    own = kernel_of(searched(fn, QUERY, CACHE, rand(2, 12, 40, 64)))
+    assert own.key.shape == own.value.shape == (2, 12, 40, 64)
+
+
+def test_copies_that_others_read_stay() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        key = repeat_kv(k)
+        return attention(q, key, repeat_kv(v)), key
+
+    low = searched(fn, QUERY, CACHE, CACHE + 1)
+    own, found = kernel_of(low), alternatives(low)
+    assert (own.key.buffer, own.value.buffer) == tuple(low.inputs[1:])
+    kept = replaced(low, {found.name: found.ways[1]})
+    made = {name for step in kept.steps if isinstance(step, Region) for name in step.writes()}
+    copied = next(s for s in low.steps if isinstance(s, Region))
+    assert len(kept.steps) > 1 and made and set(copied.writes()) & made
+
+
+def test_a_cache_that_changes_after_the_copy_is_not_read() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention(q, repeat_kv(k), repeat_kv(v))
+        k.copy_(k * 2)
+        return out
+
+    low = schedule(moved(lower(fn, (QUERY, CACHE, CACHE + 1), decompose=decompositions()), "cuda"))
+    assert kernel_of(with_attention_kernels(low)).key.buffer == low.inputs[1]
+    (call,) = (step for step in low.steps if isinstance(step, Call))
+    before = [step for step in low.steps if step is not call]
+    own = kernel_of(with_attention_kernels(replace(low, steps=[*before, call])))
+    assert low.inputs[1] in before[-1].writes() and own.key.buffer not in low.inputs  # type: ignore[union-attr, operator]
+
+
+def test_a_kernel_that_fills_a_cache_and_copies_it_stays() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
+        cache.copy_(k)
+        return attention(q, repeat_kv(cache), repeat_kv(v))
+
+    low = searched(fn, QUERY, CACHE, CACHE + 1, CACHE + 2)
+    found = alternatives(low)
+    for way in found.ways:
+        written = {n for s in replaced(low, {found.name: way}).steps if isinstance(s, Region) for n in s.writes()}
+        assert low.inputs[3] in written
