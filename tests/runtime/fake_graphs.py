@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,12 +27,12 @@ class Function:
     def __init__(self, fn: Fn) -> None:
         self.fn, self.plain_runs = fn, 0
         self.captured: tuple[list[Any], tuple[Any, ...]] | None = None
-        self.capturing = False
+        self.capturing: int | None = None  # the thread
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         values = list(inputs)
         inputs.clear()
-        if not self.capturing:
+        if self.capturing != threading.get_ident():
             self.plain_runs += 1
             return self.fn(*values)
         before = [v.clone() if isinstance(v, torch.Tensor) and v.numel() else v for v in values]
@@ -122,11 +123,11 @@ class FakeDriver:
 
     @contextlib.contextmanager
     def _capturing(self) -> Iterator[None]:
-        self.function.capturing = True
+        self.function.capturing = threading.get_ident()
         try:
             yield
         finally:
-            self.function.capturing = False
+            self.function.capturing = None
 
 
 def _address_of(x: torch.Tensor) -> torch.Tensor:
