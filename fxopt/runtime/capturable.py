@@ -155,12 +155,12 @@ def traits(captured: Part) -> Traits:
     )
 
 
-def too_dear(copied: int, steps: int, share: float = COPY_SHARE) -> str | None:
+def too_dear(copied: int, steps: int, share: float | None = None) -> str | None:
     """Why copying this many bytes a call is not worth the host time that a replay saves; None when it is.
 
-    `share` of the time saved may go into copies.
+    `share` of the time saved, COPY_SHARE by default, may go into copies.
     """
-    if copied / COPY_BYTES_PER_SECOND <= steps * STEP_SECONDS * share:
+    if copied / COPY_BYTES_PER_SECOND <= steps * STEP_SECONDS * (COPY_SHARE if share is None else share):
         return None
     return f"copying its inputs and results, {copied / 2**20:.1f} MiB a call, costs more than {steps} launches less may save"
 
