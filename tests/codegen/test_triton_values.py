@@ -81,7 +81,10 @@ def test_pointwise(interpreter: Interpreter, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("row", [5, 64, 200])
 def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) -> None:
-    """In parts of one, some and all rows, one and several rows at a time; the last part and the last rows incomplete."""
+    """In parts of one, some and all rows, one and several rows at a time; the last part and the last rows incomplete.
+
+    What is proposed for many rows is tried on few: the interpreter runs programs one after another.
+    """
     for points in (37, 64):
         case = nests.norm_gradients(points, row, dtype)
         length = 1 << (row - 1).bit_length()
@@ -89,7 +92,7 @@ def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) 
             config = TritonConfig(block, r_block=length, split=split, stages=2 if block == 4 else 1)
             check(interpreter, case, config, slack=32.0)
     for config in every_config(nests.norm_gradients(600, row, dtype)):
-        check(interpreter, nests.norm_gradients(600, row, dtype), config, slack=64.0)
+        check(interpreter, nests.norm_gradients(70, row, dtype), config, slack=64.0)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
