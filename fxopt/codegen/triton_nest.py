@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -270,8 +271,23 @@ def _print_straight(kernel: _Kernel) -> None:
     if "r" in kernel.frame.blocks:
         outer.append(f"r = {_lanes(kernel, 'r')}")
         outer += _axis_lines(kernel, "r")
+        _load_ahead(kernel)
     statements = _prepare(kernel, list(kernel.tiling.nest.stores))
     outer += [*_barrier(kernel.tiling.nest), *statements]
+
+
+def _load_ahead(kernel: _Kernel) -> None:
+    """Print the loads of the innermost reductions before the first of these, if each has loads of its own: warps wait for
+    each other in a reduction, and what is loaded after it is in flight only then."""
+    emitter = kernel.emitter
+    levels = _levels(emitter, [emitter.instance(v, ()) for s in kernel.tiling.nest.stores for v in s.roots])
+    found: dict[frozenset[Instance], list[Instance]] = {}
+    for reduction in levels[0] if levels else ():
+        loads = [i for i in emitter.walk(emitter.operands(reduction)) if isinstance(i[0], Load)]
+        found.setdefault(frozenset(loads), loads)
+    if len(found) > 1 and all(own.difference(*(f for f in found if f is not own)) for own in found):
+        for node, guards in dict.fromkeys(chain.from_iterable(found.values())):
+            emitter.value(node, guards)
 
 
 def _print_looped(kernel: _Kernel) -> None:

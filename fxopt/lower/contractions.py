@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from math import gcd
 
 import torch
 
@@ -20,7 +21,7 @@ from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contrac
 from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.cut_products import cut_to, padding_of
-from fxopt.lower.joining import combine, remap, with_nests
+from fxopt.lower.joining import combine, join, remap, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
 from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
@@ -37,6 +38,9 @@ alone.
 
 SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
 """The gradient of a depthwise convolution's weight as sums over places, and that of its input too."""
+
+MOST_PARTS = 12
+"""Sums of one program that computes several products of one row: each takes registers, and loads one row of weights."""
 
 FEW_ROWS = 64
 """Products of no more rows are bound by memory, where a kernel of ours may beat the library even without an epilogue."""
@@ -62,6 +66,7 @@ class _Search:
         self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
 
     def run(self) -> Lowered:
+        alone: dict[int, Product] = {}
         for k in range(len(self.steps)):
             step = self.steps[k]  # which a product before may have taken
             product = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
@@ -75,9 +80,55 @@ class _Search:
             if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
             if product is not None and (self.every or ask("<=", product.sizes[1], FEW_ROWS) is True):
-                self.steps[k] = self._alternatives((product,), None, self._alone(product))
-        steps = [s for s in self.steps if s is not None]
+                alone[k] = product
+        before: dict[int, list[Step]] = {}
+        for first, *others in self._side_by_side(alone):
+            together = (first, *others)
+            rows = _rows_of([as_reduction(self._alone(part)) for part in _equal_parts([alone[k] for k in together])])
+            if others and rows is not None:
+                calls = [alone.pop(k).call for k in together]
+                before[first] = self._views_after(first, calls)
+                ways = [Way(LIBRARY, tuple(calls)), Way(ROW, (rows,))]
+                self._put(together, first, self._among(rows.name, calls, rows, ways))
+        for k, product in alone.items():
+            self.steps[k] = self._alternatives((product,), None, self._alone(product))
+        steps = [s for k, own in enumerate(self.steps) for s in (*before.get(k, ()), own) if s is not None]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
+
+    def _side_by_side(self, alone: Mapping[int, Product]) -> list[list[int]]:
+        """The numbers of those of `alone` that are products of one and the same row, a list for those that may run where its
+        first does: queries, keys and values of a new token.
+        """
+        found: list[list[int]] = []
+        latest: dict[Matrix, list[int]] = {}
+        for k, product in alone.items():
+            if product.sizes[:2] == (1, 1) and not product.ends and isinstance(product.a, Matrix):
+                group = latest.get(product.a)
+                if group is not None and self._may_join(k, group):
+                    group.append(k)
+                else:
+                    latest[product.a] = [k]
+                    found.append(latest[product.a])
+        return found
+
+    def _may_join(self, k: int, group: Sequence[int]) -> bool:
+        """Whether call k, with the views that it names, can run at the first step of `group`."""
+        call, first = self.steps[k], group[0]
+        named = {*refs(call.args)} if isinstance(call, Call) else set()
+        views = (j for j in range(first, k) if isinstance(s := self.steps[j], Alias) and s.name in named)
+        moved = (k, *views)
+        return all(self._can_move(j, first, (*group, *moved), set()) for j in moved)
+
+    def _views_after(self, place: int, calls: Sequence[Call]) -> list[Step]:
+        """Take what `calls` name of the views that come after `place` out of the steps."""
+        named = {n for call in calls for n in refs(call.args)}
+        found: list[Step] = []
+        for k in range(place, len(self.steps)):
+            step = self.steps[k]
+            if isinstance(step, Alias) and step.name in named:
+                found.append(step)
+                self.steps[k], self.accesses[k] = None, (frozenset(), frozenset())
+        return found
 
     def _fuse_convolution(self, k: int, call: Call, own: Gathered | None) -> bool:
         """Put alternatives in the place of convolution (or gradient) `k` and a reader, if one call or kernel computes both,
@@ -490,6 +541,23 @@ def as_reduction(contraction: Contraction) -> Region:
         totals[name] = Reduce("sum", (each,), (k,), torch.float32)
     operands = {m.buffer: contraction.buffers[m.buffer] for m in (contraction.a, *contraction.products.values())}
     return contraction.reduced(f"{contraction.name}.row", totals, operands)
+
+
+def _equal_parts(products: Sequence[Product]) -> list[Product]:
+    """`products` of one row cut into parts of equally many columns."""
+    count = gcd(*(p.sizes[3] for p in products))
+    return [columns_of(p, first, count) for p in products for first in range(0, p.sizes[3], count)]
+
+
+def _rows_of(parts: Sequence[Region]) -> Region | None:
+    """One region for `parts`, each a product of one and the same row; None where they are too many, or cannot be joined."""
+    first, *others = parts
+    if len(parts) > MOST_PARTS:
+        return None
+    whole: Region | None = replace(first, name=f"{first.name}s")
+    for part in others:
+        whole = None if whole is None else join(whole, part)
+    return whole
 
 
 def _at(matrix: Matrix, batch: Sym | None, row: Int, column: Int) -> Int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import replace
 
-from fxopt.ir.exprs import coefficient, never_equal
+from fxopt.ir.exprs import Sym, add, coefficient, never_equal, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, holds_reduction, postorder, transform
 from fxopt.ir.region import Region
 from fxopt.lower import cost
@@ -41,6 +41,23 @@ def join(first: Region, second: Region) -> Region | None:
     origins = tuple(dict.fromkeys(first.origins + second.origins))
     buffers = {**first.buffers, **second.buffers}
     return with_nests(Region(first.name, best[1], buffers, first.device, nodes, origins), best[1], None)
+
+
+def in_parts(region: Region, count: int) -> Region | None:
+    """`region` over the first of `count` equal parts of its outermost axis, doing to each part what it does to the whole.
+    None where it reduces, parts are not equal, or could get into each other's way.
+    """
+    nest = region.nest
+    outer = nest.points[0] if nest.points else None
+    if nest.reduced or region.across is not None or outer is None or not isinstance(outer.size, int) or outer.size % count:
+        return None
+    if set(region.reads()) & set(region.writes()) or any(s.mode != "set" for s in nest.stores):
+        return None
+    size = outer.size // count
+    part = Sym(outer.name, size=size)
+    begins = (add(symbol(part), size * n) for n in range(count))
+    stores = tuple(s.transformed({outer: begin}) for begin in begins for s in nest.stores)
+    return with_nests(region, Nest((part, *nest.points[1:]), (), stores), None)
 
 
 def with_nests(region: Region, nest: Nest, across: Nest | None) -> Region:

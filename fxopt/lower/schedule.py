@@ -21,7 +21,7 @@ from fxopt.lower import batching, cost, recompute
 from fxopt.lower.across import join_across, join_rows
 from fxopt.lower.align import extents
 from fxopt.lower.direction import alternate
-from fxopt.lower.joining import join, with_nests
+from fxopt.lower.joining import in_parts, join, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.order import Order
 
@@ -31,6 +31,12 @@ MAX_DISTANCE = 96
 
 LAUNCH_BYTES = {"cuda": 2 << 20, "cpu": 64 << 10}
 """Regions that move no more than this cost about their launch, by type of device."""
+
+MOST_PARTS = 8
+"""How many parts of a long domain one kernel goes over at once, beside a domain that is as long as a part."""
+
+MOST_POINTS = 1 << 16
+"""Points of that long domain: so few that it does not matter how many programs they are spread over."""
 
 OPEN_GROUPS = 4
 """How many groups of small regions over one domain are tried for the next one: some are full, or it depends on them. The
@@ -239,21 +245,40 @@ class _Scheduler:
                 continue
             same_domain = opened.setdefault((step.device, *extents(step.nest)), [])
             partner = next((p for p in same_domain[-OPEN_GROUPS:] if self._join_if_independent(p, k, same_domain)), None)
-            if partner is None:
+            if partner is None and not self._join_in_parts(k, step, opened):
                 same_domain.append(k)
+
+    def _join_in_parts(self, k: int, step: Region, opened: dict[object, list[int]]) -> bool:
+        """Whether small region `k` could be joined with one whose domain is some times as long, or as short, as its own: as
+        what is done to queries and, for heads that share them, to keys.
+        """
+        for groups in opened.values():
+            for p in groups[-OPEN_GROUPS:]:
+                other = self.groups[p].step
+                assert isinstance(other, Region)
+                cut = _cut_alike(other, step) if step.device.type == "cuda" and self._are_independent(p, k) else None
+                region = None if cut is None else join(*cut)
+                if region is not None:
+                    groups.remove(p)
+                    opened.setdefault((step.device, *extents(region.nest)), []).append(self._merge(p, k, region))
+                    return True
+        return False
 
     def _join_if_independent(self, a: int, b: int, groups: list[int]) -> bool:
         """Whether `a`, one of `groups`, and `b` could be joined; what they have become takes the place of `a`."""
+        joined = self._join(a, b) if self._are_independent(a, b) else None
+        if joined is not None:
+            groups[groups.index(a)] = joined
+        return joined is not None
+
+    def _are_independent(self, a: int, b: int) -> bool:
+        """Whether neither of two regions waits for the other, and little would for both."""
         if self.order.runs_before(a, b) or self.order.runs_before(b, a):
             return False
         one, two = self.groups[a], self.groups[b]
         far = abs(one.position - two.position) > MAX_DISTANCE
-        if far and any(self._readers(name) for name in one.writes | two.writes):
-            return False  # what waits for one of them may be large; results of the graph wait for nothing
-        joined = self._join(a, b)
-        if joined is not None:
-            groups[groups.index(a)] = joined
-        return joined is not None
+        # what waits for one of them may be large; results of the graph wait for nothing
+        return not (far and any(self._readers(name) for name in one.writes | two.writes))
 
     # ------------------------------------------------------------------ batching
 
@@ -395,6 +420,24 @@ class _Scheduler:
                 live.append(step)
                 used |= self._accesses(step)[0]
         return live[::-1]
+
+
+def _cut_alike(one: Region, two: Region) -> tuple[Region, Region] | None:
+    """Two pointwise regions over domains of one size, the longer domain cut into parts of the shorter one's size; None where
+    it is not a few of these."""
+    if one.nest.reduced or two.nest.reduced:
+        return None
+    (short, _), (long, _) = (extents(r.nest) for r in (one, two))
+    if not isinstance(short, int) or not isinstance(long, int) or not short or not long:
+        return None
+    turned = short > long
+    short, long = sorted((short, long))
+    if long > MOST_POINTS or long % short or not 1 < long // short <= MOST_PARTS:
+        return None
+    cut = in_parts(one if turned else two, long // short)
+    if cut is None:
+        return None
+    return (cut, two) if turned else (one, cut)
 
 
 def _used_part(step: Step, used: set[str]) -> Sequence[Step]:

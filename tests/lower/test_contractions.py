@@ -263,6 +263,36 @@ def test_one_row_is_a_row_reduction_too() -> None:
     assert ROW not in [w.label for w in alternatives(two)[0].ways]
 
 
+def attended(x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The projections of a new token, whose halves change places."""
+    query, key = F.linear(x, q).view(-1, 8), F.linear(x, k).view(-1, 8)
+    return query + query.roll(4, 1), key + key.roll(4, 1), F.linear(x, v)
+
+
+def test_products_of_one_row_are_one_region() -> None:
+    low = check_ways(attended, rand(1, K), rand(48, K), rand(16, K), rand(16, K))
+    (each,) = alternatives(low)
+    assert [[type(s) for s in w.steps] for w in each.ways] == [[Call] * 3, [Region]]
+    (region,) = each.ways[1].steps
+    assert isinstance(region, Region) and region.reads()[:1] == ("arg0_1",) and len(region.nest.stores) == 5
+    assert [s.size for s in region.nest.points] == [1, 16] and [s.size for s in region.nest.reduced] == [K]
+
+
+def test_products_of_one_row_stay_apart() -> None:
+    def chained(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, a).view(-1, 8)
+        return F.linear((y + y.roll(4, 1)).view(1, -1), b)
+
+    def two_rows(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return F.linear(x, a), F.linear(y, b)
+
+    square = rand(K, K)
+    assert len(alternatives(check_ways(chained, rand(1, K), square, square * 2))) == 2, "one waits for the other"
+    assert len(alternatives(check_ways(two_rows, rand(1, K), rand(1, K), square, square * 2))) == 2
+    many = check_ways(lambda x, a, b: (F.linear(x, a), F.linear(x, b)), rand(1, K), rand(40, K), rand(3, K))
+    assert len(alternatives(many)) == 2, "40 and 3 columns have no parts of equal size but 43 of one"
+
+
 # ---------------------------------------------------------------------- order and memory
 
 

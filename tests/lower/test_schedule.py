@@ -19,6 +19,7 @@ from fxopt.journal import Journal
 from fxopt.lower import Lowered, cost, lower_graph
 from fxopt.lower import schedule as schedule_module
 from fxopt.lower.schedule import MAX_DISTANCE, schedule
+from tests.lower.capturing import moved
 from tests.lower.interpreter import run_lowered
 
 
@@ -33,9 +34,9 @@ def regions(low: Lowered) -> list[Region]:
     return [s for s in low.steps if isinstance(s, Region)]
 
 
-def check(fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> list[Region]:
-    """Schedule `fn` and compare with eager; returns the regions left."""
-    low = schedule(lowered(fn, *args, dynamic=dynamic))
+def check(fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False, device: str = "cpu") -> list[Region]:
+    """Schedule `fn` as for `device` and compare with eager; returns the regions left."""
+    low = schedule(moved(lowered(fn, *args, dynamic=dynamic), device))
     copies = [a.clone() for a in args]
     got = run_lowered(low, dict(zip(low.inputs, copies, strict=True)))
     want = fn(*args)
@@ -159,6 +160,21 @@ def test_small_regions_that_share_nothing_are_one_kernel() -> None:
     assert len(check(fn, rand(6, 4), rand(4, 6), rand(24), rand(5), rand(5))) == 2
     assert len(check(lambda *a: tuple(x.sum() for x in a), *(rand(30) for _ in range(6)))) == 1
     assert len(check(fn, *(rand(6, 4) for _ in range(40)))) == 3  # a kernel has no more than MAX_BUFFERS pointers
+
+
+def test_small_regions_over_parts_of_a_domain_are_one_kernel() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return q * 2 + q.roll(1, -1), k * 3 + k.roll(1, -1), v.exp()
+
+    given = rand(8, 6), rand(2, 6), rand(2, 6)
+    for order in itertools.permutations(given):
+        (region,) = check(fn, *order, device="cuda")
+        assert [s.size for s in region.nest.points] == [2, 6] and len(region.nest.stores) == 6
+    assert len(check(fn, *given)) == 2, "on a CPU a launch costs too little"
+    assert len(check(fn, rand(7, 6), rand(2, 6), rand(2, 6), device="cuda")) == 2, "no parts of equal size"
+    assert len(check(fn, rand(18, 6), rand(2, 6), rand(2, 6), device="cuda")) == 2, "too many parts"
+    assert len(check(fn, rand(1024, 128), rand(512, 128), rand(512, 128), device="cuda")) == 2, "too many points"
+    assert len(check(lambda q, k: (q.sin(), k.cumsum(0)), rand(8, 6), rand(2, 6), device="cuda")) == 2
 
 
 def test_domains_without_points_are_left_apart() -> None:
