@@ -11,6 +11,7 @@ import torch
 from tests.codegen import triton_nests as nests
 from tests.codegen.triton_interpreter import Interpreter
 from tests.codegen.triton_nests import BF16, BOOL, F32, I64, Case
+from tests.lower.contracting import alternatives, searched
 
 pytest.importorskip("triton")
 
@@ -18,6 +19,7 @@ from fxopt.codegen.triton import TritonConfig, configs, print_region
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Sym, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store
+from fxopt.ir.region import Call, Region
 from fxopt.target import Target
 
 TARGET = Target.cuda(90)
@@ -76,6 +78,30 @@ def every_config(case: Case) -> list[TritonConfig]:
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16, torch.float64])
 def test_pointwise(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, nests.pointwise(1000, dtype), TritonConfig(128))
+
+
+def test_products_of_one_row(interpreter: Interpreter) -> None:
+    """One kernel for several, which loads everything before its first sum."""
+    width, columns = 40, (96, 32, 64)
+    x, *weights = torch.randn(1, width).to(BF16), *(torch.randn(n, width).to(BF16) for n in columns)
+    low = searched(lambda x, *w: tuple(torch.nn.functional.linear(x, each).roll(1, 1) for each in w), x, *weights)
+    (each,) = alternatives(low)
+    (region,) = each.ways[1].steps
+    assert isinstance(region, Region) and len(region.nest.stores) == 6
+    results = [step.outputs[0] for step in each.ways[0].steps if isinstance(step, Call)]
+    want = [(x.double() @ w.double().mT).flatten() for w in weights]
+    for config in (*configs(region, TARGET), LOOPED):
+        memory = {n: t.flatten() for n, t in zip(low.inputs, (x, *weights), strict=True)}
+        memory |= {n: garbage(size, BF16) for n, size in zip(results, columns, strict=True) if n is not None}
+        printed = print_region(region, config, TARGET)
+        for spec in printed.scratch:
+            memory[spec.name] = garbage(evaluate(spec.extent, {}), spec.dtype)
+        for kernel in printed.kernels:
+            interpreter.run(kernel, memory, {})
+        for name, expected in zip(results, want, strict=True):
+            close(memory[str(name)], expected)
+        if config.persistent:
+            assert "tl.sum" not in printed.kernels[0].text.rpartition("tl.load")[0]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
