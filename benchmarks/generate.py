@@ -35,6 +35,9 @@ from fxopt.runtime.cuda_graph import NAME as CUDA_GRAPHS
 from fxopt.runtime.cuda_graph import GraphedExecutor
 
 LLAMA_1B = {"hidden": 2048, "layers": 16, "vocab": 128256}
+MOST_KERNELS = 30
+"""Kernels that a profile names."""
+
 TINY = {"hidden": 64, "layers": 2, "vocab": 97}
 
 
@@ -86,6 +89,7 @@ class Written:
     repeatable: bool = True
     kernels: int | None = None
     captured: list[str] = field(default_factory=list)
+    device: dict[str, Any] = field(default_factory=dict)
     captures: int = 0
     replays: int = 0
 
@@ -131,8 +135,10 @@ def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, Tens
     return time.perf_counter() - start, result
 
 
-def compare(model: nn.Module, prompt: Tensor, tokens: int, ways: Sequence[Way], rounds: int) -> dict[str, Written]:
-    """Every way's first call, then `rounds` interleaved ones."""
+def compare(
+    model: nn.Module, prompt: Tensor, tokens: int, ways: Sequence[Way], rounds: int, profile: bool = False
+) -> dict[str, Written]:
+    """Every way's first call, then `rounds` interleaved ones, and one under a profiler if `profile`."""
     torch.compiler.reset()
     calls = {way.name: write(sharing(model), prompt, tokens, way) for way in ways}
     found: dict[str, Written] = {}
@@ -154,7 +160,23 @@ def compare(model: nn.Module, prompt: Tensor, tokens: int, ways: Sequence[Way], 
             own.seconds.append(seconds)
             own.later_graphs += compiled_graphs() - before
             own.repeatable &= torch.equal(result, own.tokens)
+    for name, call in calls.items() if profile else ():
+        found[name].device = device_times(call, tokens, prompt.device)
     return found
+
+
+def device_times(call: Callable[[], Tensor], tokens: int, device: torch.device) -> dict[str, Any]:
+    """Where the device's time goes in one more call, in microseconds and launches for each of `tokens`: in all, and of the
+    kernels that take most. The rest of a token's time the device waits for the host."""
+    if device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        timed(call, device)
+    kernels = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    rows = [[e.key, e.self_device_time_total / tokens, e.count / tokens] for e in kernels]
+    busy, launches = (sum(row[k] for row in rows) for k in (1, 2))
+    return {"busy_us": busy, "launches": launches, "kernels": rows[:MOST_KERNELS]}
 
 
 def gap(model: Any, written: Tensor, prompt_tokens: int) -> float:
@@ -187,6 +209,7 @@ def entries(found: Mapping[str, Written], judge: nn.Module, prompt: Tensor, toke
             "later_graphs": own.later_graphs,
             "fxopt_kernels": own.kernels,
             "fxopt_captured": own.captured,
+            "device": own.device,
             "fxopt_captures": own.captures,
             "fxopt_replays": own.replays,
             "gap": gap(judge, own.tokens, start),
@@ -222,6 +245,7 @@ def main(
     prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 128,
     tokens: Annotated[int, typer.Option(help="tokens to write")] = 256,
     rounds: Annotated[int, typer.Option(help="timed calls of each way")] = 5,
+    profile: Annotated[bool, typer.Option("--profile", help="also tell where the device's time goes")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="a tiny model, to try the harness itself")] = False,
 ) -> None:
     """Compare the ways of writing text with a Llama of 1.2 billion parameters; JSON and a table."""
@@ -234,7 +258,7 @@ def main(
         model = llama(sizes).to(pick_dtype(dtype)).eval()
         text = torch.randint(1, sizes["vocab"], (1, prompt))
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="fxopt-cold-") as caches, caches_under(caches):
-        found = compare(model, text, tokens, [WAYS[name] for name in ways.split(",")], rounds)
+        found = compare(model, text, tokens, [WAYS[name] for name in ways.split(",")], rounds, profile)
         rows = entries(found, copy.deepcopy(model).float(), text, tokens)
     data = {
         "target": target_facts(where),
