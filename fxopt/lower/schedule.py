@@ -11,6 +11,7 @@ what is left of small regions over equal domains is joined.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -241,7 +242,7 @@ class _Scheduler:
         opened: dict[object, list[int]] = {}
         for k in sorted(self.groups, key=lambda k: self.groups[k].position):
             step = self.groups[k].step
-            if not isinstance(step, Region) or self._bytes(step) > LAUNCH_BYTES.get(step.device.type, 0) or step.across:
+            if not isinstance(step, Region) or step.across or self._moved(step) > LAUNCH_BYTES.get(step.device.type, 0):
                 continue
             same_domain = opened.setdefault((step.device, *extents(step.nest)), [])
             partner = next((p for p in same_domain[-OPEN_GROUPS:] if self._join_if_independent(p, k, same_domain)), None)
@@ -340,6 +341,13 @@ class _Scheduler:
 
     def _bytes(self, region: Region) -> int:
         return sum(self.nbytes[name] for name in region.buffers)
+
+    def _moved(self, region: Region) -> int:
+        """Bytes that `region` reads and writes at most: of a table or a cache that it picks rows of, no more than these."""
+        nest = region.nest
+        domain = cost.extent(s.size for s in (*nest.points, *nest.reduced))
+        accesses = Counter([*(load.buffer for load in nest.loads()), *(store.buffer for store in nest.stores)])
+        return sum(min(self.nbytes[n], domain * c * region.buffers[n].dtype.itemsize) for n, c in accesses.items())
 
     def _neighbours(self, k: int) -> set[int]:
         """The other regions that touch a buffer which region `k` touches."""

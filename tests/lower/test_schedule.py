@@ -162,6 +162,12 @@ def test_small_regions_that_share_nothing_are_one_kernel() -> None:
     assert len(check(fn, *(rand(6, 4) for _ in range(40)))) == 3  # a kernel has no more than MAX_BUFFERS pointers
 
 
+def test_rows_of_a_large_table_are_small() -> None:
+    table, rows = rand(100_000, 8), torch.tensor([3, 1, 2, 0])
+    for device in ("cpu", "cuda"):
+        assert len(check(lambda t, i, y: (t[i] * 2, y.exp()), table, rows, rand(4, 8), device=device)) == 1
+
+
 def test_small_regions_over_parts_of_a_domain_are_one_kernel() -> None:
     def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return q * 2 + q.roll(1, -1), k * 3 + k.roll(1, -1), v.exp()
