@@ -7,6 +7,9 @@ are propagated again. So the layout spreads by itself through activations, norms
 convolution, and a clone is left only where something else reaches one: at inputs of the graph, at weights (once a call;
 folded where they are frozen) and after what computes in another layout. Kernels write a clone's layout at no cost.
 
+Where that does not pay, as with few channels, only those convolutions are converted that the library computes channels-last
+as they are, because one of their operands is: it would transpose the others itself.
+
 What is seen from outside keeps its strides: `strides.py` says how.
 
 The pass runs on inference graphs, and on joint graphs before they are split: activations saved for the backward then
@@ -57,8 +60,10 @@ def channels_last(context: Context) -> None:
         return
     reason = _obstacle(found)
     if reason is not None:
-        context.reject("channels_last", reason)
-        return
+        found = [c for c in found if _runs_channels_last(c.node.meta["val"])]
+        if not found:
+            context.reject("channels_last", reason)
+            return
     walk = _Walk(context, convolutions={c.node for c in found})
     for node in context.nodes:
         walk.visit(node)
@@ -111,7 +116,7 @@ def _suits(x: torch.Tensor) -> bool:
 
 
 def _obstacle(found: list[Convolution]) -> str | None:
-    """Why the graph stays as it is. Compared is the arithmetic of each kind, or that for one position of the window where
+    """Why the graph's layout stays. Compared is the arithmetic of each kind, or that for one position of the window where
     sizes are symbolic."""
     dense, depthwise = [c for c in found if c.is_dense], [c for c in found if c.is_depthwise]
     if not dense:
@@ -171,5 +176,15 @@ def _is_channels_last(value: torch.Tensor) -> bool:
 
 def _all_channels_last(value: Any) -> bool:
     """Of a convolution's result, or of all gradients that its backward gives but that of the bias."""
+    return all(map(_is_channels_last, _images(value)))
+
+
+def _runs_channels_last(value: Any) -> bool:
+    """Whether a convolution's result, as it was traced, shows the layout: where all sizes of an image are 1, none does."""
+    shown = any(not is_dense(v, list(range(v.dim()))) for v in _images(value))
+    return shown and _all_channels_last(value)
+
+
+def _images(value: Any) -> list[torch.Tensor]:
     values = value if isinstance(value, tuple | list) else (value,)
-    return all(_is_channels_last(v) for v in values if isinstance(v, torch.Tensor) and v.dim() in FORMATS)
+    return [v for v in values if isinstance(v, torch.Tensor) and v.dim() in FORMATS]

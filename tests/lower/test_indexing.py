@@ -110,6 +110,20 @@ def test_few_rows_of_a_cast_table_are_cast_after_the_gather() -> None:
     assert len([s for s in lowered.steps if isinstance(s, Region)]) == 1
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_many_elements_of_a_widened_table_are_read_narrow(dynamic: bool) -> None:
+    table, i = torch.randn(4, 3).to(torch.bfloat16), torch.tensor([1, 0, -1, 1, 2, 3, 3])
+    lowered = check_exact(lambda x, i: x.float()[i] * 3, table, i, dynamic=dynamic)
+    assert len([s for s in lowered.steps if isinstance(s, Region)]) == 1
+    lowered = check_exact(lambda x, i: x.float().exp()[i] * 3, table, i, dynamic=dynamic)
+    assert len([s for s in lowered.steps if isinstance(s, Region)]) == 2
+
+
+def test_a_widened_row_of_a_row_that_was_gathered() -> None:
+    table, i, j = torch.randn(4, 3).to(torch.bfloat16), torch.tensor([1, 0, -1]), torch.tensor([2, -1, 0, 1, 1])
+    check_exact(lambda x, i, j: x[i].float()[j], table, i, j)
+
+
 def test_empty() -> None:
     none = torch.empty(0, dtype=torch.int64)
     check_exact(lambda x, i: (x[i], x[:, i], x.index_select(1, i), x.take(i)), torch.randn(3, 4), none)

@@ -23,6 +23,15 @@ def test_forward(mode: str, how: dict[str, Any]) -> None:
         check_exact(lambda x: F.interpolate(x.abs(), **how, mode=mode) + 1, x.transpose(0, 1))
 
 
+def test_the_form_of_inference_is_one_kernel_in_half_precision() -> None:
+    """There torch decomposes it into a gather from a float32 copy, whatever a table says."""
+    names = [aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default]
+    table = torch._decomp.get_decompositions(names)
+    x = torch.randn(2, 16, 6, 4).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    lowered = check_exact(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), x, table=table)
+    assert len(lowered.steps) == 1
+
+
 def test_scales_that_round_otherwise_stay_with_eager() -> None:
     left = 0
     for size in range(1, 60):

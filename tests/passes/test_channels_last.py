@@ -168,11 +168,42 @@ def test_channels_last_models_have_only_their_weights_converted() -> None:
     assert not converted(lambda x, a: F.conv2d(x, a).relu(), x, laid_out)[1].log
 
 
+def test_few_channels_are_converted_where_the_library_would() -> None:
+    """A channels-last model's last convolution, after something that asked for rows, and one whose layout nobody asked for."""
+
+    def net(x: Tensor, last: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.contiguous().sigmoid()
+        return F.conv2d(y, last), F.conv2d(y, other)
+
+    x, last = (t.contiguous(memory_format=torch.channels_last) for t in (image(), weight(4)))
+    graph, context = converted(net, x, last, weight(4))
+    assert layouts(graph) == [True, False]
+    assert layouts(graph, "sigmoid") == [False]
+    assert [r.rule for r in context.log] == ["channels_last.convolution"]
+    assert not context.rejections
+
+
+def test_gradients_of_few_channels_are_converted_where_the_library_would() -> None:
+    def net(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        settings = [4], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
+        return tuple(torch.ops.aten.convolution_backward.default(grad, x, w, *settings))
+
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (image(), weight(4)))
+    graph, context = converted(net, image(2, 4, 9, 8), x, w)
+    assert len(context.log) == clones(graph) == 1
+    assert not converted(net, image(2, 4, 9, 8), image(), weight(4))[1].log
+
+
 LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str | None]] = {
     "float64": (F.conv2d, (image().double(), weight().double()), None),
     "one dimension": (F.conv1d, (image(2, 16, 9), weight(16, 16, 3)), None),
     "nothing in the batch": (F.conv2d, (image(0, 16, 9, 8), weight()), "the library has no channels-last kernel"),
     "few channels": (F.conv2d, (image(2, 3, 9, 8), weight(16, 3)), "no convolution from 16 channels"),
+    "one pixel of few channels, in any layout": (
+        F.conv2d,
+        (image(2, 3, 3, 3), weight(4, 3).contiguous(memory_format=torch.channels_last)),
+        "no convolution from 16 channels",
+    ),
     "narrow groups": (
         lambda x, w: F.conv2d(x, w, groups=4), (image(2, 32, 9, 8), weight(32, 8)), "no convolution from 16 channels"
     ),

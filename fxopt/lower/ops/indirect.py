@@ -105,9 +105,10 @@ def _chosen(value: Op) -> Int | None:
 def gathered(ctx: Lowering, source: Value, shape: Sequence[Int], binds: bool) -> Value:
     """`source` made ready for reads at `shape` places, whose indices are loaded if `binds`: it is stored then.
 
-    Except when it can take such indices in all its loads and the gather is known to want no more elements than it has.
+    Except when it can take such indices in all its loads and the gather is known to want no more elements than it has; or
+    when it is a wider form of something stored, since reading that again costs less than reading a wide copy.
     """
-    if isinstance(source, Stored) or not binds:
+    if isinstance(source, Stored) or not binds or _is_widened(source):
         return source
     total: Int = 1
     for size in shape:
@@ -115,6 +116,15 @@ def gathered(ctx: Lowering, source: Value, shape: Sequence[Int], binds: bool) ->
     if ask("<=", total, numel(source)) and _takes_indices(source):
         return source
     return ctx.store(source)
+
+
+def _is_widened(source: Computed) -> bool:
+    """Whether the value is a cast of loaded elements that are no wider than its own."""
+    body = source.body
+    if not (isinstance(body, Op) and body.name == "cast"):
+        return False
+    (x,) = body.args
+    return isinstance(x, Load) and not x.indirect and x.dtype.itemsize <= body.dtype.itemsize
 
 
 def _takes_indices(source: Computed) -> bool:
