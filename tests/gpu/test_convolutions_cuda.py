@@ -170,3 +170,17 @@ def test_over_time(dtype: torch.dtype, freeze: bool) -> None:
     assert got.stride() == want.stride()
     rewrites = {reason.split()[0] for journal in RECENT for topic, reason in journal.notes if topic == "rewrite"}
     assert {"flat_convolution.with_one_row", "channels_last.convolution"} <= rewrites
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_few_channels_after_a_norm(dtype: torch.dtype) -> None:
+    """On GPUs a group norm asks for rows; cuDNN computes channels-last as soon as the weight is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GroupNorm(8, 64), nn.SiLU(), nn.Conv2d(64, 4, 3, padding=1))
+    model = model.cuda().to(dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    x = image(2, 64, 28, 27, dtype=dtype)
+    with torch.no_grad():
+        got, want = compiled(model, freeze=False)(x), model(x)
+        assert_closer(got, want, copy.deepcopy(model).double()(x.double()))
+    assert got.stride() == want.stride()
+    assert ("rewrite", "channels_last.convolution x1") in [note for journal in RECENT for note in journal.notes]

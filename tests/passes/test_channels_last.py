@@ -169,7 +169,7 @@ def test_channels_last_models_have_only_their_weights_converted() -> None:
 
 
 def test_few_channels_are_converted_where_the_library_would() -> None:
-    """A channels-last model's last convolution, after something that asked for rows, and one whose layout nobody asked for."""
+    """A channels-last convolution after something that asked for rows, and one in no layout that anybody asked for."""
 
     def net(x: Tensor, last: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         y = x.contiguous().sigmoid()
