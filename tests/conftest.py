@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ import torch
 from tests.codegen.triton_interpreter import Interpreter
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+if not torch.cuda.is_available():
+    # torch seeds every kind of device; for one that is not there it queues the call, with the whole stack as text, for ever.
+    torch.random._manual_seed_impl = lambda seed: torch.default_generator.manual_seed(int(seed))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +55,16 @@ def interpreter() -> Iterator[Interpreter]:
     server = Interpreter()
     yield server
     server.close()
+
+
+def pytest_collection_finish() -> None:
+    """Spare torch's samples of ops the search for the `unittest` method that draws them.
+
+    It reads the source of every caller, and under pytest there is none.
+    """
+    for name in ("common_utils", "opinfo.core"):
+        if module := sys.modules.get(f"torch.testing._internal.{name}"):
+            module.extract_test_fn = lambda: None  # type: ignore[attr-defined]
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
