@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fxopt.ir.attention_op import attention_backward
 from fxopt.ir.exprs import Int
 from fxopt.ir.graph import Role
-from fxopt.ir.region import BufferSpec, Call, refs
+from fxopt.ir.region import BufferSpec, Call, Ref, refs
 from fxopt.runtime import draws
 from fxopt.runtime.lifetimes import Lifetimes, nbytes, only_writes, returns_fresh
 from fxopt.runtime.plan import InputSpec, Launch, Plan, defined, used
@@ -39,6 +40,10 @@ _WAITING = frozenset({"linear_cross_entropy", "linear_cross_entropy_backward", "
 """Ops that wait for the device to read a value."""
 _SEEDED_WITHOUT_DROPOUT = "attention"
 """Ops with this in their names are tagged as random although they draw nothing without dropout; with it, capture fails."""
+
+_ATTENTION, _ATTENTION_BACKWARD = "fxopt::attention_forward.default", "fxopt::attention_backward.default"
+_NUMBER_AMONG_ARGUMENTS = [argument.name for argument in attention_backward._schema.arguments].index("number")
+_NUMBER_AMONG_RESULTS = 2
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ class _Facts:
         self.specs = {b.name: b for b in (*plan.constants, *plan.buffers)}
         self.places = _places(plan)
         self.written = _written(plan)
+        self.numbers = _numbers(self.found.steps)
         self._loans = self._lending()
 
     def is_described(self) -> bool:
@@ -205,14 +211,14 @@ class _Facts:
         if reason := next((r for r in reasons if r is not None), None):
             return reason
         devices = [step.device] if isinstance(step, Launch) else _in_arguments((step.args, step.kwargs))
-        devices += [self.places[n] for n in defined(step) if n in self.places]
+        devices += [self.places[n] for n in defined(step) if n in self.places and n not in self.numbers]
         return "some of it runs on the CPU" if any(d.type != "cuda" for d in devices) else None
 
     def _operand(self, name: str) -> str | None:
         x = self.inputs.get(name)
         if x is not None and x.kind in ("float", "other"):
             return f"{name} is a number or object that may be another one in each call"
-        if name in self.places and self.places[name].type != "cuda":
+        if name in self.places and self.places[name].type != "cuda" and name not in self.numbers:
             return f"{name} is not in a GPU's memory"
         if x is not None and x.dtype is not None and x.dtype.is_complex and not _stays(x, self.written):
             return f"{name} is complex"
@@ -277,6 +283,27 @@ def _call(step: Call) -> str | None:
     if _draws(namespace, name, rest) and step.op != draws.SEED:
         return f"{step.op} draws from torch's generator"
     return None
+
+
+def _numbers(steps: Sequence[Launch | Call]) -> set[str]:
+    """The numbers of backends that attention's forward tells its backward, in the host's memory.
+
+    What a number says is part of a captured run: a forward's is the same in each replay, and a backward is replayed for the
+    very tensor that it was captured with. What anything else reads is none of them.
+    """
+    found: set[str] = set()
+    others: set[str] = set()
+    for step in steps:
+        told: object = None
+        if isinstance(step, Call) and step.op == _ATTENTION:
+            told = step.outputs[_NUMBER_AMONG_RESULTS]
+        elif isinstance(step, Call) and step.op == _ATTENTION_BACKWARD:
+            number = step.args[_NUMBER_AMONG_ARGUMENTS] if len(step.args) > _NUMBER_AMONG_ARGUMENTS else None
+            told = number.name if isinstance(number, Ref) else None
+        if isinstance(told, str):
+            found.add(told)
+        others.update(n for n in (*used(step), *defined(step)) if n != told)
+    return found - others
 
 
 def _draws(namespace: str, name: str, rest: str) -> bool:

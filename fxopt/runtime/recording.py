@@ -108,6 +108,8 @@ class Results:
     shared: list[Shared] = field(default_factory=list)
     of_inputs: list[OfInput] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    host: list[Kept] = field(default_factory=list)
+    """Those in the host's memory, which replays do not write."""
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +120,8 @@ class Results:
 class Recording:
     """A captured run, for inputs with `signature` (their sizes) and with these `addresses` of those that are not moved.
 
-    `addresses` has an entry for each input, zero for those that are moved or not looked at.
+    `addresses` has an entry for each input, zero for those that are moved or not looked at. `read` are the inputs in the
+    host's memory, whose values are part of what was captured: kept, so that their addresses stand for these values.
     """
 
     signature: tuple[Any, ...]
@@ -129,6 +132,7 @@ class Recording:
     results: Results
     traits: Traits
     driver: Driver
+    read: tuple[torch.Tensor, ...]
 
     @property
     def copied(self) -> int:
@@ -153,7 +157,7 @@ class Recording:
         out = list(results.constants)
         for of_input in results.of_inputs:
             out[of_input.at] = _from_input(of_input, inputs[of_input.input])
-        for kept_one in results.kept:
+        for kept_one in (*results.kept, *results.host):
             out[kept_one.at] = kept_one.tensor.detach()
         inputs.clear()
         given_one = None
@@ -206,10 +210,12 @@ def record(
         return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
 
     replay, (moves, seeds, results) = driver.capture(body, apart=saved > 0)
+    read = tuple(inputs[i] for i in traits.fixed if _is_on_host(inputs[i], traits))
     addresses = [0] * len(inputs)
     for i in traits.fixed:
         addresses[i] = inputs[i].data_ptr()
-    return Recording(signature, addresses, replay, tuple(m for m in moves if m.nbytes), seeds, results, traits, driver)
+    moves = tuple(m for m in moves if m.nbytes)
+    return Recording(signature, addresses, replay, moves, seeds, results, traits, driver, read)
 
 
 # ---------------------------------------------------------------------- inputs
@@ -282,8 +288,8 @@ def _results(
         found.constants.append(None if isinstance(value, torch.Tensor) else value)
         if not isinstance(value, torch.Tensor):
             continue
-        if at >= copied and _is_unused_random_state(value):
-            found.kept.append(Kept(at, value))
+        if at >= copied and _is_known_to_host(value, traits):
+            found.host.append(Kept(at, value))
             continue
         _check_result(value, traits)
         memory = value.untyped_storage().data_ptr()
@@ -305,9 +311,14 @@ def _results(
     return found
 
 
-def _is_unused_random_state(value: torch.Tensor) -> bool:
-    """What attention without dropout returns as its generator's state; the plan thinks of a tensor on the GPU."""
-    return value.device.type == "cpu" and value.numel() <= 2 and value.dtype in (torch.int64, torch.uint64)
+def _is_on_host(value: torch.Tensor, traits: Traits) -> bool:
+    return value.device.type == "cpu" and traits.device.type != "cpu"
+
+
+def _is_known_to_host(value: torch.Tensor, traits: Traits) -> bool:
+    """What attention returns beside its result: the number of its backend, and without dropout a state of its generator that
+    nobody reads, which the plan may think is on the GPU."""
+    return _is_on_host(value, traits) and value.numel() <= 2 and value.dtype in (torch.int64, torch.uint64)
 
 
 def _check_result(value: torch.Tensor, traits: Traits) -> None:

@@ -43,9 +43,12 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class SavedMemory:
-    """The tensors in which a captured forward leaves what it saves. Others see aliases of them."""
+    """The tensors in which a captured forward leaves what it saves. Others see aliases of them.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    `constants` are saved with them but never written, so that they may be in use at any time.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], constants: Sequence[torch.Tensor] = ()) -> None:
         """Raises CaptureRefused when this torch does not say who uses a storage, or what is done to saved tensors."""
         if _use_count is None or _top_hooks is None:
             raise CaptureRefused("this torch does not tell who uses saved tensors")
@@ -55,7 +58,7 @@ class SavedMemory:
         self._own = [own[s._cdata] + 1 for s in self._storages]  # who uses it: each of the tensors, and the object held here
         self._own_objects = self._objects()
         self.taken_at = 0  # the number of the last replay that has written it
-        self.addresses = frozenset(x.data_ptr() for x in tensors)
+        self.addresses = frozenset(x.data_ptr() for x in (*tensors, *constants))
         self._stream: int | None = None
         self._stream_changes = 0
         with _lock:
@@ -119,7 +122,8 @@ class GraphedForward(GraphedExecutor):
         self._drop_stale()
         saved = self.plan.saved
         made = record(self._executor, values, signature, self._traits, self._turns.driver, saved=saved)
-        memory = SavedMemory([kept.tensor for kept in made.results.kept])
+        results = made.results
+        memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host])
         memory.taken_at = self._replays
         return ForwardRecording(**vars(made), memory=memory)
 

@@ -108,8 +108,11 @@ def x_of(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape or (32, WIDTH), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
 
 
-def tokens(seed: int) -> torch.Tensor:
-    return torch.randint(100, (4, 32), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+def tokens(seed: int, distinct: bool = False) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    if distinct:
+        return torch.randperm(100, generator=generator, device="cuda")[:96].view(4, 24)
+    return torch.randint(100, (4, 32), generator=generator, device="cuda")
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -119,8 +122,15 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 Steps = Callable[[nn.Module, Any], list[Any]]
 
 
-def agree(steps: Steps, made: Made, kind: type[nn.Module] = Perceptron, dtype: torch.dtype = torch.float32) -> None:
-    """`steps(model, compiled model)` returns and leaves in model and generator the same bits with and without graphs."""
+def agree(
+    steps: Steps,
+    made: Made,
+    kind: type[nn.Module] = Perceptron,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 0.0,
+) -> None:
+    """`steps(model, compiled model)` returns and leaves in model and generator the same bits with and without graphs, or
+    floating values that differ by at most `tolerance`."""
     results = []
     for graphs in (False, True):
         model = fresh(kind, dtype)
@@ -130,7 +140,7 @@ def agree(steps: Steps, made: Made, kind: type[nn.Module] = Perceptron, dtype: t
         results.append((out, list(model.state_dict().values()), torch.cuda.get_rng_state()))
         if not graphs:
             assert made.replays() == (0, 0)
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=tolerance)
 
 
 def backward(out: torch.Tensor) -> torch.Tensor:
@@ -142,16 +152,21 @@ def backward(out: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [Perceptron, Transformer, Normalized])
 def test_loss_curves(kind: type[nn.Module], dtype: torch.dtype, made: Made) -> None:
+    """What the positions of one token add to its row of the table, a GPU adds up in any order. Of bfloat16, where rounding
+    is as large as what a step changes, tokens are therefore distinct. SGD keeps float32's differences small: the bias of
+    keys has a gradient of nothing but rounding, which AdamW would scale up."""
+    exact = kind is not Transformer or dtype is torch.bfloat16
+
     def steps(model: nn.Module, run: Any) -> list[Any]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         losses = []
         for k in range(6):
             optimizer.zero_grad()
-            losses.append(backward(run(tokens(k) if kind is Transformer else x_of(k).to(dtype))))
+            losses.append(backward(run(tokens(k, exact) if kind is Transformer else x_of(k).to(dtype))))
             optimizer.step()
         return losses
 
-    agree(steps, made, kind, dtype)
+    agree(steps, made, kind, dtype, 0.0 if exact else 2e-6)
     assert made.replays() == (5, 4), reasons()
 
 

@@ -15,7 +15,7 @@ from fxopt.ir.region import Alias, BufferSpec, Call, Ref
 from fxopt.journal import Journal
 from fxopt.options import Options
 from fxopt.runtime import capturable, cuda_graph
-from fxopt.runtime.capturable import CAPTURED, MIN_STEPS, Choice, Traits, choose, gpu, too_dear
+from fxopt.runtime.capturable import CAPTURED, MIN_STEPS, Choice, Traits, choose, flaw, gpu, too_dear
 from fxopt.runtime.plan import InputSpec, Launch, Plan, SymbolSource
 from fxopt.runtime.split import Mentions
 from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
@@ -193,6 +193,37 @@ def test_attention_draws_nothing() -> None:
         "aten::_scaled_dot_product_flash_attention.default", (Ref("h1"), Ref("h1"), Ref("h1")), {}, ("c", *[None] * 8)
     )
     assert is_whole(network(flash, spec("c", 8, 8)))
+
+
+def number(name: str) -> dict[str, Any]:
+    return {"name": name, "dtype": torch.int64, "device": CPU, "shape": (), "strides": ()}
+
+
+def attends() -> Call:
+    given = (Ref("h1"), Ref("h1"), Ref("h1"), None, False)
+    return Call("fxopt::attention_forward.default", given, {}, ("a", "sums", "n"))
+
+
+def attends_backward() -> Call:
+    given = (*[Ref("h1")] * 4, None, Ref("h1"), Ref("h2"), Ref("n"), False)
+    return Call("fxopt::attention_backward.default", given, {}, ("dq", "dk", "dv"))
+
+
+def test_the_number_of_attentions_backend_may_be_on_the_host() -> None:
+    made = (spec("a", 8, 8), spec("sums", 8), BufferSpec(**number("n")))
+    assert flaw(network(attends(), *made, outputs=(Ref("h9"), Ref("a"), Ref("n")))) is None
+    gradients = (spec("dq", 8, 8), spec("dk", 8, 8), spec("dv", 8, 8))
+    assert flaw(network(attends_backward(), InputSpec(**number("n")), *gradients)) is None
+
+
+def test_numbers_on_the_host_that_anything_else_reads_or_returns() -> None:
+    made = (spec("a", 8, 8), spec("sums", 8), BufferSpec(**number("n")))
+    reads = Call("aten::mul.Tensor", (Ref("h1"), Ref("n")), outputs=("y",))
+    assert flaw(network(attends(), reads, *made, spec("y", 8, 8))) == "some of it runs on the CPU"
+    gradients = (spec("dq", 8, 8), spec("dk", 8, 8), spec("dv", 8, 8))
+    both = network(attends_backward(), reads, InputSpec(**number("n")), *gradients, spec("y", 8, 8))
+    assert flaw(both) == "n is not in a GPU's memory"
+    assert flaw(network(InputSpec(**number("n")), outputs=(Ref("h9"), Ref("n")))) == "n is not in a GPU's memory"
 
 
 class Stub:

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fxopt import compiler, plan_cache
 from fxopt.ir.graph import Phase
-from fxopt.runtime import capturable, training_graph
+from fxopt.runtime import capturable, recording, training_graph
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
+from fxopt.runtime.recording import record
 from fxopt.runtime.training_graph import GraphedBackward, GraphedForward, SavedMemory
 from tests.runtime.fake_graphs import FakeDriver, Function
 
@@ -369,3 +370,29 @@ def test_who_uses_a_storage() -> None:
         assert not memory.is_idle()
         del held
         assert memory.is_idle()
+
+
+def on_a_gpu(fixed: tuple[int, ...] = ()) -> capturable.Traits:
+    return capturable.Traits(torch.device("cuda", 0), (), fixed, (), (), seeds=0, steps=100)
+
+
+def test_what_only_the_host_reads_is_saved_as_it_is() -> None:
+    """The number of attention's backend: the same object's memory in each replay, in use at any time."""
+    number = torch.tensor(2)
+    function = Function(lambda: (number,))
+    made = record(function, [], (), on_a_gpu(), FakeDriver(function, 0, saved=1), saved=1)
+    assert (made.results.kept, [x.tensor for x in made.results.host]) == ([], [number])
+    assert made.play([], 7)[0].data_ptr() == number.data_ptr()
+    memory = SavedMemory([], [x.tensor for x in made.results.host])
+    view = number.view(1)
+    assert memory.is_idle() and view.data_ptr() in memory.addresses
+
+
+def test_a_backward_keeps_the_numbers_that_it_was_captured_with() -> None:
+    """Else another number could come to lie where one has been, and the backward would replay another backend's."""
+    number = torch.tensor(2)
+    function = Function(lambda n: (torch.zeros(0),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "_check_result", lambda value, traits: None)
+        made = record(function, [number], (), on_a_gpu(fixed=(0,)), FakeDriver(function, 0))
+    assert made.addresses == [number.data_ptr()] and made.read == (number,)
