@@ -206,8 +206,10 @@ CHURN = """
     from fxopt.runtime.artifacts import ArtifactStore
     random.seed(int(sys.argv[2]))
     store = ArtifactStore(sys.argv[1])
-    rebuilt = 0
-    for i in range(150):
+    rebuilt = rounds = 0
+    until = time.monotonic() + 60  # what was used a moment ago stays: a quick process sees eviction only after a while
+    while rounds < 150 or (rebuilt <= 20 and time.monotonic() < until):
+        rounds += 1
         n = random.randrange(40)
         key, code = f"{n:064d}", b"code %d " % (n // 2) * 2000
         found = store.get(key)
