@@ -66,6 +66,12 @@ def run_child(workload: Workload, sizes: Sizes, row: FirstCall, device: str, dty
     """Fill `row` from a new process, with the caches of this one's environment; after `limit` seconds it is ended."""
     command = [sys.executable, "-m", "benchmarks.first_call", workload.name, row.contender]
     command += ["--sizes", json.dumps(sizes), "--device", device, "--dtype", dtype]
+    fill_from_process(row, command, limit)
+
+
+def fill_from_process(row: Any, command: Sequence[str], limit: float) -> None:
+    """Set the fields of `row` that the process prints as JSON in its last line, or `row.skipped` when it fails or takes
+    more than `limit` seconds."""
     try:
         done = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:

@@ -9,7 +9,6 @@ between calls.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compile_time import ROOT, child_environment, choose
+from benchmarks.compile_time import choose, fill_from_process
 from benchmarks.models import MODELS
 from benchmarks.results import Results
 from benchmarks.workload import Sizes, Workload
@@ -96,16 +95,7 @@ def run_child(workload: Workload, sizes: Sizes, row: Memory, device: torch.devic
     """Fill `row` from a new process, which is ended after `limit` seconds."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", "one", workload.name, row.contender]
     command += ["--sizes", json.dumps(sizes), "--device", str(device), "--dtype", dtype]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        row.skipped = f"failed: took longer than {limit:.0f} s"
-        return
-    if done.returncode:
-        row.skipped = f"failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"[:300]
-        return
-    for name, value in json.loads(done.stdout.strip().splitlines()[-1]).items():
-        setattr(row, name, value)
+    fill_from_process(row, command, limit)
 
 
 def summary_table(cases: list[dict[str, Any]]) -> Table:

@@ -88,7 +88,7 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, _Known]) -> _Known | None:
     try:
         with torch.no_grad():
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         return None
     if hasattr(value, "fake_mode"):  # an enclosing FakeTensorMode: nothing can be computed
         return None

@@ -243,7 +243,7 @@ def runner(
     Its kernels have run once, watched as `suspects` do: HungKernelError for one that does not end.
     """
     watch = Suspects(None) if suspects is None else suspects
-    tensors = shared | {spec.name: _zeros(spec, sizes) for spec in trial.scratch}
+    tensors = shared | {spec.name: zeros(spec, sizes) for spec in trial.scratch}
     parts: list[Run] = []
     for part in trial.parts:
         run = _call(part, tensors, sizes) if isinstance(part, BoundCall) else launched(*part, tensors, sizes, watch)
@@ -375,7 +375,7 @@ def _made_up(spec: BufferSpec, bound: Int | None, sizes: dict[str, int], generat
     if bound is not None:
         below = min(max(evaluate(bound, sizes), 1), torch.iinfo(spec.dtype).max)
         return torch.randint(below, (extent,), generator=generator, device=spec.device, dtype=spec.dtype)
-    return _zeros(spec, sizes)
+    return zeros(spec, sizes)
 
 
 def _even_ends(groups: int, rows: int) -> torch.Tensor:
@@ -383,5 +383,6 @@ def _even_ends(groups: int, rows: int) -> torch.Tensor:
     return torch.tensor([rows * (g + 1) // groups for g in range(groups)], dtype=torch.int32)
 
 
-def _zeros(spec: BufferSpec, sizes: dict[str, int]) -> torch.Tensor:
+def zeros(spec: BufferSpec, sizes: dict[str, int]) -> torch.Tensor:
+    """A flat tensor for the buffer, as scratch memory starts."""
     return torch.zeros(max(evaluate(spec.extent, sizes), 1), device=spec.device, dtype=spec.dtype)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import torch
 
 from fxopt.ir.region import refs
-from fxopt.tune.measure import BoundCall, Memory, Trial, assumed_sizes, bound_arguments, launched, made_up, strided
+from fxopt.tune.measure import BoundCall, Memory, Trial, assumed_sizes, bound_arguments, launched, made_up, strided, zeros
 from fxopt.tune.suspects import Suspects
 
 MOST_COMPARED = 1 << 22
@@ -99,7 +98,7 @@ def _sample(tensors: Mapping[str, torch.Tensor]) -> Sample:
 
 def _ran(trial: Trial, tensors: dict[str, torch.Tensor], sizes: dict[str, int], suspects: Suspects) -> bool:
     """Whether all parts ran, each once, with results of library calls where the plan would have them."""
-    memory = tensors | {spec.name: _scratch(spec, sizes) for spec in trial.scratch}
+    memory = tensors | {spec.name: zeros(spec, sizes) for spec in trial.scratch}
     for part in trial.parts:
         if not isinstance(part, BoundCall):
             if launched(*part, memory, sizes, suspects) is None:
@@ -107,10 +106,6 @@ def _ran(trial: Trial, tensors: dict[str, torch.Tensor], sizes: dict[str, int], 
         elif not _called(part, memory, sizes):
             return False
     return True
-
-
-def _scratch(spec: Any, sizes: dict[str, int]) -> torch.Tensor:
-    return made_up(Memory({spec.name: spec}), spec.device, sizes)[spec.name].zero_()
 
 
 def _called(bound: BoundCall, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> bool:
