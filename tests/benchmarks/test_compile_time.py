@@ -23,6 +23,7 @@ from fxopt.report.cases import Case
 CPU = torch.device("cpu")
 
 
+@pytest.mark.usefixtures("fresh_cache")  # a warm call has other phases
 def test_a_first_call_knows_its_phases() -> None:
     torch.compiler.reset()
     x = torch.randn(8, 8, requires_grad=True)
