@@ -92,7 +92,10 @@ class OfInput:
 
 @dataclass(frozen=True)
 class Kept:
-    """Result number `at`, which stays where a replay leaves it; `tensor` is it."""
+    """Result number `at`, which stays where a replay leaves it; `tensor` is it.
+
+    No view of anything: a view holds what it is a view of, which would count as a user of the memory.
+    """
 
     at: int
     tensor: torch.Tensor
@@ -298,7 +301,7 @@ def _results(
         elif at in lent:
             found.constants[at] = value
         elif value.numel() and at >= copied:
-            found.kept.append(Kept(at, value))
+            found.kept.append(Kept(at, value.detach()))
         elif value.numel():
             groups.setdefault(memory, []).append((at, value))
         else:

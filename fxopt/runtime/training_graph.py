@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 
+from fxopt.ir.region import Call, refs
 from fxopt.runtime.capturable import Traits, too_dear
 from fxopt.runtime.cuda_graph import NAME, GraphedExecutor, Note, Turns, _comparison
 from fxopt.runtime.executor import Executor
+from fxopt.runtime.lifetimes import Lifetimes
+from fxopt.runtime.plan import Launch, Plan, defined
 from fxopt.runtime.recording import CaptureRefused, Recording, record, span
 
 COPY_SHARE = 1.0
@@ -73,6 +76,13 @@ class SavedMemory:
         assert _use_count is not None
         used = [_use_count(storage._cdata) for storage in self._storages]
         return used == self._own and self._objects() == self._own_objects
+
+    def held(self) -> list[int]:
+        """Which of the tensors lie in memory that somebody else holds, by their numbers."""
+        assert _use_count is not None
+        counts = zip(self._storages, self._own, self._objects(), self._own_objects, strict=True)
+        busy = {s._cdata for s, own, now, before in counts if _use_count(s._cdata) != own or now != before}
+        return [i for i, x in enumerate(self._tensors) if x.untyped_storage()._cdata in busy]
 
     def _objects(self) -> list[int]:
         """References to the objects that stand for the storages in Python, of which there is one each."""
@@ -139,12 +149,21 @@ class GraphedForward(GraphedExecutor):
     def _objection(self, recording: Recording) -> str | None:
         assert isinstance(recording, ForwardRecording)
         if not recording.memory.is_idle():
-            return "what it saves for the backward is also held elsewhere"
+            return self._who_is_held(recording)
         dear = too_dear(recording.copied, self._traits.steps, COPY_SHARE)
         if dear is None:
             size = recording.memory.nbytes / 2**20
             self._note(NAME, f"{size:.1f} MiB that are saved for the backward stay allocated between calls")
         return dear
+
+    def _who_is_held(self, recording: ForwardRecording) -> str:
+        kept = [recording.results.kept[i] for i in recording.memory.held()]
+        found = f"{len(kept)} of {len(recording.results.kept)} tensors saved for the backward are also held elsewhere"
+        if not kept:
+            return found  # let go of meanwhile, by another thread
+        one = kept[0]
+        layout = f"{str(one.tensor.dtype).removeprefix('torch.')} {list(one.tensor.shape)}"
+        return f"{found}, the first of them result {one.at}, {layout}, of {_maker(self.plan, one.at)}"
 
     def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
         def work(stream: int) -> tuple[Any, ...] | None:
@@ -157,6 +176,17 @@ class GraphedForward(GraphedExecutor):
 
         result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
         return self._executor(values) if result is None else result
+
+
+def _maker(plan: Plan, at: int) -> str:
+    """What makes result number `at` of a plan: a library op, with where in the model it is, or a kernel."""
+    root = Lifetimes.of(plan).root
+    made = {root.get(name, name) for name in refs(plan.outputs[at])}
+    for step in reversed(plan.steps):
+        if not isinstance(step, Launch | Call) or made.isdisjoint(root.get(n, n) for n in (*defined(step), *step.writes)):
+            continue
+        return f"{step.op} ({step.origin})" if isinstance(step, Call) else step.label or step.entry
+    return "an input or constant"
 
 
 class GraphedBackward(GraphedExecutor):

@@ -100,13 +100,11 @@ class FakeDriver:
         assert self.function.captured is not None
         values, outputs = self.function.captured
         self.function.captured = None
-        inputs = {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor)}
-        made = [
-            (i, x)
-            for i, x in enumerate(outputs)
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs
-        ]
-        self.scratch += [x for i, x in made if i < len(outputs) - self.saved]
+        inputs = {_memory(v) for v in values if isinstance(v, torch.Tensor)}
+        made = [(i, x) for i, x in enumerate(outputs) if isinstance(x, torch.Tensor) and _memory(x) not in inputs]
+        saved = {_memory(x) for i, x in made if i >= len(outputs) - self.saved}  # belongs to the recording
+        self.scratch += [x for _, x in made if _memory(x) not in saved]
+        made = [(i, _address_of(x)) for i, x in made]
         values = [_address_of(v) if isinstance(v, torch.Tensor) else v for v in values]
         places = self.memory[len(self.memory) - self.seeds :]  # a recording allocates those of its seeds last
         seeds = [torch.frombuffer(place, dtype=torch.int64)[0] for place in places]
@@ -128,6 +126,10 @@ class FakeDriver:
             yield
         finally:
             self.function.capturing = None
+
+
+def _memory(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _address_of(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt import compiler, plan_cache
+from fxopt.ir import attention_backends, attention_op
 from fxopt.ir.graph import Phase
 from fxopt.runtime import capturable, recording, training_graph
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
@@ -73,6 +74,20 @@ class Layers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(F.dropout(F.gelu(self.up(self.norm(x))), self.drop, self.training))
+
+
+class Attended(nn.Module):
+    """Attention over the rows, with two heads, as it is compiled for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(x).view(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        out: torch.Tensor = attention_op.attention_forward(query, key, value)[0]
+        return out
 
 
 def data(seed: int, rows: int = 4) -> torch.Tensor:
@@ -370,6 +385,42 @@ def test_who_uses_a_storage() -> None:
         assert not memory.is_idle()
         del held
         assert memory.is_idle()
+
+
+def test_a_view_that_is_saved_does_not_hold_its_own_memory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused attention's results and statistics are views of what its kernels wrote, some of it padded."""
+    exact = attention_backends._FORWARD[attention_backends.MATH]
+
+    def viewed(x: attention_backends.Inputs, statistics: bool) -> attention_backends.Outputs:
+        out, sums = exact(x, statistics)
+        return out[..., : x.value.shape[-1]], sums.view(x.query.shape[:3]) if sums is not None else None
+
+    monkeypatch.setitem(attention_backends._FORWARD, attention_backends.MATH, viewed)
+    model, theirs = Attended(), Attended()
+    run = torch.compile(model, backend="fxopt", options={"strict": True})
+    for k in range(5):
+        for f in (run, theirs):
+            f(data(k, 6)).pow(2).sum().backward()
+        for p, q in zip(model.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    assert stage.counts() == (4, 3), stage.notes
+
+
+def test_a_note_names_what_is_held_elsewhere(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = attention_backends._FORWARD[attention_backends.MATH]
+    held: list[Any] = []
+
+    def hoarding(x: attention_backends.Inputs, statistics: bool) -> attention_backends.Outputs:
+        out, sums = exact(x, statistics)
+        held.append(sums.detach() if sums is not None else None)
+        return out, sums
+
+    monkeypatch.setitem(attention_backends._FORWARD, attention_backends.MATH, hoarding)
+    run = torch.compile(Attended(), backend="fxopt", options={"strict": True})
+    for k in range(3):
+        run(data(k, 6)).pow(2).sum().backward()
+    (note,) = [n for n in stage.notes if "held elsewhere" in n]
+    assert "not captured: 1 of " in note and "float32 [1, 2, 6], of fxopt::attention_forward.default" in note
 
 
 def on_a_gpu(fixed: tuple[int, ...] = ()) -> capturable.Traits:
