@@ -467,8 +467,8 @@ def rounded_soon(nest: Nest, between: Sequence[str] = _RELATIVE) -> frozenset[Sc
     """float32 values that only ops named in `between` lie between and a rounding to half precision.
 
     Products, quotients and selections keep a relative error as it is, so what `ops.apply` calls fast is invisible after the
-    rounding. Where sums lie between too (`_ARITHMETIC`) they may cancel, and show of an error what they show of the roundings
-    of float32 themselves: functions that are off by as little (`ops.FEW_UNITS`) may be fast there.
+    rounding. Where sums lie between too (`_ARITHMETIC`) they may cancel, and show of an error what they show of roundings of
+    float32 themselves: functions that are off by as little (`ops.FEW_UNITS`) may be fast there.
     """
     users: dict[Scalar, list[Scalar]] = {}
     nodes = list(postorder(nest.roots))

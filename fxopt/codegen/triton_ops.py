@@ -100,7 +100,7 @@ _BY_KIND = {  # op -> (floating point, integer)
 _ONE_INSTRUCTION = {"maximum": "h.largest", "minimum": "h.smallest"}  # of float32; of two zeros either
 _FAST = {"exp": "tl.exp", "rsqrt": "tl.rsqrt", "sigmoid": "h.fast_sigmoid", "sqrt": "tl.sqrt"}
 FEW_UNITS = frozenset(("sqrt", "rsqrt", "reciprocal"))
-"""Whose fast forms are off by two units in float32's last place at most; exact ones take a dozen instructions and a branch."""
+"""Whose fast forms are off by two units in float32's last place at most; exact ones take a dozen instructions each."""
 _INTEGER_IDENTITY = frozenset(("floor", "ceil", "trunc", "round"))
 
 
