@@ -29,8 +29,10 @@ from fxopt.report.compare import Plan
 from fxopt.report.contenders import Contender, pick
 from fxopt.report.tables import open_console
 
-CASE_BYTES = 14 << 30
-"""About as much does a region take at most: attention in float64 with all its scores."""
+CASE_BYTES = 9 << 30
+"""Of which one GPU has room for eight cases. Attention in float64 with all its scores takes 14 GiB, but only the one case
+whose turn it is computes float64 values; while they compile, cases take 1 or 2.
+"""
 
 
 @dataclass(frozen=True)

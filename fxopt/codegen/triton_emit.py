@@ -8,7 +8,7 @@ below the body of a `Masked` carries the conditions it stands under (`Guards`), 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -24,6 +24,7 @@ from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Sc
 Guards = tuple[Scalar, ...]
 Instance = tuple[Scalar, Guards]
 _RELATIVE = ("mul", "truediv", "neg", "where")
+_ARITHMETIC = (*_RELATIVE, "sqrt", "rsqrt", "reciprocal", "add", "sub", "maximum", "minimum", "sigmoid", "tanh", "erf")
 _COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
 _WIDE_RUN = 4  # neighbours in memory that one access takes
 
@@ -96,6 +97,7 @@ class Emitter:
         self._touches: dict[Scalar, bool] = {}
         self._reduced = frozenset(frame.tiling.nest.reduced)
         self._rounded = rounded_soon(frame.tiling.nest)
+        self._rounded_later = rounded_soon(frame.tiling.nest, _ARITHMETIC)
         self._count = 0
         self._states: dict[tuple[object, ...], list[str]] = {}
         self._bound: dict[Sym, str] = {}
@@ -157,8 +159,8 @@ class Emitter:
         if _narrow_compare(node):
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
-        erf = _erf_beside_one(node)
-        args = node.args[:1] if _counts_index(node) else erf.args if erf is not None else node.args
+        inner = _erf_beside_one(node) or self._root_below(node)  # one function computes both
+        args = node.args[:1] if _counts_index(node) else inner.args if inner is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
 
     def walk(self, roots: list[Instance]) -> Iterator[Instance]:
@@ -235,6 +237,9 @@ class Emitter:
         erf = _erf_beside_one(node)
         if erf is not None:
             return f"h.erf_plus_one({self.arg(erf.args[0], guards)})"
+        root = self._root_below(node)
+        if root is not None:
+            return ops.apply("rsqrt", [self.arg(root.args[0], guards)], torch.float32, torch.float32, fast=True)
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":
@@ -248,7 +253,23 @@ class Emitter:
             return f"({args[0]} * {reciprocal!r})"
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
-        return ops.apply(node.name, args, source, node.dtype, fast=node in self._rounded or node.dtype in ops.HALF)
+        return ops.apply(node.name, args, source, node.dtype, self._may_be_fast(node))
+
+    def _may_be_fast(self, node: Op) -> bool:
+        """Whether the error of a fast form of `node` is not seen in what is stored."""
+        if node in self._rounded or node.dtype in ops.HALF:
+            return True
+        by_number = node.name == "truediv" and isinstance(_uncast(node.args[1]), Const)  # as a mean has it
+        return (by_number or node.name in ops.FEW_UNITS) and node in self._rounded_later
+
+    def _root_below(self, node: Scalar) -> Op | None:
+        """The square root of which `node` is the reciprocal, if one instruction may compute both."""
+        if not (
+            isinstance(node, Op) and node.name == "reciprocal" and node.dtype == torch.float32 and self._may_be_fast(node)
+        ):
+            return None
+        root = node.args[0]
+        return root if isinstance(root, Op) and root.name == "sqrt" else None
 
     def _rand(self, seed: str, counter: Int) -> str:
         """`h.rand`, its quotient and remainder taken from as few symbols as possible: LLVM sees what neighbours share."""
@@ -442,10 +463,12 @@ class Emitter:
         self.define(instance, ops.cast(name, dtype, node.dtype))
 
 
-def rounded_soon(nest: Nest) -> frozenset[Scalar]:
-    """float32 values that only products, quotients and selections lie between and a rounding to half precision.
+def rounded_soon(nest: Nest, between: Sequence[str] = _RELATIVE) -> frozenset[Scalar]:
+    """float32 values that only ops named in `between` lie between and a rounding to half precision.
 
-    Those keep a relative error as it is, so what `ops.apply` calls fast is invisible after the rounding.
+    Products, quotients and selections keep a relative error as it is, so what `ops.apply` calls fast is invisible after the
+    rounding. Where sums lie between too (`_ARITHMETIC`) they may cancel, and show of an error what they show of roundings of
+    float32 themselves: functions that are off by as little (`ops.FEW_UNITS`) may be fast there.
     """
     users: dict[Scalar, list[Scalar]] = {}
     nodes = list(postorder(nest.roots))
@@ -456,15 +479,17 @@ def rounded_soon(nest: Nest) -> frozenset[Scalar]:
     rounded: set[Scalar] = set()
     for node in reversed(nodes):
         own = users.get(node, [])
-        if node.dtype == torch.float32 and own and node not in exact and all(_keeps_relative(u, rounded) for u in own):
+        if node.dtype != torch.float32 or not own or node in exact:
+            continue
+        if all(_leads_to_half(u, rounded, between) for u in own):
             rounded.add(node)
     return frozenset(rounded)
 
 
-def _keeps_relative(user: Scalar, rounded: set[Scalar]) -> bool:
+def _leads_to_half(user: Scalar, rounded: set[Scalar], between: Sequence[str]) -> bool:
     if not isinstance(user, Op):
         return isinstance(user, Masked) and user in rounded
-    return (user.name == "cast" and user.dtype in ops.HALF) or (user.name in _RELATIVE and user in rounded)
+    return (user.name == "cast" and user.dtype in ops.HALF) or (user.name in between and user in rounded)
 
 
 def reduced_dtype(node: Reduce) -> torch.dtype:
@@ -495,11 +520,14 @@ def _counts_index(node: Scalar) -> bool:
 
 def _exact_reciprocal(node: Scalar) -> float | None:
     """1 / `node` if that is a known power of two, far from the ends of float32."""
-    if isinstance(node, Op) and node.name == "cast":
-        node = node.args[0]
+    node = _uncast(node)
     if not isinstance(node, Const) or abs(math.frexp(node.value)[0]) != 0.5 or not 2.0**-100 < abs(node.value) < 2.0**100:
         return None
     return 1 / node.value
+
+
+def _uncast(node: Scalar) -> Scalar:
+    return node.args[0] if isinstance(node, Op) and node.name == "cast" else node
 
 
 def _erf_beside_one(node: Scalar) -> Op | None:

@@ -98,7 +98,9 @@ _BY_KIND = {  # op -> (floating point, integer)
 }
 
 _ONE_INSTRUCTION = {"maximum": "h.largest", "minimum": "h.smallest"}  # of float32; of two zeros either
-_FAST = {"exp": "tl.exp", "rsqrt": "tl.rsqrt", "sigmoid": "h.fast_sigmoid"}
+_FAST = {"exp": "tl.exp", "rsqrt": "tl.rsqrt", "sigmoid": "h.fast_sigmoid", "sqrt": "tl.sqrt"}
+FEW_UNITS = frozenset(("sqrt", "rsqrt", "reciprocal"))
+"""Whose fast forms are off by two units in float32's last place at most; exact ones take a dozen instructions each."""
 _INTEGER_IDENTITY = frozenset(("floor", "ceil", "trunc", "round"))
 
 
@@ -154,6 +156,8 @@ def apply(name: str, args: list[str], operand: torch.dtype, dtype: torch.dtype, 
     floating = operand.is_floating_point
     if name in _INFIX:
         return _infix(name, args, operand)
+    if fast and name in ("truediv", "reciprocal") and operand != torch.float64:
+        return f"({args[0]} / {args[1]})" if name == "truediv" else f"(1.0 / {args[0]})"
     if name in ("neg", "bitwise_not", "reciprocal", "isnan", "isinf", "signbit"):
         return _unary(name, args[0], operand)
     if name in _INTEGER_IDENTITY and not floating:
@@ -162,8 +166,6 @@ def apply(name: str, args: list[str], operand: torch.dtype, dtype: torch.dtype, 
         return f"libdevice.trunc(h.divide({args[0]}, {args[1]}))" if floating else f"({args[0]} // {args[1]})"
     if name == "fmod" and not floating:
         return f"({args[0]} % {args[1]})"
-    if fast and name == "truediv" and operand != torch.float64:
-        return f"({args[0]} / {args[1]})"
     return f"{_function(name, operand, fast and operand != torch.float64)}({', '.join(args)})"
 
 

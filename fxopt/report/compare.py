@@ -38,6 +38,9 @@ from fxopt.report.measure import (
 from fxopt.runtime.device_lock import seconds_waited
 
 Progress = Callable[[str, float], None]
+PATIENCE = 4.0
+"""By how much timing may take longer where other processes, whose first steps run beside it, have disturbed it."""
+
 EAGER_SHARE, ROUNDINGS = 4.0, 16.0
 """A value may be this many times as far from float64 as eager's, plus so many of its dtype's rounding errors."""
 
@@ -431,6 +434,7 @@ def _time(calls: Mapping[tuple[str, str], Call], rows: list[Row], plan: Plan, pr
         max_rounds=plan.max_rounds,
         flush=plan.flush,
         ahead=plan.ahead,
+        patience=PATIENCE if plan.ahead else 1.0,
         tick=lambda share: progress("timing", 0.7 + 0.3 * share),
     )
     for row in rows:

@@ -17,6 +17,9 @@ Key = TypeVar("Key", bound=Hashable)
 MOST_FLUSHES = 100
 """Of the L2 cache before one call: some milliseconds."""
 
+STEADY = 0.1
+"""Quartiles of undisturbed times lie no further apart than this share of the median."""
+
 
 @dataclass
 class Timing:
@@ -35,6 +38,11 @@ class Timing:
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return low, high
 
+    @property
+    def steady(self) -> bool:
+        low, high = self.quartiles
+        return high - low <= STEADY * self.median
+
 
 def interleaved(
     calls: Mapping[Key, Call],
@@ -45,9 +53,11 @@ def interleaved(
     max_rounds: int = 100,
     flush: bool = False,
     ahead: bool = False,
+    patience: float = 1.0,
     tick: Callable[[float], None] = lambda share: None,
 ) -> dict[Key, Timing]:
-    """Time warmed-up `calls` round by round, each once per round, for about `seconds` in all.
+    """Time warmed-up `calls` round by round, each once per round, for about `seconds` in all; up to `patience` times as long
+    while the times of one are not `steady`.
 
     Interleaving spreads drift of the machine's clock and of its other tenants evenly. The order turns with every round. A
     sample is the mean of as many calls as fill 10 ms. On CUDA times are between device events; `flush` writes over the L2
@@ -66,7 +76,9 @@ def interleaved(
         order = order[1:] + order[:1]
         elapsed = time.perf_counter() - start
         tick(min(1.0, max(elapsed / max(seconds, 1e-9), (number + 1) / max_rounds)))
-        if elapsed > seconds and number + 1 >= min_rounds:
+        if elapsed <= seconds or number + 1 < min_rounds:
+            continue
+        if elapsed > patience * seconds or all(timing.steady for timing in timings.values()):
             break
     tick(1.0)
     return timings

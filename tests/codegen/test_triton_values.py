@@ -523,6 +523,39 @@ def test_fast_functions_only_where_half_precision_hides_their_error() -> None:
         assert "libdevice.exp(" in text and "h.divide(" in text
 
 
+def normed(dtype: torch.dtype, last: str) -> Case:
+    """dtype(last(a * (1 / sqrt(b)) + sqrt(b) / 3)): a batch norm has the first, a mean the last."""
+    n = 256
+    x = Sym("x0", size=n)
+    a, b = (Load(k, symbol(x), F32) for k in "ab")
+    root = nests.op("sqrt", b)
+    mean = nests.op("truediv", root, Const(3.0, F32))
+    total = nests.op("add", nests.op("mul", a, nests.op("reciprocal", root)), mean)
+    nest = Nest((x,), (), (Store("o", symbol(x), nests.cast(nests.op(last, total), dtype)),))
+    buffers = [*(nests.buffer(k, F32, (n,)) for k in "ab"), nests.buffer("o", dtype, (n,))]
+
+    def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        done: torch.Tensor = getattr(torch, last)(a * b.sqrt().reciprocal() + b.sqrt() / 3.0)
+        return done
+
+    return nests.make(nest, buffers, "a b", "o", run)
+
+
+def test_roots_and_their_reciprocals_are_fast_where_float32_is_rounded_to_half_precision_in_the_end() -> None:
+    text = print_region(normed(BF16, "tanh").region, TritonConfig(64), TARGET).kernels[0].text
+    assert "tl.rsqrt(" in text and "tl.sqrt(" in text, "a reciprocal of a root is one function, the root another"
+    assert not {"h.divide(", "h.square_root("} & set(re.findall(r"h\.\w+\(", text))
+    for case in (normed(F32, "tanh"), normed(BF16, "floor")):  # stored as it is; half an integer's distance counts
+        exact = print_region(case.region, TritonConfig(64), TARGET).kernels[0].text
+        assert "h.divide(" in exact and "h.square_root(" in exact and "rsqrt" not in exact
+
+
+def test_fast_roots(interpreter: Interpreter) -> None:
+    b = torch.rand(256)
+    b[:6] = torch.tensor([0.0, -0.0, -1.0, 1e-40, float("inf"), float("nan")])
+    check(interpreter, normed(BF16, "tanh"), TritonConfig(64), b=b)
+
+
 def test_texts_are_canonical() -> None:
     one, other = nests.pointwise(256, F32), nests.pointwise(256, F32)
     renamed = {b: f"other_{b}" for b in "abo"}

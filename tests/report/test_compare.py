@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from fxopt.report import cases
+from fxopt.report import cases, measure
 from fxopt.report.cases import BACKWARD, FORWARD, Case, relative_error
 from fxopt.report.compare import CompileTimeout, Plan, Row, compare, speedup, time_limit
 from fxopt.report.contenders import CACHE_VARIABLES, CONTENDERS, COPY, Contender, caches_under, pick
@@ -86,6 +88,31 @@ def test_kernels_are_counted_innermost_and_without_views() -> None:
     assert seen.pop("aten::relu", 0) + seen.pop("aten::clamp_min", 0) == 1
     assert seen.pop("aten::sum") == 1
     assert seen == {"aten::copy_": 1} or seen == {"aten::clone": 1}  # the transposed reshape is a copy
+
+
+@pytest.mark.parametrize(("disturbed", "rounds"), [(0, 3), (1, 5), (99, 9)])
+def test_timing_goes_on_for_a_while_when_it_was_disturbed(
+    disturbed: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round takes a second of this clock, for 2 seconds or, with patience, 8."""
+
+    class Timer:
+        def __init__(self) -> None:
+            self.taken = 0
+
+        def repeats(self, call: object) -> int:
+            return 1
+
+        def sample(self, call: object, repeats: int) -> float:
+            self.taken += 1
+            return 1.0 + self.taken if self.taken <= disturbed else 1.0
+
+    clock = itertools.count()
+    monkeypatch.setattr(measure, "_HostTimer", Timer)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    timing = interleaved({"one": lambda: None}, CPU, seconds=2.0, patience=4.0)["one"]
+    assert len(timing.samples) == rounds
+    assert (timing.median == 1.0) == (disturbed < rounds)
 
 
 def test_interleaved_turns_the_order_and_samples_all_equally() -> None:
