@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -104,7 +105,6 @@ def _lower_and_choose(
             lowered = lower_graph(graph, journal, library)
         with journal.timed("library choice"):
             lowered = tune.choose_library(lowered, options, store, journal)
-            lowered = tune.choose_attention(lowered, options, store, journal)
         with journal.timed("scheduling"):
             lowered = schedule(lowered, batch=batch, apart=apart)
             if attention_kernels.NAME not in options.disable and options.tuning_seconds != 0:
@@ -112,7 +112,8 @@ def _lower_and_choose(
             if contractions.NAME not in options.disable and options.tuning_seconds != 0:
                 lowered = with_contractions(lowered, every=options.mode == "max-autotune")
         with journal.timed("kernels"):
-            lowered, chosen, failed = tune.choose(lowered, options, store, journal)
+            attention = functools.partial(tune.choose_attention, options=options, store=store, journal=journal)
+            lowered, chosen, failed = tune.choose(lowered, options, store, journal, attention)
         if not failed:
             return lowered, chosen
         journal.provisional = True  # the next process may have a compiler that works

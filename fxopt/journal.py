@@ -37,6 +37,7 @@ class Journal:
     notes: list[tuple[str, str]] = field(default_factory=list)  # (topic, text)
     memory: dict[str, int] = field(default_factory=dict)  # bytes at the plan's peak, in all and by part, beside the inputs
     provisional: bool = False  # compiled as far as time and tools allowed today: not to be remembered
+    _part: str | None = None  # the part of a phase that is being timed
 
     def retreat(self, what: str, reason: str) -> None:
         """Note that `what` runs as ATen and why. Raises RetreatError when strict."""
@@ -50,12 +51,20 @@ class Journal:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall time of the block to `seconds[phase]`."""
-        start = time.perf_counter()
+        """Add the wall time of the block to `seconds[phase]`.
+
+        A part of a phase is called "phase: part", and counts in its phase. Within another part, it does not count in that.
+        """
+        start, around = time.perf_counter(), self._part
+        if ": " in phase:
+            self._part = phase
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            taken, self._part = time.perf_counter() - start, around
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + taken
+            if around is not None and ": " in phase:
+                self.seconds[around] = self.seconds.get(around, 0.0) - taken
 
 
 RECENT: deque[Journal] = deque(maxlen=256)

@@ -6,12 +6,12 @@ import base64
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 from fxopt.codegen import cpp_build, cxx, triton_build
-from fxopt.codegen.workers import Outcome, WorkersUnavailable, describe, shared_pool, worker_count
+from fxopt.codegen.workers import Heard, Outcome, WorkersUnavailable, describe, shared_pool, worker_count
 from fxopt.errors import CacheError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.runtime.artifacts import ArtifactStore
@@ -19,31 +19,38 @@ from fxopt.target import Target
 
 Result = Artifact | CompileFailure
 Keyed = list[tuple[str, KernelSource]]
+Ready = Callable[[int, Result], None]
+"""What is told the place of a source and what became of it."""
 
 _TRITON_JOB = "fxopt.codegen.compile:triton_job"
 _TRITON_WARM_UP = "fxopt.codegen.triton_build:warm_up"
 _TRITON_REHEARSAL = "fxopt.codegen.compile:rehearse_triton"
 
 
-def compile_kernels(sources: Iterable[KernelSource], target: Target, store: ArtifactStore) -> list[Result]:
+def compile_kernels(
+    sources: Iterable[KernelSource], target: Target, store: ArtifactStore, ready: Ready | None = None
+) -> list[Result]:
     """Machine code for each of `sources`, in order; kernels already in `store` are not compiled again.
 
     Triton kernels are begun as soon as `sources` gives them, so that printing the next ones takes no time of its own. What
     does not compile (or finds no compiler, or hangs) comes back as a CompileFailure with the reason; nothing is raised but
-    what `sources` raises. That a whole language cannot be compiled here is also a warning, once in a process.
+    what `sources` and `ready` raise. That a whole language cannot be compiled here is also a warning, once in a process.
+
+    When `sources` has come to its end, `ready` is called in this thread with the place of each source and what became of it,
+    as soon as that is known: while the others are compiled.
     """
     with contextlib.ExitStack() as claims:
-        request = _Request(target, store, claims)
-        compiled: dict[str, dict[str, Result]] = {}
+        request = _Request(target, store, claims, ready)
         triton = request.missing_triton(sources)
         first = next(triton, None)
         if first is not None:
-            compiled["triton"] = _compile_triton(chain([first], triton), target, store, request.toolchains["triton"])
+            results = _compile_triton(chain([first], triton), request)
+            _report(any(isinstance(r, CompileFailure) for r in results), "triton", target)
         if request.missing_cpp:
-            compiled["cpp"] = _compile_cpp(request.missing_cpp, target, store, request.toolchains["cpp"])
-    for language, results in compiled.items():
-        request.known.update(results)
-        _report(any(isinstance(r, CompileFailure) for r in results.values()), language, target)
+            compiled = _compile_cpp(request.missing_cpp, target, store, request.toolchains["cpp"])
+            for key, result in compiled.items():
+                request.tell(key, result)
+            _report(any(isinstance(r, CompileFailure) for r in compiled.values()), "cpp", target)
     return [request.known[key] for key in request.keys]
 
 
@@ -53,16 +60,17 @@ class _Request:
     The first that is missing is claimed until `claims` ends, so that processes with the same job do it once, not each.
     """
 
-    def __init__(self, target: Target, store: ArtifactStore, claims: contextlib.ExitStack) -> None:
-        self.target, self.store, self.claims = target, store, claims
+    def __init__(self, target: Target, store: ArtifactStore, claims: contextlib.ExitStack, ready: Ready | None) -> None:
+        self.target, self.store, self.claims, self.ready = target, store, claims, ready
         self.keys: list[str] = []
         self.known: dict[str, Result] = {}
         self.missing_cpp: Keyed = []
         self.toolchains: dict[str, str] = {}
         self._missing: set[str] = set()
+        self._places: dict[str, list[int]] | None = None
 
     def missing_triton(self, sources: Iterable[KernelSource]) -> Iterator[tuple[str, KernelSource]]:
-        """The Triton kernels among `sources` that are not in the store."""
+        """The Triton kernels among `sources` that are not in the store; at the end, those that are there are ready."""
         for source in sources:
             key = self._key(source)
             self.keys.append(key)
@@ -73,6 +81,18 @@ class _Request:
                 self.missing_cpp.append((key, source))
             else:
                 yield key, source
+        self._places = {}
+        for place, key in enumerate(self.keys):
+            self._places.setdefault(key, []).append(place)
+        for key, result in list(self.known.items()):
+            self.tell(key, result)
+
+    def tell(self, key: str, result: Result) -> None:
+        """Note what became of the kernel `key`."""
+        self.known[key] = result
+        if self.ready is not None and self._places is not None:
+            for place in self._places[key]:
+                self.ready(place, result)
 
     def _key(self, source: KernelSource) -> str:
         if source.language not in self.toolchains:
@@ -218,12 +238,15 @@ def _job(source: KernelSource, target: Target) -> dict[str, Any]:
     return {"source": {f: getattr(source, f) for f in fields}, "target": dataclasses.asdict(target)}
 
 
-def _compile_triton(
-    missing: Iterable[tuple[str, KernelSource]], target: Target, store: ArtifactStore, toolchain: str
-) -> dict[str, Result]:
+def _compile_triton(missing: Iterable[tuple[str, KernelSource]], request: _Request) -> list[Result]:
+    """What became of each of `missing`, which `request` is told."""
+    target = request.target
     reason = _no_triton(target)
     if reason is not None:
-        return {key: CompileFailure(key, reason) for key, _ in missing}
+        refused = [CompileFailure(key, reason) for key, _ in missing]
+        for failure in refused:
+            request.tell(failure.key, failure)
+        return list(refused)
     todo: Keyed = []
 
     def jobs() -> Iterator[dict[str, Any]]:
@@ -231,31 +254,44 @@ def _compile_triton(
             todo.append((key, source))
             yield _job(source, target)
 
-    results: dict[str, Result] = {}
-    outcomes = _run_jobs(jobs(), target)
+    def heard(number: int, outcome: Outcome) -> None:
+        """Keep what has been compiled; why the others have not is known when all are there."""
+        if outcome.error is None:
+            key, source = todo[number]
+            code, meta = base64.b64decode(outcome.value["code"]), outcome.value["meta"]
+            request.tell(key, _keep(key, source, code, meta, request.store, request.toolchains["triton"]))
+
+    outcomes = _run_jobs(jobs(), target, heard)
     _learn(outcomes, target)
-    for (key, source), outcome in zip(todo, outcomes, strict=True):
+    for (key, _), outcome in zip(todo, outcomes, strict=True):
         if outcome.error is not None:
-            results[key] = CompileFailure(key, _refused.get(target.key) or cxx.essence(outcome.error))
-        else:
-            code = base64.b64decode(outcome.value["code"])
-            results[key] = _keep(key, source, code, outcome.value["meta"], store, toolchain)
-    return results
+            request.tell(key, CompileFailure(key, _refused.get(target.key) or cxx.essence(outcome.error)))
+    return [request.known[key] for key, _ in todo]
 
 
-def _run_jobs(jobs: Iterable[dict[str, Any]], target: Target) -> list[Outcome]:
+def _run_jobs(jobs: Iterable[dict[str, Any]], target: Target, heard: Heard | None = None) -> list[Outcome]:
     """In workers, each as soon as it is there; here, with one warning, when there can be none."""
     given, rest = list[dict[str, Any]](), iter(jobs)
+    known: dict[int, Outcome] = {}
+
+    def note(number: int, outcome: Outcome) -> None:
+        known[number] = outcome
+        if heard is not None:
+            heard(number, outcome)
+
     if worker_count() > 0:
         try:
-            return shared_pool(_TRITON_JOB, _TRITON_WARM_UP, _TRITON_REHEARSAL).run(_noted(rest, given))
+            return shared_pool(_TRITON_JOB, _TRITON_WARM_UP, _TRITON_REHEARSAL).run(_noted(rest, given), note)
         except WorkersUnavailable as error:
             reason = triton_build.broken()
             if reason is not None:
                 _refused[target.key] = reason
                 return [Outcome(error=reason) for _ in (*given, *rest)]
             _warn_once("workers", f"fxopt compiles kernels one by one in this process, which is slower: {error}")
-    return [_run_here(job) for job in (*given, *rest)]
+    for number, job in enumerate([*given, *rest]):
+        if number not in known:
+            note(number, _run_here(job))
+    return [known[number] for number in sorted(known)]
 
 
 def _noted(jobs: Iterable[dict[str, Any]], given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -35,6 +35,7 @@ from fxopt import knobs
 from fxopt.errors import FxoptError
 
 MOST_WORKERS = 16
+FEW_CORES = 4
 JOB_SECONDS = 120.0
 """A kernel takes a second of a core, ten on a crowded machine: a compiler that is still at it after this time hangs."""
 
@@ -54,10 +55,17 @@ class Outcome:
     error: str | None = None
 
 
+Heard = Callable[[int, Outcome], None]
+"""What is told the number of a job and its outcome."""
+
+
 def worker_count() -> int:
-    """FXOPT_WORKERS, or one per core that this process may use, at most 16. 0 means: no processes."""
-    chosen = knobs.WORKERS.get()
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS) if chosen is None else chosen
+    """FXOPT_WORKERS, or one per core that this process may use, at most 16. 0 means: no processes.
+
+    Of many cores one is left to the process that measures meanwhile: its launches must not wait for a core.
+    """
+    chosen, cores = knobs.WORKERS.get(), len(os.sched_getaffinity(0))
+    return min(cores - (cores > FEW_CORES), MOST_WORKERS) if chosen is None else chosen
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -112,10 +120,11 @@ class Pool:
                 self._process = self._spawn()
                 self._send(self._process, [self.setup])
 
-    def run(self, jobs: Iterable[dict[str, Any]]) -> list[Outcome]:
+    def run(self, jobs: Iterable[dict[str, Any]], heard: Heard | None = None) -> list[Outcome]:
         """One outcome per job, in order. Each job is begun as soon as `jobs` gives it, while the next ones are made.
 
-        Raises WorkersUnavailable when the helper cannot be started or dies twice, and what `jobs` raises.
+        `heard` is called in this thread with the number of each job that has ended and its outcome, once `jobs` has no more.
+        Raises WorkersUnavailable when the helper cannot be started or dies twice, and what `jobs` or `heard` raises.
         """
         taken: list[dict[str, Any]] = []
         outcomes: dict[int, Outcome] = {}
@@ -132,23 +141,26 @@ class Pool:
                 return []
             try:
                 try:
-                    self._exchange(chain([first], more), outcomes)
+                    self._exchange(chain([first], more), outcomes, heard)
                 except WorkersUnavailable:
                     self.close()
                     missing = [(i, job) for i, job in enumerate(taken) if i not in outcomes]
-                    self._exchange(chain(missing, more), outcomes)
+                    self._exchange(chain(missing, more), outcomes, heard)
             except BaseException:
                 self.close()  # replies to an abandoned batch must not meet the next one
                 raise
         return [outcomes[i] for i in range(len(taken))]
 
-    def _exchange(self, jobs: Iterable[tuple[int, dict[str, Any]]], outcomes: dict[int, Outcome]) -> None:
+    def _exchange(
+        self, jobs: Iterable[tuple[int, dict[str, Any]]], outcomes: dict[int, Outcome], heard: Heard | None
+    ) -> None:
         """Send `jobs` with their numbers, and note the outcomes. Threads do it: jobs are made meanwhile, and helper and
         caller may otherwise each wait for the other to read."""
         self.start()
         assert self._process is not None
         process, failures = self._process, list[WorkersUnavailable]()
         outbox, awaited = SimpleQueue[dict[str, Any] | None](), SimpleQueue[int | None]()
+        arrived = SimpleQueue[int | None]()
 
         def write() -> None:
             for message in iter(outbox.get, None):
@@ -160,8 +172,11 @@ class Pool:
                 for _ in iter(awaited.get, None):
                     reply = self._receive(process, None)
                     outcomes[reply["id"]] = Outcome(reply.get("value"), reply.get("error"))
+                    arrived.put(reply["id"])
             except WorkersUnavailable as error:
                 failures.append(error)
+            finally:
+                arrived.put(None)
 
         threads = [threading.Thread(target=task, daemon=True) for task in (write, read)]
         for thread in threads:
@@ -170,6 +185,10 @@ class Pool:
             for number, job in jobs:
                 outbox.put({"id": number, "arguments": job})
                 awaited.put(number)
+            awaited.put(None)
+            for number in iter(arrived.get, None):
+                if heard is not None:
+                    heard(number, outcomes[number])
         except BaseException:
             _kill(process)  # no thread may wait for a reply when the pipes are closed
             raise

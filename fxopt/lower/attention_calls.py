@@ -15,7 +15,7 @@ from fxopt.ir import ops
 from fxopt.ir.attention_backends import Settings
 from fxopt.ir.attention_op import attention, attention_forward
 from fxopt.ir.exprs import Int
-from fxopt.ir.region import Alias, BufferSpec, Call, Ref
+from fxopt.ir.region import Alias, Alternatives, BufferSpec, Call, Ref
 from fxopt.lower.calls import overload_name
 from fxopt.lower.lowering import Lowered
 
@@ -61,16 +61,25 @@ class AttentionCall:
 
 
 def find_attention(lowered: Lowered) -> list[AttentionCall]:
-    """Every attention forward among the calls of `lowered` whose operands are known tensors, in order."""
+    """Every attention forward among the calls of `lowered`, those of alternatives included, whose operands are known
+    tensors, in order."""
     views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
-    calls = [s for s in lowered.steps if isinstance(s, Call) and s.op in OPS]
+    ways = [way for s in lowered.steps if isinstance(s, Alternatives) for way in s.ways]
+    steps = dict.fromkeys(s for s in (*lowered.steps, *(s for way in ways for s in way.steps)) if isinstance(s, Call))
+    calls = [s for s in steps if s.op in OPS]
     return [found for call in calls if (found := _described(call, lowered, views)) is not None]
 
 
 def with_backends(lowered: Lowered, backends: Mapping[AttentionCall, str]) -> Lowered:
     """`lowered` with each of these calls told its backend."""
     told = {id(found.call): replace(found.call, kwargs={**found.call.kwargs, "backend": b}) for found, b in backends.items()}
-    return replace(lowered, steps=[told.get(id(step), step) for step in lowered.steps])
+
+    def of(step: Any) -> Any:
+        if isinstance(step, Alternatives):
+            return replace(step, ways=tuple(replace(way, steps=tuple(map(of, way.steps))) for way in step.ways))
+        return told.get(id(step), step)
+
+    return replace(lowered, steps=[of(step) for step in lowered.steps])
 
 
 def _described(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> AttentionCall | None:

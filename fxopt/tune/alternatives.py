@@ -34,31 +34,28 @@ class Settled:
     choices: dict[str, Choice]
 
 
-def settle(
-    alternatives: Sequence[Alternatives],
-    chosen: Mapping[str, Choice],
-    built: Mapping[str, Sequence[Choice]],
-    store: ArtifactStore,
-    measurements: Measurements,
-    journal: Journal,
-) -> dict[str, Settled]:
-    """What is kept of each of `alternatives`, by name.
+class Settler:
+    """Decides between the ways of alternatives; equal ones are one contest."""
 
-    `chosen` has what runs each region of a first way by name, `built` every choice for the regions and contractions of the
-    others: a way of which something was not built is none.
-    """
-    known: dict[object, str] = {}
-    out: dict[str, Settled] = {}
-    for each in alternatives:
+    def __init__(self, store: ArtifactStore, measurements: Measurements, journal: Journal) -> None:
+        self.store, self.measurements, self.journal = store, measurements, journal
+        self._known: dict[str, str] = {}
+
+    def settle(self, each: Alternatives, chosen: Mapping[str, Choice], built: Mapping[str, Sequence[Choice]]) -> Settled:
+        """What is kept of `each`.
+
+        `chosen` has what runs each region of the first way by name, `built` every choice for the regions and contractions of
+        the others: a way of which something was not built is none.
+        """
         contenders = _settled(each.ways[0], {name: [choice] for name, choice in chosen.items()})
         contenders += [s for way in each.ways[1:] for s in _settled(way, built)]
         trials = [_trial(each, contender) for contender in contenders]
         facts = _facts(each, trials)
-        label = known.get(key := repr(facts))
+        label = self._known.get(key := repr(facts))
         if label is None:
-            label = known[key] = _fastest(each, trials, facts, store, measurements, journal)
-        out[each.name] = contenders[[t.label for t in trials].index(label)]
-    return out
+            label = _fastest(each, trials, facts, self.store, self.measurements, self.journal)
+            self._known[key] = label
+        return contenders[[t.label for t in trials].index(label)]
 
 
 def _settled(way: Way, choices: Mapping[str, Sequence[Choice]]) -> list[Settled]:

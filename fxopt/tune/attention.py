@@ -77,7 +77,7 @@ HIDDEN = 0.25
 
 
 def choose_attention(lowered: Lowered, options: Options, store: ArtifactStore, journal: Journal) -> Lowered:
-    """`lowered`, not yet scheduled, with every attention on a GPU given the backend that is fastest for it.
+    """`lowered` with every attention on a GPU, in alternatives too, given the backend that is fastest for it.
 
     With options.tuning_seconds 0 nothing is measured, nor are records looked at: cuDNN runs what it is known to be fastest
     at, eager's rule the rest. Where the user asks for deterministic algorithms, or enables one backend only, eager's rule

@@ -7,7 +7,7 @@ once and measured once, and all take the same choice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from fxopt.lower.contractions import replaced
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.alternatives import settle
+from fxopt.tune.alternatives import Settled, Settler
 from fxopt.tune.candidate import Candidate, Choice, Work, candidates, sizes_of
 from fxopt.tune.contest import decide
 from fxopt.tune.made_up import index_bounds
@@ -39,17 +39,19 @@ BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 SAMPLE_BYTES = 256 << 20
 """As much of a batch is measured."""
 
-PRINTING, COMPILING = "kernels: printing", "kernels: compiling"
+PRINTING, COMPILING, MEASURING = "kernels: printing", "kernels: compiling", "kernels: measuring"
+CALLS = "kernels: library calls"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Contest:
-    """Candidates, and the regions that have just these."""
+    """Candidates, and the regions that have just these. `made` is what became of their kernels, by the source's identity."""
 
     regions: list[Work]
     candidates: list[Candidate]
+    made: dict[int, Artifact | CompileFailure] = field(default_factory=dict)
     built: list[Choice] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -61,10 +63,15 @@ class _Contest:
     def sources(self) -> list[KernelSource]:
         return [s for candidate in self.candidates for s in candidate.sources]
 
-    def take(self, results: Mapping[int, Artifact | CompileFailure], journal: Journal) -> None:
-        """Note which candidates were built, and why others were not. `results` are of sources, by identity."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is known of every kernel what became of it."""
+        return all(id(s) in self.made for s in self.sources)
+
+    def finish(self, journal: Journal) -> None:
+        """Note which candidates were built, and why others were not."""
         for candidate in self.candidates:
-            made = [(s, results[id(s)]) for s in candidate.sources]
+            made = [(s, self.made[id(s)]) for s in candidate.sources]
             reasons = [r.reason for _, r in made if isinstance(r, CompileFailure)]
             self.reasons += reasons
             for reason in reasons:
@@ -75,118 +82,175 @@ class _Contest:
 
 
 def choose(
-    lowered: Lowered, options: Options, store: ArtifactStore, journal: Journal
+    lowered: Lowered,
+    options: Options,
+    store: ArtifactStore,
+    journal: Journal,
+    meanwhile: Callable[[Lowered], Lowered] | None = None,
 ) -> tuple[Lowered, dict[str, Choice], list[tuple[Region | Batch, str]]]:
     """(`lowered` without alternatives, the choice for each of its regions, batches and contractions by name, the regions and
     batches that nothing could be built for with the reason).
+
+    `meanwhile` decides about the library calls of `lowered`; that is done while kernels are compiled.
     """
-    alternatives = [s for s in lowered.steps if isinstance(s, Alternatives)]
-    first = [s for each in alternatives for s in each.ways[0].steps]
-    others = [s for each in alternatives for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
-    needed = [s for s in (*lowered.steps, *first) if isinstance(s, Region | Batch)]
-    build = _Build(options, store, journal)
-    for device in dict.fromkeys(work.device for work in (*others, *needed)):
-        build.on(device, [w for w in others if w.device == device], [w for w in needed if w.device == device])
-    printed, failed, also = build.printed, build.failed, build.also
-    contests, optional = build.contests, build.optional
-    with journal.timed("kernels: measuring"):
+    return _Tuning(lowered, options, store, journal, meanwhile).run()
+
+
+class _Tuning:
+    """The contests of one graph: candidates are printed, compiled while the next ones are printed, and measured while others
+    are compiled.
+    """
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        options: Options,
+        store: ArtifactStore,
+        journal: Journal,
+        meanwhile: Callable[[Lowered], Lowered] | None,
+    ) -> None:
+        self.lowered, self.options, self.store, self.journal, self.meanwhile = lowered, options, store, journal, meanwhile
+        self.suspects = Suspects(store.cache)
         budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
-        measurements = Measurements(journal, budget, Suspects(store.cache))
-        winners = {id(c): _fastest(c, store, measurements) for c in contests if c.built}
-        chosen: dict[str, Choice] = {}
-        for contest, region, own in _places(contests, printed):
-            if contest.built:
-                chosen[region.name] = _adopted(winners[id(contest)], own)
-            else:
-                failed.append((region, "; ".join(dict.fromkeys(contest.reasons)) or "no candidate"))
+        measurements = Measurements(journal, budget, self.suspects)
+        self.measurements, self.settler = measurements, Settler(store, measurements, journal)
+        self.needed = _Contests(lambda work: candidates(work, options), journal)
+        self.optional = _Contests(lambda work: candidates(work, options), journal)
+        self.printed: set[torch.device] = set()
+        self.winners: dict[int, Choice] = {}
+        self.settled: dict[str, Settled] = {}
+
+    def run(self) -> tuple[Lowered, dict[str, Choice], list[tuple[Region | Batch, str]]]:
+        """As `choose`."""
+        first = [s for each in self._alternatives() for s in each.ways[0].steps]
+        others = [s for each in self._alternatives() for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
+        needed = [s for s in (*self.lowered.steps, *first) if isinstance(s, Region | Batch)]
+        for device in dict.fromkeys(work.device for work in (*others, *needed)):
+            self._build(device, [w for w in others if w.device == device], [w for w in needed if w.device == device])
+        self._decide_calls()
+        self._advance()
+        failed = [(work, reason) for work, reason in self.needed.failed() if isinstance(work, Region | Batch)]
         if failed:
-            return lowered, {}, failed
-        built = {
-            region.name: [_adopted(c, own) for c in _usable(contest)] for contest, region, own in _places(optional, also)
-        }
-        settled = settle(alternatives, chosen, built, store, measurements, journal)
-    for name, kept in settled.items():
-        chosen.pop(name, None)
-        chosen |= kept.choices
-    return replaced(lowered, {name: kept.way for name, kept in settled.items()}), chosen, []
+            return self.lowered, {}, failed
+        chosen = {name: self._winner(name) for name in self.needed.of}
+        for name, kept in self.settled.items():
+            chosen.pop(name, None)
+            chosen |= kept.choices
+        return replaced(self.lowered, {name: kept.way for name, kept in self.settled.items()}), chosen, []
 
+    def _alternatives(self) -> list[Alternatives]:
+        return [s for s in self.lowered.steps if isinstance(s, Alternatives)]
 
-def _places(
-    contests: Sequence[_Contest], printed: Sequence[tuple[Work, list[Candidate]]]
-) -> Iterator[tuple[_Contest, Work, list[Candidate]]]:
-    """Each region with its contest and its own candidates."""
-    of = {region.name: contest for contest in contests for region in contest.regions}
-    return ((of[region.name], region, own) for region, own in printed)
-
-
-class _Build:
-    """Candidates of regions, batches and contractions: printed, and compiled while the next ones are printed."""
-
-    def __init__(self, options: Options, store: ArtifactStore, journal: Journal) -> None:
-        self.options, self.store, self.journal = options, store, journal
-        self.printed: list[tuple[Work, list[Candidate]]] = []
-        self.also: list[tuple[Work, list[Candidate]]] = []
-        self.failed: list[tuple[Any, str]] = []
-        self.contests: list[_Contest] = []
-        self.optional: list[_Contest] = []
-
-    def on(self, device: torch.device, others: Sequence[Work], needed: Sequence[Work]) -> None:
+    def _build(self, device: torch.device, others: Sequence[Work], needed: Sequence[Work]) -> None:
         """Build the steps of other ways than the first (`others`), and those that are `needed`, on one device."""
         sources: list[KernelSource] = []
-        printing = self.journal.seconds.get(PRINTING, 0.0)
+
+        def ready(place: int, made: Artifact | CompileFailure) -> None:
+            result = _unsuspected(made, self.suspects)
+            if any(contests.take(sources[place], result) for contests in (self.optional, self.needed)):
+                self._advance()
+
         with self.journal.timed(COMPILING):
-            made = compile_kernels(self._sources(others, needed, sources), Target.current(device), self.store)
-        self.journal.seconds[COMPILING] -= self.journal.seconds.get(PRINTING, 0.0) - printing
-        suspects = Suspects(self.store.cache)
-        compiled = [_unsuspected(result, suspects) for result in made]
-        results = dict(zip(map(id, sources), compiled, strict=True))
-        texts = len({s.text for s in sources})
-        log.info("%s: %d kernels (%d texts) on %s", self.journal.graph, len(sources), texts, device)
-        for contest in (*self.contests, *self.optional):
-            if contest.region.device == device:
-                contest.take(results, self.journal)
+            compile_kernels(self._sources(others, needed, sources), Target.current(device), self.store, ready)
+        log.info("%s: %d kernels (%d texts) on %s", self.journal.graph, len(sources), len({s.text for s in sources}), device)
 
     def _sources(self, others: Sequence[Work], needed: Sequence[Work], given: list[KernelSource]) -> Iterator[KernelSource]:
         """Every candidate's kernels, also noted in `given`. Those that take longest come first, lest all wait for the last:
         products, which are among `others`, take several times as long as the rest, which goes by length."""
-        known: dict[object, _Contest] = {}
-        for region, own in self._printed(others, []):
-            self.also.append((region, own))
-            contest = _put(known, region, own)
-            if contest is not None:
-                self.optional.append(contest)
-                given += contest.sources
-                yield from contest.sources
-        printed = list(self._printed(needed, self.failed))
-        self.printed += printed
-        known = {}
-        contests = [contest for region, own in printed if (contest := _put(known, region, own)) is not None]
-        self.contests += contests
+        for contest in self.optional.printed(others):
+            given += contest.sources
+            yield from contest.sources
+        contests = list(self.needed.printed(needed))
         sources = sorted((s for c in contests for s in c.sources), key=lambda s: -len(s.text))
         given += sources
         yield from sources
+        self.printed |= {work.device for work in (*others, *needed)}
+        self._decide_calls()
 
-    def _printed(self, works: Sequence[Work], failed: list[tuple[Any, str]]) -> Iterator[tuple[Work, list[Candidate]]]:
-        """Each of `works` with its candidates; what cannot be printed goes to `failed`."""
-        printer = Printer(lambda region: candidates(region, self.options))
+    def _decide_calls(self) -> None:
+        if self.meanwhile is not None:
+            with self.journal.timed(CALLS):
+                self.lowered, self.meanwhile = self.meanwhile(self.lowered), None
+
+    def _advance(self) -> None:
+        """Measure what is built and has not been measured."""
+        with self.journal.timed(MEASURING):
+            for contest in self.needed.take_open():
+                self.winners[id(contest)] = _fastest(contest, self.store, self.measurements)
+            for each in self._alternatives():
+                if each.name not in self.settled and each.device in self.printed and self._is_built(each):
+                    chosen = {s.name: self._winner(s.name) for s in each.ways[0].steps if not isinstance(s, Call)}
+                    self.settled[each.name] = self.settler.settle(each, chosen, self._built(each))
+
+    def _is_built(self, each: Alternatives) -> bool:
+        """Whether all that is known of the steps of `each` is what will be known."""
+        first = all(id(self.needed.of.get(s.name)) in self.winners for s in each.ways[0].steps if not isinstance(s, Call))
+        others = [s.name for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
+        return first and all(name not in self.optional.of or self.optional.of[name].is_complete for name in others)
+
+    def _built(self, each: Alternatives) -> dict[str, list[Choice]]:
+        """Every choice for the steps of other ways than the first, by name."""
+        names = [s.name for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
+        known = {name: self.optional.of[name] for name in names if name in self.optional.of}
+        return {n: [_adopted(c, self.optional.own[n]) for c in _usable(contest)] for n, contest in known.items()}
+
+    def _winner(self, name: str) -> Choice:
+        return _adopted(self.winners[id(self.needed.of[name])], self.needed.own[name])
+
+
+class _Contests:
+    """Contests of regions, batches and contractions; those that print the same kernels for the same sizes have one."""
+
+    def __init__(self, candidates: Callable[[Any], list[Candidate]], journal: Journal) -> None:
+        self.candidates, self.journal = candidates, journal
+        self.of: dict[str, _Contest] = {}
+        self.own: dict[str, list[Candidate]] = {}
+        self._unprinted: list[tuple[Work, str]] = []
+        self._known: dict[object, _Contest] = {}
+        self._awaiting: dict[int, _Contest] = {}
+        self._open: list[_Contest] = []
+
+    def printed(self, works: Sequence[Work]) -> Iterator[_Contest]:
+        """The contests of `works` that are new; what cannot be printed has failed."""
+        printer = Printer(self.candidates)
         for work in works:
             try:
                 with self.journal.timed(PRINTING):
-                    own = printer(work) if isinstance(work, Region) else candidates(work, self.options)
+                    own = printer(work) if isinstance(work, Region) else self.candidates(work)
             except UnsupportedError as error:
-                failed.append((work, error.reason))
-            else:
-                yield work, own
+                self._unprinted.append((work, error.reason))
+                continue
+            self.own[work.name] = own
+            key = (work.device, tuple(c.identity for c in own))
+            if key in self._known:
+                self.of[work.name] = self._known[key]
+                self._known[key].regions.append(work)
+                continue
+            self.of[work.name] = self._known[key] = contest = _Contest([work], own)
+            self._awaiting |= {id(s): contest for s in contest.sources}
+            yield contest
 
+    def take(self, source: KernelSource, made: Artifact | CompileFailure) -> bool:
+        """Note what became of `source`, if it is of one of these contests: whether that completes a contest."""
+        contest = self._awaiting.pop(id(source), None)
+        if contest is None:
+            return False
+        contest.made[id(source)] = made
+        if contest.is_complete:
+            contest.finish(self.journal)
+            self._open += [contest] * bool(contest.built)
+        return contest.is_complete
 
-def _put(contests: dict[object, _Contest], work: Work, own: list[Candidate]) -> _Contest | None:
-    """Put `work` to the contest of all that print the same kernels for the same sizes; that contest if it is a new one."""
-    key = (work.device, tuple(c.identity for c in own))
-    if key in contests:
-        contests[key].regions.append(work)
-        return None
-    contests[key] = _Contest([work], own)
-    return contests[key]
+    def take_open(self) -> list[_Contest]:
+        """The contests with something built that have become complete since this was last asked."""
+        found, self._open = self._open, []
+        return found
+
+    def failed(self) -> list[tuple[Work, str]]:
+        """What nothing was built for, and why."""
+        none = [c for c in self._known.values() if not c.built]
+        unbuilt = [(work, "; ".join(dict.fromkeys(c.reasons)) or "no candidate") for c in none for work in c.regions]
+        return [*self._unprinted, *unbuilt]
 
 
 def _adopted(winner: Choice, own: Sequence[Candidate]) -> Choice:

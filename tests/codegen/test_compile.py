@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,19 @@ def test_what_the_store_has_is_not_compiled(store: ArtifactStore, built: list[st
     assert built == ["give_2"]
 
 
+def test_each_place_is_ready_once_its_kernel_is_known(store: ArtifactStore, built: list[str]) -> None:
+    compile_kernels([cpp(1)], CPU, store)
+    heard: list[tuple[int, str]] = []
+
+    def sources() -> Iterator[KernelSource]:
+        yield from (cpp(2), cpp(1), KernelSource("cpp", "bad", "bad", ()), cpp(2))
+        assert not heard, "not before the last source is there"
+
+    results = compile_kernels(sources(), CPU, store, lambda place, result: heard.append((place, entries([result])[0])))
+    assert heard[0] == (1, "give_1"), "what the store has comes first"
+    assert sorted(heard) == list(enumerate(entries(results)))
+
+
 def test_the_toolchain_and_target_are_in_the_key(
     store: ArtifactStore, built: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +194,7 @@ def test_a_gpu_that_nothing_compiles_for(store: ArtifactStore, monkeypatch: pyte
     """Whatever the compiler says of a GPU that it cannot serve: when not even the simplest kernel compiles, that is why."""
     tried: list[str] = []
 
-    def run_jobs(jobs: Iterable[dict[str, Any]], target: Target) -> list[workers.Outcome]:
+    def run_jobs(jobs: Iterable[dict[str, Any]], target: Target, heard: Any = None) -> list[workers.Outcome]:
         jobs = list(jobs)
         tried.extend(job["source"]["entry"] for job in jobs)
         fine, failed = workers.Outcome({"code": "", "meta": {}}), workers.Outcome(error="no ptxas")

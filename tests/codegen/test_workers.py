@@ -50,6 +50,26 @@ def test_a_job_is_begun_while_the_next_one_is_made(pool: Pool, tmp_path: Path) -
     assert pool.run(jobs()) == [Outcome("touched"), Outcome([True, True])]
 
 
+def test_an_outcome_is_heard_while_others_are_awaited(pool: Pool, tmp_path: Path) -> None:
+    heard: list[tuple[int, Any]] = []
+
+    def hear(number: int, outcome: Outcome) -> None:
+        heard.append((number, outcome.value))
+        (tmp_path / "heard").touch()
+
+    pool.run([job("await", str(tmp_path / "heard")), job("double", 1)], hear)
+    assert heard == [(1, [1, 1]), (0, True)]
+
+
+def test_an_error_in_hearing_ends_the_batch(pool: Pool) -> None:
+    def hear(number: int, outcome: Outcome) -> None:
+        raise KeyError("hung kernel")
+
+    with pytest.raises(KeyError, match="hung kernel"):
+        pool.run([job("hang"), job("double", 1)], hear)
+    assert pool.run([job("double", 4)]) == [Outcome([4, 4])]
+
+
 def test_an_error_in_making_jobs_ends_the_batch(pool: Pool) -> None:
     def jobs() -> Iterator[dict[str, Any]]:
         yield job("hang")
@@ -158,3 +178,6 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FXOPT_WORKERS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     assert worker_count() == workers.MOST_WORKERS
+    for cores, expected in ((2, 2), (4, 4), (16, 15)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert worker_count() == expected

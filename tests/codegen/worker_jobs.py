@@ -40,6 +40,11 @@ def job(kind: str, value: Any = None) -> Any:
         case "touch":
             Path(value).touch()
             return "touched"
+        case "await":
+            deadline = time.monotonic() + 60
+            while not Path(value).exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return Path(value).exists()
         case "pid":
             time.sleep(0.05)
             return os.getpid()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fxopt.assemble import assemble
+from fxopt.codegen.compile import Ready
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Ref, Region
@@ -57,10 +58,11 @@ class Bench:
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
         monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, *rest[:3]))
 
-    def compile(self, sources: Iterable[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+    def compile(self, sources: Iterable[KernelSource], target: Target, store: Any, ready: Ready) -> None:
         sources = list(sources)
         self.compiled += sources
-        return [self._artifact(s) for s in sources]
+        for place, source in enumerate(sources):
+            ready(place, self._artifact(source))
 
     def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
         if self.failing(source):

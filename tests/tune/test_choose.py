@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt.codegen.compile import Ready
 from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
@@ -65,10 +66,11 @@ class Bench:
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
         monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, rest[2]))
 
-    def compile(self, sources: Iterable[KernelSource], target: Target, store: Any) -> list[Artifact | CompileFailure]:
+    def compile(self, sources: Iterable[KernelSource], target: Target, store: Any, ready: Ready) -> None:
         sources = list(sources)
         self.compiled += sources
-        return [self._artifact(s) for s in sources]
+        for place, source in enumerate(sources):
+            ready(place, self._artifact(source))
 
     def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
         if source.entry in self.failing:
@@ -107,6 +109,34 @@ def test_equal_regions_are_measured_once_and_keep_their_own_buffers(bench: Bench
     assert [k.buffers for k, _ in chosen["region_a"].kernels] == [("x", "a")]
     assert [k.buffers for k, _ in chosen["region_b"].kernels] == [("y", "b")]
     assert chosen["region_a"].kernels[0][1] == chosen["region_b"].kernels[0][1]
+
+
+def test_what_is_built_is_measured_while_the_rest_is_compiled(
+    bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    def compile(sources: Iterable[KernelSource], target: Target, store: Any, ready: Ready) -> None:
+        for place, source in enumerate(list(sources)):
+            log.append("built")
+            ready(place, bench._artifact(source))
+
+    def compare(own: Any, name: str, memory: Any, device: Any, trials: Sequence[Trial], *rest: Any) -> list[float]:
+        log.append(f"measured {len(trials)}")
+        return [1.0 for _ in trials]
+
+    monkeypatch.setattr(tuner, "compile_kernels", compile)
+    monkeypatch.setattr(tuner.Measurements, "compare", compare)
+
+    def decide_calls(low: Lowered) -> Lowered:
+        log.append("calls")
+        return low
+
+    regions = lowered(row_sum("a", "x"), row_sum("b", "y", row=2048))
+    _, chosen, failed = choose(regions, Options(), store, Journal("test"), decide_calls)
+    assert not failed and set(chosen) == {"region_a", "region_b"}
+    assert log[0] == "calls" and sorted(log)[-2:] == ["measured 3"] * 2
+    assert log.index("measured 3") < len(log) - 1 - log[::-1].index("built")
 
 
 def test_equal_split_regions_have_scratch_of_their_own(bench: Bench, store: ArtifactStore) -> None:
