@@ -21,9 +21,9 @@ from fxopt.runtime.plan import InputSpec, Launch, Plan, PlanStep, SymbolSource, 
 from fxopt.tune import Choice
 
 
-def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal: Journal) -> Plan:
-    """The plan that runs `lowered` with the kernels in `chosen` (by region name). Raises UnsupportedError if a size's
-    source is unknown.
+def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal: Journal, *, early: bool = True) -> Plan:
+    """The plan that runs `lowered` with the kernels in `chosen` (by region name); without `early` each kernel is launched
+    when the one before it has ended. Raises UnsupportedError if a size's source is unknown.
     """
     steps: list[PlanStep] = []
     buffers = dict(lowered.buffers)
@@ -31,7 +31,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
         if isinstance(step, Region | Batch | Contraction | Attention):
             choice = chosen[step.name]
             buffers.update({spec.name: spec for spec in choice.scratch})
-            steps += _launches(step, choice)
+            steps += _launches(step, choice, early)
             _note_kernels(step, choice, journal)
         elif isinstance(step, Alternatives):
             raise AssertionError(f"{step.name}: nobody has decided among its alternatives")
@@ -55,7 +55,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
     return plan_memory(plan)
 
 
-def _launches(region: Region | Batch | Contraction | Attention, choice: Choice) -> list[PlanStep]:
+def _launches(region: Region | Batch | Contraction | Attention, choice: Choice, early: bool) -> list[PlanStep]:
     """One launch per kernel of the choice (a split reduction has two)."""
     out: list[PlanStep] = []
     parts = region.members if isinstance(region, Batch) else (region,)
@@ -78,6 +78,7 @@ def _launches(region: Region | Batch | Contraction | Attention, choice: Choice) 
                 label=region.name,
                 members=source.members,
                 block=source.block,
+                early=early and bool(artifact.meta.get("chained")),
             )
         )
     return out

@@ -14,7 +14,7 @@ from fxopt import passes, plan_cache, tune
 from fxopt.assemble import assemble
 from fxopt.capture.eager_memory import eager_peak
 from fxopt.errors import CacheError, UnsupportedError
-from fxopt.ir.graph import Graph, Phase
+from fxopt.ir.graph import Graph, Phase, Role
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Batch, Region
 from fxopt.journal import Journal
@@ -22,7 +22,9 @@ from fxopt.lower import Lowered, attention_kernels, batching, contractions, lowe
 from fxopt.lower.attention_kernels import with_attention_kernels
 from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
+from fxopt.lower.steady import with_steady_reads
 from fxopt.options import Options
+from fxopt.runtime import launch
 from fxopt.runtime.artifacts import ArtifactStore, default_store
 from fxopt.runtime.cuda_graph import with_graphs
 from fxopt.runtime.executor import Executor
@@ -54,14 +56,14 @@ def compile_graph(
         passes.run(graph, options, journal)
     lowered, chosen = _lower_and_choose(graph, options, journal, store)
     try:
-        plan, executor = _bind(graph, lowered, chosen, journal)
+        plan, executor = _bind(graph, lowered, chosen, options, journal)
     except CacheError as error:  # sound files that this process cannot load: another machine's, say
         for artifact in _artifacts(chosen).values():
             store.forget(artifact.key, f"its kernel does not load: {error}")
         journal.kernels.clear()
         journal.library.clear()
         lowered, chosen = _lower_and_choose(graph, options, journal, store)
-        plan, executor = _bind(graph, lowered, chosen, journal)
+        plan, executor = _bind(graph, lowered, chosen, options, journal)
     journal.memory = memory_of(plan, device, eager)
     if key is not None and plan_cache.save(key, plan, lowered, journal, store):
         executor.kept_as = key.digest()
@@ -83,11 +85,17 @@ def memory_of(plan: Plan, device: torch.device, eager: int | None) -> dict[str, 
     return asdict(found) | ({} if eager is None else {"eager": eager})
 
 
-def _bind(graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], journal: Journal) -> tuple[Plan, Executor]:
+def _bind(
+    graph: Graph, lowered: Lowered, chosen: dict[str, tune.Choice], options: Options, journal: Journal
+) -> tuple[Plan, Executor]:
     """Raises CacheError when a kernel cannot be loaded."""
     with journal.timed("assemble"):
-        plan = assemble(graph, lowered, chosen, journal)
+        plan = assemble(graph, lowered, chosen, journal, early=launch.NAME not in options.disable)
         return plan, Executor(Plan.from_json(plan.to_json()), _artifacts(chosen), lowered.constants, lowered.local_ops)
+
+
+def _parameters(graph: Graph) -> frozenset[str]:
+    return frozenset(given.name for given in graph.inputs if given.role is Role.PARAMETER)
 
 
 def _artifacts(chosen: dict[str, tune.Choice]) -> dict[str, Artifact]:
@@ -111,6 +119,7 @@ def _lower_and_choose(
                 lowered = with_attention_kernels(lowered)
             if contractions.NAME not in options.disable and options.tuning_seconds != 0:
                 lowered = with_contractions(lowered, every=options.mode == "max-autotune")
+            lowered = with_steady_reads(lowered, _parameters(graph))
         with journal.timed("kernels"):
             attention = functools.partial(tune.choose_attention, options=options, store=store, journal=journal)
             lowered, chosen, failed = tune.choose(lowered, options, store, journal, attention)

@@ -100,7 +100,7 @@ DUMP: Knob[str | None] = Knob(
     "FXOPT_DUMP", _optional_text, None, "directory that receives the graph after each pass that changed it"
 )
 DISABLE: Knob[tuple[str, ...]] = Knob(
-    "FXOPT_DISABLE", _names, (), "comma-separated names of passes to switch off; cuda-graphs is one, too"
+    "FXOPT_DISABLE", _names, (), "comma-separated names of passes to switch off; cuda-graphs and early-launch are two, too"
 )
 FUEL: Knob[int | None] = Knob(
     "FXOPT_FUEL",

@@ -47,6 +47,7 @@ def print_batch(batch: Batch, config: TritonConfig, target: Target) -> KernelSou
         "num_warps": config.num_warps,
         "num_stages": NUM_STAGES,
         "asserts": False,
+        "chained": False,  # its tables are copied before it, and optimizers write what other kernels take for constant
     }
     return for_members(KernelSource("triton", entry, text, (), compile_options=options), batch)
 

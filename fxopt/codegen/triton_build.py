@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fxopt.codegen import triton_chain
 from fxopt.ir.kernel import KernelSource
 from fxopt.target import Target
 
@@ -29,9 +30,9 @@ _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": Fa
 
 _DEVICE_FILES = (
     *("triton_helpers.py", "templates/gemm.py", "templates/grouped_gemm.py"),
-    *("templates/conv.py", "templates/attention.py"),
+    *("templates/conv.py", "templates/attention.py", "triton_chain.py"),
 )
-"""Device functions that printed kernels import."""
+"""Device functions that printed kernels import, and what is done to their text."""
 
 _DESCRIPTOR = "tensordesc"
 """What the type of a parameter that is a tensor descriptor begins with."""
@@ -123,14 +124,14 @@ def compile_triton(source: KernelSource, target: Target, directory: Path | None 
     Only `text`, `entry` and `compile_options` of the source are used. Temporary files go to `directory` (default: the
     system's). meta: name, num_warps, shared (bytes), parameters ("ptr", "i32", "i64" or "tensor_map" each), tensor_maps (one
     for each parameter of that kind, see `runtime.tensor_map`), scratch_pointers, n_regs, n_spills (bytes of stack frame per
-    thread). Raises whatever Triton raises when the kernel does not compile; ValueError
-    when it needs scratch memory, which the launcher does not provide.
+    thread), chained (whether it may be launched early, see `triton_chain`). Raises whatever Triton raises when the kernel
+    does not compile; ValueError when it needs scratch memory, which the launcher does not provide.
     """
     _environment()
     with tempfile.TemporaryDirectory(prefix="fxopt-triton-", dir=directory) as scratch:
         compiled = _compile(source, target.arch, Path(scratch), binary_only=True)
         cubin: bytes = compiled.asm["cubin"]
-        return cubin, _meta(source, compiled.metadata, cubin)
+        return cubin, _meta(source, compiled.metadata, cubin) | {"chained": _is_chained(source, target.arch)}
 
 
 def compile_to_text(source: KernelSource, target: Target, stage: str) -> str:
@@ -144,7 +145,8 @@ def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = _load(source, scratch)
+    text = triton_chain.chained(source.text, source.entry) if _is_chained(source, arch) else source.text
+    function = _load(text, source.entry, scratch)
     options = source.compile_options
     signature = options["signature"] | dict.fromkeys(options["constexprs"], "constexpr")
     order = list(signature)
@@ -158,15 +160,19 @@ def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) 
         return triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=flags)
 
 
-def _load(source: KernelSource, scratch: Path) -> Any:
+def _is_chained(source: KernelSource, arch: int) -> bool:
+    return arch >= triton_chain.FIRST_ARCH and bool(source.compile_options.get("chained", True))
+
+
+def _load(text: str, entry: str, scratch: Path) -> Any:
     """The JIT function; Triton reads its source through `inspect`, so it must come from a real file."""
     path = scratch / "fxopt_kernel.py"
-    path.write_text(source.text)
+    path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, source.entry)
+    return getattr(module, entry)
 
 
 def _meta(source: KernelSource, metadata: Any, cubin: bytes) -> dict[str, Any]:

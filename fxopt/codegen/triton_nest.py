@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 
 from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.codegen.triton_config import (
     BYTE_RUN,
     TritonConfig,
@@ -271,9 +272,23 @@ def _print_straight(kernel: _Kernel) -> None:
     if "r" in kernel.frame.blocks:
         outer.append(f"r = {_lanes(kernel, 'r')}")
         outer += _axis_lines(kernel, "r")
+    _load_steady(kernel)
+    if "r" in kernel.frame.blocks:
         _load_ahead(kernel)
     statements = _prepare(kernel, list(kernel.tiling.nest.stores))
     outer += [*_barrier(kernel.tiling.nest), *statements]
+
+
+def _load_steady(kernel: _Kernel) -> None:
+    """Print the loads that need not wait until other kernels have ended before those that do."""
+    emitter = kernel.emitter
+    roots = [emitter.instance(v, ()) for s in kernel.tiling.nest.stores for v in s.roots]
+    loads = [node for node, guards in emitter.walk(roots) if isinstance(node, Load) and not guards]
+    steady = [n for n in loads if n.buffer in kernel.region.steady and not n.indirect]
+    for node in steady:
+        emitter.value(node)
+    if steady:
+        emitter.outer.append(OTHERS_END)
 
 
 def _load_ahead(kernel: _Kernel) -> None:
@@ -382,7 +397,7 @@ def _levels(emitter: Emitter, roots: list[Instance]) -> list[list[Instance]]:
     depth: dict[Instance, int] = {}
     levels: dict[int, list[Instance]] = {}
     for instance in emitter.walk(roots):
-        below = max((depth[o] for o in emitter.operands(instance)), default=0)
+        below = max((depth.get(o, 0) for o in emitter.operands(instance)), default=0)  # 0: loads that are printed already
         if isinstance(instance[0], Reduce):
             below += 1
             levels.setdefault(below, []).append(instance)

@@ -117,6 +117,8 @@ class Region:
     Of operands larger than the GPU's L2 cache, that holds what was touched last. With `backwards` the programs of a kernel
     start with the last elements, where the region before it has ended; `reread` says that the next region or call touches
     what this one does, which should therefore stay there.
+
+    `steady` names operands that nothing in the plan writes, which a kernel for a GPU may load before others have ended.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Region:
     passed: frozenset[str] = frozenset()
     backwards: bool = False
     reread: bool = False
+    steady: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
         return hash(self.name)

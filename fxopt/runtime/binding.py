@@ -41,13 +41,13 @@ MANY = 16
 class Binding:
     """The result of writing a plan down: `source` defines `run`; `names` are the globals it needs, beside `new_frame` and
     `frames`. `pointers` and `sizes` prefill a frame's arrays; `cuda` lists the launches that need a prebound CUDA
-    launcher."""
+    launcher, each with whether it is an early one."""
 
     source: str
     names: dict[str, Any]
     pointers: list[int]
     sizes: list[int]
-    cuda: list[Launch]
+    cuda: list[tuple[Launch, bool]]
 
 
 DIRECT: dict[str, Callable[..., Any]] = {
@@ -101,7 +101,7 @@ class Writer:
     names: dict[str, Any] = field(default_factory=dict)
     pointers: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    cuda: list[Launch] = field(default_factory=list)
+    cuda: list[tuple[Launch, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -125,6 +125,7 @@ class Writer:
         self._lay_out_workspace()
         self.views: dict[tuple[Any, ...], str] = {}
         self.counter = len(plan.inputs)
+        self.before: Launch | None = None
         self.device = next((s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"), 0)
 
     # --- the whole
@@ -404,6 +405,7 @@ class Writer:
     def _call(self, step: Call) -> None:
         for name in refs(step.args) + refs(step.kwargs):
             self._allocate(name)
+        self.before = None
         if step.op not in self.ops:
             raise PlanError(f"plan.steps: nothing was given for {step.op!r}")
         arguments = [self._value(x) for x in step.args]
@@ -480,8 +482,6 @@ class Writer:
         self._emit(f"if r: fail({errors}, r)")
 
     def _launch_cuda(self, step: Launch, addresses: list[str]) -> None:
-        index = len(self.cuda)
-        self.cuda.append(step)
         grid = [self._size(g) for g in step.grid]
         device = step.device.index or 0
         stream = f"h{device}"
@@ -489,15 +489,30 @@ class Writer:
         if opening not in self.prologue:
             self.prologue.append(opening)
         if step.members:
+            self.before = None
             self._enter_device(device)
-            self._emit(f"L[{index}]({stream}, ({''.join(f'{a}, ' for a in addresses)}))")
+            self._emit(f"{self._launcher(step)}({stream}, ({''.join(f'{a}, ' for a in addresses)}))")
             return
         arguments = [stream, *grid, *addresses, *(self._size(s) for s in step.sizes)]
         skip = " and ".join(g for g, size in zip(grid, step.grid, strict=True) if not isinstance(size, int))
         if any(size == 0 for size in step.grid):
             return
         self._enter_device(device)
-        self._emit((f"if {skip}: " if skip else "") + f"L[{index}]({', '.join(arguments)})")
+        launcher = self._launcher_after(self.before, step)
+        self._emit((f"if {skip}: " if skip else "") + f"{launcher}({', '.join(arguments)})")
+        self.before = None if skip else step
+
+    def _launcher(self, step: Launch, early: bool = False) -> str:
+        self.cuda.append((step, early))
+        return f"L[{len(self.cuda) - 1}]"
+
+    def _launcher_after(self, before: Launch | None, step: Launch) -> str:
+        """Early launches are those right after a kernel of this run, which itself began when all that was enqueued before
+        the run had ended. Not after a copy for alignment's sake: it writes what kernels do not wait for, like weights."""
+        if before is None or not (before.early and step.early) or before.device != step.device:
+            return self._launcher(step)
+        early = self._launcher(step, early=True)
+        return f"({early} if t is None else {self._launcher(step)})" if self._doubtful(step) else early
 
     def _enter_device(self, device: int) -> None:
         if device != self.device:
@@ -510,10 +525,7 @@ class Writer:
         """Addresses to pass, and lines to run afterwards: a kernel that assumes alignment gets copies of what has none."""
         addresses = {name: self._address(name) for name in dict.fromkeys(step.buffers) if name not in self.constants}
         addresses |= {name: repr(self.constants[name].data_ptr()) for name in step.buffers if name in self.constants}
-        assumed = dict.fromkeys(step.buffers[i] for i in step.aligned)
-        doubtful = [
-            name for name in assumed if name not in self.own and name not in self.constants and step.language != "cpp"
-        ]
+        doubtful = self._doubtful(step)
         if not doubtful:
             return [addresses[name] for name in step.buffers], []
         passed = {name: self._fresh("p") for name in doubtful}
@@ -526,6 +538,11 @@ class Writer:
         written = [(i, self.tensors[name]) for i, name in enumerate(doubtful) if name in step.writes]
         after = [f"if t is not None and t[{i}] is not {tensor}: {tensor}.copy_(t[{i}])" for i, tensor in written]
         return [passed.get(name, addresses[name]) for name in step.buffers], [*after, "t = None"]
+
+    def _doubtful(self, step: Launch) -> list[str]:
+        """Buffers that the kernel takes to be aligned, and of which only the call can tell."""
+        assumed = dict.fromkeys(step.buffers[i] for i in step.aligned)
+        return [n for n in assumed if n not in self.own and n not in self.constants and step.language != "cpp"]
 
 
 def _needs_tensor(plan: Plan) -> set[str]:

@@ -70,7 +70,7 @@ class Executor:
         natives = {x.kernel: load_kernel(kernels[x.kernel]) for x in launches if x.language == "cpp"}
         binding = self._write(natives, self._local_ops, profile)
         self.source = binding.source
-        self._run = _with_devices(self._compile(binding, kernels), [x.device for x in binding.cuda])
+        self._run = _with_devices(self._compile(binding, kernels), [x.device for x, _ in binding.cuda])
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # gradients are the business of whoever captured the graph
@@ -94,8 +94,8 @@ class Executor:
         linecache.cache[filename] = (len(binding.source), None, binding.source.splitlines(True), filename)
         names = dict(binding.names)
         names["frames"] = []
-        names["new_frame"] = _frame_maker(binding, _loaded_cuda(binding.cuda, kernels, self._loaded))
-        if any(launch.members for launch in binding.cuda):  # a first call on a stream that is captured could make none
+        names["new_frame"] = _frame_maker(binding, _loaded_cuda([x for x, _ in binding.cuda], kernels, self._loaded))
+        if any(launch.members for launch, _ in binding.cuda):  # a first call on a stream that is captured could make none
             names["frames"].append(names["new_frame"]())
         exec(compile(binding.source, filename, "exec"), names)
         run: Callable[[list[Any]], tuple[Any, ...]] = names["run"]
@@ -140,14 +140,14 @@ def _frame_maker(binding: Binding, loaded: list[Any]) -> Callable[[], tuple[Any,
 
     def new_frame() -> tuple[Any, ...]:
         pointers, sizes = array("Q", binding.pointers), array("q", binding.sizes)
-        launchers = [_launcher(kernel, launch) for kernel, launch in zip(loaded, binding.cuda, strict=True)]
+        launchers = [_launcher(kernel, *given) for kernel, given in zip(loaded, binding.cuda, strict=True)]
         return pointers, sizes, pointers.buffer_info()[0], sizes.buffer_info()[0], launchers
 
     return new_frame
 
 
-def _launcher(kernel: Any, launch: Launch) -> Callable[..., None]:
-    bound: Callable[..., None] = kernel.bind(launch.label or launch.entry)
+def _launcher(kernel: Any, launch: Launch, early: bool) -> Callable[..., None]:
+    bound: Callable[..., None] = kernel.bind(launch.label or launch.entry, early)
     if not launch.members:
         return bound
     from fxopt.runtime.batch import BatchLauncher

@@ -17,10 +17,14 @@ from typing import Any
 from fxopt.errors import FxoptError
 from fxopt.runtime.tensor_map import TensorMap
 
+NAME = "early-launch"
+"""What `Options.disable` calls launches before the end of the kernel before."""
+
 _WARP = 32
 _SHARED_WITHOUT_ASKING = 48 * 1024
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PARAMETER_KINDS = ("ptr", "i32", "i64", "tensor_map")
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 Launcher = Callable[..., None]
 """launcher(stream, grid_x, grid_y, grid_z, *pointers, *sizes): plain integers, in the order of the kernel's parameters.
@@ -40,6 +44,23 @@ class CudaError(FxoptError, RuntimeError):
     def ends_context(self) -> bool:
         """Whether nothing can be done on the device any more in this process."""
         return self.code in _FATAL
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which only values that are one int are used."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 _ENDS_CONTEXT = "; the CUDA context of this process is lost"
@@ -88,12 +109,14 @@ class CudaKernel:
     scratch_pointers: int
     context: int | None = None
     tensor_maps: tuple[dict[str, Any], ...] = ()
+    chained: bool = False
 
-    def bind(self, launch: Any = None) -> Launcher:
+    def bind(self, launch: Any = None, early: bool = False) -> Launcher:
         """A launcher with argument slots of its own. Not to be shared between threads: give each its own.
 
         A launch writes the slots and calls cuLaunchKernel, which copies them. `launch` (a plan's Launch) only lends its
-        label to error messages.
+        label to error messages. With `early` its programs may start before the kernel before it in the stream has ended,
+        if that lets them: kernels that are `chained` wait inside (`codegen/triton_chain.py`), others are launched as usual.
         """
         count = len(self.parameters)
         slots = (ctypes.c_uint64 * (count + self.scratch_pointers))()
@@ -102,6 +125,8 @@ class CudaKernel:
         function, threads, shared = ctypes.c_void_p(self.function), self.threads, self.shared
         lib, call, handle, context = self.lib, self.lib.cuLaunchKernel, ctypes.c_void_p, ctypes.c_void_p(self.context)
         what = getattr(launch, "label", "") or self.name
+        if early and self.chained and hasattr(lib, "cuLaunchKernelEx"):  # drivers of CUDA 12 and later have it
+            call = self._early_call()
 
         def describe(tensor_map: TensorMap, address: int) -> None:
             code = tensor_map.encode(address)
@@ -123,6 +148,23 @@ class CudaKernel:
                 check(lib, code, f"launching {what}")
 
         return run
+
+    def _early_call(self) -> Callable[..., int]:
+        """cuLaunchKernelEx with the parameters of cuLaunchKernel."""
+        attribute = _Attribute(id=_EARLY, value=1)
+        config = _LaunchConfig(attributes=ctypes.pointer(attribute), count=1)
+        given, launch = ctypes.byref(config), self.lib.cuLaunchKernelEx
+
+        def call(function: Any, *shape_stream_and_arguments: Any) -> int:
+            *shape, stream, addresses, extra = shape_stream_and_arguments
+            config.grid_x, config.grid_y, config.grid_z, config.block_x, config.block_y, config.block_z, config.shared = (
+                shape
+            )
+            config.stream = stream
+            code: int = launch(given, function, addresses, extra)
+            return code
+
+        return call
 
     def _tensor_maps(self) -> list[tuple[int, TensorMap]]:
         """A map of its own, to be encoded, for each parameter (its number) that is one."""
@@ -163,4 +205,7 @@ def load_cubin(path: Path, meta: dict[str, Any], device_index: int, lib: Any = N
     threads = meta["num_warps"] * _WARP
     parameters = tuple(meta["parameters"])
     scratch, maps = meta["scratch_pointers"], tuple(meta.get("tensor_maps", ()))
-    return CudaKernel(lib, function.value, meta["name"], threads, meta["shared"], parameters, scratch, context.value, maps)
+    chained = bool(meta.get("chained"))
+    return CudaKernel(
+        lib, function.value, meta["name"], threads, meta["shared"], parameters, scratch, context.value, maps, chained
+    )

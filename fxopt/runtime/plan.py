@@ -25,7 +25,7 @@ from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
 from fxopt.runtime.encoding import Field, decode_value, encode_value, size_values, sizes_json, torch_name
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 
 OFFSET_ALIGNMENT = 16
 """Bytes, of which offsets in slots are multiples: what kernels that assume aligned operands rely on."""
@@ -80,6 +80,9 @@ class Launch:
     (output, input): the output may take over the input's storage if the input dies here, because the kernel reads and writes
     each element at the same index. `label` is for profilers and reports.
 
+    With `early` the kernel itself waits for the one before it to end, and lets the next one start while it runs: where two
+    such launches follow each other, the second one need not be held back (`runtime/launch.py`).
+
     A batched kernel has `members`, the number of elements of each, and does `block` of them in a program: its `buffers` are
     not arguments but go into a table (`runtime/batch.py`), as many for each member, one member's after another's.
     """
@@ -98,6 +101,7 @@ class Launch:
     label: str = ""
     members: tuple[int, ...] = ()
     block: int = 0
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -302,6 +306,7 @@ def _launch_json(x: Launch) -> dict[str, Any]:
         "label": x.label,
         "members": list(x.members),
         "block": x.block,
+        "early": x.early,
     }
 
 
@@ -326,6 +331,7 @@ def _read_launch(x: Field) -> Launch:
         label=x["label"].text(),
         members=x["members"].each(Field.integer),
         block=x["block"].integer(),
+        early=x["early"].boolean(),
     )
 
 

@@ -38,6 +38,7 @@ def canonical(region: Region) -> tuple[Region, dict[str, str]]:
         device=region.device,
         across=None if region.across is None else renamed(region.across),
         passed=frozenset(names[own] for own in region.passed),
+        steady=frozenset(names[own] for own in region.steady),
     )
     return twin, {name: own for own, name in names.items()}
 
@@ -51,7 +52,7 @@ class Printer:
 
     def __call__(self, region: Region) -> list[Candidate]:
         twin, names = canonical(region)
-        key = (twin.device, twin.nests, tuple(twin.buffers.values()), twin.passed)
+        key = (twin.device, twin.nests, tuple(twin.buffers.values()), twin.passed, twin.steady)
         if key not in self._made:
             self._made[key] = self.candidates(twin)
         return [_for_region(candidate, region, names) for candidate in self._made[key]]

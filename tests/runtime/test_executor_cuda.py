@@ -28,10 +28,15 @@ class Increment:
     def __init__(self) -> None:
         self.calls: list[tuple[int, ...]] = []
         self.devices: list[int] = []
+        self.early: list[bool] = []
         self.current = 0
 
-    def bind(self, label: str) -> Any:
-        return self.launch
+    def bind(self, label: str, early: bool) -> Any:
+        def launch(*arguments: int) -> None:
+            self.early.append(early)
+            self.launch(*arguments)
+
+        return launch
 
     def launch(self, stream: int, gx: int, gy: int, gz: int, source: int, target: int, n: int) -> None:
         self.calls.append((stream, gx, gy, gz, source, target, n))
@@ -89,6 +94,51 @@ def test_arguments_of_a_launch(kernel: Increment) -> None:
     (a,) = run([x])
     torch.testing.assert_close(a, x + 1)
     assert kernel.calls == [(100, 3, 2, 1, x.data_ptr(), a.data_ptr(), 20)]
+
+
+def _early(source: str, target: str, n: Int = 8, **kwargs: Any) -> Launch:
+    return launch(source, target, n, early=True, **kwargs)
+
+
+def test_a_launch_is_early_where_it_follows_another_one(kernel: Increment) -> None:
+    steps = [
+        _early("x", "a"),
+        _early("a", "b"),
+        launch("b", "c", 8),  # neither early, nor is what comes after it
+        _early("c", "d"),
+        Alias("half", "d", (4,), (1,), 0),
+        _early("d", "e"),
+        Call("aten::neg.default", (Ref("e"),), {}, ("f",)),
+        _early("f", "g"),
+        _early("g", "h", device=1),
+        _early("h", "i", device=1),
+    ]
+    bind(plan([tensor("x", 8)], [buffer(n, 8) for n in "abcdefghi"], steps, [Ref("half"), Ref("i")]))([torch.zeros(8)])
+    assert kernel.early == [False, True, False, False, True, False, False, True]
+
+
+def test_no_launch_is_early_after_one_that_may_not_happen(kernel: Increment) -> None:
+    """The first kernel of a run, which waits for all that came before it, is one that is launched."""
+    blocks = floordiv(S0 + 7, 8)
+    steps = [launch("x", "a", S0, (blocks, 1, 1), early=True), _early("y", "b"), _early("b", "c")]
+    made = plan(
+        [tensor("x", S0), tensor("y", 8)],
+        [buffer("a", S0), buffer("b", 8), buffer("c", 8)],
+        steps,
+        [Ref("a"), Ref("c")],
+        symbols=[SymbolSource("s0", 0)],
+    )
+    bind(made)([torch.zeros(0), torch.zeros(8)])
+    assert kernel.early == [False, True]
+
+
+def test_no_launch_is_early_after_a_copy_for_alignment(kernel: Increment) -> None:
+    run = bind(
+        plan([tensor("x", 5)], [buffer("a", 5), buffer("b", 5)], [_early("x", "a", 5), _early("x", "b", 5)], [Ref("b")])
+    )
+    run([torch.arange(9.0)[:5]])
+    run([torch.arange(9.0)[1:6]])
+    assert kernel.early == [False, True, False, False]
 
 
 def test_an_empty_grid_is_not_launched(kernel: Increment) -> None:

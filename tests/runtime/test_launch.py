@@ -57,6 +57,15 @@ class FakeDriver:
         self.launches.append({"function": function.value, "shape": rest[:7], "stream": rest[7].value, "values": values})
         return self.refuse.get("launch", 0)
 
+    def cuLaunchKernelEx(self, given: Any, function: Any, addresses: Any, extra: Any) -> int:
+        config = given._obj
+        shape = tuple(getattr(config, name) for name, _ in config._fields_[:7])
+        code = self.cuLaunchKernel(function, *shape, ctypes.c_void_p(config.stream), addresses, extra)
+        attribute = config.attributes[0]
+        if code == 0:
+            self.launches[-1]["attributes"] = config.count, attribute.id, attribute.value
+        return code
+
     def cuGetErrorName(self, code: int, out: Any) -> int:
         ctypes.cast(out, ctypes.POINTER(ctypes.c_char_p))[0] = b"CUDA_ERROR_ILLEGAL_ADDRESS"
         return 0
@@ -78,6 +87,30 @@ def test_a_launch_passes_every_parameter_and_null_scratch(cubin: Path) -> None:
             "values": [0x7F00_0000_1000, 0x7F00_0000_2000, 5, 2**40, 0, 0],
         }
     ]
+
+
+def test_an_early_launch_passes_the_same_with_an_attribute(cubin: Path) -> None:
+    driver = FakeDriver()
+    kernel = load_cubin(cubin, META | {"chained": True}, 0, driver)
+    for early in (False, True):
+        launch = kernel.bind(early=early)
+        launch(7, 3, 2, 1, 0x1000, 0x2000, 5, 2**40)
+        launch(8, 2, 1, 1, 0x3000, 0x2000, 5, 2**40)
+    assert [x.pop("attributes", None) for x in driver.launches] == [None, None, (1, 6, 1), (1, 6, 1)]
+    assert driver.launches[:2] == driver.launches[2:]
+
+
+def test_a_kernel_that_does_not_wait_is_never_early(cubin: Path) -> None:
+    driver = FakeDriver()
+    load_cubin(cubin, META, 0, driver).bind(early=True)(7, 3, 2, 1, 0x1000, 0x2000, 5, 2**40)
+    assert "attributes" not in driver.launches[0]
+
+
+def test_structures_are_laid_out_as_the_driver_has_them() -> None:
+    from fxopt.runtime.launch import _Attribute, _LaunchConfig
+
+    assert (ctypes.sizeof(_Attribute), _Attribute.value.offset) == (72, 8)
+    assert (_LaunchConfig.stream.offset, _LaunchConfig.attributes.offset, _LaunchConfig.count.offset) == (32, 40, 48)
 
 
 def test_bound_launchers_do_not_share_slots(cubin: Path) -> None:

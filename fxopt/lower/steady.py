@@ -1,0 +1,55 @@
+"""Which operands of a region nothing in its plan writes: weights, as a rule.
+
+A kernel that is launched before the one before it has ended (`codegen/triton_chain.py`) need not wait for that to load them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+from fxopt.ir.region import Alias, Alternatives, Region, Step, Way
+from fxopt.lower.lowering import Lowered
+
+S = TypeVar("S")
+
+
+def with_steady_reads(lowered: Lowered, parameters: Collection[str]) -> Lowered:
+    """`lowered` with `Region.steady` set on the regions for GPUs. `parameters` names inputs that are weights: they share no
+    memory with what another input's name writes."""
+    base = {s.name: s.of for s in lowered.steps if isinstance(s, Alias)}
+    written = {_root(name, base) for step in lowered.steps for name in _writes(step)}
+    steady = {*parameters, *lowered.constants} - written
+    names = steady | {name for name in base if _root(name, base) in steady}
+    return replace(lowered, steps=[_marked(step, names) for step in lowered.steps])
+
+
+def _marked(step: S, steady: Collection[str]) -> S:
+    if isinstance(step, Alternatives):
+        ways = (Way(way.label, tuple(_marked(s, steady) for s in way.steps)) for way in step.ways)
+        return replace(step, ways=tuple(ways))
+    if isinstance(step, Region) and step.device.type == "cuda":
+        return replace(step, steady=frozenset(n for n in step.reads() if n in steady))
+    return step
+
+
+def _writes(step: Step) -> Iterator[str]:
+    match step:
+        case Alternatives():
+            yield from _all_writes(s for way in step.ways for s in way.steps)
+        case Alias():
+            pass
+        case _:
+            yield from step.writes if isinstance(step.writes, tuple) else step.writes()
+
+
+def _all_writes(steps: Iterable[Step]) -> Iterator[str]:
+    for step in steps:
+        yield from _writes(step)
+
+
+def _root(name: str, base: dict[str, str]) -> str:
+    while name in base:
+        name = base[name]
+    return name
