@@ -74,10 +74,10 @@ def clipping_limit(counts: Tensor, amax: float, method: str, grid: Grid, percent
     - "percentile": the smallest value that at least `percentile` % of the data do not exceed.
     - "mse": the least mean squared error of the quantized data.
     - "entropy": the least Kullback-Leibler divergence between the distribution and the quantized one (Migacz, "8-bit
-      inference with TensorRT", GTC 2017). Zeros do not count: every grid has them exactly, and a relu makes them most of all.
+      inference with TensorRT", GTC 2017). Zeros do not count: every grid has them, and after a relu they are most values.
 
-    Raises ValueError for an unknown method, counts of another shape or dtype, NaN or Inf among the data, and an amax that is
-    not in the histogram's last bin.
+    Raises ValueError for an unknown method, counts of another shape or dtype, NaN or Inf among the data, and an amax that
+    is not in the histogram's last bin.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
