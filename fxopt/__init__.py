@@ -1,7 +1,8 @@
 """fxopt: a `torch.compile` backend that captures, fuses, measures and replays whole graphs.
 
 `torch.compile(model, backend="fxopt")` needs no import of this package. What is here is for looking inside (`explain`), for
-frozen models (`refreeze`) and for typed settings (`Options`). Every name is loaded on first use, so `import fxopt` is light.
+frozen models (`refreeze`), for quantization (`calibrate`, `Calibration`, `Decisions`) and for typed settings (`Options`).
+Every name is loaded on first use, so `import fxopt` is light.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxopt.capture.freeze import refreeze
     from fxopt.options import Options
+    from fxopt.precision import Decisions
+    from fxopt.quant.calibrate import calibrate
+    from fxopt.quant.table import Calibration
     from fxopt.report import Explanation, explain
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "Options", "__version__", "explain", "refreeze"]
+__all__ = ["Calibration", "Decisions", "Explanation", "Options", "__version__", "calibrate", "explain", "refreeze"]
 
 _HOME = {
+    "Calibration": ("fxopt.quant.table", "Calibration"),
+    "Decisions": ("fxopt.precision", "Decisions"),
     "Explanation": ("fxopt.report", "Explanation"),
     "Options": ("fxopt.options", "Options"),
+    "calibrate": ("fxopt.quant.calibrate", "calibrate"),
     "explain": ("fxopt.report", "explain"),
     "refreeze": ("fxopt.capture.freeze", "refreeze"),
 }

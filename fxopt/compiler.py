@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ def compile_graph(
     `example_inputs` are the inputs that capture saw, FakeTensors among them. Raises UnsupportedError when the graph as a
     whole cannot be expressed, and RetreatError when something would fall back under options.strict.
     """
+    if options.observer is not None:
+        return _observed(graph, example_inputs, options, journal)
+    options = _with_table(options)
     store = default_store()
     with journal.timed("plan cache"):
         key = plan_cache.plan_key(graph, options)
@@ -68,6 +71,26 @@ def compile_graph(
     if key is not None and plan_cache.save(key, plan, lowered, journal, store):
         executor.kept_as = key.digest()
     return with_graphs(executor, graph.phase, options, journal)
+
+
+def _observed(
+    graph: Graph, example_inputs: Sequence[Any], options: Options, journal: Journal
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """`compile_graph` for calibration: the graph tells options.observer what its layers are given."""
+    weights = [given.value for given in graph.inputs if given.value is not None]
+    observed = passes.run_observing(graph, options, journal)
+    run = compile_graph(graph, example_inputs, replace(options, observer=None), journal)
+    attached: Callable[[list[Any]], Sequence[Any]] = options.observer.attached(observed, weights, run)
+    return attached
+
+
+def _with_table(options: Options) -> Options:
+    """`options` with the calibration that lies at the path which they name. Raises CalibrationError for a bad one."""
+    if not isinstance(options.calibration, str):
+        return options
+    from fxopt.quant.table import Calibration
+
+    return replace(options, calibration=Calibration.load(options.calibration))
 
 
 def main_device(graph: Graph) -> torch.device:

@@ -31,6 +31,10 @@ class HungKernelError(FxoptError, RuntimeError):
     """A generated kernel does not end. The process cannot use its GPU any more; the next one avoids the kernel."""
 
 
+class CalibrationError(FxoptError, ValueError):
+    """Data, a model or a table of ranges that calibration or quantization cannot use; the message names the layer."""
+
+
 class PlanError(FxoptError):
     """A plan's bytes are not a valid plan; the message names the field."""
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fxopt.errors import RetreatError
+
+WARNING = "warning"
+"""The topic of notes that are told to the user."""
+
+_told: set[str] = set()
 
 
 @dataclass
@@ -48,6 +54,13 @@ class Journal:
 
     def note(self, topic: str, text: str) -> None:
         self.notes.append((topic, text))
+
+    def warn(self, text: str) -> None:
+        """Note `text` and tell the user: a Python warning, once in a process, however often the graph is compiled."""
+        self.note(WARNING, text)
+        if text not in _told:
+            _told.add(text)
+            warnings.warn(text, stacklevel=2)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxopt import knobs
+from fxopt import precision as precisions
 from fxopt.errors import OptionError
+from fxopt.precision import PRECISIONS, Decisions, Table
 
 MODES = {
     "default": "generated kernels from the cost model, few of them measured; inference replays CUDA graphs where it can",
@@ -47,6 +49,18 @@ def _is_mode(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_precision(value: Any) -> bool:
+    return precisions.description(value) is None
+
+
+def _is_calibration(value: Any) -> bool:
+    return _is_path(value) or isinstance(value, Table)
+
+
+def _is_observer(value: Any) -> bool:
+    return value is None or callable(getattr(value, "attached", None))
+
+
 def _option(default: Any, doc: str, kind: str, accepts: Callable[[Any], bool], in_key: bool) -> Any:
     """A dataclass field that knows its description, which values it accepts, and whether `cache_key_facts` names it."""
     return field(default=default, metadata={"doc": doc, "kind": kind, "accepts": accepts, "in_key": in_key})
@@ -62,6 +76,20 @@ class Options:
         "inference graphs treat parameters and unmutated buffers as constants",
         "a bool",
         _is_bool,
+        in_key=True,
+    )
+    precision: Decisions | None = _option(
+        None,
+        "precision of layers (" + ", ".join(PRECISIONS) + "): one for all, or a mapping from names and patterns",
+        "a precision's name, or a mapping from layers' names to such names",
+        _is_precision,
+        in_key=True,
+    )
+    calibration: Table | str | None = _option(
+        None,
+        "ranges of layers, of fxopt.calibrate or a file's path; without them activations are scaled row by row",
+        "a Calibration, a path or None",
+        _is_calibration,
         in_key=True,
     )
     strict: bool = _option(False, "a fallback to ATen raises RetreatError", "a bool", _is_bool, in_key=False)
@@ -98,6 +126,13 @@ class Options:
         _is_positive,
         in_key=False,
     )
+    observer: Any = _option(
+        None,
+        "who is told what layers are given, as fxopt.calibrate does",
+        "an object as quant/observers.py has it",
+        _is_observer,
+        in_key=False,
+    )
     dump: str | None = _option(
         None, "directory for readable graphs after each pass", "a path or None", _is_path, in_key=False
     )
@@ -125,6 +160,7 @@ class Options:
         elif not isinstance(given["dump"], str):
             given["dump"] = os.fspath(given["dump"])
         given["strict"] = given.get("strict", False) or knobs.STRICT.get()
+        _quantizing(given)
         return cls(**given)
 
     def cache_key_facts(self) -> dict[str, Any]:
@@ -135,7 +171,28 @@ class Options:
         is the same but one with retreats raises (`plan_cache.load` looks at those).
         """
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["in_key"]}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+        return {name: _fact(value) for name, value in facts.items()}
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, (Decisions, Table)):
+        return value.digest()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _quantizing(given: dict[str, Any]) -> None:
+    """Brings the options of quantization into their own types; it freezes weights. A table's path is read by whoever
+    compiles."""
+    if given.get("precision") is not None:
+        given["precision"] = Decisions.of(given["precision"])
+    if isinstance(given.get("calibration"), os.PathLike):
+        given["calibration"] = os.fspath(given["calibration"])
+    if given.get("precision") is not None or given.get("calibration") is not None:
+        if given.get("freeze", True) is False:
+            raise OptionError(
+                "options={'freeze': False} contradicts 'precision' and 'calibration': quantizing freezes weights"
+            )
+        given["freeze"] = True
 
 
 def suggestion(name: object, valid: Iterable[str]) -> str:
@@ -156,8 +213,20 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in fields:
             raise OptionError(f"unknown option {name!r}{suggestion(name, fields)}\nValid options:{listing}")
+        if name == "precision" and (problem := precisions.description(value)) is not None:
+            raise OptionError(f"option 'precision': {problem}{_nearest_precision(value)}\nPrecisions:{_precisions()}")
         if not fields[name].metadata["accepts"](value):
             raise OptionError(
                 f"option {name!r} must be {fields[name].metadata['kind']}, got {value!r}\nValid options:{listing}"
             )
     return dict(options)
+
+
+def _nearest_precision(value: Any) -> str:
+    named = value.values() if isinstance(value, Mapping) else [value]
+    wrong = next((n for n in named if isinstance(n, str) and n not in PRECISIONS), None)
+    return "" if wrong is None else suggestion(wrong, PRECISIONS)
+
+
+def _precisions() -> str:
+    return "".join(f"\n  {name}: {p.doc}" for name, p in PRECISIONS.items())

@@ -31,7 +31,7 @@ from fxopt.ir.canonical import UnwritableError, argument
 from fxopt.ir.exprs_json import to_json
 from fxopt.ir.graph import Graph, Phase
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
-from fxopt.journal import Journal, KernelEntry
+from fxopt.journal import WARNING, Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore, default_store
@@ -281,8 +281,13 @@ def _kept(journal: Journal) -> dict[str, Any]:
 def _restore(journal: Journal, kept: dict[str, Any]) -> None:
     entries = [KernelEntry(n, lang, tuple(o), c, size, source) for n, lang, o, c, size, source in kept["kernels"]]
     journal.kernels += entries
-    for what in ("library", "retreats", "notes", "passes"):
+    for what in ("library", "retreats", "passes"):
         getattr(journal, what).extend(tuple(item) for item in kept[what])
+    for topic, text in kept["notes"]:
+        if topic == WARNING:
+            journal.warn(text)
+        else:
+            journal.note(topic, text)
     journal.memory = dict(kept["memory"])
     journal.note("plan", "loaded from the cache: compiled by an earlier process or call")
 

@@ -11,13 +11,14 @@ import fxopt
 
 PACKAGE = Path(fxopt.__file__).parent
 
-FOUNDATION = {"target", "options", "knobs", "journal", "errors", "garbage"}
+FOUNDATION = {"target", "options", "knobs", "journal", "errors", "garbage", "precision"}
 # What each part of fxopt may import; parts are the first component below the package.
 ALLOWED = {
     "errors": set(),
     "garbage": set(),
     "knobs": {"errors"},
-    "options": {"errors", "knobs"},
+    "precision": set(),
+    "options": {"errors", "knobs", "precision"},
     "target": {"errors", "knobs"},
     "journal": {"errors"},
     "ir": FOUNDATION,

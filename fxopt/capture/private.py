@@ -28,7 +28,7 @@ from torch.fx.node import _get_qualified_name as qualified_name
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.capture.joint_graph import remove_duplicates, without_unread_logs
-from fxopt.errors import HungKernelError, RetreatError
+from fxopt.errors import CalibrationError, HungKernelError, RetreatError
 
 _PATCHING = threading.RLock()
 
@@ -134,9 +134,10 @@ PASS_THROUGH: tuple[type[Exception], ...] = (
     dynamo_errors.SkipFrame,
     RetreatError,
     HungKernelError,
+    CalibrationError,
 )
-"""What every catch-all lets pass: exceptions by which Dynamo steers itself, the error that `strict` asks for, and the one
-after which eager would hang, too."""
+"""What every catch-all lets pass: exceptions by which Dynamo steers itself, the error that `strict` asks for, the one after
+which eager would hang, too, and that of a table which is not this model's."""
 
 
 def min_cut_partition(

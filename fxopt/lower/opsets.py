@@ -7,6 +7,7 @@ import torch
 import fxopt.ir.random_ops  # noqa: F401  (defines torch.ops.fxopt.seed)
 from fxopt.ir.attention_op import attention, attention_backward, attention_forward
 from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy_backward, linear_cross_entropy_op
+from fxopt.ir.observer_ops import exponent_histogram
 
 aten = torch.ops.aten
 
@@ -77,6 +78,7 @@ LIBRARY_OPS = frozenset(
         attention_backward,
         linear_cross_entropy_op,
         linear_cross_entropy_backward,
+        exponent_histogram,
         torch.ops.fxopt.seed.default,
         # What tracing one_hot, repeat_interleave and the like leaves to be checked at run time.
         aten._assert_async.default,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fxopt.passes.pipeline import NAMES, run, run_early, run_joint
+from fxopt.passes.pipeline import NAMES, run, run_early, run_joint, run_observing
 
-__all__ = ["NAMES", "run", "run_early", "run_joint"]
+__all__ = ["NAMES", "run", "run_early", "run_joint", "run_observing"]

@@ -145,12 +145,18 @@ def embed(context: Context, node: fx.Node, value: torch.Tensor) -> fx.Node:
     assert held is not None
     if value.stride() != held.stride():
         value = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device).copy_(value)
+    fresh = add_constant(context, node.name, value, node.meta)
+    node.replace_all_uses_with(fresh)
+    context.graph.gm.graph.erase_node(node)
+    return fresh
+
+
+def add_constant(context: Context, name: str, value: torch.Tensor, meta: dict[str, Any]) -> fx.Node:
+    """A new CONSTANT input that holds `value`. `meta` describes it: "val", and the "module" that it is for."""
     graph = context.graph.gm.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        fresh = graph.placeholder(f"folded_{len(placeholders)}_{node.name}")
-    fresh.meta = {**node.meta, "pass": context.pass_name}
+        fresh = graph.placeholder(f"folded_{len(placeholders)}_{name}")
+    fresh.meta = {**meta, "pass": context.pass_name}
     context.graph.inputs.append(Input(fresh.name, Role.CONSTANT, value))
-    node.replace_all_uses_with(fresh)
-    graph.erase_node(node)
     return fresh

@@ -15,6 +15,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.spec import difference, fake_mode, propagation
 from fxopt.journal import Journal
 from fxopt.passes.facts import may_stand_for, static_shape, tensor
+from fxopt.precision import Decisions, Table
 
 
 class PassOptions(Protocol):
@@ -28,16 +29,22 @@ class PassOptions(Protocol):
     def dump(self) -> str | None: ...
     @property
     def check(self) -> bool: ...
+    @property
+    def precision(self) -> Decisions | None: ...
+    @property
+    def calibration(self) -> Table | str | None: ...
 
 
 @dataclass(frozen=True)
 class DefaultOptions:
-    """Every pass on, no limit, no dumps."""
+    """Every pass on, no limit, no dumps, nothing quantized."""
 
     disable: tuple[str, ...] = ()
     fuel: int | None = None
     dump: str | None = None
     check: bool = False
+    precision: Decisions | None = None
+    calibration: Table | None = None
 
 
 @dataclass(frozen=True)

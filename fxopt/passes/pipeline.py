@@ -33,8 +33,10 @@ from fxopt.passes.linear_cross_entropy import linear_cross_entropy
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.merged_products import merged_products
 from fxopt.passes.no_ops import no_ops
+from fxopt.passes.observe import Observed, observe
 from fxopt.passes.open_mask import open_mask
 from fxopt.passes.pad_gemm import pad_gemm
+from fxopt.passes.quantize import quantize
 from fxopt.passes.views import views
 
 
@@ -48,7 +50,7 @@ class Pass:
 
 FUSIONS: tuple[Pass, ...] = tuple(Pass(p.name, functools.partial(apply_pattern, declared=p)) for p in PATTERNS)
 
-PASSES: tuple[Pass, ...] = (
+_UP_TO_LAYERS: tuple[Pass, ...] = (
     Pass("dead_code", dead_code),
     Pass("complex_pairs", complex_pairs),  # first: what follows is about real tensors
     Pass("no_ops", no_ops),
@@ -64,6 +66,12 @@ PASSES: tuple[Pass, ...] = (
     Pass("cse", cse),
     Pass("dead_code", dead_code),  # an unused user would keep a pattern from matching
     *FUSIONS,
+)
+"""After these, layers are what calibration, options and tables call so (ir/layers.py)."""
+
+PASSES: tuple[Pass, ...] = (
+    *_UP_TO_LAYERS,
+    Pass("quantize", quantize),
     Pass("merged_products", merged_products),
     Pass("pad_gemm", pad_gemm),
     Pass("constant_folding", constant_folding),  # frozen weights are padded once
@@ -72,6 +80,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("dead_code", dead_code),
 )
 """What runs on an ATen graph, in this order."""
+
+OBSERVING: tuple[Pass, ...] = (*_UP_TO_LAYERS, Pass("observe", observe))
+"""What makes a graph tell what its layers are given. All of PASSES run on it afterwards."""
 
 EARLY_PASSES: tuple[Pass, ...] = (
     Pass("open_mask", open_mask),  # first: canonical spellings hide from which calls a mask was made
@@ -99,6 +110,13 @@ def run(graph: Graph, options: PassOptions, journal: Journal, *, check: bool = F
     returned Context has the log of rewrites and the counted rejections.
     """
     return run_passes(PASSES, graph, options, journal, check=check or options.check)
+
+
+def run_observing(graph: Graph, options: PassOptions, journal: Journal) -> tuple[Observed, ...]:
+    """Run OBSERVING on `graph` in place; what the results say that are appended to its own (see observe.py)."""
+    run_passes(OBSERVING, graph, options, journal, check=options.check)
+    observed: tuple[Observed, ...] = graph.notes.pop("observed", ())
+    return observed
 
 
 def run_early(gm: fx.GraphModule, options: PassOptions, journal: Journal) -> None:

@@ -1,0 +1,52 @@
+"""What calibration counts, as an op.
+
+Importing this module registers, with eager implementations,
+
+- `fxopt::exponent_histogram(Tensor x) -> Tensor`: int64 [2048], how many elements of x have each combination of exponent and
+  first three bits of the mantissa in the float32 of their magnitude. Bins from `FIRST_NOT_FINITE` on hold Inf and NaN.
+
+Counts are integers, so the result does not depend on the order in which they are made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BINS = 2048
+SHIFT = 20
+"""Bits of a float32 below those that tell bins apart."""
+
+FIRST_NOT_FINITE = 255 << 3
+"""The exponent of Inf and NaN is 255."""
+
+_CHUNK = 1 << 18
+"""Elements whose bins are made at a time on a CPU, so that they are counted in the cache."""
+
+
+def _histogram(x: Tensor) -> Tensor:
+    values = x.detach().reshape(-1)
+    if values.device.type == "cpu":
+        out = torch.zeros(BINS, dtype=torch.int64)
+        for part in values.split(_CHUNK):
+            out += torch.bincount(_bins(part), minlength=BINS)
+        return out
+    # bincount would wait for the device to tell the largest bin. Counts of integers are exact and in any order the same.
+    return torch.histc(_bins(values), BINS, 0, BINS).to(torch.int64)
+
+
+def _bins(values: Tensor) -> Tensor:
+    """The bin of each element, int32."""
+    return values.to(torch.float32).abs().view(torch.int32).bitwise_right_shift_(SHIFT)
+
+
+def _fake_histogram(x: Tensor) -> Tensor:
+    return x.new_empty((BINS,), dtype=torch.int64)
+
+
+_LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
+_LIBRARY.define("exponent_histogram(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("exponent_histogram", _histogram, "CompositeExplicitAutograd")
+torch.library.register_fake("fxopt::exponent_histogram", _fake_histogram, lib=_LIBRARY)
+
+exponent_histogram = torch.ops.fxopt.exponent_histogram.default

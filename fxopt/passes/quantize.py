@@ -1,0 +1,296 @@
+"""Layers of an inference graph in the precision that was decided for them (options `precision` and `calibration`).
+
+What a layer is given is quantized by ordinary ops, which fuse with what makes it, and multiplied by `fxopt::scaled_mm`;
+a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' scale and L the largest value of the type,
+
+    quantized = cast(clamp(round(float32(x) * (1 / s)), -L, L))      (round: to even, of integers only)
+
+- A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
+  scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
+- Without a calibration each row has the scale max |x| / L, at least the least normal float32, so that a row of zeros is
+  zeros. A row with NaN or Inf has such a scale, and a result of NaN.
+
+The weight is quantized here, once, and is a constant of its own beside the module's; layers that are given the same
+quantize it once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.errors import CalibrationError
+from fxopt.ir import ops
+from fxopt.ir.graph import Phase
+from fxopt.ir.layers import LINEAR, Layer, layers
+from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight
+from fxopt.ir.spec import fake_mode
+from fxopt.options import suggestion
+from fxopt.passes.constant_folding import add_constant
+from fxopt.passes.context import Context
+from fxopt.passes.facts import tensor
+from fxopt.precision import HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table
+
+aten = torch.ops.aten
+
+TOPIC = "precision"
+"""Of the journal's notes."""
+
+MULTIPLE = 16
+"""Of rows and columns of an 8-bit weight on CUDA: what tensor cores and libraries take."""
+
+GROUPS = (128, 64, 32)
+"""How many neighbours of a 4-bit weight may share a scale: the first that divides its inner dimension."""
+
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+"""Of a row: its inverse is finite."""
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def quantize(context: Context) -> None:
+    decisions, table = context.options.precision, context.options.calibration
+    if context.graph.phase is not Phase.INFERENCE or (decisions is None and table is None):
+        return
+    assert not isinstance(table, str), "whoever runs passes has read the table"
+    found = layers(context.graph)
+    _check_names(context, decisions or Decisions(), found)
+    if table is not None:
+        _check_table(table, found)
+    rewrite = _Rewrite(context, table)
+    for layer in found:
+        name = _wanted(layer, decisions or Decisions(), table)
+        if name == HIGH:
+            continue
+        try:
+            how = rewrite.layer(layer, name)
+        except _HighError as problem:
+            context.journal.note(TOPIC, f"{layer.name} stays high, not {name}: {problem}")
+            context.reject("quantize", str(problem))
+            continue
+        context.journal.note(TOPIC, f"{layer.name}: {name}{how}")
+    for reason, names in rewrite.without_range.items():
+        context.journal.warn(f"stay high, although another precision was asked for: {', '.join(map(repr, names))}: {reason}")
+
+
+class _HighError(Exception):
+    """Why a layer cannot have the precision that was asked for."""
+
+
+# ---------------------------------------------------------------------- decisions
+
+
+def _wanted(layer: Layer, decisions: Decisions, table: Table | None) -> str:
+    """A rule with the layer's own name goes before what the table's user has set, and that before patterns."""
+    known = None if table is None else table.known(layer.name)
+    own = known.precision if known is not None else None
+    return decisions.exact(layer.name) or own or decisions.of_layer(layer.name) or HIGH
+
+
+def _check_names(context: Context, decisions: Decisions, found: list[Layer]) -> None:
+    """A warning for each rule that matches none of a graph's layers. A graph without layers says nothing."""
+    names = [layer.name for layer in found]
+    for rule in decisions.unmatched(names) if names else ():
+        context.journal.warn(
+            f"option 'precision': none of the {len(names)} layers of this graph is called {rule!r}{suggestion(rule, names)};"
+            " fxopt.calibrate(...).names() lists a model's layers"
+        )
+
+
+def _check_table(table: Table, found: list[Layer]) -> None:
+    """Raises CalibrationError where a layer is another one than the table's, or none is known to it."""
+    missing = []
+    for layer in found:
+        known = table.known(layer.name)
+        if known is None:
+            missing.append(layer)
+        elif (layer.kind, layer.shape) != (known.kind, known.shape) and known.obstacle is None:
+            raise CalibrationError(
+                f"the calibration was made for another model: its layer {layer.name!r} is a {_described(known)}, here it is"
+                f" a {_described(layer)}. Calibrate this model with fxopt.calibrate"
+            )
+    if found and len(missing) == len(found):
+        first, names = missing[0], table.names()
+        raise CalibrationError(
+            f"the calibration was made for another model: it knows none of this graph's {len(found)} layers; the first is"
+            f" {first.name!r}, a {_described(first)}{suggestion(first.name, names)} (the table begins with"
+            f" {names[0] if names else None!r}). Calibrate this model with fxopt.calibrate"
+        )
+
+
+def _described(layer: Layer | KnownLayer) -> str:
+    return f"{layer.kind} with a weight of {' x '.join(map(str, layer.shape))}"
+
+
+# ---------------------------------------------------------------------- rewrites
+
+
+class _Rewrite:
+    """The layers of one graph, one after the other. What two of them need is made once, before the first."""
+
+    def __init__(self, context: Context, table: Table | None) -> None:
+        self.context, self.table = context, table
+        self.without_range: dict[str, list[str]] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    def layer(self, layer: Layer, name: str) -> str:
+        """Replace the layer's node; how, for people. Raises _HighError."""
+        precision = PRECISIONS[name]
+        _check_operands(layer, precision)
+        bias = _bias(layer)
+        args: tuple[Any, ...]
+        if precision.activations is None:
+            group = _group(layer) if precision.group else 0
+            weight, scales = self._weight(layer, precision, group)
+            target, args = WEIGHT_ONLY_MM, (layer.x, weight, scales, bias, precision.bits, group)
+            how = f", groups of {group}" if group else ""
+        else:
+            scale = self._scale(layer, name)
+            weight, scales = self._weight(layer, precision, 0)
+            x, scale_x = self._activation(layer, precision, scale)
+            target, args = SCALED_MM, (x, weight, scale_x, scales, bias, layer.node.meta["val"].dtype)
+            how = ", scaled row by row" if scale is None else f", scale {scale:.4g}"
+        if self.context.exhausted:
+            raise _HighError("the limit of rewrites is reached")
+        if not self.context.replace(name, layer.node, self._derive(target, args, layer)):
+            raise _HighError("its result shares memory with an output")
+        return how
+
+    def _scale(self, layer: Layer, name: str) -> float | None:
+        """By which the layer's quantized input is to be multiplied; None: each row has its own."""
+        if self.table is None:
+            return None
+        known = self.table.known(layer.name)
+        if known is None or known.obstacle is not None:
+            reason = "calibration did not see it" if known is None else str(known.obstacle)
+            self.without_range.setdefault(reason, []).append(layer.name)
+            raise _HighError(reason)
+        return self.table.scale(layer.name, name)
+
+    def _weight(self, layer: Layer, precision: Precision, group: int) -> tuple[fx.Node, fx.Node]:
+        """The quantized weight [N, K] and its scales, as constants."""
+        dtype = getattr(torch, str(precision.weights))
+
+        def make() -> tuple[fx.Node, fx.Node]:
+            try:
+                value = self._value(layer.weight).t()
+                weight, scales = quantize_weight(value, dtype, precision.bits, group)
+            except RuntimeError as error:  # torch's OutOfMemoryError is one
+                raise _HighError(f"its weight cannot be quantized here: {str(error).partition(chr(10))[0]}") from error
+            return self._constant(layer, "weight", weight), self._constant(layer, "scales", scales)
+
+        made: tuple[fx.Node, fx.Node] = self._once(("weight", layer.weight, dtype, group), make)
+        return made
+
+    def _value(self, node: fx.Node) -> torch.Tensor:
+        """What a frozen input or a view of one is."""
+        if node.op == "placeholder":
+            given = next(i for i in self.context.graph.inputs if i.name in (node.name, node.target))
+            assert given.value is not None
+            return given.value.detach()
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._value)
+        with torch.no_grad():
+            value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return value
+
+    def _activation(self, layer: Layer, precision: Precision, scale: float | None) -> tuple[fx.Node, fx.Node]:
+        """The quantized input [M, K] and its scale, [] or [M]."""
+        make = functools.partial(self._by_row, layer, precision)
+        if scale is not None:
+            make = functools.partial(self._by_tensor, layer, precision, scale)
+        made: tuple[fx.Node, fx.Node] = self._once(("x", layer.x, precision.activations, scale), make)
+        return made
+
+    def _by_tensor(self, layer: Layer, precision: Precision, scale: float) -> tuple[fx.Node, fx.Node]:
+        device = layer.x.meta["val"].device
+        own = torch.tensor(scale, dtype=torch.float32)
+        factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
+        values = self._derive(aten.mul.Tensor, (self._wide(layer), factor), layer)
+        return self._cast(layer, precision, values), self._scalar(layer, "scale", own.to(device))
+
+    def _by_row(self, layer: Layer, precision: Precision) -> tuple[fx.Node, fx.Node]:
+        wide = self._wide(layer)
+        amax = self._derive(aten.amax.default, (self._derive(aten.abs.default, (wide,), layer), [1]), layer)
+        scale = self._derive(aten.mul.Tensor, (amax, 1.0 / precision.largest), layer)
+        scale = self._derive(aten.clamp_min.default, (scale, LEAST_SCALE), layer)
+        factor = self._derive(aten.reciprocal.default, (scale,), layer)
+        column = self._derive(aten.unsqueeze.default, (factor, 1), layer)
+        values = self._derive(aten.mul.Tensor, (wide, column), layer)
+        return self._cast(layer, precision, values), scale
+
+    def _wide(self, layer: Layer) -> fx.Node:
+        if layer.x.meta["val"].dtype == torch.float32:
+            return layer.x
+        return self._derive(aten._to_copy.default, (layer.x,), layer, {"dtype": torch.float32})
+
+    def _cast(self, layer: Layer, precision: Precision, values: fx.Node) -> fx.Node:
+        dtype = getattr(torch, str(precision.activations))
+        if not dtype.is_floating_point:
+            values = self._derive(aten.round.default, (values,), layer)
+        values = self._derive(aten.clamp.default, (values, -precision.largest, precision.largest), layer)
+        return self._derive(aten._to_copy.default, (values,), layer, {"dtype": dtype})
+
+    def _scalar(self, layer: Layer, what: str, value: torch.Tensor) -> fx.Node:
+        made: fx.Node = self._once((value.item(), value.device), lambda: self._constant(layer, what, value))
+        return made
+
+    def _constant(self, layer: Layer, what: str, value: torch.Tensor) -> fx.Node:
+        mode = fake_mode(self.context.graph)
+        if mode is None or hasattr(value, "fake_mode"):
+            raise _HighError("its weight is not at hand")
+        with mode:
+            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        meta = {"val": fake, "module": layer.node.meta.get("module", "")}
+        return add_constant(self.context, f"{layer.node.name}_{what}", value, meta)
+
+    def _derive(self, target: Any, args: tuple[Any, ...], layer: Layer, kwargs: dict[str, Any] | None = None) -> fx.Node:
+        node = self.context.derive(target, args, layer.node, kwargs, symbolic=True)
+        if node is None:
+            raise _HighError(f"{ops.name_of(target)} cannot be propagated for its sizes")
+        return node
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def _check_operands(layer: Layer, precision: Precision) -> None:
+    if layer.kind != LINEAR:
+        raise _HighError("convolutions are not quantized")
+    x, weight = tensor(layer.x), tensor(layer.weight)
+    if x is None or weight is None or x.dtype != weight.dtype or x.dtype not in _FLOATING:
+        raise _HighError(
+            f"its operands are {'no tensors' if x is None or weight is None else f'{x.dtype} and {weight.dtype}'}"
+        )
+    if x.device != weight.device:
+        raise _HighError(f"its operands are on {x.device} and {weight.device}")
+    columns, inner = layer.shape
+    if not columns or not inner:
+        raise _HighError("it is empty")
+    if x.device.type == "cuda" and (inner % MULTIPLE or (precision.activations is not None and columns % MULTIPLE)):
+        raise _HighError(f"its weight is {columns} x {inner}, and on a GPU both have to be multiples of {MULTIPLE}")
+
+
+def _bias(layer: Layer) -> fx.Node | None:
+    """The bias [N]. Raises _HighError for another addend."""
+    bias = layer.addend
+    if bias is None:
+        return None
+    value = tensor(bias)
+    if value is None or tuple(value.shape) != layer.shape[:1] or not value.is_floating_point():
+        raise _HighError("what is added to its product is no bias")
+    return bias
+
+
+def _group(layer: Layer) -> int:
+    """How many neighbours share a scale. Raises _HighError."""
+    inner = layer.shape[1]
+    group = next((g for g in GROUPS if inner % g == 0), None)
+    if group is None:
+        raise _HighError(f"its inner dimension {inner} is no multiple of {GROUPS[-1]}")
+    return group

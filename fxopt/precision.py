@@ -1,0 +1,131 @@
+"""Precisions of layers, and which layer shall have which: what options, passes and tables speak of.
+
+Plain data without torch. `Decisions` answers "which precision for this layer" from rules; a `Table` (what calibration has
+found, quant/table.py) answers "which scale".
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the operands of a layer's product are stored. Types are names of torch dtypes, None: the model's own.
+
+    `largest` is the magnitude that a scale brings the largest activation to. `group` is how many neighbours along the inner
+    dimension share a weight's scale, 0: a whole output channel.
+    """
+
+    doc: str
+    weights: str | None = None
+    activations: str | None = None
+    largest: float = 0.0
+    bits: int = 8
+    group: int = 0
+
+
+HIGH = "high"
+PRECISIONS: dict[str, Precision] = {
+    "fp8": Precision("weights and activations in float8 (e4m3)", "float8_e4m3fn", "float8_e4m3fn", 448.0),
+    "int8": Precision("weights and activations in int8", "int8", "int8", 127.0),
+    "int8-weight": Precision("weights in int8, activations as they are", "int8"),
+    "int4-weight": Precision("weights in 4 bits, activations as they are", "uint8", bits=4, group=128),
+    HIGH: Precision("as the model has it"),
+}
+
+_WILD = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Rules (layer's name or fnmatch pattern, precision), in any order.
+
+    Of the rules that match a layer, its exact name goes first, then the longest pattern.
+    """
+
+    rules: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, given: str | Mapping[str, str] | Decisions) -> Decisions:
+        """From a precision for all layers, a mapping from names and patterns, or decisions as they are."""
+        if isinstance(given, Decisions):
+            return given
+        rules = {"*": given} if isinstance(given, str) else given
+        return cls(tuple(sorted(rules.items())))
+
+    def exact(self, layer: str) -> str | None:
+        """The precision that a rule with the layer's own name asks for."""
+        return dict(self.rules).get(layer)
+
+    def of_layer(self, layer: str) -> str | None:
+        """The precision asked for; None where no rule matches."""
+        own = self.exact(layer)
+        if own is not None:
+            return own
+        matching = [rule for rule in self.rules if fnmatch.fnmatchcase(layer, rule[0])]
+        return max(matching, key=lambda rule: (len(rule[0]), rule))[1] if matching else None
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        """The rules' names and patterns that match none of `layers`; "*" always does."""
+        names = list(layers)
+        return [p for p, _ in self.rules if p != "*" and p not in names and not fnmatch.filter(names, p)]
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.rules).encode()).hexdigest()
+
+
+def is_pattern(rule: str) -> bool:
+    """Whether a rule's left side stands for several names."""
+    return not _WILD.isdisjoint(rule)
+
+
+@dataclass(frozen=True)
+class KnownLayer:
+    """What a table says of a layer: `shape` of its weight ([N, K] of a linear layer), the precision that its user has set
+    for it (None: none), and why it must stay high (None: it need not)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    precision: str | None
+    obstacle: str | None
+
+
+@runtime_checkable
+class Table(Protocol):
+    """What calibration has found, as far as a compilation asks."""
+
+    def digest(self) -> str:
+        """Of everything that a compilation reads."""
+
+    def names(self) -> list[str]:
+        """All layers, in order."""
+
+    def known(self, layer: str) -> KnownLayer | None:
+        """None for a layer that the table does not have."""
+
+    def scale(self, layer: str, precision: str) -> float:
+        """What a quantized activation of the layer is to be multiplied by: positive, finite."""
+
+
+def description(given: Any) -> str | None:
+    """What is wrong with a value of the option `precision`; None for a good one."""
+    if given is None or isinstance(given, Decisions):
+        rules: Mapping[Any, Any] = {} if given is None else dict(given.rules)
+    elif isinstance(given, str):
+        rules = {"*": given}
+    elif isinstance(given, Mapping):
+        rules = given
+    else:
+        return f"it is a {type(given).__name__}, not a name, a mapping or Decisions"
+    for layer, precision in rules.items():
+        if not isinstance(layer, str):
+            return f"a layer is named by a string, not by {layer!r}"
+        if precision not in PRECISIONS:
+            return f"there is no precision {precision!r} (for {layer!r})"
+    return None

@@ -1,0 +1,167 @@
+"""`fxopt.calibrate(model, loader)`: run the model on real data and note what its layers are given."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.errors import CalibrationError
+from fxopt.ir.layers import CONVOLUTION, LINEAR
+from fxopt.journal import RECENT
+from fxopt.quant.observers import Collector
+from fxopt.quant.table import AMBIGUOUS, NEVER, ZERO, Calibration, LayerRange, check_method, joined_layers
+
+Forward = Callable[[Any, Any], Any]
+
+MOST_NAMED = 5
+"""Layers that a warning names; of the others it tells the number."""
+
+_fresh = itertools.count()
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    batches: int | None = None,
+    forward: Forward | None = None,
+    method: str = "amax",
+    progress: bool = True,
+    backend: Any = "fxopt",
+) -> Calibration:
+    """Run `model` on `loader`'s batches and return what its layers were given.
+
+    `model` is in evaluation mode; its weights are on one device, to which batches are moved. A batch is a tensor, a tuple
+    or list of positional arguments, or a mapping of keyword arguments; `forward(model, batch)` calls the model in another
+    way. `batches` are used at most. `method` says how ranges become scales: "amax", "percentile", "mse" or "entropy".
+    `backend` is what torch.compile takes for fxopt where its package is not installed.
+
+    Raises CalibrationError, naming layer and batch where there is one: for a model in training mode, no batches, NaN or Inf
+    among activations, a batch that torch.compile did not run compiled, and a model without layers. Warns of layers that no
+    batch reached, of such that were given only zeros, and of input channels that were always zero. What the model itself
+    raises is raised as it is.
+    """
+    model = getattr(model, "_orig_mod", model)
+    _check_model(model)
+    check_method(method)
+    collector = Collector()
+    compiled = _observed(model, collector, backend)
+    count = 0
+    with torch.no_grad():
+        for batch in _shown(itertools.islice(loader, batches), progress):
+            collector.begin_batch()
+            (forward or _call)(compiled, _on_device(batch, model))
+            count += 1
+    if not count:
+        raise CalibrationError("the loader gave no batch: there is nothing to calibrate with")
+    layers = joined_layers(collector.layers())
+    if not layers:
+        raise CalibrationError(f"no layer was observed{_retreats()}")
+    layers = (*layers, *_unreached(model, collector, layers))
+    _warn(layers)
+    return Calibration(layers, count, method, {"fxopt": fxopt.__version__, "torch": torch.__version__})
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(f"fxopt.calibrate takes a module, not a {type(model).__name__}")
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        where = f"module {training!r} of the model" if training else "the model"
+        raise CalibrationError(f"{where} is in training mode, where layers are given other values: call model.eval() first")
+
+
+def _observed(model: nn.Module, collector: Collector, backend: Any) -> Callable[..., Any]:
+    """The model compiled to report to `collector`, apart from other compilations of it.
+
+    Dynamo keeps compiled code with a function's code object: this one has its own. No kernels are measured, and no CUDA
+    graphs captured: calibration is a few calls.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"observed_{next(_fresh)}")
+    options: dict[str, Any] = {"freeze": True, "observer": collector, "tuning_seconds": 0, "cuda_graphs": False}
+    compiled: Callable[..., Any] = torch.compile(call, backend=backend, options=options)
+    return compiled
+
+
+def _call(model: Callable[..., Any], batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _on_device(batch: Any, model: nn.Module) -> Any:
+    """Tensors of `batch` where the model's weights are, if these are on one device."""
+    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers())}
+    if len(devices) != 1:
+        return batch
+    device = devices.pop()
+    plain = dict(batch) if isinstance(batch, Mapping) else batch  # transformers' batches are mappings of their own
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), plain)
+
+
+def _shown(batches: Iterator[Any], progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(batches, "calibrating", total=None, console=Console(stderr=True), transient=True)
+
+
+def _retreats() -> str:
+    """Why the latest compilations came to nothing, for a message."""
+    reasons = [f"{what}: {why}" for journal in list(RECENT)[-4:] for what, why in journal.retreats]
+    if reasons:
+        return f": fxopt could not compile the model ({reasons[-1]})"
+    return ": torch.compile captured no product or convolution whose weight is a parameter or buffer of the model"
+
+
+def _unreached(model: nn.Module, collector: Collector, layers: tuple[LayerRange, ...]) -> list[LayerRange]:
+    """Linear layers and convolutions of the model whose weights no compiled graph has."""
+    names = {layer.name for layer in layers}
+    found = []
+    for name, module in model.named_modules():
+        kind = _kind(module)
+        weight = getattr(module, "weight", None)
+        if kind is None or name in names or not isinstance(weight, torch.Tensor) or collector.reads(weight):
+            continue
+        found.append(LayerRange(name, kind, tuple(weight.shape), _dtype(weight), None))
+    return found
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return LINEAR
+    return CONVOLUTION if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
+
+
+def _dtype(weight: torch.Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def _warn(layers: tuple[LayerRange, ...]) -> None:
+    for obstacle in (NEVER, ZERO, AMBIGUOUS):
+        named = [layer.name for layer in layers if layer.obstacle == obstacle]
+        if named:
+            warnings.warn(f"{_listed(named)}: {obstacle}; not to be quantized with this calibration", stacklevel=3)
+    dead = [(layer, int((layer.channel_amax() == 0).sum())) for layer in layers if layer.obstacle is None]
+    named = [f"{layer.name} ({count} of {layer.channel_amax().numel()})" for layer, count in dead if count]
+    if named:
+        warnings.warn(f"{_listed(named)}: channels that were given only zeros", stacklevel=3)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:MOST_NAMED]))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"layer{'s' if len(names) > 1 else ''} {shown}{more}"

@@ -1,0 +1,185 @@
+"""Quantized layers in eager: the arithmetic of each precision in floating point, on any device.
+
+What a layer's result would be is known without kernels for it: operands are rounded to their grids and multiplied, which is
+what the kernels compute, up to the order of their sums. So a search tries hundreds of decisions without compiling them.
+
+Layers are found where the compiler finds them, in the ATen products that a model runs, and have its names: that of the
+module whose forward runs the product, `name#1` for a second one of that module in one call of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxopt.quant.ranges import FP8, INT4, INT8, Grid
+
+GROUP = 128
+"""Elements along the inner dimension that share a scale in int4-weight."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One product as it runs: x [M, K], weight [N, K], bias [N] or None; what it should return is [M, N]."""
+
+    name: str
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def exact(self) -> Tensor:
+        return torch.nn.functional.linear(self.x, self.weight, self.bias)
+
+
+Treatment = Callable[[LayerCall], Tensor | None]
+"""What a layer returns instead of its product; None leaves it as it is."""
+
+
+@contextmanager
+def treated(model: nn.Module, treat: Treatment) -> Iterator[None]:
+    """While this lasts, each layer that `model`, or a part of it, runs returns what `treat` makes of it.
+
+    Layers are products with a weight that is a parameter or buffer of `model`. Those in autocast regions are not found:
+    their weights are copies.
+    """
+    stack = _Modules(model)
+    try:
+        with _Products(model, stack, treat):
+            yield
+    finally:
+        stack.remove()
+
+
+class _Modules:
+    """The qualified names of the modules whose forward runs now, the innermost last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: list[str] = []
+        self.seen = Counter[str]()
+        self._handles = []
+        for name, module in model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True))
+            self._handles.append(module.register_forward_hook(self._left, always_call=True))
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: object) -> None:
+            if not self.names:
+                self.seen.clear()
+            self.names.append(name)
+
+        return enter
+
+    def _left(self, module: nn.Module, args: object, result: object) -> None:
+        self.names.pop()
+
+    def layer(self) -> str:
+        """The name of the next product."""
+        name = self.names[-1]
+        self.seen[name] += 1
+        return name if self.seen[name] == 1 else f"{name}#{self.seen[name] - 1}"
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self, model: nn.Module, stack: _Modules, treat: Treatment) -> None:
+        super().__init__()
+        self._stack, self._treat = stack, treat
+        held = [*model.parameters(), *model.buffers()]
+        self._weights = {t.untyped_storage().data_ptr() for t in held if t.ndim >= 2}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = self._layer(func, args, kwargs)
+        if call is not None:
+            result = self._treat(dataclasses.replace(call, x=call.x.reshape(-1, call.x.shape[-1])))
+            if result is not None:
+                return result.reshape(*call.x.shape[:-1], call.weight.shape[0])
+        return func(*args, **kwargs)
+
+    def _layer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall | None:
+        aten = torch.ops.aten
+        if func is aten.mm.default:
+            x, weight, bias = args[0], args[1].t(), None
+        elif func is aten.addmm.default and kwargs.get("beta", 1) == 1 and kwargs.get("alpha", 1) == 1:
+            x, weight, bias = args[1], args[2].t(), args[0]
+        elif func is aten.linear.default:
+            x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+        else:
+            return None
+        floating = x.is_floating_point() and self._stack.names
+        if not floating or weight.untyped_storage().data_ptr() not in self._weights:
+            return None
+        return LayerCall(self._stack.layer(), x, weight, bias)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a precision treats weights [N, K] and activations [M, K]; `group` 0 is one scale for a whole row."""
+
+    weight: Grid
+    activation: Grid | None
+    group: int = 0
+
+
+FORMATS = {
+    "fp8": _Format(FP8, FP8),
+    "int8": _Format(INT8, INT8),
+    "int8-weight": _Format(INT8, None),
+    "int4-weight": _Format(INT4, None, GROUP),
+}
+
+
+def quantized(call: LayerCall, precision: str, limit: float | None = None) -> Tensor:
+    """The layer's result [M, N] in `precision`, in x's dtype.
+
+    `limit`: the |x| that the activations' grid ends at, for all rows; None for the largest of each row. Raises KeyError
+    for a precision that is none.
+    """
+    form = FORMATS[precision]
+    weight = rounded_rows(call.weight, form.weight, form.group)
+    x = call.x.float()
+    if form.activation is not None:
+        scale = _scale(x.abs().amax(1, keepdim=True) if limit is None else x.new_tensor(limit), form.activation)
+        x = _on_grid(x, scale, form.activation)
+    result = x @ weight.t()
+    return (result if call.bias is None else result + call.bias.float()).to(call.x.dtype)
+
+
+def rounded_rows(weight: Tensor, grid: Grid, group: int = 0) -> Tensor:
+    """`weight` [N, K] with each row, or each `group` of it, rounded to its own scale: float32 [N, K]."""
+    rows = weight.float()
+    parts = rows if not group or rows.shape[1] % group else rows.reshape(-1, group)
+    scale = _scale(parts.abs().amax(1, keepdim=True), grid)
+    return _on_grid(parts, scale, grid).reshape(weight.shape)
+
+
+def _scale(amax: Tensor, grid: Grid) -> Tensor:
+    scale = amax / grid.largest
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _on_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    return grid.rounded(x / scale).to(x.dtype) * scale
+
+
+def calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, LayerCall]:
+    """The layers that one call of `model` runs, in order, with the operands they had."""
+    found: dict[str, LayerCall] = {}
+
+    def note(call: LayerCall) -> None:
+        found[call.name] = call
+
+    with torch.no_grad(), treated(model, note):
+        model(*args, **kwargs)
+    return found

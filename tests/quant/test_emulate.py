@@ -1,0 +1,106 @@
+"""Layers found in eager, their names, and the arithmetic of each precision against its formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxopt.quant.emulate import LayerCall, calls, quantized, rounded_rows, treated
+from fxopt.quant.ranges import FP8, INT4
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(8, 8), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ x.transpose(-1, -2)
+        return self.out(self.query(scores @ x))
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(_Block(), nn.ReLU(), nn.Linear(4, 3)).eval()
+
+
+def test_layers_have_the_names_of_their_modules() -> None:
+    model, x = _model(), torch.randn(2, 5, 8)
+    found = calls(model, (x,), {})
+    assert list(found) == ["0.query", "0.query#1", "0.out", "2"]
+    assert found["0.query"].x.shape == (10, 8) and found["2"].weight is not None
+    assert list(calls(model, (x,), {})) == list(found), "a second call counts from the beginning"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_treated_layer_returns_what_it_is_told(mode: type) -> None:
+    model, x = _model(), torch.randn(2, 5, 8)
+    with mode(), treated(model, lambda call: torch.ones(10, 3) if call.name == "2" else None):
+        assert torch.equal(model(x), torch.ones(2, 5, 3))
+
+
+def test_layers_left_alone_change_nothing() -> None:
+    model, x = _model(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = model(x)
+        with treated(model, lambda call: None):
+            assert torch.equal(model(x), expected)
+
+
+def test_an_error_in_the_model_leaves_no_hooks() -> None:
+    model = _model()
+    with pytest.raises(RuntimeError), treated(model, lambda call: None):
+        model(torch.randn(2, 5, 7))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _exact(x: Tensor, steps: Tensor, grid: str) -> Tensor:
+    """Rounds to the grid in float64: integers by themselves, fp8 by the step of each value's binade (at least 2^-9)."""
+    if grid == "int8":
+        return (x / steps).round().clamp(-127, 127) * steps
+    y = (x / steps).clamp(-448, 448)
+    step = 2.0 ** (y.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    return (y / step).round() * step * steps
+
+
+@pytest.mark.parametrize("limit", [None, 2.0])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_values_are_those_of_the_formula(precision: str, limit: float | None) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(6, 32), torch.randn(5, 32), torch.randn(5)
+    weight[2] = 0.0
+    x[1] = 0.0
+    largest = 448.0 if precision == "fp8" else 127.0
+    of_rows = x.double().abs().amax(1, keepdim=True) if limit is None else torch.full((1, 1), limit, dtype=torch.float64)
+    of_weights = weight.double().abs().amax(1, keepdim=True)
+    ones = torch.ones_like
+    x_steps = torch.where(of_rows > 0, of_rows / largest, ones(of_rows))
+    w_steps = torch.where(of_weights > 0, of_weights / largest, ones(of_weights))
+    expected = _exact(x.double(), x_steps, precision) @ _exact(weight.double(), w_steps, precision).t() + bias.double()
+    result = quantized(LayerCall("a", x, weight, bias), precision, limit)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_only_leaves_activations_alone() -> None:
+    torch.manual_seed(0)
+    call = LayerCall("a", torch.randn(3, 256), torch.randn(5, 256), None)
+    for precision in ("int8-weight", "int4-weight"):
+        one_by_one = torch.cat([quantized(LayerCall("a", x[None], call.weight, None), precision) for x in call.x])
+        torch.testing.assert_close(one_by_one, quantized(call, precision))
+        error = (quantized(call, precision) - call.exact()).norm() / call.exact().norm()
+        assert error < {"int8-weight": 0.01, "int4-weight": 0.15}[precision]
+
+
+def test_groups_have_scales_of_their_own() -> None:
+    weight = torch.ones(2, 256)
+    weight[:, 128:] = 1e-3
+    assert torch.allclose(rounded_rows(weight, INT4, 128), weight)
+    assert int((rounded_rows(weight, INT4) == 0).sum()) == 256
+
+
+def test_fp8_keeps_the_dtype_of_its_input() -> None:
+    call = LayerCall("a", torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(5, 16, dtype=torch.bfloat16), None)
+    assert quantized(call, "fp8").dtype == torch.bfloat16
+    assert rounded_rows(call.weight, FP8).dtype == torch.float32
