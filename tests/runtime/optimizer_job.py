@@ -106,7 +106,7 @@ class _Kernel:
     def __init__(self, machine: Machine, function: Any, source: KernelSource) -> None:
         self.machine, self.function, self.source = machine, function, source
 
-    def bind(self, label: str) -> Callable[..., None]:
+    def bind(self, label: str, early: bool = False) -> Callable[..., None]:
         types = list(self.source.compile_options["signature"].values())
         blocks = self.source.compile_options["constexprs"]
 

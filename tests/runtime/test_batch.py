@@ -45,7 +45,7 @@ class Machine:
             self.copies.append(source.tolist())
         return source.clone()
 
-    def bind(self, label: str) -> Any:
+    def bind(self, label: str, early: bool = False) -> Any:
         return self.launch
 
     def launch(self, stream: int, gx: int, gy: int, gz: int, owners: int, sizes: int, table: int) -> None:
