@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,7 +40,13 @@ _TRUSTED = frozenset({"aten", "prims", "fxopt", "mkldnn"})
 _WAITING = frozenset({"linear_cross_entropy", "linear_cross_entropy_backward", "_local_scalar_dense", "item", "nonzero"})
 """Ops that wait for the device to read a value."""
 _SEEDED_WITHOUT_DROPOUT = "attention"
-"""Ops with this in their names are tagged as random although they draw nothing without dropout; with it, capture fails."""
+"""Ops with this in their names are tagged as random although they draw nothing without dropout."""
+_DROPPING = frozenset({"_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"})
+"""Of these, those that leave the state of torch's generator, by which they drop, in the GPU's memory for their backward,
+whether they are captured or not. With others, capture fails."""
+_DROPPING_ON_THE_HOST = "_scaled_dot_product_efficient_attention"
+"""Leaves it there only when it is captured, and its backward reads it there only when that is captured, too: a captured
+forward and a plain backward do not fit together."""
 
 _ATTENTION, _ATTENTION_BACKWARD = "fxopt::attention_forward.default", "fxopt::attention_backward.default"
 _NUMBER_AMONG_ARGUMENTS = [argument.name for argument in attention_backward._schema.arguments].index("number")
@@ -52,7 +59,8 @@ class Traits:
     before the captured one have made (`split.Part.takes`).
 
     `moved` are copied into memory of the run before each replay, `fixed` are used where they are; `written` of those are
-    changed by the plan. `varying` tell the sizes of a call. `seeds` are drawn in a call; `steps` run something.
+    changed by the plan. `varying` tell the sizes of a call. `seeds` are drawn in a call; `steps` run something. `draws` says
+    that library ops draw from torch's generator, too.
     """
 
     device: torch.device
@@ -62,6 +70,7 @@ class Traits:
     varying: tuple[int, ...]
     seeds: int
     steps: int
+    draws: bool = False
 
 
 def gpu(plan: Plan) -> torch.device | None:
@@ -78,8 +87,9 @@ class Choice:
 
 
 def flaw(plan: Plan) -> str | None:
-    """Why the plan as a whole, whatever a replay may save, cannot run as a CUDA graph; None when it can."""
-    facts = _Facts(plan)
+    """Why the plan as a whole, whatever a replay may save, cannot run as a CUDA graph, perhaps one that draws from torch's
+    generator (`Traits.draws`); None when it can."""
+    facts = _Facts(plan, drawing=True)
     reasons = (*map(facts.obstacle, facts.found.steps), facts.unreturnable())
     return _spread(plan) or next((reason for reason in reasons if reason is not None), None)
 
@@ -157,6 +167,7 @@ def traits(captured: Part) -> Traits:
         varying=tuple(i for i, x in numbers if x.kind == "int" or not _is_static(x)),
         seeds=sum(isinstance(s, Call) and s.op == draws.SEED for s in plan.steps),
         steps=len(Mentions(plan).steps),
+        draws=any(isinstance(s, Call) and _drops(s) for s in plan.steps),
     )
 
 
@@ -181,10 +192,10 @@ class _Price:
 
 
 class _Facts:
-    """What there is to know of a plan before it is split."""
+    """What there is to know of a plan before it is split; `drawing` where a captured run may draw from torch's generator."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.found = plan, Mentions(plan)
+    def __init__(self, plan: Plan, drawing: bool = False) -> None:
+        self.plan, self.found, self.drawing = plan, Mentions(plan), drawing
         self.inputs = {x.name: x for x in plan.inputs}
         self.specs = {b.name: b for b in (*plan.constants, *plan.buffers)}
         self.places = _places(plan)
@@ -205,7 +216,7 @@ class _Facts:
 
     def obstacle(self, step: Launch | Call) -> str | None:
         """Why the step is not to be captured."""
-        if isinstance(step, Call) and (reason := _call(step)) is not None:
+        if isinstance(step, Call) and (reason := _call(step, self.drawing)) is not None:
             return reason
         reasons = (self._operand(self.found.root.get(n, n)) for n in used(step))
         if reason := next((r for r in reasons if r is not None), None):
@@ -273,16 +284,31 @@ class _Facts:
         return _stays(x, self.written)
 
 
-def _call(step: Call) -> str | None:
+def _call(step: Call, drawing: bool) -> str | None:
     namespace, _, rest = step.op.partition("::")
     name = rest.partition(".")[0]
     if step.op.startswith("local:") or namespace not in _TRUSTED:
         return f"nothing is known of what {step.origin or step.op} does on the host"
     if name in _WAITING:
         return f"{step.op} waits for the GPU"
-    if _draws(namespace, name, rest) and step.op != draws.SEED:
+    if name.startswith(_DROPPING_ON_THE_HOST) and _dropout(step):
+        return f"{step.op} leaves the state of its generator where only another captured run could read it"
+    if (_draws(step.op) and step.op != draws.SEED) or (not drawing and _drops(step)):
         return f"{step.op} draws from torch's generator"
     return None
+
+
+def _drops(step: Call) -> bool:
+    """Whether it is attention that drops by torch's generator, as it may in a captured run."""
+    namespace, _, rest = step.op.partition("::")
+    return namespace == "aten" and rest.partition(".")[0] in _DROPPING and _dropout(step)
+
+
+def _dropout(step: Call) -> bool:
+    """Whether a call of attention drops anything."""
+    overload = _overload(step.op)
+    names = [argument.name for argument in overload._schema.arguments]
+    return bool((dict(zip(names, step.args, strict=False)) | step.kwargs).get("dropout_p", 0.0))
 
 
 def _numbers(steps: Sequence[Launch | Call]) -> set[str]:
@@ -306,11 +332,17 @@ def _numbers(steps: Sequence[Launch | Call]) -> set[str]:
     return found - others
 
 
-def _draws(namespace: str, name: str, rest: str) -> bool:
-    packet = getattr(getattr(torch.ops, namespace), name, None)
-    overload = getattr(packet, rest.partition(".")[2] or "default", None)
+def _overload(op: str) -> Any:
+    """torch's op of that name; None if there is none."""
+    namespace, _, rest = op.partition("::")
+    name, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name, None), overload or "default", None)
+
+
+def _draws(op: str) -> bool:
+    overload = _overload(op)
     seeded = overload is not None and torch.Tag.nondeterministic_seeded in overload.tags
-    return seeded and _SEEDED_WITHOUT_DROPOUT not in name
+    return seeded and _SEEDED_WITHOUT_DROPOUT not in op
 
 
 def _known(size: Int) -> int:

@@ -2,7 +2,8 @@
 
 Not torch.cuda.CUDAGraph: that puts torch's random generator into a mode in which every other thread that draws meanwhile
 gets an error, leaves it there when a capture fails, and launches two kernels before each replay to tell the graph where the
-generator stands. Plans draw their seeds outside of the captured run (`runtime/draws.py`), so none of it is needed.
+generator stands. Plans draw their seeds outside of the captured run (`runtime/draws.py`), so none of it is needed, except
+for attention that drops (`runtime/drawing_graph.py`).
 
 Captured runs of one device share one pool of torch's allocator, and all of it is scratch: nothing in there means anything
 between two replays. Only forwards in training have pools of their own (`runtime/training_graph.py`). All are captured on a
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from fxopt.errors import FxoptError
+from fxopt.runtime.drawing_graph import capture_drawing
 from fxopt.runtime.launch import check, driver
 
 T = TypeVar("T")
@@ -58,15 +60,24 @@ class CapturedGraph:
 
 
 def _destroy(lib: Any, executable: ctypes.c_void_p, ended: ctypes.c_void_p) -> None:
-    """Afterwards the pool may be freed: not before replays are done, for unmapping memory does not wait for them.
+    with _after(lib, ended):
+        lib.cuGraphExecDestroy(executable)
+
+
+@contextlib.contextmanager
+def _after(lib: Any, ended: ctypes.c_void_p) -> Iterator[None]:
+    """A block in which a graph is destroyed. Afterwards its pool may be freed: not before replays are done, for unmapping
+    memory does not wait for them.
 
     May come at any time, in a thread that captures, too.
     """
     mode = ctypes.c_int(_RELAXED)
     lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    lib.cuEventSynchronize(ended)
-    lib.cuGraphExecDestroy(executable)
-    lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        lib.cuEventSynchronize(ended)
+        yield
+    finally:
+        lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 class GraphDriver:
@@ -147,16 +158,21 @@ class GraphDriver:
         """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
 
-    def capture(self, run: Callable[[], T], apart: bool = False) -> tuple[Callable[[int], None], T]:
+    def capture(self, run: Callable[[], T], apart: bool = False, draws: bool = False) -> tuple[Callable[[int], None], T]:
         """(what replays `run` on a stream, the result of `run`).
 
         Nothing is executed. The memory of what `run` returns is scratch of the pool as soon as the caller lets go of it: it
         has the values of a replay from the replay to the next one of any graph of this device. With `apart` the pool is the
-        captured run's own: what the caller holds on to is overwritten only by its own replays. Raises whatever `run` raises;
-        CudaError and CaptureError where the driver or the allocator refuses. Afterwards all is as before.
+        captured run's own: what the caller holds on to is overwritten only by its own replays; as it is with `draws`, where
+        `run` draws from torch's generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or
+        the allocator refuses. Afterwards all is as before.
         """
         if apart:  # a run without graphs has left as much memory in the allocator's cache, where the pool cannot get at it
             torch.cuda.empty_cache()
+        if draws:
+            generator = torch.cuda.default_generators[self.index]
+            with _no_collections(), torch.cuda.stream(self._side):
+                return capture_drawing(run, self.index, generator, self._destroy_torchs)
         pool = None if apart else self._pool()
         if pool is None:
             pool = torch.cuda.MemPool()
@@ -181,6 +197,10 @@ class GraphDriver:
             if graph:
                 lib.cuGraphDestroy(graph)
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
+
+    def _destroy_torchs(self, graph: Any) -> None:
+        with _after(self._lib, self._event):
+            graph.reset()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ tensor's first element to the end of its last, so that any strides will do.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,9 @@ class Driver(Protocol):
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage: ...
 
-    def capture(self, run: Callable[[], Any], apart: bool = False) -> tuple[Callable[[int], None], Any]: ...
+    def capture(
+        self, run: Callable[[], Any], apart: bool = False, draws: bool = False
+    ) -> tuple[Callable[[int], None], Any]: ...
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ def record(
 
     The last `saved` results, inputs excepted, are not copied either but left in memory of the recording's own: whoever
     plays it must know that nobody needs them any more.
+
+    Where library ops draw from torch's generator, seeds are drawn in the captured run as well, in the order of the plan.
     """
     for i in traits.moved:
         _check_copyable(inputs[i], traits)
@@ -204,15 +209,16 @@ def record(
         arguments = list(inputs)
         for i in traits.moved:
             arguments[i] = _twin(inputs[i], driver)
-        seeds = [_strided(driver.allocate(8), torch.int64, (), ()) for _ in range(traits.seeds)]
+        count = 0 if traits.draws else traits.seeds
+        seeds = [_strided(driver.allocate(8), torch.int64, (), ()) for _ in range(count)]
         seen = [arguments[i] for i in (*traits.moved, *traits.fixed)]  # alive, so that no result takes their memory
-        with given(seeds):
+        with contextlib.nullcontext() if traits.draws else given(seeds):
             outputs = run(arguments)
         moves = tuple(_move(i, x) for i, x in zip(traits.moved, seen, strict=False))
         sources = dict(zip((*traits.moved, *traits.fixed), seen, strict=True))
         return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
 
-    replay, (moves, seeds, results) = driver.capture(body, apart=saved > 0)
+    replay, (moves, seeds, results) = driver.capture(body, saved > 0, traits.draws)
     read = tuple(inputs[i] for i in traits.fixed if _is_on_host(inputs[i], traits))
     addresses = [0] * len(inputs)
     for i in traits.fixed:

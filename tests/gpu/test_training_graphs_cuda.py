@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.journal import RECENT
-from fxopt.runtime import cuda_graph, training_graph
+from fxopt.runtime import cuda_graph, recording, training_graph
 from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
 from tests.guest.agreement import compiled
 
@@ -66,22 +67,23 @@ class Perceptron(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
+        self.drop = drop
         self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, s, _ = x.shape
         q, k, v = self.qkv(self.norm(x)).view(b, s, 3, 2, WIDTH // 2).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop if self.training else 0.0, is_causal=True)
         return x + self.out(y.transpose(1, 2).reshape(b, s, WIDTH))
 
 
 class Transformer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
         self.table = nn.Embedding(100, WIDTH)
-        self.blocks = nn.Sequential(*(nn.Sequential(Attention(), Perceptron()) for _ in range(2)))
+        self.blocks = nn.Sequential(*(nn.Sequential(Attention(drop), Perceptron()) for _ in range(2)))
         self.head = nn.Linear(WIDTH, 100)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +101,7 @@ class Normalized(nn.Module):
         return self.layers(x)
 
 
-def fresh(kind: type[nn.Module] = Perceptron, dtype: torch.dtype = torch.float32) -> nn.Module:
+def fresh(kind: Callable[[], nn.Module] = Perceptron, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     return kind().cuda().to(dtype).train()
 
@@ -125,7 +127,7 @@ Steps = Callable[[nn.Module, Any], list[Any]]
 def agree(
     steps: Steps,
     made: Made,
-    kind: type[nn.Module] = Perceptron,
+    kind: Callable[[], nn.Module] = Perceptron,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 0.0,
 ) -> None:
@@ -168,6 +170,40 @@ def test_loss_curves(kind: type[nn.Module], dtype: torch.dtype, made: Made) -> N
 
     agree(steps, made, kind, dtype, 0.0 if exact else 4e-6)
     assert made.replays() == (5, 4), reasons()
+
+
+def test_attention_that_drops(made: Made) -> None:
+    """What is dropped, and where the generator stands afterwards, is as without graphs, whoever else draws in between."""
+
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        out = []
+        for k in range(6):
+            optimizer.zero_grad()
+            out.append(backward(run(tokens(k, distinct=True))))
+            out.append(torch.rand(3, device="cuda"))
+            optimizer.step()
+            if k == 3:
+                torch.manual_seed(5)
+        return out
+
+    agree(steps, made, functools.partial(Transformer, 0.2), torch.bfloat16)
+    assert made.replays() == (5, 4), reasons()
+
+
+def test_the_generator_is_as_before_when_a_capture_fails(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh(functools.partial(Transformer, 0.2), torch.bfloat16)
+    run = compiled(model, mode="reduce-overhead")
+    backward(run(tokens(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "_results", lambda *args: torch.cuda.synchronize())
+        backward(run(tokens(1)))
+    assert not made.forwards[0].graphs and any("not captured" in text for text in reasons())
+    torch.manual_seed(1)
+    want = torch.rand(4, device="cuda")
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.rand(4, device="cuda"), want, rtol=0, atol=0)
+    backward(run(tokens(2)))
 
 
 def reasons() -> list[str]:

@@ -90,13 +90,16 @@ class FakeDriver:
         self.memory.append(bytearray(nbytes or 1))
         return torch.frombuffer(self.memory[-1], dtype=torch.uint8).untyped_storage()
 
-    def capture(self, run: Callable[[], Any], apart: bool = False) -> tuple[Callable[[int], None], Any]:
+    def capture(self, run: Callable[[], Any], apart: bool = False, draws: bool = False) -> tuple[Callable[[int], None], Any]:
         assert apart == (self.saved > 0)
         if self.refusal:
             raise RuntimeError(self.refusal)
         self.captures += 1
+        state = torch.get_rng_state()
         with self._capturing():
             result = run()
+        if draws:  # it has not been executed
+            torch.set_rng_state(state)
         assert self.function.captured is not None
         values, outputs = self.function.captured
         self.function.captured = None
@@ -106,13 +109,14 @@ class FakeDriver:
         self.scratch += [x for _, x in made if _memory(x) not in saved]
         made = [(i, _address_of(x)) for i, x in made]
         values = [_address_of(v) if isinstance(v, torch.Tensor) else v for v in values]
-        places = self.memory[len(self.memory) - self.seeds :]  # a recording allocates those of its seeds last
+        count = 0 if draws else self.seeds
+        places = self.memory[len(self.memory) - count :]  # a recording allocates those of its seeds last
         seeds = [torch.frombuffer(place, dtype=torch.int64)[0] for place in places]
 
         def replay(stream: int) -> None:
             self.log.append(("replay", stream))
             self.during_replay()
-            with given(seeds):
+            with contextlib.nullcontext() if draws else given(seeds):
                 again = self.function.fn(*values)
             for i, x in made:
                 x.copy_(again[i])

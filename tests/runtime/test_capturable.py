@@ -195,6 +195,28 @@ def test_attention_draws_nothing() -> None:
     assert is_whole(network(flash, spec("c", 8, 8)))
 
 
+def drops(op: str, **kwargs: Any) -> Plan:
+    results = len(getattr(torch.ops.aten, op).default._schema.returns)
+    call = Call(f"aten::{op}.default", (Ref("h1"),) * 3, kwargs, ("c", *[None] * (results - 1)), effect=True)
+    return network(call, spec("c", 8, 8), outputs=(Ref("h9"), Ref("c")))
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_attention_that_drops_is_captured_in_training(backend: str) -> None:
+    options = {"attn_bias": None, "compute_log_sumexp": True} if backend == "cudnn" else {}
+    made = drops(f"_scaled_dot_product_{backend}_attention", dropout_p=0.1, **options)
+    assert flaw(made) is None and capturable.traits(capturable.whole(made).captured).draws
+    assert "draws from torch's generator" in str(choose(made))  # an inference run has no graph that could
+    assert not traits(drops(f"_scaled_dot_product_{backend}_attention", dropout_p=0.0, **options)).draws
+
+
+def test_attention_that_drops_by_a_state_on_the_host() -> None:
+    options = {"attn_bias": None, "compute_log_sumexp": True}
+    op = "_scaled_dot_product_efficient_attention"
+    assert flaw(drops(op, **options)) is None
+    assert "leaves the state of its generator" in str(flaw(drops(op, dropout_p=0.1, **options)))
+
+
 def number(name: str) -> dict[str, Any]:
     return {"name": name, "dtype": torch.int64, "device": CPU, "shape": (), "strides": ()}
 

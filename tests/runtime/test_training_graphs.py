@@ -33,12 +33,13 @@ class Stage:
         self.forwards: list[GraphedForward] = []
         self.backwards: list[GraphedBackward] = []
         self.notes: list[str] = []
+        self.draws = False  # whether library ops do
 
     def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any) -> Any:
         if phase is Phase.INFERENCE:
             return executor
         plan = executor.plan
-        found = replace(capturable.traits(capturable.whole(plan).captured), device=CPU, steps=1 << 20)
+        found = replace(capturable.traits(capturable.whole(plan).captured), device=CPU, steps=1 << 20, draws=self.draws)
         function = Function(lambda *values: executor(list(values)))
         function.plan = plan
         turns = Turns(FakeDriver(function, found.seeds, plan.saved))
@@ -312,7 +313,10 @@ def test_checkpointing(stage: Stage) -> None:
     assert forwards >= 6 and backwards >= 2
 
 
-def test_dropout_has_the_masks_that_it_has_without_graphs(stage: Stage) -> None:
+@pytest.mark.parametrize("in_the_graph", [False, True])
+def test_dropout_has_the_masks_that_it_has_without_graphs(in_the_graph: bool, stage: Stage) -> None:
+    stage.draws = in_the_graph
+
     def curve(graphs: bool) -> list[Any]:
         torch.compiler.reset()
         pair = Pair(0.5)
