@@ -33,7 +33,7 @@ class Stage:
         self.backwards: list[GraphedBackward] = []
         self.notes: list[str] = []
 
-    def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any) -> Any:
+    def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any, extension: Any) -> Any:
         if phase is Phase.INFERENCE:
             return executor
         plan = executor.plan
