@@ -4,10 +4,10 @@
 
 A call's host time is what it takes to return when the device keeps up: calls are timed one by one, each begun on an idle
 device for which the host has waited, and the median counts. A host that comes from waiting is two to three times slower than
-in a loop. "guards" is a backend whose results are those of the first call: what remains is Dynamo's guards and AOTAutograd's
-wrapper, which every backend has. "total" is from the call to the end of the device's work, "loop" the mean over calls that
-follow each other without waiting. "spent" says where the host time of a call of "fxopt" goes; "pieces" are such parts in a
-loop.
+in a loop. "guards" is a backend whose results are those of the first call: what remains is Dynamo's guards; "guards and
+wrappers" has AOTAutograd's as well. "total" is from the call to the end of the device's work, "loop" the mean over calls
+that follow each other without waiting. "spent" says where the host time of a call of "fxopt" goes, and of one whose replays
+go through Python; "pieces" are such parts in a loop.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ import typer
 from benchmarks.models import MODELS
 from benchmarks.results import target_facts
 from fxopt.cli import pick_device, pick_dtype
+from fxopt.codegen.replay_build import replay_code
 from fxopt.report.backends import unshared
 from fxopt.report.contenders import CONTENDERS, Contender
-from fxopt.runtime import capturable
+from fxopt.runtime import capturable, native_replay
+from fxopt.runtime.artifacts import default_store
 from fxopt.runtime.cuda_graph import GraphedExecutor, _comparison
 from fxopt.runtime.graph_driver import CapturedGraph
 from fxopt.runtime.recording import Recording
 
 WORKLOADS = "bert-base-b1,resnet50-b1,vit-b-b1,bert-base,gpt2"
+IN_PYTHON = "fxopt, replays in Python"
 AT_ANY_PRICE = "fxopt, any copies"
 """Captured however much has to be copied: what `capturable.COPY_SHARE` should be."""
 SLEEP_CYCLES = 1_000_000
@@ -44,6 +47,7 @@ SLEEP_CYCLES = 1_000_000
 WAYS = {
     "without graphs": Contender("fxopt", "fxopt", options={"cuda_graphs": False}),
     "fxopt": CONTENDERS["fxopt"],
+    IN_PYTHON: Contender("fxopt", "fxopt", options={"disable": [native_replay.NAME]}),
     AT_ANY_PRICE: CONTENDERS["fxopt"],
     "inductor": CONTENDERS["inductor"],
     "inductor-reduce-overhead": CONTENDERS["inductor-reduce-overhead"],
@@ -95,8 +99,20 @@ def piece(call: Callable[[], Any], wait: Callable[[], None], repeats: int = 300)
     return best * 1e6
 
 
+def _guards_alone(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend whose results are those of the first call."""
+    known: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        if not known:
+            known.append(gm(*args))
+        return known[0]
+
+    return run
+
+
 def _doing_nothing(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A backend that compiles a graph to nothing: its results are those of the first call."""
+    """The same behind AOTAutograd."""
     from torch._dynamo.backends.common import aot_autograd
 
     def compiler(graph: Any, example: Any) -> Callable[..., Any]:
@@ -118,7 +134,18 @@ def _executors(before: set[int]) -> list[GraphedExecutor]:
     return [x for x in gc.get_objects() if type(x) is GraphedExecutor and id(x) not in before]
 
 
-def pieces(executor: GraphedExecutor, wait: Callable[[], None]) -> dict[str, float]:
+def _inputs_of(call: Callable[[], Any], executor: GraphedExecutor) -> list[Any]:
+    """What the executor is given in a call, if compiled code replays it."""
+    seen: list[list[Any]] = []
+    play = executor._play
+    if play is None:
+        return []
+    with mock.patch.object(executor, "_play", lambda inputs: seen.append(list(inputs)) or play(inputs)):
+        call()
+    return seen[0]
+
+
+def pieces(executor: GraphedExecutor, call: Callable[[], Any], wait: Callable[[], None]) -> dict[str, float]:
     """What the parts of a replay of the executor's latest recording take."""
     recording = executor._latest
     assert recording is not None
@@ -130,7 +157,15 @@ def pieces(executor: GraphedExecutor, wait: Callable[[], None]) -> dict[str, flo
     a, b = torch.empty(1024, device=device), torch.empty(1024, device=device)
     stream = driver.stream()
     shapes = [(x.shape, x.strides, x.dtype) for x in recording.results.fresh]
+    inputs, native = _inputs_of(call, executor), recording.native
+    in_one_call: dict[str, Callable[[], Any]] = {}
+    if inputs:
+        in_one_call = {
+            "a replay in one call": lambda: native(inputs),
+            "comparing addresses in C": lambda: native.has_fixed(inputs),
+        }
     return {
+        **{what: piece(part, wait, 20) for what, part in in_one_call.items()},
         "comparing addresses": piece(lambda: same(fixed, addresses), wait),
         "comparing addresses in Python": piece(lambda: list(map(torch.Tensor.data_ptr, fixed)) == addresses, wait),
         "comparing identities": piece(lambda: list(map(id, fixed)), wait),
@@ -153,7 +188,6 @@ class _Clock:
         self.seconds: dict[str, list[float]] = {}
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
         def run(*args: Any) -> Any:
             start = time.perf_counter()
             try:
@@ -170,6 +204,7 @@ def spent(call: Callable[[], Any], executor: GraphedExecutor, calls: int, wait: 
     recording, clock, driver = executor._latest, _Clock(), executor._turns.driver
     assert recording is not None
     patched: list[tuple[Any, str, Any]] = [
+        (executor, "_play", clock.timed("a replay in one call", executor._play) if executor._play is not None else None),
         (GraphedExecutor, "__call__", clock.timed("the executor", GraphedExecutor.__call__)),
         (executor, "_inputs_are", clock.timed("comparing addresses", executor._inputs_are)),
         (driver, "is_captured", clock.timed("whether the stream is captured", driver.is_captured)),
@@ -209,18 +244,22 @@ def measure(
     entry: dict[str, Any] = {"workload": workload, "ways": {}}
     compiled: dict[str, Callable[..., Any]] = {}
     torch.compiler.reset()
-    captured: list[GraphedExecutor] = []
+    captured: dict[str, list[GraphedExecutor]] = {}
     for name in ways:
         compiled[name] = WAYS[name].compile(case.module, device)
-    compiled["guards"] = torch.compile(unshared(case.module), backend=_doing_nothing, dynamic=False)
+    for name, backend in (("guards", _guards_alone), ("guards and wrappers", _doing_nothing)):
+        compiled[name] = torch.compile(unshared(case.module), backend=backend, dynamic=False)
     with torch.no_grad():
         for name, run in compiled.items():
             before = {id(x) for x in _executors(set())}
             with _at_any_price(name == AT_ANY_PRICE):
-                for _ in range(5):
+                for _ in range(3):
                     run(*case.inputs)
-            if name == "fxopt":
-                captured = [x for x in _executors(before) if x.graphs]
+                if name == "fxopt" and replay_code(default_store()).wait() is None:
+                    print(f"replays go through Python: {replay_code(default_store()).reason}")
+                for _ in range(3):
+                    run(*case.inputs)
+            captured[name] = [x for x in _executors(before) if x.graphs]
             call = functools.partial(run, *case.inputs)
             host, total = microseconds(call, calls, wait)
             loop = looped(call, calls, wait)
@@ -228,16 +267,18 @@ def measure(
             print(
                 f"{workload:>16} {name:<26} host {host:9.1f}, until done {total:9.1f}, in a loop {loop:9.1f} us", flush=True
             )
-    if captured:
-        largest = max(captured, key=lambda x: len(x._traits.fixed))
-        entry["fixed inputs"] = len(largest._traits.fixed)
-        entry["pieces_us"] = {name: round(us, 3) for name, us in pieces(largest, wait).items()}
-        with torch.no_grad():
-            call = functools.partial(compiled["fxopt"], *case.inputs)
-            entry["spent_us"] = {name: round(us, 3) for name, us in spent(call, largest, calls, wait).items()}
-        for kind in ("pieces", "spent"):
-            for name, us in entry[f"{kind}_us"].items():
-                print(f"{workload:>16}   {kind}: {name:<36} {us:8.2f} us", flush=True)
+    for name, kind in (("fxopt", "spent_us"), (IN_PYTHON, "spent_in_python_us")):
+        if captured.get(name):
+            largest = max(captured[name], key=lambda x: len(x._traits.fixed))
+            entry["fixed inputs"] = len(largest._traits.fixed)
+            call = functools.partial(compiled[name], *case.inputs)
+            with torch.no_grad():
+                if name == "fxopt":
+                    entry["pieces_us"] = {what: round(us, 3) for what, us in pieces(largest, call, wait).items()}
+                entry[kind] = {what: round(us, 3) for what, us in spent(call, largest, calls, wait).items()}
+    for kind in (k for k in entry if k.endswith("_us")):
+        for what, us in entry[kind].items():
+            print(f"{workload:>16}   {kind}: {what:<36} {us:8.2f} us", flush=True)
     return entry
 
 

@@ -47,9 +47,9 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
         return
     from fxopt.lower import batching, contractions
     from fxopt.passes import NAMES
-    from fxopt.runtime import cuda_graph, launch
+    from fxopt.runtime import cuda_graph, launch, native_replay
 
-    known = (*NAMES, batching.NAME, contractions.NAME, cuda_graph.NAME, launch.NAME)
+    known = (*NAMES, batching.NAME, contractions.NAME, cuda_graph.NAME, launch.NAME, native_replay.NAME)
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"
         if name in given.get("disable", ()):

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fxopt import passes, plan_cache, tune
 from fxopt.assemble import assemble
 from fxopt.capture.eager_memory import eager_peak
+from fxopt.codegen.replay_build import replay_code
 from fxopt.errors import CacheError, UnsupportedError
 from fxopt.ir.graph import Graph, Phase, Role
 from fxopt.ir.kernel import Artifact
@@ -52,7 +53,7 @@ def compile_graph(
         key = plan_cache.plan_key(graph, options)
         known = None if key is None else plan_cache.load(key, graph, store, journal)
     if known is not None:
-        return with_graphs(known, graph.phase, options, journal)
+        return with_graphs(known, graph.phase, options, journal, replay_code(store))
     device = main_device(graph)
     eager = eager_peak(graph, device) if graph.phase is Phase.INFERENCE else None  # passes change what eager would run
     with journal.timed("passes"):
@@ -70,7 +71,7 @@ def compile_graph(
     journal.memory = memory_of(plan, device, eager)
     if key is not None and plan_cache.save(key, plan, lowered, journal, store):
         executor.kept_as = key.digest()
-    return with_graphs(executor, graph.phase, options, journal)
+    return with_graphs(executor, graph.phase, options, journal, replay_code(store))
 
 
 def _observed(

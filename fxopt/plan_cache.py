@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from fxopt.codegen.compile import toolchain
+from fxopt.codegen.replay_build import replay_code
 from fxopt.errors import CacheError, PlanError, UnsupportedError
 from fxopt.garbage import collection_paused
 from fxopt.ir import ops
@@ -319,4 +320,4 @@ class AutogradShelf:
         """As `load`, by the name of the plan's document, and what `compile_graph` makes of that."""
         body = self._store.cache.get_document(FOLDER, plan)
         executor = _executor(plan, body, journal.graph, self._store, journal)
-        return None if executor is None else with_graphs(executor, phase, options, journal)
+        return None if executor is None else with_graphs(executor, phase, options, journal, replay_code(self._store))

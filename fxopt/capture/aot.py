@@ -20,6 +20,7 @@ from fxopt.capture import autograd_cache, private
 from fxopt.capture.decompositions import Decompositions
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
+from fxopt.capture.passage import Passage
 from fxopt.capture.pool_offsets import save_pool_offsets
 from fxopt.capture.random import functionalize_random
 from fxopt.capture.roles import InputFacts
@@ -79,6 +80,7 @@ class Capture:
         self.options, self.compile_graph, self.rewrite_joint = options, compile_graph, rewrite_joint
         self._user_outputs: int | None = None
         self._session: autograd_cache.Session | None = None
+        self._passage: Passage | None = None
 
     def through_autograd(
         self,
@@ -101,6 +103,7 @@ class Capture:
             partition_fn=self.partition,
             decompositions=Decompositions(),
             keep_inference_input_mutations=True,
+            around=self._around if isinstance(gm, fx.GraphModule) else _unchanged,  # else inputs come in one list
         )
         self.facts.tensors = inputs
         try:
@@ -111,6 +114,11 @@ class Capture:
         if self._session is not None:
             self._session.tell()
         return compiled
+
+    def _around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        kept = None if self._session is None else self._session.passage
+        passage = self._passage or kept
+        return compiled if passage is None else passage.around(compiled)
 
     def partition(self, joint: fx.GraphModule, inputs: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split the joint graph where the fewest bytes need saving; random values can be recomputed from their seed."""
@@ -144,10 +152,12 @@ class Capture:
         elif self.options.freeze and phase is Phase.FORWARD:
             notes.append(IN_TRAINING)
             warn_once("in training", IN_TRAINING)
-        run = build({}, notes)[0]
+        run = built = build({}, notes)[0]
+        if phase is Phase.INFERENCE:
+            run = self._passage = Passage(built, private.compiled_metadata())
         if self._session is None:
             return _boxed(run)
-        return autograd_cache.KeptCode(run, phase, getattr(run, "kept_as", None), self._session)
+        return autograd_cache.KeptCode(run, phase, getattr(built, "kept_as", None), self._session)
 
     def _build(
         self,
@@ -183,6 +193,10 @@ class Capture:
         if phase is Phase.FORWARD and self._user_outputs is not None:
             saved = len(gm.graph.output_node().args[0]) - self._user_outputs  # type: ignore[arg-type]
         return normalize(gm, self.facts, phase, name, saved=saved, constants=constants)
+
+
+def _unchanged(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled
 
 
 def retreat(journal: Journal, what: str, error: Exception) -> None:

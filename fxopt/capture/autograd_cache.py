@@ -38,6 +38,7 @@ from torch._functorch import config as functorch_config
 from fxopt.capture.decompositions import fingerprint
 from fxopt.capture.freeze import Runner
 from fxopt.capture.graph_text import graph_text
+from fxopt.capture.passage import Passage
 from fxopt.capture.private import FakeTensor, TracingContext, outside_tracing
 from fxopt.ir.graph import Phase
 from fxopt.ir.precision import convolutions_use_tf32
@@ -129,6 +130,7 @@ class Session:
         self.name: str | None = None  # of the entry: set by the lookup, unless there shall be none
         self._guards = _guards()
         self.seconds = 0.0
+        self.passage: Passage | None = None  # of an inference graph that was found
         self._found: list[Journal] = []
 
     def missed(self) -> None:
@@ -156,6 +158,8 @@ class Session:
         if not all(self._bind(part.result) for part in _parts(found[0])):
             self._found.clear()
             return None
+        if (code := found[0].compiled_fw.result).phase is Phase.INFERENCE:
+            code.run = self.passage = Passage(code.run, found[0].runtime_metadata)
         self._found[0].seconds["autograd cache"] = self.seconds
         return found
 
@@ -202,6 +206,7 @@ class Session:
         """AOTAutograd calls the compiler: there was no entry, or torch could not use it."""
         self.missed()
         self._found.clear()
+        self.passage = None
         if _guards() != self._guards:
             self.name = None
 

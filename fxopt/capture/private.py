@@ -52,9 +52,16 @@ __all__ = [
 
 
 def through_aot(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, bw_compiler: Callable[..., Any], **settings: Any
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    bw_compiler: Callable[..., Any],
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda compiled: compiled,
+    **settings: Any,
 ) -> Callable[..., Any]:
-    """AOTAutograd's function for `gm`, called with flat inputs; `settings` are those of torch's `aot_module_simplified`.
+    """AOTAutograd's function for `gm`, called with flat inputs, or what `around` makes of it.
+
+    `settings` are those of torch's `aot_module_simplified`.
 
     torch's `aot_autograd(...)` does the same, but imports a large part of Inductor (a tenth of a second), for logs that only
     TORCH_COMPILE_DEBUG asks for.
@@ -75,7 +82,7 @@ def through_aot(
         counters["aot_autograd"]["not_ok"] += 1
         raise
     counters["aot_autograd"]["ok"] += 1
-    return disable(compiled, reason="do not trace a compiled graph")
+    return disable(around(compiled), reason="do not trace a compiled graph")
 
 
 def _aot_logs() -> contextlib.AbstractContextManager[None]:
@@ -194,6 +201,11 @@ def saved_values_kept() -> Iterator[None]:
     """No backward compiled in the block reuses the memory of what its forward saved, so that it can run more than once."""
     with functorch_config.patch(donated_buffer=False):
         yield
+
+
+def compiled_metadata() -> Any:
+    """AOTAutograd's metadata of the graph that it is compiling, or None."""
+    return getattr(TracingContext.try_get(), "fw_metadata", None)
 
 
 def static_positions() -> frozenset[int]:

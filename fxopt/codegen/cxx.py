@@ -142,9 +142,14 @@ def ended_with_the_block() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for process in list(_running):
-            _end(process)
+        end_all()
         raise
+
+
+def end_all() -> None:
+    """End the commands that this process runs now, with all their children."""
+    for process in list(_running):
+        _end(process)
 
 
 def _failure(status: int, errors: str) -> str | None:

@@ -26,6 +26,8 @@ from fxopt.options import Options
 from fxopt.runtime.capturable import CAPTURED, Choice, Traits, choose, flaw, gpu, too_dear, traits, whole
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.in_parts import InParts, Way, Whole
+from fxopt.runtime.native_replay import NAME as NATIVE
+from fxopt.runtime.native_replay import Device, Extension, Play, plays, replayer
 from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import Driver, Recording, record
 
@@ -57,35 +59,40 @@ class OrderingDriver(Driver, Protocol):
 
     def synchronize(self) -> None: ...
 
+    def native(self) -> Device: ...
+
 
 class Turns:
-    """Who may use the memory that the captured runs of one device share. One turn at a time, each on one stream."""
+    """Who may use the memory that the captured runs of one device share. One turn at a time, each on one stream.
+
+    Compiled code (`native_replay.py`) takes its turns by the same `lock`, `owner` and `last`.
+    """
 
     def __init__(self, driver: OrderingDriver) -> None:
         self.driver = driver
-        self._lock = threading.RLock()  # entered again by a signal handler that calls the model
-        self._owner = 0  # the thread whose turn it is
-        self._last: int | None = None  # the stream of the last turn
+        self.lock = threading.RLock()  # entered again by a signal handler that calls the model
+        self.owner = 0  # the thread whose turn it is
+        self.last: int | None = None  # the stream of the last turn
 
     def take(self, work: Callable[[int], Any], nested: Callable[[], Any]) -> Any:
         """What `work(stream)` returns, in a turn on the current stream; `nested()` when this thread is inside of one."""
         me = threading.get_ident()
-        with self._lock:
-            if self._owner == me:
+        with self.lock:
+            if self.owner == me:
                 return nested()
             driver = self.driver
-            if self._owner:  # somebody was interrupted while leaving, perhaps before the end of his turn was recorded
+            if self.owner:  # somebody was interrupted while leaving, perhaps before the end of his turn was recorded
                 driver.synchronize()
             stream = driver.stream()
-            self._owner = me
+            self.owner = me
             try:
-                if self._last != stream:
+                if self.last != stream:
                     driver.wait(stream)
                 return work(stream)
             finally:
                 driver.record(stream)  # now: a stream may be gone, or be captured, when somebody has to wait for it
-                self._last = stream
-                self._owner = 0
+                self.last = stream
+                self.owner = 0
 
 
 class GraphedExecutor:
@@ -93,8 +100,12 @@ class GraphedExecutor:
 
     Called like an `Executor`, from any thread and on any stream. At most `limit` graphs are kept, the least recently used
     are dropped. `note(topic, text)` is told why a plan that seemed capturable is not captured after all. `make_way` is asked
-    before the first capture what is captured; without it, that is the whole plan.
+    before the first capture what is captured; without it, that is the whole plan. `extension` is the compiled code for
+    replays, where it is wanted.
     """
+
+    replays_at_once = True
+    """Whether nothing but the inputs decides about a replay of the whole plan."""
 
     def __init__(
         self,
@@ -104,6 +115,7 @@ class GraphedExecutor:
         limit: int,
         note: Note,
         make_way: Callable[[], Way] | None = None,
+        extension: Extension | None = None,
     ) -> None:
         self.plan, self.kept_as = executor.plan, executor.kept_as
         self._boxed_call = True
@@ -111,7 +123,9 @@ class GraphedExecutor:
         self._make_way, self._way = make_way, cast(Way, Whole(executor))
         self._limit = limit
         self._inputs_are = _comparison(found.fixed)
+        self._extension = extension
         self._latest: Recording | None = None
+        self._play: Play | None = None  # the latest, in compiled code; looks itself whether it fits
         self._kept: OrderedDict[Key, Recording] = OrderedDict()
         self._seen: OrderedDict[Key, set[int]] = OrderedDict()  # the threads that have run it
         self._declined = False
@@ -119,6 +133,10 @@ class GraphedExecutor:
         self._lock = threading.RLock()
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        results = self.replayed(inputs)
+        if results is not None:
+            inputs.clear()
+            return results
         driver = self._turns.driver
         if self._declined or driver.is_captured():
             return self._executor(inputs)
@@ -129,15 +147,41 @@ class GraphedExecutor:
                 return self._run(inputs)
         return self._run(inputs)
 
+    def replayed(self, inputs: list[Any] | tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The results, if compiled code can replay the latest recording for these inputs; else None, and nothing has
+        happened. Depends on no mode of autograd's."""
+        play = self._play
+        if play is None:
+            return None
+        results = play(inputs)
+        if results is not None:
+            self._replays += 1
+        return results
+
     def _run(self, inputs: list[Any]) -> tuple[Any, ...]:
         recording = self._latest
         if recording is None or not self._fits(recording, inputs):
             return self._otherwise(inputs)
+        if recording.native is None and self._extension is not None:
+            self._use(recording)  # the code may be there by now
         return self._replay(recording, self._way.begin(inputs))
+
+    def _use(self, recording: Recording | None) -> None:
+        """Try this recording first in the next call."""
+        self._latest, self._play = recording, None
+        module = None if recording is None or self._extension is None else self._extension()
+        if recording is None or module is None:
+            return
+        if recording.native is None:
+            recording.native = replayer(module, recording, self._turns)
+        if self.replays_at_once and isinstance(self._way, Whole) and plays(recording):
+            self._play = recording.native
 
     def _fits(self, recording: Recording, inputs: list[Any]) -> bool:
         if self._traits.varying and self._signature(inputs) != recording.signature:
             return False
+        if recording.native is not None and recording.native.has_fixed(inputs):
+            return True
         return self._inputs_are(inputs, recording.addresses)
 
     def _signature(self, inputs: list[Any]) -> tuple[Any, ...]:
@@ -172,7 +216,7 @@ class GraphedExecutor:
             recording = self._kept.get(key)
             if recording is not None:
                 self._kept.move_to_end(key)
-                self._latest = recording
+                self._use(recording)
             seen = threading.get_ident() in self._seen.get(key, ())
         if recording is None and not (seen and self._may_capture() and self._has_way()):
             return self._plainly(inputs, key)
@@ -227,7 +271,8 @@ class GraphedExecutor:
             self._decline(objection)
             return None
         with self._lock:
-            self._kept[key] = self._latest = recording
+            self._kept[key] = recording
+            self._use(recording)
             self._captures += 1
         return recording
 
@@ -241,10 +286,15 @@ class GraphedExecutor:
 
     def _decline(self, reason: str) -> None:
         self._declined = True
-        self._latest = None
+        self._use(None)
         self._kept.clear()
         self._seen.clear()
         self._note(NAME, f"not captured: {reason}")
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Positions of the inputs that the plan changes; a replay counts that in their versions."""
+        return self._traits.written
 
     @property
     def graphs(self) -> int:
@@ -284,9 +334,11 @@ def _turns_at(index: int) -> Turns:
         return _turns[index]
 
 
-def with_graphs(executor: Executor, phase: Phase, options: Options, journal: Journal) -> Executor | GraphedExecutor:
+def with_graphs(
+    executor: Executor, phase: Phase, options: Options, journal: Journal, extension: Extension | None = None
+) -> Executor | GraphedExecutor:
     """What runs `executor`'s plan: with CUDA graphs on a GPU, unless switched off or impossible; in training only where
-    mode="reduce-overhead" asks for them.
+    mode="reduce-overhead" asks for them. Replays are left to the code of `extension`, as soon as it is there.
 
     The journal says which, and why.
     """
@@ -305,13 +357,21 @@ def with_graphs(executor: Executor, phase: Phase, options: Options, journal: Jou
         journal.note(NAME, f"not captured: {choice}")
         return executor
     journal.note(NAME, choice.note)
+    if extension is None or NATIVE in options.disable:
+        extension = None
+    elif extension.reason is not None:
+        journal.note(NATIVE, f"replays go through Python: {extension.reason}")
+    else:
+        journal.note(
+            NATIVE, "replays are one call of compiled code as soon as that is there, and go through Python until then"
+        )
     if training:
         from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
 
         made = GraphedForward if phase is Phase.FORWARD else GraphedBackward
-        return made(executor, found, turns, options.cuda_graph_limit, journal.note)
+        return made(executor, found, turns, options.cuda_graph_limit, journal.note, extension=extension)
     way = None if parts.captured.plan is executor.plan else functools.partial(InParts, parts, executor)
-    return GraphedExecutor(executor, found, turns, options.cuda_graph_limit, journal.note, way)
+    return GraphedExecutor(executor, found, turns, options.cuda_graph_limit, journal.note, way, extension)
 
 
 def _all_or_nothing(plan: Plan) -> Choice | str:

@@ -31,6 +31,11 @@ class DrawingGraph:
         self._graph, self._generator, self._captured_state = graph, *states
         weakref.finalize(self, destroy, graph).atexit = False
 
+    @property
+    def handle(self) -> int:
+        """0: only torch may replay it, which moves the generator."""
+        return 0
+
     def __call__(self, stream: int) -> None:
         """Replay on `stream`, a raw handle of the current one. Raises RuntimeError where CUDA refuses."""
         generator, state = self._generator, self._captured_state

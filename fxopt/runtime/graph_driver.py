@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ from typing import Any, TypeVar
 import torch
 
 from fxopt.errors import FxoptError
-from fxopt.runtime.drawing_graph import capture_drawing
+from fxopt.runtime.drawing_graph import DrawingGraph, capture_drawing
 from fxopt.runtime.launch import check, driver
+from fxopt.runtime.native_replay import Device
 
 T = TypeVar("T")
 
@@ -35,6 +37,8 @@ _PROBE_BYTES = 512
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_device_number = getattr(torch._C, "_cuda_getDevice", None)
+_empty_here = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
 
 
 class CaptureError(FxoptError):
@@ -53,6 +57,11 @@ class CapturedGraph:
         self._pool = pool
         self._executable, self._launch, self._call = executable, lib.cuGraphLaunch, call
         weakref.finalize(self, _destroy, lib, executable, ended).atexit = False
+
+    @property
+    def handle(self) -> int:
+        """The driver's cuGraphExec."""
+        return int(self._executable.value or 0)
 
     def __call__(self, stream: int) -> None:
         """Replay on `stream` (a raw handle). Raises CudaError."""
@@ -142,6 +151,25 @@ class GraphDriver:
                 ctypes.c_void_p(stream),
             )
 
+    def native(self) -> Device:
+        """The same for compiled code."""
+        lib, addresses = self._lib, {}
+        for name in ("cuGraphLaunch", "cuEventRecord", "cuStreamWaitEvent", "cuStreamIsCapturing"):
+            addresses[name] = int(ctypes.cast(getattr(lib, name), ctypes.c_void_p).value or 0)
+        return Device(
+            copy=int(ctypes.cast(self._memcpy, ctypes.c_void_p).value or 0),
+            launch=addresses["cuGraphLaunch"],
+            record=addresses["cuEventRecord"],
+            wait=addresses["cuStreamWaitEvent"],
+            capturing=addresses["cuStreamIsCapturing"],
+            event=int(self._event.value or 0),
+            is_watched=_active_modes,
+            current_device=_device_number or torch.cuda.current_device,
+            stream=_raw_stream or (lambda index: int(torch.cuda.current_stream(index).cuda_stream)),
+            empty=_empty_here or functools.partial(_empty, torch.device("cuda", self.index)),
+            fail=functools.partial(_fail, lib),
+        )
+
     def record(self, stream: int) -> None:
         """Remember this point of the stream for `wait`."""
         self._call(self._lib.cuEventRecord, "recording an event", self._event, ctypes.c_void_p(stream))
@@ -158,7 +186,9 @@ class GraphDriver:
         """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
 
-    def capture(self, run: Callable[[], T], apart: bool = False, draws: bool = False) -> tuple[Callable[[int], None], T]:
+    def capture(
+        self, run: Callable[[], T], apart: bool = False, draws: bool = False
+    ) -> tuple[CapturedGraph | DrawingGraph, T]:
         """(what replays `run` on a stream, the result of `run`).
 
         Nothing is executed. The memory of what `run` returns is scratch of the pool as soon as the caller lets go of it: it
@@ -213,6 +243,14 @@ def _no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _fail(lib: Any, what: str, code: int) -> None:
+    check(lib, code, what)
+
+
+def _empty(device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _is_in(pool: Any, address: int) -> bool:

@@ -30,6 +30,15 @@ class CaptureRefused(Exception):
     """Why a run, looked at while it was captured, is not to be replayed."""
 
 
+class Captured(Protocol):
+    """A captured run (`CapturedGraph`): called with a stream, it is replayed there. `handle` is the driver's."""
+
+    @property
+    def handle(self) -> int: ...
+
+    def __call__(self, stream: int) -> None: ...
+
+
 class Driver(Protocol):
     """What a recording asks of its device (`GraphDriver`)."""
 
@@ -39,9 +48,7 @@ class Driver(Protocol):
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage: ...
 
-    def capture(
-        self, run: Callable[[], Any], apart: bool = False, draws: bool = False
-    ) -> tuple[Callable[[int], None], Any]: ...
+    def capture(self, run: Callable[[], Any], apart: bool = False, draws: bool = False) -> tuple[Captured, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -122,23 +129,25 @@ class Results:
         return sum(x.nbytes for x in self.fresh) + sum(x.nbytes for x in self.shared)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Recording:
     """A captured run, for inputs with `signature` (their sizes) and with these `addresses` of those that are not moved.
 
     `addresses` has an entry for each input, zero for those that are moved or not looked at. `read` are the inputs in the
     host's memory, whose values are part of what was captured: kept, so that their addresses stand for these values.
+    `native` is the same for compiled code (`native_replay.py`), once there is such.
     """
 
     signature: tuple[Any, ...]
     addresses: list[int]
-    replay: Callable[[int], None]
+    replay: Captured
     moves: tuple[Move, ...]
     seeds: tuple[int, ...]
     results: Results
     traits: Traits
     driver: Driver
     read: tuple[torch.Tensor, ...]
+    native: Any = None
 
     @property
     def copied(self) -> int:

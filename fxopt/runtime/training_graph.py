@@ -26,6 +26,7 @@ from fxopt.runtime.capturable import Traits, too_dear
 from fxopt.runtime.cuda_graph import NAME, GraphedExecutor, Note, Turns, _comparison
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.lifetimes import Lifetimes
+from fxopt.runtime.native_replay import Extension
 from fxopt.runtime.plan import Launch, Plan, defined
 from fxopt.runtime.recording import CaptureRefused, Recording, record, span
 
@@ -115,7 +116,7 @@ _memories: weakref.WeakSet[SavedMemory] = weakref.WeakSet()
 _lock = threading.RLock()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, kw_only=True)
 class ForwardRecording(Recording):
     """A captured forward, with the memory of what it saves."""
 
@@ -125,8 +126,19 @@ class ForwardRecording(Recording):
 class GraphedForward(GraphedExecutor):
     """Runs a forward plan by replaying it where the memory of what it saves is free."""
 
-    def __init__(self, executor: Executor, found: Traits, turns: Turns, limit: int, note: Note) -> None:
-        super().__init__(executor, found, turns, min(limit, SIZES_KEPT) if found.varying else limit, note)
+    replays_at_once = False
+
+    def __init__(
+        self,
+        executor: Executor,
+        found: Traits,
+        turns: Turns,
+        limit: int,
+        note: Note,
+        extension: Extension | None = None,
+    ) -> None:
+        most = min(limit, SIZES_KEPT) if found.varying else limit
+        super().__init__(executor, found, turns, most, note, extension=extension)
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         self._drop_stale()
@@ -144,7 +156,7 @@ class GraphedForward(GraphedExecutor):
                 if self._replays - kept.memory.taken_at > STALE_REPLAYS:
                     del self._kept[key]
             if all(kept is not self._latest for kept in self._kept.values()):
-                self._latest = None
+                self._use(None)
 
     def _objection(self, recording: Recording) -> str | None:
         assert isinstance(recording, ForwardRecording)

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxopt.codegen.replay_build import replay_code
 from fxopt.journal import RECENT
-from fxopt.runtime import cuda_graph
+from fxopt.runtime import cuda_graph, native_replay
+from fxopt.runtime.artifacts import default_store
 from fxopt.runtime.cuda_graph import GraphedExecutor
 from fxopt.runtime.in_parts import Whole
+from fxopt.runtime.recording import Recording
 from tests.guest.agreement import compiled, graphs
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +52,24 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedExecutor]:
 
     monkeypatch.setattr(cuda_graph, "GraphedExecutor", Watched)
     return found
+
+
+@pytest.fixture(params=["native", "python"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How replays are done in the test."""
+    if request.param == "python":
+        monkeypatch.setenv("FXOPT_DISABLE", native_replay.NAME)
+    else:
+        code = replay_code(default_store())
+        assert code.wait() is not None, code.reason
+    return str(request.param)
+
+
+ONLY_PYTHON = pytest.mark.parametrize("way", ["python"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _every_way(way: str) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +133,25 @@ def test_the_host_may_overwrite_an_input_after_the_call(made: list[GraphedExecut
         x.zero_()
         close(out, model(x_of(k)))
     assert replays(made) == CALLS - 1
+
+
+def test_replays_are_one_call(made: list[GraphedExecutor], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    run = compiled(model)
+    for k in range(2):
+        run(x_of(k))
+    in_python = 0
+    play = Recording.play
+
+    def counted(*args: Any) -> Any:
+        nonlocal in_python
+        in_python += 1
+        return play(*args)
+
+    monkeypatch.setattr(Recording, "play", counted)
+    for k in range(4):
+        close(run(x_of(k)), model(x_of(k)))
+    assert replays(made) == 5 and in_python == (4 if way == "python" else 0)
 
 
 def _in_place(model: nn.Module) -> None:
@@ -234,6 +274,7 @@ def test_a_slow_stream_is_waited_for(made: list[GraphedExecutor]) -> None:
     assert replays(made) == 5
 
 
+@ONLY_PYTHON
 def test_exceptions_in_the_middle(made: list[GraphedExecutor], monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     run = compiled(model)

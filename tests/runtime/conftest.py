@@ -1,4 +1,4 @@
-"""Hand-written C++ kernels, compiled once per session."""
+"""Hand-written C++ kernels and the code for replays, compiled once per session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fxopt.codegen.replay_build import ReplayCode
 from fxopt.ir.kernel import Artifact
+from fxopt.runtime.artifacts import ArtifactStore
 
 KERNELS = r"""
 #include <cstdint>
@@ -60,3 +62,11 @@ def cubin(tmp_path: Path) -> Path:
     path = tmp_path / "kernel.cubin"
     path.write_bytes(b"\x7fELF")
     return path
+
+
+@pytest.fixture(scope="session")
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> ReplayCode:
+    """The compiled code for replays."""
+    code = ReplayCode(ArtifactStore(tmp_path_factory.mktemp("replays") / "cache"))
+    assert code.wait() is not None, code.reason
+    return code

@@ -13,6 +13,7 @@ import torch
 from fxopt.runtime.capturable import Traits
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.draws import given
+from fxopt.runtime.native_replay import Device, Extension
 from fxopt.runtime.recording import span
 
 Fn = Callable[..., tuple[Any, ...]]
@@ -54,8 +55,11 @@ class FakeDriver:
         self.user_captures = self.watched = False
         self.log: list[tuple[str, int]] = []
         self.captures = 0
+        self.code = 0  # what copies for compiled code return
         self.scratch: list[torch.Tensor] = []
         self.during_replay: Callable[[], None] = lambda: None
+        self.replays: list[Callable[[int], None]] = []
+        self.callbacks = self._callbacks()
 
     def stream(self) -> int:
         return self.current
@@ -85,6 +89,50 @@ class FakeDriver:
 
     def synchronize(self) -> None:
         self.log.append(("synchronize", 0))
+
+    def native(self) -> Device:
+        copy, launch, record, wait, capturing = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self.callbacks)
+        return Device(
+            *(copy, launch, record, wait, capturing),
+            event=1,
+            is_watched=lambda: int(self.watched),
+            current_device=lambda: 0,
+            stream=lambda index: self.current,
+            empty=lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype),
+            fail=_fail,
+        )
+
+    def _callbacks(self) -> tuple[Any, ...]:
+        """The same as C functions of the driver's signatures."""
+        number, address = ctypes.c_int, ctypes.c_void_p
+
+        def copy(target: int, source: int, nbytes: int, stream: int | None) -> int:
+            ctypes.memmove(target, source, nbytes)
+            return self.code
+
+        def launch(handle: int, stream: int | None) -> int:
+            self.replays[handle - 1](stream or 0)
+            return 0
+
+        def record(event: int, stream: int | None) -> int:
+            self.record(stream or 0)
+            return 0
+
+        def wait(stream: int | None, event: int, flags: int) -> int:
+            self.wait(stream or 0)
+            return 0
+
+        def capturing(stream: int | None, status: Any) -> int:
+            status[0] = self.user_captures
+            return 0
+
+        return (
+            ctypes.CFUNCTYPE(number, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, address)(copy),
+            ctypes.CFUNCTYPE(number, address, address)(launch),
+            ctypes.CFUNCTYPE(number, address, address)(record),
+            ctypes.CFUNCTYPE(number, address, address, ctypes.c_uint)(wait),
+            ctypes.CFUNCTYPE(number, address, ctypes.POINTER(ctypes.c_int))(capturing),
+        )
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage:
         self.memory.append(bytearray(nbytes or 1))
@@ -121,6 +169,8 @@ class FakeDriver:
             for i, x in made:
                 x.copy_(again[i])
 
+        self.replays.append(replay)
+        replay.handle = len(self.replays)  # type: ignore[attr-defined]
         return replay, result
 
     @contextlib.contextmanager
@@ -136,6 +186,10 @@ def _memory(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+def _fail(what: str, code: int) -> None:
+    raise RuntimeError(f"{what}: {code}")
+
+
 def _address_of(x: torch.Tensor) -> torch.Tensor:
     """`x` in the same memory, which it does not keep: all that a captured run knows of an input is where it is."""
     if not x.numel():
@@ -146,6 +200,8 @@ def _address_of(x: torch.Tensor) -> torch.Tensor:
 
 class Acted:
     """`fn` behind the policy; `moved`, `fixed` and the like are positions among its inputs (see `Traits`)."""
+
+    extension: Extension | None = None
 
     def __init__(
         self,
@@ -162,7 +218,14 @@ class Acted:
         self.turns = Turns(self.driver)
         self.notes: list[str] = []
         found = Traits(torch.device("cpu"), moved, fixed, written, varying, seeds, steps=100)
-        self.run = GraphedExecutor(self.function, found, self.turns, limit, lambda _, text: self.notes.append(text))  # type: ignore[arg-type]
+        self.run = GraphedExecutor(
+            self.function,  # type: ignore[arg-type]
+            found,
+            self.turns,
+            limit,
+            lambda _, text: self.notes.append(text),
+            extension=self.extension,
+        )
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         inputs = list(args)

@@ -14,6 +14,18 @@ from fxopt.runtime.draws import draw
 from tests.runtime.fake_graphs import Acted
 
 
+@pytest.fixture(params=["python", "native"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How replays are done in the test."""
+    if request.param == "native":
+        monkeypatch.setattr(Acted, "extension", request.getfixturevalue("compiled_code"))
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _every_way(way: str) -> None: ...
+
+
 def twice(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (x * 2,)
 
@@ -260,6 +272,11 @@ def test_a_call_inside_a_replay() -> None:
     assert run.function.plain_runs == 2
 
 
+ONLY_PYTHON = pytest.mark.parametrize("way", ["python"], indirect=True)
+"""No signal is handled while compiled code replays."""
+
+
+@ONLY_PYTHON
 @pytest.mark.parametrize("where", ["copy", "during_replay"])
 def test_an_interrupted_replay_leaves_nothing_broken(where: str) -> None:
     run = Acted(twice)
@@ -278,6 +295,7 @@ def test_an_interrupted_replay_leaves_nothing_broken(where: str) -> None:
     torch.testing.assert_close(run(torch.full((2,), 4.0))[0], torch.full((2,), 8.0))
 
 
+@ONLY_PYTHON
 def test_an_interrupt_while_leaving_is_waited_out() -> None:
     run = Acted(twice)
     for _ in range(2):
@@ -329,6 +347,7 @@ def test_many_threads() -> None:
     assert not wrong and run.driver.captures == 1 and run.replays > 300
 
 
+@ONLY_PYTHON
 @pytest.mark.parametrize("in_c", [True, False])
 def test_addresses_are_compared_where_they_count(in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if in_c and not hasattr(torch._C, "_tensors_data_ptrs_at_indices_equal"):
@@ -343,6 +362,7 @@ def test_addresses_are_compared_where_they_count(in_c: bool, monkeypatch: pytest
         assert same([a, c, c, 1], addresses) is (1 not in fixed)
 
 
+@ONLY_PYTHON
 def test_spans() -> None:
     assert recording.span(torch.zeros(3, 4)) == 48
     assert recording.span(torch.zeros(3, 4)[:, :2]) == 40

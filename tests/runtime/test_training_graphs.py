@@ -35,7 +35,7 @@ class Stage:
         self.notes: list[str] = []
         self.draws = False  # whether library ops do
 
-    def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any) -> Any:
+    def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any, extension: Any) -> Any:
         if phase is Phase.INFERENCE:
             return executor
         plan = executor.plan

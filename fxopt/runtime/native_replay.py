@@ -1,0 +1,97 @@
+"""Replays in one call of compiled code: what that is told of a recording and of its device.
+
+The code (`codegen/replay.cpp`) does what `Recording.play` and `Turns.take` do, and looks at everything they look at. What it
+does not take, it leaves to them: a call returns None then, and nothing has happened. Whether the code is there, and since
+when, changes nothing but the host's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from fxopt.runtime.draws import draw
+from fxopt.runtime.recording import Recording
+
+if TYPE_CHECKING:
+    from fxopt.runtime.cuda_graph import Turns
+
+NAME = "native-replay"
+"""What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
+
+
+class Extension(Protocol):
+    """Has the module made from `codegen/replay.cpp`: called, it returns that, or None as long as it is not there."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is none, as far as is known."""
+
+    def __call__(self) -> Any: ...
+
+
+Play = Callable[[list[Any] | tuple[Any, ...]], tuple[Any, ...] | None]
+
+
+@dataclass(frozen=True)
+class Device:
+    """The functions of one device, as `codegen/replay.cpp` calls them.
+
+    Addresses with the signatures of the driver's cuMemcpyDtoDAsync, cuGraphLaunch, cuEventRecord, cuStreamWaitEvent and
+    cuStreamIsCapturing; the event that ends turns; Python functions that need no interpreter frame where torch has such.
+    `fail(what, code)` raises the error of a driver's code. `is_watched` is None where torch cannot tell.
+    """
+
+    copy: int
+    launch: int
+    record: int
+    wait: int
+    capturing: int
+    event: int
+    is_watched: Callable[[], int] | None
+    current_device: Callable[[], int]
+    stream: Callable[[int], int]
+    empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
+    fail: Callable[[str, int], None]
+
+
+def replayer(extension: Any, recording: Recording, turns: Turns) -> Any:
+    """A `Replay` of the extension for a recording of that device. See `plays` for which it may be called."""
+    found, results, traits = turns.driver.native(), recording.results, recording.traits
+    return extension.Replay(
+        len(recording.addresses),
+        (
+            tuple((i, recording.addresses[i]) for i in traits.fixed),
+            tuple((m.at, m.shape, m.strides, m.nbytes, m.target) for m in recording.moves),
+            tuple(zip(traits.varying, recording.signature, strict=True)),
+        ),
+        (
+            tuple(results.constants),
+            tuple((x.at, x.shape, x.strides, x.dtype, x.nbytes, x.source) for x in results.fresh),
+            tuple((x.at, x.input) for x in results.of_inputs),
+            traits.written,
+        ),
+        recording.seeds,
+        (traits.device.type == "cuda", traits.device.index or 0),
+        (turns, turns.lock),
+        (found.copy, found.launch, found.record, found.wait, found.capturing),
+        (recording.replay.handle, found.event, recording.replay),
+        (
+            found.is_watched,
+            found.current_device,
+            found.stream,
+            lambda: draw(traits.device),
+            found.empty,
+            found.fail,
+        ),
+    )
+
+
+def plays(recording: Recording) -> bool:
+    """Whether the compiled code knows how to replay it and how all of its results come about. Otherwise it may only compare
+    addresses."""
+    results = recording.results
+    return not (recording.traits.draws or results.shared or results.kept or results.host or any(x.view for x in results.of_inputs))

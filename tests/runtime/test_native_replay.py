@@ -1,0 +1,252 @@
+"""Replays by compiled code: when it plays, when it leaves a call to Python, and how it comes to be there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.codegen import replay_build
+from fxopt.codegen.replay_build import ReplayCode
+from fxopt.ir.kernel import Artifact
+from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.recording import Recording
+from tests.runtime.fake_graphs import Acted
+
+
+class Steps:
+    """Counts the replays that go through Python."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.in_python = 0
+        play = Recording.play
+
+        def counted(*args: Any) -> Any:
+            self.in_python += 1
+            return play(*args)
+
+        monkeypatch.setattr(Recording, "play", counted)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch, compiled_code: ReplayCode) -> Steps:
+    monkeypatch.setattr(Acted, "extension", compiled_code)
+    return Steps(monkeypatch)
+
+
+def scaled(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (x * w,)
+
+
+def captured(fn: Callable[..., Any] = scaled, **facts: Any) -> tuple[Acted, torch.Tensor]:
+    """`fn` of an input and a weight of ones, captured; and the weight."""
+    run, w = Acted(fn, fixed=(1,), **facts), torch.ones(4)
+    for _ in range(2):
+        run(torch.ones(4), w)
+    return run, w
+
+
+def test_all_but_the_capturing_call_is_replayed_by_compiled_code(steps: Steps) -> None:
+    run, w = captured()
+    assert (run.replays, steps.in_python) == (1, 1)
+    for k in range(3):
+        torch.testing.assert_close(run(torch.full((4,), float(k)), w)[0], torch.full((4,), float(k)))
+    assert (run.replays, steps.in_python) == (4, 1)
+    assert run.run.replayed((torch.full((4,), 7.0), w))[0].tolist() == [7.0] * 4  # type: ignore[index]
+    assert run.run._replays == run.replays == 5
+
+
+def test_results_need_no_gradient_and_are_as_the_mode_makes_them(steps: Steps) -> None:
+    run, _ = captured()
+    w = torch.nn.Parameter(torch.ones(4))
+    for _ in range(2):
+        run(torch.ones(4), w)
+    with torch.enable_grad():
+        (out,) = run(torch.ones(4), w)
+    assert not out.requires_grad and not out.is_inference()
+    with torch.inference_mode():
+        assert run(torch.ones(4), w)[0].is_inference()
+    assert steps.in_python == 2
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.full((4,), 3.0).as_subclass(Sub), torch.full((8,), 3.0)[::2], torch.full((1,), 3.0).expand(4)],
+    ids=["subclass", "gaps", "expanded"],
+)
+def test_inputs_of_another_kind_are_left_to_python(steps: Steps, x: torch.Tensor) -> None:
+    run, w = captured()
+    torch.testing.assert_close(torch.Tensor(run(x, w)[0]), torch.full((4,), 3.0))
+    assert (run.replays, steps.in_python) == (2, 2)
+
+
+def test_weights_elsewhere_are_noticed(steps: Steps) -> None:
+    run, w = captured()
+    moved = torch.full((4,), 2.0)
+    w.data = moved
+    torch.testing.assert_close(run(torch.ones(4), w)[0], moved)
+    assert run.counts() == (2, 1, 1)
+    with pytest.raises(TypeError, match="list or a tuple"):
+        run.run._latest.native(torch.ones(4))  # type: ignore[union-attr]
+    assert run.run._latest.native([torch.ones(4)]) is None, "another number of inputs"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("what", ["user_captures", "watched"])
+def test_the_host_is_not_free(steps: Steps, what: str) -> None:
+    run, w = captured()
+    setattr(run.driver, what, True)
+    torch.testing.assert_close(run(torch.full((4,), 5.0), w)[0], torch.full((4,), 5.0))
+    assert run.counts() == (2, 1, 1)
+
+
+def test_an_unfinished_turn_is_left_to_python(steps: Steps) -> None:
+    run, w = captured()
+    run.turns.owner = 1  # a thread that was interrupted while leaving
+    torch.testing.assert_close(run(torch.full((4,), 5.0), w)[0], torch.full((4,), 5.0))
+    assert run.driver.log[-3:] == [("synchronize", 0), ("replay", 7), ("record", 7)]
+    assert (steps.in_python, run.turns.owner) == (2, 0)
+
+
+def test_another_threads_turn_is_waited_for(steps: Steps) -> None:
+    run, w = captured()
+    results: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(run(torch.full((4,), 5.0), w)[0]))
+    with run.turns.lock:
+        thread.start()
+        thread.join(0.1)
+        assert not results
+    thread.join()
+    torch.testing.assert_close(results[0], torch.full((4,), 5.0))
+    assert steps.in_python == 2
+
+
+def test_an_error_of_the_driver_ends_the_turn(steps: Steps) -> None:
+    run, w = captured()
+    run.driver.code = 719
+    with pytest.raises(RuntimeError, match="copying for a CUDA graph: 719"):
+        run(torch.ones(4), w)
+    assert run.driver.log[-1] == ("record", 7) and run.replays == 1
+    run.driver.code = 0
+    torch.testing.assert_close(run(torch.full((4,), 3.0), w)[0], torch.full((4,), 3.0))
+    assert (steps.in_python, run.turns.owner) == (1, 0)
+
+
+def test_who_runs_out_of_memory_has_changed_nothing(steps: Steps) -> None:
+    def step(x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state += x
+        return (state * 2,)
+
+    wanted = {"short": False}
+
+    def empty(shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
+        if wanted["short"]:
+            raise torch.OutOfMemoryError("no")
+        return torch.empty_strided(shape, strides, dtype=dtype)
+
+    run, state = captured(step, written=(1,))
+    native = run.driver.native()
+    run.driver.native = lambda: type(native)(**{**vars(native), "empty": empty})  # type: ignore[method-assign]
+    run.run._latest.native = None  # type: ignore[union-attr]
+    run.run._use(run.run._latest)
+    before, version = state.clone(), state._version
+    wanted["short"] = True
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.ones(4), state)
+    torch.testing.assert_close(state, before)
+    assert (state._version, run.turns.owner) == (version, 0)
+    wanted["short"] = False
+    torch.testing.assert_close(run(torch.ones(4), state)[0], (before + 1) * 2)
+    assert state._version > version and steps.in_python == 1
+
+
+def test_code_that_is_there_later_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch, compiled_code: ReplayCode) -> None:
+    class Later:
+        reason = None
+        module: Any = None
+
+        def __call__(self) -> Any:
+            return self.module
+
+    later = Later()
+    monkeypatch.setattr(Acted, "extension", later)
+    steps = Steps(monkeypatch)
+    run, w = captured()
+    run(torch.ones(4), w)
+    assert steps.in_python == 2
+    later.module = compiled_code()
+    for k in range(3):
+        torch.testing.assert_close(run(torch.full((4,), float(k)), w)[0], torch.full((4,), float(k)))
+    assert steps.in_python == 3, "the first of these finds it"
+
+
+# ---------------------------------------------------------------------- how it is made
+
+
+def test_it_is_compiled_once(compiled_code: ReplayCode, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = compiled_code._store
+    monkeypatch.setattr(replay_build, "build", lambda store: pytest.fail("compiled again"))
+    again = ReplayCode(store)
+    assert again.wait() is not None and again.reason is None
+
+
+def test_damaged_code_is_not_loaded(compiled_code: ReplayCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replay_build.find(compiled_code._store)
+    assert isinstance(found, Artifact)
+    store = ArtifactStore(tmp_path / "cache")
+    copy = store.put(found.key, "cpp", replay_build.MODULE, found.path, {}, {})
+    copy.path.chmod(0o600)
+    copy.path.write_bytes(copy.path.read_bytes()[:-1] + b"!")
+    monkeypatch.setattr(replay_build, "build", lambda store: "not now")
+    code = ReplayCode(ArtifactStore(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="damaged"):
+        replay_build.find(code._store)
+    assert code.wait() is None and code.reason == "not now"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "no command here"), ("false", "does not work"), ("true", "No such file")]
+)
+def test_without_a_compiler(compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXOPT_CXX", compiler)
+    code = ReplayCode(ArtifactStore(tmp_path / "cache"))
+    assert code.wait() is None
+    assert code.reason is not None and reason in code.reason
+    assert code() is None
+
+
+def test_the_compiler_does_not_outlive_the_process(tmp_path: Path) -> None:
+    compiler, started = tmp_path / "slow", tmp_path / "started"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo slow && exit\necho $$ > {started}.part\n'
+                        f"mv {started}.part {started}\nsleep 60\n")  # fmt: skip
+    compiler.chmod(0o700)
+    script = f"""
+        import time
+        from pathlib import Path
+        from fxopt.codegen.replay_build import ReplayCode
+        from fxopt.runtime.artifacts import ArtifactStore
+        code = ReplayCode(ArtifactStore({str(tmp_path / "cache")!r}))
+        assert code() is None
+        while not Path({str(started)!r}).exists():
+            time.sleep(0.01)
+    """
+    environment = {**os.environ, "FXOPT_CXX": str(compiler)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, check=True, timeout=60)
+    process = int(started.read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{process}").exists() or "State:\tZ" in Path(f"/proc/{process}/status").read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail("the compiler is still there")
