@@ -163,10 +163,16 @@ class Context:
         """Make every use of `old` a use of `new`, unless that would change aliasing. Counts one rewrite."""
         if not may_stand_for(old, new):
             return False
+        self.replace_by_part(rule, old, new)
+        return True
+
+    def replace_by_part(self, rule: str, old: fx.Node, new: fx.Node) -> None:
+        """`replace` where `new` lies beside others in one storage, its elements nobody else's, and its strides are those of
+        `old`: that is not seen by who writes into it.
+        """
         self.spend(rule, old)
         old.replace_all_uses_with(new)
         self.graph.gm.graph.erase_node(old)
-        return True
 
 
 def _guard_count(mode: Any) -> int:

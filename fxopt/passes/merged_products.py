@@ -10,6 +10,11 @@ Merged are products that work for the same next one: results which, through atte
 own, reach a common product with a weight. So a layer that has an epilogue of its own, as the MLP beside the attention of a
 parallel block, keeps it. Biases are merged as well, with zeros for who has none.
 
+Results that the graph returns keep eager's strides, so columns of a merged one cannot stand for them. Those of as many
+columns each become one batch of products instead, each result a matrix of that: one launch, with as few idle
+multiprocessors, and every matrix as dense as before. Biases are added after it, in half precision by the epilogue of a
+kernel of ours. Few rows stay apart: products of one row have a kernel together already.
+
 Only frozen weights (CONSTANT inputs): others would be copied at each call. The merged weight is a constant of its own beside
 the module's parameters, so a merged layer's weights take their memory twice.
 """
@@ -17,7 +22,7 @@ the module's parameters, so a merged layer's weights take their memory twice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +41,14 @@ aten = torch.ops.aten
 ALIGNMENT = 16
 """Bytes at which each part of a merged row begins, so that whoever reads it can load as much at a time."""
 
+FEW_ROWS = 64
+"""Of products that are returned, those of no more rows are not made a batch."""
+
 MOST_VISITED = 400
 """Nodes looked at between a product and the next ones, in a graph that has none for long."""
 
 Constants = dict[fx.Node, torch.Tensor]
+Merge = Callable[[Context, "list[Part]", Constants, StrideWalk], None]
 
 _PRODUCTS = (aten.mm.default, aten.addmm.default)
 _NEXT = frozenset({"mm", "addmm", "linear", "convolution"})
@@ -72,10 +81,10 @@ def merged_products(context: Context) -> None:
     if not constants:
         return
     walk = StrideWalk(context)
-    for group in list(_groups(context, constants)):
+    for group, merge in list(_groups(context, constants)):
         if context.exhausted:
             break
-        _merge(context, group, constants, walk)
+        merge(context, group, constants, walk)
     if walk.traced:
         for node in context.nodes:
             walk.visit(node)
@@ -88,8 +97,8 @@ def _constants(context: Context) -> dict[fx.Node, torch.Tensor]:
     return {n: i.value for n, i in given if i.role is Role.CONSTANT and i.value is not None}
 
 
-def _groups(context: Context, constants: Constants) -> Iterator[list[Part]]:
-    """Products that may be merged, two or more at a time, in the order of the graph."""
+def _groups(context: Context, constants: Constants) -> Iterator[tuple[list[Part], Merge]]:
+    """Products that may be merged, two or more at a time, in the order of the graph, and how."""
     by_operand: dict[Any, list[Part]] = defaultdict(list)
     for node in context.nodes:
         part, operand = _part(node, constants)
@@ -97,8 +106,14 @@ def _groups(context: Context, constants: Constants) -> Iterator[list[Part]]:
             value = node.meta["val"]
             by_operand[operand, part.turned, value.dtype].append(part)
     for parts in by_operand.values():
-        if len(parts) > 1:
-            yield from _with_a_common_aim(context, parts)
+        returned = [part for part in parts if escapes(part.node)]
+        inner = [part for part in parts if part not in returned]
+        if len(inner) > 1:
+            yield from ((group, _merge) for group in _with_a_common_aim(context, inner))
+        for columns in dict.fromkeys(part.columns for part in returned):
+            alike = [part for part in returned if part.columns == columns]
+            if len(alike) > 1 and _may_be_a_batch(alike):
+                yield alike, _batch
 
 
 def _part(node: fx.Node, constants: Constants) -> tuple[Part | None, Any]:
@@ -113,7 +128,7 @@ def _part(node: fx.Node, constants: Constants) -> tuple[Part | None, Any]:
         if given["beta"] != 1 or given["alpha"] != 1 or bias not in constants:
             return None, None
     turned, columns = _is_turned(weight.meta["val"]), value.shape[1]
-    if turned is None or not _is_view_of(weight, constants) or escapes(node):
+    if turned is None or not _is_view_of(weight, constants):
         return None, None
     if rows in constants or columns * value.element_size() % ALIGNMENT:
         return None, None
@@ -189,6 +204,62 @@ def _merge(context: Context, parts: list[Part], constants: Constants, walk: Stri
         context.replace("columns", part.node, columns)
         walk.traced[columns] = before
         walk.show_as_traced(columns)
+
+
+def _may_be_a_batch(parts: list[Part]) -> bool:
+    """Whether so many rows are known to be multiplied that it pays, and biases cost no pass of their own."""
+    value = parts[0].node.meta["val"]
+    if not static_shape(value) or value.shape[0] <= FEW_ROWS:
+        return False
+    return value.dtype in (torch.float16, torch.bfloat16) or all(part.bias is None for part in parts)
+
+
+def _batch(context: Context, parts: list[Part], constants: Constants, walk: StrideWalk) -> None:
+    """A batch of products in the place of the first of `parts`, of which each is a matrix."""
+    product = _batched(context, parts, constants, parts[0].node)
+    for number, part in enumerate(parts):
+        if context.exhausted:
+            return
+        matrix = None if product is None else context.derive(aten.select.int, (product, 0, number), part.node)
+        if matrix is None or matrix.meta["val"].stride() != part.node.meta["val"].stride():
+            context.reject("merged_products", "the batch of weights or products cannot be computed")
+            return
+        context.replace_by_part("batch", part.node, matrix)
+
+
+def _batched(context: Context, parts: list[Part], constants: Constants, first: fx.Node) -> fx.Node | None:
+    """The products [parts, M, N], with biases, before `first`."""
+    given = arguments(first)
+    rows = given["mat1"] if first.target is aten.addmm.default else given["self"]
+    weights = _stacked(context, parts, constants)
+    if weights is None:
+        return None
+    one = context.derive(aten.unsqueeze.default, (rows, 0), first)
+    shared = None if one is None else context.derive(aten.expand.default, (one, [len(parts), -1, -1]), first)
+    product = None if shared is None else context.derive(aten.bmm.default, (shared, weights), first)
+    if product is None or all(p.bias is None for p in parts):
+        return product
+    value = first.meta["val"]
+    zeros = {"dtype": value.dtype, "device": value.device}
+    biases = [p.bias or context.derive(aten.full.default, ([p.columns], 0.0), first, zeros) for p in parts]
+    bias = context.derive(aten.cat.default, (biases, 0), first)
+    each = None if bias is None else context.derive(aten.view.default, (bias, [len(parts), 1, parts[0].columns]), first)
+    return None if each is None else context.derive(aten.add.Tensor, (product, each), first)
+
+
+def _stacked(context: Context, parts: list[Part], constants: Constants) -> fx.Node | None:
+    """The weights as one constant [parts, K, N], in the memory order of each. None where memory is short."""
+    turned = parts[0].turned
+    try:
+        values = [_value(p.weight, constants) for p in parts]
+        value = torch.stack([w.t() for w in values]).mT if turned else torch.stack(values)
+    except RuntimeError:
+        return None
+    joined = context.derive(aten.stack.default, ([p.weight for p in parts],), parts[0].node)
+    if joined is None or hasattr(value, "fake_mode"):
+        return None
+    joined.meta["val"] = joined.meta["val"].new_empty_strided(value.shape, value.stride())
+    return embed(context, joined, value)
 
 
 def _merged(context: Context, parts: list[Part], constants: Constants, first: fx.Node) -> fx.Node | None:

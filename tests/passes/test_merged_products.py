@@ -207,6 +207,54 @@ def test_left_alone(name: str) -> None:
     assert merges(context) == 0
 
 
+def returned_heads(x: Tensor, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> tuple[Tensor, ...]:
+    """Whoever calls this attends."""
+    padded = (*biases, *(None for _ in range(3 - len(biases))))
+    return tuple(heads(F.linear(x, w, bias)) for w, bias in zip((q, k, v), padded, strict=True))
+
+
+MANY = rand(2, 40, 24)
+SQUARE = tuple(rand(64, 24) for _ in range(3))
+HALVES = tuple(t.to(torch.bfloat16) for t in (MANY, *SQUARE, rand(64), rand(64)))
+RETURNED: dict[str, tuple[tuple[Tensor, ...], list[tuple[int, ...]]]] = {
+    "without biases": ((MANY, *SQUARE), [(3, 80, 64)]),
+    "two of a size": ((MANY, Q, K, V), [(80, 64), (2, 80, 32)]),
+    "weights by row": ((MANY, *(w.t().contiguous().t() for w in SQUARE)), [(3, 80, 64)]),
+    "half precision, some with a bias": (HALVES, [(3, 80, 64)]),
+    "float32 with biases": ((MANY, *SQUARE, rand(64), rand(64)), [(80, 64)] * 3),
+    "few rows": ((X, *SQUARE), [(10, 64)] * 3),
+    "all sizes differ": ((MANY, Q, K, rand(16, 24)), [(80, 64), (80, 32), (80, 16)]),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_products_that_are_returned_are_a_batch(name: str) -> None:
+    """Each result has the strides of eager's, and elements that are nobody else's."""
+    args, shapes = RETURNED[name]
+    graph, context = optimize(returned_heads, args, frozen=tuple(range(1, len(args))))
+    named = (n for n in graph.gm.graph.nodes if n.op == "call_function" and ops.name_of(n.target) in (*PRODUCTS, "bmm"))
+    assert [tuple(n.meta["val"].shape) for n in named] == shapes
+    assert sum(r.rule == "merged_products.batch" for r in context.log) == sum(s[0] for s in shapes if len(s) == 3)
+    got, want = execute(graph, args), returned_heads(*args)
+    assert_closer(got, want, returned_heads(*to_float64(args)))
+    assert [g.stride() for g in got] == [w.stride() for w in want]
+    spoilt, *others = got
+    before = [t.clone() for t in others]
+    spoilt.fill_(7)
+    assert all(map(torch.equal, before, others))
+
+
+def test_fuel_may_end_within_a_batch() -> None:
+    log = optimize(returned_heads, (MANY, *SQUARE), frozen=(1, 2, 3))[1].log
+    ends = [k for k, rewrite in enumerate(log) if rewrite.rule == "merged_products.batch"]
+    for fuel in ends:
+        graph, _ = optimize(returned_heads, (MANY, *SQUARE), frozen=(1, 2, 3), options=replace(CHECKED, fuel=fuel))
+        assert_closer(
+            execute(graph, (MANY, *SQUARE)), returned_heads(MANY, *SQUARE), returned_heads(*to_float64((MANY, *SQUARE)))
+        )
+    assert len(ends) == 3
+
+
 def test_fuel_may_end_within_a_merged_product() -> None:
     args = (X, Q, K, V, O)
     log = optimize(linears, args, frozen=(1, 2, 3, 4))[1].log
@@ -256,6 +304,23 @@ def test_compiled_values() -> None:
         check_compiled(model, rand(2, 7, 64), options={"freeze": True})
     notes = [text for journal in RECENT for topic, text in journal.notes if topic == "rewrite"]
     assert any("merged_products.columns x5" in text for text in notes)
+
+
+def test_compiled_values_of_a_batch() -> None:
+    pytest.importorskip("triton")
+
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(64, 64, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(heads(layer(x)) for layer in (self.q, self.k, self.v))
+
+    with torch.no_grad():
+        check_compiled(Projections().eval(), rand(2, 40, 64), options={"freeze": True})
+    notes = [text for journal in RECENT for topic, text in journal.notes if topic == "rewrite"]
+    assert any("merged_products.batch x3" in text for text in notes)
 
 
 def test_compiled_values_for_any_number_of_rows() -> None:
