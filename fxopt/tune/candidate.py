@@ -34,8 +34,8 @@ WORTH_MORE = 256 << 20
 """Bytes: a region that moves more is worth two more candidates."""
 
 GEMM_CANDIDATES = {"default": 3, "max-autotune": 12}
-"""How many configurations of a product are compiled, by mode: each takes half a second of a core, and a fourth brought
-nothing in the cases of `benchmarks/gemm_model.py`."""
+"""How many configurations of a product are compiled at most, by mode: each takes half a second of a core. In the cases of
+`benchmarks/gemm_model.py` a fourth brought nothing, nor any that the model has further behind than its error."""
 
 CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 """The same of a convolution."""
@@ -139,7 +139,8 @@ def batch_candidates(batch: Batch, target: Target, mode: str) -> list[Candidate]
 
 
 def contraction_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
-    """The candidates of `contraction`; none where the library and a kernel for the rest are as good by the cost model.
+    """The candidates of `contraction`; none where the library and a kernel for the rest are as good by the cost model, which
+    also says which of the best are too close to choose between.
 
     Raises UnsupportedError when no template takes it.
     """
@@ -152,10 +153,22 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
         wins = _may_win(problem, ranked[:1], target)
     else:
         ranked, wins = _for_any_rows(contraction, target, most)
-    if mode != "max-autotune" and not wins:
-        return []
+    if mode != "max-autotune":
+        ranked = _close(problem, ranked, target) if wins else []
     chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
     return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in chosen]
+
+
+def _close(
+    problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target
+) -> list[gemm_config.GemmConfig]:
+    """The first two of `ranked`, best first, and those that the model may have behind the best by mistake. Few rows, whose
+    loads it knows less well, keep all.
+    """
+    if problem.m <= gemm_config.FEW_ROWS or not problem.static:
+        return list(ranked)
+    most = MODEL_ERROR * min((gemm_config.estimate(problem, c, target) for c in ranked), default=0.0)
+    return [c for k, c in enumerate(ranked) if k < 2 or gemm_config.estimate(problem, c, target) <= most]
 
 
 def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
@@ -172,6 +185,8 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
             return []
         chosen = conv_config.stencil_configs(problem, target, most if not problem.is_strided else 2)
     else:
+        if mode != "max-autotune" and not conv_config.implicit_may_win(problem, target):
+            return []
         chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
     printed = [(c, print_convolution(contraction, c, target)) for c in dict.fromkeys(chosen)]
     return [Candidate(str(c), p.kernels, p.scratch) for c, p in printed]

@@ -19,7 +19,7 @@ from fxopt.codegen.templates.gemm_config import (
 )
 from fxopt.codegen.templates.gemm_entry import gemm_call
 from fxopt.target import Target
-from fxopt.tune.candidate import GEMM_CANDIDATES, _may_win
+from fxopt.tune.candidate import GEMM_CANDIDATES, _close, _may_win
 from tests.codegen.gemm_entries import matrix, problem
 
 H100, A100, B200 = Target.cuda(90), Target.cuda(80), Target.cuda(100)
@@ -124,6 +124,20 @@ def test_proposals_are_close_to_the_best_that_was_measured() -> None:
     regrets = [r for each in found if (r := each.regret(GEMM_CANDIDATES["default"])) is not None]
     assert len(regrets) >= 0.8 * len(found)
     assert sum(r <= 1.03 for r in regrets) >= 0.95 * len(regrets) and max(regrets) < 1.15
+
+
+def test_what_the_model_has_far_behind_is_not_compiled() -> None:
+    """Of the three best, those that are left out have not won by more than noise."""
+    fewer = 0
+    for each in measured():
+        three = configs(each.problem, H100, limit=GEMM_CANDIDATES["default"])
+        close = _close(each.problem, three, H100)
+        assert list(close) == three[: len(close)] and len(close) >= min(2, len(three))
+        fewer += len(three) - len(close)
+        times = [each.seconds[c] for c in close if c in each.seconds]
+        left_out = [each.seconds[c] for c in three[len(close) :] if c in each.seconds]
+        assert not left_out or not times or min(times) <= 1.02 * min(left_out)
+    assert fewer > 20
 
 
 def test_the_library_is_estimated_as_it_was_measured() -> None:

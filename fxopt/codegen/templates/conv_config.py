@@ -44,6 +44,17 @@ _OPS_PER_PLACE = 12.0
 _FUNCTION_OPS = 20.0
 """Instructions of an error function, the unit of `epilogue_ops`."""
 
+GATHERING = 1.5
+"""What a product of patches takes at least, as a multiple of what the model of products says (H100: 1.5 to 4)."""
+
+GATHERED_SHARE = 0.3
+"""Of the tensor cores' rate, what products of patches reach at most (H100: 230 of 770 TFLOP/s)."""
+
+LIBRARY_GATHERING = 1.4
+"""The first of these for cuDNN, where `FULL_CHANNELS` divides the channels (H100: 1.2 to 1.7); elsewhere it takes longer."""
+
+FULL_CHANNELS = 64
+
 LIBRARY_SHARE = {True: 0.4, False: 1.0}
 """Of the speed of a stencil's model, what cuDNN reaches: with depthwise convolutions, a third to a half (H100)."""
 
@@ -254,7 +265,27 @@ def _with_block(problem: ConvProblem, config: GemmConfig) -> GemmConfig:
 
 def implicit_seconds(problem: ConvProblem, config: GemmConfig, target: Target) -> float:
     """Seconds that `config` should take: those of the product, whose patches come from memory once."""
+    return _with_patches(problem, gemm_config.estimate(problem.product, config, target), target)
+
+
+def implicit_may_win(problem: ConvProblem, target: Target) -> bool:
+    """Whether products of patches may beat the library and a kernel for the epilogue. Where nothing was measured (channels
+    that do not fill cuDNN's tiles, GPUs before Hopper) they may.
+    """
+    product, channels = problem.product, (problem.patches.shape[3], problem.channels)
+    if any(n % FULL_CHANNELS for n in channels) or not target.has_warpgroup_products:
+        return True
+    library = LIBRARY_GATHERING * _with_patches(problem, gemm_config.library_seconds(product, target), target)
+    if problem.epilogue_ops:
+        result = product.m * product.n * product.itemsize
+        library += gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
+    least = product.flops / (GATHERED_SHARE * gemm_config.product_rate(product, target))
+    best = (implicit_seconds(problem, config, target) for config in implicit_configs(problem, target, 1))
+    return any(max(GATHERING * seconds, least) < library for seconds in best)
+
+
+def _with_patches(problem: ConvProblem, seconds: float, target: Target) -> float:
+    """`seconds` of the product, less what its patches take from memory more than the images do."""
     product = problem.product
-    seen = gemm_config.estimate(product, config, target)
     repeated = product.m * product.k * product.itemsize - problem.image_bytes
-    return max(seen - max(0, repeated) / target.memory_rate, product.flops / gemm_config.product_rate(product, target))
+    return max(seconds - max(0, repeated) / target.memory_rate, product.flops / gemm_config.product_rate(product, target))
