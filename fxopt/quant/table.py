@@ -40,7 +40,6 @@ NEVER = "calibration gave it no data"
 ZERO = "calibration gave it only zeros"
 AMBIGUOUS = "several layers of different shapes have its name"
 
-_GRIDS = {"float8_e4m3fn": ranges.FP8, "int8": ranges.INT8}
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 _DTYPES = ("float16", "bfloat16", "float32")
 _PARTS = ("minimum", "maximum", "histogram")
@@ -212,7 +211,7 @@ class Calibration:
             raise CalibrationError(f"layer {layer.name!r} has no scale: {layer.obstacle}")
         if given.activations is None:
             raise CalibrationError(f"{precision!r} leaves activations as they are: layer {layer.name!r} has no scale for it")
-        limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, _GRIDS[given.activations])
+        limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, ranges.GRIDS[given.activations])
         return max(limit / given.largest, _LEAST_SCALE)
 
     def _document(self) -> dict[str, Any]:
