@@ -1,8 +1,8 @@
 """What calibration costs beside an eager pass over the same data: `python -m benchmarks.calibration --out FOLDER`.
 
 `fxopt.calibrate` asks its loader for one batch after another; this loader notes how long each took until it was asked
-again, and in between runs the same batch in eager. The first batches compile, and are reported apart. Each workload is a
-model of `fxopt bench` with its full sizes; on a CPU, MiniLM by default.
+again, and in between runs the same batch in eager. The first batches compile, and are reported apart. Workloads are the
+models of `fxopt bench` in their full sizes; on a CPU, MiniLM by default.
 """
 
 from __future__ import annotations

@@ -39,6 +39,15 @@ PRECISIONS: dict[str, Precision] = {
     HIGH: Precision("as the model has it"),
 }
 
+GROUPS = (128, 64, 32)
+"""How many neighbours of a 4-bit weight may share a scale: the first that divides its inner dimension."""
+
+
+def group_of(inner: int) -> int | None:
+    """The group of a 4-bit weight with this inner dimension; None where it cannot have one."""
+    return next((group for group in GROUPS if inner % group == 0), None)
+
+
 _WILD = frozenset("*?[")
 
 

@@ -33,7 +33,7 @@ from fxopt.options import suggestion
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
 from fxopt.passes.facts import tensor
-from fxopt.precision import HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table
+from fxopt.precision import GROUPS, HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of
 
 aten = torch.ops.aten
 
@@ -42,9 +42,6 @@ TOPIC = "precision"
 
 MULTIPLE = 16
 """Of rows and columns of an 8-bit weight on CUDA: what tensor cores and libraries take."""
-
-GROUPS = (128, 64, 32)
-"""How many neighbours of a 4-bit weight may share a scale: the first that divides its inner dimension."""
 
 LEAST_SCALE = torch.finfo(torch.float32).tiny
 """Of a row: its inverse is finite."""
@@ -290,7 +287,7 @@ def _bias(layer: Layer) -> fx.Node | None:
 def _group(layer: Layer) -> int:
     """How many neighbours share a scale. Raises _HighError."""
     inner = layer.shape[1]
-    group = next((g for g in GROUPS if inner % g == 0), None)
+    group = group_of(inner)
     if group is None:
         raise _HighError(f"its inner dimension {inner} is no multiple of {GROUPS[-1]}")
     return group

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxopt.quant.ranges import FP8, INT4, INT8, Grid
+from fxopt.ir.quantized_ops import dequantized, quantize_weight
+from fxopt.precision import GROUPS, PRECISIONS, group_of
+from fxopt.quant.ranges import GRIDS, Grid
 
-GROUP = 128
-"""Elements along the inner dimension that share a scale in int4-weight."""
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -123,54 +124,41 @@ class _Products(TorchDispatchMode):
         return LayerCall(self._stack.layer(), x, weight, bias)
 
 
-@dataclass(frozen=True)
-class _Format:
-    """How a precision treats weights [N, K] and activations [M, K]; `group` 0 is one scale for a whole row."""
-
-    weight: Grid
-    activation: Grid | None
-    group: int = 0
-
-
-FORMATS = {
-    "fp8": _Format(FP8, FP8),
-    "int8": _Format(INT8, INT8),
-    "int8-weight": _Format(INT8, None),
-    "int4-weight": _Format(INT4, None, GROUP),
-}
+def obstacle(call: LayerCall, precision: str) -> str | None:
+    """Why the layer cannot be had in `precision`; None if it can."""
+    given, inner = PRECISIONS[precision], call.weight.shape[1]
+    if call.x.dtype not in _FLOATING or call.weight.dtype != call.x.dtype:
+        return f"its operands are {call.x.dtype} and {call.weight.dtype}"
+    if given.group and group_of(inner) is None:
+        return f"its inner dimension {inner} is no multiple of {GROUPS[-1]}"
+    return None
 
 
-def quantized(call: LayerCall, precision: str, limit: float | None = None) -> Tensor:
-    """The layer's result [M, N] in `precision`, in x's dtype.
+def quantized(call: LayerCall, precision: str, scale: float | None = None) -> Tensor:
+    """The layer's result [M, N] in `precision`, which is not "high", in x's dtype, as passes/quantize.py computes it.
 
-    `limit`: the |x| that the activations' grid ends at, for all rows; None for the largest of each row. Raises KeyError
-    for a precision that is none.
+    `scale`: of the quantized activations, for all rows; None for one of each row. Raises KeyError for an unknown precision,
+    ValueError for a layer that has an `obstacle`.
     """
-    form = FORMATS[precision]
-    weight = rounded_rows(call.weight, form.weight, form.group)
+    given = PRECISIONS[precision]
+    problem = obstacle(call, precision)
+    if problem is not None:
+        raise ValueError(f"layer {call.name!r} cannot be {precision}: {problem}")
+    group = (group_of(call.weight.shape[1]) or 0) if given.group else 0
+    parts = quantize_weight(call.weight, getattr(torch, str(given.weights)), given.bits, group)
     x = call.x.float()
-    if form.activation is not None:
-        scale = _scale(x.abs().amax(1, keepdim=True) if limit is None else x.new_tensor(limit), form.activation)
-        x = _on_grid(x, scale, form.activation)
-    result = x @ weight.t()
+    if given.activations is not None:
+        x = _on_grid(x, GRIDS[given.activations], scale)
+    result = x @ dequantized(*parts, given.bits, group).t()
     return (result if call.bias is None else result + call.bias.float()).to(call.x.dtype)
 
 
-def rounded_rows(weight: Tensor, grid: Grid, group: int = 0) -> Tensor:
-    """`weight` [N, K] with each row, or each `group` of it, rounded to its own scale: float32 [N, K]."""
-    rows = weight.float()
-    parts = rows if not group or rows.shape[1] % group else rows.reshape(-1, group)
-    scale = _scale(parts.abs().amax(1, keepdim=True), grid)
-    return _on_grid(parts, scale, grid).reshape(weight.shape)
-
-
-def _scale(amax: Tensor, grid: Grid) -> Tensor:
-    scale = amax / grid.largest
-    return torch.where(scale > 0, scale, 1.0)
-
-
-def _on_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    return grid.rounded(x / scale).to(x.dtype) * scale
+def _on_grid(x: Tensor, grid: Grid, scale: float | None) -> Tensor:
+    if scale is None:
+        steps = (x.abs().amax(1, keepdim=True) / grid.largest).clamp_min(torch.finfo(torch.float32).tiny)
+    else:
+        steps = x.new_tensor(scale)
+    return grid.rounded(x * steps.reciprocal()).to(x.dtype) * steps
 
 
 def calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, LayerCall]:

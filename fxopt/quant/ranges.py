@@ -1,9 +1,9 @@
 """Clipping limits: how far a grid of few values has to reach, read off a histogram.
 
-A histogram counts |x| by the bits of its float32 value from the exponent down to three of the mantissa (`bits >> 20`): bin b
-holds the values from `edges()[b]` up to, not including, `edges()[b + 1]`, at most an eighth more. It needs no first pass for
-the range, and histograms of several batches, processes or orders add up to the same integers, so that what is read off them
-does not depend on the order of the data.
+A histogram (`fxopt::exponent_histogram`) counts |x| by the bits of its float32 value from the exponent down to three of the
+mantissa: bin b holds the values from `edges()[b]` up to, not including, `edges()[b + 1]`, at most an eighth more. It needs
+no first pass for the range, and histograms of several batches, processes or orders add up to the same integers, so that
+what is read off them does not depend on the order of the data.
 
 Within a bin values are taken as evenly spread. That makes a percentile exact to a bin (6 to 12.5 %); mean squared error and
 divergence are sums over many bins, which hardly depend on what is within one.
@@ -18,9 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BINS = 2048
-SHIFT = 20  # bits of a float32 below those that a bin keeps
-_FIRST_NOT_FINITE = 255 << 3
+from fxopt.ir.observer_ops import BINS, FIRST_NOT_FINITE, SHIFT
 
 METHODS = ("amax", "percentile", "mse", "entropy")
 
@@ -48,27 +46,20 @@ def _e4m3(x: Tensor) -> Tensor:
 INT8 = Grid("int8", 127.0, _integers(127))
 INT4 = Grid("int4", 7.0, _integers(7))
 FP8 = Grid("fp8", 448.0, _e4m3)
-
-
-def histogram(x: Tensor) -> Tensor:
-    """Counts of |x| by bits, int64 [2048], on x's device. NaN and Inf are counted in the last eight bins.
-
-    x: any shape, of a floating dtype that float32 holds.
-    """
-    bits = x.detach().reshape(-1).float().abs().view(torch.int32)
-    return torch.bincount(bits >> SHIFT, minlength=BINS)
+GRIDS = {"float8_e4m3fn": FP8, "int8": INT8}
+"""By the name of the dtype."""
 
 
 def edges() -> Tensor:
     """The lower ends of all bins with finite values and the upper end of the last: float64 [2041]."""
-    bits = torch.arange(_FIRST_NOT_FINITE, dtype=torch.int32) << SHIFT
+    bits = torch.arange(FIRST_NOT_FINITE, dtype=torch.int32) << SHIFT
     return torch.cat([bits.view(torch.float32).double(), torch.tensor([2.0**128], dtype=torch.float64)])
 
 
 def clipping_limit(counts: Tensor, amax: float, method: str, grid: Grid, percentile: float = 99.99) -> float:
     """The |x| that `grid.largest` should stand for: the scale is `limit / grid.largest`. At most amax; 0 for zeros alone.
 
-    counts: int64 [2048], as `histogram` makes them or sums of such. amax: the largest |x|, exactly. method:
+    counts: int64 [2048], of one histogram or sums of several. amax: the largest |x|, exactly. method:
 
     - "amax": nothing is clipped.
     - "percentile": the smallest value that at least `percentile` % of the data do not exceed.
@@ -96,8 +87,8 @@ def _check(counts: Tensor, amax: float) -> None:
         raise ValueError(f"a histogram is int64 [{BINS}], not {counts.dtype} {list(counts.shape)}")
     if int(counts.min()) < 0 or int(counts.sum()) == 0:
         raise ValueError("a histogram without data" if int(counts.sum()) == 0 else "a histogram with negative counts")
-    if int(counts[_FIRST_NOT_FINITE:].sum()):
-        raise ValueError(f"NaN or Inf in {int(counts[_FIRST_NOT_FINITE:].sum())} of {int(counts.sum())} values")
+    if int(counts[FIRST_NOT_FINITE:].sum()):
+        raise ValueError(f"NaN or Inf in {int(counts[FIRST_NOT_FINITE:].sum())} of {int(counts.sum())} values")
     if not (math.isfinite(amax) and amax >= 0.0):
         raise ValueError(f"amax is {amax}, not a finite number of 0 or more")
     last = int(counts.nonzero()[-1])

@@ -40,7 +40,6 @@ NEVER = "calibration gave it no data"
 ZERO = "calibration gave it only zeros"
 AMBIGUOUS = "several layers of different shapes have its name"
 
-_GRIDS = {"float8_e4m3fn": ranges.FP8, "int8": ranges.INT8}
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 _DTYPES = ("float16", "bfloat16", "float32")
 _PARTS = ("minimum", "maximum", "histogram")
@@ -212,7 +211,7 @@ class Calibration:
             raise CalibrationError(f"layer {layer.name!r} has no scale: {layer.obstacle}")
         if given.activations is None:
             raise CalibrationError(f"{precision!r} leaves activations as they are: layer {layer.name!r} has no scale for it")
-        limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, _GRIDS[given.activations])
+        limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, ranges.GRIDS[given.activations])
         return max(limit / given.largest, _LEAST_SCALE)
 
     def _document(self) -> dict[str, Any]:
@@ -228,8 +227,8 @@ class Calibration:
     def _tensors(self) -> dict[str, Tensor]:
         """Contiguous, on the CPU, sharing no memory, as safetensors needs them."""
         return {
-            f"{index}.{part}": getattr(layer.seen, part).clone()
-            for index, layer in enumerate(self.layers)
+            f"{layer.name}.{part}": getattr(layer.seen, part).clone()
+            for layer in self.layers
             if layer.seen is not None
             for part in _PARTS
         }
@@ -329,17 +328,18 @@ class _Reader:
             raise self.fail("the document", "it is no object")
         if self.get(self.document, "format", int, "format") != FORMAT:
             raise self.fail("format", f"it is {self.document['format']}, this version of fxopt reads {FORMAT}")
-        tensors = self.tensors()
         listed = self.get(self.document, "layers", list, "layers")
-        layers = tuple(self.layer(given, index, tensors) for index, given in enumerate(listed))
-        if len({layer.name for layer in layers}) != len(layers):
+        described = [self.layer(given, index) for index, given in enumerate(listed)]
+        if len({layer.name for layer in described}) != len(described):
             raise self.fail("layers", "two have one name")
-        if tensors:
-            raise self.fail("tensors", f"{sorted(tensors)[0]!r} belongs to no layer")
-        if self.get(self.document, "graph", str, "graph") != graph_digest(layers):
+        if self.get(self.document, "graph", str, "graph") != graph_digest(described):
             raise self.fail(
                 "graph", "it is not the digest of the layers' names, kinds and shapes, which are not to be edited"
             )
+        tensors = self.tensors()
+        layers = tuple(self.with_range(*pair, tensors) for pair in zip(described, listed, strict=True))
+        if tensors:
+            raise self.fail("tensors", f"{min(tensors)!r} belongs to no layer")
         method = self.get(self.document, "method", str, "method")
         with self.located("method"):
             check_method(method)
@@ -351,7 +351,8 @@ class _Reader:
             raise self.fail("made by", "versions are strings")
         return Calibration(layers, batches, method, versions)
 
-    def layer(self, given: Any, index: int, tensors: dict[str, Tensor]) -> LayerRange:
+    def layer(self, given: Any, index: int) -> LayerRange:
+        """What the JSON says of a layer; its range is still to come."""
         where = f"layers[{index}]"
         if not isinstance(given, dict):
             raise self.fail(where, "it is no object")
@@ -369,7 +370,11 @@ class _Reader:
         precision, scale = given.get("precision"), given.get("scale")
         with self.located(where):
             _check_edits(precision, scale, where)
-        layer = LayerRange(name, kind, tuple(shape), dtype, self.range(where, index, tensors), precision, scale)
+        return LayerRange(name, kind, tuple(shape), dtype, None, precision, scale)
+
+    def with_range(self, described: LayerRange, given: Mapping[str, Any], tensors: dict[str, Tensor]) -> LayerRange:
+        where = f"layer {described.name!r}"
+        layer = replace(described, seen=self.range(where, described.name, tensors))
         for what, value in (("amax", layer.amax), ("elements", layer.elements)):
             if given.get(what) != value:
                 raise self.fail(
@@ -377,8 +382,9 @@ class _Reader:
                 )
         return layer
 
-    def range(self, where: str, index: int, tensors: dict[str, Tensor]) -> Range | None:
-        parts = [tensors.pop(f"{index}.{part}", None) for part in _PARTS]
+    def range(self, where: str, name: str, tensors: dict[str, Tensor]) -> Range | None:
+        """Takes the layer's own out of `tensors`."""
+        parts = [tensors.pop(f"{name}.{part}", None) for part in _PARTS]
         if all(part is None for part in parts):
             return None
         minimum, maximum, histogram = parts

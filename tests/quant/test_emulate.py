@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxopt.quant.emulate import LayerCall, calls, quantized, rounded_rows, treated
-from fxopt.quant.ranges import FP8, INT4
+from fxopt.quant.emulate import LayerCall, calls, obstacle, quantized, treated
 
 
 class _Block(nn.Module):
@@ -65,7 +64,7 @@ def _exact(x: Tensor, steps: Tensor, grid: str) -> Tensor:
     return (y / step).round() * step * steps
 
 
-@pytest.mark.parametrize("limit", [None, 2.0])
+@pytest.mark.parametrize("limit", [None, 2.0])  # what the activations' grid reaches to
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_values_are_those_of_the_formula(precision: str, limit: float | None) -> None:
     torch.manual_seed(0)
@@ -79,7 +78,7 @@ def test_values_are_those_of_the_formula(precision: str, limit: float | None) ->
     x_steps = torch.where(of_rows > 0, of_rows / largest, ones(of_rows))
     w_steps = torch.where(of_weights > 0, of_weights / largest, ones(of_weights))
     expected = _exact(x.double(), x_steps, precision) @ _exact(weight.double(), w_steps, precision).t() + bias.double()
-    result = quantized(LayerCall("a", x, weight, bias), precision, limit)
+    result = quantized(LayerCall("a", x, weight, bias), precision, None if limit is None else limit / largest)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -93,14 +92,13 @@ def test_weight_only_leaves_activations_alone() -> None:
         assert error < {"int8-weight": 0.01, "int4-weight": 0.15}[precision]
 
 
-def test_groups_have_scales_of_their_own() -> None:
-    weight = torch.ones(2, 256)
-    weight[:, 128:] = 1e-3
-    assert torch.allclose(rounded_rows(weight, INT4, 128), weight)
-    assert int((rounded_rows(weight, INT4) == 0).sum()) == 256
+def test_obstacles_are_refused() -> None:
+    call = LayerCall("a", torch.randn(3, 100), torch.randn(5, 100), None)
+    assert obstacle(call, "int8") is None and "100" in (obstacle(call, "int4-weight") or "")
+    with pytest.raises(ValueError):
+        quantized(call, "int4-weight")
 
 
 def test_fp8_keeps_the_dtype_of_its_input() -> None:
     call = LayerCall("a", torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(5, 16, dtype=torch.bfloat16), None)
     assert quantized(call, "fp8").dtype == torch.bfloat16
-    assert rounded_rows(call.weight, FP8).dtype == torch.float32

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.quant.ranges import BINS, FP8, INT4, INT8, Grid, clipping_limit, divergence, edges, histogram
+from fxopt.ir.observer_ops import BINS
+from fxopt.ir.observer_ops import exponent_histogram as histogram
+from fxopt.quant.ranges import FP8, INT4, INT8, Grid, clipping_limit, divergence, edges
 
 BIN = 1 / 8  # the relative width of a bin, at most
 

@@ -1,0 +1,154 @@
+"""What precision costs on trained models: `python -m benchmarks.accuracy prepare --data FOLDER`, then `run`.
+
+Each model (real_models.py) runs on data that it was not calibrated with: in eager float32, which the others' outputs are
+held against, in eager in the dtype asked for, with each precision's arithmetic emulated in eager, and compiled by fxopt in
+each precision. Emulated rows have errors and no times. The file is written after each task.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import fxopt
+from benchmarks.real_models import TASKS, Batch, Run, Task, load, prepare
+from benchmarks.results import revision, target_facts, versions
+from fxopt.precision import PRECISIONS as KNOWN
+from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
+from fxopt.quant.ranges import METHODS
+from fxopt.report.measure import interleaved
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+PRECISIONS = ("fp8", "int8", "int8-weight", "int4-weight")
+
+
+def relative_error(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """The norm of all differences over that of all exact values."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, exact, strict=True)]
+    off = sum(float((a - b).square().sum()) for a, b in pairs)
+    return (off / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+
+
+def least_cosine(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """Of all rows along the last dimension, the one that turned most."""
+    pairs = zip(outputs, exact, strict=True)
+    return min(float(torch.cosine_similarity(a.double(), b.double(), dim=-1).min()) for a, b in pairs)
+
+
+def outputs_of(run: Run, batches: Iterable[Batch]) -> list[Tensor]:
+    with torch.no_grad():
+        return [run(batch).float().cpu() for batch in batches]
+
+
+def emulated(model: nn.Module, precision: str, calibration: fxopt.Calibration | None) -> Run:
+    """Runs `model` with every layer in `precision` that can be; activations are scaled by row without a calibration."""
+
+    def treat(call: LayerCall) -> Tensor | None:
+        if obstacle(call, precision):
+            return None
+        return quantized(call, precision, None if calibration is None else calibration.scale(call.name, precision))
+
+    def run(batch: Batch) -> Tensor:
+        with treated(model, treat):
+            return model(*batch)
+
+    return run
+
+
+def compiled(model: nn.Module, options: dict[str, Any]) -> Run:
+    # Without dynamic sizes each shape is a graph of its own, as its calls in the measured loop need it.
+    fast = torch.compile(model, backend="fxopt", dynamic=False, options=options)
+    return lambda batch: fast(*batch)
+
+
+def _ways(task: Task, calibration: fxopt.Calibration, compile: bool) -> Iterable[tuple[str, Callable[[], Run]]]:
+    """Names of the rows and what makes their runs."""
+    model = task.model
+    yield "eager", lambda: lambda batch: model(*batch)
+    tables = {f", {method}": calibration.with_method(method) for method in METHODS}
+    for precision in PRECISIONS:
+        scaled = {"": None} | (tables if KNOWN[precision].activations else {})
+        for how, table in scaled.items():
+            yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, table)
+    if not compile:
+        return
+    yield "fxopt", lambda: compiled(model, {"freeze": True})
+    for precision in PRECISIONS:
+        static = KNOWN[precision].activations is not None
+        for how, table in ({"": None} | ({", amax": calibration} if static else {})).items():
+            options = {"precision": precision} | ({} if table is None else {"calibration": table})
+            yield f"fxopt {precision}{how}", functools.partial(compiled, model, options)
+
+
+def measured(task: Task, exact: list[Tensor], device: torch.device, seconds: float, compile: bool) -> list[dict[str, Any]]:
+    """One row for each way: errors to `exact`, the judge's figures and, if it is one to be timed, its time."""
+    rows: list[dict[str, Any]] = []
+    runs: dict[str, Callable[[], Any]] = {}
+    calibration = fxopt.calibrate(task.model, task.calibration, progress=False)
+    for name, make in _ways(task, calibration, compile):
+        run = make()
+        outputs = outputs_of(run, task.evaluation)
+        row = {
+            "way": name,
+            "error": relative_error(outputs, exact),
+            "least_cosine": least_cosine(outputs, exact),
+            **task.judge(outputs),
+        }
+        typer.echo("  " + "  ".join([f"{name:<28}", *(f"{k} {v:.4f}" for k, v in row.items() if k != "way")]))
+        rows.append(row)
+        if not name.startswith("emulated"):
+            runs[name] = lambda run=run: run(task.timed)
+    with torch.no_grad():
+        timings = interleaved(runs, device, seconds=seconds) if seconds else {}
+    for row in rows:
+        if row["way"] in timings:
+            row["seconds"] = timings[row["way"]].median
+            typer.echo(f"  {row['way']:<28}  {row['seconds'] * 1e3:.3f} ms")
+    return rows
+
+
+@app.command("prepare")
+def prepare_command(
+    data: Annotated[Path, typer.Option(help="folder for the tasks' files, 55 MB in all")],
+    only: Annotated[str, typer.Option(help="one task")] = "",
+) -> None:
+    """Write the tasks' files: needs the packages of the extra `accuracy`, and minutes of training."""
+    for name in [only] if only else TASKS:
+        typer.echo(prepare(name, data))
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="folder that `prepare` has filled")],
+    out: Annotated[Path, typer.Option(help="folder for accuracy_<device>.json")],
+    device: str = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the models; float32 on a CPU and bfloat16 on a GPU if not given")] = "",
+    only: Annotated[str, typer.Option(help="one task")] = "",
+    seconds: Annotated[float, typer.Option(help="of timing, each task; 0 for none")] = 5.0,
+    compile: Annotated[bool, typer.Option(help="run what fxopt compiles, too")] = True,
+) -> None:
+    """Errors, figures and times of each task in each precision."""
+    where = torch.device(device)
+    own = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "tasks": []}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in [only] if only else TASKS:
+        torch.compiler.reset()
+        typer.echo(f"{name}, {own}")
+        reference = load(name, data, where, torch.float32)
+        exact = outputs_of(lambda batch, model=reference.model: model(*batch), reference.evaluation)
+        rows = measured(load(name, data, where, own), exact, where, seconds, compile)
+        document["tasks"].append({"task": name, "dtype": str(own), "float32": reference.judge(exact), "rows": rows})
+        (out / f"accuracy_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
