@@ -89,6 +89,11 @@ class Target:
         return self.kind == "cuda" and 90 <= self.arch < 120
 
     @property
+    def has_float8(self) -> bool:
+        """Triton has float8_e4m3fn there, and tensor cores multiply it."""
+        return self.kind == "cuda" and self.arch >= 89
+
+    @property
     def half_flops(self) -> float:
         """Floating-point operations a second that large matrix products in float16 and bfloat16 reach (H100: measured)."""
         return 1e12 * _HALF_TERAFLOPS[self._known] * self.sm_count / _SM_COUNT[self._known]

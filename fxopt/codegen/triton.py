@@ -6,8 +6,10 @@ above 1 is several, run in order, that share scratch buffers. Texts are canonica
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from fxopt.codegen.triton_across import together
 from fxopt.codegen.triton_apart import apart, statistics_first
@@ -37,9 +39,16 @@ def print_nest(region: Region, config: TritonConfig, target: Target, stage: str 
     """
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    refuse_unknown_types(region.buffers, target)
     if config.split != 1:
         raise UnsupportedError("a split reduction takes several kernels: use print_region")
     return print_kernel(region, config, stage)
+
+
+def refuse_unknown_types(buffers: Mapping[str, BufferSpec], target: Target) -> None:
+    """Raises UnsupportedError if one of `buffers` has elements that Triton does not have on `target`."""
+    if not target.has_float8 and any(spec.dtype == torch.float8_e4m3fn for spec in buffers.values()):
+        raise UnsupportedError(f"Triton has no float8_e4m3fn on {target.name}")
 
 
 def print_region(region: Region, config: TritonConfig, target: Target) -> Printed:
@@ -83,6 +92,7 @@ def _print_across(region: Region, config: TritonConfig, target: Target) -> Print
     if config.split == 1:
         return _in_turn(region, apart(region), (None, None), config.aligned, target)
     rows, join = together(region, config)
+    refuse_unknown_types(rows.buffers, target)
     first = print_kernel(rows, config, "rows")
     second = print_nest(join, replace(join_config(join, target), aligned=config.aligned), target, "join")
     return Printed((first, second), tuple(s for n, s in rows.buffers.items() if n not in region.buffers))

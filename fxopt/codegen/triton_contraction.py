@@ -17,7 +17,7 @@ import torch
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.templates import gemm_config, gemm_entry
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem
-from fxopt.codegen.triton import Printed, configs, print_nest
+from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction, print_block
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
@@ -130,6 +130,7 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
     """
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    refuse_unknown_types(contraction.buffers, target)
     problem = problem_of(contraction)
     if not problem.static and (config.tma or config.split > 1):
         raise UnsupportedError("a product of unknown size through descriptors, or in parts")
@@ -244,4 +245,4 @@ def in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSp
     for sym, stride in zip(contraction.axes, spec.strides[1:], strict=True):
         place = place if sym is None else add(place, mul(symbol(sym), stride))
     total = Reduce("sum", (Load(name, place, torch.float32),), (part,), torch.float32)
-    return spec, contraction.reduced(contraction.name, {contraction.result: total}, {name: spec})
+    return spec, contraction.reduced(contraction.name, (part,), {contraction.result: total}, {name: spec})

@@ -240,7 +240,7 @@ class Emitter:
         if node.name == "cast":
             return ops.cast(args[0], source, node.dtype)
         if node.name == "bitcast":
-            return ops.bitcast(args[0], source, node.dtype)
+            return ops.bitcast(args[0], source, node.dtype, is_clamped(node.args[0]))
         if node.name in ops.INFIX and not all(isinstance(a, Const) for a in node.args) and source != torch.bool:
             args = [ops.literal(a.value) if isinstance(a, Const) else t for a, t in zip(node.args, args, strict=True)]
         reciprocal = _exact_reciprocal(node.args[1]) if node.name == "truediv" else None
@@ -345,7 +345,7 @@ class Emitter:
             extra += f', eviction_policy="{eviction}"'
         pointer = self.pointer(f"{self.names.buffer(node.buffer)} + {tight(address)}", index, node.dtype, wanted)
         text = f"tl.load({pointer}{extra})"
-        return f"{text}.to(tl.float32)" if node.dtype in (torch.float16, torch.bfloat16) else text
+        return text if accumulator_dtype(node.dtype) == node.dtype else f"{text}.to(tl.float32)"
 
     # integers
 
@@ -465,6 +465,22 @@ def _keeps_relative(user: Scalar, rounded: set[Scalar]) -> bool:
     if not isinstance(user, Op):
         return isinstance(user, Masked) and user in rounded
     return (user.name == "cast" and user.dtype in ops.HALF) or (user.name in _RELATIVE and user in rounded)
+
+
+def is_clamped(value: Scalar) -> bool:
+    """Whether `value`, of a narrow dtype, is within its range or NaN because it was clamped to bounds that are known."""
+    if not value.dtype.is_floating_point:
+        return False
+    largest, low, high = torch.finfo(value.dtype).max, -math.inf, math.inf
+    while isinstance(value, Op) and value.name in ("cast", "minimum", "maximum") and value.args[0].dtype.is_floating_point:
+        if value.name != "cast":
+            bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
+            if len(bounds) != 1:
+                break
+            low = max(low, bounds[0]) if value.name == "maximum" else low
+            high = min(high, bounds[0]) if value.name == "minimum" else high
+        value = next(a for a in value.args if not isinstance(a, Const))
+    return -largest <= low and high <= largest
 
 
 def reduced_dtype(node: Reduce) -> torch.dtype:

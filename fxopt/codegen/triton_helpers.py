@@ -296,3 +296,17 @@ def softmax_stats(max_a, sum_a, max_b, sum_b):
 def softmax_total(top, total):
     """The sum for a finished row: NaN when its maximum is infinite, as exp(inf - inf) makes it in eager."""
     return tl.where(tl.abs(top) == float("inf"), float("nan"), total)
+
+
+@triton.jit
+def nan_beyond_float8e4(x):
+    """`x`, a float32, or NaN where rounding it to float8_e4m3fn would go beyond the largest value."""
+    return tl.where(tl.abs(x) <= 464.0, x, float("nan"))
+
+
+@triton.jit
+def to_float8e5(x):
+    """A float32 as float8_e5m2, infinite beyond its largest value."""
+    bits = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    infinite = tl.where(x < 0, 0xFC, 0x7C).to(tl.uint8)
+    return tl.where(tl.abs(x) >= 61440.0, infinite, bits).to(tl.float8e5, bitcast=True)

@@ -16,7 +16,7 @@ from fxopt.codegen.triton_config import (
     next_power_of_2,
     part_count,
 )
-from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, reduced_dtype, tight
+from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, is_clamped, reduced_dtype, tight
 from fxopt.codegen.triton_halves import with_common_halves
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
@@ -239,7 +239,7 @@ def _store_line(region: Region, frame: Frame, emitter: Emitter, store: Store, va
     pointer = emitter.pointer(text, store.index, dtype, wanted)
     mask = " & ".join(frame.masks[a] for a in frame.blocks if a in wanted and a in frame.masks)  # of one point as well
     if accumulator_dtype(dtype) != dtype:
-        value = f"{value}.to({ops.tl_type(dtype)})"
+        value = ops.narrowed(value, dtype, is_clamped(store.value))
     if store.value.dtype != dtype:
         raise ValueError(f"{store.buffer} holds {dtype}, not {store.value.dtype}: lowering must cast what it stores")
     if store.mode == "set":

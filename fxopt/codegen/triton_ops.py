@@ -1,4 +1,4 @@
-"""Scalar ops of the loop IR as Triton text. float16 and bfloat16 are computed in float32."""
+"""Scalar ops of the loop IR as Triton text. Types of 8 and 16 floating bits are computed in float32."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from fxopt.codegen.triton_tiling import accumulator_dtype
 from fxopt.errors import UnsupportedError
+from fxopt.ir.rounding import saturates
 
 TL_TYPE = {
     torch.float16: "tl.float16",
@@ -23,6 +24,8 @@ TL_TYPE = {
     torch.uint32: "tl.uint32",
     torch.uint64: "tl.uint64",
     torch.bool: "tl.int1",
+    torch.float8_e4m3fn: "tl.float8e4nv",
+    torch.float8_e5m2: "tl.float8e5",
 }
 
 POINTER_TYPE = {
@@ -39,10 +42,12 @@ POINTER_TYPE = {
     torch.uint32: "*u32",
     torch.uint64: "*u64",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
 }
 
 HALF = (torch.float16, torch.bfloat16)
-"""Types that are computed in float32 and rounded when stored."""
+"""Types whose rounding hides what `apply` calls fast."""
 
 RANDOM = ("rand", "randn", "randint")
 """Ops that draw from a seed and an index, at the cost of tens of instructions."""
@@ -103,7 +108,7 @@ _INTEGER_IDENTITY = frozenset(("floor", "ceil", "trunc", "round"))
 
 
 def tl_type(dtype: torch.dtype) -> str:
-    """The Triton scalar type of `dtype` in memory. Raises UnsupportedError for complex, float8 and other types."""
+    """The Triton scalar type of `dtype` in memory. Raises UnsupportedError for complex and other types."""
     if dtype not in TL_TYPE:
         raise UnsupportedError(f"Triton kernels do not hold {dtype}")
     return TL_TYPE[dtype]
@@ -126,7 +131,7 @@ def typed_constant(value: bool | int | float, dtype: torch.dtype) -> str:
 
 
 def cast(text: str, source: torch.dtype, target: torch.dtype) -> str:
-    """`text` of dtype `source` converted as torch's .to(target); half types stay in float32."""
+    """`text` of dtype `source` converted as torch's .to(target); narrow types stay in float32."""
     src, dst = accumulator_dtype(source), accumulator_dtype(target)
     if src == dst:
         return text
@@ -138,10 +143,22 @@ def cast(text: str, source: torch.dtype, target: torch.dtype) -> str:
     return f"{text}.to({tl_type(dst)})"
 
 
-def bitcast(text: str, source: torch.dtype, target: torch.dtype) -> str:
-    """The bits of `text` in its stored precision read as `target`."""
+def narrowed(text: str, dtype: torch.dtype, clamped: bool = False) -> str:
+    """`text`, a float32, rounded to a narrow `dtype` as torch's cast does it. `clamped`: it is in the range of that, or NaN.
+
+    The GPU's conversions to 8 bits saturate.
+    """
+    if dtype == torch.float8_e5m2:
+        return f"h.to_float8e5({text})"
+    if dtype == torch.float8_e4m3fn and not clamped and not saturates():
+        text = f"h.nan_beyond_float8e4({text})"
+    return f"{text}.to({tl_type(dtype)})"
+
+
+def bitcast(text: str, source: torch.dtype, target: torch.dtype, clamped: bool = False) -> str:
+    """The bits of `text` in its stored precision read as `target`; `clamped` as in `narrowed`."""
     if accumulator_dtype(source) != source:
-        text = f"{text}.to({tl_type(source)})"
+        text = narrowed(text, source, clamped)
     text = f"{text}.to({tl_type(target)}, bitcast=True)"
     return text if accumulator_dtype(target) == target else f"{text}.to(tl.float32)"
 

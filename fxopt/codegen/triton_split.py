@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fxopt.codegen.triton_ops import HALF, RANDOM, identity
+from fxopt.codegen.triton_ops import RANDOM, identity
 from fxopt.codegen.triton_reduce import LAST_INDEX
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of, tile
 from fxopt.ir.exprs import (
@@ -44,6 +44,7 @@ from fxopt.ir.loops import (
     transform,
 )
 from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.rounding import NARROW
 
 _TURN_ROWS = 64
 """Rows that each part of a column reduction takes at a time."""
@@ -142,7 +143,7 @@ def _worth_loading(region: Region, nest: Nest, split: _Split) -> dict[Scalar, Sc
     for store in filter(lambda s: _streams(split, nest, s), nest.stores):
         loads = {n for n in postorder((store.value,)) if isinstance(n, Load) and frozenset(nest.reduced) & n.symbols()}
         random = any(isinstance(n, Op) and n.name in RANDOM for n in postorder((store.value,)))
-        exact = store.value.dtype not in HALF and region.buffers[store.buffer].dtype == store.value.dtype
+        exact = store.value.dtype not in NARROW and region.buffers[store.buffer].dtype == store.value.dtype
         if store.mode == "set" and not store.indirect and exact and (random or len(loads) > 1):
             kept[store.value] = Load(store.buffer, store.index, store.value.dtype)
     return kept

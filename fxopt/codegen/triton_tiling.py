@@ -35,6 +35,7 @@ from fxopt.ir.exprs import (
 )
 from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scan, postorder
 from fxopt.ir.region import Region
+from fxopt.ir.rounding import NARROW
 
 _LINE_NAMES = {"x": "l0", "y": "l1", "r": "l2"}
 _TYPICAL = 1024
@@ -339,4 +340,4 @@ _FORMS = {"tiles": _split_points, "rows": _split_rows, "flat": _all_on_x}
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a reduction of `dtype` accumulates in and a value of it is computed in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in NARROW else dtype

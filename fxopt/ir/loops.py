@@ -5,8 +5,8 @@ expression is purely functional: a reduction is an expression too, binding the i
 producer into a consumer is substitution and nothing else. Nodes are interned: equal expressions are the same object, which
 makes comparison and memoisation O(1) and common-subexpression elimination automatic.
 
-dtype of a Scalar is the torch dtype of its value. float16 and bfloat16 values are *computed* in float32 by both printers and
-rounded when stored. `Load.dtype` is the dtype of the buffer's elements.
+dtype of a Scalar is the torch dtype of its value. float16, bfloat16 and float8 values are *computed* in float32 by all
+printers and rounded when stored. `Load.dtype` is the dtype of the buffer's elements.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fxopt.ir.exprs import Int, Sym, maximum, prod
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, transform
+from fxopt.ir.loops import Load, Nest, Op, Scalar, transform
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,19 @@ class Patches:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """How a right operand [K, N] in few bits, under a floating left one, is to be read (`ir/quantized_ops.py`).
+
+    With 8 `bits` its elements are what is multiplied, and the epilogue has their scales. With 4, row j of the matrix has the
+    values of rows j and j + K / 2 in its bytes, and `scale` [K / group, N] is a factor of each.
+    """
+
+    bits: int
+    group: int
+    scale: Matrix | None
+
+
+@dataclass(frozen=True)
 class Contraction:
     """A matrix product and what is computed from it element by element, as one kernel.
 
@@ -269,6 +282,8 @@ class Contraction:
     With `c`, of the shape and strides of `b`, there are two products (a gated layer): that with `c` is the load of `second`.
     With `ends`, an int32 buffer [G], the rows belong to G groups, one after the other: group g ends before row ends[g] and
     is multiplied by the g-th matrix of `b`, whose batch stride leads there. Rows after the last end have no product.
+
+    `quantized` has, for each product, how its right operand is to be read, if it is of fewer bits than the left one.
 
     `tf32`: float32 operands are rounded to TF32 first, as the library does where the user allows it.
     """
@@ -285,6 +300,7 @@ class Contraction:
     second: str = ""
     tf32: bool = False
     ends: str = ""
+    quantized: tuple[Quantized, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -309,9 +325,9 @@ class Contraction:
         assert row.size is not None and column.size is not None
         return (1 if batch is None or batch.size is None else batch.size), row.size, self.depth, column.size
 
-    def reduced(self, name: str, totals: Mapping[str, Reduce], more: dict[str, BufferSpec]) -> Region:
-        """The region `name`, which also reads buffers `more`: there each product is what `totals` has for it, in float32 and
-        over the same axes, not in registers.
+    def reduced(self, name: str, axes: tuple[Sym, ...], totals: Mapping[str, Scalar], more: dict[str, BufferSpec]) -> Region:
+        """The region `name`, which also reads buffers `more`: there each product is what `totals` has for it, a float32
+        computed from sums over `axes`, not in registers.
         """
 
         def summed(load: Load) -> Scalar | None:
@@ -323,11 +339,12 @@ class Contraction:
         nest = self.region.nest
         stores = tuple(s.transformed({}, lambda v: transform(v, {}, summed)) for s in nest.stores)
         buffers = {n: s for n, s in self.region.buffers.items() if n not in totals} | more
-        return replace(self.region, name=name, nest=Nest(nest.points, totals[self.result].axes, stores), buffers=buffers)
+        return replace(self.region, name=name, nest=Nest(nest.points, axes, stores), buffers=buffers)
 
     def reads(self) -> tuple[str, ...]:
         """Buffers read, operands first."""
-        operands = (self.a.buffer, *(m.buffer for m in self.products.values()), *([self.ends] if self.ends else []))
+        operands = [self.a.buffer, *(m.buffer for m in self.products.values()), *([self.ends] if self.ends else [])]
+        operands += [q.scale.buffer for q in self.quantized if q.scale is not None]
         return tuple(dict.fromkeys((*operands, *(n for n in self.region.reads() if n not in self.products))))
 
     def writes(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from fxopt.ir.exprs import Expr, Int, index
 from fxopt.ir.loops import Load, Nest, Store, loads_below
 from fxopt.ir.region import Call, Ref, Region, Size
 from fxopt.lower import layout
-from fxopt.lower.opsets import KERNEL_DTYPES, STORAGE_OFFSET_OPS, VIEW_OPS
+from fxopt.lower.opsets import STORAGE_OFFSET_OPS, VIEW_OPS, kernels_hold
 from fxopt.lower.values import (
     Computed,
     Opaque,
@@ -167,7 +167,11 @@ def overload_name(op: torch._ops.OpOverload) -> str:
 def copy_into(ctx: Lowering, node: fx.Node) -> Any:
     """copy_(input, value): store into the input's own memory, after what still wants its old contents is stored."""
     dest, value = ctx.values[node.args[0]], ctx.values[node.args[1]]  # type: ignore[index]
-    if not isinstance(dest, Stored) or dest.dtype not in KERNEL_DTYPES or not isinstance(value, (Stored, Computed)):
+    if (
+        not isinstance(dest, Stored)
+        or not kernels_hold(dest.dtype, dest.device)
+        or not isinstance(value, (Stored, Computed))
+    ):
         return call(ctx, node)
     if value == dest:  # the op that made the value has written it in place
         return dest

@@ -14,18 +14,33 @@ from math import gcd
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, ask, mul, symbol
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.exprs import Int, ask
+from fxopt.ir.loops import Load, Nest, Op, Scalar, Store, postorder, transform
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
-from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Contraction, Matrix, Ref, Region, Step, Way, refs
+from fxopt.ir.quantized_ops import LARGEST
+from fxopt.ir.region import (
+    Alias,
+    Alternatives,
+    Attention,
+    Batch,
+    BufferSpec,
+    Call,
+    Contraction,
+    Matrix,
+    Ref,
+    Region,
+    Step,
+    Way,
+    refs,
+)
 from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.cut_products import cut_to, padding_of
 from fxopt.lower.joining import combine, join, remap, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
-from fxopt.lower.products import CONVOLUTION, Product, columns_of, find_product
-from fxopt.lower.values import cast
+from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, Product, columns_of, find_product
+from fxopt.lower.quantized_products import as_reduction, in_loops, library_form
 
 NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
@@ -64,6 +79,7 @@ class _Search:
         self.accesses = [self._accesses(s) for s in lowered.steps]
         self.convolutions = FusedConvolutions(lowered)
         self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
+        self.views_of: dict[str, tuple[Alias, ...]] = {}
 
     def run(self) -> Lowered:
         alone: dict[int, Product] = {}
@@ -79,7 +95,8 @@ class _Search:
                 continue
             if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
-            if product is not None and (self.every or ask("<=", product.sizes[1], FEW_ROWS) is True):
+            few = product is not None and ask("<=", product.sizes[1], FEW_ROWS) is True
+            if product is not None and (self.every or few or product.call.op in QUANTIZED):
                 alone[k] = product
         before: dict[int, list[Step]] = {}
         for first, *others in self._side_by_side(alone):
@@ -92,7 +109,8 @@ class _Search:
                 self._put(together, first, self._among(rows.name, calls, rows, ways))
         for k, product in alone.items():
             self.steps[k] = self._alternatives((product,), None, self._alone(product))
-        steps = [s for k, own in enumerate(self.steps) for s in (*before.get(k, ()), own) if s is not None]
+        later = [s for k, own in enumerate(self.steps) for s in (*before.get(k, ()), own) if s is not None]
+        steps = [s for own in later for s in (*self.views_of.get(getattr(own, "name", ""), ()), own)]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
 
     def _side_by_side(self, alone: Mapping[int, Product]) -> list[list[int]]:
@@ -232,6 +250,11 @@ class _Search:
 
     def _is_eligible(self, product: Product) -> bool:
         operands = [self.lowered.buffers[m.buffer] for m in (product.a, product.b, product.result)]
+        if product.quantized is not None:
+            return all(s.device.type == "cuda" for s in operands) and operands[0].dtype in (*_DTYPES, torch.float32)
+        if product.call.op == SCALED:
+            same = operands[0].dtype == operands[1].dtype
+            return same and operands[0].dtype in LARGEST and all(s.device.type == "cuda" for s in operands)
         dtype = operands[0].dtype
         if any(s.device.type != "cuda" or s.dtype != dtype for s in operands):
             return False
@@ -374,7 +397,8 @@ class _Search:
         stores = tuple(Store(n, p.index, v) for (n, p), v in zip(products.items(), values, strict=True))
         specs = {n: buffers[n] for store in stores for n in Nest((), (), (store,)).reads() if n in buffers}
         for (name, p), register in zip(products.items(), registers, strict=True):
-            specs |= {n: replace(buffers[p.result.buffer], name=n) for n in (name, register)}
+            own_spec = buffers[p.result.buffer]
+            specs |= {name: replace(own_spec, name=name), register: _in_registers(p, register, own_spec)}
         own = Region("", Nest(one.points, (), stores), specs, region.device, (), (one.call.origin, two.call.origin))
         for mapping in (*mappings(region.nest, shape), *along(region.nest, shape, one.result.buffer)):
             after = _renamed(remap(region.nest, mapping, shape), products)
@@ -396,13 +420,14 @@ class _Search:
         value = product.value(registers, buffers[name].dtype)
         nest = Nest(product.points, (), (Store(name, product.index, value),))
         specs = {n: buffers[n] for n in (*nest.reads(), name) if n in buffers}
-        specs[registers] = replace(buffers[name], name=registers)
+        specs[registers] = _in_registers(product, registers, buffers[name])
         region = Region(f"{name}.gemm", nest, specs, buffers[name].device, (), (product.call.origin,))
         return self._with_epilogue((product,), (registers,), region)
 
     def _with_epilogue(self, products: Sequence[Product], registers: Sequence[str], region: Region) -> Contraction:
         first, *others = products
         operands = [*(m.buffer for p in products for m in (p.a, p.b)), *([first.ends] if first.ends else [])]
+        operands += [p.quantized.scale.buffer for p in products if p.quantized is not None and p.quantized.scale is not None]
         touched = {n: s for n, s in region.buffers.items() if n not in registers}
         touched |= {n: self.convolutions.buffers[n] for n in operands}
         tf32 = self.lowered.buffers[first.a.buffer].dtype == torch.float32
@@ -417,6 +442,7 @@ class _Search:
             touched,
             tf32=tf32,
             ends=first.ends,
+            quantized=tuple(p.quantized for p in products if p.quantized is not None),
         )
         return replace(made, c=others[0].b, second=registers[1]) if others else made
 
@@ -433,13 +459,33 @@ class _Search:
         calls = tuple(p.call for p in products)
         found = [c for c in (fused, both) if c is not None]
         ways = [Way(LIBRARY, (*calls, region) if region else calls)]
-        if fused is not None:
+        if fused is not None and not fused.quantized:
             ways.append(Way(FUSED, (*calls[1:], fused)))
-        if both is not None:
+        if both is not None and not both.quantized:
             ways.append(Way(TWO, (both,)))
-        if products[0].sizes[:2] == (1, 1) and not products[0].ends:
+        if in_loops(products[0]):
             ways.append(Way(ROW, (as_reduction(found[-1]),)))
-        return self._among(found[0].name, calls, region, ways)
+        return self._with_library_forms(products, fused, self._among(found[0].name, calls, region, ways))
+
+    def _with_library_forms(
+        self, products: Sequence[Product], fused: Contraction | None, found: Alternatives
+    ) -> Alternatives:
+        """`found` for quantized `products`, also by library calls on what kernels have prepared or finish."""
+        if fused is None or products[0].call.op not in QUANTIZED or len(products) > 1:
+            return found
+        form = library_form(products[0], fused, self.lowered.buffers)
+        if form is None:
+            return found
+        self.convolutions.buffers.update(form.buffers)
+        self.views.update({v.name: v for v in form.views})
+        self.views_of[found.name] = form.views
+        more = {n: self.convolutions.buffers[n] for n in form.names}
+        return replace(
+            found,
+            ways=(*found.ways, form.way),
+            buffers=found.buffers | more,
+            views=(*found.views, *form.views),
+        )
 
     def _among(self, name: str, calls: Sequence[Call], region: Region | None, ways: Sequence[Way]) -> Alternatives:
         """`ways` to compute `calls` and `region`, with all that these and contractions touch."""
@@ -484,6 +530,11 @@ def _uses_tf32(product: Product) -> bool:
     return convolutions_use_tf32() if product.call.op == CONVOLUTION else products_use_tf32()
 
 
+def _in_registers(product: Product, name: str, result: BufferSpec) -> BufferSpec:
+    """The pseudo-buffer of a product whose call makes `result`."""
+    return replace(result, name=name, dtype=torch.float32 if product.call.op in QUANTIZED else result.dtype)
+
+
 def _is_plain(nest: Nest) -> bool:
     """Whether every store is an ordinary one and no index is checked: a failing check would end the context while
     candidates are measured on made-up data."""
@@ -524,25 +575,6 @@ def _renamed(nest: Nest, products: Mapping[str, Product]) -> Nest | None:
     return replace(nest, stores=stores)
 
 
-def as_reduction(contraction: Contraction) -> Region:
-    """Products of one row as a region that reduces: every element of the right operands is read once."""
-    assert isinstance(contraction.a, Matrix)
-    k = Sym("r3", size=contraction.depth)
-    batch, row, column = contraction.axes
-
-    def element(matrix: Matrix, row: Int, column: Int) -> Scalar:
-        load = Load(matrix.buffer, _at(matrix, batch, row, column), contraction.buffers[matrix.buffer].dtype)
-        return cast(load, torch.float32)
-
-    left = element(contraction.a, symbol(row), symbol(k))
-    totals = {}
-    for name, matrix in contraction.products.items():
-        each = Op("mul", (left, element(matrix, symbol(k), symbol(column))), torch.float32)
-        totals[name] = Reduce("sum", (each,), (k,), torch.float32)
-    operands = {m.buffer: contraction.buffers[m.buffer] for m in (contraction.a, *contraction.products.values())}
-    return contraction.reduced(f"{contraction.name}.row", totals, operands)
-
-
 def _equal_parts(products: Sequence[Product]) -> list[Product]:
     """`products` of one row cut into parts of equally many columns."""
     count = gcd(*(p.sizes[3] for p in products))
@@ -558,11 +590,6 @@ def _rows_of(parts: Sequence[Region]) -> Region | None:
     for part in others:
         whole = None if whole is None else join(whole, part)
     return whole
-
-
-def _at(matrix: Matrix, batch: Sym | None, row: Int, column: Int) -> Int:
-    out = add(matrix.offset, add(mul(row, matrix.row), mul(column, matrix.column)))
-    return out if batch is None else add(out, mul(symbol(batch), matrix.batch))
 
 
 def replaced(lowered: Lowered, kept: dict[str, Way]) -> Lowered:

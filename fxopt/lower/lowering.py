@@ -18,7 +18,7 @@ from fxopt.ir.region import Alias, BufferSpec, Ref, Region, Size, Step
 from fxopt.journal import Journal
 from fxopt.lower import calls, cost, layout
 from fxopt.lower.one_hot import only_term
-from fxopt.lower.opsets import KERNEL_DTYPES, LIBRARY_OPS, VIEW_OPS
+from fxopt.lower.opsets import LIBRARY_OPS, VIEW_OPS, kernels_hold
 from fxopt.lower.small import empty_reduction, trivial_reduction
 from fxopt.lower.table import table
 from fxopt.lower.values import (
@@ -181,7 +181,7 @@ class Lowering:
         if node.target not in self.table or node.name in self.library_nodes or calls.changes_device(node):
             return True
         tensors = [*_tensor_vals(node), *(t for a in node.all_input_nodes for t in _tensor_vals(a))]
-        return not all(t.dtype in KERNEL_DTYPES and t.layout == torch.strided and not t.is_nested for t in tensors)
+        return not all(kernels_hold(t.dtype, t.device) and t.layout == torch.strided and not t.is_nested for t in tensors)
 
     def _needs_tensors(self, node: fx.Node) -> bool:
         if node.target in LIBRARY_OPS:  # also one that is lowered to several calls

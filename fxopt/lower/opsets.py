@@ -7,6 +7,8 @@ import torch
 import fxopt.ir.random_ops  # noqa: F401  (defines torch.ops.fxopt.seed)
 from fxopt.ir.attention_op import attention, attention_backward, attention_forward
 from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy_backward, linear_cross_entropy_op
+from fxopt.ir.quantized_ops import QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
+from fxopt.ir.rounding import FLOAT8
 
 aten = torch.ops.aten
 
@@ -77,6 +79,9 @@ LIBRARY_OPS = frozenset(
         attention_backward,
         linear_cross_entropy_op,
         linear_cross_entropy_backward,
+        QUANTIZE_WEIGHT,
+        SCALED_MM,
+        WEIGHT_ONLY_MM,
         torch.ops.fxopt.seed.default,
         # What tracing one_hot, repeat_interleave and the like leaves to be checked at run time.
         aten._assert_async.default,
@@ -98,3 +103,8 @@ KERNEL_DTYPES = frozenset(
     }
 )
 """Element types that generated kernels read and write; ops on others are library calls."""
+
+
+def kernels_hold(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether generated kernels of `device` read and write `dtype`: on GPUs those of 8 floating bits too."""
+    return dtype in KERNEL_DTYPES or (dtype in FLOAT8 and device.type == "cuda")

@@ -14,13 +14,18 @@ import torch
 
 from fxopt.ir.exprs import Int, Sym, add, ask, mul, prod, symbol
 from fxopt.ir.loops import Load, Op, Scalar, transform
-from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Ref
+from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Quantized, Ref
 from fxopt.lower.values import cast
 
 _ADDEND = {"aten::mm.default": False, "aten::bmm.default": False, "aten::addmm.default": True, "aten::baddbmm.default": True}
 """The products, and whether their first argument is added to the result."""
 
 CONVOLUTION = "aten::convolution.default"
+SCALED = "fxopt::scaled_mm.default"
+WEIGHT_ONLY = "fxopt::weight_only_mm.default"
+QUANTIZED = (SCALED, WEIGHT_ONLY)
+"""Products of few bits, whose scales and bias are applied to the float32 sum."""
+
 _GROUPED = "aten::_grouped_mm.default"
 _GROUPED_ARGUMENTS = ("self", "mat2", "offs", "bias", "out_dtype")
 
@@ -40,6 +45,10 @@ class Product:
     sizes: tuple[int, Int, int, int]  # Z, M, K, N; the number of rows may be known only at run time
     axes: tuple[Sym | None, Sym, Sym]
     addend: Load | None
+    scales: tuple[Load, ...] = ()
+    """Factors of the product, before the addend, of quantized operands."""
+    quantized: Quantized | None = None
+    """Of a product whose weight alone is of few bits."""
     ends: str = ""
     """Of a grouped product, the buffer of the rows at which groups end; b is then [G, K, N]."""
 
@@ -54,8 +63,18 @@ class Product:
 
     def value(self, registers: str, dtype: torch.dtype) -> Scalar:
         """The call's element at `axes`, where the product itself is the load of the pseudo-buffer `registers`."""
+        if self.call.op in QUANTIZED:
+            return self._scaled(Load(registers, self.index, torch.float32), dtype)
         product: Scalar = Load(registers, self.index, dtype)
         return product if self.addend is None else Op("add", (product, cast(self.addend, dtype)), dtype)
+
+    def _scaled(self, total: Scalar, dtype: torch.dtype) -> Scalar:
+        """The call's element, of `dtype`, from the float32 sum of products."""
+        for scale in self.scales:
+            total = Op("mul", (total, scale), torch.float32)
+        if self.addend is not None:
+            total = Op("add", (total, cast(self.addend, torch.float32)), torch.float32)
+        return cast(total, dtype)
 
 
 def columns_of(product: Product, first: int, count: int) -> Product:
@@ -66,13 +85,23 @@ def columns_of(product: Product, first: int, count: int) -> Product:
 
     z, y, x = product.axes
     own = Sym(x.name, size=count)
-    addend = None if product.addend is None else transform(product.addend, {x: add(symbol(own), first)})
-    assert addend is None or isinstance(addend, Load)
+
+    def part(load: Load) -> Load:
+        out = transform(load, {x: add(symbol(own), first)})
+        assert isinstance(out, Load)
+        return out
+
+    addend = None if product.addend is None else part(product.addend)
+    scales = tuple(map(part, product.scales))
     sizes = (*product.sizes[:3], count)
-    b, result = moved(product.b), moved(product.result)
+    b, result, quantized = moved(product.b), moved(product.result), product.quantized
+    if quantized is not None and quantized.scale is not None:
+        quantized = replace(quantized, scale=moved(quantized.scale))
     if product.sizes[1] == 1:  # where any stride is right, that of a loop over the elements
         result = replace(result, row=count)
-    return replace(product, b=b, result=result, sizes=sizes, axes=(z, y, own), addend=addend)
+    return replace(
+        product, b=b, result=result, sizes=sizes, axes=(z, y, own), addend=addend, scales=scales, quantized=quantized
+    )
 
 
 def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
@@ -81,6 +110,10 @@ def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[s
         return _pointwise_convolution(call, buffers, views)
     if call.op == _GROUPED:
         return _grouped(call, buffers, views)
+    if call.op == SCALED:
+        return _scaled(call, buffers, views)
+    if call.op == WEIGHT_ONLY:
+        return _weight_only(call, buffers, views)
     if call.op not in _ADDEND or call.kwargs or not all(isinstance(a, Ref) for a in call.args) or call.outputs[0] is None:
         return None
     operands = [as_view(a.name, buffers, views) for a in call.args]
@@ -100,6 +133,56 @@ def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[s
     return Product(call, a, b, result, (batch, m, depth, n), axes, added)
 
 
+def _weight_only(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
+    """Rows [M, K] by a weight [N, K] of few bits."""
+    left, right, scales, bias, bits, group = call.args
+    given = [left, right, scales, *([bias] if bias is not None else [])]
+    found = [as_view(x.name, buffers, views) for x in given if isinstance(x, Ref)]
+    if len(found) < len(given) or any(v is None for v in found) or call.outputs[0] is None:
+        return None
+    made = as_view(call.outputs[0], buffers, views)
+    rows, weight, scale, *added = (v for v in found if v is not None)
+    (m, depth), n = rows.shape, weight.shape[0]
+    if made is None or not (isinstance(depth, int) and isinstance(n, int)) or n < 2 or depth < 1:
+        return None
+    if ask("<=", 1, m) is not True:
+        return None
+    axes = (None, Sym("x1", size=m), Sym("x2", size=n))
+    b = Matrix(weight.of, weight.offset, 0, *weight.strides[::-1])
+    addend = broadcast(added[0], (m, n), axes, buffers) if added else None
+    sizes = (1, m, depth, n)
+    if bits == 8:
+        factors = (broadcast(scale, (m, n), axes, buffers),)
+        return Product(call, _matrix(rows), b, _matrix(made), sizes, axes, addend, factors, Quantized(bits, 0, None))
+    of_groups = Matrix(scale.of, scale.offset, 0, *scale.strides[::-1])
+    quantized = Quantized(bits, group or depth, of_groups)
+    return Product(call, _matrix(rows), b, _matrix(made), sizes, axes, addend, (), quantized)
+
+
+def _scaled(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
+    """8-bit rows [M, K] by a weight [N, K]."""
+    left, right, *scales, bias, _ = call.args
+    given = [left, right, *scales, *([bias] if bias is not None else [])]
+    if not all(isinstance(x, Ref) for x in given) or call.outputs[0] is None:
+        return None
+    found = [as_view(x.name, buffers, views) for x in given]
+    made = as_view(call.outputs[0], buffers, views)
+    if made is None or any(v is None for v in found):
+        return None
+    rows, weight, *others = (v for v in found if v is not None)
+    (m, depth), n = rows.shape, weight.shape[0]
+    if not (isinstance(depth, int) and isinstance(n, int)) or n < 2 or depth < 1 or ask("<=", 1, m) is not True:
+        return None
+    axes = (None, Sym("x1", size=m), Sym("x2", size=n))
+    scale_a, scale_b, *added = others
+    if scale_a.shape:  # one for each row
+        scale_a = replace(scale_a, shape=(m, 1), strides=(*scale_a.strides, 0))
+    loads = [broadcast(v, (m, n), axes, buffers) for v in (scale_a, scale_b, *added)]
+    b = Matrix(weight.of, weight.offset, 0, *weight.strides[::-1])
+    addend = loads[2] if added else None
+    return Product(call, _matrix(rows), b, _matrix(made), (1, m, depth, n), axes, addend, tuple(loads[:2]))
+
+
 def _grouped(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
     """Rows [M, K] in groups, each by a matrix of its own of [G, K, N]: a mixture of experts."""
     given = dict(zip(_GROUPED_ARGUMENTS, call.args, strict=False)) | call.kwargs
@@ -117,7 +200,7 @@ def _grouped(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, 
     if not (isinstance(m, int) and isinstance(depth, int) and isinstance(n, int)) or n < 2 or min(m, depth) < 1:
         return None
     axes = (None, Sym("x1", size=m), Sym("x2", size=n))
-    return Product(call, _matrix(rows), _matrix(weights), _matrix(made), (1, m, depth, n), axes, None, spec.name)
+    return Product(call, _matrix(rows), _matrix(weights), _matrix(made), (1, m, depth, n), axes, None, ends=spec.name)
 
 
 def _pointwise_convolution(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:

@@ -10,10 +10,10 @@ A printed entry has flat parameters and calls one of
 Shapes: a is [batch, M, K], b is [batch, K, N], a result tile [BM, BN]. Sizes and strides are literals where they are known,
 else int32 values; what has to be masked is decided from the literals.
 
-`EPILOGUE(acc, y, x, z, extra)` gets a float32 block of the product, its row numbers y [R, 1] and column numbers x [1, C]
-(both int32), the number z of the product in the batch (int32 scalar), and the entry's tuple `extra` of whatever it needs. It
-masks rows from M on and columns from N on in all that it loads and stores, and takes R and C as they come. That of a dual
-product gets both blocks first.
+`EPILOGUE(acc, y, x, z, extra)` gets a float32 block of the product (of int8 operands, summed in int32), its row numbers
+y [R, 1] and column numbers x [1, C] (both int32), the number z of the product in the batch (int32 scalar), and the entry's
+tuple `extra` of whatever it needs. It masks rows from M on and columns from N on in all that it loads and stores, and takes
+R and C as they come. That of a dual product gets both blocks first.
 
 SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a
 leave empty and the columns of b fill. The epilogue does not notice.
@@ -38,6 +38,23 @@ def is_literal(value, wanted):
     return isinstance(value, int) and value == wanted
 
 
+@triton.constexpr_function
+def accumulator(dtype):
+    """What products of `dtype` are summed in."""
+    return tl.int32 if dtype == tl.int8 else tl.float32
+
+
+@triton.jit
+def multiplied(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b of two blocks. Tensor cores sum 8-bit floats with fewer bits than float32 has; "promoted" adds what they
+    have summed up over a block to the accumulator outside of them.
+    """
+    if PRECISION == "promoted":
+        return tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
 @triton.jit
 def tile_of(program, rows, columns, GROUP: tl.constexpr):
     """(batch, row tile, column tile) of a program: GROUP row tiles go through all columns together.
@@ -57,7 +74,7 @@ def tile_of(program, rows, columns, GROUP: tl.constexpr):
 def finish(acc, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr):
     """The epilogue in SUBTILE parts of the columns, which begin at x: a part needs less shared memory for its layout."""
     if SUBTILE == 1:
-        EPILOGUE(acc, y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
+        EPILOGUE(acc.to(tl.float32), y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
     else:
         halves = tl.permute(tl.reshape(acc, [acc.shape[0], 2, COLUMNS // 2]), [0, 2, 1])
         left, right = tl.split(halves)
@@ -132,7 +149,7 @@ def pointer_product(
     kw = widened(k, WIDE)
     a_block = a + (ya[:, None] * a_row + kw[None, :] * a_column)
     b_block = b + (kw[:, None] * b_row + xb[None, :] * b_column)
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = tl.zeros([BM, BN], accumulator(a.dtype.element_ty))
     for k0 in range(first, end, BK):
         at = widened(tl.full([], 0, tl.int32) + k0, WIDE)  # a tensor in the interpreter too
         a_tile = fetch(
@@ -141,7 +158,7 @@ def pointer_product(
         b_tile = fetch(
             b_block + at * b_row, (x < N)[None, :], (k < K - k0)[:, None], masked(BN, N, b_column), not divides(BK, K)
         )
-        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+        acc = multiplied(a_tile, b_tile, acc, PRECISION)
     return acc
 
 
@@ -172,7 +189,8 @@ def pointer_gemm(
 ):  # fmt: skip
     """`EPILOGUE(a @ b)`; the grid is batch * cdiv(M, BM) * cdiv(N, BN) programs.
 
-    a, b: pointers to the first elements. Strides in elements. PRECISION ("tf32" or "ieee") is that of float32 operands.
+    a, b: pointers to the first elements. Strides in elements. PRECISION ("tf32" or "ieee") is that of float32 operands, or
+    "promoted" (`multiplied`).
     WIDE: an offset within one matrix may reach 2**31 elements.
     """
     z, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
@@ -205,7 +223,7 @@ def store_partial(acc, partial, at, y, x, M, N, BM: tl.constexpr, BN: tl.constex
     """`acc` as a tile of the at-th matrix of partial sums."""
     rows, columns = y + tl.arange(0, BM)[:, None], x + tl.arange(0, BN)[None, :]
     matrix = partial + at.to(tl.int64) * M * N
-    tl.store(matrix + (rows * N + columns), acc, mask=(rows < M) & (columns < N))
+    tl.store(matrix + (rows * N + columns), acc.to(tl.float32), mask=(rows < M) & (columns < N))
 
 
 # --- loads through tensor descriptors
@@ -219,7 +237,7 @@ def descriptor_product(
     """The float32 tile [BM, BN] at row y of a and column x of b. Matrices begin at the descriptors' rows a_first and
     b_first.
     """
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = tl.zeros([BM, BN], accumulator(a.dtype))
     for k in range(first, end, BK):
         if A_K_LAST:
             a_tile = a.load([a_first + y, k])
@@ -229,7 +247,7 @@ def descriptor_product(
             b_tile = b.load([b_first + x, k]).T
         else:
             b_tile = b.load([b_first + k, x])
-        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+        acc = multiplied(a_tile, b_tile, acc, PRECISION)
     return acc
 
 
@@ -299,7 +317,7 @@ def tma_split_gemm(
 def dual_finish(one, two, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr):
     """`finish` for two blocks."""
     if SUBTILE == 1:
-        EPILOGUE(one, two, y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
+        EPILOGUE(one.to(tl.float32), two.to(tl.float32), y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
     else:
         one_left, one_right = tl.split(tl.permute(tl.reshape(one, [one.shape[0], 2, COLUMNS // 2]), [0, 2, 1]))
         two_left, two_right = tl.split(tl.permute(tl.reshape(two, [two.shape[0], 2, COLUMNS // 2]), [0, 2, 1]))
@@ -319,15 +337,16 @@ def dual_pointer_product(
     a_block = a + (ya[:, None] * a_row + kw[None, :] * a_column)
     b_offset = kw[:, None] * b_row + xb[None, :] * b_column
     b_block, c_block = b + b_offset, c + b_offset
-    one, two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    one = tl.zeros([BM, BN], accumulator(a.dtype.element_ty))
+    two = tl.zeros([BM, BN], accumulator(a.dtype.element_ty))
     for k0 in range(0, K, BK):
         at = widened(tl.full([], 0, tl.int32) + k0, WIDE)
         rows, columns, more = (y < M)[:, None], (x < N)[None, :], k < K - k0
         a_tile = fetch(a_block + at * a_column, rows, more[None, :], masked(BM, M, a_row), not divides(BK, K))
         b_tile = fetch(b_block + at * b_row, columns, more[:, None], masked(BN, N, b_column), not divides(BK, K))
         c_tile = fetch(c_block + at * b_row, columns, more[:, None], masked(BN, N, b_column), not divides(BK, K))
-        one = tl.dot(a_tile, b_tile, one, input_precision=PRECISION)
-        two = tl.dot(a_tile, c_tile, two, input_precision=PRECISION)
+        one = multiplied(a_tile, b_tile, one, PRECISION)
+        two = multiplied(a_tile, c_tile, two, PRECISION)
     return one, two
 
 
@@ -354,7 +373,8 @@ def dual_descriptor_product(
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`descriptor_product` of a with b and with c, whose matrices begin at the same row."""
-    one, two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    one = tl.zeros([BM, BN], accumulator(a.dtype))
+    two = tl.zeros([BM, BN], accumulator(a.dtype))
     for k in range(0, K, BK):
         if A_K_LAST:
             a_tile = a.load([a_first + y, k])
@@ -364,8 +384,8 @@ def dual_descriptor_product(
             b_tile, c_tile = b.load([b_first + x, k]).T, c.load([b_first + x, k]).T
         else:
             b_tile, c_tile = b.load([b_first + k, x]), c.load([b_first + k, x])
-        one = tl.dot(a_tile, b_tile, one, input_precision=PRECISION)
-        two = tl.dot(a_tile, c_tile, two, input_precision=PRECISION)
+        one = multiplied(a_tile, b_tile, one, PRECISION)
+        two = multiplied(a_tile, c_tile, two, PRECISION)
     return one, two
 
 

@@ -15,6 +15,7 @@ from math import ceil
 
 import torch
 
+from fxopt.ir.rounding import FLOAT8
 from fxopt.target import Target
 
 ALIGNMENT = 16
@@ -75,6 +76,9 @@ OPS_WARPS = 12
 
 CODE_SECONDS = 0.006e-6
 """What fetching the code of one such function costs, which is there for each element of a thread."""
+
+LONGEST_IMPRECISE_SUM = 1024
+"""Elements of 8-bit floats that tensor cores may sum up without promotion."""
 
 RESERVED_SHARED = 1024
 _REGISTERS_BESIDE_ACCUMULATOR = 56
@@ -191,6 +195,11 @@ class GemmProblem:
         return self.dtype == torch.float32 and self.precision == "tf32"
 
     @property
+    def sums_imprecisely(self) -> bool:
+        """Sums of 8-bit floats so long that what Hopper's tensor cores lose of them would be seen."""
+        return self.dtype in FLOAT8 and self.k > LONGEST_IMPRECISE_SUM
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.products * self.batch * self.m * self.n * self.k
 
@@ -217,7 +226,8 @@ class GemmConfig:
 
     `programs` is how many persistent programs share the tiles (0: one program a tile); with `flatten` they load the next
     tile during an epilogue. `swap` computes the transposed tile. `split` > 1 stores so many partial sums; `subtile` is the
-    number of parts in which the epilogue goes over a tile's columns.
+    number of parts in which the epilogue goes over a tile's columns. `promote` sums 8-bit floats in float32 from block to
+    block, for which a tile has a second accumulator.
     """
 
     tma: bool
@@ -232,6 +242,7 @@ class GemmConfig:
     programs: int = 0
     flatten: bool = False
     swap: bool = False
+    promote: bool = False
 
     def __str__(self) -> str:
         words = [
@@ -240,6 +251,7 @@ class GemmConfig:
         ]
         words += [f"split{self.split}"] * (self.split > 1) + [f"sub{self.subtile}"] * (self.subtile > 1)
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
+        words += ["promote"] * self.promote
         return " ".join(words)
 
     @property
@@ -272,7 +284,7 @@ class GemmConfig:
     def per_sm(self, problem: GemmProblem, target: Target) -> int:
         """Programs that one multiprocessor holds at a time; 0 when the configuration does not fit."""
         threads = self.warps * target.warp_size
-        accumulator = problem.products * self.block_m * self.block_n // threads
+        accumulator = problem.products * self.block_m * self.block_n // threads * (1 + self.promote)
         others = _REGISTERS_BESIDE_ACCUMULATOR
         if not target.has_warpgroup_products:  # operands go through registers
             others += _REGISTERS_OF_OPERANDS * problem.products
@@ -317,6 +329,8 @@ def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
     if problem.exact and problem.m > _FEWEST_ROWS:
         return []
     found = dict.fromkeys(c for c in _forms(problem, target) if not problem.is_tf32 or _rounds_to_tf32(problem, c))
+    if problem.sums_imprecisely and target.is_hopper:
+        found = dict.fromkeys(replace(c, promote=True) for c in found)
     if problem.rows:
         found = dict.fromkeys(c for c in found if c.split == 1 and not c.programs)
     return [c for c in found if c.per_sm(problem, target) > 0 and _inner_blocks_fit(problem, c)]

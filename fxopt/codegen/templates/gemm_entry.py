@@ -17,6 +17,7 @@ GROUPED_MODULE = "from fxopt.codegen.templates import grouped_gemm"
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
+    torch.int8: "i8",
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
@@ -61,7 +62,7 @@ def gemm_call(
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
     split, dual = config.split > 1, problem.c is not None
     operands = dict(zip((a, b, c), problem.matrices, strict=False))
-    way = f'PRECISION="{problem.precision}"'
+    way = f'PRECISION="{"promoted" if config.promote else problem.precision}"'
     way += "" if dual else f", SWAP={config.swap}"
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"

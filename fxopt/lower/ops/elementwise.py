@@ -12,7 +12,7 @@ import torch
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Expr, Int
 from fxopt.ir.loops import Const, Load, Op, Scalar, postorder
-from fxopt.ir.rounding import HALVES, rounded
+from fxopt.ir.rounding import HALVES, NARROW, rounded
 from fxopt.lower.calls import moved
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.terms import Term
@@ -21,8 +21,8 @@ from fxopt.lower.values import Computed, Stored, Value, at, broadcast_indices, b
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What element-wise ops and reductions of `dtype` compute in: float32 for the half types, else `dtype`."""
-    return torch.float32 if dtype in HALVES else dtype
+    """What element-wise ops and reductions of `dtype` compute in: float32 for the narrow types, else `dtype`."""
+    return torch.float32 if dtype in NARROW else dtype
 
 
 def is_value(x: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import UnsupportedError
-from fxopt.ir.rounding import HALVES
+from fxopt.ir.rounding import NARROW
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
 from fxopt.lower.ops.elementwise import compute_dtype, elementwise, formula
@@ -175,8 +175,8 @@ formula(TABLE, aten.copysign.Tensor, aten.copysign.Scalar)(_binary_op("copysign"
 
 @TABLE.lowers(aten.nextafter.default)
 def _nextafter(ctx: Lowering, a: Value, b: Value) -> Computed:
-    if ctx.out().dtype in HALVES:
-        raise UnsupportedError("nextafter of a half type is not that of float32")
+    if ctx.out().dtype in NARROW:
+        raise UnsupportedError("nextafter of a narrow type is not that of float32")
     return elementwise(ctx, (a, b), _binary_op("nextafter"))
 
 
