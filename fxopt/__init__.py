@@ -1,8 +1,8 @@
 """fxopt: a `torch.compile` backend that captures, fuses, measures and replays whole graphs.
 
 `torch.compile(model, backend="fxopt")` needs no import of this package. What is here is for looking inside (`explain`), for
-frozen models (`refreeze`), for quantization (`calibrate`, `Calibration`, `Decisions`) and for typed settings (`Options`).
-Every name is loaded on first use, so `import fxopt` is light.
+frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `Calibration`, `Decisions`) and for typed settings
+(`Options`). Every name is loaded on first use, so `import fxopt` is light.
 """
 
 from __future__ import annotations
@@ -15,11 +15,22 @@ if TYPE_CHECKING:
     from fxopt.options import Options
     from fxopt.precision import Decisions
     from fxopt.quant.calibrate import calibrate
+    from fxopt.quant.search import quantize
     from fxopt.quant.table import Calibration
     from fxopt.report import Explanation, explain
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "Decisions", "Explanation", "Options", "__version__", "calibrate", "explain", "refreeze"]
+__all__ = [
+    "Calibration",
+    "Decisions",
+    "Explanation",
+    "Options",
+    "__version__",
+    "calibrate",
+    "explain",
+    "quantize",
+    "refreeze",
+]
 
 _HOME = {
     "Calibration": ("fxopt.quant.table", "Calibration"),
@@ -28,6 +39,7 @@ _HOME = {
     "Options": ("fxopt.options", "Options"),
     "calibrate": ("fxopt.quant.calibrate", "calibrate"),
     "explain": ("fxopt.report", "explain"),
+    "quantize": ("fxopt.quant.search", "quantize"),
     "refreeze": ("fxopt.capture.freeze", "refreeze"),
 }
 

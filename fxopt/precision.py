@@ -48,6 +48,22 @@ def group_of(inner: int) -> int | None:
     return next((group for group in GROUPS if inner % group == 0), None)
 
 
+MULTIPLE = 16
+"""Of rows and columns of an 8-bit weight on CUDA: what tensor cores and libraries take."""
+
+
+def misfit(precision: str, columns: int, inner: int, device: str) -> str | None:
+    """Why a layer whose weight is [columns, inner] cannot have a precision on a kind of device; None if it can."""
+    given = PRECISIONS[precision]
+    if not columns or not inner:
+        return "it is empty"
+    if device == "cuda" and (inner % MULTIPLE or (given.activations is not None and columns % MULTIPLE)):
+        return f"its weight is {columns} x {inner}, and on a GPU both have to be multiples of {MULTIPLE}"
+    if given.group and group_of(inner) is None:
+        return f"its inner dimension {inner} is no multiple of {GROUPS[-1]}"
+    return None
+
+
 _WILD = frozenset("*?[")
 
 

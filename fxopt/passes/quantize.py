@@ -33,15 +33,12 @@ from fxopt.options import suggestion
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
 from fxopt.passes.facts import tensor
-from fxopt.precision import GROUPS, HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of
+from fxopt.precision import HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of, misfit
 
 aten = torch.ops.aten
 
 TOPIC = "precision"
 """Of the journal's notes."""
-
-MULTIPLE = 16
-"""Of rows and columns of an 8-bit weight on CUDA: what tensor cores and libraries take."""
 
 LEAST_SCALE = torch.finfo(torch.float32).tiny
 """Of a row: its inverse is finite."""
@@ -137,11 +134,11 @@ class _Rewrite:
     def layer(self, layer: Layer, name: str) -> str:
         """Replace the layer's node; how, for people. Raises _HighError."""
         precision = PRECISIONS[name]
-        _check_operands(layer, precision)
+        _check_operands(layer, name)
         bias = _bias(layer)
         args: tuple[Any, ...]
         if precision.activations is None:
-            group = _group(layer) if precision.group else 0
+            group = (group_of(layer.shape[1]) or 0) if precision.group else 0
             weight, scales = self._weight(layer, precision, group)
             target, args = WEIGHT_ONLY_MM, (layer.x, weight, scales, bias, precision.bits, group)
             how = f", groups of {group}" if group else ""
@@ -256,7 +253,7 @@ class _Rewrite:
         return self._made[key]
 
 
-def _check_operands(layer: Layer, precision: Precision) -> None:
+def _check_operands(layer: Layer, name: str) -> None:
     if layer.kind != LINEAR:
         raise _HighError("convolutions are not quantized")
     x, weight = tensor(layer.x), tensor(layer.weight)
@@ -267,10 +264,9 @@ def _check_operands(layer: Layer, precision: Precision) -> None:
     if x.device != weight.device:
         raise _HighError(f"its operands are on {x.device} and {weight.device}")
     columns, inner = layer.shape
-    if not columns or not inner:
-        raise _HighError("it is empty")
-    if x.device.type == "cuda" and (inner % MULTIPLE or (precision.activations is not None and columns % MULTIPLE)):
-        raise _HighError(f"its weight is {columns} x {inner}, and on a GPU both have to be multiples of {MULTIPLE}")
+    problem = misfit(name, columns, inner, x.device.type)
+    if problem is not None:
+        raise _HighError(problem)
 
 
 def _bias(layer: Layer) -> fx.Node | None:
@@ -282,12 +278,3 @@ def _bias(layer: Layer) -> fx.Node | None:
     if value is None or tuple(value.shape) != layer.shape[:1] or not value.is_floating_point():
         raise _HighError("what is added to its product is no bias")
     return bias
-
-
-def _group(layer: Layer) -> int:
-    """How many neighbours share a scale. Raises _HighError."""
-    inner = layer.shape[1]
-    group = group_of(inner)
-    if group is None:
-        raise _HighError(f"its inner dimension {inner} is no multiple of {GROUPS[-1]}")
-    return group

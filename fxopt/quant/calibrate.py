@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ import fxopt
 from fxopt.errors import CalibrationError
 from fxopt.ir.layers import CONVOLUTION, LINEAR
 from fxopt.journal import RECENT
+from fxopt.quant.batches import Forward, call_model, on_device, shown
 from fxopt.quant.observers import Collector
 from fxopt.quant.table import AMBIGUOUS, NEVER, ZERO, Calibration, LayerRange, check_method, joined_layers
-
-Forward = Callable[[Any, Any], Any]
 
 MOST_NAMED = 5
 """Layers that a warning names; of the others it tells the number."""
@@ -54,9 +53,9 @@ def calibrate(
     compiled = _observed(model, collector, backend)
     count = 0
     with torch.no_grad():
-        for batch in _shown(itertools.islice(loader, batches), progress):
+        for batch in shown(itertools.islice(loader, batches), "calibrating", progress):
             collector.begin_batch()
-            (forward or _call)(compiled, _on_device(batch, model))
+            (forward or call_model)(compiled, on_device(batch, model))
             count += 1
     if not count:
         raise CalibrationError("the loader gave no batch: there is nothing to calibrate with")
@@ -91,32 +90,6 @@ def _observed(model: nn.Module, collector: Collector, backend: Any) -> Callable[
     options: dict[str, Any] = {"freeze": True, "observer": collector, "tuning_seconds": 0, "cuda_graphs": False}
     compiled: Callable[..., Any] = torch.compile(call, backend=backend, options=options)
     return compiled
-
-
-def _call(model: Callable[..., Any], batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def _on_device(batch: Any, model: nn.Module) -> Any:
-    """Tensors of `batch` where the model's weights are, if these are on one device."""
-    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers())}
-    if len(devices) != 1:
-        return batch
-    device = devices.pop()
-    plain = dict(batch) if isinstance(batch, Mapping) else batch  # transformers' batches are mappings of their own
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), plain)
-
-
-def _shown(batches: Iterator[Any], progress: bool) -> Iterator[Any]:
-    if not progress:
-        yield from batches
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(batches, "calibrating", total=None, console=Console(stderr=True), transient=True)
 
 
 def _retreats() -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.ir.quantized_ops import dequantized, quantize_weight
-from fxopt.precision import GROUPS, PRECISIONS, group_of
+from fxopt.precision import PRECISIONS, group_of, misfit
 from fxopt.quant.ranges import GRIDS, Grid
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
@@ -126,12 +126,10 @@ class _Products(TorchDispatchMode):
 
 def obstacle(call: LayerCall, precision: str) -> str | None:
     """Why the layer cannot be had in `precision`; None if it can."""
-    given, inner = PRECISIONS[precision], call.weight.shape[1]
     if call.x.dtype not in _FLOATING or call.weight.dtype != call.x.dtype:
         return f"its operands are {call.x.dtype} and {call.weight.dtype}"
-    if given.group and group_of(inner) is None:
-        return f"its inner dimension {inner} is no multiple of {GROUPS[-1]}"
-    return None
+    columns, inner = call.weight.shape
+    return misfit(precision, columns, inner, call.weight.device.type)
 
 
 def quantized(call: LayerCall, precision: str, scale: float | None = None) -> Tensor:
@@ -159,15 +157,3 @@ def _on_grid(x: Tensor, grid: Grid, scale: float | None) -> Tensor:
     else:
         steps = x.new_tensor(scale)
     return grid.rounded(x * steps.reciprocal()).to(x.dtype) * steps
-
-
-def calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, LayerCall]:
-    """The layers that one call of `model` runs, in order, with the operands they had."""
-    found: dict[str, LayerCall] = {}
-
-    def note(call: LayerCall) -> None:
-        found[call.name] = call
-
-    with torch.no_grad(), treated(model, note):
-        model(*args, **kwargs)
-    return found

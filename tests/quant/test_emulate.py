@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxopt.quant.emulate import LayerCall, calls, obstacle, quantized, treated
+from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
 
 
 class _Block(nn.Module):
@@ -24,12 +24,19 @@ def _model() -> nn.Module:
     return nn.Sequential(_Block(), nn.ReLU(), nn.Linear(4, 3)).eval()
 
 
+def _calls(model: nn.Module, x: Tensor) -> dict[str, LayerCall]:
+    found: dict[str, LayerCall] = {}
+    with torch.no_grad(), treated(model, lambda call: found.update({call.name: call})):
+        model(x)
+    return found
+
+
 def test_layers_have_the_names_of_their_modules() -> None:
     model, x = _model(), torch.randn(2, 5, 8)
-    found = calls(model, (x,), {})
+    found = _calls(model, x)
     assert list(found) == ["0.query", "0.query#1", "0.out", "2"]
     assert found["0.query"].x.shape == (10, 8) and found["2"].weight is not None
-    assert list(calls(model, (x,), {})) == list(found), "a second call counts from the beginning"
+    assert list(_calls(model, x)) == list(found), "a second call counts from the beginning"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

@@ -1,0 +1,42 @@
+"""Batches of a user's loader, and calls of a model with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Forward = Callable[[Any, Any], Any]
+T = TypeVar("T")
+
+
+def call_model(model: Callable[..., Any], batch: Any) -> Any:
+    """The model on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def on_device(batch: Any, model: nn.Module) -> Any:
+    """Tensors of `batch` where the model's weights are, if these are on one device."""
+    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers())}
+    if len(devices) != 1:
+        return batch
+    device = devices.pop()
+    plain = dict(batch) if isinstance(batch, Mapping) else batch  # transformers' batches are mappings of their own
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), plain)
+
+
+def shown(items: Iterable[T], what: str, progress: bool) -> Iterator[T]:
+    """`items`, with a bar on the standard error while they are gone through."""
+    if not progress:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(items) if isinstance(items, Sized) else None
+    yield from track(items, what, total=total, console=Console(stderr=True), transient=True)

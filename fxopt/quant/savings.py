@@ -1,0 +1,92 @@
+"""How long a layer takes in each precision on this device: layers of equal shapes are measured once, each precision compiled
+with its casts and what they fuse with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.precision import HIGH, PRECISIONS
+from fxopt.quant.table import Calibration
+from fxopt.report.measure import interleaved
+
+NOISE = 0.02
+"""Of a layer's time: a precision that saves less is not faster."""
+
+_fresh = itertools.count()
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """x [rows, inner] by a weight [columns, inner], with or without bias."""
+
+    rows: int
+    inner: int
+    columns: int
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def unavailable(precision: str, device: torch.device) -> str | None:
+    """Why a device has no arithmetic for a precision, so that nothing needs to be measured; None if it has."""
+    if PRECISIONS[precision].activations != "float8_e4m3fn":
+        return None
+    if device.type != "cuda":
+        return "a CPU has no products in float8"
+    return None if torch.cuda.get_device_capability(device) >= (8, 9) else "this GPU has no products in float8"
+
+
+class _Region(nn.Module):
+    """A layer behind a product by elements, which stands for the norm or activation that a cast fuses with."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
+        self.gain = nn.Parameter(torch.rand(shape.inner, **where) + 0.5)
+        self.linear = nn.Linear(shape.inner, shape.columns, bias=shape.bias, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x * self.gain)
+        return result
+
+
+def measured(
+    shape: LayerShape, precisions: Iterable[str], calibration: Calibration, layer: str, backend: Any, seconds: float
+) -> dict[str, float]:
+    """Seconds of the layer in each of `precisions` and in "high", as they are when calls follow each other.
+
+    `layer` is one of `calibration` that has this shape; its scale is compiled in. `seconds` is the time for measuring all.
+    """
+    # As a user has it: who asks for random numbers later gets the same.
+    devices = [shape.device] if shape.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(0)
+        region = _Region(shape).eval()
+        x = torch.randn(shape.rows, shape.inner, dtype=shape.dtype, device=shape.device)
+        own = dataclasses.replace(calibration[layer], name="linear", precision=None)
+        table = dataclasses.replace(calibration, layers=(own,))
+        calls = {name: _compiled(region, x, name, table, backend) for name in (HIGH, *precisions)}
+        for call in calls.values():
+            call()
+        timings = interleaved(calls, shape.device, seconds=seconds, ahead=shape.device.type == "cuda")
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def _compiled(region: nn.Module, x: Tensor, precision: str, table: Calibration, backend: Any) -> Any:
+    def call(given: Tensor) -> Any:
+        return region(given)
+
+    # Dynamo keeps compiled code with a function's code object: this one has its own.
+    call.__code__ = call.__code__.replace(co_name=f"measured_{next(_fresh)}")
+    options: dict[str, Any] = {"freeze": True, "precision": precision}
+    if PRECISIONS[precision].activations is not None:
+        options["calibration"] = table
+    compiled = torch.compile(call, backend=backend, dynamic=False, options=options)
+    return lambda: compiled(x)

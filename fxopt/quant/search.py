@@ -1,0 +1,289 @@
+"""`fxopt.quantize(model, loader, budget)`: a precision for each layer, from measured errors and measured times.
+
+1. Each layer alone is quantized in eager (emulate.py) on real batches: the model's error that follows is the layer's.
+2. Each shape of layer is compiled in each precision and timed on this device (savings.py).
+3. Layers are put in order, most time for their error first (choice.py). How many of them the budget allows is found by
+   bisection, with all of them quantized at once in eager.
+4. That is compiled, its error or metric measured on real batches, and layers are taken back until the budget holds.
+5. It is timed beside the compiled model that is not quantized, which is the result if it is as fast.
+
+Errors are deterministic, times are not: two searches may differ in layers that save about as much.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.errors import OptionError
+from fxopt.ir.layers import LINEAR
+from fxopt.options import suggestion
+from fxopt.precision import HIGH, PRECISIONS, Decisions
+from fxopt.quant import savings
+from fxopt.quant.batches import Forward, on_device, shown
+from fxopt.quant.calibrate import calibrate
+from fxopt.quant.choice import Offer, decisions, in_order
+from fxopt.quant.emulate import LayerCall, obstacle
+from fxopt.quant.report import LayerReport, Report
+from fxopt.quant.savings import NOISE, LayerShape
+from fxopt.quant.table import Calibration
+from fxopt.quant.trial import Loss, Metric, Trial, longest
+from fxopt.report.measure import interleaved
+
+PROBES = 2
+"""Batches on which each layer alone is tried; decisions are tried on all."""
+
+MOST_COMPILATIONS = 4
+"""Of the quantized model, each with fewer layers than the one before."""
+
+BACK_OFF = 0.9
+"""How much of the budget is aimed at after a compiled model was over it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """`model` is compiled and may be called as the one given, under `torch.no_grad()`: where gradients are recorded, nothing
+    is quantized. `decisions` are the precisions of its layers.
+
+    `refused` says why nothing is quantized, None if something is. With `options={"precision": decisions, "calibration":
+    calibration}` the same model is compiled again.
+    """
+
+    model: Any
+    calibration: Calibration
+    decisions: Decisions
+    refused: str | None
+    _report: Report
+
+    def report(self) -> Report:
+        """What was measured of each layer and of the whole, and why it was decided; `str()` makes a table of it."""
+        return self._report
+
+
+def quantize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    budget: float = 0.01,
+    *,
+    metric: Metric | None = None,
+    precisions: Sequence[str] = ("fp8", "int8", HIGH),
+    batches: int = 8,
+    forward: Forward | None = None,
+    method: str = "amax",
+    seconds: float = 0.5,
+    progress: bool = True,
+    backend: Any = "fxopt",
+) -> Result:
+    """Quantize the layers of `model` that save the most time for their error, within `budget`; compile it.
+
+    Without a metric, the budget is the relative error of the outputs on the loader's batches that quantizing may add. With
+    `metric`, a callable from a model to a number of which higher is better, it is how much of that may be lost; the metric
+    is called about ten times. `batches` of the loader are used at most, and kept in memory; `forward` and `method` are
+    those of `fxopt.calibrate`. `precisions` are those to choose from; "high", the model's own, always is one. `seconds` is
+    the time for measuring each shape of layer. The model is in evaluation mode; its weights are frozen.
+
+    What is returned was measured: the budget holds on these batches, and the model is faster than the compiled model that
+    is not quantized. If there is no such, that one is returned, with a warning, and `refused` says why.
+
+    Raises OptionError for a budget or precisions that are none, CalibrationError for a model, batches or a metric that
+    cannot be used (see `fxopt.calibrate`).
+    """
+    wanted = _checked_precisions(precisions)
+    _check_budget(budget)
+    model = getattr(model, "_orig_mod", model)
+    kept = [on_device(batch, model) for batch in itertools.islice(loader, batches)] if isinstance(model, nn.Module) else []
+    calibration = calibrate(model, kept, forward=forward, method=method, progress=progress, backend=backend)
+    trial = Trial(model, kept, calibration, forward)
+    search = _Search(trial, calibration, metric, budget, backend, seconds, progress)
+    return search.run(wanted)
+
+
+def _checked_precisions(precisions: Sequence[str]) -> list[str]:
+    if isinstance(precisions, str):
+        raise OptionError(f"precisions are several names, such as ({precisions!r}, {HIGH!r}), not one string")
+    for name in precisions:
+        if name not in PRECISIONS:
+            raise OptionError(
+                f"there is no precision {name!r}{suggestion(name, PRECISIONS)}; there are {', '.join(PRECISIONS)}"
+            )
+    wanted = [name for name in dict.fromkeys(precisions) if name != HIGH]
+    if not wanted:
+        raise OptionError(f"precisions to choose from besides {HIGH!r} are {', '.join(p for p in PRECISIONS if p != HIGH)}")
+    return wanted
+
+
+def _check_budget(budget: float) -> None:
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not number or not (math.isfinite(budget) and budget >= 0.0):
+        raise OptionError(f"a budget is a number of 0 or more, not {budget!r}")
+
+
+class _Search:
+    def __init__(
+        self,
+        trial: Trial,
+        calibration: Calibration,
+        metric: Metric | None,
+        budget: float,
+        backend: Any,
+        seconds: float,
+        progress: bool,
+    ) -> None:
+        self.trial, self.calibration, self.budget = trial, calibration, budget
+        self.metric, self.backend, self.seconds, self.progress = metric, backend, seconds, progress
+        self.rows: dict[str, LayerReport] = {}
+        self._emulated: dict[int, float] = {}
+
+    def run(self, precisions: Sequence[str]) -> Result:
+        per_batch = self.trial.calls()
+        at = longest(per_batch)
+        self.timed, calls = self.trial.batches[at], per_batch[at]
+        self.high = self._compiled({})
+        self.loss = Loss(self.trial, self.metric, self.high)
+        offers = self._offers(calls, precisions)
+        self.order = in_order(offers)
+        if not self.order:
+            return self._refused("no layer is faster in another precision on this device")
+        count = self._most_within(self.budget)
+        for _ in range(MOST_COMPILATIONS):
+            if not count:
+                break
+            chosen = decisions(self.order[:count])
+            quantized = self._compiled(chosen)
+            reached = self.loss.of(quantized)
+            if reached <= self.budget:
+                return self._if_faster(quantized, chosen, reached)
+            aim = self.budget * BACK_OFF * (self.budget / reached if math.isfinite(reached) else 0.0)
+            count = min(count - 1, self._most_within(aim))
+        return self._refused(f"no layer that is faster leaves {self._what()} within the budget of {self.budget:g}")
+
+    def _what(self) -> str:
+        return "the error" if self.metric is None else "the metric's loss"
+
+    # ------------------------------------------------------------------ measurements of layers
+
+    def _offers(self, calls: Mapping[str, LayerCall], precisions: Sequence[str]) -> list[Offer]:
+        possible: dict[str, list[str]] = {}
+        for layer in self.calibration.layers:
+            call = calls.get(layer.name)
+            problem = "convolutions are not quantized" if layer.kind != LINEAR else layer.obstacle
+            if problem is None and call is None:
+                problem = "the longest batch does not run it, or not as a product"
+            row = LayerReport(layer.name, layer.shape, 0 if call is None else len(call.x), str(layer.dtype), problem or "")
+            self.rows[layer.name] = row
+            if problem is None and call is not None:
+                obstacles = {p: savings.unavailable(p, call.weight.device) or obstacle(call, p) for p in precisions}
+                possible[layer.name] = [p for p, why in obstacles.items() if why is None]
+                row.why = "" if possible[layer.name] else str(obstacles[precisions[0]])
+        self._time(calls, possible)
+        offers = []
+        pairs = [(name, p) for name, row in self.rows.items() for p in row.saved if row.saved[p] > 0.0]
+        for name, precision in shown(pairs, "errors of layers", self.progress):
+            row = self.rows[name]
+            row.error[precision] = self.trial.emulated_error({name: precision}, PROBES)
+            offers.append(Offer(name, precision, row.error[precision], row.saved[precision]))
+        return offers
+
+    def _time(self, calls: Mapping[str, LayerCall], possible: Mapping[str, Sequence[str]]) -> None:
+        """What each precision saves; nothing where it is no more than measuring is off by."""
+        shapes: dict[tuple[LayerShape, tuple[str, ...]], list[str]] = {}
+        for name, precisions in possible.items():
+            if precisions:
+                shapes.setdefault((_shape(calls[name]), tuple(precisions)), []).append(name)
+        for (shape, precisions), names in shown(list(shapes.items()), "times of layers", self.progress):
+            times = savings.measured(shape, precisions, self.calibration, names[0], self.backend, self.seconds)
+            for name in names:
+                row = self.rows[name]
+                row.seconds = times[HIGH]
+                for precision in precisions:
+                    gain = times[HIGH] - times[precision]
+                    row.saved[precision] = gain if gain > NOISE * times[HIGH] else min(gain, 0.0)
+
+    # ------------------------------------------------------------------ decisions
+
+    def _most_within(self, budget: float) -> int:
+        """How many of the order's first layers may be quantized in eager within `budget`, by bisection."""
+        low, high = 0, len(self.order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._emulated_loss(middle) <= budget else (low, middle - 1)
+        return low
+
+    def _emulated_loss(self, count: int) -> float:
+        if count not in self._emulated:
+            self._emulated[count] = self.loss.emulated(decisions(self.order[:count]))
+        return self._emulated[count]
+
+    def _compiled(self, chosen: Mapping[str, str]) -> Callable[..., Any]:
+        """`chosen` layers quantized, compiled as the user would; run once on each batch."""
+        options: dict[str, Any] = {"freeze": True}
+        if chosen:
+            # All layers by name: a precision that a table's user has set must not come in between.
+            every = {name: chosen.get(name, HIGH) for name in self.calibration.names()}
+            options |= {"precision": Decisions.of(every), "calibration": self.calibration}
+        compiled: Callable[..., Any] = torch.compile(self.trial.model, backend=self.backend, options=options)
+        return compiled
+
+    # ------------------------------------------------------------------ results
+
+    def _if_faster(self, quantized: Callable[..., Any], chosen: Mapping[str, str], reached: float) -> Result:
+        forward, batch = self.trial.forward, self.timed
+        calls = {HIGH: lambda: forward(self.high, batch), "quantized": lambda: forward(quantized, batch)}
+        device = next(itertools.chain(self.trial.model.parameters(), self.trial.model.buffers())).device
+        with torch.no_grad():
+            timings = interleaved(calls, device, seconds=4 * self.seconds)
+        before, after = timings[HIGH].median, timings["quantized"].median
+        if after >= before:
+            return self._refused("quantized, the whole model is not faster", reached, before, after)
+        self._explain(chosen, "beyond the budget")
+        return self._result(quantized, chosen, None, reached, before, after)
+
+    def _refused(
+        self, why: str, reached: float | None = None, before: float | None = None, after: float | None = None
+    ) -> Result:
+        self._explain({}, why)
+        warnings.warn(f"fxopt.quantize: {why}; the model stays as it is", stacklevel=4)
+        return self._result(self.high, {}, why, reached, before, after)
+
+    def _explain(self, chosen: Mapping[str, str], left_out: str) -> None:
+        """Decisions and reasons; `left_out` is that of layers which would be faster."""
+        for name, row in self.rows.items():
+            row.decision = chosen.get(name, HIGH)
+            if row.decision != HIGH:
+                row.why = "saves the most for its error"
+            elif not row.why:
+                row.why = left_out if any(gain > 0.0 for gain in row.saved.values()) else "no precision is faster"
+
+    def _result(
+        self,
+        model: Any,
+        chosen: Mapping[str, str],
+        refused: str | None,
+        reached: float | None,
+        before: float | None,
+        after: float | None,
+    ) -> Result:
+        report = Report(
+            layers=tuple(self.rows.values()),
+            measure="relative error" if self.metric is None else "metric's loss",
+            budget=self.budget,
+            reached=reached,
+            floor=self.loss.floor,
+            seconds=before,
+            quantized_seconds=after,
+            refused=refused,
+        )
+        every = Decisions.of({name: chosen.get(name, HIGH) for name in self.rows})
+        return Result(model, self.calibration, every, refused, report)
+
+
+def _shape(call: LayerCall) -> LayerShape:
+    (rows, inner), columns = call.x.shape, call.weight.shape[0]
+    return LayerShape(rows, inner, columns, call.bias is not None, call.x.dtype, call.weight.device)

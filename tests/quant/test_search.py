@@ -1,0 +1,161 @@
+"""`fxopt.quantize` with times that are given, so that decisions depend on errors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxopt
+from fxopt.errors import CalibrationError, OptionError
+from fxopt.precision import HIGH
+from fxopt.quant import savings, search
+from fxopt.quant.search import Result
+from fxopt.report.measure import Timing
+
+
+class _Model(nn.Module):
+    """Of `wild`'s inputs one is a hundred times as large as the rest: on a grid that reaches so far they are lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.calm, self.wild, self.slow = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 48)
+        self.spread = torch.ones(32)
+        self.spread[3] = 100.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.slow(torch.tanh(self.wild(torch.tanh(self.calm(x)) * self.spread)))
+        return result
+
+
+def _loader() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(16, 32) for _ in range(3)]
+
+
+def _error(run: Any, exact: Any) -> float:
+    with torch.no_grad():
+        pairs = [(run(x).double(), exact(x).double()) for x in _loader()]
+    off, size = (sum(float(t.square().sum()) for t in parts) for parts in zip(*((a - b, b) for a, b in pairs), strict=True))
+    return (off / size) ** 0.5
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
+    """Seconds of a layer and of the model: quantized layers take half, but for those with 48 columns."""
+    given = {"quantized": 1.0, HIGH: 2.0}
+
+    def of_layer(shape: savings.LayerShape, precisions: Any, *rest: Any) -> dict[str, float]:
+        return {HIGH: 2e-3, **dict.fromkeys(precisions, 3e-3 if shape.columns == 48 else 1e-3)}
+
+    def of_model(calls: dict[str, Callable[[], Any]], *rest: Any, **settings: Any) -> dict[str, Timing]:
+        for call in calls.values():
+            call()
+        return {name: Timing([given[name]]) for name in calls}
+
+    monkeypatch.setattr(savings, "measured", of_layer)
+    monkeypatch.setattr(search, "interleaved", of_model)
+    yield given
+    torch.compiler.reset()
+
+
+def _quantize(model: nn.Module, budget: float, **settings: Any) -> Result:
+    return fxopt.quantize(model, _loader(), budget, precisions=("int8", HIGH), progress=False, **settings)
+
+
+def _chosen(result: Result) -> list[str]:
+    return [layer.name for layer in result.report().layers if layer.decision != HIGH]
+
+
+def test_sensitive_layers_stay_high_and_the_budget_holds(times: dict[str, float]) -> None:
+    model = _Model().eval()
+    result = _quantize(model, 0.02)
+    assert _chosen(result) == ["calm"] and result.refused is None
+    assert 0.0 < _error(result.model, model) <= 0.02
+    layers = {layer.name: layer for layer in result.report().layers}
+    assert layers["wild"].error["int8"] > 0.02 > layers["calm"].error["int8"] > 0.0
+    assert (layers["wild"].why, layers["slow"].why) == ("beyond the budget", "no precision is faster")
+    assert result.decisions.exact("calm") == "int8" and result.decisions.exact("wild") == HIGH
+    reached = result.report().reached
+    assert reached == pytest.approx(_error(result.model, model), rel=1e-3)
+    assert json.loads(json.dumps(result.report().to_dict()))["layers"][0]["decision"] == "int8"
+    assert "calm" in str(result.report()) and "2.00x" in str(result.report())
+    again = torch.compile(model, backend="fxopt", options={"precision": result.decisions, "calibration": result.calibration})
+    with torch.no_grad():
+        assert torch.equal(again(_loader()[0]), result.model(_loader()[0]))
+
+
+def test_what_is_not_faster_is_refused(times: dict[str, float]) -> None:
+    model = _Model().eval()
+    times["quantized"] = 2.0
+    with pytest.warns(UserWarning, match="not faster"):
+        result = _quantize(model, 1.0)
+    assert result.refused is not None and not _chosen(result) and _error(result.model, model) < 1e-6
+    assert "not faster" in str(result.report())
+
+
+def test_a_budget_that_no_layer_keeps_is_refused(times: dict[str, float]) -> None:
+    with pytest.warns(UserWarning, match=r"within the budget of 1e-06"):
+        result = _quantize(_Model().eval(), 1e-6)
+    assert result.refused is not None and result.report().reached is None
+
+
+def test_a_compiled_model_over_the_budget_loses_layers(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eager everything seems to fit; what is compiled tells otherwise."""
+    monkeypatch.setattr(search.Loss, "emulated", lambda self, decisions: 1e-3 * len(decisions))
+    model = _Model().eval()
+    result = _quantize(model, 0.02)
+    assert _chosen(result) == ["calm"] and _error(result.model, model) <= 0.02
+
+
+def test_the_budget_may_be_that_of_a_metric(times: dict[str, float]) -> None:
+    model = _Model().eval()
+    with torch.no_grad():
+        wanted = [model(x) for x in _loader()]
+
+    def metric(run: Any) -> float:
+        return 5.0 - sum(float((run(x) - y).norm()) for x, y in zip(_loader(), wanted, strict=True))
+
+    result = _quantize(model, 1e9, metric=metric)
+    assert _chosen(result) == ["calm", "wild"] and result.report().measure == "metric's loss"
+    reached = result.report().reached
+    with torch.no_grad():
+        assert reached is not None and reached == pytest.approx(5.0 - metric(result.model), rel=1e-3)
+    with pytest.raises(CalibrationError, match="metric returned a str"):
+        _quantize(model, 1.0, metric=lambda run: "good")
+
+
+@pytest.mark.parametrize("budget", [-0.1, float("nan"), float("inf"), True, "small"])
+def test_a_budget_is_a_number(budget: Any) -> None:
+    with pytest.raises(OptionError, match="budget"):
+        _quantize(_Model().eval(), budget)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "message"), [(("int9",), "did you mean 'int8'"), ("int8", "several names"), ((HIGH,), "besides 'high'")]
+)
+def test_precisions_are_known_names(precisions: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        fxopt.quantize(_Model().eval(), _loader(), precisions=precisions, progress=False)
+
+
+def test_no_batches_and_training_mode_are_errors() -> None:
+    with pytest.raises(CalibrationError, match="no batch"):
+        fxopt.quantize(_Model().eval(), [], progress=False)
+    with pytest.raises(CalibrationError, match="training mode"):
+        _quantize(_Model(), 0.1)
+
+
+def test_layers_are_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = fxopt.calibrate(_Model().eval(), _loader(), progress=False)
+    shape = savings.LayerShape(16, 32, 48, True, torch.float32, torch.device("cpu"))
+    state = torch.random.get_rng_state()
+    times = savings.measured(shape, ["int8", "int4-weight"], calibration, "slow", "fxopt", 0.01)
+    assert list(times) == [HIGH, "int8", "int4-weight"] and min(times.values()) > 0.0
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.compiler.reset()
