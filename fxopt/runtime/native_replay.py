@@ -93,5 +93,5 @@ def replayer(extension: Any, recording: Recording, turns: Turns) -> Any:
 def plays(recording: Recording) -> bool:
     """Whether the compiled code knows how to replay it and how all of its results come about. Otherwise it may only compare
     addresses."""
-    results = recording.results
-    return not (recording.traits.draws or results.shared or results.kept or results.host or any(x.view for x in results.of_inputs))
+    results, draws = recording.results, recording.traits.draws
+    return not (draws or results.shared or results.kept or results.host or any(x.view for x in results.of_inputs))

@@ -88,7 +88,7 @@ class Machine:
         key = source.key("interpreter")
         if key not in self.functions:
             (self.directory / key).mkdir()
-            self.functions[key] = _load(source, self.directory / key), source
+            self.functions[key] = _load(source.text, source.entry, self.directory / key), source
         return Artifact(key, "triton", source.entry, self.directory)
 
     def loaded(self, launches: Sequence[Any], kernels: dict[str, Artifact], known: Any) -> list[Any]:
