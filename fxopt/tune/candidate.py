@@ -225,6 +225,8 @@ def _for_any_rows(contraction: Contraction, target: Target, most: int) -> tuple[
 
 def _may_win(problem: gemm_config.GemmProblem, proposed: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
     """Whether one of `proposed`, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
+    if problem.itemsize == 1:
+        return True  # the model was fitted to 16-bit operands, and the library's call is not all that its way runs
     if not problem.epilogue_ops and problem.m > gemm_config.FEW_ROWS and problem.describable:
         return False  # nothing to save, and the library is at its best
     apart = gemm_config.library_seconds(problem, target)

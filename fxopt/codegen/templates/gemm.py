@@ -50,9 +50,9 @@ def multiplied(a, b, acc, PRECISION: tl.constexpr):
     have summed up over a block to the accumulator outside of them.
     """
     if PRECISION == "promoted":
-        return tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
+        return acc + tl.dot(a, b)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -329,8 +329,6 @@ def plausible(problem: GemmProblem, target: Target) -> list[GemmConfig]:
     if problem.exact and problem.m > _FEWEST_ROWS:
         return []
     found = dict.fromkeys(c for c in _forms(problem, target) if not problem.is_tf32 or _rounds_to_tf32(problem, c))
-    if problem.sums_imprecisely and target.is_hopper:
-        found = dict.fromkeys(replace(c, promote=True) for c in found)
     if problem.rows:
         found = dict.fromkeys(c for c in found if c.split == 1 and not c.programs)
     return [c for c in found if c.per_sm(problem, target) > 0 and _inner_blocks_fit(problem, c)]
@@ -367,6 +365,12 @@ _SPLITS = (1, 2, 4, 8, 16)
 
 
 def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
+    """Everything to begin with, whether or not it fits."""
+    promote = problem.sums_imprecisely and target.is_hopper
+    return (replace(c, promote=promote) for c in _tiles(problem, target))
+
+
+def _tiles(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
     described = target.has_tensor_maps and problem.describable
     ways = (True, False) if described else (False,)
     if problem.m <= FEW_ROWS:
