@@ -130,6 +130,7 @@ def pieces(executor: GraphedExecutor, wait: Callable[[], None]) -> dict[str, flo
     a, b = torch.empty(1024, device=device), torch.empty(1024, device=device)
     stream = driver.stream()
     shapes = [(x.shape, x.strides, x.dtype) for x in recording.results.fresh]
+    shapes += [(tuple(x.shape), x.stride(), x.dtype) for group in recording.results.together for x in group.sources]
     return {
         "comparing addresses": piece(lambda: same(fixed, addresses), wait),
         "comparing addresses in Python": piece(lambda: list(map(torch.Tensor.data_ptr, fixed)) == addresses, wait),
