@@ -164,6 +164,7 @@ def pieces(executor: GraphedExecutor, call: Callable[[], Any], wait: Callable[[]
             "a replay in one call": lambda: native(inputs),
             "comparing addresses in C": lambda: native.has_fixed(inputs),
         }
+    shapes += [(tuple(x.shape), x.stride(), x.dtype) for group in recording.results.together for x in group.sources]
     return {
         **{what: piece(part, wait, 20) for what, part in in_one_call.items()},
         "comparing addresses": piece(lambda: same(fixed, addresses), wait),

@@ -89,6 +89,14 @@ def _after(lib: Any, ended: ctypes.c_void_p) -> Iterator[None]:
         lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
+class _Bytes:
+    """Memory in the protocol by which libraries hand each other what is on a GPU."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        layout = {"shape": (nbytes,), "typestr": "|u1", "strides": None, "version": 3}
+        self.__cuda_array_interface__ = {"data": (address, False), **layout}
+
+
 class GraphDriver:
     """What capturing and replaying asks of one CUDA device. All of it is called with that device current."""
 
@@ -185,6 +193,10 @@ class GraphDriver:
     def allocate(self, nbytes: int) -> torch.UntypedStorage:
         """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
+
+    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
+        """Memory of the device as a tensor (uint8) that does not own it."""
+        return torch.as_tensor(_Bytes(address, nbytes), device=f"cuda:{self.index}")
 
     def capture(
         self, run: Callable[[], T], apart: bool = False, draws: bool = False

@@ -93,5 +93,6 @@ def replayer(extension: Any, recording: Recording, turns: Turns) -> Any:
 def plays(recording: Recording) -> bool:
     """Whether the compiled code knows how to replay it and how all of its results come about. Otherwise it may only compare
     addresses."""
-    results, draws = recording.results, recording.traits.draws
-    return not (draws or results.shared or results.kept or results.host or any(x.view for x in results.of_inputs))
+    results = recording.results
+    not_known = results.shared or results.together or results.kept or results.host or any(x.view for x in results.of_inputs)
+    return not (recording.traits.draws or not_known)

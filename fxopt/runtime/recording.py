@@ -21,6 +21,9 @@ from fxopt.runtime.draws import draw, given
 
 LARGEST_GAPS = 4
 """A tensor is not copied when its memory, first to last element, is that many times its elements' and more than a MiB."""
+MANY_RESULTS = 8
+"""So many results of a dtype are allocated and copied together, which takes the host less than one after the other does: a
+backward has one for each weight."""
 _ALIGNMENT = 16
 
 Run = Callable[[list[Any]], tuple[Any, ...]]
@@ -48,6 +51,8 @@ class Driver(Protocol):
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage: ...
 
+    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor: ...
+
     def capture(self, run: Callable[[], Any], apart: bool = False, draws: bool = False) -> tuple[Captured, Any]: ...
 
 
@@ -72,6 +77,18 @@ class Fresh:
     dtype: torch.dtype
     nbytes: int
     source: int
+
+
+@dataclass(frozen=True)
+class Together:
+    """Results of one dtype, their numbers and where a replay leaves them: tensors that do not own their memory."""
+
+    positions: tuple[int, ...]
+    sources: list[torch.Tensor]
+
+    def copies(self) -> list[torch.Tensor]:
+        """Tensors like them, of their own memory and undefined contents."""
+        return list(map(torch.empty_like, self.sources))
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,7 @@ class Results:
 
     constants: list[Any] = field(default_factory=list)
     fresh: list[Fresh] = field(default_factory=list)
+    together: list[Together] = field(default_factory=list)
     shared: list[Shared] = field(default_factory=list)
     of_inputs: list[OfInput] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
@@ -126,7 +144,8 @@ class Results:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.fresh) + sum(x.nbytes for x in self.shared)
+        together = sum(span(x) for group in self.together for x in group.sources)
+        return together + sum(x.nbytes for x in self.fresh) + sum(x.nbytes for x in self.shared)
 
 
 @dataclass(eq=False)
@@ -178,11 +197,16 @@ class Recording:
         given_one = None
         for x in results.fresh:
             out[x.at] = torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=traits.device)
+        groups = [(group, group.copies()) for group in results.together]
         bases = [torch.empty(s.size, dtype=torch.uint8, device=traits.device) for s in results.shared]
         self.replay(stream)
         for x in results.fresh:
             if x.nbytes:
                 copy(out[x.at].data_ptr(), x.source, x.nbytes, stream)
+        for group, targets in groups:
+            torch._foreach_copy_(targets, group.sources)
+            for position, result in zip(group.positions, targets, strict=True):
+                out[position] = result
         for shared, base in zip(results.shared, bases, strict=True):
             copy(base.data_ptr(), shared.source, shared.nbytes, stream)
             for member, offset in shared.members:
@@ -228,6 +252,7 @@ def record(
         return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
 
     replay, (moves, seeds, results) = driver.capture(body, saved > 0, traits.draws)
+    _gather(results, driver)
     read = tuple(inputs[i] for i in traits.fixed if _is_on_host(inputs[i], traits))
     addresses = [0] * len(inputs)
     for i in traits.fixed:
@@ -348,6 +373,31 @@ def _check_result(value: torch.Tensor, traits: Traits) -> None:
 
 def _fresh(at: int, x: torch.Tensor) -> Fresh:
     return Fresh(at, tuple(x.shape), x.stride(), x.dtype, span(x), x.data_ptr() if x.numel() else 0)
+
+
+def _gather(results: Results, driver: Driver) -> None:
+    """Where there are many results that are dense in memory, take them from those that are copied one by one."""
+    by_dtype: dict[torch.dtype, list[Fresh]] = {}
+    for x in results.fresh:
+        if x.nbytes and _is_dense(x.shape, x.strides):
+            by_dtype.setdefault(x.dtype, []).append(x)
+    for dtype, members in by_dtype.items():
+        if len(members) < MANY_RESULTS:
+            continue
+        sources = [driver.bytes_at(x.source, x.nbytes).view(dtype).as_strided(x.shape, x.strides) for x in members]
+        results.together.append(Together(tuple(x.at for x in members), sources))
+        taken = {x.at for x in members}
+        results.fresh = [x for x in results.fresh if x.at not in taken]
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements fill their memory, each at a place of its own: `torch.empty_like` then keeps the strides."""
+    below = 1
+    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda dim: (dim[1], dim[0])):
+        if size != 1 and stride != below:
+            return False
+        below *= size
+    return True
 
 
 def _shared(members: list[tuple[int, torch.Tensor]]) -> Shared:

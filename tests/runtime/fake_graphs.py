@@ -138,6 +138,9 @@ class FakeDriver:
         self.memory.append(bytearray(nbytes or 1))
         return torch.frombuffer(self.memory[-1], dtype=torch.uint8).untyped_storage()
 
+    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
+        return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
+
     def capture(self, run: Callable[[], Any], apart: bool = False, draws: bool = False) -> tuple[Callable[[int], None], Any]:
         assert apart == (self.saved > 0)
         if self.refusal:

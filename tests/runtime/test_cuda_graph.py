@@ -172,6 +172,28 @@ def test_results_that_are_inputs_views_of_them_or_of_each_other() -> None:
     assert run.replays == 3
 
 
+def test_many_results_have_their_layouts_and_their_own_memory() -> None:
+    n = recording.MANY_RESULTS
+
+    def fn(x: torch.Tensor) -> tuple[Any, ...]:
+        wide = [(x * k).t().contiguous().t() for k in range(n)]
+        whole = [(x * k).long().unsqueeze(1) for k in range(n)]
+        odd = [x.repeat(2, 1)[::2], x.mul(3).bool(), x[:0].clone()]
+        return (*wide, *odd, *whole)
+
+    run = Acted(fn)
+    kept = []
+    for k in range(4):
+        x = torch.arange(12.0).view(3, 4) + k
+        kept.append((run(x), fn(x)))
+    assert run.replays == 3 and run.run._latest is not None, run.notes
+    assert sorted(len(group.positions) for group in run.run._latest.results.together) == [n, n]
+    for got, want in kept:
+        assert [x.stride() for x in got] == [x.stride() for x in want]
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in got[:n])
+
+
 def test_a_view_of_an_input_in_another_layout_has_its_values() -> None:
     run = Acted(lambda x: (x[0],))
     for x in (torch.randn(2, 3), torch.randn(2, 3), torch.randn(3, 2).t()):
@@ -360,6 +382,15 @@ def test_addresses_are_compared_where_they_count(in_c: bool, monkeypatch: pytest
         same = cuda_graph._comparison(fixed)
         assert same([a, b, c, 1], addresses) and same(others, addresses)
         assert same([a, c, c, 1], addresses) is (1 not in fixed)
+
+
+@ONLY_PYTHON
+def test_what_is_dense() -> None:
+    x = torch.empty(2, 3, 4)
+    for dense in (x, x.permute(2, 0, 1), x[:1], x[:, :1].squeeze(1)[:1], x.unsqueeze(1).expand(2, 1, 3, 4), x[0, 0, 0]):
+        assert recording._is_dense(dense.shape, dense.stride())
+    for loose in (x[:, ::2], x[..., :3], x[:, :1].expand(2, 3, 4), x.as_strided((2, 3), (1, 1)), x[:, :1]):
+        assert not recording._is_dense(loose.shape, loose.stride())
 
 
 @ONLY_PYTHON
