@@ -140,7 +140,12 @@ def _inputs_of(call: Callable[[], Any], executor: GraphedExecutor) -> list[Any]:
     play = executor._play
     if play is None:
         return []
-    with mock.patch.object(executor, "_play", lambda inputs: seen.append(list(inputs)) or play(inputs)):
+
+    def watched(inputs: Sequence[Any]) -> Any:
+        seen.append(list(inputs))
+        return play(inputs)  # type: ignore[arg-type]
+
+    with mock.patch.object(executor, "_play", watched):
         call()
     return seen[0]
 

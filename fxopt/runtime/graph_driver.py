@@ -8,6 +8,10 @@ Captured runs of one device share one pool of torch's allocator, and all of it i
 between two replays. Only forwards in training have pools of their own (`runtime/training_graph.py`). All are captured on a
 stream that torch hands out to nobody else, because cuBLAS's workspaces belong to streams: another user of that stream would
 write into the one that the graph uses.
+
+A workspace is 32 MiB on Hopper. Where that harms nobody (`_Workspaces`), none is left over when a capture begins, nor when
+it ends: the run that came before gives up its own, so that there are not two, and the captured run's is free for the next
+captured one, within the pool that the graph keeps alive.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -35,6 +40,7 @@ _PROBE_BYTES = 512
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
 _device_number = getattr(torch._C, "_cuda_getDevice", None)
 _empty_here = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
 
@@ -93,6 +99,8 @@ class GraphDriver:
         self._call(self._lib.cuStreamCreate, "making a stream", ctypes.byref(side), _NON_BLOCKING)
         self._side = torch.cuda.ExternalStream(side.value, torch.device("cuda", index))
         self._pool: Callable[[], Any] = lambda: None
+        self._has_workspace = False
+        """Whether a run captured in the pool needed a workspace, the place of which is free between captures."""
         self._memcpy = self._lib.cuMemcpyDtoDAsync_v2
 
     def _call(self, function: Any, what: str, *arguments: Any) -> None:
@@ -183,13 +191,14 @@ class GraphDriver:
         captured run's own: what the caller holds on to is overwritten only by its own replays. Raises whatever `run` raises;
         CudaError and CaptureError where the driver or the allocator refuses. Afterwards all is as before.
         """
-        if apart:  # a run without graphs has left as much memory in the allocator's cache, where the pool cannot get at it
-            torch.cuda.empty_cache()
+        _workspaces.drop_before()
+        torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
         pool = None if apart else self._pool()
         if pool is None:
             pool = torch.cuda.MemPool()
+            _pools.add(pool)
             if not apart:
-                self._pool = weakref.ref(pool)
+                self._pool, self._has_workspace = weakref.ref(pool), False
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
         try:
@@ -197,6 +206,8 @@ class GraphDriver:
                 self._call(lib.cuStreamBeginCapture_v2, "beginning to capture", stream, _THREAD_LOCAL)
                 try:
                     probe = self.allocate(_PROBE_BYTES)
+                    if self._has_workspace and not apart:
+                        torch.cuda.current_blas_handle()  # the workspace goes where the last run's was, before all else
                     result = run()
                 finally:
                     ended = lib.cuStreamEndCapture(stream, ctypes.byref(graph))
@@ -208,7 +219,62 @@ class GraphDriver:
         finally:
             if graph:
                 lib.cuGraphDestroy(graph)
+            if _workspaces.drop_after() and not apart:
+                self._has_workspace = True
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
+
+
+_pools: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class _Workspaces:
+    """Frees cuBLAS's workspaces around captures: all of them, since torch has no way to choose.
+
+    Not while another thread may be on the way from asking for its workspace to launching what uses it: autograd's threads
+    work only while the main one waits for them, and fxopt's own call no library. Nor where others have captured graphs,
+    whose workspaces are freed with these. A graph that was captured without may use one that lies in another graph's pool;
+    from then on all of them stay.
+    """
+
+    def __init__(self) -> None:
+        self._stay = _clear_workspaces is None
+        self._lock = threading.Lock()
+
+    def drop_before(self) -> None:
+        """At the beginning of a capture."""
+        with self._lock:
+            if not self._stay and _is_alone() and not _are_others_pools():
+                assert _clear_workspaces is not None
+                _clear_workspaces()
+            else:
+                self._stay = True
+
+    def drop_after(self) -> bool:
+        """At its end; whether there was one."""
+        with self._lock:
+            if self._stay or not _is_alone():
+                self._stay = True
+                return False
+            assert _clear_workspaces is not None
+            before = torch.cuda.memory_allocated()
+            _clear_workspaces()
+            return bool(torch.cuda.memory_allocated() < before)
+
+
+_workspaces = _Workspaces()
+
+
+def _is_alone() -> bool:
+    me = threading.current_thread()
+    others = (t for t in threading.enumerate() if t is not me and not t.name.startswith("fxopt"))
+    return me is threading.main_thread() and next(others, None) is None
+
+
+def _are_others_pools() -> bool:
+    """Whether torch's allocator has private pools that are not this file's."""
+    torch.cuda.empty_cache()  # pools that nobody has any more
+    known = {(0, 0), *(tuple(pool.id) for pool in _pools)}
+    return any(tuple(segment["segment_pool_id"]) not in known for segment in torch.cuda.memory_snapshot())
 
 
 @contextlib.contextmanager
