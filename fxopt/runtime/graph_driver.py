@@ -28,6 +28,8 @@ from typing import Any, TypeVar
 import torch
 
 from fxopt.errors import FxoptError
+from fxopt.runtime import native_replay
+from fxopt.runtime.copies import copying_kernel
 from fxopt.runtime.launch import check, driver
 from fxopt.runtime.native_replay import Device
 
@@ -151,7 +153,7 @@ class GraphDriver:
     def native(self) -> Device:
         """The same for compiled code."""
         lib, addresses = self._lib, {}
-        for name in ("cuGraphLaunch", "cuEventRecord", "cuStreamWaitEvent", "cuStreamIsCapturing"):
+        for name in ("cuGraphLaunch", "cuEventRecord", "cuStreamWaitEvent", "cuStreamIsCapturing", "cuLaunchKernel"):
             addresses[name] = int(ctypes.cast(getattr(lib, name), ctypes.c_void_p).value or 0)
         return Device(
             copy=int(ctypes.cast(self._memcpy, ctypes.c_void_p).value or 0),
@@ -159,6 +161,8 @@ class GraphDriver:
             record=addresses["cuEventRecord"],
             wait=addresses["cuStreamWaitEvent"],
             capturing=addresses["cuStreamIsCapturing"],
+            launch_kernel=addresses["cuLaunchKernel"],
+            copies=copying_kernel(self.index) if native_replay.COPIES_IN_ONE_LAUNCH else 0,
             event=int(self._event.value or 0),
             is_watched=_active_modes,
             current_device=_device_number or torch.cuda.current_device,
