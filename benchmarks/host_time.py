@@ -40,6 +40,7 @@ from fxopt.runtime.recording import Recording
 
 WORKLOADS = "bert-base-b1,resnet50-b1,vit-b-b1,bert-base,gpt2"
 IN_PYTHON = "fxopt, replays in Python"
+ONE_LAUNCH = "fxopt, copies in one launch"
 AT_ANY_PRICE = "fxopt, any copies"
 """Captured however much has to be copied: what `capturable.COPY_SHARE` should be."""
 SLEEP_CYCLES = 1_000_000
@@ -48,6 +49,7 @@ WAYS = {
     "without graphs": Contender("fxopt", "fxopt", options={"cuda_graphs": False}),
     "fxopt": CONTENDERS["fxopt"],
     IN_PYTHON: Contender("fxopt", "fxopt", options={"disable": [native_replay.NAME]}),
+    ONE_LAUNCH: CONTENDERS["fxopt"],
     AT_ANY_PRICE: CONTENDERS["fxopt"],
     "inductor": CONTENDERS["inductor"],
     "inductor-reduce-overhead": CONTENDERS["inductor-reduce-overhead"],
@@ -140,7 +142,12 @@ def _inputs_of(call: Callable[[], Any], executor: GraphedExecutor) -> list[Any]:
     play = executor._play
     if play is None:
         return []
-    with mock.patch.object(executor, "_play", lambda inputs: seen.append(list(inputs)) or play(inputs)):
+
+    def watched(inputs: Sequence[Any]) -> Any:
+        seen.append(list(inputs))
+        return play(inputs)  # type: ignore[arg-type]
+
+    with mock.patch.object(executor, "_play", watched):
         call()
     return seen[0]
 
@@ -236,6 +243,16 @@ def _at_any_price(wanted: bool) -> Iterator[None]:
         capturable.COPY_SHARE = usual
 
 
+@contextlib.contextmanager
+def _copies_in_one_launch(wanted: bool) -> Iterator[None]:
+    usual = native_replay.COPIES_IN_ONE_LAUNCH
+    native_replay.COPIES_IN_ONE_LAUNCH = wanted
+    try:
+        yield
+    finally:
+        native_replay.COPIES_IN_ONE_LAUNCH = usual
+
+
 def measure(
     workload: str, ways: Sequence[str], device: torch.device, dtype: torch.dtype, tiny: bool, calls: int
 ) -> dict[str, Any]:
@@ -253,10 +270,10 @@ def measure(
     with torch.no_grad():
         for name, run in compiled.items():
             before = {id(x) for x in _executors(set())}
-            with _at_any_price(name == AT_ANY_PRICE):
+            with _at_any_price(name == AT_ANY_PRICE), _copies_in_one_launch(name == ONE_LAUNCH):
                 for _ in range(3):
                     run(*case.inputs)
-                if name == "fxopt" and replay_code(default_store()).wait() is None:
+                if name in ("fxopt", ONE_LAUNCH) and replay_code(default_store()).wait() is None:
                     print(f"replays go through Python: {replay_code(default_store()).reason}")
                 for _ in range(3):
                     run(*case.inputs)
@@ -268,7 +285,8 @@ def measure(
             print(
                 f"{workload:>16} {name:<26} host {host:9.1f}, until done {total:9.1f}, in a loop {loop:9.1f} us", flush=True
             )
-    for name, kind in (("fxopt", "spent_us"), (IN_PYTHON, "spent_in_python_us")):
+    kinds = {"fxopt": "spent_us", ONE_LAUNCH: "spent_with_one_launch_us", IN_PYTHON: "spent_in_python_us"}
+    for name, kind in kinds.items():
         if captured.get(name):
             largest = max(captured[name], key=lambda x: len(x._traits.fixed))
             entry["fixed inputs"] = len(largest._traits.fixed)

@@ -14,6 +14,7 @@
 #include <Python.h>
 #include <structmember.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -30,6 +31,23 @@ using LaunchFn = int (*)(void* executable, void* stream);
 using RecordFn = int (*)(void* event, void* stream);
 using WaitFn = int (*)(void* stream, void* event, unsigned flags);
 using CapturingFn = int (*)(void* stream, int* status);
+using KernelFn = int (*)(
+    void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, unsigned block_z,
+    unsigned shared, void* stream, void** parameters, void** extra);
+
+// The parameter of the kernel in runtime/copies.cu.
+struct Copy {
+  uint64_t target, source, bytes;
+};
+
+constexpr size_t kMostCopies = 32;
+
+struct Copies {
+  Copy all[kMostCopies];
+};
+
+constexpr unsigned kThreads = 256;
+constexpr uint64_t kMostBlocks = 1024;  // of one copy; a thread copies 16 bytes at a time
 
 // A reference that is held as long as this lives.
 class Ref {
@@ -112,6 +130,8 @@ struct Body {
   RecordFn record = nullptr;
   WaitFn wait = nullptr;
   CapturingFn capturing = nullptr;
+  KernelFn launch_kernel = nullptr;
+  void* copies = nullptr;  // the kernel that does several copies; null where there is none
   void *executable = nullptr, *event = nullptr;
   Ref graph;  // its owner
   Ref is_watched, current_device, stream_of, draw, empty, fail;
@@ -155,8 +175,8 @@ bool has_fixed(const Body* self, PyObject* const* inputs) {
   return true;
 }
 
-// Whether the captured run is one for these inputs; where those that are copied are now.
-bool fits(const Body* self, PyObject* const* inputs, uint64_t* sources) {
+// Whether the captured run is one for these inputs; the copies of those that it has to be given.
+bool fits(const Body* self, PyObject* const* inputs, std::vector<Copy>* copies) {
   for (const Varying& one : self->varying) {
     PyObject* input = inputs[one.at];
     if (one.is_number) {
@@ -169,11 +189,10 @@ bool fits(const Body* self, PyObject* const* inputs, uint64_t* sources) {
     }
   }
   if (!has_fixed(self, inputs)) return false;
-  for (size_t k = 0; k < self->moved.size(); ++k) {
-    const Moved& one = self->moved[k];
+  for (const Moved& one : self->moved) {
     c10::TensorImpl* x = look(inputs[one.at]);
     if (x == nullptr || !has_layout(x, one.shape, one.strides) || x->device() != self->device) return false;
-    sources[k] = address(x);
+    copies->push_back({one.target, address(x), one.bytes});
   }
   return true;
 }
@@ -268,28 +287,49 @@ struct Failure {
   int code = 0;
 };
 
-// All that is enqueued, in the stream's order. What goes wrong does not keep the end of the turn from being recorded.
+// The copies, all at once where there is a kernel for that. The driver's result.
+int enqueue_copies(const Body* self, const std::vector<Copy>& copies, void* stream) {
+  if (self->copies == nullptr || copies.size() < 2) {
+    for (const Copy& one : copies)
+      if (const int code = self->copy(one.target, one.source, one.bytes, stream)) return code;
+    return 0;
+  }
+  for (size_t first = 0; first < copies.size(); first += kMostCopies) {
+    const size_t count = std::min(copies.size() - first, kMostCopies);
+    Copies all{};
+    uint64_t largest = 1;
+    for (size_t k = 0; k < count; ++k) {
+      all.all[k] = copies[first + k];
+      largest = std::max(largest, all.all[k].bytes);
+    }
+    const uint64_t blocks = std::min((largest + 16 * kThreads - 1) / (16 * kThreads), kMostBlocks);
+    void* parameters[] = {&all};
+    if (const int code = self->launch_kernel(
+            self->copies, static_cast<unsigned>(blocks), static_cast<unsigned>(count), 1, kThreads, 1, 1, 0, stream, parameters,
+            nullptr))
+      return code;
+  }
+  return 0;
+}
+
+// All of a turn, in the stream's order. What goes wrong does not keep the end of the turn from being recorded.
 Failure enqueue(
-    const Body* self, void* stream, bool same_stream, const uint64_t* sources, const uint64_t* seeds, const uint64_t* targets) {
+    const Body* self, void* stream, bool same_stream, const std::vector<Copy>& before, const std::vector<Copy>& after) {
   Failure failure;
   auto ok = [&failure](int code, const char* what) {
     if (code != 0 && failure.code == 0) failure = {what, code};
     return code == 0;
   };
-  bool going = same_stream || ok(self->wait(stream, self->event, 0), "waiting for an event");
-  for (size_t k = 0; going && k < self->moved.size(); ++k)
-    going = ok(self->copy(self->moved[k].target, sources[k], self->moved[k].bytes, stream), "copying for a CUDA graph");
-  for (size_t k = 0; going && k < self->seeds.size(); ++k)
-    going = ok(self->copy(self->seeds[k], seeds[k], sizeof(int64_t), stream), "copying for a CUDA graph");
-  going = going && ok(self->launch(self->executable, stream), "replaying a CUDA graph");
-  for (size_t k = 0; going && k < self->fresh.size(); ++k)
-    if (self->fresh[k].bytes)
-      going = ok(self->copy(targets[k], self->fresh[k].source, self->fresh[k].bytes, stream), "copying for a CUDA graph");
+  const char* copying = "copying for a CUDA graph";
+  if ((same_stream || ok(self->wait(stream, self->event, 0), "waiting for an event")) &&
+      ok(enqueue_copies(self, before, stream), copying) && ok(self->launch(self->executable, stream), "replaying a CUDA graph"))
+    ok(enqueue_copies(self, after, stream), copying);
   ok(self->record(self->event, stream), "recording an event");
   return failure;
 }
 
-PyObject* run(const Body* self, PyObject* const* inputs, void* stream, const uint64_t* sources) {
+// `before` are the copies of inputs.
+PyObject* run(const Body* self, PyObject* const* inputs, void* stream, std::vector<Copy> before) {
   Ref out(PyTuple_New(self->results));
   if (!out) return nullptr;
   for (Py_ssize_t k = 0; k < self->results; ++k) {
@@ -311,27 +351,26 @@ PyObject* run(const Body* self, PyObject* const* inputs, void* stream, const uin
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;
     }
-    std::vector<uint64_t> seeds(self->seeds.size()), targets(self->fresh.size());
+    std::vector<Copy> after;
     Ref drawn(PyList_New(0));  // alive until they are copied
     if (!drawn) return nullptr;
-    for (uint64_t& seed : seeds) {
+    for (const uint64_t target : self->seeds) {
       Ref one(PyObject_CallNoArgs(self->draw.get()));
       if (!one || PyList_Append(drawn.get(), one.get()) != 0) return nullptr;
-      seed = address(impl_of(one.get()));
+      before.push_back({target, address(impl_of(one.get())), sizeof(int64_t)});
     }
-    for (size_t k = 0; k < targets.size(); ++k) {
-      const Fresh& one = self->fresh[k];
+    for (const Fresh& one : self->fresh) {
       PyObject* arguments[] = {one.shape.get(), one.strides.get(), one.dtype.get()};
       PyObject* made = PyObject_Vectorcall(self->empty.get(), arguments, 3, nullptr);
       if (made == nullptr) return nullptr;
       set(one.at, made);
-      targets[k] = address(impl_of(made));
+      if (one.bytes) after.push_back({address(impl_of(made)), one.source, one.bytes});
     }
     const int same = turn.is_last(stream);
     if (same < 0) return nullptr;
     Failure failure;
     Py_BEGIN_ALLOW_THREADS
-    failure = enqueue(self, stream, same != 0, sources, seeds.data(), targets.data());
+    failure = enqueue(self, stream, same != 0, before, after);
     Py_END_ALLOW_THREADS
     if (!same && turn.set_last(stream) != 0) return nullptr;
     if (failure.code != 0) {
@@ -367,10 +406,11 @@ PyObject* play(PyObject* object, PyObject* const* args, size_t flags, PyObject* 
   PyObject* const* inputs = nullptr;
   if (!unpack(self, args[0], &inputs)) return nullptr;
   try {
-    std::vector<uint64_t> sources(self->moved.size());
+    std::vector<Copy> copies;
+    copies.reserve(self->moved.size() + self->seeds.size());
     void* stream = nullptr;
-    if (inputs == nullptr || !fits(self, inputs, sources.data()) || !is_free(self, &stream)) Py_RETURN_NONE;
-    return run(self, inputs, stream, sources.data());
+    if (inputs == nullptr || !fits(self, inputs, &copies) || !is_free(self, &stream)) Py_RETURN_NONE;
+    return run(self, inputs, stream, std::move(copies));
   } catch (const std::exception&) {  // of a tensor without memory: nothing has been enqueued
     Py_RETURN_NONE;
   }
@@ -487,12 +527,12 @@ bool read_results(Body* self, PyObject* fresh, PyObject* given, PyObject* writte
 bool read(Body* self, PyObject* args) {
   PyObject *fixed, *moved, *varying, *constants, *fresh, *given, *written, *seeds, *turns, *lock, *graph;
   PyObject *is_watched, *current_device, *stream_of, *draw, *empty, *fail;
-  unsigned long long copy, launch, record, wait, capturing, executable, event;
+  unsigned long long copy, launch, record, wait, capturing, launch_kernel, copies, executable, event;
   int on_gpu, device_index;
   if (!PyArg_ParseTuple(
-          args, "n(OOO)(O!OOO)O(pi)(OO)(KKKKK)(KKO)(OOOOOO)", &self->count, &fixed, &moved, &varying, &PyTuple_Type,
+          args, "n(OOO)(O!OOO)O(pi)(OO)(KKKKKKK)(KKO)(OOOOOO)", &self->count, &fixed, &moved, &varying, &PyTuple_Type,
           &constants, &fresh, &given, &written, &seeds, &on_gpu, &device_index, &turns, &lock, &copy, &launch, &record,
-          &wait, &capturing, &executable, &event, &graph, &is_watched, &current_device, &stream_of, &draw, &empty, &fail))
+          &wait, &capturing, &launch_kernel, &copies, &executable, &event, &graph, &is_watched, &current_device, &stream_of, &draw, &empty, &fail))
     return false;
   self->constants = Ref::to(constants);
   self->results = PyTuple_GET_SIZE(constants);
@@ -507,6 +547,8 @@ bool read(Body* self, PyObject* args) {
   self->record = reinterpret_cast<RecordFn>(record);
   self->wait = reinterpret_cast<WaitFn>(wait);
   self->capturing = reinterpret_cast<CapturingFn>(capturing);
+  self->launch_kernel = reinterpret_cast<KernelFn>(launch_kernel);
+  self->copies = reinterpret_cast<void*>(copies);
   self->executable = reinterpret_cast<void*>(executable);
   self->event = reinterpret_cast<void*>(event);
   self->graph = Ref::to(graph);

@@ -16,6 +16,7 @@ import os
 import shutil
 import sysconfig
 import threading
+import time
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ SOURCE = Path(__file__).parent / "replay.cpp"
 _TORCH = Path(torch.__file__).parent
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w")
 _LOWEST = ("nice", "-n", "19")
+_END_SECONDS = 2.0
+"""More than it takes to end the compiler, and to find out that it has ended."""
 
 
 class ReplayCode:
@@ -83,9 +86,14 @@ class ReplayCode:
             return find(self._store) or ("this process ends" if self._is_ending else build(self._store))
 
     def _end(self) -> None:
-        if os.getpid() == self._process and self._thread is not None and self._thread.is_alive():
-            self._is_ending = True
+        thread = self._thread
+        if os.getpid() != self._process or thread is None:
+            return
+        self._is_ending = True
+        deadline = time.monotonic() + _END_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:  # a command may be about to be started
             cxx.end_all()
+            thread.join(0.01)
 
 
 def facts() -> dict[str, str]:

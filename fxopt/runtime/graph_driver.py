@@ -9,6 +9,10 @@ Captured runs of one device share one pool of torch's allocator, and all of it i
 between two replays. Only training has others (`runtime/training_graph.py`). All are captured on a
 stream that torch hands out to nobody else, because cuBLAS's workspaces belong to streams: another user of that stream would
 write into the one that the graph uses.
+
+A workspace is 32 MiB on Hopper. Where that harms nobody (`_Workspaces`), none is left over when a capture begins, nor when
+it ends: the run that came before gives up its own, so that there are not two, and the captured run's is free for the next
+captured one, within the pool that the graph keeps alive.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -24,6 +29,8 @@ from typing import Any, TypeVar
 import torch
 
 from fxopt.errors import FxoptError
+from fxopt.runtime import native_replay
+from fxopt.runtime.copies import copying_kernel
 from fxopt.runtime.drawing_graph import DrawingGraph, capture_drawing
 from fxopt.runtime.launch import check, driver
 from fxopt.runtime.native_replay import Device
@@ -37,6 +44,7 @@ _PROBE_BYTES = 512
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
 _device_number = getattr(torch._C, "_cuda_getDevice", None)
 _empty_here = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
 
@@ -112,6 +120,8 @@ class GraphDriver:
         self._call(self._lib.cuStreamCreate, "making a stream", ctypes.byref(side), _NON_BLOCKING)
         self._side = torch.cuda.ExternalStream(side.value, torch.device("cuda", index))
         self._pool: Callable[[], Any] = lambda: None
+        self._has_workspace = False
+        """Whether a run captured in the pool needed a workspace, the place of which is free between captures."""
         self._memcpy = self._lib.cuMemcpyDtoDAsync_v2
 
     def _call(self, function: Any, what: str, *arguments: Any) -> None:
@@ -162,7 +172,7 @@ class GraphDriver:
     def native(self) -> Device:
         """The same for compiled code."""
         lib, addresses = self._lib, {}
-        for name in ("cuGraphLaunch", "cuEventRecord", "cuStreamWaitEvent", "cuStreamIsCapturing"):
+        for name in ("cuGraphLaunch", "cuEventRecord", "cuStreamWaitEvent", "cuStreamIsCapturing", "cuLaunchKernel"):
             addresses[name] = int(ctypes.cast(getattr(lib, name), ctypes.c_void_p).value or 0)
         return Device(
             copy=int(ctypes.cast(self._memcpy, ctypes.c_void_p).value or 0),
@@ -170,6 +180,8 @@ class GraphDriver:
             record=addresses["cuEventRecord"],
             wait=addresses["cuStreamWaitEvent"],
             capturing=addresses["cuStreamIsCapturing"],
+            launch_kernel=addresses["cuLaunchKernel"],
+            copies=copying_kernel(self.index) if native_replay.COPIES_IN_ONE_LAUNCH else 0,
             event=int(self._event.value or 0),
             is_watched=_active_modes,
             current_device=_device_number or torch.cuda.current_device,
@@ -200,8 +212,9 @@ class GraphDriver:
 
     def new_pool(self) -> Any:
         """A pool of memory for captured runs that leave results in it for longer than to the next replay."""
-        torch.cuda.empty_cache()  # a run without graphs has left as much memory there, where the pool cannot get at it
-        return torch.cuda.MemPool()
+        pool = torch.cuda.MemPool()
+        _pools.add(pool)
+        return pool
 
     def capture(
         self, run: Callable[[], T], pool: Any = None, draws: bool = False
@@ -215,15 +228,18 @@ class GraphDriver:
         generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or the allocator refuses.
         Afterwards all is as before.
         """
+        _workspaces.drop_before()
+        torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
         if draws:
             generator = torch.cuda.default_generators[self.index]
             with _no_collections(), torch.cuda.stream(self._side):
                 return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
-        if pool is None:
+        shared = pool is None
+        if shared:
             pool = self._pool()
             if pool is None:
-                pool = torch.cuda.MemPool()
-                self._pool = weakref.ref(pool)
+                pool = self.new_pool()
+                self._pool, self._has_workspace = weakref.ref(pool), False
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
         try:
@@ -231,6 +247,8 @@ class GraphDriver:
                 self._call(lib.cuStreamBeginCapture_v2, "beginning to capture", stream, _THREAD_LOCAL)
                 try:
                     probe = self.allocate(_PROBE_BYTES)
+                    if self._has_workspace and shared:
+                        torch.cuda.current_blas_handle()  # the workspace goes where the last run's was, before all else
                     result = run()
                 finally:
                     ended = lib.cuStreamEndCapture(stream, ctypes.byref(graph))
@@ -242,11 +260,66 @@ class GraphDriver:
         finally:
             if graph:
                 lib.cuGraphDestroy(graph)
+            if _workspaces.drop_after() and shared:
+                self._has_workspace = True
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
 
     def _destroy_torchs(self, graph: Any) -> None:
         with _after(self._lib, self._event):
             graph.reset()
+
+
+_pools: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class _Workspaces:
+    """Frees cuBLAS's workspaces around captures: all of them, since torch has no way to choose.
+
+    Not while another thread may be on the way from asking for its workspace to launching what uses it: autograd's threads
+    work only while the main one waits for them, and fxopt's own call no library. Nor where others have captured graphs,
+    whose workspaces are freed with these. A graph that was captured without may use one that lies in another graph's pool;
+    from then on all of them stay.
+    """
+
+    def __init__(self) -> None:
+        self._stay = _clear_workspaces is None
+        self._lock = threading.Lock()
+
+    def drop_before(self) -> None:
+        """At the beginning of a capture."""
+        with self._lock:
+            if not self._stay and _is_alone() and not _are_others_pools():
+                assert _clear_workspaces is not None
+                _clear_workspaces()
+            else:
+                self._stay = True
+
+    def drop_after(self) -> bool:
+        """At its end; whether there was one."""
+        with self._lock:
+            if self._stay or not _is_alone():
+                self._stay = True
+                return False
+            assert _clear_workspaces is not None
+            before = torch.cuda.memory_allocated()
+            _clear_workspaces()
+            return bool(torch.cuda.memory_allocated() < before)
+
+
+_workspaces = _Workspaces()
+
+
+def _is_alone() -> bool:
+    me = threading.current_thread()
+    others = (t for t in threading.enumerate() if t is not me and not t.name.startswith("fxopt"))
+    return me is threading.main_thread() and next(others, None) is None
+
+
+def _are_others_pools() -> bool:
+    """Whether torch's allocator has private pools that are not this file's."""
+    torch.cuda.empty_cache()  # pools that nobody has any more
+    known = {(0, 0), *(tuple(pool.id) for pool in _pools)}
+    return any(tuple(segment["segment_pool_id"]) not in known for segment in torch.cuda.memory_snapshot())
 
 
 @contextlib.contextmanager

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 NAME = "native-replay"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
 
+COPIES_IN_ONE_LAUNCH = False
+"""Whether the copies before and after a graph are a kernel each (`copies.cu`) instead of as many calls of the driver."""
+
 
 class Extension(Protocol):
     """Has the module made from `codegen/replay.cpp`: called, it returns that, or None as long as it is not there."""
@@ -40,9 +43,10 @@ Play = Callable[[list[Any] | tuple[Any, ...]], tuple[Any, ...] | None]
 class Device:
     """The functions of one device, as `codegen/replay.cpp` calls them.
 
-    Addresses with the signatures of the driver's cuMemcpyDtoDAsync, cuGraphLaunch, cuEventRecord, cuStreamWaitEvent and
-    cuStreamIsCapturing; the event that ends turns; Python functions that need no interpreter frame where torch has such.
-    `fail(what, code)` raises the error of a driver's code. `is_watched` is None where torch cannot tell.
+    Addresses with the signatures of the driver's cuMemcpyDtoDAsync, cuGraphLaunch, cuEventRecord, cuStreamWaitEvent,
+    cuStreamIsCapturing and cuLaunchKernel; the kernel of copies.cu, or 0; the event that ends turns; Python functions that
+    need no interpreter frame where torch has such. `fail(what, code)` raises the error of a driver's code. `is_watched` is
+    None where torch cannot tell.
     """
 
     copy: int
@@ -50,6 +54,8 @@ class Device:
     record: int
     wait: int
     capturing: int
+    launch_kernel: int
+    copies: int
     event: int
     is_watched: Callable[[], int] | None
     current_device: Callable[[], int]
@@ -77,7 +83,7 @@ def replayer(extension: Any, recording: Recording, turns: Turns) -> Any:
         recording.seeds,
         (traits.device.type == "cuda", traits.device.index or 0),
         (turns, turns.lock),
-        (found.copy, found.launch, found.record, found.wait, found.capturing),
+        (found.copy, found.launch, found.record, found.wait, found.capturing, found.launch_kernel, found.copies),
         (recording.replay.handle, found.event, recording.replay),
         (
             found.is_watched,

@@ -17,6 +17,7 @@ from fxopt.codegen.replay_build import replay_code
 from fxopt.journal import RECENT
 from fxopt.runtime import cuda_graph, native_replay
 from fxopt.runtime.artifacts import default_store
+from fxopt.runtime.copies import copying_kernel
 from fxopt.runtime.cuda_graph import GraphedExecutor
 from fxopt.runtime.in_parts import Whole
 from fxopt.runtime.recording import Recording
@@ -54,7 +55,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedExecutor]:
     return found
 
 
-@pytest.fixture(params=["native", "python"])
+@pytest.fixture(params=["native", "native, one launch", "python"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How replays are done in the test."""
     if request.param == "python":
@@ -62,6 +63,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     else:
         code = replay_code(default_store())
         assert code.wait() is not None, code.reason
+    monkeypatch.setattr(native_replay, "COPIES_IN_ONE_LAUNCH", request.param == "native, one launch")
     return str(request.param)
 
 
@@ -152,6 +154,11 @@ def test_replays_are_one_call(made: list[GraphedExecutor], way: str, monkeypatch
     for k in range(4):
         close(run(x_of(k)), model(x_of(k)))
     assert replays(made) == 5 and in_python == (4 if way == "python" else 0)
+
+
+@ONLY_PYTHON
+def test_the_kernel_of_copies_is_right() -> None:
+    assert copying_kernel(torch.cuda.current_device()) != 0
 
 
 def _in_place(model: nn.Module) -> None:

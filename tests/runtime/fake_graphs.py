@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxopt.runtime.capturable import Traits
+from fxopt.runtime.copies import Copies
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.draws import given
 from fxopt.runtime.native_replay import Device, Extension
@@ -47,6 +48,8 @@ class Function:
 
 class FakeDriver:
     """A device whose memory is the CPU's. After each replay's turn the memory of the captured runs is overwritten."""
+
+    one_launch = False  # whether it has a kernel that does several copies
 
     def __init__(self, function: Function, seeds: int, saved: int = 0) -> None:
         self.function, self.seeds, self.saved = function, seeds, saved
@@ -92,9 +95,10 @@ class FakeDriver:
         self.log.append(("synchronize", 0))
 
     def native(self) -> Device:
-        copy, launch, record, wait, capturing = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self.callbacks)
+        functions = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self.callbacks)
         return Device(
-            *(copy, launch, record, wait, capturing),
+            *functions,
+            copies=1 if self.one_launch else 0,
             event=1,
             is_watched=lambda: int(self.watched),
             current_device=lambda: 0,
@@ -127,12 +131,21 @@ class FakeDriver:
             status[0] = self.user_captures
             return 0
 
+        def kernel(function: int, *arguments: Any) -> int:
+            _, count, *_, parameters, _ = arguments
+            copies = Copies.from_address(parameters[0])
+            self.log.append(("copies", count))
+            for target, source, nbytes in list(copies.all)[:count]:
+                ctypes.memmove(target, source, nbytes)
+            return self.code
+
         return (
             ctypes.CFUNCTYPE(number, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, address)(copy),
             ctypes.CFUNCTYPE(number, address, address)(launch),
             ctypes.CFUNCTYPE(number, address, address)(record),
             ctypes.CFUNCTYPE(number, address, address, ctypes.c_uint)(wait),
             ctypes.CFUNCTYPE(number, address, ctypes.POINTER(ctypes.c_int))(capturing),
+            ctypes.CFUNCTYPE(number, address, *[ctypes.c_uint] * 7, address, ctypes.POINTER(address), address)(kernel),
         )
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage:

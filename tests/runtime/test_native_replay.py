@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import torch
 from fxopt.codegen import replay_build
 from fxopt.codegen.replay_build import ReplayCode
 from fxopt.ir.kernel import Artifact
+from fxopt.runtime import copies
 from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.copies import MOST
 from fxopt.runtime.recording import Recording
-from tests.runtime.fake_graphs import Acted
+from tests.runtime.fake_graphs import Acted, FakeDriver
 
 
 class Steps:
@@ -250,3 +253,28 @@ def test_the_compiler_does_not_outlive_the_process(tmp_path: Path) -> None:
             return
         time.sleep(0.01)
     pytest.fail("the compiler is still there")
+
+
+def test_several_copies_are_one_launch(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeDriver, "one_launch", True)
+
+    def many(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (*(x + k for k, x in enumerate(xs)), xs[0][:0])
+
+    run = Acted(many, moved=tuple(range(MOST + 3)))
+    for call in range(4):
+        inputs = [torch.full((2,), float(call + 10 * k)) for k in range(MOST + 3)]
+        torch.testing.assert_close(run(*inputs), many(*inputs))
+    launches = [count for what, count in run.driver.log if what == "copies"]
+    assert launches == [MOST, 3] * 4 and steps.in_python == 1, "twice two before and two after a graph"
+
+
+def test_the_kernel_of_copies_compiles_for_every_gpu() -> None:
+    backend = pytest.importorskip("triton.backends.nvidia")
+    assembler = Path(backend.__file__).parent / "bin" / "ptxas"
+    for arch in (75, 80, 90, 100):
+        command = [str(assembler), f"-arch=sm_{arch}", "-v", str(copies._PTX), "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert " 0 bytes spill stores" in done.stderr
+    text = copies._PTX.read_text()
+    assert f"fxopt_copies_param_0[{ctypes.sizeof(copies.Copies)}]" in text
