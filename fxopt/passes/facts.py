@@ -99,7 +99,7 @@ def escapes(node: fx.Node, without: fx.Node | None = None) -> bool:
 
 
 def needs_memory(node: fx.Node) -> bool:
-    """Whether the caller or a library call reads `node`, which then stands in memory as it is; else only generated kernels."""
+    """Whether the caller or a library call reads `node`, which then stands in memory as it is; else only kernels of ours."""
     if escapes(node):
         return True
     for user in node.users:
