@@ -98,6 +98,19 @@ def escapes(node: fx.Node, without: fx.Node | None = None) -> bool:
     return False
 
 
+def needs_memory(node: fx.Node) -> bool:
+    """Whether the caller or a library call reads `node`, which then stands in memory as it is; else only kernels of ours."""
+    if escapes(node):
+        return True
+    for user in node.users:
+        if ops.is_view(user.target) and user.op == "call_function":
+            if needs_memory(user):
+                return True
+        elif ops.category(user.target) in ("contraction", "library", "higher_order"):
+            return True
+    return False
+
+
 def is_output(node: fx.Node) -> bool:
     return any(user.op == "output" for user in node.users)
 

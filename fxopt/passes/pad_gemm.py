@@ -23,7 +23,7 @@ from torch import fx
 
 from fxopt.ir import ops
 from fxopt.passes.context import Context
-from fxopt.passes.facts import arguments, escapes, static_shape, tensor
+from fxopt.passes.facts import arguments, needs_memory, static_shape, tensor
 
 aten = torch.ops.aten
 
@@ -110,7 +110,7 @@ def _pays(product: Product) -> bool:
     (m, k, n), (pad_m, pad_k, pad_n) = product.sizes, product.pads
     batch = _numel(product.node) // (m * n)
     moved = [_numel(x) for x, grows in ((product.a, pad_m or pad_k), (product.b, pad_k or pad_n)) if grows]
-    if (pad_m or pad_n) and _needs_layout(product.node):
+    if (pad_m or pad_n) and needs_memory(product.node):
         moved.append(_numel(product.node))
     seconds = sum(moved) * 2 * 2 / BYTES_PER_SECOND + len(moved) * LAUNCH_SECONDS
     gained = (SLOWDOWN[product.alignment] - 1) * 2 * batch * m * k * n / FLOPS_PER_SECOND
@@ -119,19 +119,6 @@ def _pays(product: Product) -> bool:
 
 def _numel(node: fx.Node) -> int:
     return int(node.meta["val"].numel())
-
-
-def _needs_layout(node: fx.Node) -> bool:
-    """Whether the result has to stand in memory as the product leaves it: for the caller or a library call."""
-    if escapes(node):
-        return True
-    for user in node.users:
-        if ops.is_view(user.target) and user.op == "call_function":
-            if _needs_layout(user):
-                return True
-        elif ops.category(user.target) in ("contraction", "library", "higher_order"):
-            return True
-    return False
 
 
 def _padded(context: Context, product: Product) -> fx.Node | None:

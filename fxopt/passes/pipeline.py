@@ -36,6 +36,7 @@ from fxopt.passes.no_ops import no_ops
 from fxopt.passes.observe import Observed, observe
 from fxopt.passes.open_mask import open_mask
 from fxopt.passes.pad_gemm import pad_gemm
+from fxopt.passes.product_bias import product_bias
 from fxopt.passes.quantize import quantize
 from fxopt.passes.views import views
 
@@ -73,6 +74,7 @@ PASSES: tuple[Pass, ...] = (
     *_UP_TO_LAYERS,
     Pass("quantize", quantize),
     Pass("merged_products", merged_products),
+    Pass("product_bias", product_bias),  # biases are merged by now; a padded product would want a padded one
     Pass("pad_gemm", pad_gemm),
     Pass("constant_folding", constant_folding),  # frozen weights are padded once
     Pass("views", views),  # fusions leave views next to each other
