@@ -144,6 +144,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, cpu or auto")] = "auto",
     dtype: Annotated[str, typer.Option(help="default: bfloat16 on CUDA, float32 on CPU")] = "",
     batch: Annotated[int, typer.Option(help="batch size instead of the workload's (0)")] = 0,
+    cold_runs: Annotated[int, typer.Option(help="new processes with empty caches, by turns; medians are compared")] = 1,
     warm_runs: Annotated[int, typer.Option(help="new processes with warm caches, after each cold one")] = 1,
     limit: Annotated[float, typer.Option(help="seconds that one process may take")] = 300.0,
     minutes: Annotated[float, typer.Option(help="time budget; workloads that do not fit are left for --resume")] = 60.0,
@@ -158,7 +159,7 @@ def main(
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     pick_dtype(dtype)
     names, todo = [c.name for c in pick(contenders) if c.backend is not None], choose(workloads)
-    settings = {"tiny": tiny, "warm_runs": warm_runs, "minutes": minutes, "batch": batch}
+    settings = {"tiny": tiny, "cold_runs": cold_runs, "warm_runs": warm_runs, "minutes": minutes, "batch": batch}
     results = Results(out, where, settings, resume)
     budget = Budget(time.monotonic() + 60 * minutes, limit, slow=True)
     left = 0
@@ -171,13 +172,14 @@ def main(
                 left += 1
                 continue
             start, rows = time.monotonic(), []
-            with tempfile.TemporaryDirectory(prefix="fxopt-first-call-", ignore_cleanup_errors=True) as root:
-                for cache in ("cold", *(["warm"] * warm_runs)):
-                    for name in names:
-                        progress(f"{workload.name}: {name}, {cache}", number / len(todo))
-                        rows.append(row := FirstCall(name, cache))
-                        with caches_under(os.path.join(root, name)):
-                            run_child(workload, sizes, row, device=str(where), dtype=dtype, limit=budget.limit())
+            for _ in range(cold_runs):
+                with tempfile.TemporaryDirectory(prefix="fxopt-first-call-", ignore_cleanup_errors=True) as root:
+                    for cache in ("cold", *(["warm"] * warm_runs)):
+                        for name in names:
+                            progress(f"{workload.name}: {name}, {cache}", number / len(todo))
+                            rows.append(row := FirstCall(name, cache))
+                            with caches_under(os.path.join(root, name)):
+                                run_child(workload, sizes, row, device=str(where), dtype=dtype, limit=budget.limit())
             budget.learn(workload, (), time.monotonic() - start)
             results.add(workload, sizes, dtype, rows)
     results.data["summary"] = summarize(results.data["cases"])

@@ -106,8 +106,9 @@ def read_device_functions() -> None:
     """Let Triton parse the functions that printed kernels import, once for all forks of this process."""
     import triton
 
-    for name in ("fxopt.codegen.triton_helpers", "fxopt.codegen.templates.gemm"):
-        for function in vars(importlib.import_module(name)).values():
+    for name in ("triton_helpers", *(f"templates.{each}" for each in ("gemm", "conv", "attention"))):
+        module = importlib.import_module(f"fxopt.codegen.{name}")
+        for function in vars(module).values():
             if isinstance(function, triton.JITFunction):
                 assert function.cache_key
                 function.parse()

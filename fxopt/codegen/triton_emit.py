@@ -8,6 +8,7 @@ below the body of a `Masked` carries the conditions it stands under (`Guards`), 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -98,6 +99,8 @@ class Emitter:
         self._reduced = frozenset(frame.tiling.nest.reduced)
         self._rounded = rounded_soon(frame.tiling.nest)
         self._rounded_later = rounded_soon(frame.tiling.nest, _ARITHMETIC)
+        roots = frame.tiling.nest.roots
+        self._uses = Counter([*roots, *(a for node in postorder(roots) for a in node.args)])
         self._count = 0
         self._states: dict[tuple[object, ...], list[str]] = {}
         self._bound: dict[Sym, str] = {}
@@ -159,7 +162,7 @@ class Emitter:
         if _narrow_compare(node):
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
-        inner = _erf_beside_one(node) or self._root_below(node)  # one function computes both
+        inner = self._beside_one(node) or self._root_below(node)  # one function computes both
         args = node.args[:1] if _counts_index(node) else inner.args if inner is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
 
@@ -234,9 +237,9 @@ class Emitter:
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
         if _counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
-        erf = _erf_beside_one(node)
-        if erf is not None:
-            return f"h.erf_plus_one({self.arg(erf.args[0], guards)})"
+        beside = self._beside_one(node)
+        if beside is not None:
+            return f"h.{beside.name}_plus_one({self.arg(beside.args[0], guards)})"
         root = self._root_below(node)
         if root is not None:
             return ops.apply("rsqrt", [self.arg(root.args[0], guards)], torch.float32, torch.float32, fast=True)
@@ -270,6 +273,18 @@ class Emitter:
             return None
         root = node.args[0]
         return root if isinstance(root, Op) and root.name == "sqrt" else None
+
+    def _beside_one(self, node: Scalar) -> Op | None:
+        """The function of `node` if that is 1 + erf(...) or 1 + tanh(...) in float32, as normal distributions and what comes
+        close to them have it: such a sum is one expression, with tanh only if nobody else wants that and the sum is rounded.
+        """
+        if not (isinstance(node, Op) and node.name == "add" and accumulator_dtype(node.dtype) == torch.float32):
+            return None
+        one, other = node.args if isinstance(node.args[0], Const) else reversed(node.args)
+        if not (isinstance(one, Const) and one.value == 1 and isinstance(other, Op)):
+            return None
+        alone = other.name == "tanh" and self._uses[other] == 1 and self._may_be_fast(node)
+        return other if other.name == "erf" or alone else None
 
     def _rand(self, seed: str, counter: Int) -> str:
         """`h.rand`, its quotient and remainder taken from as few symbols as possible: LLVM sees what neighbours share."""
@@ -544,16 +559,6 @@ def _exact_reciprocal(node: Scalar) -> float | None:
 
 def _uncast(node: Scalar) -> Scalar:
     return node.args[0] if isinstance(node, Op) and node.name == "cast" else node
-
-
-def _erf_beside_one(node: Scalar) -> Op | None:
-    """The erf of `node` if that is 1 + erf(...) as a normal distribution has it, computed in float32."""
-    if not (isinstance(node, Op) and node.name == "add" and accumulator_dtype(node.dtype) == torch.float32):
-        return None
-    one, erf = node.args if isinstance(node.args[0], Const) else reversed(node.args)
-    if isinstance(one, Const) and one.value == 1 and isinstance(erf, Op) and erf.name == "erf":
-        return erf
-    return None
 
 
 def _narrow(node: Scalar) -> bool:

@@ -84,6 +84,12 @@ def test_a_run_is_resumed_and_summed_up(tmp_path: Path, monkeypatch: pytest.Monk
         "fxopt warm": 0.5,
         "fxopt's own share, warm": 0.1,
     }
+    twice = ["--workloads", "resnet50", "--cold-runs", "2", "--warm-runs", "0"]
+    CliRunner().invoke(app, [*arguments, *twice], catch_exceptions=False)
+    assert [(r["contender"], r["cache"]) for r in load(out)["cases"][2]["rows"]] == 2 * [
+        ("inductor", "cold"),
+        ("fxopt", "cold"),
+    ]
     result = CliRunner().invoke(app, [*arguments, "--workloads", "bert-base", "--minutes", "0"])
     assert "0 of 1 workloads done" in result.output
 

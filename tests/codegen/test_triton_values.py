@@ -279,6 +279,31 @@ def test_what_is_the_same_along_a_row_is_loaded_once() -> None:
     assert not any(c.rows for c in configs(nests.channel_scale(64, 32, 49, BF16).region, TARGET)), "too short"
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_one_plus_tanh(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    """Where the sum is rounded it is computed as a whole, and exact where it is small. Tanh with more users stays."""
+    x = Sym("x", size=4096)
+    tanh = Op("tanh", (Op("cast", (Load("a", symbol(x), F32),), F32),), F32)
+    total = Op("add", (tanh, Const(1.0, F32)), F32)
+    nest = Nest((x,), (), (Store("o", symbol(x), Op("cast", (total,), dtype)),))
+    buffers = [nests.buffer("a", F32, (4096,)), nests.buffer("o", dtype, (4096,))]
+
+    def expected(a: torch.Tensor) -> torch.Tensor:
+        return (2 / (1 + torch.exp(-2 * a.double()))).to(dtype)
+
+    case = nests.make(nest, buffers, "a", "o", expected)
+    (kernel,) = print_region(case.region, TritonConfig(1024), TARGET).kernels
+    assert ("tanh_plus_one" in kernel.text) is (dtype == BF16)
+    allowed = {"rtol": 8e-3, "atol": 0.0} if dtype == BF16 else {"rtol": 1e-6, "atol": 2e-7}
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 100.0, -100.0])
+    for inputs in (torch.linspace(-9, 9, 4096), special.repeat(586)[:4096]):
+        (actual,) = run(interpreter, case, TritonConfig(1024), {"a": inputs})
+        torch.testing.assert_close(actual, expected(inputs), equal_nan=True, **allowed)
+    twice = replace(nest, stores=(replace(nest.stores[0], value=Op("cast", (Op("mul", (total, tanh), F32),), dtype)),))
+    (kernel,) = print_region(nests.make(twice, buffers, "a", "o", expected).region, TritonConfig(1024), TARGET).kernels
+    assert "tanh_plus_one" not in kernel.text
+
+
 def test_split_parts_store_along_the_row_themselves() -> None:
     """Equal parts: everything is read once. Unequal ones would need a mask, so the row is read again by a third kernel."""
     case = nests.gelu_backward(64, 12, F32)
