@@ -57,11 +57,20 @@ UNPACK_FLOAT16 = tl.constexpr(
 
 
 @triton.jit
+def widened(values, DTYPE: tl.constexpr):
+    """`values` of 8 bits as DTYPE, by way of float32 where the interpreter knows no other."""
+    if INTERPRETED:
+        return values.to(tl.float32).to(DTYPE)
+    else:
+        return values.to(DTYPE)
+
+
+@triton.jit
 def unpacked(w, DTYPE: tl.constexpr):
     """The values in the low and in the high halves of bytes `w`, both in DTYPE, float16 or bfloat16."""
     if INTERPRETED:
         low, high = (w & 15).to(tl.int32) - 8, (w >> 4).to(tl.int32) - 8
-        return low.to(DTYPE), high.to(DTYPE)
+        return widened(low, DTYPE), widened(high, DTYPE)
     elif DTYPE.is_bf16():
         return tl.inline_asm_elementwise(
             UNPACK_BFLOAT16, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
@@ -104,9 +113,9 @@ def weight_tile(
             acc += part * tl.load(scales + (at + K // 2) // GROUP)[:, None]
         else:
             if gemm.divides(BK, K):
-                wide = tl.load(weights + at).to(DTYPE)
+                wide = widened(tl.load(weights + at), DTYPE)
             else:
-                wide = tl.load(weights + at, mask=(at + k < K)[None, :], other=0.0).to(DTYPE)
+                wide = widened(tl.load(weights + at, mask=(at + k < K)[None, :], other=0.0), DTYPE)
             acc = tl.dot(wide, rows_of(x, y, at + k, M, K, x_row, BK, K), acc)
     return acc
 
