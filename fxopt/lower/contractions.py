@@ -459,7 +459,7 @@ class _Search:
         calls = tuple(p.call for p in products)
         found = [c for c in (fused, both) if c is not None]
         ways = [Way(LIBRARY, (*calls, region) if region else calls)]
-        if fused is not None and not fused.quantized:
+        if fused is not None:
             ways.append(Way(FUSED, (*calls[1:], fused)))
         if both is not None and not both.quantized:
             ways.append(Way(TWO, (both,)))

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
-from fxopt.codegen.templates import attention_config, conv_config, gemm_config
+from fxopt.codegen.templates import attention_config, conv_config, gemm_config, weight_config
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
+from fxopt.codegen.triton_weights import print_weights, weight_problem
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import bounds
 from fxopt.ir.kernel import Artifact, KernelSource
@@ -146,6 +147,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     """
     if isinstance(contraction.a, Patches):
         return convolution_candidates(contraction, target, mode)
+    if contraction.quantized:
+        return weight_candidates(contraction, target, mode)
     problem = problem_of(contraction)
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
     if problem.static:
@@ -169,6 +172,13 @@ def _close(
         return list(ranked)
     most = MODEL_ERROR * min((gemm_config.estimate(problem, c, target) for c in ranked), default=0.0)
     return [c for k, c in enumerate(ranked) if k < 2 or gemm_config.estimate(problem, c, target) <= most]
+
+
+def weight_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
+    """As `contraction_candidates`, of a product with a weight of few bits; none of many rows."""
+    most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
+    chosen = weight_config.configs(weight_problem(contraction), target, most)
+    return [Candidate(str(c), (p := print_weights(contraction, c, target)).kernels, p.scratch) for c in chosen]
 
 
 def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:

@@ -365,13 +365,17 @@ def assumed_sizes(memory: Memory, trials: Sequence[Trial]) -> dict[str, int]:
 
 
 def _made_up(spec: BufferSpec, bound: Int | None, sizes: dict[str, int], generator: torch.Generator) -> torch.Tensor:
-    """A buffer of random floats, of random indices below `bound`, or of bools, mostly true as in masks; of zeros for what is
-    none of these (float8 has no normal_)."""
+    """A buffer of random floats, of random indices below `bound`, of random bytes, or of bools, mostly true as in masks; of
+    zeros for what is none of these."""
     extent = max(evaluate(spec.extent, sizes), 1)
     if spec.dtype == torch.bool:
         return torch.randint(8, (extent,), generator=generator, device=spec.device) > 0
-    if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
-        return torch.empty(extent, device=spec.device, dtype=spec.dtype).normal_(generator=generator)
+    if spec.dtype.is_floating_point:
+        narrow = spec.dtype.itemsize == 1  # no normal_ for these
+        values = torch.empty(extent, device=spec.device, dtype=torch.float16 if narrow else spec.dtype)
+        return values.normal_(generator=generator).to(spec.dtype)
+    if bound is None and spec.dtype.itemsize == 1:  # quantized values
+        return torch.randint(256, (extent,), generator=generator, device=spec.device, dtype=torch.uint8).view(spec.dtype)
     if bound is not None:
         below = min(max(evaluate(bound, sizes), 1), torch.iinfo(spec.dtype).max)
         return torch.randint(below, (extent,), generator=generator, device=spec.device, dtype=spec.dtype)

@@ -42,7 +42,8 @@ class Interpreter:
             "entry": source.entry,
             "blocks": source.compile_options["constexprs"],
             "grid": grid,
-            "buffers": [tensors[b] for b in source.buffers],
+            "buffers": [_sendable(tensors[b]) for b in source.buffers],
+            "types": [tensors[b].dtype for b in source.buffers],
             "tensor_maps": _tensor_maps(source),
             "batch": (source.members, source.block),
             "sizes": [(evaluate(s, env), t) for s, t in zip(source.sizes, _size_types(source), strict=True)],
@@ -54,13 +55,18 @@ class Interpreter:
         if isinstance(answer, str):
             raise RuntimeError(f"{answer}\n{source.text}")
         for name, after in zip(source.buffers, answer, strict=True):
-            tensors[name].copy_(after)
+            tensors[name].copy_(after.view(tensors[name].dtype))
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def _sendable(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as pickle takes it, which has no 8-bit floats."""
+    return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _size_types(source: KernelSource) -> list[str]:
@@ -179,7 +185,8 @@ def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kernel = getattr(module, job["entry"])
-    pointers = _tables(*job["batch"], job["buffers"]) if job["batch"][0] else job["buffers"]
+    buffers = [sent.view(dtype) for sent, dtype in zip(job["buffers"], job["types"], strict=True)]
+    pointers = _tables(*job["batch"], buffers) if job["batch"][0] else buffers
     pointers = [_described(*each) for each in zip(pointers, job["tensor_maps"], strict=False)]
     kernel[job["grid"]](*pointers, *(_typed(*s) for s in job["sizes"]), **job["blocks"])
     return job["buffers"]

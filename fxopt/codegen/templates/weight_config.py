@@ -1,0 +1,106 @@
+"""Configurations of products with weights of few bits (`weight_gemm.py`), best first.
+
+Memory decides: what is wanted is that all multiprocessors have loads in flight from the first microsecond on. The order is
+by the bytes in flight and the rounds that programs need.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from fxopt.target import Target
+
+MOST_ROWS = 256
+"""Rows beyond which a kernel that widens the weight once, and the library's product, are faster."""
+
+_LEAST_ROWS = 16
+_LARGEST_TILE = 64
+_SPLITS = (1, 2, 4, 8)
+_IN_FLIGHT = 32 << 10
+"""Bytes of the weight that a multiprocessor should have in flight."""
+
+_LAUNCH_BYTES = 10 << 20
+"""What a second kernel costs, in bytes moved meanwhile."""
+
+
+@dataclass(frozen=True)
+class WeightProblem:
+    """x [m, k] of `dtype` (float16 or bfloat16) by a weight [n, k] of so many `bits`, with a scale for each `group` of 4-bit
+    values.
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    bits: int
+    group: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the weight."""
+        return self.k * self.bits // 8
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """`split` > 1 stores so many partial sums. `block_k` counts bytes of a weight's row. `str()` is its name in records."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    def __str__(self) -> str:
+        parts = f" split{self.split}" * (self.split > 1)
+        return f"weight {self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}{parts}"
+
+    def programs(self, problem: WeightProblem) -> int:
+        return ceil(problem.m / self.block_m) * ceil(problem.n / self.block_n) * self.split
+
+    def shared_bytes(self, problem: WeightProblem) -> int:
+        rows = self.block_m * problem.dtype.itemsize * (2 if problem.bits == 4 else 1)
+        return self.stages * self.block_k * (self.block_n + rows) + 1024
+
+
+def configs(problem: WeightProblem, target: Target, limit: int) -> list[WeightConfig]:
+    """At most `limit`, of different tiles; none for rows beyond MOST_ROWS, or groups that no block divides."""
+    if problem.m > MOST_ROWS:
+        return []
+    rows = min(max(_LEAST_ROWS, 1 << (problem.m - 1).bit_length()), _LARGEST_TILE)
+    found = [
+        WeightConfig(rows, columns, inner, 8 if columns == 128 else 4, stages, split)
+        for columns, inner, stages, split in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 5), _SPLITS)
+        if _fits(problem, inner) and problem.row_bytes >= 2 * split * inner
+    ]
+    found = [c for c in found if c.shared_bytes(problem) <= target.shared_per_block]
+    best: dict[tuple[int, ...], WeightConfig] = {}
+    for config in sorted(found, key=lambda c: _cost(problem, c, target)):
+        best.setdefault((config.block_n, config.block_k), config)
+    return list(best.values())[:limit]
+
+
+def _fits(problem: WeightProblem, inner: int) -> bool:
+    return problem.bits == 8 or (problem.group % inner == 0 and problem.row_bytes % inner == 0)
+
+
+def _cost(problem: WeightProblem, config: WeightConfig, target: Target) -> float:
+    """Bytes moved, and what could have been moved in the time that is lost otherwise."""
+    weight = problem.n * problem.row_bytes
+    shared, programs = config.shared_bytes(problem), config.programs(problem)
+    per_sm = max(1, min(target.shared_per_block // shared, 65536 // (128 * 128)))
+    places = per_sm * target.sm_count
+    rounds = ceil(programs / places)
+    idle = rounds * places / programs if programs > places else target.sm_count / min(programs, target.sm_count)
+    resident = min(per_sm, ceil(programs / target.sm_count))
+    flight = resident * (config.stages - 1) * config.block_k * config.block_n
+    slower = (1 + (_IN_FLIGHT / flight) ** 2) ** 0.5
+    partial = 0.0 if config.split == 1 else _LAUNCH_BYTES + 8.0 * config.split * problem.m * problem.n
+    again = ceil(problem.m / config.block_m) - 1
+    return weight * max(idle, 1.0) * slower * (1 + 0.3 * again) + partial

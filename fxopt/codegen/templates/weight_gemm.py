@@ -1,0 +1,153 @@
+"""Products of floating rows with a weight in few bits, which is widened in registers on its way to the tensor cores.
+
+`weight_gemm` has the epilogue of `gemm.py`; `weight_split_gemm` stores partial sums of parts of the inner dimension.
+
+Shapes: x is [M, K]; the weight is [N, K], int8 or float8, or [N, K / 2] bytes with value k in the low half and value
+k + K / 2 in the high half of byte k (uint8, 8 added; `ir/quantized_ops.py`), whose scales are [N, K / GROUP]. The tile is
+computed transposed, [BN, BM]: the left operand of tensor cores may come from registers, and few rows leave it full.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from fxopt.codegen.templates import gemm
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+UNPACK_BFLOAT16 = tl.constexpr(
+    """{ .reg .b32 low, high, one, zero;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 zero, 0xC308C308;
+    prmt.b32 $0, low, 0x43434343, 0x4140;
+    prmt.b32 $1, low, 0x43434343, 0x4342;
+    prmt.b32 $2, high, 0x43434343, 0x4140;
+    prmt.b32 $3, high, 0x43434343, 0x4342;
+    fma.rn.bf16x2 $0, $0, one, zero;
+    fma.rn.bf16x2 $1, $1, one, zero;
+    fma.rn.bf16x2 $2, $2, one, zero;
+    fma.rn.bf16x2 $3, $3, one, zero; }"""
+)
+"""Four bytes to four and four bfloat16: the bits of 128 with a value q below are 128 + q, from which 136 is taken."""
+
+UNPACK_FLOAT16 = tl.constexpr(
+    """{ .reg .b32 low, high, one, zero;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 zero, 0xE408E408;
+    prmt.b32 $0, low, 0x64646464, 0x4140;
+    prmt.b32 $1, low, 0x64646464, 0x4342;
+    prmt.b32 $2, high, 0x64646464, 0x4140;
+    prmt.b32 $3, high, 0x64646464, 0x4342;
+    fma.rn.f16x2 $0, $0, one, zero;
+    fma.rn.f16x2 $1, $1, one, zero;
+    fma.rn.f16x2 $2, $2, one, zero;
+    fma.rn.f16x2 $3, $3, one, zero; }"""
+)
+"""The same to float16, by way of 1024 + q."""
+
+
+@triton.jit
+def widened(values, DTYPE: tl.constexpr):
+    """`values` of 8 bits as DTYPE, by way of float32 where the interpreter knows no other."""
+    if INTERPRETED:
+        return values.to(tl.float32).to(DTYPE)
+    else:
+        return values.to(DTYPE)
+
+
+@triton.jit
+def unpacked(w, DTYPE: tl.constexpr):
+    """The values in the low and in the high halves of bytes `w`, both in DTYPE, float16 or bfloat16."""
+    if INTERPRETED:
+        low, high = (w & 15).to(tl.int32) - 8, (w >> 4).to(tl.int32) - 8
+        return widened(low, DTYPE), widened(high, DTYPE)
+    elif DTYPE.is_bf16():
+        return tl.inline_asm_elementwise(
+            UNPACK_BFLOAT16, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            UNPACK_FLOAT16, "=r,=r,=r,=r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def rows_of(x, y, k, M, K, x_row, BK: tl.constexpr, SIZE: tl.constexpr):
+    """x.T at rows y and columns k of K, [BK, BM]: rows past the last repeat that, columns past the last are zero."""
+    at = tl.minimum(y, M - 1)[None, :].to(tl.int64) * x_row + k[:, None]
+    if gemm.divides(BK, SIZE):
+        return tl.load(x + at)
+    else:
+        return tl.load(x + at, mask=(k < K)[:, None], other=0.0)
+
+
+@triton.jit
+def weight_tile(
+    x, w, scale, y, n, first, end, M, N, K, x_row, w_row, scale_row,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The float32 tile [BN, BM] of w @ x.T at rows n of w and y of x (vectors), over bytes of a row from first to end."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    acc = tl.zeros([BN, BM], tl.float32)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    k = tl.arange(0, BK)
+    weights = w + (rows[:, None] * w_row + k[None, :])
+    for start in range(first, end, BK):
+        at = tl.full([], 0, tl.int32) + start  # a tensor in the interpreter too
+        if BITS == 4:
+            low, high = unpacked(tl.load(weights + at), DTYPE)
+            scales = scale + rows * scale_row
+            part = tl.dot(low, rows_of(x, y, at + k, M, K, x_row, BK, K // 2))
+            acc += part * tl.load(scales + at // GROUP)[:, None]
+            part = tl.dot(high, rows_of(x, y, at + K // 2 + k, M, K, x_row, BK, K // 2))
+            acc += part * tl.load(scales + (at + K // 2) // GROUP)[:, None]
+        else:
+            if gemm.divides(BK, K):
+                wide = widened(tl.load(weights + at), DTYPE)
+            else:
+                wide = widened(tl.load(weights + at, mask=(at + k < K)[None, :], other=0.0), DTYPE)
+            acc = tl.dot(wide, rows_of(x, y, at + k, M, K, x_row, BK, K), acc)
+    return acc
+
+
+@triton.jit
+def weight_gemm(
+    x, w, scale, extra, M, N, K, x_row, w_row, scale_row,
+    EPILOGUE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(x @ w.T)`; the grid is cdiv(M, BM) * cdiv(N, BN) programs, of which ROWS_FIRST share columns.
+
+    x, w and scale are pointers to the first elements, of which scale is used with 4 BITS only. Strides in elements, of rows;
+    elements of a row are neighbours. K is a literal; with 4 BITS, BK divides GROUP and K / 2.
+    """
+    row, column = tl.program_id(0) % ROWS_FIRST, tl.program_id(0) // ROWS_FIRST
+    y, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    bytes_of_row: tl.constexpr = K * BITS // 8
+    acc = weight_tile(x, w, scale, y, n, 0, bytes_of_row, M, N, K, x_row, w_row, scale_row, BITS, GROUP, BM, BN, BK)
+    EPILOGUE(tl.trans(acc), y[:, None], n[None, :], 0, extra)
+
+
+@triton.jit
+def weight_split_gemm(
+    x, w, scale, partial, M, N, K, x_row, w_row, scale_row,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROWS_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of x @ w.T, float32 [SPLIT, 1, M, N], contiguous; SPLIT times the programs of `weight_gemm`."""
+    part, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    row, column = tile % ROWS_FIRST, tile // ROWS_FIRST
+    y, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    first, end = gemm.part_of_inner(part, K * BITS // 8, BK, SPLIT)
+    acc = weight_tile(x, w, scale, y, n, first, end, M, N, K, x_row, w_row, scale_row, BITS, GROUP, BM, BN, BK)
+    gemm.store_partial(tl.trans(acc), partial, part, row * BM, column * BN, M, N, BM, BN)

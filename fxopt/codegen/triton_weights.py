@@ -1,0 +1,88 @@
+"""A product with a weight of few bits as a Triton kernel: the template of `weight_gemm.py` with the printed epilogue.
+
+As in `triton_contraction`, b0 and b1 are the operands, and sizes and strides are literals of the entry; b2 are the scales of
+a 4-bit weight.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+
+from fxopt.codegen.templates.gemm_entry import GemmCall
+from fxopt.codegen.templates.weight_config import WeightConfig, WeightProblem
+from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
+from fxopt.codegen.triton_block import BlockFunction
+from fxopt.codegen.triton_contraction import in_parts, print_epilogue, source_of
+from fxopt.codegen.triton_names import operations
+from fxopt.codegen.triton_ops import POINTER_TYPE
+from fxopt.errors import UnsupportedError
+from fxopt.ir.region import Contraction, Matrix
+from fxopt.target import Target
+
+MODULE = "from fxopt.codegen.templates import weight_gemm"
+_EPILOGUE = "epilogue"
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def weight_problem(contraction: Contraction) -> WeightProblem:
+    """The product of `contraction`, for the choice of configurations and the template.
+
+    Raises UnsupportedError for what the template has no form for: two products, sizes or layouts that are unknown or not by
+    rows, rows that are not in half precision.
+    """
+    if len(contraction.quantized) != 1 or not isinstance(contraction.a, Matrix):
+        raise UnsupportedError("no single product with a weight of few bits")
+    (kind,), (batch, m, k, n) = contraction.quantized, contraction.sizes
+    dtype = contraction.buffers[contraction.a.buffer].dtype
+    if not (isinstance(m, int) and isinstance(k, int) and isinstance(n, int)) or batch != 1:
+        raise UnsupportedError("a product of unknown size")
+    matrices = [contraction.a, contraction.b, *([] if kind.scale is None else [kind.scale])]
+    if not all(isinstance(x, int) for matrix in matrices for x in (matrix.row, matrix.column, matrix.offset)):
+        raise UnsupportedError("a matrix of unknown layout")
+    if dtype not in _HALVES or contraction.a.column != 1 or contraction.b.row != 1:
+        raise UnsupportedError(f"a product of {dtype} by a weight of few bits whose rows are not contiguous")
+    if kind.scale is not None and kind.scale.row != 1:
+        raise UnsupportedError("scales of groups that are not contiguous")
+    return WeightProblem(m, n, k, dtype, kind.bits, kind.group)
+
+
+def print_weights(contraction: Contraction, config: WeightConfig, target: Target) -> Printed:
+    """`contraction` in configuration `config`: one kernel, or with `config.split` above 1 two and a buffer between them.
+
+    Raises UnsupportedError where Triton has no form for the epilogue or `target`, or as `weight_problem` does.
+    """
+    if not target.compiles_triton:
+        raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    refuse_unknown_types(contraction.buffers, target)
+    problem = weight_problem(contraction)
+    own = "b2" if problem.bits == 8 else "b3"
+    if config.split == 1:
+        epilogue = print_epilogue(contraction, config.block_m, config.block_n)
+        entry = "_".join(["fx_weight_gemm", *operations(contraction.region.nest)])
+        call = _call(contraction, problem, config, epilogue.extra)
+        return Printed((source_of(contraction, entry, call, epilogue, config.warps, config.stages, MODULE),))
+    partial, rest = in_parts(contraction, (config.split, 1, problem.m, problem.n))
+    best = next(c for c in configs(rest, target) if c.split == 1)
+    sums = BlockFunction("", {own: "*fp32"}, (partial.name,), ())
+    call = _call(contraction, problem, config, own)
+    parts = source_of(contraction, "fx_weight_gemm_split", call, sums, config.warps, config.stages, MODULE)
+    return Printed((parts, print_nest(rest, best, target, "gemm_parts")), (partial,))
+
+
+def _call(contraction: Contraction, problem: WeightProblem, config: WeightConfig, extra: str) -> GemmCall:
+    (kind,), a, b = contraction.quantized, contraction.a, contraction.b
+    assert isinstance(a, Matrix)
+    operands = {"b0": a, "b1": b} | ({} if kind.scale is None else {"b2": kind.scale})
+    starts = [name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items()]
+    scale, scale_row = (starts[2], kind.scale.column) if kind.scale is not None else ("b1", 0)
+    sizes = f"{problem.m}, {problem.n}, {problem.k}, {a.row}, {b.column}, {scale_row}"
+    blocks = f"BITS={problem.bits}, GROUP={problem.group}, BM={config.block_m}, BN={config.block_n}, BK={config.block_k}"
+    blocks += f", ROWS_FIRST={ceil(problem.m / config.block_m)}"
+    split = config.split > 1
+    way = f", SPLIT={config.split}" if split else f", EPILOGUE={_EPILOGUE}"
+    name = "weight_split_gemm" if split else "weight_gemm"
+    text = f"weight_gemm.{name}({starts[0]}, {starts[1]}, {scale}, {extra}, {sizes}, {blocks}{way})"
+    types = {p: POINTER_TYPE[contraction.buffers[matrix.buffer].dtype] for p, matrix in operands.items()}
+    return GemmCall(text, types, {}, config.programs(problem))

@@ -1,0 +1,203 @@
+"""Products of few bits as Triton kernels: values in Triton's interpreter, and machine code without spills."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
+from fxopt.ir.region import Contraction, Region, Way
+from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
+from tests.codegen.padding import padded
+from tests.codegen.triton_interpreter import Interpreter
+from tests.lower.contracting import alternatives, searched
+from tests.lower.interpreter import run_lowered
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.weight_config import WeightConfig
+from fxopt.codegen.triton import Printed
+from fxopt.codegen.triton_build import compile_to_text, compile_triton
+from fxopt.codegen.triton_contraction import print_contraction
+from fxopt.codegen.triton_weights import print_weights
+from fxopt.errors import UnsupportedError
+from fxopt.ir.kernel import KernelSource
+from fxopt.lower.contractions import replaced
+from fxopt.target import Target
+from fxopt.tune.candidate import contraction_candidates, triton_candidates
+
+F = torch.nn.functional
+BF16, F16 = torch.bfloat16, torch.float16
+TARGET = Target.cuda(90)
+POINTER = GemmConfig(False, 32, 32, 32, 4, 3)
+TMA = replace(POINTER, tma=True)
+
+Layer = Callable[..., torch.Tensor]
+Operands = tuple[torch.Tensor, ...]
+
+
+def scaled_gelu(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    return F.gelu(SCALED_MM(a, b, rows, columns, bias, BF16)) + y
+
+
+def scaled(dtype: torch.dtype, m: int, k: int, n: int, per_row: bool = True) -> tuple[Layer, Operands]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-100, 101, s, generator=generator).to(dtype) for s in ((m, k), (n, k)))
+    rows = torch.rand(m if per_row else (), generator=generator) * 0.01
+    columns, bias = torch.rand(n, generator=generator) * 0.01, torch.randn(n, generator=generator).to(BF16)
+    return scaled_gelu, (a, b, rows, columns, bias, torch.randn(m, n, generator=generator).to(BF16))
+
+
+def weight_only(
+    bits: int, m: int, k: int, n: int, group: int = 0, dtype: torch.dtype = BF16, stored: torch.dtype = torch.int8
+) -> tuple[Layer, Operands]:
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = QUANTIZE_WEIGHT(
+        torch.randn(n, k, generator=generator), torch.uint8 if bits == 4 else stored, bits, group
+    )
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.relu(WEIGHT_ONLY_MM(x, weight, scale, bias, bits, group))
+
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    return layer, (x, weight, scale, torch.randn(n, generator=generator).to(dtype))
+
+
+def way_of(fn: Layer, args: Operands, label: str) -> tuple[Any, Way]:
+    low = searched(fn, *args)
+    (each,) = alternatives(low)
+    return low, next(w for w in each.ways if w.label == label)
+
+
+def check(server: Interpreter, fn: Layer, args: Operands, label: str, printed: Callable[[Any], Printed]) -> None:
+    """Assert that the only step of way `label`, run as `printed` kernels, gives the values of `fn`."""
+    low, way = way_of(fn, args, label)
+    (step,) = way.steps
+    made = printed(step)
+    memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
+    buffers = step.buffers
+    for spec in (*(buffers[n] for n in step.writes()), *made.scratch):
+        memory[spec.name] = padded(torch.empty(spec.extent, dtype=spec.dtype).fill_(float("nan")))
+    for kernel in made.kernels:
+        server.run(kernel, memory)
+    got, want = memory[step.writes()[0]].double(), fn(*args).double()
+    torch.testing.assert_close(got.view(want.shape), want, rtol=2**-6, atol=2**-6)
+
+
+CONFIGS = [
+    POINTER,
+    replace(POINTER, split=2, swap=True),
+    replace(TMA, promote=True, programs=3, flatten=True, subtile=2),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_values_of_scaled_products(interpreter: Interpreter, dtype: torch.dtype, config: GemmConfig) -> None:
+    k = 96 if config.tma else 75
+    layer = scaled(dtype, 41, k, 55, per_row=not config.tma)
+    check(interpreter, *layer, FUSED, lambda step: print_contraction(step, config, TARGET))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype", "split"),
+    [(8, 0, BF16, 1), (8, 0, F16, 2), (4, 32, BF16, 2), (4, 64, F16, 1), (4, 0, BF16, 1)],
+)
+def test_values_of_weights_of_few_bits(
+    interpreter: Interpreter, bits: int, group: int, dtype: torch.dtype, split: int
+) -> None:
+    config = WeightConfig(16, 32, 32, 4, 3, split)
+    layer = weight_only(bits, 19, 128 if bits == 4 else 100, 41, group, dtype)
+    check(interpreter, *layer, FUSED, lambda step: print_weights(step, config, TARGET))
+
+
+def rows(label: str = "default") -> Callable[[Region], Printed]:
+    def printed(region: Region) -> Printed:
+        first = triton_candidates(region, TARGET, label)[0]
+        return Printed(first.sources, first.scratch)
+
+    return printed
+
+
+@pytest.mark.parametrize("layer", [weight_only(8, 1, 100, 9), weight_only(4, 3, 96, 9, 16), scaled(torch.int8, 2, 75, 9)])
+def test_values_of_few_rows_as_loops(interpreter: Interpreter, layer: tuple[Layer, Operands]) -> None:
+    check(interpreter, *layer, ROW, rows())
+
+
+def test_a_weight_in_float8(interpreter: Interpreter) -> None:
+    layer = weight_only(8, 9, 64, 33, stored=FLOAT8)
+    config = WeightConfig(16, 32, 32, 4, 3)
+    check(interpreter, *layer, FUSED, lambda step: print_weights(step, config, TARGET))
+
+
+@pytest.mark.parametrize("m", [1, 5, 24])
+def test_every_way_has_the_same_values(m: int) -> None:
+    layers = [scaled(torch.int8, m, 48, 40), weight_only(8, m, 48, 40), weight_only(8, m, 48, 40, dtype=F16)]
+    layers += [weight_only(4, m, 48, 40, group) for group in (0, 8)]
+    labels = set()
+    for fn, args in layers:
+        low = searched(fn, *args)
+        (each,) = alternatives(low)
+        for way in each.ways:
+            if way.label == DEQUANTIZED and any(getattr(s, "op", "") == "aten::mm.dtype" for s in way.steps):
+                continue  # which torch has on GPUs only
+            if any(isinstance(s, Contraction) and s.quantized for s in way.steps):
+                continue  # the interpreter of the loop IR has no unpacking; Triton's ran above
+            labels.add(way.label)
+            (got,) = run_lowered(replaced(low, {each.name: way}), dict(zip(low.inputs, args, strict=True)))
+            # A library's sums are rounded before they are scaled.
+            torch.testing.assert_close(got, fn(*args), rtol=2**-6, atol=2**-4 if way.label == DEQUANTIZED else 2**-6)
+    assert labels == ({LIBRARY, FUSED, ROW} if m < 9 else {LIBRARY, FUSED, INT_MM, DEQUANTIZED})
+
+
+def compiled(sources: tuple[KernelSource, ...], arch: int) -> None:
+    for source in sources:
+        _, meta = compile_triton(source, Target.cuda(arch))
+        assert meta["n_spills"] == 0
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [(FLOAT8, 90), (torch.int8, 90), (torch.int8, 80)])
+def test_the_first_candidate_of_scaled_products_compiles_without_spills(dtype: torch.dtype, arch: int) -> None:
+    m, k, n = 512, 1024, 1024
+    args = (torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), torch.empty(m), torch.empty(n))
+    _, way = way_of(scaled_gelu, (*args, torch.empty(n, dtype=BF16), torch.empty(m, n, dtype=BF16)), FUSED)
+    (first, *_) = contraction_candidates(way.steps[0], Target.cuda(arch), "default")
+    compiled(first.sources, arch)
+    if arch == 90:
+        ptx = compile_to_text(first.sources[0], Target.cuda(arch), "ptx")
+        kind = "e4m3.e4m3" if dtype == FLOAT8 else "s8.s8"
+        assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.[fs]32\.{kind}", ptx)
+
+
+@pytest.mark.parametrize(("bits", "arch"), [(4, 80), (4, 90), (8, 90)])
+def test_the_first_candidate_of_weights_of_few_bits_compiles_without_spills(bits: int, arch: int) -> None:
+    k, n, group = 4096, 4096, 128 if bits == 4 else 0
+    stored = (torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // 128)) if bits == 4 else None
+    weight, scale = stored or (torch.empty(n, k, dtype=torch.int8), torch.empty(n))
+    _, way = way_of(lambda *a: WEIGHT_ONLY_MM(*a, None, bits, group), (torch.empty(4, k, dtype=BF16), weight, scale), FUSED)
+    (first, *_) = contraction_candidates(way.steps[0], Target.cuda(arch), "default")
+    compiled(first.sources, arch)
+
+
+def test_what_has_no_float8_is_refused() -> None:
+    _, way = way_of(*scaled(FLOAT8, 80, 64, 48), FUSED)
+    with pytest.raises(UnsupportedError, match="float8"):
+        contraction_candidates(way.steps[0], Target.cuda(80), "default")
+
+
+def test_long_sums_of_float8_are_promoted_on_hopper() -> None:
+    for k, promoted in ((512, False), (4096, True)):
+        args = (torch.empty(512, k, dtype=FLOAT8), torch.empty(512, k, dtype=FLOAT8), torch.empty(512), torch.empty(512))
+        _, way = way_of(lambda *a: SCALED_MM(*a, None, BF16), args, FUSED)
+        labels = [c.label for c in contraction_candidates(way.steps[0], TARGET, "default")]
+        assert labels and all(label.endswith("promote") == promoted for label in labels)
+        assert not any("promote" in c.label for c in contraction_candidates(way.steps[0], Target.cuda(100), "default"))
