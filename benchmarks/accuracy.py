@@ -8,7 +8,9 @@ each precision. Emulated rows have errors and no times. The file is written afte
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,6 +150,47 @@ def run(
         rows = measured(load(name, data, where, own), exact, where, seconds, compile)
         document["tasks"].append({"task": name, "dtype": str(own), "float32": reference.judge(exact), "rows": rows})
         (out / f"accuracy_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+@app.command()
+def search(
+    data: Annotated[Path, typer.Option(help="folder that `prepare` has filled")],
+    out: Annotated[Path, typer.Option(help="folder for precision_search_<device>.json")],
+    device: str = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the models; float32 on a CPU and bfloat16 on a GPU if not given")] = "",
+    only: Annotated[str, typer.Option(help="one task")] = "",
+    budgets: Annotated[str, typer.Option(help="relative errors that quantizing may add")] = "0.005,0.01,0.03",
+    precisions: Annotated[str, typer.Option(help="to choose from")] = "fp8,int8",
+) -> None:
+    """Budget against reached error, figures and speed of what `fxopt.quantize` returns, on data it has not seen."""
+    where = torch.device(device)
+    own = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "searches": []}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, budget in itertools.product([only] if only else TASKS, map(float, budgets.split(","))):
+        torch.compiler.reset()
+        reference, task = load(name, data, where, torch.float32), load(name, data, where, own)
+        exact = outputs_of(lambda batch, model=reference.model: model(*batch), reference.evaluation)
+        start = time.perf_counter()
+        result = fxopt.quantize(task.model, task.calibration, budget, precisions=precisions.split(","), progress=False)
+        took = time.perf_counter() - start
+        outputs = outputs_of(lambda batch, model=result.model: model(*batch), task.evaluation)
+        document["searches"].append(
+            {
+                "task": name,
+                "dtype": str(own),
+                "budget": budget,
+                "search_seconds": took,
+                "report": result.report().to_dict(),
+                "error_on_other_data": relative_error(outputs, exact),
+                "least_cosine": least_cosine(outputs, exact),
+                "figures": task.judge(outputs),
+                "float32": reference.judge(exact),
+            }
+        )
+        typer.echo(f"{name}, {own}, budget {budget}, searched for {took:.0f} s\n{result.report()}")
+        typer.echo(f"on other data: error {relative_error(outputs, exact):.4f}, {task.judge(outputs)}\n")
+        (out / f"precision_search_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

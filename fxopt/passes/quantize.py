@@ -34,6 +34,7 @@ from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
 from fxopt.passes.facts import tensor
 from fxopt.precision import HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of, misfit
+from fxopt.target import Target
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ def quantize(context: Context) -> None:
         return
     assert not isinstance(table, str), "whoever runs passes has read the table"
     found = layers(context.graph)
-    _check_names(context, decisions or Decisions(), found)
+    _check_names(context, decisions or Decisions(), found, table)
     if table is not None:
         _check_table(table, found)
     rewrite = _Rewrite(context, table)
@@ -85,12 +86,16 @@ def _wanted(layer: Layer, decisions: Decisions, table: Table | None) -> str:
     return decisions.exact(layer.name) or own or decisions.of_layer(layer.name) or HIGH
 
 
-def _check_names(context: Context, decisions: Decisions, found: list[Layer]) -> None:
-    """A warning for each rule that matches none of a graph's layers. A graph without layers says nothing."""
+def _check_names(context: Context, decisions: Decisions, found: list[Layer], table: Table | None) -> None:
+    """A warning for each rule that matches no layer of a graph, nor one that the table has from the model's other graphs.
+
+    A graph without layers says nothing.
+    """
     names = [layer.name for layer in found]
-    for rule in decisions.unmatched(names) if names else ():
+    known = [*names, *(table.names() if table is not None else ())]
+    for rule in decisions.unmatched(known) if names else ():
         context.journal.warn(
-            f"option 'precision': none of the {len(names)} layers of this graph is called {rule!r}{suggestion(rule, names)};"
+            f"option 'precision': none of the {len(names)} layers of this graph is called {rule!r}{suggestion(rule, known)};"
             " fxopt.calibrate(...).names() lists a model's layers"
         )
 
@@ -193,6 +198,7 @@ class _Rewrite:
 
     def _activation(self, layer: Layer, precision: Precision, scale: float | None) -> tuple[fx.Node, fx.Node]:
         """The quantized input [M, K] and its scale, [] or [M]."""
+        _check_device(layer, precision)
         make = functools.partial(self._by_row, layer, precision)
         if scale is not None:
             make = functools.partial(self._by_tensor, layer, precision, scale)
@@ -267,6 +273,13 @@ def _check_operands(layer: Layer, name: str) -> None:
     problem = misfit(name, columns, inner, x.device.type)
     if problem is not None:
         raise _HighError(problem)
+
+
+def _check_device(layer: Layer, precision: Precision) -> None:
+    device = layer.x.meta["val"].device
+    floating = getattr(torch, str(precision.activations)).is_floating_point
+    if floating and device.type == "cuda" and torch.cuda.is_available() and not Target.current(device).has_float8:
+        raise _HighError("its GPU does not multiply float8")
 
 
 def _bias(layer: Layer) -> fx.Node | None:

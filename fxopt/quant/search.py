@@ -43,6 +43,9 @@ PROBES = 2
 MOST_COMPILATIONS = 4
 """Of the quantized model, each with fewer layers than the one before."""
 
+NOISE_OF_MODEL = 0.01
+"""Of a call's time: less than that is no gain."""
+
 BACK_OFF = 0.9
 """How much of the budget is aimed at after a compiled model was over it."""
 
@@ -240,7 +243,7 @@ class _Search:
         with torch.no_grad():
             timings = interleaved(calls, device, seconds=4 * self.seconds)
         before, after = timings[HIGH].median, timings["quantized"].median
-        if after >= before:
+        if after > (1.0 - NOISE_OF_MODEL) * before:
             return self._refused("quantized, the whole model is not faster", reached, before, after)
         self._explain(chosen, "beyond the budget")
         return self._result(quantized, chosen, None, reached, before, after)

@@ -1,0 +1,113 @@
+"""Whole models in each precision, beside themselves: `python -m benchmarks.quantized_models --out FOLDER`.
+
+Each workload (a model of `fxopt bench`) runs frozen in its own dtype and in each precision, with scales from a calibration
+over its own inputs and, for `fp8` and `int8`, with scales for each row. Times are interleaved in one process. Beside them
+stands the relative error of the outputs to the model's own in eager, and how many layers were quantized. Weights are random:
+what precisions cost in accuracy, `benchmarks.accuracy` tells.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.models import MODELS
+from benchmarks.results import revision, target_facts, versions
+from fxopt.cli import pick_device, pick_dtype
+from fxopt.journal import RECENT
+from fxopt.quant.calibrate import calibrate
+from fxopt.quant.table import Calibration
+from fxopt.report.backends import resolve_backend, unshared
+from fxopt.report.cases import Case, Tensors
+from fxopt.report.measure import interleaved
+
+ON_GPU = "bert-base,vit-b,llama-1b,llama-1b-decode"
+ON_CPU = "minilm"
+
+STATIC = ("fp8", "int8")
+
+
+def contenders(calibration: Calibration, wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """torch.compile's options, by name."""
+    found: dict[str, dict[str, Any]] = {"own": {"freeze": True}}
+    for precision in wanted:
+        if precision in STATIC:
+            found[precision] = {"precision": precision, "calibration": calibration}
+            found[f"{precision}-by-row"] = {"precision": precision}
+        else:
+            found[precision] = {"precision": precision}
+    return found
+
+
+def measured(case: Case, device: torch.device, wanted: list[str], seconds: float) -> dict[str, Any]:
+    """By contender: seconds, error, quantized layers, seconds to compile."""
+    torch.compiler.reset()
+    backend = resolve_backend("fxopt")
+    calibration = calibrate(case.module, [case.inputs], progress=False, backend=backend)  # type: ignore[arg-type]
+    exact = case.drive(case.module)
+    found: dict[str, dict[str, Any]] = {}
+    runs = {}
+    for name, options in contenders(calibration, wanted).items():
+        compiled = torch.compile(unshared(case.module), backend=backend, options=options)
+        start = time.perf_counter()
+        result = case.drive(compiled)
+        found[name] = {"first call seconds": time.perf_counter() - start, "error": relative_norm(result, exact)}
+        notes = [text for topic, text in RECENT[-1].notes if topic == "precision"]
+        found[name] |= {"layers": len(calibration.names()), "high": [text for text in notes if "stays high" in text]}
+        for _ in range(3):  # CUDA graphs are recorded
+            case.drive(compiled)
+        runs[name] = lambda compiled=compiled: case.drive(compiled)
+    timings = interleaved(runs, device, seconds=seconds)
+    for name, timing in timings.items():
+        found[name] |= {"seconds": timing.median, "quartiles": timing.quartiles}
+        ratio = found["own"]["seconds"] / timing.median
+        high = len(found[name]["high"])
+        typer.echo(
+            f"  {name:<14} {timing.median * 1e3:9.3f} ms  {ratio:5.2f}x  error {found[name]['error']:.4f}  {high} stay high"
+            f"  first call {found[name]['first call seconds']:.1f} s"
+        )
+    return found
+
+
+def relative_norm(actual: Tensors, exact: Tensors) -> float:
+    """|actual - exact| / |exact| over all floating outputs together."""
+    pairs = [(a.double(), e.double()) for a, e in zip(actual, exact, strict=True) if e.is_floating_point()]
+    difference = sum(float((a - e).square().sum()) for a, e in pairs)
+    return float((difference / max(sum(float(e.square().sum()) for _, e in pairs), 1e-300)) ** 0.5)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for quantized_models_<device>.json")],
+    device: str = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16 on a GPU and float32 on a CPU by default")] = "",
+    workloads: Annotated[str, typer.Option(help="names, by commas")] = "",
+    precisions: Annotated[str, typer.Option(help="names, by commas")] = "fp8,int8,int8-weight,int4-weight",
+    seconds: Annotated[float, typer.Option(help="of timing, each workload")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="no workload is begun after these")] = 9.0,
+    tiny: bool = False,
+) -> None:
+    """Time models in each precision."""
+    where = pick_device(device)
+    precise = pick_dtype(dtype or ("bfloat16" if where.type == "cuda" else "float32"))
+    end = time.monotonic() + 60 * minutes
+    document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "cases": []}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (workloads or (ON_GPU if where.type == "cuda" else ON_CPU)).split(","):
+        if time.monotonic() > end:
+            typer.echo(f"{name}: no time left")
+            continue
+        workload = next(w for w in MODELS if w.name == name)
+        typer.echo(name)
+        case = workload.build(workload.sizes(tiny), where, precise)
+        entry = measured(case, where, precisions.split(","), seconds)
+        document["cases"].append({"workload": name, "dtype": str(precise), "contenders": entry})
+        (out / f"quantized_models_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
