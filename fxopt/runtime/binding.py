@@ -26,7 +26,7 @@ from fxopt.ir.exprs import Atom, Expr, Int
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size, refs
 from fxopt.runtime import draws
-from fxopt.runtime.lifetimes import Lifetimes
+from fxopt.runtime.lifetimes import Lifetimes, only_writes, returns_fresh
 from fxopt.runtime.plan import Free, InputSpec, Launch, Plan, PlanStep, allocated
 
 ALIGNMENT = 16
@@ -127,6 +127,9 @@ class Writer:
         self.counter = len(plan.inputs)
         self.before: Launch | None = None
         self.device = next((s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"), 0)
+        launched = {s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"}
+        self.current = self.device if len(launched) == 1 else None  # the GPU that is current throughout a call
+        self.tracked = _tracked(plan, self.roots)
 
     # --- the whole
 
@@ -268,6 +271,10 @@ class Writer:
 
     def _empty(self, spec: BufferSpec) -> str:
         dtype, device = self._constant(spec.dtype), self._constant(spec.device)
+        quick = "empty_cpu" if spec.device.type == "cpu" else "empty_cuda"
+        here = spec.device.type == "cpu" or (spec.device.type == "cuda" and (spec.device.index or 0) == self.current)
+        if here and quick in self.helpers:
+            return f"{quick}({self._shape(spec.shape)}, {self._shape(spec.strides)}, {dtype})"
         return f"empty({self._shape(spec.shape)}, {self._shape(spec.strides)}, dtype={dtype}, device={device})"
 
     def _lay_out_workspace(self) -> None:
@@ -319,9 +326,13 @@ class Writer:
                 base = self.views["bytes", slot, dtype] = self._fresh("v")
                 self._emit(f"{base} = m{slot}.view({dtype})")
             self.views[layout] = self._fresh("v")
-            view = f"{base}.as_strided({self._shape(spec.shape)}, {self._shape(spec.strides)}, {first})"
-            self._emit(f"{self.views[layout]} = {view}")
+            self._emit(f"{self.views[layout]} = {self._untracked_view(base, spec.shape, spec.strides, first)}")
         return self.views[layout]
+
+    def _untracked_view(self, base: str, shape: tuple[Int, ...], strides: tuple[Int, ...], offset: str) -> str:
+        """`base`, which begins where its storage does, in another layout and with versions of its own."""
+        layout = f"{self._shape(shape)}, {self._shape(strides)}, {offset}"
+        return f"reinterpret({base}, {layout})" if "reinterpret" in self.helpers else f"{base}.as_strided({layout})"
 
     def _bytes(self, slot: int) -> BufferSpec:
         """The slot as bytes, rounded up so that it can be viewed as any dtype."""
@@ -374,15 +385,21 @@ class Writer:
             self._emit(f"{self.addresses[step.name]} = {source}")
             return
         base = self.tensors[step.of]
-        if step.of not in self.own or self._begins_later(step.of):
-            # The plan's offsets count from the base's first element, as_strided's from its storage's.
-            offset = f"{base}.storage_offset()" + ("" if offset == "0" else f" + {offset}")
         self.tensors[step.name] = self._fresh("v")
-        view = f"{base}.as_strided({self._shape(step.shape)}, {self._shape(step.strides)}, {offset})"
+        view = self._view_of(step, base, offset)
         if step.of in self.parameters and step.name not in refs(self.plan.outputs):
             self._remembered_view(step, view)
         else:
             self._emit(f"{self.tensors[step.name]} = {view}")
+
+    def _view_of(self, step: Alias, base: str, offset: str) -> str:
+        layout = f"{self._shape(step.shape)}, {self._shape(step.strides)}"
+        if step.name not in self.tracked and "reinterpret" in self.helpers:
+            return f"reinterpret({base}, {layout}, {offset})"
+        if step.of not in self.own or self._begins_later(step.of):
+            # The plan's offsets count from the base's first element, as_strided's from its storage's.
+            offset = f"{base}.storage_offset()" + ("" if offset == "0" else f" + {offset}")
+        return f"{base}.as_strided({layout}, {offset})"
 
     def _begins_later(self, name: str) -> bool:
         """Whether a buffer's first element may not be the first of the storage that its tensor has."""
@@ -543,6 +560,21 @@ class Writer:
         """Buffers that the kernel takes to be aligned, and of which only the call can tell."""
         assumed = dict.fromkeys(step.buffers[i] for i in step.aligned)
         return [n for n in assumed if n not in self.own and n not in self.constants and step.language != "cpp"]
+
+
+def _tracked(plan: Plan, roots: Mapping[str, str]) -> set[str]:
+    """Views that must share their base's version counter: those that leave the plan, perhaps by way of an op that returns
+    what it is given, and those of inputs that the plan changes."""
+    out = set(refs(plan.outputs))
+    for step in plan.steps:
+        if isinstance(step, Call) and not returns_fresh(step.op) and not only_writes(step):
+            out.update(refs(step.args), refs(step.kwargs))
+    for step in reversed(plan.steps):
+        if isinstance(step, Alias) and step.name in out:
+            out.add(step.of)
+    inputs = {x.name for x in plan.inputs}
+    written = {roots.get(n, n) for step in plan.steps if isinstance(step, Launch | Call) for n in step.writes} & inputs
+    return out | {step.name for step in plan.steps if isinstance(step, Alias) and roots.get(step.name) in written}
 
 
 def _needs_tensor(plan: Plan) -> set[str]:

@@ -254,7 +254,14 @@ def _changed(tensors: tuple[torch.Tensor, ...]) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
+_in_c = getattr(torch._C._dynamo, "guards", None)
+_QUICK = {"empty_cpu": "_empty_strided_cpu", "empty_cuda": "_empty_strided_cuda", "reinterpret": "_reinterpret_tensor"}
+"""Functions of torch's that allocate and view without the dispatcher, in half the time; without them, it goes through that.
+The first two allocate on the current device; what the third returns has a version counter of its own, and its offset counts
+from the first element of what it views."""
+
 _HELPERS: dict[str, Any] = {
+    **{ours: getattr(_in_c, theirs) for ours, theirs in _QUICK.items() if hasattr(_in_c, theirs)},
     "empty": torch.empty_strided,
     "fail": _fail,
     "flat": _flat,

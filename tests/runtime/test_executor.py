@@ -15,6 +15,7 @@ from fxopt.errors import CacheError, PlanError
 from fxopt.ir.exprs import floordiv
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Alias, Call, Ref, Size
+from fxopt.runtime import executor
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.memory import plan_memory
 from fxopt.runtime.plan import InputSpec, Plan, SymbolSource
@@ -253,6 +254,42 @@ def test_keyword_arguments_with_odd_names(kernels: Kernels) -> None:
     step = Call("local:f", (Ref("x"),), {"from": 1, "dtype": torch.float64, "inf": float("inf")})
     bind(plan([tensor("x", 1)], [], [step], []), kernels, local_ops={"f": lambda x, **kw: seen.update(kw)})([torch.zeros(1)])
     assert seen == {"from": 1, "dtype": torch.float64, "inf": float("inf")}
+
+
+def test_views_that_leave_a_plan_share_their_bases_version(kernels: Kernels) -> None:
+    """Autograd compares versions to see whether what it has saved was changed since."""
+    steps = [increment("x", "a", 6), Alias("inner", "a", (4,), (1,), 1), Alias("outer", "inner", (2,), (1,), 3)]
+    a, outer = bind(plan([tensor("x", 6)], [buffer("a", 6)], steps, [Ref("a"), Ref("outer")]), kernels)([torch.zeros(6)])
+    before = outer._version
+    a.add_(1)
+    assert outer._version > before and outer.data_ptr() == a[4:].data_ptr()
+
+
+def test_what_an_op_writes_through_a_view_of_an_input_counts_as_its_change(kernels: Kernels) -> None:
+    steps: list[Any] = [Alias("view", "x", (2,), (1,), 1), Call("aten::add_.Scalar", (Ref("view"), 5), writes=("view",))]
+    x = torch.zeros(4)
+    before = x._version
+    bind(plan([tensor("x", 4)], [], steps, []), kernels)([x])
+    assert x._version > before and x.tolist() == [0, 5, 5, 0]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_allocations_and_views_with_and_without_functions_in_c(
+    quick: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not quick:
+        monkeypatch.setattr(executor, "_HELPERS", {k: v for k, v in executor._HELPERS.items() if k not in executor._QUICK})
+    steps: list[Any] = [
+        increment("x", "a", 6),
+        Alias("inner", "a", (2, 2), (1, 2), 1),
+        Alias("given", "x", (2, 2), (2, 1), 1),
+        Call("aten::add.Tensor", (Ref("inner"), Ref("given")), outputs=("sum",)),
+    ]
+    made = bind(plan([tensor("x", 6)], [buffer("a", 6), buffer("sum", 2, 2)], steps, [Ref("sum"), Ref("a")]), kernels)
+    assert ("reinterpret(" in made.source) == quick and ("empty_cpu(" in made.source) == quick
+    x = torch.arange(8.0)[2:]
+    found, a = made([x])
+    torch.testing.assert_close((found, a), (a[1:5].view(2, 2).t() + x[1:5].view(2, 2), x + 1))
 
 
 def test_writes_into_an_input_are_announced_to_autograd(kernels: Kernels) -> None:
