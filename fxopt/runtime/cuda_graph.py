@@ -61,6 +61,8 @@ class OrderingDriver(Driver, Protocol):
 
     def native(self) -> Device: ...
 
+    def new_pool(self) -> Any: ...
+
 
 class Turns:
     """Who may use the memory that the captured runs of one device share. One turn at a time, each on one stream.

@@ -22,13 +22,15 @@ T = TypeVar("T")
 
 
 class DrawingGraph:
-    """A captured run with a pool of its own. Destroyed with the last reference to it.
+    """A captured run, with the pool that its memory is in. Destroyed with the last reference to it.
 
     `states` is the generator's own and that of the capture; `destroy(graph)` is called in the end.
     """
 
-    def __init__(self, graph: Any, states: tuple[torch.Generator, torch.Generator], destroy: Callable[[Any], None]) -> None:
-        self._graph, self._generator, self._captured_state = graph, *states
+    def __init__(
+        self, graph: Any, pool: Any, states: tuple[torch.Generator, torch.Generator], destroy: Callable[[Any], None]
+    ) -> None:
+        self._pool, self._graph, self._generator, self._captured_state = pool, graph, *states
         weakref.finalize(self, destroy, graph).atexit = False
 
     @property
@@ -46,22 +48,23 @@ class DrawingGraph:
 
 
 def capture_drawing(
-    run: Callable[[], T], index: int, generator: torch.Generator, destroy: Callable[[Any], None]
+    run: Callable[[], T], index: int, pool: Any, generator: torch.Generator, destroy: Callable[[Any], None]
 ) -> tuple[DrawingGraph, T]:
-    """(what replays `run`, the result of `run`), captured on the current stream of device `index`, executing nothing.
+    """(what replays `run`, the result of `run`), captured on the current stream of device `index` with memory of `pool`,
+    executing nothing.
 
     `generator` is the device's default one. Raises what `run` raises, and RuntimeError where CUDA refuses; afterwards all is
     as before.
     """
     state = generator.clone_state()
-    with _state_of(generator, state), _released_on_failure(index) as pool:
+    with _state_of(generator, state), _released_on_failure(index, pool):
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
         try:
             result = run()
         finally:
             graph.capture_end()
-    return DrawingGraph(graph, (generator, state), destroy), result
+    return DrawingGraph(graph, pool, (generator, state), destroy), result
 
 
 @contextlib.contextmanager
@@ -76,13 +79,12 @@ def _state_of(generator: torch.Generator, state: torch.Generator) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _released_on_failure(index: int) -> Iterator[Any]:
-    """A new pool of the allocator. A capture that fails goes on directing allocations there, and keeps it."""
-    pool = torch.cuda.graph_pool_handle()
+def _released_on_failure(index: int, pool: Any) -> Iterator[None]:
+    """A capture that fails goes on directing allocations to its pool, and keeps it."""
     try:
-        yield pool
+        yield
     except BaseException:
         with contextlib.suppress(RuntimeError):  # it may have ended in time
-            torch._C._cuda_endAllocateToPool(index, pool)
-            torch._C._cuda_releasePool(index, pool)
+            torch._C._cuda_endAllocateToPool(index, pool.id)
+            torch._C._cuda_releasePool(index, pool.id)
         raise

@@ -6,7 +6,7 @@ generator stands. Plans draw their seeds outside of the captured run (`runtime/d
 for attention that drops (`runtime/drawing_graph.py`).
 
 Captured runs of one device share one pool of torch's allocator, and all of it is scratch: nothing in there means anything
-between two replays. Only forwards in training have pools of their own (`runtime/training_graph.py`). All are captured on a
+between two replays. Only training has others (`runtime/training_graph.py`). All are captured on a
 stream that torch hands out to nobody else, because cuBLAS's workspaces belong to streams: another user of that stream would
 write into the one that the graph uses.
 """
@@ -198,27 +198,29 @@ class GraphDriver:
         """Memory of the device as a tensor (uint8) that does not own it."""
         return torch.as_tensor(_Bytes(address, nbytes), device=f"cuda:{self.index}")
 
-    def capture(
-        self, run: Callable[[], T], apart: bool = False, draws: bool = False
-    ) -> tuple[CapturedGraph | DrawingGraph, T]:
+    def new_pool(self) -> Any:
+        """A pool of memory for captured runs that leave results in it for longer than to the next replay."""
+        torch.cuda.empty_cache()  # a run without graphs has left as much memory there, where the pool cannot get at it
+        return torch.cuda.MemPool()
+
+    def capture(self, run: Callable[[], T], pool: Any = None, draws: bool = False) -> tuple[CapturedGraph | DrawingGraph, T]:
         """(what replays `run` on a stream, the result of `run`).
 
         Nothing is executed. The memory of what `run` returns is scratch of the pool as soon as the caller lets go of it: it
-        has the values of a replay from the replay to the next one of any graph of this device. With `apart` the pool is the
-        captured run's own: what the caller holds on to is overwritten only by its own replays; as it is with `draws`, where
-        `run` draws from torch's generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or
-        the allocator refuses. Afterwards all is as before.
+        has the values of a replay from the replay to the next one of any graph of this pool, which without `pool` is the one
+        that all graphs of this device share. What the caller holds on to no later capture takes, but earlier ones have, so
+        that in the shared pool it is overwritten all the same. With `draws`, which wants a pool, `run` draws from torch's
+        generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or the allocator refuses.
+        Afterwards all is as before.
         """
-        if apart:  # a run without graphs has left as much memory in the allocator's cache, where the pool cannot get at it
-            torch.cuda.empty_cache()
         if draws:
             generator = torch.cuda.default_generators[self.index]
             with _no_collections(), torch.cuda.stream(self._side):
-                return capture_drawing(run, self.index, generator, self._destroy_torchs)
-        pool = None if apart else self._pool()
+                return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
         if pool is None:
-            pool = torch.cuda.MemPool()
-            if not apart:
+            pool = self._pool()
+            if pool is None:
+                pool = torch.cuda.MemPool()
                 self._pool = weakref.ref(pool)
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib

@@ -53,7 +53,7 @@ class Driver(Protocol):
 
     def bytes_at(self, address: int, nbytes: int) -> torch.Tensor: ...
 
-    def capture(self, run: Callable[[], Any], apart: bool = False, draws: bool = False) -> tuple[Captured, Any]: ...
+    def capture(self, run: Callable[[], Any], pool: Any = None, draws: bool = False) -> tuple[Captured, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -224,14 +224,16 @@ def record(
     driver: Driver,
     lent: frozenset[int] = frozenset(),
     saved: int = 0,
+    pool: Any = None,
 ) -> Recording:
     """Capture `run` on `inputs`, executing nothing. Raises CaptureRefused, and what `run` and the driver raise.
 
     Results at the positions `lent` are not copied: `play` returns the captured run's own, which other recordings' runs
     leave alone as long as this one exists, and its own next one overwrites.
 
-    The last `saved` results, inputs excepted, are not copied either but left in memory of the recording's own: whoever
-    plays it must know that nobody needs them any more.
+    The last `saved` results, inputs excepted, are not copied either but left in memory of `pool`, which nothing but this
+    recording and later ones that have nothing saved may be captured with: whoever plays it must know that nobody needs them
+    any more. Without a pool, memory is that which all recordings of the device share.
 
     Where library ops draw from torch's generator, seeds are drawn in the captured run as well, in the order of the plan.
     """
@@ -251,7 +253,7 @@ def record(
         sources = dict(zip((*traits.moved, *traits.fixed), seen, strict=True))
         return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
 
-    replay, (moves, seeds, results) = driver.capture(body, saved > 0, traits.draws)
+    replay, (moves, seeds, results) = driver.capture(body, pool, traits.draws)
     _gather(results, driver)
     read = tuple(inputs[i] for i in traits.fixed if _is_on_host(inputs[i], traits))
     addresses = [0] * len(inputs)

@@ -3,7 +3,8 @@
 A captured forward leaves what it saves where it was captured, in memory of its own, and the captured backward reads it
 there. That memory is in use from a replay until nobody holds any of it: backward has run, or its autograd graph was dropped.
 A forward that finds it in use runs plainly, and so does its backward, which is given other addresses. All other results,
-gradients among them, are copied, as in inference.
+gradients among them, are copied, as in inference. So whatever else the forward has used is scratch, which the backward is
+captured with.
 
 So values do not depend on what the caller does between forward and backward: backward is captured by the addresses of
 living tensors, whatever they are, and a forward overwrites nothing that anybody can still read.
@@ -49,14 +50,16 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 class SavedMemory:
     """The tensors in which a captured forward leaves what it saves. Others see aliases of them.
 
-    `constants` are saved with them but never written, so that they may be in use at any time.
+    `constants` are saved with them but never written, so that they may be in use at any time. `pool` is where the tensors
+    are, and scratch memory of the forward.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], constants: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], constants: Sequence[torch.Tensor] = (), pool: Any = None) -> None:
         """Raises CaptureRefused when this torch does not say who uses a storage, or what is done to saved tensors."""
         if _use_count is None or _top_hooks is None:
             raise CaptureRefused("this torch does not tell who uses saved tensors")
         self._tensors = tuple(tensors)
+        self.pool = pool
         own = Counter(x.untyped_storage()._cdata for x in tensors)
         self._storages = [x.untyped_storage() for x in {x.untyped_storage()._cdata: x for x in tensors}.values()]
         self._own = [own[s._cdata] + 1 for s in self._storages]  # who uses it: each of the tensors, and the object held here
@@ -143,9 +146,11 @@ class GraphedForward(GraphedExecutor):
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         self._drop_stale()
         saved = self.plan.saved
-        made = record(self._executor, values, signature, self._traits, self._turns.driver, saved=saved)
+        driver = self._turns.driver
+        pool = driver.new_pool()
+        made = record(self._executor, values, signature, self._traits, driver, saved=saved, pool=pool)
         results = made.results
-        memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host])
+        memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool)
         memory.taken_at = self._replays
         return ForwardRecording(**vars(made), memory=memory)
 
@@ -232,6 +237,13 @@ class GraphedBackward(GraphedExecutor):
             self._traits = replace(self._traits, fixed=fixed, moved=moved)
             self._knows_saved = True
             return True
+
+    def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
+        """Captured with the memory that the forward has used and not saved."""
+        places = {values[i].data_ptr() for i in self._traits.fixed}
+        with _lock:
+            pool = next((memory.pool for memory in _memories if not places.isdisjoint(memory.addresses)), None)
+        return record(self._executor, values, signature, self._traits, self._turns.driver, pool=pool)
 
     def _objection(self, recording: Recording) -> str | None:
         return too_dear(recording.copied, self._traits.steps, COPY_SHARE)

@@ -56,6 +56,7 @@ class FakeDriver:
         self.log: list[tuple[str, int]] = []
         self.captures = 0
         self.code = 0  # what copies for compiled code return
+        self.pools: list[Any] = []
         self.scratch: list[torch.Tensor] = []
         self.during_replay: Callable[[], None] = lambda: None
         self.replays: list[Callable[[int], None]] = []
@@ -141,8 +142,12 @@ class FakeDriver:
     def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
         return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
 
-    def capture(self, run: Callable[[], Any], apart: bool = False, draws: bool = False) -> tuple[Callable[[int], None], Any]:
-        assert apart == (self.saved > 0)
+    def new_pool(self) -> object:
+        return object()
+
+    def capture(self, run: Callable[[], Any], pool: Any = None, draws: bool = False) -> tuple[Callable[[int], None], Any]:
+        assert pool is not None or not self.saved
+        self.pools.append(pool)
         if self.refusal:
             raise RuntimeError(self.refusal)
         self.captures += 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fxopt.runtime.drawing_graph import capture_drawing
+
+POOL = SimpleNamespace(id=(0, 1))
 
 
 class Generator:
@@ -67,13 +70,12 @@ class Graph:
 def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
     Graph.generator, Graph.drawn = Generator(), []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     return Graph.generator
 
 
 def test_replays_draw_where_the_generator_stands(generator: Any) -> None:
     shared = generator.state
-    replay, result = capture_drawing(lambda: generator.state["capturing"], 0, generator, Graph.reset)
+    replay, result = capture_drawing(lambda: generator.state["capturing"], 0, POOL, generator, Graph.reset)
     assert result == 1 and generator.state is shared and shared == {"seed": 3, "offset": 8, "capturing": 0}
     replay(7)
     generator.set_offset(generator.get_offset() + 4)  # somebody else draws
@@ -99,6 +101,6 @@ def test_a_capture_that_fails_leaves_the_generator_as_it_was(
         raise ZeroDivisionError
 
     with pytest.raises((ZeroDivisionError, RuntimeError)):
-        capture_drawing(run, 0, generator, Graph.reset)
+        capture_drawing(run, 0, POOL, generator, Graph.reset)
     assert generator.state is shared and not shared["capturing"]
     assert ended == [(0, (0, 1))] * 2

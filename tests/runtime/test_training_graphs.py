@@ -143,6 +143,14 @@ def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
     assert any("stay allocated between calls" in note for note in stage.notes)
 
 
+def test_a_backward_uses_the_scratch_memory_of_its_forward(stage: Stage) -> None:
+    for _ in range(2):
+        Pair().warm()
+    kinds: Any = (stage.forwards, stage.backwards)
+    forwards, backwards = ([pool for made in kind for pool in made._turns.driver.pools] for kind in kinds)
+    assert forwards == backwards and forwards[0] is not forwards[1]
+
+
 def test_gradients_and_losses_are_nobodys_memory_but_the_callers(stage: Stage) -> None:
     pair = Pair().warm()
     kept = []
@@ -435,7 +443,7 @@ def test_what_only_the_host_reads_is_saved_as_it_is() -> None:
     """The number of attention's backend: the same object's memory in each replay, in use at any time."""
     number = torch.tensor(2)
     function = Function(lambda: (number,))
-    made = record(function, [], (), on_a_gpu(), FakeDriver(function, 0, saved=1), saved=1)
+    made = record(function, [], (), on_a_gpu(), FakeDriver(function, 0, saved=1), saved=1, pool=object())
     assert (made.results.kept, [x.tensor for x in made.results.host]) == ([], [number])
     assert made.play([], 7)[0].data_ptr() == number.data_ptr()
     memory = SavedMemory([], [x.tensor for x in made.results.host])
