@@ -39,13 +39,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     found = Made()
 
     class WatchedForward(GraphedForward):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             found.forwards.append(self)
 
     class WatchedBackward(GraphedBackward):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             found.backwards.append(self)
 
     monkeypatch.setattr(training_graph, "GraphedForward", WatchedForward)
