@@ -1,7 +1,7 @@
 """Whole models in each precision, beside themselves: `python -m benchmarks.quantized_models --out FOLDER`.
 
 Each workload (a model of `fxopt bench`) runs frozen in its own dtype and in each precision, with scales from a calibration
-over its own inputs and, for `fp8` and `int8`, with scales for each row. Times are interleaved in one process. Beside them
+over its own inputs where the precision takes some. Times are interleaved in one process. Beside them
 stands the relative error of the outputs to the model's own in eager, and how many layers were quantized. Weights are random:
 what precisions cost in accuracy, `benchmarks.accuracy` tells.
 """
@@ -20,6 +20,7 @@ from benchmarks.models import MODELS
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.journal import RECENT
+from fxopt.precision import HIGH, PRECISIONS
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.table import Calibration
 from fxopt.report.backends import resolve_backend, unshared
@@ -29,19 +30,12 @@ from fxopt.report.measure import interleaved
 ON_GPU = "bert-base,vit-b,llama-1b,llama-1b-decode"
 ON_CPU = "minilm"
 
-STATIC = ("fp8", "int8")
+OWN = "own"
 
 
 def contenders(calibration: Calibration, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """torch.compile's options, by name."""
-    found: dict[str, dict[str, Any]] = {"own": {"freeze": True}}
-    for precision in wanted:
-        if precision in STATIC:
-            found[precision] = {"precision": precision, "calibration": calibration}
-            found[f"{precision}-by-row"] = {"precision": precision}
-        else:
-            found[precision] = {"precision": precision}
-    return found
+    """torch.compile's options, by precision; `OWN` is the model's own."""
+    return {OWN: {"freeze": True}} | {p: {"precision": p, "calibration": calibration} for p in wanted}
 
 
 def measured(case: Case, device: torch.device, wanted: list[str], seconds: float) -> dict[str, Any]:
@@ -65,7 +59,7 @@ def measured(case: Case, device: torch.device, wanted: list[str], seconds: float
     timings = interleaved(runs, device, seconds=seconds)
     for name, timing in timings.items():
         found[name] |= {"seconds": timing.median, "quartiles": timing.quartiles}
-        ratio = found["own"]["seconds"] / timing.median
+        ratio = found[OWN]["seconds"] / timing.median
         high = len(found[name]["high"])
         typer.echo(
             f"  {name:<14} {timing.median * 1e3:9.3f} ms  {ratio:5.2f}x  error {found[name]['error']:.4f}  {high} stay high"
@@ -86,7 +80,7 @@ def main(
     device: str = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16 on a GPU and float32 on a CPU by default")] = "",
     workloads: Annotated[str, typer.Option(help="names, by commas")] = "",
-    precisions: Annotated[str, typer.Option(help="names, by commas")] = "fp8,int8,int8-weight,int4-weight",
+    precisions: Annotated[str, typer.Option(help="names, by commas")] = ",".join(p for p in PRECISIONS if p != HIGH),
     seconds: Annotated[float, typer.Option(help="of timing, each workload")] = 3.0,
     minutes: Annotated[float, typer.Option(help="no workload is begun after these")] = 9.0,
     tiny: bool = False,

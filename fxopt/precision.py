@@ -19,7 +19,8 @@ class Precision:
     """How the operands of a layer's product are stored. Types are names of torch dtypes, None: the model's own.
 
     `largest` is the magnitude that a scale brings the largest activation to. `group` is how many neighbours along the inner
-    dimension share a weight's scale, 0: a whole output channel.
+    dimension share a weight's scale, 0: a whole output channel. `dynamic`: each row of activations has a scale of its own,
+    whatever a calibration says.
     """
 
     doc: str
@@ -28,12 +29,20 @@ class Precision:
     largest: float = 0.0
     bits: int = 8
     group: int = 0
+    dynamic: bool = False
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations have the scale that a calibration gives, where there is one."""
+        return self.activations is not None and not self.dynamic
 
 
 HIGH = "high"
 PRECISIONS: dict[str, Precision] = {
     "fp8": Precision("weights and activations in float8 (e4m3)", "float8_e4m3fn", "float8_e4m3fn", 448.0),
     "int8": Precision("weights and activations in int8", "int8", "int8", 127.0),
+    "fp8-dynamic": Precision("fp8 with a scale for each row", "float8_e4m3fn", "float8_e4m3fn", 448.0, dynamic=True),
+    "int8-dynamic": Precision("int8 with a scale for each row", "int8", "int8", 127.0, dynamic=True),
     "int8-weight": Precision("weights in int8, activations as they are", "int8"),
     "int4-weight": Precision("weights in 4 bits, activations as they are", "uint8", bits=4, group=128),
     HIGH: Precision("as the model has it"),

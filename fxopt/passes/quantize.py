@@ -7,8 +7,8 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
   scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
-- Without a calibration each row has the scale max |x| / L, at least the least normal float32, so that a row of zeros is
-  zeros. A row with NaN or Inf has such a scale, and a result of NaN.
+- Without a calibration, and in a dynamic precision, each row has the scale max |x| / L, at least the least normal float32:
+  a row of zeros is zeros. A row with NaN or Inf has such a scale, and a result of NaN.
 
 The weight is quantized here, once, and is a constant of its own beside the module's; layers that are given the same
 quantize it once.
@@ -161,7 +161,7 @@ class _Rewrite:
 
     def _scale(self, layer: Layer, name: str) -> float | None:
         """By which the layer's quantized input is to be multiplied; None: each row has its own."""
-        if self.table is None:
+        if self.table is None or not PRECISIONS[name].is_static:
             return None
         known = self.table.known(layer.name)
         if known is None or known.obstacle is not None:

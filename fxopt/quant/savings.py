@@ -86,7 +86,7 @@ def _compiled(region: nn.Module, x: Tensor, precision: str, table: Calibration, 
     # Dynamo keeps compiled code with a function's code object: this one has its own.
     call.__code__ = call.__code__.replace(co_name=f"measured_{next(_fresh)}")
     options: dict[str, Any] = {"freeze": True, "precision": precision}
-    if PRECISIONS[precision].activations is not None:
+    if PRECISIONS[precision].is_static:
         options["calibration"] = table
     compiled = torch.compile(call, backend=backend, dynamic=False, options=options)
     return lambda: compiled(x)

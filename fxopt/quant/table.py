@@ -110,7 +110,7 @@ class Calibration:
 
     def scale(self, layer: str, precision: str) -> float:
         """What a quantized activation of `layer` is multiplied by. Raises CalibrationError for a layer without a range and
-        for a precision that leaves activations alone."""
+        for a precision that takes none."""
         key = layer, precision
         if key not in self._scales:
             self._scales[key] = self._scale(self[layer], precision)
@@ -209,8 +209,8 @@ class Calibration:
         given = PRECISIONS[precision]
         if layer.obstacle is not None or layer.seen is None:
             raise CalibrationError(f"layer {layer.name!r} has no scale: {layer.obstacle}")
-        if given.activations is None:
-            raise CalibrationError(f"{precision!r} leaves activations as they are: layer {layer.name!r} has no scale for it")
+        if not given.is_static or given.activations is None:
+            raise CalibrationError(f"{precision!r} takes no scale from a calibration: layer {layer.name!r} has none for it")
         limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, ranges.GRIDS[given.activations])
         return max(limit / given.largest, _LEAST_SCALE)
 

@@ -70,7 +70,7 @@ class Trial:
             precision = HIGH if name is None else decisions.get(name, HIGH)
             if name is None or precision == HIGH:
                 return None
-            static = PRECISIONS[precision].activations is not None
+            static = PRECISIONS[precision].is_static
             return quantized(call, precision, self.calibration.scale(name, precision) if static else None)
 
         return treated(self.model, treat)

@@ -54,7 +54,16 @@ def test_calibrating_twice_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "limit"), [("fp8", 0.06), ("int8", 0.03), ("int8-weight", 0.02), ("int4-weight", 0.15), ("high", 0.02)]
+    ("precision", "limit"),
+    [
+        ("fp8", 0.06),
+        ("fp8-dynamic", 0.06),
+        ("int8", 0.03),
+        ("int8-dynamic", 0.03),
+        ("int8-weight", 0.02),
+        ("int4-weight", 0.15),
+        ("high", 0.02),
+    ],
 )
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("rows", [1, 64])

@@ -117,6 +117,14 @@ def test_a_weight_by_row_and_no_bias() -> None:
     torch.testing.assert_close(got.double(), model_of(x, w, None, "int8", None), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fp8-dynamic", "int8-dynamic"])
+def test_dynamic_precisions_take_no_scale_from_a_table(name: str) -> None:
+    x, w, b = operands()
+    graph, context = quantized(F.linear, (x, w, b), (1, 2), name, Ranges({"": ((48, 32), 0.004)}, obstacle="only zeros"))
+    torch.testing.assert_close(execute(graph, (x, w, b))[0].double(), model_of(x, w, b, name, None), rtol=1e-5, atol=1e-5)
+    assert notes(context) == [f": {name}, scaled row by row"]
+
+
 def test_float8_saturates_and_keeps_nan() -> None:
     x, w, _ = operands()
     x[0, 0], x[3, 3], x[4, 4] = 1e30, float("nan"), float("-inf")
