@@ -33,6 +33,7 @@ from fxopt.quant.choice import Offer, decisions, in_order
 from fxopt.quant.emulate import LayerCall, obstacle
 from fxopt.quant.report import LayerReport, Report
 from fxopt.quant.savings import NOISE, LayerShape
+from fxopt.quant.smooth import smoothed
 from fxopt.quant.table import Calibration
 from fxopt.quant.trial import Loss, Metric, Trial, longest
 from fxopt.report.measure import interleaved
@@ -80,6 +81,7 @@ def quantize(
     batches: int = 8,
     forward: Forward | None = None,
     method: str = "amax",
+    smooth: float | None = None,
     seconds: float = 0.5,
     progress: bool = True,
     backend: Any = "fxopt",
@@ -89,8 +91,9 @@ def quantize(
     Without a metric, the budget is the relative error of the outputs on the loader's batches that quantizing may add. With
     `metric`, a callable from a model to a number of which higher is better, it is how much of that may be lost; the metric
     is called about ten times. `batches` of the loader are used at most, and kept in memory; `forward` and `method` are
-    those of `fxopt.calibrate`. `precisions` are those to choose from; "high", the model's own, always is one. `seconds` is
-    the time for measuring each shape of layer. The model is in evaluation mode; its weights are frozen.
+    those of `fxopt.calibrate`, `smooth` is the strength of `fxopt.smoothed`, None for none. `precisions` are those to
+    choose from; "high", the model's own, always is one. `seconds` is the time for measuring each shape of layer. The model
+    is in evaluation mode; its weights are frozen.
 
     What is returned was measured: the budget holds on these batches, and the model is faster than the compiled model that
     is not quantized. If there is no such, that one is returned, with a warning, and `refused` says why.
@@ -103,6 +106,8 @@ def quantize(
     model = getattr(model, "_orig_mod", model)
     kept = [on_device(batch, model) for batch in itertools.islice(loader, batches)] if isinstance(model, nn.Module) else []
     calibration = calibrate(model, kept, forward=forward, method=method, progress=progress, backend=backend)
+    if smooth is not None:
+        calibration = smoothed(calibration, model, smooth)
     trial = Trial(model, kept, calibration, forward)
     search = _Search(trial, calibration, metric, budget, backend, seconds, progress)
     return search.run(wanted)

@@ -71,7 +71,8 @@ class Trial:
             if name is None or precision == HIGH:
                 return None
             static = PRECISIONS[precision].is_static
-            return quantized(call, precision, self.calibration.scale(name, precision) if static else None)
+            scale = self.calibration.scale(name, precision) if static else None
+            return quantized(call, precision, scale, self.calibration.channels(name))
 
         return treated(self.model, treat)
 
