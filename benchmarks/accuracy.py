@@ -75,7 +75,7 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Run:
 
 def _ways(task: Task, calibration: fxopt.Calibration, compile: bool) -> Iterable[tuple[str, Callable[[], Run]]]:
     """Names of the rows and what makes their runs."""
-    model, layers = task.model, frozenset(calibration.names())
+    model, layers = task.model, frozenset(layer.name for layer in calibration.layers if layer.obstacle is None)
     yield "eager", lambda: lambda batch: model(*batch)
     tables = {f", {method}": calibration.with_method(method) for method in METHODS}
     tables[", smoothed"] = smoothed = fxopt.smoothed(calibration, model)

@@ -1,7 +1,8 @@
 """`fxopt.quantize(model, loader, budget)`: a precision for each layer, from measured errors and measured times.
 
-1. Each layer alone is quantized in eager (emulate.py) on real batches: the model's error that follows is the layer's.
-2. Each shape of layer is compiled in each precision and timed on this device (savings.py).
+1. Each shape of layer is compiled in each precision and timed on this device (savings.py).
+2. Each layer that gets faster is quantized alone in eager (emulate.py) on real batches: the model's error that follows is
+   the layer's. Where there are many, gradients estimate it first (gradients.py), and those that come first are tried.
 3. Layers are put in order, most time for their error first (choice.py). How many of them the budget allows is found by
    bisection, with all of them quantized at once in eager.
 4. That is compiled, its error or metric measured on real batches, and layers are taken back until the budget holds.
@@ -16,7 +17,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from fxopt.quant.batches import Forward, on_device, shown
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.choice import Offer, decisions, in_order
 from fxopt.quant.emulate import LayerCall, obstacle
+from fxopt.quant.gradients import estimated_errors
 from fxopt.quant.report import LayerReport, Report
 from fxopt.quant.savings import NOISE, LayerShape
 from fxopt.quant.smooth import smoothed
@@ -40,6 +42,9 @@ from fxopt.report.measure import interleaved
 
 PROBES = 2
 """Batches on which each layer alone is tried; decisions are tried on all."""
+
+MOST_TRIED = 128
+"""Layers and precisions that are tried one by one; of more, gradients tell which come first."""
 
 MOST_COMPILATIONS = 4
 """Of the quantized model, each with fewer layers than the one before."""
@@ -191,13 +196,20 @@ class _Search:
                 possible[layer.name] = [p for p, why in obstacles.items() if why is None]
                 row.why = "" if possible[layer.name] else str(obstacles[precisions[0]])
         self._time(calls, possible)
-        offers = []
         pairs = [(name, p) for name, row in self.rows.items() for p in row.saved if row.saved[p] > 0.0]
-        for name, precision in shown(pairs, "errors of layers", self.progress):
+        errors = estimated_errors(self.trial, pairs, PROBES) if len(pairs) > MOST_TRIED else {}
+        offers = [Offer(name, p, errors.get((name, p), 0.0), self.rows[name].saved[p]) for name, p in pairs]
+        # Those that would go first, or of which gradients tell nothing, are tried.
+        ahead = [(offer.layer, offer.precision) for offer in in_order(offers)] if errors else pairs
+        tried = {pair for pair in pairs if pair not in errors} | set(ahead[:MOST_TRIED] if errors else pairs)
+        for name, precision in shown([pair for pair in pairs if pair in tried], "errors of layers", self.progress):
+            errors[name, precision] = self.trial.emulated_error({name: precision}, PROBES)
+        for name, precision in pairs:
             row = self.rows[name]
-            row.error[precision] = self.trial.emulated_error({name: precision}, PROBES)
-            offers.append(Offer(name, precision, row.error[precision], row.saved[precision]))
-        return offers
+            row.error[precision] = errors[name, precision]
+            if (name, precision) not in tried:
+                row.estimated.append(precision)
+        return [replace(offer, error=errors[offer.layer, offer.precision]) for offer in offers]
 
     def _time(self, calls: Mapping[str, LayerCall], possible: Mapping[str, Sequence[str]]) -> None:
         """What each precision saves; nothing where it is no more than measuring is off by."""
