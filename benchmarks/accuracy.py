@@ -27,7 +27,7 @@ from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
 from fxopt.quant.ranges import METHODS
 from fxopt.report.measure import interleaved
 
-app = typer.Typer(add_completion=False, help=__doc__)
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 PRECISIONS = ("fp8", "int8", "int8-weight", "int4-weight")
 
@@ -39,10 +39,10 @@ def relative_error(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     return (off / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
 
 
-def least_cosine(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    """Of all rows along the last dimension, the one that turned most."""
+def cosines(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> Tensor:
+    """Of each row along the last dimension with what it should be."""
     pairs = zip(outputs, exact, strict=True)
-    return min(float(torch.cosine_similarity(a.double(), b.double(), dim=-1).min()) for a, b in pairs)
+    return torch.cat([torch.cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs])
 
 
 def outputs_of(run: Run, batches: Iterable[Batch]) -> list[Tensor]:
@@ -50,13 +50,15 @@ def outputs_of(run: Run, batches: Iterable[Batch]) -> list[Tensor]:
         return [run(batch).float().cpu() for batch in batches]
 
 
-def emulated(model: nn.Module, precision: str, calibration: fxopt.Calibration | None) -> Run:
-    """Runs `model` with every layer in `precision` that can be; activations are scaled by row without a calibration."""
+def emulated(model: nn.Module, precision: str, layers: frozenset[str], calibration: fxopt.Calibration | None) -> Run:
+    """Runs `model` with those of `layers` in `precision` that can be, activations scaled by row without a calibration."""
 
     def treat(call: LayerCall) -> Tensor | None:
-        if obstacle(call, precision):
+        if call.name not in layers or obstacle(call, precision):
             return None
-        return quantized(call, precision, None if calibration is None else calibration.scale(call.name, precision))
+        if calibration is None:
+            return quantized(call, precision)
+        return quantized(call, precision, calibration.scale(call.name, precision), calibration.channels(call.name))
 
     def run(batch: Batch) -> Tensor:
         with treated(model, treat):
@@ -73,19 +75,20 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Run:
 
 def _ways(task: Task, calibration: fxopt.Calibration, compile: bool) -> Iterable[tuple[str, Callable[[], Run]]]:
     """Names of the rows and what makes their runs."""
-    model = task.model
+    model, layers = task.model, frozenset(layer.name for layer in calibration.layers if layer.obstacle is None)
     yield "eager", lambda: lambda batch: model(*batch)
     tables = {f", {method}": calibration.with_method(method) for method in METHODS}
+    tables[", smoothed"] = smoothed = fxopt.smoothed(calibration, model)
     for precision in PRECISIONS:
         scaled = {"": None} | (tables if KNOWN[precision].activations else {})
         for how, table in scaled.items():
-            yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, table)
+            yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, layers, table)
     if not compile:
         return
     yield "fxopt", lambda: compiled(model, {"freeze": True})
     for precision in PRECISIONS:
         static = KNOWN[precision].activations is not None
-        for how, table in ({"": None} | ({", amax": calibration} if static else {})).items():
+        for how, table in ({"": None} | ({", amax": calibration, ", smoothed": smoothed} if static else {})).items():
             options = {"precision": precision} | ({} if table is None else {"calibration": table})
             yield f"fxopt {precision}{how}", functools.partial(compiled, model, options)
 
@@ -101,10 +104,13 @@ def measured(task: Task, exact: list[Tensor], device: torch.device, seconds: flo
         row = {
             "way": name,
             "error": relative_error(outputs, exact),
-            "least_cosine": least_cosine(outputs, exact),
+            "mean_cosine": float(cosines(outputs, exact).mean()),
+            "least_cosine": float(cosines(outputs, exact).min()),
             **task.judge(outputs),
         }
-        typer.echo("  " + "  ".join([f"{name:<28}", *(f"{k} {v:.4f}" for k, v in row.items() if k != "way")]))
+        typer.echo(
+            "  " + "  ".join([f"{name:<28}", *(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k != "way")])
+        )
         rows.append(row)
         if not name.startswith("emulated"):
             runs[name] = lambda run=run: run(task.timed)
@@ -183,7 +189,8 @@ def search(
                 "search_seconds": took,
                 "report": result.report().to_dict(),
                 "error_on_other_data": relative_error(outputs, exact),
-                "least_cosine": least_cosine(outputs, exact),
+                "mean_cosine": float(cosines(outputs, exact).mean()),
+                "least_cosine": float(cosines(outputs, exact).min()),
                 "figures": task.judge(outputs),
                 "float32": reference.judge(exact),
             }

@@ -1,8 +1,8 @@
 """fxopt: a `torch.compile` backend that captures, fuses, measures and replays whole graphs.
 
 `torch.compile(model, backend="fxopt")` needs no import of this package. What is here is for looking inside (`explain`), for
-frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `Calibration`, `Decisions`) and for typed settings
-(`Options`). Every name is loaded on first use, so `import fxopt` is light.
+frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `smoothed`, `Calibration`, `Decisions`) and for typed
+settings (`Options`). Every name is loaded on first use, so `import fxopt` is light.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxopt.precision import Decisions
     from fxopt.quant.calibrate import calibrate
     from fxopt.quant.search import quantize
+    from fxopt.quant.smooth import smoothed
     from fxopt.quant.table import Calibration
     from fxopt.report import Explanation, explain
 
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "quantize",
     "refreeze",
+    "smoothed",
 ]
 
 _HOME = {
@@ -40,6 +42,7 @@ _HOME = {
     "calibrate": ("fxopt.quant.calibrate", "calibrate"),
     "explain": ("fxopt.report", "explain"),
     "quantize": ("fxopt.quant.search", "quantize"),
+    "smoothed": ("fxopt.quant.smooth", "smoothed"),
     "refreeze": ("fxopt.capture.freeze", "refreeze"),
 }
 

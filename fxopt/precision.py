@@ -146,6 +146,10 @@ class Table(Protocol):
     def scale(self, layer: str, precision: str) -> float:
         """What a quantized activation of the layer is to be multiplied by: positive, finite."""
 
+    def channels(self, layer: str) -> Any:
+        """What the channels of the layer's input are divided by, and the weight's columns multiplied by, before they are
+        quantized: float32 [K], powers of two. None: they stay as they are."""
+
 
 def description(given: Any) -> str | None:
     """What is wrong with a value of the option `precision`; None for a good one."""

@@ -7,6 +7,8 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
   scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
+- A calibration may have powers of two for the channels of a layer's input (quant/smooth.py): x is divided by them first,
+  and the weight multiplied, which changes no value of the product.
 - Without a calibration, and in a dynamic precision, each row has the scale max |x| / L, at least the least normal float32:
   a row of zeros is zeros. A row with NaN or Inf has such a scale, and a result of NaN.
 
@@ -145,7 +147,8 @@ class _Rewrite:
         if precision.activations is None:
             group = (group_of(layer.shape[1]) or 0) if precision.group else 0
             weight, scales = self._weight(layer, precision, group)
-            target, args = WEIGHT_ONLY_MM, (layer.x, weight, scales, bias, precision.bits, group)
+            x = self._divided(layer, layer.x)
+            target, args = WEIGHT_ONLY_MM, (x, weight, scales, bias, precision.bits, group)
             how = f", groups of {group}" if group else ""
         else:
             scale = self._scale(layer, name)
@@ -172,17 +175,19 @@ class _Rewrite:
 
     def _weight(self, layer: Layer, precision: Precision, group: int) -> tuple[fx.Node, fx.Node]:
         """The quantized weight [N, K] and its scales, as constants."""
-        dtype = getattr(torch, str(precision.weights))
+        dtype, channels = getattr(torch, str(precision.weights)), self._channels(layer)
 
         def make() -> tuple[fx.Node, fx.Node]:
             try:
                 value = self._value(layer.weight).t()
+                if channels is not None:
+                    value = value.float() * channels.to(value.device)
                 weight, scales = quantize_weight(value, dtype, precision.bits, group)
             except RuntimeError as error:  # torch's OutOfMemoryError is one
                 raise _HighError(f"its weight cannot be quantized here: {str(error).partition(chr(10))[0]}") from error
             return self._constant(layer, "weight", weight), self._constant(layer, "scales", scales)
 
-        made: tuple[fx.Node, fx.Node] = self._once(("weight", layer.weight, dtype, group), make)
+        made: tuple[fx.Node, fx.Node] = self._once(("weight", layer.weight, dtype, group, _bits(channels)), make)
         return made
 
     def _value(self, node: fx.Node) -> torch.Tensor:
@@ -202,18 +207,20 @@ class _Rewrite:
         make = functools.partial(self._by_row, layer, precision)
         if scale is not None:
             make = functools.partial(self._by_tensor, layer, precision, scale)
-        made: tuple[fx.Node, fx.Node] = self._once(("x", layer.x, precision.activations, scale), make)
+        made: tuple[fx.Node, fx.Node] = self._once(
+            ("x", layer.x, precision.activations, scale, _bits(self._channels(layer))), make
+        )
         return made
 
     def _by_tensor(self, layer: Layer, precision: Precision, scale: float) -> tuple[fx.Node, fx.Node]:
         device = layer.x.meta["val"].device
         own = torch.tensor(scale, dtype=torch.float32)
         factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
-        values = self._derive(aten.mul.Tensor, (self._wide(layer), factor), layer)
+        values = self._derive(aten.mul.Tensor, (self._divided(layer, self._wide(layer)), factor), layer)
         return self._cast(layer, precision, values), self._scalar(layer, "scale", own.to(device))
 
     def _by_row(self, layer: Layer, precision: Precision) -> tuple[fx.Node, fx.Node]:
-        wide = self._wide(layer)
+        wide = self._divided(layer, self._wide(layer))
         amax = self._derive(aten.amax.default, (self._derive(aten.abs.default, (wide,), layer), [1]), layer)
         scale = self._derive(aten.mul.Tensor, (amax, 1.0 / precision.largest), layer)
         scale = self._derive(aten.clamp_min.default, (scale, LEAST_SCALE), layer)
@@ -221,6 +228,19 @@ class _Rewrite:
         column = self._derive(aten.unsqueeze.default, (factor, 1), layer)
         values = self._derive(aten.mul.Tensor, (wide, column), layer)
         return self._cast(layer, precision, values), scale
+
+    def _channels(self, layer: Layer) -> torch.Tensor | None:
+        return None if self.table is None else self.table.channels(layer.name)
+
+    def _divided(self, layer: Layer, x: fx.Node) -> fx.Node:
+        """`x` [M, K] by the layer's channels, exactly: these are powers of two."""
+        channels = self._channels(layer)
+        if channels is None:
+            return x
+        given = x.meta["val"]
+        inverse = channels.reciprocal().to(given.device, given.dtype)
+        factor = self._once((_bits(channels), given.device, given.dtype), lambda: self._constant(layer, "channels", inverse))
+        return self._derive(aten.mul.Tensor, (x, factor), layer)
 
     def _wide(self, layer: Layer) -> fx.Node:
         if layer.x.meta["val"].dtype == torch.float32:
@@ -257,6 +277,11 @@ class _Rewrite:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+def _bits(values: torch.Tensor | None) -> bytes | None:
+    """By which equal vectors are known."""
+    return None if values is None else values.numpy().tobytes()
 
 
 def _check_operands(layer: Layer, name: str) -> None:

@@ -132,10 +132,11 @@ def obstacle(call: LayerCall, precision: str) -> str | None:
     return misfit(precision, columns, inner, call.weight.device.type)
 
 
-def quantized(call: LayerCall, precision: str, scale: float | None = None) -> Tensor:
+def quantized(call: LayerCall, precision: str, scale: float | None = None, channels: Tensor | None = None) -> Tensor:
     """The layer's result [M, N] in `precision`, which is not "high", in x's dtype, as passes/quantize.py computes it.
 
-    `scale`: of the quantized activations, for all rows; None for one of each row. Raises KeyError for an unknown precision,
+    `scale`: of the quantized activations, for all rows; None for one of each row. `channels`, float32 [K]: what x is divided
+    by and the weight's columns multiplied by before. Raises KeyError for an unknown precision,
     ValueError for a layer that has an `obstacle`.
     """
     given = PRECISIONS[precision]
@@ -143,8 +144,11 @@ def quantized(call: LayerCall, precision: str, scale: float | None = None) -> Te
     if problem is not None:
         raise ValueError(f"layer {call.name!r} cannot be {precision}: {problem}")
     group = (group_of(call.weight.shape[1]) or 0) if given.group else 0
-    parts = quantize_weight(call.weight, getattr(torch, str(given.weights)), given.bits, group)
-    x = call.x.float()
+    x, weight = call.x.float(), call.weight
+    if channels is not None:
+        divisors = channels.to(x.device)
+        x, weight = x / divisors, weight.float() * divisors
+    parts = quantize_weight(weight, getattr(torch, str(given.weights)), given.bits, group)
     if given.activations is not None:
         x = _on_grid(x, GRIDS[given.activations], scale)
     result = x @ dequantized(*parts, given.bits, group).t()

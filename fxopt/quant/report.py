@@ -13,7 +13,8 @@ from typing import Any
 class LayerReport:
     """A layer: `error` of the model with it alone quantized and seconds `saved`, by precision; `seconds` in its own.
 
-    `rows` are those of its input in the longest batch. `why` tells the reason of `decision`.
+    `rows` are those of its input in the longest batch. `why` tells the reason of `decision`; of the `estimated` precisions
+    gradients tell the error.
     """
 
     name: str
@@ -25,6 +26,7 @@ class LayerReport:
     error: dict[str, float] = field(default_factory=dict)
     saved: dict[str, float] = field(default_factory=dict)
     decision: str = "high"
+    estimated: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         " x ".join(map(str, layer.shape)),
         str(layer.rows or ""),
         "" if layer.seconds is None else _time(layer.seconds),
-        ", ".join(f"{name} {error:.2g}" for name, error in layer.error.items()),
+        ", ".join(f"{name} {'~' * (name in layer.estimated)}{error:.2g}" for name, error in layer.error.items()),
         ", ".join(f"{name} {_time(gain)}" for name, gain in layer.saved.items()),
         layer.decision,
         layer.why,

@@ -1,7 +1,8 @@
 """`fxopt.quantize(model, loader, budget)`: a precision for each layer, from measured errors and measured times.
 
-1. Each layer alone is quantized in eager (emulate.py) on real batches: the model's error that follows is the layer's.
-2. Each shape of layer is compiled in each precision and timed on this device (savings.py).
+1. Each shape of layer is compiled in each precision and timed on this device (savings.py).
+2. Each layer that gets faster is quantized alone in eager (emulate.py) on real batches: the model's error that follows is
+   the layer's. Where there are many, gradients estimate it first (gradients.py), and those that come first are tried.
 3. Layers are put in order, most time for their error first (choice.py). How many of them the budget allows is found by
    bisection, with all of them quantized at once in eager.
 4. That is compiled, its error or metric measured on real batches, and layers are taken back until the budget holds.
@@ -16,7 +17,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,14 +32,19 @@ from fxopt.quant.batches import Forward, on_device, shown
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.choice import Offer, decisions, in_order
 from fxopt.quant.emulate import LayerCall, obstacle
+from fxopt.quant.gradients import estimated_errors
 from fxopt.quant.report import LayerReport, Report
 from fxopt.quant.savings import NOISE, LayerShape
+from fxopt.quant.smooth import smoothed
 from fxopt.quant.table import Calibration
 from fxopt.quant.trial import Loss, Metric, Trial, longest
 from fxopt.report.measure import interleaved
 
 PROBES = 2
 """Batches on which each layer alone is tried; decisions are tried on all."""
+
+MOST_TRIED = 128
+"""Layers and precisions that are tried one by one; of more, gradients tell which come first."""
 
 MOST_COMPILATIONS = 4
 """Of the quantized model, each with fewer layers than the one before."""
@@ -80,6 +86,7 @@ def quantize(
     batches: int = 8,
     forward: Forward | None = None,
     method: str = "amax",
+    smooth: float | None = None,
     seconds: float = 0.5,
     progress: bool = True,
     backend: Any = "fxopt",
@@ -89,8 +96,9 @@ def quantize(
     Without a metric, the budget is the relative error of the outputs on the loader's batches that quantizing may add. With
     `metric`, a callable from a model to a number of which higher is better, it is how much of that may be lost; the metric
     is called about ten times. `batches` of the loader are used at most, and kept in memory; `forward` and `method` are
-    those of `fxopt.calibrate`. `precisions` are those to choose from; "high", the model's own, always is one. `seconds` is
-    the time for measuring each shape of layer. The model is in evaluation mode; its weights are frozen.
+    those of `fxopt.calibrate`, `smooth` is the strength of `fxopt.smoothed`, None for none. `precisions` are those to
+    choose from; "high", the model's own, always is one. `seconds` is the time for measuring each shape of layer. The model
+    is in evaluation mode; its weights are frozen.
 
     What is returned was measured: the budget holds on these batches, and the model is faster than the compiled model that
     is not quantized. If there is no such, that one is returned, with a warning, and `refused` says why.
@@ -103,6 +111,8 @@ def quantize(
     model = getattr(model, "_orig_mod", model)
     kept = [on_device(batch, model) for batch in itertools.islice(loader, batches)] if isinstance(model, nn.Module) else []
     calibration = calibrate(model, kept, forward=forward, method=method, progress=progress, backend=backend)
+    if smooth is not None:
+        calibration = smoothed(calibration, model, smooth)
     trial = Trial(model, kept, calibration, forward)
     search = _Search(trial, calibration, metric, budget, backend, seconds, progress)
     return search.run(wanted)
@@ -186,13 +196,20 @@ class _Search:
                 possible[layer.name] = [p for p, why in obstacles.items() if why is None]
                 row.why = "" if possible[layer.name] else str(obstacles[precisions[0]])
         self._time(calls, possible)
-        offers = []
         pairs = [(name, p) for name, row in self.rows.items() for p in row.saved if row.saved[p] > 0.0]
-        for name, precision in shown(pairs, "errors of layers", self.progress):
+        errors = estimated_errors(self.trial, pairs, PROBES) if len(pairs) > MOST_TRIED else {}
+        offers = [Offer(name, p, errors.get((name, p), 0.0), self.rows[name].saved[p]) for name, p in pairs]
+        # Those that would go first, or of which gradients tell nothing, are tried.
+        ahead = [(offer.layer, offer.precision) for offer in in_order(offers)] if errors else pairs
+        tried = {pair for pair in pairs if pair not in errors} | set(ahead[:MOST_TRIED] if errors else pairs)
+        for name, precision in shown([pair for pair in pairs if pair in tried], "errors of layers", self.progress):
+            errors[name, precision] = self.trial.emulated_error({name: precision}, PROBES)
+        for name, precision in pairs:
             row = self.rows[name]
-            row.error[precision] = self.trial.emulated_error({name: precision}, PROBES)
-            offers.append(Offer(name, precision, row.error[precision], row.saved[precision]))
-        return offers
+            row.error[precision] = errors[name, precision]
+            if (name, precision) not in tried:
+                row.estimated.append(precision)
+        return [replace(offer, error=errors[offer.layer, offer.precision]) for offer in offers]
 
     def _time(self, calls: Mapping[str, LayerCall], possible: Mapping[str, Sequence[str]]) -> None:
         """What each precision saves; nothing where it is no more than measuring is off by."""

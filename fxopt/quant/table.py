@@ -43,13 +43,15 @@ AMBIGUOUS = "several layers of different shapes have its name"
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 _DTYPES = ("float16", "bfloat16", "float32")
 _PARTS = ("minimum", "maximum", "histogram")
+_CHANNELS = "channels"
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRange:
     """A layer: `shape` of its weight (() where several differ), `dtype` of what it is given, and what was seen of that.
 
-    `precision` and `scale` are the user's: they go before what options and ranges say.
+    `precision` and `scale` are the user's: they go before what options and ranges say. `channels`, float32 [K] on the CPU,
+    are powers of two by which what a linear layer is given is divided, and its weight multiplied, before both are quantized.
     """
 
     name: str
@@ -59,6 +61,7 @@ class LayerRange:
     seen: Range | None
     precision: str | None = None
     scale: float | None = None
+    channels: Tensor | None = None
 
     @functools.cached_property
     def amax(self) -> float:
@@ -115,6 +118,10 @@ class Calibration:
         if key not in self._scales:
             self._scales[key] = self._scale(self[layer], precision)
         return self._scales[key]
+
+    def channels(self, layer: str) -> Tensor | None:
+        found = self._by_name.get(layer)
+        return None if found is None else found.channels
 
     def digest(self) -> str:
         """Of everything that a compilation reads."""
@@ -211,7 +218,10 @@ class Calibration:
             raise CalibrationError(f"layer {layer.name!r} has no scale: {layer.obstacle}")
         if not given.is_static or given.activations is None:
             raise CalibrationError(f"{precision!r} takes no scale from a calibration: layer {layer.name!r} has none for it")
-        limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, ranges.GRIDS[given.activations])
+        if layer.channels is None:
+            limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, ranges.GRIDS[given.activations])
+        else:  # the histogram is that of other values
+            limit = float((layer.channel_amax() / layer.channels).max())
         return max(limit / given.largest, _LEAST_SCALE)
 
     def _document(self) -> dict[str, Any]:
@@ -226,12 +236,13 @@ class Calibration:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Contiguous, on the CPU, sharing no memory, as safetensors needs them."""
-        return {
+        seen = {
             f"{layer.name}.{part}": getattr(layer.seen, part).clone()
             for layer in self.layers
             if layer.seen is not None
             for part in _PARTS
         }
+        return seen | {f"{x.name}.{_CHANNELS}": x.channels.clone() for x in self.layers if x.channels is not None}
 
     def _joined(self, other: Calibration) -> Calibration:
         if self.method != other.method:
@@ -271,8 +282,11 @@ def _joined_layer(a: LayerRange, b: LayerRange) -> LayerRange:
     for what, mine, theirs in (("precision", a.precision, b.precision), ("scale", a.scale, b.scale)):
         if mine is not None and theirs is not None and mine != theirs:
             raise CalibrationError(f"merging calibrations: the {what} of layer {a.name!r} is set to {mine!r} and {theirs!r}")
+    if a.channels is not None and b.channels is not None and not torch.equal(a.channels, b.channels):
+        raise CalibrationError(f"merging calibrations: the channels of layer {a.name!r} are scaled in different ways")
     seen = b.seen if a.seen is None else a.seen if b.seen is None else a.seen.joined(b.seen)
-    return replace(a, seen=seen, precision=a.precision or b.precision, scale=a.scale or b.scale)
+    channels = b.channels if a.channels is None else a.channels
+    return replace(a, seen=seen, precision=a.precision or b.precision, scale=a.scale or b.scale, channels=channels)
 
 
 # ---------------------------------------------------------------------- files
@@ -374,13 +388,25 @@ class _Reader:
 
     def with_range(self, described: LayerRange, given: Mapping[str, Any], tensors: dict[str, Tensor]) -> LayerRange:
         where = f"layer {described.name!r}"
-        layer = replace(described, seen=self.range(where, described.name, tensors))
+        channels = self.channels(where, described, tensors)
+        layer = replace(described, seen=self.range(where, described.name, tensors), channels=channels)
         for what, value in (("amax", layer.amax), ("elements", layer.elements)):
             if given.get(what) != value:
                 raise self.fail(
                     where, f"its {what} is {given.get(what)!r}, but {value!r} in the tensors; to clip, set scale"
                 )
         return layer
+
+    def channels(self, where: str, layer: LayerRange, tensors: dict[str, Tensor]) -> Tensor | None:
+        """Takes the layer's own out of `tensors`."""
+        found = tensors.pop(f"{layer.name}.{_CHANNELS}", None)
+        if found is None:
+            return None
+        if layer.kind != LINEAR or found.dtype != torch.float32 or tuple(found.shape) != layer.shape[1:]:
+            raise self.fail(where, "its channels are no float32 vector for the columns of a linear layer's weight")
+        if not bool((found.isfinite() & (found > 0)).all()) or bool((found.frexp().mantissa != 0.5).any()):
+            raise self.fail(where, "its channels are not scaled by powers of two")
+        return found
 
     def range(self, where: str, name: str, tensors: dict[str, Tensor]) -> Range | None:
         """Takes the layer's own out of `tensors`."""

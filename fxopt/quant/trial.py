@@ -20,6 +20,12 @@ from fxopt.quant.table import Calibration
 Metric = Callable[[Any], float]
 
 
+def floating_outputs(result: Any) -> list[Tensor]:
+    """The tensors of a model's result whose error can be told."""
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+
+
 class Trial:
     """`model` in eager on `batches` (on its device): its outputs there are what errors are relative to."""
 
@@ -28,17 +34,12 @@ class Trial:
         self.forward: Forward = forward or call_model
         self._names = frozenset(calibration.names())
         with torch.no_grad():
-            self._outputs = [self._tensors(self.forward(model, batch)) for batch in batches]
+            self._outputs = [floating_outputs(self.forward(model, batch)) for batch in batches]
         for number, outputs in enumerate(self._outputs):
             if not outputs:
                 raise CalibrationError(f"batch {number}: the model returns no floating tensor whose error could be told")
             if not all(bool(t.isfinite().all()) for t in outputs):
                 raise CalibrationError(f"batch {number}: the model's own outputs have NaN or Inf")
-
-    @staticmethod
-    def _tensors(result: Any) -> list[Tensor]:
-        leaves = torch.utils._pytree.tree_leaves(result)
-        return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 
     def name_of(self, call: LayerCall) -> str | None:
         """The layer's name in the calibration. A module that several graphs call is one layer there."""
@@ -62,6 +63,13 @@ class Trial:
                 self.forward(self.model, batch)
         return found
 
+    def quantized(self, call: LayerCall, precision: str) -> Tensor:
+        """The result [M, N] of a layer of the calibration in `precision`."""
+        name = self.name_of(call)
+        assert name is not None, "it is one of the calibration's layers"
+        scale = self.calibration.scale(name, precision) if PRECISIONS[precision].is_static else None
+        return quantized(call, precision, scale, self.calibration.channels(name))
+
     def emulating(self, decisions: Mapping[str, str]) -> AbstractContextManager[None]:
         """While this lasts, the model computes in eager what it will with these precisions of layers."""
 
@@ -70,8 +78,7 @@ class Trial:
             precision = HIGH if name is None else decisions.get(name, HIGH)
             if name is None or precision == HIGH:
                 return None
-            static = PRECISIONS[precision].is_static
-            return quantized(call, precision, self.calibration.scale(name, precision) if static else None)
+            return self.quantized(call, precision)
 
         return treated(self.model, treat)
 
@@ -82,7 +89,7 @@ class Trial:
         size: dict[int, float] = {}
         with torch.no_grad():
             for batch, exact in zip(self.batches[:most], self._outputs, strict=False):
-                outputs = self._tensors(self.forward(run, batch))
+                outputs = floating_outputs(self.forward(run, batch))
                 if [t.shape for t in outputs] != [t.shape for t in exact]:
                     return math.inf
                 for at, (a, b) in enumerate(zip(outputs, exact, strict=True)):

@@ -48,6 +48,9 @@ class Ranges:
     def scale(self, layer: str, precision: str) -> float:
         return self.layers[layer][1]
 
+    def channels(self, layer: str) -> None:
+        return None
+
 
 def quantized(
     fn: Callable[..., Any], args: tuple[Tensor, ...], frozen: tuple[int, ...], precision: Any, table: Any = None, **how: Any

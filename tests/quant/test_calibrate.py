@@ -212,10 +212,9 @@ def test_another_models_table_is_an_error_of_the_call() -> None:
         torch.compile(other, backend="fxopt", options={"precision": "int8", "calibration": found})(torch.randn(2, 16))
 
 
-def test_sizes_beyond_torchs_limit_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
-    monkeypatch.setattr("torch._dynamo.config.automatic_dynamic_shapes", False)
-    with pytest.raises(CalibrationError, match="batch 1 was not observed"):
+def test_sizes_beyond_torchs_limit_are_not_missed() -> None:
+    limited = torch._dynamo.config.patch(recompile_limit=1, automatic_dynamic_shapes=False)
+    with limited, pytest.raises(CalibrationError, match="batch 1 was not observed"):
         quiet(Broken().eval(), [torch.randn(rows, 16) for rows in (2, 3, 4)])
 
 

@@ -130,6 +130,16 @@ def test_the_budget_may_be_that_of_a_metric(times: dict[str, float]) -> None:
         _quantize(model, 1.0, metric=lambda run: "good")
 
 
+def test_of_many_layers_those_that_go_first_are_tried(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "MOST_TRIED", 1)
+    model = _Model().eval()
+    result = _quantize(model, 0.02)
+    layers = {layer.name: layer for layer in result.report().layers}
+    assert (layers["calm"].estimated, layers["wild"].estimated) == ([], ["int8"])
+    assert _chosen(result) == ["calm"] and _error(result.model, model) <= 0.02
+    assert "~" in str(result.report())
+
+
 @pytest.mark.parametrize("budget", [-0.1, float("nan"), float("inf"), True, "small"])
 def test_a_budget_is_a_number(budget: Any) -> None:
     with pytest.raises(OptionError, match="budget"):

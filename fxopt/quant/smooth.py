@@ -1,0 +1,82 @@
+"""Outliers of a few channels are divided out of what layers are given, and multiplied into their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import CalibrationError, OptionError
+from fxopt.ir.layers import LINEAR
+from fxopt.quant.table import Calibration, LayerRange
+
+
+def smoothed(calibration: Calibration, model: nn.Module, strength: float = 0.5) -> Calibration:
+    """`calibration` with divisors for the input channels of linear layers of `model`, the model that it was made of.
+
+    A scale for all channels has to reach as far as the largest of them, which leaves few steps for the others. Weights are
+    scaled by their rows, so that their columns may take over some of it (Xiao et al., "SmoothQuant", 2023): channel j is
+    divided by max |x_j|^strength / max |w_j|^(1 - strength), rounded to a power of two, which is exact in every floating
+    type. Layers that are given the same share their divisors, and quantize it once. `strength` 0 looks at weights alone, 1
+    at activations. What a table's user has set as `scale` of a layer leaves that layer as it is.
+
+    Layers without a range, and such whose weight is no parameter of the module with their name, stay as they are; raises
+    CalibrationError if that is true of all, OptionError for a strength that is not between 0 and 1.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise OptionError(f"a strength lies between 0 and 1, not at {strength!r}")
+    model = getattr(model, "_orig_mod", model)
+    weights = {layer.name: w for layer in calibration.layers if (w := _weight(model, layer)) is not None}
+    if not weights:
+        raise CalibrationError("none of the calibration's layers is a linear layer of this model that data has reached")
+    together: dict[Hashable, list[str]] = {}
+    for layer in calibration.layers:
+        if layer.name in weights:
+            together.setdefault(_given(layer), []).append(layer.name)
+    divisors: dict[str, Tensor] = {}
+    for names in together.values():
+        columns = torch.stack([weights[name].detach().abs().amax(0).float().cpu() for name in names]).amax(0)
+        divisors.update(dict.fromkeys(names, _divisors(calibration[names[0]].channel_amax(), columns, strength)))
+    layers = tuple(replace(x, channels=divisors.get(x.name, x.channels)) for x in calibration.layers)
+    return replace(calibration, layers=layers)
+
+
+def _weight(model: nn.Module, layer: LayerRange) -> Tensor | None:
+    """The layer's weight as [N, K]."""
+    if layer.kind != LINEAR or layer.obstacle is not None or layer.scale is not None:
+        return None
+    try:
+        module = model.get_submodule(layer.name.partition("#")[0])
+    except AttributeError:
+        return None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    if isinstance(module, nn.Linear):
+        return weight if tuple(weight.shape) == layer.shape else None
+    # Transformers' Conv1D has [K, N]; of a square one only its class would tell.
+    own = [w for w in (weight, weight.t()) if tuple(w.shape) == layer.shape] if weight.dim() == 2 else []
+    return own[0] if len(own) == 1 else None
+
+
+def _given(layer: LayerRange) -> Hashable:
+    """Equal for layers that were given the same: no two tensors have the same histogram and range of every channel."""
+    assert layer.seen is not None
+    parts = (layer.seen.minimum, layer.seen.maximum, layer.seen.histogram)
+    return tuple(part.numpy().tobytes() for part in parts)
+
+
+def _divisors(given: Tensor, columns: Tensor, strength: float) -> Tensor:
+    """Powers of two, float32 [K]; 1 for channels without values and those whose weights are zero."""
+    used = (given > 0) & (columns > 0)
+    ideal = strength * given.clamp_min(_LEAST).log2() - (1 - strength) * columns.clamp_min(_LEAST).log2()
+    # Only how channels stand to each other matters: about one they keep away from the ends of float16.
+    ideal = ideal - ideal[used].median() if bool(used.any()) else ideal
+    return torch.where(used, ideal.round().clamp(-_MOST, _MOST), 0.0).exp2()
+
+
+_LEAST = torch.finfo(torch.float32).tiny
+_MOST = 10.0
+"""Octaves that a channel may be moved by: float16 has fourteen below one for normal numbers."""
