@@ -20,7 +20,7 @@ from fxopt.capture import autograd_cache, private
 from fxopt.capture.decompositions import Decompositions
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
-from fxopt.capture.passage import Passage
+from fxopt.capture.passage import Passage, through_passage
 from fxopt.capture.pool_offsets import save_pool_offsets
 from fxopt.capture.random import functionalize_random
 from fxopt.capture.roles import InputFacts
@@ -152,9 +152,8 @@ class Capture:
         elif self.options.freeze and phase is Phase.FORWARD:
             notes.append(IN_TRAINING)
             warn_once("in training", IN_TRAINING)
-        run = built = build({}, notes)[0]
-        if phase is Phase.INFERENCE:
-            run = self._passage = Passage(built, private.compiled_metadata())
+        built = build({}, notes)[0]
+        run, self._passage = through_passage(built, private.compiled_metadata() if phase is Phase.INFERENCE else None)
         if self._session is None:
             return _boxed(run)
         return autograd_cache.KeptCode(run, phase, getattr(built, "kept_as", None), self._session)

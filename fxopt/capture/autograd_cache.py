@@ -38,7 +38,7 @@ from torch._functorch import config as functorch_config
 from fxopt.capture.decompositions import fingerprint
 from fxopt.capture.freeze import Runner
 from fxopt.capture.graph_text import graph_text
-from fxopt.capture.passage import Passage
+from fxopt.capture.passage import Passage, through_passage
 from fxopt.capture.private import FakeTensor, TracingContext, outside_tracing
 from fxopt.ir.graph import Phase
 from fxopt.ir.precision import convolutions_use_tf32
@@ -159,7 +159,7 @@ class Session:
             self._found.clear()
             return None
         if (code := found[0].compiled_fw.result).phase is Phase.INFERENCE:
-            code.run = self.passage = Passage(code.run, found[0].runtime_metadata)
+            code.run, self.passage = through_passage(code.run, found[0].runtime_metadata)
         self._found[0].seconds["autograd cache"] = self.seconds
         return found
 

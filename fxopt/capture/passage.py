@@ -77,6 +77,13 @@ class Passage:
         return call
 
 
+def through_passage(run: Runner, metadata: Any) -> tuple[Runner, Passage | None]:
+    """What AOTAutograd's wrappers shall call for an inference graph, and the passage that this is, if there is a way around
+    them. `metadata` is None where there is none."""
+    passage = Passage(run, metadata)
+    return (run, None) if passage.replayed is None else (passage, passage)
+
+
 def _are_same(some: Any, others: Any) -> bool:
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 

@@ -18,6 +18,7 @@ from fxopt.ir.exprs import Int
 from fxopt.ir.graph import Role
 from fxopt.ir.region import BufferSpec, Call, Ref, refs
 from fxopt.runtime import draws
+from fxopt.runtime.footprint import footprint
 from fxopt.runtime.lifetimes import Lifetimes, nbytes, only_writes, returns_fresh
 from fxopt.runtime.plan import InputSpec, Launch, Plan, defined, used
 from fxopt.runtime.split import Mentions, Part, Parts, split
@@ -39,6 +40,8 @@ _TRUSTED = frozenset({"aten", "prims", "fxopt", "mkldnn"})
 """Namespaces of ops that do nothing on the host that a replay would have to repeat, those below excepted."""
 _WAITING = frozenset({"linear_cross_entropy", "linear_cross_entropy_backward", "_local_scalar_dense", "item", "nonzero"})
 """Ops that wait for the device to read a value."""
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear"})
+"""Ops that cuBLAS computes."""
 _SEEDED_WITHOUT_DROPOUT = "attention"
 """Ops with this in their names are tagged as random although they draw nothing without dropout."""
 _DROPPING = frozenset({"_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"})
@@ -60,7 +63,8 @@ class Traits:
 
     `moved` are copied into memory of the run before each replay, `fixed` are used where they are; `written` of those are
     changed by the plan. `varying` tell the sizes of a call. `seeds` are drawn in a call; `steps` run something. `draws` says
-    that library ops draw from torch's generator, too.
+    that library ops draw from torch's generator, too. `peak` are the bytes that a call holds, as far as that is known, and
+    `products` says whether it calls cuBLAS.
     """
 
     device: torch.device
@@ -71,6 +75,8 @@ class Traits:
     seeds: int
     steps: int
     draws: bool = False
+    peak: int = 0
+    products: bool = False
 
 
 def gpu(plan: Plan) -> torch.device | None:
@@ -168,6 +174,8 @@ def traits(captured: Part) -> Traits:
         seeds=sum(isinstance(s, Call) and s.op == draws.SEED for s in plan.steps),
         steps=len(Mentions(plan).steps),
         draws=any(isinstance(s, Call) and _drops(s) for s in plan.steps),
+        peak=0 if (held := footprint(plan, device)) is None else held.peak,
+        products=any(isinstance(s, Call) and s.op.partition("::")[2].partition(".")[0] in _PRODUCTS for s in plan.steps),
     )
 
 

@@ -175,8 +175,13 @@ class GraphedExecutor:
         if recording is None or module is None:
             return
         if recording.native is None:
-            recording.native = replayer(module, recording, self._turns)
-        if self.replays_at_once and isinstance(self._way, Whole) and plays(recording):
+            try:
+                recording.native = replayer(module, recording, self._turns, self._turns.driver.native())
+            except Exception as error:  # Python can do without
+                self._extension = None
+                self._note(NATIVE, f"replays go through Python: {type(error).__name__}: {error}")
+                return
+        if self.replays_at_once and isinstance(self._way, Whole) and plays(recording, self._turns.driver.native()):
             self._play = recording.native
 
     def _fits(self, recording: Recording, inputs: list[Any]) -> bool:

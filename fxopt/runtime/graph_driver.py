@@ -41,6 +41,8 @@ _NON_BLOCKING, _DISABLE_TIMING = 1, 2
 _THREAD_LOCAL, _RELAXED = 1, 2
 _NO_CONTEXT = 201
 _PROBE_BYTES = 512
+_SMALL_BYTES = 1 << 20
+"""Below that, torch's allocator takes memory from segments of its own."""
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
@@ -120,8 +122,6 @@ class GraphDriver:
         self._call(self._lib.cuStreamCreate, "making a stream", ctypes.byref(side), _NON_BLOCKING)
         self._side = torch.cuda.ExternalStream(side.value, torch.device("cuda", index))
         self._pool: Callable[[], Any] = lambda: None
-        self._has_workspace = False
-        """Whether a run captured in the pool needed a workspace, the place of which is free between captures."""
         self._memcpy = self._lib.cuMemcpyDtoDAsync_v2
 
     def _call(self, function: Any, what: str, *arguments: Any) -> None:
@@ -217,7 +217,7 @@ class GraphDriver:
         return pool
 
     def capture(
-        self, run: Callable[[], T], pool: Any = None, draws: bool = False
+        self, run: Callable[[], T], pool: Any = None, draws: bool = False, peak: int = 0, products: bool = False
     ) -> tuple[CapturedGraph | DrawingGraph, T]:
         """(what replays `run` on a stream, the result of `run`).
 
@@ -227,6 +227,9 @@ class GraphDriver:
         that in the shared pool it is overwritten all the same. With `draws`, which wants a pool, `run` draws from torch's
         generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or the allocator refuses.
         Afterwards all is as before.
+
+        The shared pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by
+        piece, memory is left over wherever a larger piece follows. With `products` cuBLAS's workspace gets its place first.
         """
         _workspaces.drop_before()
         torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
@@ -234,21 +237,24 @@ class GraphDriver:
             generator = torch.cuda.default_generators[self.index]
             with _no_collections(), torch.cuda.stream(self._side):
                 return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
-        shared = pool is None
-        if shared:
-            pool = self._pool()
-            if pool is None:
-                pool = self.new_pool()
-                self._pool, self._has_workspace = weakref.ref(pool), False
+        pool = self._pool() if pool is None else pool
+        if pool is None:
+            pool = self.new_pool()
+            self._pool = weakref.ref(pool)
+        else:
+            peak = 0
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
         try:
             with _no_collections(), torch.cuda.stream(self._side), torch.cuda.use_mem_pool(pool, self.index):
+                if products:
+                    torch.cuda.current_blas_handle()  # the next run's workspace finds the place of this one's
+                if peak > _SMALL_BYTES:
+                    with contextlib.suppress(torch.OutOfMemoryError):  # it may do with less at a time
+                        self.allocate(peak)
                 self._call(lib.cuStreamBeginCapture_v2, "beginning to capture", stream, _THREAD_LOCAL)
                 try:
                     probe = self.allocate(_PROBE_BYTES)
-                    if self._has_workspace and shared:
-                        torch.cuda.current_blas_handle()  # the workspace goes where the last run's was, before all else
                     result = run()
                 finally:
                     ended = lib.cuStreamEndCapture(stream, ctypes.byref(graph))
@@ -260,8 +266,7 @@ class GraphDriver:
         finally:
             if graph:
                 lib.cuGraphDestroy(graph)
-            if _workspaces.drop_after() and shared:
-                self._has_workspace = True
+            _workspaces.drop_after()
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
 
     def _destroy_torchs(self, graph: Any) -> None:
@@ -294,16 +299,14 @@ class _Workspaces:
             else:
                 self._stay = True
 
-    def drop_after(self) -> bool:
-        """At its end; whether there was one."""
+    def drop_after(self) -> None:
+        """At its end."""
         with self._lock:
-            if self._stay or not _is_alone():
+            if not self._stay and _is_alone():
+                assert _clear_workspaces is not None
+                _clear_workspaces()
+            else:
                 self._stay = True
-                return False
-            assert _clear_workspaces is not None
-            before = torch.cuda.memory_allocated()
-            _clear_workspaces()
-            return bool(torch.cuda.memory_allocated() < before)
 
 
 _workspaces = _Workspaces()

@@ -7,14 +7,14 @@ when, changes nothing but the host's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fxopt.runtime.draws import draw
-from fxopt.runtime.recording import Recording
+from fxopt.runtime.recording import Recording, Results, span
 
 if TYPE_CHECKING:
     from fxopt.runtime.cuda_graph import Turns
@@ -64,9 +64,9 @@ class Device:
     fail: Callable[[str, int], None]
 
 
-def replayer(extension: Any, recording: Recording, turns: Turns) -> Any:
+def replayer(extension: Any, recording: Recording, turns: Turns, found: Device) -> Any:
     """A `Replay` of the extension for a recording of that device. See `plays` for which it may be called."""
-    found, results, traits = turns.driver.native(), recording.results, recording.traits
+    results, traits = recording.results, recording.traits
     return extension.Replay(
         len(recording.addresses),
         (
@@ -76,7 +76,7 @@ def replayer(extension: Any, recording: Recording, turns: Turns) -> Any:
         ),
         (
             tuple(results.constants),
-            tuple((x.at, x.shape, x.strides, x.dtype, x.nbytes, x.source) for x in results.fresh),
+            tuple(_fresh(results, found)),
             tuple((x.at, x.input) for x in results.of_inputs),
             traits.written,
         ),
@@ -96,9 +96,19 @@ def replayer(extension: Any, recording: Recording, turns: Turns) -> Any:
     )
 
 
-def plays(recording: Recording) -> bool:
+def plays(recording: Recording, device: Device) -> bool:
     """Whether the compiled code knows how to replay it and how all of its results come about. Otherwise it may only compare
     addresses."""
     results = recording.results
-    not_known = results.shared or results.together or results.kept or results.host or any(x.view for x in results.of_inputs)
-    return not (recording.traits.draws or not_known)
+    if recording.traits.draws or (results.together and not device.copies):
+        return False
+    return not (results.shared or results.kept or results.host or any(x.view for x in results.of_inputs))
+
+
+def _fresh(results: Results, device: Device) -> Iterator[tuple[Any, ...]]:
+    """Results with memory of their own; many are copied together by torch unless the device has a kernel for it."""
+    for x in results.fresh:
+        yield x.at, x.shape, x.strides, x.dtype, x.nbytes, x.source
+    for group in results.together if device.copies else ():
+        for at, source in zip(group.positions, group.sources, strict=True):
+            yield at, tuple(source.shape), source.stride(), source.dtype, span(source), source.data_ptr()

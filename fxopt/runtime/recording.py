@@ -53,7 +53,9 @@ class Driver(Protocol):
 
     def bytes_at(self, address: int, nbytes: int) -> torch.Tensor: ...
 
-    def capture(self, run: Callable[[], Any], pool: Any = None, draws: bool = False) -> tuple[Captured, Any]: ...
+    def capture(
+        self, run: Callable[[], Any], pool: Any = None, draws: bool = False, peak: int = 0, products: bool = False
+    ) -> tuple[Captured, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def record(
         sources = dict(zip((*traits.moved, *traits.fixed), seen, strict=True))
         return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
 
-    replay, (moves, seeds, results) = driver.capture(body, pool, traits.draws)
+    replay, (moves, seeds, results) = driver.capture(body, pool, traits.draws, traits.peak, traits.products)
     _gather(results, driver)
     read = tuple(inputs[i] for i in traits.fixed if _is_on_host(inputs[i], traits))
     addresses = [0] * len(inputs)

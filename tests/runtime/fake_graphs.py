@@ -158,7 +158,9 @@ class FakeDriver:
     def new_pool(self) -> object:
         return object()
 
-    def capture(self, run: Callable[[], Any], pool: Any = None, draws: bool = False) -> tuple[Callable[[int], None], Any]:
+    def capture(
+        self, run: Callable[[], Any], pool: Any = None, draws: bool = False, peak: int = 0, products: bool = False
+    ) -> tuple[Callable[[int], None], Any]:
         assert pool is not None or not self.saved
         self.pools.append(pool)
         if self.refusal:

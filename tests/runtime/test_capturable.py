@@ -65,6 +65,17 @@ def traits(made: Plan) -> Traits:
     return capturable.traits(chosen(made).parts.captured)
 
 
+def test_what_a_captured_run_holds() -> None:
+    assert (traits(network()).peak, traits(network()).products) == (2 * 512, True), "two results at a time"
+    launches = [launch(f"h{k}", f"h{k + 1}") for k in range(9)]
+    buffers, inputs = [spec(f"h{k}", 8, 8) for k in range(1, 10)], [given("h0", 8, 8)]
+    assert not traits(plan(inputs, buffers, launches, [Ref("h9")])).products
+    sized = [given("h0", S0, 8)]
+    symbols = [SymbolSource("s0", 0, "size")]
+    some = [spec(f"h{k}", S0, 8) for k in range(1, 10)]
+    assert traits(plan(sized, some, launches, [Ref("h9")], symbols=symbols)).peak == 0
+
+
 def steps(made: Plan) -> tuple[int, int, int]:
     """How many steps run before the captured ones, captured, and after them."""
     parts = chosen(made).parts
