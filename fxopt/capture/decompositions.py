@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._decomp import core_aten_decompositions, decomposition_table, get_decompositions
+from torch._decomp import decomposition_table, get_decompositions
 
+from fxopt.capture import private
 from fxopt.capture.foreach import FOREACH
 from fxopt.capture.softmax import SOFTMAX
 
@@ -125,7 +126,7 @@ def _registered() -> tuple[tuple[Any, Callable[..., Any]], ...]:
 @functools.lru_cache(maxsize=1)
 def _table(registered: tuple[tuple[Any, Callable[..., Any]], ...]) -> dict[Any, Callable[..., Any]]:
     """The table that belongs to these entries of torch's registry."""
-    table = dict(core_aten_decompositions())
+    table = private.core_decompositions()
     for name in KEPT_WHOLE:
         packet = getattr(aten, name)
         for overload in packet.overloads():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections import Counter
@@ -12,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._decomp import core_aten_decompositions
 from torch._dynamo import disable
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.utils import counters, flatten_graph_inputs
@@ -37,6 +39,7 @@ __all__ = [
     "FakeTensor",
     "TracingContext",
     "boxed_code",
+    "core_decompositions",
     "flatten_graph_inputs",
     "gradients_as_outputs",
     "graph_breaks",
@@ -49,6 +52,18 @@ __all__ = [
     "saved_values_kept",
     "through_aot",
 ]
+
+
+def core_decompositions() -> dict[Any, Callable[..., Any]]:
+    """A copy of torch's table of core ATen.
+
+    torch asks its dispatcher for all composite ops again for each namespace, a tenth of a second in all; here once.
+    """
+    from torch._export import utils  # what a warm start does without
+
+    listed = functools.cache(utils._materialize_cpp_cia_ops)
+    with mock.patch.object(utils, "_materialize_cpp_cia_ops", listed):
+        return dict(core_aten_decompositions())
 
 
 def through_aot(

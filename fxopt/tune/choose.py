@@ -216,7 +216,7 @@ class _Contests:
         for work in works:
             try:
                 with self.journal.timed(PRINTING):
-                    own = printer(work) if isinstance(work, Region) else self.candidates(work)
+                    own = printer(work)
             except UnsupportedError as error:
                 self._unprinted.append((work, error.reason))
                 continue

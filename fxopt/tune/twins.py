@@ -1,18 +1,19 @@
-"""Regions that are equal but for the names of their buffers (the layers of a model): each is printed once.
+"""Regions and attention that are equal but for the names of their buffers (the layers of a model): each is printed once.
 
-Printing takes longer than comparing: a region in canonical names is a value, equal for all twins, and what is printed for it
-is every twin's with the names put back.
+Printing takes longer than comparing: in canonical names each is a value, equal for all twins, and what is printed for it is
+every twin's with the names put back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import Load, Nest, Scalar, postorder
-from fxopt.ir.region import BufferSpec, Region
-from fxopt.tune.candidate import Candidate
+from fxopt.ir.region import Attention, BufferSpec, Region, Strided
+from fxopt.tune.candidate import Candidate, Work
 
 
 def canonical(region: Region) -> tuple[Region, dict[str, str]]:
@@ -43,24 +44,54 @@ def canonical(region: Region) -> tuple[Region, dict[str, str]]:
     return twin, {name: own for own, name in names.items()}
 
 
+def canonical_attention(attention: Attention) -> tuple[Attention, dict[str, str]]:
+    """As `canonical`, of attention whose scores are those of a library."""
+    order = dict.fromkeys((*attention.reads(), *attention.writes(), *attention.buffers))
+    names = {own: f"b{k}" for k, own in enumerate(order)}
+
+    def renamed(x: Strided) -> Strided:
+        return replace(x, buffer=names[x.buffer])
+
+    twin = replace(
+        attention,
+        name="attention",
+        query=renamed(attention.query),
+        key=renamed(attention.key),
+        value=renamed(attention.value),
+        mask=None if attention.mask is None else renamed(attention.mask),
+        out=renamed(attention.out),
+        buffers={name: replace(attention.buffers[own], name=name) for own, name in names.items()},
+        origins=(),
+    )
+    return twin, {name: own for own, name in names.items()}
+
+
 @dataclass
 class Printer:
-    """`candidates` of regions, made once for all twins. Raises what `candidates` raises."""
+    """`candidates` of steps, made once for all twins among regions and attention. Raises what `candidates` raises."""
 
-    candidates: Callable[[Region], list[Candidate]]
+    candidates: Callable[[Any], list[Candidate]]
     _made: dict[object, list[Candidate]] = field(default_factory=dict)
 
-    def __call__(self, region: Region) -> list[Candidate]:
-        twin, names = canonical(region)
-        key = (twin.device, twin.nests, tuple(twin.buffers.values()), twin.passed, twin.steady)
+    def __call__(self, work: Work) -> list[Candidate]:
+        key: object
+        twin: Work
+        if isinstance(work, Region):
+            twin, names = canonical(work)
+            key = (twin.device, twin.nests, tuple(twin.buffers.values()), twin.passed, twin.steady)
+        elif isinstance(work, Attention) and work.scores is None:
+            twin, names = canonical_attention(work)
+            key = twin
+        else:
+            return self.candidates(work)
         if key not in self._made:
             self._made[key] = self.candidates(twin)
-        return [_for_region(candidate, region, names) for candidate in self._made[key]]
+        return [_for_work(candidate, work, names) for candidate in self._made[key]]
 
 
-def _for_region(candidate: Candidate, region: Region, names: dict[str, str]) -> Candidate:
-    """`candidate` of the canonical twin with the buffers of `region`; scratch buffers are named after their region."""
-    own = names | {spec.name: f"{region.name}.{spec.name.partition('.')[2]}" for spec in candidate.scratch}
+def _for_work(candidate: Candidate, work: Work, names: dict[str, str]) -> Candidate:
+    """`candidate` of the canonical twin with the buffers of `work`; scratch buffers are named after their step."""
+    own = names | {spec.name: f"{work.name}.{spec.name.partition('.')[2]}" for spec in candidate.scratch}
     scratch: Sequence[BufferSpec] = [replace(spec, name=own[spec.name]) for spec in candidate.scratch]
     return replace(candidate, sources=tuple(_renamed(s, own) for s in candidate.sources), scratch=tuple(scratch))
 

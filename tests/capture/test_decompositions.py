@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._decomp import core_aten_decompositions
 
+from fxopt.capture import private
 from fxopt.capture.decompositions import decompositions
 from fxopt.journal import RECENT
 from tests.numerics import assert_closer, check_compiled, to_float64
 
 GROUP_NORM = torch.ops.aten.native_group_norm.default
+
+
+def test_the_table_of_core_aten_is_torchs() -> None:
+    assert private.core_decompositions().keys() == dict(core_aten_decompositions()).keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -9,9 +9,9 @@ import torch
 
 from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
-from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.region import Attention, BufferSpec, Region, Strided
 from fxopt.target import Target
-from fxopt.tune.candidate import Candidate, triton_candidates
+from fxopt.tune.candidate import Candidate, attention_candidates, triton_candidates
 from fxopt.tune.twins import Printer
 
 CUDA = torch.device("cuda", 0)
@@ -91,4 +91,37 @@ def test_other_regions_are_not(one: Region, other: Region) -> None:
     printer = Printer(candidates)
     for region in (one, other):
         printer(region)
+    assert len(printed) == 2
+
+
+def attended(k: int, keys: int = 512, split: bool = False) -> Attention:
+    """Layer number `k`'s attention with a mask that all layers share; one row of queries if its keys are to be split."""
+    rows = 1 if split else 512
+    sizes = {f"q{k}": rows, f"k{k}": keys, f"v{k}": keys, f"o{k}": rows}
+    shapes = {name: (1, 12, size, 64) for name, size in sizes.items()} | {"mask": (1, 1, rows, keys)}
+    tensors = {name: Strided(name, shape, contiguous_strides(shape)) for name, shape in shapes.items()}  # type: ignore[arg-type]
+    mask = replace(tensors["mask"], shape=(1, 12, rows, keys), strides=(0, 0, keys, 1))
+    buffers = {name: spec(name, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    names = (tensors[f"{x}{k}"] for x in "qkv")
+    return Attention(f"o{k}.attention", *names, mask, tensors[f"o{k}"], False, 0.125, buffers, (f"node_{k}",))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_attention_of_equal_layers_is_printed_once(split: bool) -> None:
+    def own(work: Attention) -> list[Candidate]:
+        printed.append(work.name)
+        return attention_candidates(work, Target.cuda(90), "default")
+
+    printed: list[str] = []
+    printer, keys = Printer(own), 8192 if split else 512
+    layers = [attended(k, keys, split) for k in range(3)]
+    for layer in layers:
+        expected = attention_candidates(layer, Target.cuda(90), "default")
+        found = printer(layer)
+        assert [c.identity for c in found] == [c.identity for c in expected]
+        assert [[s.buffers for s in c.sources] for c in found] == [[s.buffers for s in c.sources] for c in expected]
+        assert [c.scratch for c in found] == [c.scratch for c in expected]
+        assert any(c.scratch for c in found) is split
+    assert len(printed) == 1
+    printer(attended(4, keys // 2, split))
     assert len(printed) == 2
