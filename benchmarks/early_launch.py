@@ -2,11 +2,12 @@
 
     python -m benchmarks.early_launch --out FILE
 
-Each workload is compiled twice with the same kernels: launched early, and one after the other. "loop" is the mean time of
-calls that follow each other, "replay" that of the largest CUDA graph's replays, both in microseconds, interleaved, medians
-over rounds. "timeline" has the kernels of one call in order, as [name, microseconds since the first one's start,
-microseconds]; those launched early start before the one before ends, so that their times include waiting for it. "equal"
-says whether the results of all calls are the same bits either way, as they must be.
+Each workload is compiled twice with the same kernels: launched early, and one after the other; decoding steps once more, early,
+with norms within the products' kernels where those are faster. "loop" is the mean time of calls that follow each other,
+"replay" that of the largest CUDA graph's replays, both in microseconds, interleaved, medians over rounds. "timeline" has the
+kernels of one call in order, as [name, microseconds since the first one's start, microseconds]; those launched early start
+before the one before ends, so that their times include waiting for it. "equal" says whether the results of all calls of the
+two ways with the same kernels are the same bits, as they must be.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from benchmarks.models import MODELS
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
+from fxopt.lower import row_norms
 from fxopt.report.contenders import Contender
 from fxopt.runtime.cuda_graph import GraphedExecutor
 from fxopt.runtime.launch import NAME
 
 WORKLOADS = "llama-1b-decode,bert-base-b1,gpt2-decode,vit-b-b1,resnet50-fp16-b1"
+IN_TURN, EARLY, WITHIN = "in turn", "early", "early, norms within"
 WAYS = {
-    "in turn": Contender("fxopt", "fxopt", options={"disable": (NAME,)}),
-    "early": Contender("fxopt", "fxopt"),
+    IN_TURN: Contender("fxopt", "fxopt", options={"disable": (NAME, row_norms.NAME)}),
+    EARLY: Contender("fxopt", "fxopt", options={"disable": (row_norms.NAME,)}),
+    WITHIN: Contender("fxopt", "fxopt"),
 }
 
 
@@ -87,13 +91,15 @@ def measure(
     torch.compiler.reset()
     runs: dict[str, Callable[[], Any]] = {}
     graphs: dict[str, Callable[[], None]] = {}
-    results: list[torch.Tensor] = []
+    results: dict[str, list[torch.Tensor]] = {}
     entry: dict[str, Any] = {"workload": workload, "ways": {}, "equal": True}
     with torch.no_grad():
         for name, way in WAYS.items():
+            if name == WITHIN and "decode" not in workload:
+                continue
             before, start = executors(), time.perf_counter()
             runs[name] = functools.partial(way.compile(case.module, device), *case.inputs)
-            results += [runs[name]() for _ in range(4)]
+            results[name] = [runs[name]() for _ in range(4)]
             entry["ways"][name] = {"first_calls_s": round(time.perf_counter() - start, 2)}
             graphs[name] = replays(before)
         times: dict[tuple[str, str], list[float]] = {}
@@ -101,15 +107,18 @@ def measure(
             for name, run in runs.items():
                 times.setdefault((name, "loop"), []).append(mean(run, calls, wait))
                 times.setdefault((name, "replay"), []).append(mean(graphs[name], calls, wait))
-                results.append(run())
+                results[name].append(run())
         for name, run in runs.items():
             own = entry["ways"][name]
             own |= {kind: round(statistics.median(times[name, kind]), 2) for kind in ("loop", "replay")}
             own["timeline"] = timeline(run, device, wait)
             own["kernels"] = len(own["timeline"])
             own["span"] = max((start + length for _, start, length in own["timeline"]), default=0.0)
-            results.append(run())
-        entry["equal"] = all(torch.equal(results[0], other) for other in results[1:])
+            results[name].append(run())
+        first = results[IN_TURN][0]
+        entry["equal"] = all(torch.equal(first, x) for name in (IN_TURN, EARLY) for x in results[name])
+        for name, own in entry["ways"].items():  # how far norms within products move the results
+            own["difference"] = float((results[name][-1] - first).abs().max() / first.abs().max())
     return entry
 
 
@@ -135,8 +144,8 @@ def main(
         facts["workloads"].append(entry)
         for way, own in entry["ways"].items():
             print(
-                f"{name:>18} {way:<8} loop {own['loop']:8.1f} us, replay {own['replay']:8.1f}, one call {own['span']:8.1f}, "
-                f"{own['kernels']} kernels, equal {entry['equal']}",
+                f"{name:>18} {way:<20} loop {own['loop']:8.1f} us, replay {own['replay']:8.1f}, one call {own['span']:8.1f},"
+                f" {own['kernels']} kernels, difference {own['difference']:.1e}, equal {entry['equal']}",
                 flush=True,
             )
         if out is not None:

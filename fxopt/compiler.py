@@ -17,9 +17,9 @@ from fxopt.codegen.replay_build import replay_code
 from fxopt.errors import CacheError, UnsupportedError
 from fxopt.ir.graph import Graph, Phase, Role
 from fxopt.ir.kernel import Artifact
-from fxopt.ir.region import Batch, Region
+from fxopt.ir.region import Alternatives, Batch, Region, Step
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, attention_kernels, batching, contractions, lower_graph
+from fxopt.lower import Lowered, attention_kernels, batching, contractions, lower_graph, row_norms
 from fxopt.lower.attention_kernels import with_attention_kernels
 from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
@@ -118,6 +118,26 @@ def _bind(
         return plan, Executor(Plan.from_json(plan.to_json()), _artifacts(chosen), lowered.constants, lowered.local_ops)
 
 
+def _with_row_norms(
+    graph: Graph,
+    lowered: Lowered,
+    chosen: dict[str, tune.Choice],
+    options: Options,
+    journal: Journal,
+    store: ArtifactStore,
+) -> tuple[Lowered, dict[str, tune.Choice]]:
+    """`lowered` with norms computed in the kernels of the products around them where that is measured to be faster."""
+    if row_norms.NAME in options.disable or options.tuning_seconds == 0:
+        return lowered, chosen
+    both = with_steady_reads(row_norms.with_row_norms(lowered), _parameters(graph))
+    contests: list[Step] = [step for step in both.steps if isinstance(step, Alternatives)]
+    if not contests:
+        return lowered, chosen
+    with journal.timed("kernels"):
+        settled, more, failed = tune.choose(replace(both, steps=contests), options, store, journal)
+    return (lowered, chosen) if failed else (row_norms.kept(both, settled), chosen | more)
+
+
 def _parameters(graph: Graph) -> frozenset[str]:
     return frozenset(given.name for given in graph.inputs if given.role is Role.PARAMETER)
 
@@ -148,7 +168,7 @@ def _lower_and_choose(
             attention = functools.partial(tune.choose_attention, options=options, store=store, journal=journal)
             lowered, chosen, failed = tune.choose(lowered, options, store, journal, attention)
         if not failed:
-            return lowered, chosen
+            return _with_row_norms(graph, lowered, chosen, options, journal, store)
         journal.provisional = True  # the next process may have a compiler that works
         for region, reason in failed:
             if isinstance(region, Batch):  # its members are regions again

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt import compiler
 from fxopt.assemble import assemble
 from fxopt.codegen.compile import Ready
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Ref, Region
 from fxopt.journal import Journal
-from fxopt.lower import Lowered
+from fxopt.lower import Lowered, row_norms
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW
 from fxopt.lower.convolutions import ADD_RELU, BIAS_OF, CUDNN, RELU
 from fxopt.options import Options
@@ -401,3 +402,21 @@ def test_other_settings_of_cudnn_are_another_contest(bench: Bench, store: Artifa
         with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark):
             tuned(captured(convolution, images()), store)
         assert len(bench.contests) == contests
+
+
+@pytest.mark.parametrize("faster", [row_norms.APART, row_norms.WITHIN])
+def test_a_norm_goes_into_its_products_where_that_is_faster(bench: Bench, store: ArtifactStore, faster: str) -> None:
+    def fn(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, g: torch.Tensor, v: torch.Tensor) -> Any:
+        total = residual + F.linear(x, w)
+        return total, F.linear(F.rms_norm(total, (512,), g), v)
+
+    low = captured(fn, (rand(1, 128), rand(1, 512), rand(512, 128), rand(512), rand(256, 512)))
+    bench.seconds = {ROW: 0.5, faster: 0.5}
+    first, chosen, failed, journal = tuned(low, store)
+    assert not failed and len(steps_of(first)) == 3
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    graph = Graph(gm, [Input(n, Role.PARAMETER) for n in low.inputs], Phase.INFERENCE, "test", int)
+    kept, chosen = compiler._with_row_norms(graph, first, chosen, Options(), journal, store)
+    assert len(steps_of(kept)) == (3 if faster == row_norms.APART else 2)
+    assert bench.measured[-1][1][0].startswith(row_norms.APART)
+    planned(kept, chosen)

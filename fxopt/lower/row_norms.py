@@ -1,0 +1,195 @@
+"""Norms of a single row (a new token's) between two products: as a kernel of their own, or within the products' kernels.
+
+In the second way the product before adds the residual to each element that it stores, and each program of the product after
+computes the norm of the whole row, which is as short as the row of its weight that it reads. That is one kernel and one
+dependence fewer for each norm. Which way is the faster is measured, after it is known which kernels the products are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fxopt.ir.exprs import Int, Sym, symbol
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, Way, refs
+from fxopt.ir.rounding import rounded
+from fxopt.lower.joining import MAX_NODES, with_nests
+from fxopt.lower.lowering import Lowered
+from fxopt.lower.recompute import is_repeatable, with_value
+from fxopt.lower.values import cast
+
+NAME = "row-norms"
+"""What `Options.disable` calls them."""
+
+APART, WITHIN = "norm apart", "norm within products"
+LARGEST_ROW = 8192
+"""Elements of a row that a program of the product after still holds beside its weight's."""
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A region over one row `axis`: `total` is the store of the row (a residual sum), `normed` that of its norm, and `added`
+    the buffer that the product before makes."""
+
+    region: Region
+    axis: Sym
+    total: Store
+    normed: Store
+    added: str
+
+
+def with_row_norms(lowered: Lowered) -> Lowered:
+    """`lowered`, which has no alternatives any more, with both ways in the place of each product, norm and product of one
+    row on a GPU that follow each other."""
+    uses = Counter(name for step in lowered.steps for name in _reads(step))
+    uses.update((*(out.name for out in lowered.outputs if isinstance(out, Ref)), *lowered.inputs, *lowered.constants))
+    steps: list[Step] = list(lowered.steps)
+    places = [k for k, step in enumerate(steps) if not isinstance(step, Alias)]
+    taken: dict[int, Alternatives | None] = {}
+    for first, second, third in zip(places, places[1:], places[2:], strict=False):
+        views = {s.name for s in steps[first:third] if isinstance(s, Alias)}
+        if first in taken or not views.isdisjoint((*_reads(steps[second]), *_reads(steps[third]))):
+            continue
+        found = _alternatives([steps[k] for k in (first, second, third)], uses)
+        if found is not None:
+            taken |= {first: found, second: None, third: None}
+    out = [taken.get(k, step) for k, step in enumerate(steps)]
+    return replace(lowered, steps=[step for step in out if step is not None])
+
+
+def kept(lowered: Lowered, settled: Lowered) -> Lowered:
+    """`lowered`, of `with_row_norms`, with the ways whose regions `settled` has."""
+    names = {step.name for step in settled.steps if isinstance(step, Region)}
+    steps: list[Step] = []
+    for step in lowered.steps:
+        if isinstance(step, Alternatives):
+            steps += next(
+                way.steps for way in step.ways if all(isinstance(s, Region) and s.name in names for s in way.steps)
+            )
+        else:
+            steps.append(step)
+    return replace(lowered, steps=steps)
+
+
+def _reads(step: Step) -> Iterator[str]:
+    """Every name that `step` reads, or makes a view of."""
+    match step:
+        case Alias():
+            yield step.of
+        case Call():
+            yield from refs((step.args, step.kwargs))
+        case Alternatives():
+            raise AssertionError(f"{step.name}: nobody has decided among its alternatives")
+        case _:
+            yield from step.reads()
+
+
+def _alternatives(steps: list[Step], uses: Counter[str]) -> Alternatives | None:
+    before, middle, after = steps
+    if not (isinstance(before, Region) and isinstance(middle, Region) and isinstance(after, Region)):
+        return None
+    if middle.device.type != "cuda" or any(s.across is not None for s in (before, middle, after)):
+        return None
+    norm = _norm(middle, before.writes())
+    if norm is None or uses[norm.added] != 1 or uses[norm.normed.buffer] != 1:
+        return None
+    one, other = _with_residual(_without_points_of_one(before), norm), _with_norm(_without_points_of_one(after), norm)
+    if one is None or other is None or any(set(r.reads()) & set(r.writes()) for r in (one, other)):
+        return None
+    ways = (Way(APART, (before, middle, after)), Way(WITHIN, (one, other)))
+    buffers = {**before.buffers, **middle.buffers, **after.buffers}
+    return Alternatives(f"{middle.name}.norm", ways, buffers)
+
+
+def _without_points_of_one(region: Region) -> Region:
+    """`region` without the loops that run once."""
+    once: dict[Sym, Int] = {p: 0 for p in region.nest.points if p.size == 1}
+    points = tuple(p for p in region.nest.points if p not in once)
+    return replace(
+        region, nest=replace(region.nest, points=points, stores=tuple(s.transformed(once) for s in region.nest.stores))
+    )
+
+
+def _norm(region: Region, made: Sequence[str]) -> _Norm | None:
+    """`region` as a norm of what is added to one of the buffers `made`."""
+    nest = region.nest
+    if nest.points or len(nest.reduced) != 1 or len(nest.stores) != 2:
+        return None
+    (axis,) = nest.reduced
+    if not isinstance(axis.size, int) or axis.size > LARGEST_ROW:
+        return None
+    total, normed = sorted(nest.stores, key=lambda s: any(isinstance(n, Reduce) for n in postorder(s.roots)))
+    if any(s.mode != "set" or s.indirect or s.index != symbol(axis) for s in (total, normed)) or not is_repeatable(total):
+        return None
+    if not any(isinstance(n, Reduce) for n in postorder(normed.roots)) or {total.buffer, normed.buffer} & set(
+        region.reads()
+    ):
+        return None
+    if len(made) != 1 or any(n.index != symbol(axis) for n in region.nest.loads() if n.buffer == made[0]):
+        return None
+    goes_through_total = made[0] in region.reads() and made[0] not in _through_memory(region, total).reads()
+    return _Norm(region, axis, total, normed, made[0]) if goes_through_total else None
+
+
+def _through_memory(region: Region, total: Store) -> Nest:
+    """The rest of `region` with the value of `total` read from where it is stored, as eager reads it."""
+    value = total.value
+    wide = value.args[0] if value.args and value.args[0].dtype.itemsize > value.dtype.itemsize else value
+    stored = Load(total.buffer, total.index, value.dtype)
+    images = {value: stored, wide: cast(stored, wide.dtype)}
+    stores = (s.transformed({}, lambda v: _replaced(v, images)) for s in region.nest.stores if s is not total)
+    return replace(region.nest, stores=tuple(stores))
+
+
+def _replaced(root: Scalar, images: dict[Scalar, Scalar]) -> Scalar:
+    done: dict[Scalar, Scalar] = {}
+    for node in postorder((root,)):
+        args = tuple(done[a] for a in node.args)
+        done[node] = images.get(node) or (node if args == node.args else node.rebuild(args, {}))
+    return done[root]
+
+
+def _with_residual(product: Region, norm: _Norm) -> Region | None:
+    """`product` that stores the norm's operand instead of what is added to it."""
+    nest = product.nest
+    if len(nest.points) != 1 or len(nest.stores) != 1 or not nest.reduced:
+        return None
+    (store,), (point,) = nest.stores, nest.points
+    if (store.buffer, store.mode, store.indirect, store.index) != (norm.added, "set", (), symbol(point)):
+        return None
+    if point.size != norm.axis.size or norm.total.buffer in product.reads():
+        return None
+    value = rounded(store.value)
+
+    def computed(load: Load) -> Scalar | None:
+        return cast(value, load.dtype) if load.buffer == norm.added else None
+
+    total = transform(norm.total.value, {norm.axis: symbol(point)}, computed)
+    new = replace(store, buffer=norm.total.buffer, value=total)
+    buffers = {**product.buffers, **norm.region.buffers}
+    return _named(with_nests(replace(product, buffers=buffers), replace(nest, stores=(new,)), None), product, norm)
+
+
+def _with_norm(product: Region, norm: _Norm) -> Region | None:
+    """`product` that computes the norm from its operand; None unless it reduces exactly along the row."""
+    loads = [n for n in product.nest.loads() if n.buffer == norm.normed.buffer]
+    if len(product.nest.reduced) != 1 or product.nest.reduced[0].size != norm.axis.size or len(loads) != 1:
+        return None
+    if loads[0].index != symbol(product.nest.reduced[0]) or norm.total.buffer in product.writes():
+        return None
+    rest = _through_memory(norm.region, norm.total)
+    new = with_value(product, rest.stores[0], replace(norm.region, nest=rest))
+    if new is None or len(list(postorder(new.nest.roots))) > MAX_NODES:
+        return None
+    return _named(new, product, norm)
+
+
+def _named(region: Region, product: Region, norm: _Norm) -> Region:
+    nodes, origins = (tuple(dict.fromkeys(a + b)) for a, b in _parts(norm.region, product))
+    return replace(region, name=f"{product.name}.{norm.region.name}", nodes=nodes, origins=origins)
+
+
+def _parts(one: Region, other: Region) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+    return (one.nodes, other.nodes), (one.origins, other.origins)
