@@ -2,8 +2,8 @@
 
     python -m benchmarks.early_launch --out FILE
 
-Each workload is compiled twice with the same kernels: launched early, and one after the other; decoding steps once more, early,
-with norms within the products' kernels where those are faster. "loop" is the mean time of calls that follow each other,
+Each workload is compiled twice with the same kernels: launched early, and one after the other; decoding steps once more,
+early, with norms within the products' kernels where that is faster. "loop" is the mean time of calls that follow each other,
 "replay" that of the largest CUDA graph's replays, both in microseconds, interleaved, medians over rounds. "timeline" has the
 kernels of one call in order, as [name, microseconds since the first one's start, microseconds]; those launched early start
 before the one before ends, so that their times include waiting for it. "equal" says whether the results of all calls of the
