@@ -133,7 +133,7 @@ class Scaled(Layer):
         scale = self.scale_of_rows
         if self.dynamic:
             scale = wide.abs().amax(-1).clamp_min(1e-12) / self.largest
-        values = wide / (scale[:, None] if self.dynamic else scale)
+        values = wide / (scale.unsqueeze(-1) if self.dynamic else scale)
         values = values.round() if self.dtype == torch.int8 else values
         return values.clamp(-self.largest, self.largest).to(self.dtype), scale
 

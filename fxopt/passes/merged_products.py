@@ -15,6 +15,8 @@ columns each become one batch of products instead, each result a matrix of that:
 multiprocessors, and every matrix as dense as before. Biases are added after it, in half precision by the epilogue of a
 kernel of ours. Few rows stay apart: products of one row have a kernel together already.
 
+Products of quantized weights are merged likewise, with their scales: the same rows, in the same form.
+
 Only frozen weights (CONSTANT inputs): others would be copied at each call. The merged weight is a constant of its own beside
 the module's parameters, so a merged layer's weights take their memory twice.
 """
@@ -31,9 +33,10 @@ from torch import fx
 
 from fxopt.ir import ops
 from fxopt.ir.graph import Role
+from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.passes.constant_folding import embed
 from fxopt.passes.context import Context
-from fxopt.passes.facts import arguments, escapes, static_shape, tensor
+from fxopt.passes.facts import arguments, escapes, is_contiguous, static_shape, tensor
 from fxopt.passes.strides import StrideWalk
 
 aten = torch.ops.aten
@@ -51,7 +54,13 @@ Constants = dict[fx.Node, torch.Tensor]
 Merge = Callable[[Context, "list[Part]", Constants, StrideWalk], None]
 
 _PRODUCTS = (aten.mm.default, aten.addmm.default)
-_NEXT = frozenset({"mm", "addmm", "linear", "convolution"})
+_QUANTIZED: dict[Any, tuple[str, str, str]] = {
+    SCALED_MM: ("b", "scale_b", "bias"),
+    WEIGHT_ONLY_MM: ("weight", "scale", "bias"),
+}
+"""Products of quantized weights, and the names of their weight, scales and bias."""
+
+_NEXT = frozenset({"mm", "addmm", "linear", "convolution", "fxopt::scaled_mm", "fxopt::weight_only_mm"})
 
 
 def merges(device: torch.device) -> bool:
@@ -63,13 +72,15 @@ def merges(device: torch.device) -> bool:
 class Part:
     """`node` multiplies rows by `weight` [K, N], a view of a frozen input, and adds `bias` [N], such an input or None.
 
-    The weight lies in memory row by row, or (`turned`) column by column, as that of a linear layer.
+    The weight lies in memory row by row, or (`turned`) column by column, as that of a linear layer. That of a quantized
+    product is [N, K] and has scales, [N] or [N, groups].
     """
 
     node: fx.Node
     weight: fx.Node
     turned: bool
     bias: fx.Node | None
+    scales: fx.Node | None = None
 
     @property
     def columns(self) -> int:
@@ -119,7 +130,11 @@ def _groups(context: Context, constants: Constants) -> Iterator[tuple[list[Part]
 def _part(node: fx.Node, constants: Constants) -> tuple[Part | None, Any]:
     """`node` as a part of a merged product, with the operand that all parts share."""
     value = tensor(node)
-    if node.op != "call_function" or node.target not in _PRODUCTS or value is None or not merges(value.device):
+    if node.op != "call_function" or value is None or not merges(value.device):
+        return None, None
+    if node.target in _QUANTIZED:
+        return _quantized_part(node, constants)
+    if node.target not in _PRODUCTS:
         return None, None
     given = arguments(node)
     rows, weight, bias = given["self"], given["mat2"], None
@@ -135,6 +150,23 @@ def _part(node: fx.Node, constants: Constants) -> tuple[Part | None, Any]:
     if bias is not None and (bias.meta["val"].shape != (columns,) or bias.meta["val"].dtype != value.dtype):
         return None, None
     return Part(node, weight, turned, bias), rows
+
+
+def _quantized_part(node: fx.Node, constants: Constants) -> tuple[Part | None, Any]:
+    """`_part` of a product with a quantized weight; what the parts share is everything but weight, scales and bias."""
+    given = arguments(node)
+    names = _QUANTIZED[node.target]
+    weight, scales, bias = (given.pop(name) for name in names)
+    if weight not in constants or scales not in constants or not (bias is None or bias in constants) or escapes(node):
+        return None, None
+    columns, value = weight.meta["val"].shape[0], node.meta["val"]
+    layouts = [n.meta["val"] for n in (weight, scales) if n is not None]
+    if not all(is_contiguous(x) for x in layouts) or columns * value.element_size() % ALIGNMENT:
+        return None, None
+    if not scales.meta["val"].dim() or (bias is not None and bias.meta["val"].dtype != value.dtype):
+        return None, None
+    shared = (node.target, *given.values(), weight.meta["val"].dtype, scales.meta["val"].shape[1:])
+    return Part(node, weight, True, bias, scales), shared
 
 
 def _is_turned(weight: torch.Tensor) -> bool | None:
@@ -265,17 +297,48 @@ def _stacked(context: Context, parts: list[Part], constants: Constants) -> fx.No
 def _merged(context: Context, parts: list[Part], constants: Constants, first: fx.Node) -> fx.Node | None:
     """The product over all columns, before `first`."""
     given = arguments(first)
+    if first.target in _QUANTIZED:
+        return _merged_quantized(context, parts, constants, first, given)
     rows = given["mat1"] if first.target is aten.addmm.default else given["self"]
     weight = _side_by_side(context, parts, constants)
     if weight is None:
         return None
     if all(p.bias is None for p in parts):
         return context.derive(aten.mm.default, (rows, weight), first, symbolic=True)
+    bias = _biases(context, parts, first)
+    return None if bias is None else context.derive(aten.addmm.default, (bias, rows, weight), first, symbolic=True)
+
+
+def _biases(context: Context, parts: list[Part], first: fx.Node) -> fx.Node | None:
+    """The biases side by side, zeros for who has none."""
     value = first.meta["val"]
     zeros = {"dtype": value.dtype, "device": value.device}
     biases = [p.bias or context.derive(aten.full.default, ([p.columns], 0.0), first, zeros) for p in parts]
-    bias = context.derive(aten.cat.default, (biases, 0), first)
-    return None if bias is None else context.derive(aten.addmm.default, (bias, rows, weight), first, symbolic=True)
+    return context.derive(aten.cat.default, (biases, 0), first)
+
+
+def _merged_quantized(
+    context: Context, parts: list[Part], constants: Constants, first: fx.Node, given: dict[str, Any]
+) -> fx.Node | None:
+    """The product over all columns of quantized weights."""
+    weight, scales, bias = _QUANTIZED[first.target]
+    joined = [_joined(context, [p.weight for p in parts], constants, first)]
+    joined.append(_joined(context, [p.scales for p in parts if p.scales is not None], constants, first))
+    added = None if all(p.bias is None for p in parts) else _biases(context, parts, first)
+    if any(n is None for n in joined) or (added is None and any(p.bias is not None for p in parts)):
+        return None
+    given = given | dict(zip((weight, scales, bias), (*joined, added), strict=True))
+    return context.derive(first.target, tuple(given.values()), first, symbolic=True)
+
+
+def _joined(context: Context, nodes: list[fx.Node], constants: Constants, before: fx.Node) -> fx.Node | None:
+    """Constants one below the other, as one; None where memory is short."""
+    try:
+        value = torch.cat([constants[n].detach() for n in nodes])
+    except RuntimeError:  # torch's OutOfMemoryError is one
+        return None
+    joined = context.derive(aten.cat.default, (nodes, 0), before)
+    return None if joined is None or hasattr(value, "fake_mode") else embed(context, joined, value)
 
 
 def _side_by_side(context: Context, parts: list[Part], constants: Constants) -> fx.Node | None:

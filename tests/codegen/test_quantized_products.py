@@ -13,6 +13,7 @@ import torch
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Contraction, Region, Way
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.lower.ops import quantized
 from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
@@ -41,6 +42,11 @@ TMA = replace(POINTER, tma=True)
 
 Layer = Callable[..., torch.Tensor]
 Operands = tuple[torch.Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "sums_apart", lambda device: False)
 
 
 def scaled_gelu(

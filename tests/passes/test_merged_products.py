@@ -15,6 +15,7 @@ import fxopt.ir.attention_op  # noqa: F401  # registers the op that attention be
 from fxopt.ir import ops
 from fxopt.ir.graph import Graph
 from fxopt.ir.printer import print_graph
+from fxopt.ir.quantized_ops import QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.journal import RECENT
 from fxopt.passes import merged_products as pass_module
 from fxopt.passes.context import Context
@@ -333,3 +334,40 @@ def test_compiled_values_for_any_number_of_rows() -> None:
             assert_closer(compiled(x), model(x), to_float64(model)(x.double()))
     notes = [text for journal in RECENT for topic, text in journal.notes if topic == "rewrite"]
     assert any("merged_products.columns x5" in text for text in notes)
+
+
+@pytest.mark.parametrize("form", ["rows", "static", "weights", "4 bits"])
+def test_quantized_products(form: str) -> None:
+    """Weights one below the other, with their scales and biases."""
+    bits, group = (4, 16) if form == "4 bits" else (8, 0)
+    dtype = torch.uint8 if bits == 4 else torch.int8
+    (first, first_scale), (second, second_scale) = (QUANTIZE_WEIGHT(rand(n, 32), dtype, bits, group) for n in (16, 32))
+    x, bias, after = rand(6, 32), rand(32), rand(16, 5)
+
+    def fn(x: Tensor, first: Tensor, fs: Tensor, second: Tensor, ss: Tensor, bias: Tensor, after: Tensor) -> Tensor:
+        if form in ("rows", "static"):
+            scale = x.abs().amax(-1) / 127 if form == "rows" else x.abs().amax() / 127
+            rows = (x / (scale[:, None] if form == "rows" else scale)).round().to(torch.int8)
+            a, b = (SCALED_MM(rows, w, scale, s, c, x.dtype) for w, s, c in ((first, fs, None), (second, ss, bias)))
+        else:
+            a, b = (WEIGHT_ONLY_MM(x, w, s, c, bits, group) for w, s, c in ((first, fs, None), (second, ss, bias)))
+        return (torch.relu(a) + b[:, :16] * b[:, 16:]) @ after
+
+    args = (x, first, first_scale, second, second_scale, bias, after)
+    graph, context = optimize(fn, args, frozen=(1, 2, 3, 4, 5, 6))
+    (got,) = execute(graph, args)
+    torch.testing.assert_close(got, fn(*args), rtol=1e-5, atol=1e-5)
+    assert merges(context) == 2
+    named = [n for n in graph.gm.graph.nodes if n.op == "call_function" and n.target in (SCALED_MM, WEIGHT_ONLY_MM)]
+    assert [n.meta["val"].shape for n in named] == [(6, 48)]
+
+
+def test_quantized_products_of_different_forms_stay_apart() -> None:
+    def fn(x: Tensor, first: Tensor, fs: Tensor, second: Tensor, ss: Tensor, after: Tensor) -> Tensor:
+        return (WEIGHT_ONLY_MM(x, first, fs, None, 8, 0) + WEIGHT_ONLY_MM(x, second, ss, None, 4, 16)) @ after
+
+    first, second = QUANTIZE_WEIGHT(rand(16, 32), torch.int8), QUANTIZE_WEIGHT(rand(16, 32), torch.uint8, 4, 16)
+    args = (rand(6, 32), *first, *second, rand(16, 5))
+    graph, context = optimize(fn, args, frozen=(1, 2, 3, 4, 5))
+    torch.testing.assert_close(execute(graph, args)[0], fn(*args))
+    assert merges(context) == 0

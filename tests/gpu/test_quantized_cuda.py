@@ -1,0 +1,90 @@
+"""Quantized products on a GPU: the op's library forms, every form of a compiled layer, casts to 8-bit floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from benchmarks.quantized_products import FORMS, Case, error, exact
+from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM
+
+pytestmark = pytest.mark.gpu
+
+CUDA = "cuda"
+CASES = [
+    Case("one row", 1, 256, 512, "silu-gate"),
+    Case("few rows", 7, 256, 384, "gelu"),
+    Case("some rows", 48, 512, 256, "residual"),
+    Case("odd rows", 1031, 272, 336, "gelu"),
+    Case("many rows", 2048, 2048, 1024, "residual"),
+]
+"""Of the last, sums of float8 are promoted."""
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator(CUDA).manual_seed(sum(shape))
+    return torch.empty(shape, device=CUDA, dtype=torch.bfloat16).normal_(std=scale, generator=generator)
+
+
+def needs_float8(dtype: torch.dtype) -> None:
+    if dtype == FLOAT8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 products on this GPU")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_layers_are_as_exact_as_their_operands(form: str, case: Case) -> None:
+    needs_float8(FLOAT8 if form.startswith("fp8") else torch.int8)
+    if form == "int4-weight" and case.inner % 256:
+        pytest.skip("the inner dimension is not in groups")
+    weight = normal(case.columns, case.inner, scale=case.inner**-0.5)
+    bias, x, residual = normal(case.columns), normal(case.rows, case.inner), normal(case.rows, case.columns)
+    layer = FORMS[form](case, weight, bias)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="fxopt", options={"freeze": True, "strict": True})
+        for _ in range(3):  # plainly, captured, replayed
+            got = compiled(x, residual)
+        wanted = exact(layer, x, residual)
+        assert error(got, wanted) < max(0.006, 2 * error(layer(x, residual), wanted))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("shape", [(33, 64, 48), (16, 64, 48), (5, 33, 7)])
+def test_the_eager_form_is_float64s(
+    shape: tuple[int, int, int], dtype: torch.dtype, out_dtype: torch.dtype, per_row: bool
+) -> None:
+    needs_float8(dtype)
+    m, k, n = shape
+    (a, rows), (b, columns) = QUANTIZE_WEIGHT(normal(m, k), dtype), QUANTIZE_WEIGHT(normal(n, k), dtype)
+    bias = normal(n).to(out_dtype)
+    if not per_row:
+        rows, columns = rows[0], columns[0]
+    got = SCALED_MM(a, b, rows, columns, bias, out_dtype)
+    wanted = a.double() @ b.double().t() * (rows[:, None] if per_row else rows) * columns + bias
+    assert got.dtype == out_dtype
+    assert error(got, wanted) < (1e-3 if out_dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("clamped", [False, True])
+def test_casts_have_torchs_bits(dtype: torch.dtype, clamped: bool) -> None:
+    needs_float8(dtype)
+    largest = torch.finfo(dtype).max
+    around = torch.tensor([1.0, 1.02, 1.0357, 1.04, 1.0715, 1.08, 2.0], device=CUDA) * largest
+    special = torch.tensor([float("inf"), float("nan"), 0.0, 2.0**-9, 2.0**-10, 2.0**-17], device=CUDA)
+    x = torch.cat([around, special, torch.logspace(-6, 5, 4003, device=CUDA)])
+    x = torch.cat([x, -x])
+
+    def cast(x: Tensor) -> tuple[Tensor, Tensor]:
+        stored = (x.clamp(-largest, largest) if clamped else x).to(dtype)
+        return stored, stored.float() * 2
+
+    got, want = torch.compile(cast, backend="fxopt", options={"strict": True})(x), cast(x)
+    assert torch.equal(got[0].float().nan_to_num(1e9, 2e9, -2e9), want[0].float().nan_to_num(1e9, 2e9, -2e9))
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
