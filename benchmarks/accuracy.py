@@ -58,7 +58,8 @@ def emulated(model: nn.Module, precision: str, layers: frozenset[str], calibrati
             return None
         if calibration is None:
             return quantized(call, precision)
-        return quantized(call, precision, calibration.scale(call.name, precision), calibration.channels(call.name))
+        scale = calibration.scale(call.name, precision) if KNOWN[precision].is_static else None
+        return quantized(call, precision, scale, calibration.channels(call.name))
 
     def run(batch: Batch) -> Tensor:
         with treated(model, treat):
@@ -81,6 +82,9 @@ def _ways(task: Task, calibration: fxopt.Calibration, compile: bool) -> Iterable
     tables[", smoothed"] = smoothed = fxopt.smoothed(calibration, model)
     for precision in PRECISIONS:
         scaled = {"": None} | (tables if KNOWN[precision].activations else {})
+        if precision == "int4-weight":
+            fitted = fxopt.activation_aware(calibration, model, task.calibration, precision)
+            scaled[", activation-aware"] = fitted
         for how, table in scaled.items():
             yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, layers, table)
     if not compile:
