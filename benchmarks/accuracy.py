@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,8 @@ def emulated(model: nn.Module, precision: str, layers: frozenset[str], calibrati
             return None
         if calibration is None:
             return quantized(call, precision)
-        return quantized(call, precision, calibration.scale(call.name, precision), calibration.channels(call.name))
+        scale = calibration.scale(call.name, precision) if KNOWN[precision].is_static else None
+        return quantized(call, precision, scale, calibration.channels(call.name))
 
     def run(batch: Batch) -> Tensor:
         with treated(model, treat):
@@ -73,18 +75,20 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Run:
     return lambda batch: fast(*batch)
 
 
-def _ways(task: Task, calibration: fxopt.Calibration, compile: bool) -> Iterable[tuple[str, Callable[[], Run]]]:
+def _ways(task: Task) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Names of the rows and what makes their runs."""
+    calibration = fxopt.calibrate(task.model, task.calibration, progress=False)
     model, layers = task.model, frozenset(layer.name for layer in calibration.layers if layer.obstacle is None)
     yield "eager", lambda: lambda batch: model(*batch)
     tables = {f", {method}": calibration.with_method(method) for method in METHODS}
     tables[", smoothed"] = smoothed = fxopt.smoothed(calibration, model)
     for precision in PRECISIONS:
         scaled = {"": None} | (tables if KNOWN[precision].activations else {})
+        if precision == "int4-weight":
+            fitted = fxopt.activation_aware(calibration, model, task.calibration, precision)
+            scaled[", activation-aware"] = fitted
         for how, table in scaled.items():
             yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, layers, table)
-    if not compile:
-        return
     yield "fxopt", lambda: compiled(model, {"freeze": True})
     for precision in PRECISIONS:
         static = KNOWN[precision].activations is not None
@@ -93,12 +97,16 @@ def _ways(task: Task, calibration: fxopt.Calibration, compile: bool) -> Iterable
             yield f"fxopt {precision}{how}", functools.partial(compiled, model, options)
 
 
-def measured(task: Task, exact: list[Tensor], device: torch.device, seconds: float, compile: bool) -> list[dict[str, Any]]:
-    """One row for each way: errors to `exact`, the judge's figures and, if it is one to be timed, its time."""
+def measured(
+    task: Task, exact: list[Tensor], device: torch.device, seconds: float, ways: Mapping[str, Callable[[], Run]]
+) -> Iterator[list[dict[str, Any]]]:
+    """One row for each way: errors to `exact`, the judge's figures and, if it is one to be timed, its time.
+
+    All rows so far after each one.
+    """
     rows: list[dict[str, Any]] = []
     runs: dict[str, Callable[[], Any]] = {}
-    calibration = fxopt.calibrate(task.model, task.calibration, progress=False)
-    for name, make in _ways(task, calibration, compile):
+    for name, make in ways.items():
         run = make()
         outputs = outputs_of(run, task.evaluation)
         row = {
@@ -108,19 +116,18 @@ def measured(task: Task, exact: list[Tensor], device: torch.device, seconds: flo
             "least_cosine": float(cosines(outputs, exact).min()),
             **task.judge(outputs),
         }
-        typer.echo(
-            "  " + "  ".join([f"{name:<28}", *(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k != "way")])
-        )
+        typer.echo("  ".join([f"  {name:<28}", *(f"{k} {v:.4f}" for k, v in row.items() if k != "way")]))
         rows.append(row)
         if not name.startswith("emulated"):
             runs[name] = lambda run=run: run(task.timed)
+        yield rows
     with torch.no_grad():
-        timings = interleaved(runs, device, seconds=seconds) if seconds else {}
+        timings = interleaved(runs, device, seconds=seconds) if seconds and runs else {}
     for row in rows:
         if row["way"] in timings:
             row["seconds"] = timings[row["way"]].median
             typer.echo(f"  {row['way']:<28}  {row['seconds'] * 1e3:.3f} ms")
-    return rows
+    yield rows
 
 
 @app.command("prepare")
@@ -141,7 +148,7 @@ def run(
     dtype: Annotated[str, typer.Option(help="of the models; float32 on a CPU and bfloat16 on a GPU if not given")] = "",
     only: Annotated[str, typer.Option(help="one task")] = "",
     seconds: Annotated[float, typer.Option(help="of timing, each task; 0 for none")] = 5.0,
-    compile: Annotated[bool, typer.Option(help="run what fxopt compiles, too")] = True,
+    match: Annotated[str, typer.Option(help="a regular expression in the names of rows")] = "",
 ) -> None:
     """Errors, figures and times of each task in each precision."""
     where = torch.device(device)
@@ -153,9 +160,13 @@ def run(
         typer.echo(f"{name}, {own}")
         reference = load(name, data, where, torch.float32)
         exact = outputs_of(lambda batch, model=reference.model: model(*batch), reference.evaluation)
-        rows = measured(load(name, data, where, own), exact, where, seconds, compile)
-        document["tasks"].append({"task": name, "dtype": str(own), "float32": reference.judge(exact), "rows": rows})
-        (out / f"accuracy_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+        task = load(name, data, where, own)
+        found = {"task": name, "dtype": str(own), "float32": reference.judge(exact), "rows": []}
+        document["tasks"].append(found)
+        ways = {way: make for way, make in _ways(task) if re.search(match, way)}
+        for rows in measured(task, exact, where, seconds, ways):
+            found["rows"] = rows
+            (out / f"accuracy_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """fxopt: a `torch.compile` backend that captures, fuses, measures and replays whole graphs.
 
 `torch.compile(model, backend="fxopt")` needs no import of this package. What is here is for looking inside (`explain`), for
-frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `smoothed`, `Calibration`, `Decisions`) and for typed
-settings (`Options`). Every name is loaded on first use, so `import fxopt` is light.
+frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `smoothed`, `activation_aware`, `Calibration`,
+`Decisions`) and for typed settings (`Options`). Every name is loaded on first use, so `import fxopt` is light.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxopt.capture.freeze import refreeze
     from fxopt.options import Options
     from fxopt.precision import Decisions
+    from fxopt.quant.awq import activation_aware
     from fxopt.quant.calibrate import calibrate
     from fxopt.quant.search import quantize
     from fxopt.quant.smooth import smoothed
@@ -27,6 +28,7 @@ __all__ = [
     "Explanation",
     "Options",
     "__version__",
+    "activation_aware",
     "calibrate",
     "explain",
     "quantize",
@@ -42,6 +44,7 @@ _HOME = {
     "calibrate": ("fxopt.quant.calibrate", "calibrate"),
     "explain": ("fxopt.report", "explain"),
     "quantize": ("fxopt.quant.search", "quantize"),
+    "activation_aware": ("fxopt.quant.awq", "activation_aware"),
     "smoothed": ("fxopt.quant.smooth", "smoothed"),
     "refreeze": ("fxopt.capture.freeze", "refreeze"),
 }

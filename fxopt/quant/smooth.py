@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,30 @@ def smoothed(calibration: Calibration, model: nn.Module, strength: float = 0.5) 
     """
     if not 0.0 <= strength <= 1.0:
         raise OptionError(f"a strength lies between 0 and 1, not at {strength!r}")
-    model = getattr(model, "_orig_mod", model)
+    found = groups(calibration, getattr(model, "_orig_mod", model))
+    divisors = {name: group.divisors(strength) for group in found for name in group.names}
+    return with_channels(calibration, divisors)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are given the same: the largest magnitudes of its channels and of all their weights' columns, [K]."""
+
+    names: tuple[str, ...]
+    given: Tensor
+    columns: Tensor
+
+    def divisors(self, strength: float) -> Tensor:
+        """Powers of two, float32 [K]; 1 for channels without values and those whose weights are zero."""
+        used = (self.given > 0) & (self.columns > 0)
+        ideal = strength * self.given.clamp_min(_LEAST).log2() - (1 - strength) * self.columns.clamp_min(_LEAST).log2()
+        # Only how channels stand to each other matters: about one they keep away from the ends of float16.
+        ideal = ideal - ideal[used].median() if bool(used.any()) else ideal
+        return torch.where(used, ideal.round().clamp(-_MOST, _MOST), 0.0).exp2()
+
+
+def groups(calibration: Calibration, model: nn.Module) -> list[Group]:
+    """Of the linear layers that `smoothed` may change. Raises CalibrationError where there are none."""
     weights = {layer.name: w for layer in calibration.layers if (w := _weight(model, layer)) is not None}
     if not weights:
         raise CalibrationError("none of the calibration's layers is a linear layer of this model that data has reached")
@@ -35,10 +58,15 @@ def smoothed(calibration: Calibration, model: nn.Module, strength: float = 0.5) 
     for layer in calibration.layers:
         if layer.name in weights:
             together.setdefault(_given(layer), []).append(layer.name)
-    divisors: dict[str, Tensor] = {}
+    found = []
     for names in together.values():
         columns = torch.stack([weights[name].detach().abs().amax(0).float().cpu() for name in names]).amax(0)
-        divisors.update(dict.fromkeys(names, _divisors(calibration[names[0]].channel_amax(), columns, strength)))
+        found.append(Group(tuple(names), calibration[names[0]].channel_amax(), columns))
+    return found
+
+
+def with_channels(calibration: Calibration, divisors: Mapping[str, Tensor | None]) -> Calibration:
+    """`calibration` with these divisors of layers; the others keep theirs."""
     layers = tuple(replace(x, channels=divisors.get(x.name, x.channels)) for x in calibration.layers)
     return replace(calibration, layers=layers)
 
@@ -66,15 +94,6 @@ def _given(layer: LayerRange) -> Hashable:
     assert layer.seen is not None
     parts = (layer.seen.minimum, layer.seen.maximum, layer.seen.histogram)
     return tuple(part.numpy().tobytes() for part in parts)
-
-
-def _divisors(given: Tensor, columns: Tensor, strength: float) -> Tensor:
-    """Powers of two, float32 [K]; 1 for channels without values and those whose weights are zero."""
-    used = (given > 0) & (columns > 0)
-    ideal = strength * given.clamp_min(_LEAST).log2() - (1 - strength) * columns.clamp_min(_LEAST).log2()
-    # Only how channels stand to each other matters: about one they keep away from the ends of float16.
-    ideal = ideal - ideal[used].median() if bool(used.any()) else ideal
-    return torch.where(used, ideal.round().clamp(-_MOST, _MOST), 0.0).exp2()
 
 
 _LEAST = torch.finfo(torch.float32).tiny

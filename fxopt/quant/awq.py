@@ -1,0 +1,90 @@
+"""How much of its channels' spread each layer's weight takes over, by measured error of the layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import CalibrationError, OptionError
+from fxopt.options import suggestion
+from fxopt.precision import HIGH, PRECISIONS
+from fxopt.quant.batches import Forward, call_model, on_device
+from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
+from fxopt.quant.smooth import groups, with_channels
+from fxopt.quant.table import Calibration
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ROWS = 256
+"""Of what a layer is given in a batch, evenly spaced."""
+
+
+def activation_aware(
+    calibration: Calibration,
+    model: nn.Module,
+    loader: Iterable[Any],
+    precision: str = "int4-weight",
+    *,
+    batches: int = 2,
+    forward: Forward | None = None,
+) -> Calibration:
+    """`calibration` with divisors of channels that fit `precision`: of each layer those of the least error on real data.
+
+    Weights of few bits lose most in the columns that large channels are multiplied by. `fxopt.smoothed` widens these at the
+    cost of the others; by how much is best differs from layer to layer (Lin et al., "AWQ", 2023). For each layer, or the
+    layers that are given the same, every strength of STRENGTHS and no divisors at all are tried on rows of `loader`'s first
+    `batches`, and what brings their results nearest to those of the model is kept.
+
+    Raises OptionError for a precision that is none, CalibrationError for no batches and for a model that is not the
+    calibration's.
+    """
+    if precision not in PRECISIONS or precision == HIGH:
+        raise OptionError(f"there is no precision {precision!r} for weights{suggestion(precision, PRECISIONS)}")
+    model = getattr(model, "_orig_mod", model)
+    found = groups(calibration, model)
+    rows = _rows(
+        model, itertools.islice(loader, batches), {n for group in found for n in group.names}, forward or call_model
+    )
+    chosen: dict[str, Tensor | None] = {}
+    for group in found:
+        calls = [rows[name] for name in group.names if name in rows and obstacle(rows[name], precision) is None]
+        tried = [None, *(group.divisors(strength) for strength in STRENGTHS)]
+        errors = [_error(with_channels(calibration, dict.fromkeys(group.names, d)), calls, precision) for d in tried]
+        chosen |= dict.fromkeys(group.names, tried[min(range(len(tried)), key=errors.__getitem__)])
+    return with_channels(calibration, chosen)
+
+
+def _rows(model: nn.Module, batches: Iterable[Any], names: set[str], forward: Forward) -> Mapping[str, LayerCall]:
+    """Some rows of what each layer is given."""
+    found: dict[str, LayerCall] = {}
+
+    def note(call: LayerCall) -> None:
+        if call.name in names:
+            rows = call.x[:: max(1, len(call.x) // ROWS)]
+            before = found.get(call.name)
+            x = rows.clone() if before is None else torch.cat([before.x, rows])
+            found[call.name] = LayerCall(call.name, x, call.weight, call.bias)
+
+    count = 0
+    with torch.no_grad(), treated(model, note):
+        for batch in batches:
+            forward(model, on_device(batch, model))
+            count += 1
+    if not count:
+        raise CalibrationError("the loader gave no batch: there is nothing to fit to")
+    return found
+
+
+def _error(table: Calibration, calls: Iterable[LayerCall], precision: str) -> float:
+    """The sum of the layers' squared relative errors."""
+    total = 0.0
+    with torch.no_grad():
+        for call in calls:
+            scale = table.scale(call.name, precision) if PRECISIONS[precision].is_static else None
+            exact = call.exact().double()
+            off = quantized(call, precision, scale, table.channels(call.name)).double() - exact
+            total += float(off.square().sum() / exact.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
+    return total
