@@ -105,7 +105,7 @@ class Target:
 
     @property
     def _known(self) -> int:
-        return max((a for a in _SM_COUNT if a <= self.arch), default=_OLDEST_KNOWN)
+        return _nearest_known(self.arch)
 
     @property
     def is_hopper(self) -> bool:
@@ -115,6 +115,12 @@ class Target:
     def is_blackwell(self) -> bool:
         """Blackwell or later, for which Triton brings a ptxas of its own."""
         return self.kind == "cuda" and self.arch >= 100
+
+
+@functools.cache  # cost models ask for each configuration
+def _nearest_known(arch: int) -> int:
+    """The latest architecture whose figures are known that is no later than `arch`."""
+    return max((a for a in _SM_COUNT if a <= arch), default=_OLDEST_KNOWN)
 
 
 @functools.cache

@@ -417,8 +417,12 @@ def postorder(roots: tuple[Scalar, ...]) -> Iterator[Scalar]:
             yield node
         elif node not in seen:
             seen.add(node)
+            args = node.args
+            if not args:
+                yield node
+                continue
             stack.append((node, True))
-            stack += [(a, False) for a in reversed(node.args) if a not in seen]
+            stack += [(a, False) for a in reversed(args) if a not in seen]
 
 
 def holds_reduction(root: Scalar) -> bool:

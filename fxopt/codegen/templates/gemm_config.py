@@ -179,7 +179,7 @@ class GemmProblem:
 
     @property
     def products(self) -> int:
-        return len(self.matrices) - 1
+        return 1 if self.c is None else 2
 
     @property
     def itemsize(self) -> int:
