@@ -8,17 +8,20 @@ from dataclasses import replace
 import torch
 
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Int, coefficient, free_symbols, substitute
+from fxopt.ir.exprs import Int, coefficient, free_symbols, prod, substitute
 from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import Masked, loads_below, postorder
-from fxopt.ir.region import Alternatives, Attention, Batch, BufferSpec, Call, Contraction, Ref, Region, Size
+from fxopt.ir.region import Alias, Alternatives, Attention, Batch, BufferSpec, Call, Contraction, Ref, Region, Size
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.memory import plan_memory
 from fxopt.runtime.plan import InputSpec, Launch, Plan, PlanStep, SymbolSource, defined, expressions, used
 from fxopt.tune import Choice
+
+FEW_PROGRAMS = 32
+"""Of a kernel that leaves multiprocessors without any."""
 
 
 def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal: Journal, *, early: bool = True) -> Plan:
@@ -31,7 +34,8 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
         if isinstance(step, Region | Batch | Contraction | Attention):
             choice = chosen[step.name]
             buffers.update({spec.name: spec for spec in choice.scratch})
-            steps += _launches(step, choice, early)
+            before = next((s for s in reversed(steps) if not isinstance(s, Alias)), None)
+            steps += _launches(step, choice, early, before)
             _note_kernels(step, choice, journal)
         elif isinstance(step, Alternatives):
             raise AssertionError(f"{step.name}: nobody has decided among its alternatives")
@@ -55,13 +59,20 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
     return plan_memory(plan)
 
 
-def _launches(region: Region | Batch | Contraction | Attention, choice: Choice, early: bool) -> list[PlanStep]:
-    """One launch per kernel of the choice (a split reduction has two)."""
+def _launches(
+    region: Region | Batch | Contraction | Attention, choice: Choice, early: bool, before: PlanStep | None
+) -> list[PlanStep]:
+    """One launch per kernel of the choice (a split reduction has two), after the step `before`.
+
+    Tiles of a product are not launched early beside a kernel of many programs: several of them would go where that has none,
+    and the last would end later than if each had found a multiprocessor of its own (BERT-base at batch 1: 1 %).
+    """
     out: list[PlanStep] = []
     parts = region.members if isinstance(region, Batch) else (region,)
     written = {*(n for part in parts for n in part.writes()), *(spec.name for spec in choice.scratch)}
     pairs = tuple(pair for part in parts if isinstance(part, Region) for pair in in_place_pairs(part))
-    for source, artifact in choice.kernels:
+    for number, (source, artifact) in enumerate(choice.kernels):
+        spreads = number > 0 or not isinstance(region, Contraction) or _leaves_room(before)
         out.append(
             Launch(
                 kernel=artifact.key,
@@ -78,10 +89,15 @@ def _launches(region: Region | Batch | Contraction | Attention, choice: Choice, 
                 label=region.name,
                 members=source.members,
                 block=source.block,
-                early=early and bool(artifact.meta.get("chained")),
+                early=early and spreads and bool(artifact.meta.get("chained")),
             )
         )
     return out
+
+
+def _leaves_room(step: PlanStep | None) -> bool:
+    programs = prod(step.grid) if isinstance(step, Launch) else None
+    return isinstance(programs, int) and programs <= FEW_PROGRAMS
 
 
 def _aligned_positions(source: KernelSource) -> tuple[int, ...]:

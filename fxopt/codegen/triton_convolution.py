@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, SumsConfig
 from fxopt.codegen.templates.gemm_config import GemmConfig
-from fxopt.codegen.templates.gemm_entry import GemmCall
+from fxopt.codegen.templates.gemm_entry import GemmCall, partial_shape
 from fxopt.codegen.triton import Printed, configs, print_nest
 from fxopt.codegen.triton_block import BlockFunction
 from fxopt.codegen.triton_contraction import epilogue_ops, in_parts, moved_by_epilogue, print_epilogue, source_of
@@ -51,8 +51,8 @@ ConvConfig = StencilConfig | SumsConfig | GemmConfig
 
 
 def print_convolution(contraction: Contraction, config: ConvConfig, target: Target) -> Printed:
-    """`contraction`, whose left operand are patches, in configuration `config`: one kernel, or for the gradient of a weight
-    two and a buffer between them.
+    """`contraction`, whose left operand are patches, in configuration `config`: one kernel, or for the gradient of a weight,
+    and in parts, two and a buffer between them.
 
     Raises UnsupportedError where Triton has no form for the epilogue or `target`.
     """
@@ -61,6 +61,8 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
     problem = convolution_problem(contraction)
     if isinstance(config, SumsConfig):
         return _print_sums(contraction, problem, config, target)
+    if isinstance(config, GemmConfig) and config.split > 1:
+        return _print_parts(contraction, problem, config, target)
     rows, columns = (None, config.channels) if isinstance(config, StencilConfig) else (config.block_m, config.block_n)
     epilogue = print_epilogue(contraction, rows, columns)
     if isinstance(config, StencilConfig):
@@ -70,6 +72,15 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
         call, entry, stages = _implicit(problem, config, epilogue.extra), "fx_conv", config.stages
     name = "_".join([entry, *operations(contraction.region.nest)])
     return Printed((source_of(contraction, name, call, epilogue, config.warps, stages, MODULE),))
+
+
+def _print_parts(contraction: Contraction, problem: ConvProblem, config: GemmConfig, target: Target) -> Printed:
+    partial, rest = in_parts(contraction, partial_shape(problem.product, config))
+    sums = BlockFunction("", {"b2": "*fp32"}, (partial.name,), ())
+    call = _implicit(problem, config, "b2")
+    parts = source_of(contraction, "fx_conv_split", call, sums, config.warps, config.stages, MODULE)
+    best = next(c for c in configs(rest, target) if c.split == 1)
+    return Printed((parts, print_nest(rest, best, target, "conv_parts")), (partial,))
 
 
 def _print_sums(contraction: Contraction, problem: ConvProblem, config: SumsConfig, target: Target) -> Printed:
@@ -102,10 +113,11 @@ def _stencil(problem: ConvProblem, config: StencilConfig, extra: str, kinds: dic
 def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:
     row, column, offset = problem.weight
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
-    way = f"EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}"
+    split = config.split > 1
+    way = f"{blocks}, SPLIT={config.split}" if split else f"EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}"
     weight = f"b1 + {offset}" if offset else "b1"
     given = f"{_image(problem)}, {weight}, {extra}, {problem.channels}, {row}, {column}"
-    text = f"conv.implicit_gemm({given}, {_geometry(problem)}, {way})"
+    text = f"conv.{'split_' if split else ''}implicit_gemm({given}, {_geometry(problem)}, {way})"
     return GemmCall(text, dict.fromkeys(("b0", "b1"), POINTER_TYPE[problem.dtype]), {}, config.tiles(problem.product))
 
 

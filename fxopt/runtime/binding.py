@@ -526,7 +526,7 @@ class Writer:
     def _launcher_after(self, before: Launch | None, step: Launch) -> str:
         """Early launches are those right after a kernel of this run, which itself began when all that was enqueued before
         the run had ended. Not after a copy for alignment's sake: it writes what kernels do not wait for, like weights."""
-        if before is None or not (before.early and step.early) or before.device != step.device:
+        if before is None or not step.early or before.device != step.device:
             return self._launcher(step)
         early = self._launcher(step, early=True)
         return f"({early} if t is None else {self._launcher(step)})" if self._doubtful(step) else early

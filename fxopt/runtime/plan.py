@@ -80,8 +80,8 @@ class Launch:
     (output, input): the output may take over the input's storage if the input dies here, because the kernel reads and writes
     each element at the same index. `label` is for profilers and reports.
 
-    With `early` the kernel itself waits for the one before it to end, and lets the next one start while it runs: where two
-    such launches follow each other, the second one need not be held back (`runtime/launch.py`).
+    With `early` the kernel itself waits for the one before it to end: right after another launch it is not held back until
+    then (`runtime/launch.py`).
 
     A batched kernel has `members`, the number of elements of each, and does `block` of them in a program: its `buffers` are
     not arguments but go into a table (`runtime/batch.py`), as many for each member, one member's after another's.

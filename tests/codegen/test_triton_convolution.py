@@ -40,7 +40,11 @@ LABELS = (STENCIL_SUMS, SUMS, STENCIL, IMPLICIT)
 
 SUMMED = SumsConfig(3, 8, 16, 4, 2)
 STENCILS = [StencilConfig(1, 16, 8, 4), StencilConfig(4, 4, 16, 4), StencilConfig(7, 8, 32, 4)]
-GEMMS = [GemmConfig(False, 32, 32, 16, 4, 3), GemmConfig(False, 64, 16, 32, 4, 3, group=1, subtile=2)]
+GEMMS = [
+    GemmConfig(False, 32, 32, 16, 4, 3),
+    GemmConfig(False, 64, 16, 32, 4, 3, group=1, subtile=2),
+    GemmConfig(False, 32, 16, 16, 4, 3, split=3),
+]
 
 
 def image(*shape: int, dtype: torch.dtype = F16) -> Tensor:
@@ -246,6 +250,7 @@ COMPILED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "EfficientNet": (depthwise(2, 2), shapes((4, 240, 28, 28), (240, 1, 5))),
     "residual block": (residual_block, shapes((16, 128, 28, 28), (128, 128, 3))),
     "first layer": (dense(2, 3), shapes((4, 3, 112, 112), (64, 3, 7))),
+    "few places": (residual_block, shapes((1, 512, 7, 7), (512, 512, 3))),
 }
 
 
@@ -274,6 +279,16 @@ def test_a_stencil_has_enough_programs() -> None:
 def test_blocks_lie_under_one_element_of_the_window_where_channels_are_many() -> None:
     problem = convolution_problem(convolution(dense(1, 1), *shapes((4, 96, 28, 28), (64, 96, 3)))[1])
     assert {c.block_k for c in implicit_configs(problem, TARGET)} == {32}
+
+
+def test_few_places_share_the_inner_dimension() -> None:
+    """Where tiles alone leave most multiprocessors idle; and not where they do not."""
+    few, many = (
+        contraction_candidates(convolution(residual_block, *shapes((n, 512, 7, 7), (512, 512, 3)))[1], TARGET, "default")
+        for n in (1, 256)
+    )
+    assert "split" in few[0].label and len(few[0].sources) == 2
+    assert not any("split" in candidate.label for candidate in many)
 
 
 def test_a_common_convolution_with_nothing_after_it_has_no_candidate() -> None:

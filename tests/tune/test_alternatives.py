@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxopt import compiler
-from fxopt.assemble import assemble
+from fxopt.assemble import _launches, assemble
 from fxopt.codegen.compile import Ready
 from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
@@ -402,6 +402,18 @@ def test_other_settings_of_cudnn_are_another_contest(bench: Bench, store: Artifa
         with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark):
             tuned(captured(convolution, images()), store)
         assert len(bench.contests) == contests
+
+
+@pytest.mark.parametrize(("programs", "early"), [(1, True), (128, False)])
+def test_tiles_are_launched_early_beside_few_programs(programs: int, early: bool) -> None:
+    (contraction,) = (s for each in alternatives(captured()) for s in each.ways[1].steps if isinstance(s, Contraction))
+    printed = contraction_candidates(contraction, TARGET, "max-autotune")[0]
+    made = [Artifact("key", "triton", s.entry, Path("kernel.cubin"), {"chained": True}) for s in printed.sources]
+    choice = Choice(printed.label, tuple(zip(printed.sources, made, strict=True)))
+    before = Launch("k", "triton", "k", ("x",), ("x",), contraction.device, grid=(programs, 1, 1))
+    (launch,) = _launches(contraction, choice, True, before)
+    assert isinstance(launch, Launch) and launch.early is early
+    assert not any(s.early for s in _launches(contraction, choice, False, before) if isinstance(s, Launch))
 
 
 @pytest.mark.parametrize("faster", [row_norms.APART, row_norms.WITHIN])

@@ -4,6 +4,7 @@
   that what it loads and widens serves several of them
 - `stencil_gradient`: the gradient of a depthwise convolution's weight, in partial sums
 - `implicit_gemm`: others, as a product of patches, which are gathered block by block, and the weight
+- `split_implicit_gemm`: the same in partial sums, for few places
 
 Geometry is given as tuples of literals: SHAPE are the images' sizes (images, height, width, channels) and STRIDES their
 strides in elements; PLACES, WINDOW, STRIDE, PADDING and DILATION are pairs for height and width. A place of the window is a
@@ -19,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxopt.codegen.templates.gemm import divides, finish, tile_of
+from fxopt.codegen.templates.gemm import divides, finish, part_of_inner, store_partial, tile_of
 
 
 @triton.constexpr_function
@@ -183,9 +184,42 @@ def implicit_gemm(
     else it counts through several.
     """
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
+    _, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    acc = gathered_tile(
+        x, w, block, column, 0, N, w_row, w_column, SHAPE, STRIDES, PLACES, WINDOW, STRIDE, PADDING, DILATION,
+        BM, BN, BK, 1,
+    )  # fmt: skip
+    y = block * BM + tl.arange(0, BM)
+    finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
+
+
+@triton.jit
+def split_implicit_gemm(
+    x, w, partial, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Partial sums, float32 [SPLIT, 1, places, N], contiguous; SPLIT times the programs of `implicit_gemm`."""
+    M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
+    part, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    acc = gathered_tile(
+        x, w, block, column, part, N, w_row, w_column, SHAPE, STRIDES, PLACES, WINDOW, STRIDE, PADDING, DILATION,
+        BM, BN, BK, SPLIT,
+    )  # fmt: skip
+    store_partial(acc, partial, part, block * BM, column * BN, M, N, BM, BN)
+
+
+@triton.jit
+def gathered_tile(
+    x, w, block, column, part, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One of SPLIT parts of the float32 tile [BM, BN] of a convolution: of row `block` and column `column` of tiles."""
+    M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
     C: tl.constexpr = SHAPE[3]
     K: tl.constexpr = WINDOW[0] * WINDOW[1] * C
-    _, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    first, end = part_of_inner(part, K, BK, SPLIT)
     y, n, k = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
     place = y if divides(BM, M) else tl.minimum(y, M - 1)
     top = place // PLACES[1] % PLACES[0] * STRIDE[0] - PADDING[0]
@@ -193,7 +227,7 @@ def implicit_gemm(
     corner = x + (place // (PLACES[0] * PLACES[1]) * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2])[:, None]
     weights = w + (k * w_row)[:, None] + (n * w_column)[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in range(first, end, BK):
         start = tl.full([], 0, tl.int32) + k0  # a tensor in the interpreter too
         if divides(BK, C):
             r, s, c = start // (WINDOW[1] * C), start // C % WINDOW[1], start % C + k
@@ -215,7 +249,7 @@ def implicit_gemm(
         else:
             b_tile = tl.load(b_at, mask=(start + k < K)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(a_tile, b_tile, acc)
-    finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
+    return acc
 
 
 @triton.jit

@@ -55,6 +55,9 @@ LIBRARY_GATHERING = 1.4
 
 FULL_CHANNELS = 64
 
+LIBRARY_TILE = 64
+"""Rows and columns of the smallest tiles that cuDNN takes for common convolutions of few places."""
+
 LIBRARY_SHARE = {True: 0.4, False: 1.0}
 """Of the speed of a stencil's model, what cuDNN reaches: with depthwise convolutions, a third to a half (H100)."""
 
@@ -250,7 +253,7 @@ def _implicit_registers(problem: ConvProblem, config: GemmConfig) -> float:
 
 
 def _is_a_form(config: GemmConfig) -> bool:
-    return not config.tma and config.split == 1 and not config.swap
+    return not config.tma and not config.swap
 
 
 def _with_block(problem: ConvProblem, config: GemmConfig) -> GemmConfig:
@@ -270,10 +273,13 @@ def implicit_seconds(problem: ConvProblem, config: GemmConfig, target: Target) -
 
 def implicit_may_win(problem: ConvProblem, target: Target) -> bool:
     """Whether products of patches may beat the library and a kernel for the epilogue. Where nothing was measured (channels
-    that do not fill cuDNN's tiles, GPUs before Hopper) they may.
+    that do not fill cuDNN's tiles, GPUs before Hopper) they may; so they may where these leave multiprocessors idle, since
+    cuDNN does not split the inner dimension.
     """
     product, channels = problem.product, (problem.patches.shape[3], problem.channels)
     if any(n % FULL_CHANNELS for n in channels) or not target.has_warpgroup_products:
+        return True
+    if ceil(product.m / LIBRARY_TILE) * ceil(product.n / LIBRARY_TILE) < target.sm_count:
         return True
     library = LIBRARY_GATHERING * _with_patches(problem, gemm_config.library_seconds(product, target), target)
     if problem.epilogue_ops:
