@@ -69,6 +69,11 @@ def emulated(model: nn.Module, precision: str, layers: frozenset[str], calibrati
     return run
 
 
+def _fitted(task: Task, precision: str, layers: frozenset[str], calibration: fxopt.Calibration) -> Run:
+    table = fxopt.activation_aware(calibration, task.model, task.calibration, precision)
+    return emulated(task.model, precision, layers, table)
+
+
 def compiled(model: nn.Module, options: dict[str, Any]) -> Run:
     # Without dynamic sizes each shape is a graph of its own, as its calls in the measured loop need it.
     fast = torch.compile(model, backend="fxopt", dynamic=False, options=options)
@@ -84,11 +89,9 @@ def _ways(task: Task) -> Iterator[tuple[str, Callable[[], Run]]]:
     tables[", smoothed"] = smoothed = fxopt.smoothed(calibration, model)
     for precision in PRECISIONS:
         scaled = {"": None} | (tables if KNOWN[precision].activations else {})
-        if precision == "int4-weight":
-            fitted = fxopt.activation_aware(calibration, model, task.calibration, precision)
-            scaled[", activation-aware"] = fitted
         for how, table in scaled.items():
             yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, layers, table)
+        yield f"emulated {precision}, activation-aware", functools.partial(_fitted, task, precision, layers, calibration)
     yield "fxopt", lambda: compiled(model, {"freeze": True})
     for precision in PRECISIONS:
         static = KNOWN[precision].activations is not None
