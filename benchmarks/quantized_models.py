@@ -1,8 +1,8 @@
 """Whole models in each precision, beside themselves: `python -m benchmarks.quantized_models --out FOLDER`.
 
-Each workload (a model of `fxopt bench`) runs frozen in its own dtype and in each precision, with scales from a calibration
-over its own inputs where the precision takes some. Times are interleaved in one process. Beside them
-stands the relative error of the outputs to the model's own in eager, and how many layers were quantized. Weights are random:
+Each workload (a model of `fxopt bench`) runs in eager, compiled and frozen in its own dtype, and in each precision, with
+scales from a calibration over its own inputs where the precision takes some. Times are interleaved in one process. Beside
+them stands the relative error of the outputs to the own ones in eager, and which layers stay high. Weights are random:
 what precisions cost in accuracy, `benchmarks.accuracy` tells.
 """
 
@@ -30,11 +30,11 @@ from fxopt.report.measure import interleaved
 ON_GPU = "bert-base,vit-b,llama-1b,llama-1b-decode"
 ON_CPU = "minilm"
 
-OWN = "own"
+EAGER, OWN = "eager", "own"
 
 
 def contenders(calibration: Calibration, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """torch.compile's options, by precision; `OWN` is the model's own."""
+    """torch.compile's options, by precision; `OWN` is the model's own, compiled and frozen."""
     return {OWN: {"freeze": True}} | {p: {"precision": p, "calibration": calibration} for p in wanted}
 
 
@@ -44,8 +44,8 @@ def measured(case: Case, device: torch.device, wanted: list[str], seconds: float
     backend = resolve_backend("fxopt")
     calibration = calibrate(case.module, [case.inputs], progress=False, backend=backend)  # type: ignore[arg-type]
     exact = case.drive(case.module)
-    found: dict[str, dict[str, Any]] = {}
-    runs = {}
+    found: dict[str, dict[str, Any]] = {EAGER: {"error": 0.0, "high": []}}
+    runs = {EAGER: lambda: case.drive(case.module)}
     for name, options in contenders(calibration, wanted).items():
         compiled = torch.compile(unshared(case.module), backend=backend, options=options)
         start = time.perf_counter()
@@ -59,11 +59,11 @@ def measured(case: Case, device: torch.device, wanted: list[str], seconds: float
     timings = interleaved(runs, device, seconds=seconds)
     for name, timing in timings.items():
         found[name] |= {"seconds": timing.median, "quartiles": timing.quartiles}
-        ratio = found[OWN]["seconds"] / timing.median
-        high = len(found[name]["high"])
+    for name, timing in timings.items():
+        ratio, high = timings[OWN].median / timing.median, len(found[name]["high"])
         typer.echo(
             f"  {name:<14} {timing.median * 1e3:9.3f} ms  {ratio:5.2f}x  error {found[name]['error']:.4f}  {high} stay high"
-            f"  first call {found[name]['first call seconds']:.1f} s"
+            f"  first call {found[name].get('first call seconds', 0.0):.1f} s"
         )
     return found
 

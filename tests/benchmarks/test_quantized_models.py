@@ -34,7 +34,7 @@ def test_each_precision_has_a_time_and_an_error(monkeypatch: pytest.MonkeyPatch,
     quantized_models.main(tmp_path, "cpu", "float32", "layer", "int8,int4-weight", seconds=0.01, minutes=1.0)
     (case,) = json.loads((tmp_path / "quantized_models_cpu.json").read_text())["cases"]
     found = case["contenders"]
-    assert list(found) == ["own", "int8", "int4-weight"]
+    assert list(found) == ["eager", "own", "int8", "int4-weight"]
     assert found["own"]["error"] < 1e-5 < found["int8"]["error"] < found["int4-weight"]["error"] < 0.3
     assert all(entry["seconds"] > 0 and entry["high"] == [] for entry in found.values())
 
