@@ -5,8 +5,6 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 
     quantized = cast(clamp(round(float32(x) * (1 / s)), -L, L))      (round: to even, of integers only)
 
-On a CPU a product of integers is `aten::_int_mm` and ordinary ops on its sums, which fuse with what comes after the layer.
-
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
   scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
 - A calibration may have powers of two for the channels of a layer's input (quant/smooth.py): x is divided by them first,
@@ -74,11 +72,6 @@ def quantize(context: Context) -> None:
         context.journal.note(TOPIC, f"{layer.name}: {name}{how}")
     for reason, names in rewrite.without_range.items():
         context.journal.warn(f"stay high, although another precision was asked for: {', '.join(map(repr, names))}: {reason}")
-
-
-def sums_are_apart(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of quantized operands is a library's sums and ordinary ops on them: of integers, on CPUs."""
-    return device.type == "cpu" and dtype == torch.int8
 
 
 class _HighError(Exception):
@@ -160,33 +153,14 @@ class _Rewrite:
             scale = self._scale(layer, name)
             weight, scales = self._weight(layer, precision, 0)
             x, scale_x = self._activation(layer, precision, scale)
-            product = self._product(layer, x, weight, scale_x, scales, bias)
+            out = layer.node.meta["val"].dtype
+            product = self._derive(SCALED_MM, (x, weight, scale_x, scales, bias, out), layer)
             how = ", scaled row by row" if scale is None else f", scale {scale:.4g}"
         if self.context.exhausted:
             raise _HighError("the limit of rewrites is reached")
         if not self.context.replace(name, layer.node, product):
             raise _HighError("its result shares memory with an output")
         return how
-
-    def _product(
-        self, layer: Layer, x: fx.Node, weight: fx.Node, scale_x: fx.Node, scales: fx.Node, bias: fx.Node | None
-    ) -> fx.Node:
-        """The layer's result from quantized operands."""
-        out = layer.node.meta["val"]
-        if not sums_are_apart(out.device, x.meta["val"].dtype):
-            return self._derive(SCALED_MM, (x, weight, scale_x, scales, bias, out.dtype), layer)
-        turned = self._derive(aten.permute.default, (weight, [1, 0]), layer)
-        sums = self._derive(aten._int_mm.default, (x, turned), layer)
-        result = self._derive(aten._to_copy.default, (sums,), layer, {"dtype": torch.float32})
-        if scale_x.meta["val"].dim():
-            scale_x = self._derive(aten.unsqueeze.default, (scale_x, 1), layer)
-        result = self._derive(aten.mul.Tensor, (result, scale_x), layer)
-        result = self._derive(aten.mul.Tensor, (result, scales), layer)
-        if bias is not None:
-            result = self._derive(aten.add.Tensor, (result, bias), layer)
-        if out.dtype == torch.float32:
-            return result
-        return self._derive(aten._to_copy.default, (result,), layer, {"dtype": out.dtype})
 
     def _scale(self, layer: Layer, name: str) -> float | None:
         """By which the layer's quantized input is to be multiplied; None: each row has its own."""

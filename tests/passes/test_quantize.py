@@ -16,7 +16,6 @@ from fxopt.ir import ops
 from fxopt.ir.graph import Graph
 from fxopt.ir.quantized_ops import dequantized, quantize_weight
 from fxopt.journal import Journal
-from fxopt.passes import quantize as quantize_pass
 from fxopt.passes.context import Context, DefaultOptions
 from fxopt.passes.pipeline import run
 from fxopt.precision import PRECISIONS, Decisions, KnownLayer
@@ -98,7 +97,7 @@ def test_values_are_those_of_the_documented_arithmetic(dtype: torch.dtype, name:
     table = None if scale is None else Ranges({"": ((48, 32), scale)})
     graph, _ = quantized(F.linear, (x, w, b), (1, 2), name, table)
     (got,) = execute(graph, (x, w, b))
-    assert ("_int_mm" if name == "int8" else "fxopt::scaled_mm") in calls(graph) and got.dtype == dtype
+    assert "fxopt::scaled_mm" in calls(graph) and got.dtype == dtype
     exact = model_of(x, w, b, name, scale)
     torch.testing.assert_close(got.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-5 * float(exact.abs().max()))
 
@@ -111,15 +110,6 @@ def test_weights_alone(name: str, bits: int, group: int) -> None:
     exact = x.double() @ dequantized(*stored, bits, group).double().t() + b.double()
     torch.testing.assert_close(execute(graph, (x, w, b))[0].double(), exact, rtol=1e-5, atol=1e-5)
     assert notes(context) == [f": {name}" + (f", groups of {group}" if group else "")]
-
-
-def test_sums_and_scales_in_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
-    monkeypatch.setattr(quantize_pass, "sums_are_apart", lambda device, dtype: False)
-    x, w, b = operands()
-    graph, _ = quantized(F.linear, (x, w, b), (1, 2), "int8")
-    torch.testing.assert_close(execute(graph, (x, w, b))[0].double(), model_of(x, w, b, "int8", None), rtol=1e-5, atol=1e-5)
-    assert "fxopt::scaled_mm" in calls(graph)
 
 
 def test_a_weight_by_row_and_no_bias() -> None:
@@ -165,9 +155,11 @@ def test_what_several_layers_are_given_is_quantized_once(table: Ranges | None) -
     args = (torch.randn(2, 5, 32), *(torch.randn(32, 32) for _ in range(3)))
     graph, _ = quantized(attention_input, args, (1, 2, 3), "int8", table)
     names = calls(graph)
-    assert names.count("_int_mm") == 3
+    assert names.count("fxopt::scaled_mm") == 3
     assert names.count("round") == 1 and names.count("amax") == (table is None)
-    operand = {n.args[0] for n in graph.gm.graph.nodes if n.op == "call_function" and ops.name_of(n.target) == "_int_mm"}
+    operand = {
+        n.args[0] for n in graph.gm.graph.nodes if n.op == "call_function" and ops.name_of(n.target) == "fxopt::scaled_mm"
+    }
     assert len(operand) == 1
 
 
@@ -200,7 +192,7 @@ def test_what_cannot_be_quantized_stays_and_says_why(args: tuple[Tensor, ...], f
 def test_only_frozen_weights_are_layers() -> None:
     x, w, b = operands()
     graph, context = quantized(F.linear, (x, w, b), (), "int8")
-    assert "_int_mm" not in calls(graph) and notes(context) == []
+    assert "fxopt::scaled_mm" not in calls(graph) and notes(context) == []
 
 
 def test_convolutions_stay_with_a_note() -> None:
@@ -239,13 +231,13 @@ def test_own_name_before_the_tables_user_before_patterns(precision: Any, own: st
 def test_a_layer_that_calibration_did_not_see_stays_high_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"'#1': calibration did not see it"):
         graph, _ = quantized(pair, PAIR, (1, 2), "int8", Ranges({"": PAIR_RANGES[""]}))
-    assert calls(graph).count("_int_mm") == 1
+    assert calls(graph).count("fxopt::scaled_mm") == 1
 
 
 def test_a_layer_with_an_obstacle_stays_high_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"'', '#1': only zeros"):
         graph, _ = quantized(pair, PAIR, (1, 2), "int8", Ranges(PAIR_RANGES, obstacle="only zeros"))
-    assert "_int_mm" not in calls(graph)
+    assert "fxopt::scaled_mm" not in calls(graph)
 
 
 @pytest.mark.parametrize(

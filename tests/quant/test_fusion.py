@@ -14,8 +14,8 @@ from fxopt.ir.region import Alternatives, Region
 from fxopt.journal import Journal
 from fxopt.lower import lower_graph
 from fxopt.lower.contractions import with_contractions
+from fxopt.lower.ops import quantized
 from fxopt.lower.schedule import schedule
-from fxopt.passes import quantize
 from fxopt.passes.context import DefaultOptions
 from fxopt.passes.pipeline import run
 from fxopt.precision import Decisions
@@ -39,7 +39,7 @@ def gated(x: Tensor, gate: Tensor, down: Tensor) -> Tensor:
 def test_what_is_left_beside_products(precision: str, kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a scale known before, the norm; else the largest of each row is between the products, too."""
     monkeypatch.setattr(graphs, "make_fx", functools.partial(graphs.make_fx, decomposition_table=decompositions()))
-    monkeypatch.setattr(quantize, "sums_are_apart", lambda device, dtype: False)  # as on a GPU
+    monkeypatch.setattr(quantized, "sums_apart", lambda device: False)  # as on a GPU
     args = torch.randn(ROWS, WIDTH), torch.randn(4 * WIDTH, WIDTH), torch.randn(WIDTH, 4 * WIDTH)
     graph = graphs.capture(gated, args, frozen=(1, 2))
     run(graph, DefaultOptions(precision=Decisions.of(precision), calibration=RANGES), Journal("test"))
