@@ -23,7 +23,7 @@ from tests.lower.interpreter import run_lowered
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig
-from fxopt.codegen.templates.weight_config import WeightConfig
+from fxopt.codegen.templates.weight_config import WeightConfig, WeightProblem, configs
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
@@ -163,6 +163,17 @@ def test_every_way_has_the_same_values(m: int) -> None:
             # A library's sums are rounded before they are scaled.
             torch.testing.assert_close(got, fn(*args), rtol=2**-6, atol=2**-4 if way.label == DEQUANTIZED else 2**-6)
     assert labels == ({LIBRARY, FUSED, ROW} if m < 9 else {LIBRARY, FUSED, INT_MM, DEQUANTIZED})
+
+
+def test_configurations_of_weights_fill_the_gpu() -> None:
+    for m, n, k, bits, group in ((1, 4096, 4096, 4, 128), (64, 28672, 4096, 8, 0), (8, 4096, 14336, 4, 32)):
+        problem = WeightProblem(m, n, k, BF16, bits, group)
+        found = configs(problem, TARGET, 3)
+        assert len({(c.block_n, c.block_k) for c in found}) == len(found) >= 2
+        assert all(c.shared_bytes(problem) <= TARGET.shared_per_block for c in found)
+        assert found[0].programs(problem) >= TARGET.sm_count * 0.9
+    assert not configs(WeightProblem(1, 4096, 4096, BF16, 4, 40), TARGET, 3)  # no block divides these groups
+    assert not configs(WeightProblem(4096, 4096, 4096, BF16, 8, 0), TARGET, 3)  # the library's product is faster
 
 
 def compiled(sources: tuple[KernelSource, ...], arch: int) -> None:
