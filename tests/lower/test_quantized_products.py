@@ -1,8 +1,7 @@
-"""Quantized products in lowering: sums and an expression on CPUs, alternatives on GPUs, casts to 8-bit floats in kernels."""
+"""Quantized products in lowering: alternatives, and casts to 8-bit floats in kernels."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,29 +15,10 @@ from fxopt.ir.region import Alternatives, Call, Contraction, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW, TWO, with_contractions
-from fxopt.lower.ops import quantized
 from fxopt.lower.schedule import schedule
 from tests.lower.contracting import alternatives, labels, searched
-from tests.lower.harness import lower
-from tests.lower.interpreter import run_lowered
 
 F = torch.nn.functional
-
-
-def layer(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return torch.relu(SCALED_MM(a, b, rows, columns, bias, torch.float32))
-
-
-@pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("m", [1, 9])
-def test_on_a_cpu_the_epilogue_is_an_expression_over_exact_sums(m: int, per_row: bool) -> None:
-    a, b = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((m, 33), (12, 33)))
-    args = (a, b, torch.rand(m) if per_row else torch.tensor(0.1), torch.rand(12), torch.randn(12))
-    low = lower(layer, args)
-    assert [s.op for s in low.steps if isinstance(s, Call)] == ["aten::_int_mm.default"]
-    assert sum(isinstance(s, Region) for s in low.steps) == 1
-    (got,) = run_lowered(low, dict(zip(low.inputs, args, strict=True)))
-    torch.testing.assert_close(got, layer(*args))
 
 
 def on_a_gpu(fn: object, *shapes: tuple[tuple[int, ...], torch.dtype]) -> tuple[Lowered, Journal]:
@@ -74,9 +54,7 @@ def test_a_value_rounded_to_8_bits_is_read_rounded() -> None:
     assert [n.dtype for n in casts] == [torch.int8, FLOAT8]
 
 
-def test_halves_of_a_quantized_product_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "sums_apart", lambda device: False)
-
+def test_halves_of_a_quantized_product_are_one_kernel() -> None:
     def gated(a: torch.Tensor, b: torch.Tensor, row: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         gate, up = SCALED_MM(a, b, row, columns, None, torch.bfloat16).chunk(2, -1)
         return F.silu(gate) * up

@@ -20,6 +20,9 @@ MOST_ROWS = 256
 _LEAST_ROWS = 16
 _LARGEST_TILE = 64
 _SPLITS = (1, 2, 4, 8)
+_REGISTERS = 128
+"""Of a thread."""
+
 _IN_FLIGHT = 32 << 10
 """Bytes of the weight that a multiprocessor should have in flight."""
 
@@ -74,9 +77,9 @@ def configs(problem: WeightProblem, target: Target, limit: int) -> list[WeightCo
     if problem.m > MOST_ROWS:
         return []
     rows = min(max(_LEAST_ROWS, 1 << (problem.m - 1).bit_length()), _LARGEST_TILE)
-    found = [
-        WeightConfig(rows, columns, inner, 8 if columns == 128 else 4, stages, split)
-        for columns, inner, stages, split in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 5), _SPLITS)
+    found = [  # a warp for each 16 rows of the weight: more would unpack the same values
+        WeightConfig(rows, columns, inner, columns // 16, stages, split)
+        for columns, inner, stages, split in itertools.product((32, 64, 128), (32, 64, 128, 256), (3, 4, 5), _SPLITS)
         if _fits(problem, inner) and problem.row_bytes >= 2 * split * inner
     ]
     found = [c for c in found if c.shared_bytes(problem) <= target.shared_per_block]
@@ -94,7 +97,8 @@ def _cost(problem: WeightProblem, config: WeightConfig, target: Target) -> float
     """Bytes moved, and what could have been moved in the time that is lost otherwise."""
     weight = problem.n * problem.row_bytes
     shared, programs = config.shared_bytes(problem), config.programs(problem)
-    per_sm = max(1, min(target.shared_per_block // shared, 65536 // (128 * 128)))
+    registers = config.warps * target.warp_size * _REGISTERS
+    per_sm = max(1, min(target.shared_per_block // shared, target.registers_per_sm // registers))
     places = per_sm * target.sm_count
     rounds = ceil(programs / places)
     idle = rounds * places / programs if programs > places else target.sm_count / min(programs, target.sm_count)

@@ -11,7 +11,6 @@ from fxopt.lower.ops import (
     linear_cross_entropy,
     pointwise,
     pooling,
-    quantized,
     random,
     reductions,
     scans,
@@ -43,5 +42,4 @@ TABLES = (
     adaptive_pooling.TABLE,
     upsampling.TABLE,
     linear_cross_entropy.TABLE,
-    quantized.TABLE,
 )
