@@ -24,6 +24,7 @@ import fxopt
 from benchmarks.real_models import TASKS, Batch, Run, Task, load, prepare
 from benchmarks.results import revision, target_facts, versions
 from fxopt.precision import PRECISIONS as KNOWN
+from fxopt.quant.batches import compiled_apart
 from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
 from fxopt.quant.ranges import METHODS
 from fxopt.report.measure import interleaved
@@ -76,7 +77,7 @@ def _fitted(task: Task, precision: str, layers: frozenset[str], calibration: fxo
 
 def compiled(model: nn.Module, options: dict[str, Any]) -> Run:
     # Without dynamic sizes each shape is a graph of its own, as its calls in the measured loop need it.
-    fast = torch.compile(model, backend="fxopt", dynamic=False, options=options)
+    fast = compiled_apart(model, "fxopt", options, dynamic=False)
     return lambda batch: fast(*batch)
 
 

@@ -14,7 +14,7 @@ from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS
 from fxopt.quant.batches import Forward, call_model, on_device
 from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
-from fxopt.quant.smooth import groups, with_channels
+from fxopt.quant.smooth import checked_groups, with_channels
 from fxopt.quant.table import Calibration
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -44,7 +44,7 @@ def activation_aware(
     if precision not in PRECISIONS or precision == HIGH:
         raise OptionError(f"there is no precision {precision!r} for weights{suggestion(precision, PRECISIONS)}")
     model = getattr(model, "_orig_mod", model)
-    found = groups(calibration, model)
+    found = checked_groups(calibration, model)
     rows = _rows(
         model, itertools.islice(loader, batches), {n for group in found for n in group.names}, forward or call_model
     )

@@ -12,6 +12,8 @@ from torch import nn
 Forward = Callable[[Any, Any], Any]
 T = TypeVar("T")
 
+_fresh = itertools.count()
+
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
     """The model on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
@@ -28,6 +30,21 @@ def on_device(batch: Any, model: nn.Module) -> Any:
     device = devices.pop()
     plain = dict(batch) if isinstance(batch, Mapping) else batch  # transformers' batches are mappings of their own
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), plain)
+
+
+def compiled_apart(model: Callable[..., Any], backend: Any, options: dict[str, Any], **settings: Any) -> Callable[..., Any]:
+    """`model` compiled by torch.compile, apart from other compilations of it.
+
+    Dynamo keeps compiled code with a function's code object, and after eight versions of one runs it in eager
+    (`torch._dynamo.config.recompile_limit`). The function here has a code object of its own.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"quantized_{next(_fresh)}")
+    compiled: Callable[..., Any] = torch.compile(call, backend=backend, options=options, **settings)
+    return compiled
 
 
 def shown(items: Iterable[T], what: str, progress: bool) -> Iterator[T]:

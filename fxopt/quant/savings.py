@@ -4,7 +4,6 @@ with its casts and what they fuse with."""
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.precision import HIGH, PRECISIONS
+from fxopt.quant.batches import compiled_apart
 from fxopt.quant.table import Calibration
 from fxopt.report.measure import interleaved
 
 NOISE = 0.02
 """Of a layer's time: a precision that saves less is not faster."""
-
-_fresh = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,8 @@ def measured(
 
 
 def _compiled(region: nn.Module, x: Tensor, precision: str, table: Calibration, backend: Any) -> Any:
-    def call(given: Tensor) -> Any:
-        return region(given)
-
-    # Dynamo keeps compiled code with a function's code object: this one has its own.
-    call.__code__ = call.__code__.replace(co_name=f"measured_{next(_fresh)}")
     options: dict[str, Any] = {"freeze": True, "precision": precision}
     if PRECISIONS[precision].is_static:
         options["calibration"] = table
-    compiled = torch.compile(call, backend=backend, dynamic=False, options=options)
+    compiled = compiled_apart(region, backend, options, dynamic=False)
     return lambda: compiled(x)

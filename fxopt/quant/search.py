@@ -28,14 +28,15 @@ from fxopt.ir.layers import LINEAR
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Decisions
 from fxopt.quant import savings
-from fxopt.quant.batches import Forward, on_device, shown
+from fxopt.quant.awq import activation_aware
+from fxopt.quant.batches import Forward, compiled_apart, on_device, shown
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.choice import Offer, decisions, in_order
 from fxopt.quant.emulate import LayerCall, obstacle
 from fxopt.quant.gradients import estimated_errors
 from fxopt.quant.report import LayerReport, Report
 from fxopt.quant.savings import NOISE, LayerShape
-from fxopt.quant.smooth import smoothed
+from fxopt.quant.smooth import groups
 from fxopt.quant.table import Calibration
 from fxopt.quant.trial import Loss, Metric, Trial, longest
 from fxopt.report.measure import interleaved
@@ -58,8 +59,8 @@ BACK_OFF = 0.9
 
 @dataclass(frozen=True)
 class Result:
-    """`model` is compiled and may be called as the one given, under `torch.no_grad()`: where gradients are recorded, nothing
-    is quantized. `decisions` are the precisions of its layers.
+    """`model` is a function that is called as the module given, under `torch.no_grad()`: where gradients are recorded,
+    nothing is quantized. `decisions` are the precisions of its layers.
 
     `refused` says why nothing is quantized, None if something is. With `options={"precision": decisions, "calibration":
     calibration}` the same model is compiled again.
@@ -86,7 +87,7 @@ def quantize(
     batches: int = 8,
     forward: Forward | None = None,
     method: str = "amax",
-    smooth: float | None = None,
+    fit: bool = True,
     seconds: float = 0.5,
     progress: bool = True,
     backend: Any = "fxopt",
@@ -96,9 +97,10 @@ def quantize(
     Without a metric, the budget is the relative error of the outputs on the loader's batches that quantizing may add. With
     `metric`, a callable from a model to a number of which higher is better, it is how much of that may be lost; the metric
     is called about ten times. `batches` of the loader are used at most, and kept in memory; `forward` and `method` are
-    those of `fxopt.calibrate`, `smooth` is the strength of `fxopt.smoothed`, None for none. `precisions` are those to
-    choose from; "high", the model's own, always is one. `seconds` is the time for measuring each shape of layer. The model
-    is in evaluation mode; its weights are frozen.
+    those of `fxopt.calibrate`. With `fit`, outliers of channels are moved into weights as it suits the first of
+    `precisions` that is one of integers (`fxopt.activation_aware`). `precisions` are those to choose from; "high", the
+    model's own, always is one. `seconds` is the time for measuring each shape of layer. The model is in evaluation mode;
+    its weights are frozen.
 
     What is returned was measured: the budget holds on these batches, and the model is faster than the compiled model that
     is not quantized. If there is no such, that one is returned, with a warning, and `refused` says why.
@@ -111,8 +113,9 @@ def quantize(
     model = getattr(model, "_orig_mod", model)
     kept = [on_device(batch, model) for batch in itertools.islice(loader, batches)] if isinstance(model, nn.Module) else []
     calibration = calibrate(model, kept, forward=forward, method=method, progress=progress, backend=backend)
-    if smooth is not None:
-        calibration = smoothed(calibration, model, smooth)
+    integers = next((name for name in wanted if "int" in str(PRECISIONS[name].weights)), None)
+    if fit and integers is not None and groups(calibration, model):
+        calibration = activation_aware(calibration, model, kept, integers, forward=forward)
     trial = Trial(model, kept, calibration, forward)
     search = _Search(trial, calibration, metric, budget, backend, seconds, progress)
     return search.run(wanted)
@@ -248,8 +251,7 @@ class _Search:
             # All layers by name: a precision that a table's user has set must not come in between.
             every = {name: chosen.get(name, HIGH) for name in self.calibration.names()}
             options |= {"precision": Decisions.of(every), "calibration": self.calibration}
-        compiled: Callable[..., Any] = torch.compile(self.trial.model, backend=self.backend, options=options)
-        return compiled
+        return compiled_apart(self.trial.model, self.backend, options)
 
     # ------------------------------------------------------------------ results
 

@@ -27,7 +27,7 @@ def smoothed(calibration: Calibration, model: nn.Module, strength: float = 0.5) 
     """
     if not 0.0 <= strength <= 1.0:
         raise OptionError(f"a strength lies between 0 and 1, not at {strength!r}")
-    found = groups(calibration, getattr(model, "_orig_mod", model))
+    found = checked_groups(calibration, getattr(model, "_orig_mod", model))
     divisors = {name: group.divisors(strength) for group in found for name in group.names}
     return with_channels(calibration, divisors)
 
@@ -50,10 +50,8 @@ class Group:
 
 
 def groups(calibration: Calibration, model: nn.Module) -> list[Group]:
-    """Of the linear layers that `smoothed` may change. Raises CalibrationError where there are none."""
+    """Of the linear layers that `smoothed` may change."""
     weights = {layer.name: w for layer in calibration.layers if (w := _weight(model, layer)) is not None}
-    if not weights:
-        raise CalibrationError("none of the calibration's layers is a linear layer of this model that data has reached")
     together: dict[Hashable, list[str]] = {}
     for layer in calibration.layers:
         if layer.name in weights:
@@ -62,6 +60,14 @@ def groups(calibration: Calibration, model: nn.Module) -> list[Group]:
     for names in together.values():
         columns = torch.stack([weights[name].detach().abs().amax(0).float().cpu() for name in names]).amax(0)
         found.append(Group(tuple(names), calibration[names[0]].channel_amax(), columns))
+    return found
+
+
+def checked_groups(calibration: Calibration, model: nn.Module) -> list[Group]:
+    """`groups`. Raises CalibrationError where there are none."""
+    found = groups(calibration, model)
+    if not found:
+        raise CalibrationError("none of the calibration's layers is a linear layer of this model that data has reached")
     return found
 
 

@@ -65,7 +65,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
 
 def _quantize(model: nn.Module, budget: float, **settings: Any) -> Result:
-    return fxopt.quantize(model, _loader(), budget, precisions=("int8", HIGH), progress=False, **settings)
+    return fxopt.quantize(model, _loader(), budget, precisions=("int8", HIGH), progress=False, **{"fit": False, **settings})
 
 
 def _chosen(result: Result) -> list[str]:
@@ -88,6 +88,13 @@ def test_sensitive_layers_stay_high_and_the_budget_holds(times: dict[str, float]
     again = torch.compile(model, backend="fxopt", options={"precision": result.decisions, "calibration": result.calibration})
     with torch.no_grad():
         assert torch.equal(again(_loader()[0]), result.model(_loader()[0]))
+
+
+def test_fitted_channels_let_more_layers_keep_the_budget(times: dict[str, float]) -> None:
+    model = _Model().eval()
+    result = _quantize(model, 0.02, fit=True)
+    assert result.calibration.channels("wild") is not None
+    assert _chosen(result) == ["calm", "wild"] and _error(result.model, model) <= 0.02
 
 
 def test_what_is_not_faster_is_refused(times: dict[str, float]) -> None:
@@ -138,6 +145,23 @@ def test_of_many_layers_those_that_go_first_are_tried(times: dict[str, float], m
     assert (layers["calm"].estimated, layers["wild"].estimated) == ([], ["int8"])
     assert _chosen(result) == ["calm"] and _error(result.model, model) <= 0.02
     assert "~" in str(result.report())
+
+
+class _Bare(nn.Module):
+    """A product whose weight is no module's `weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+def test_a_bare_parameter_is_a_layer(times: dict[str, float]) -> None:
+    result = _quantize(_Bare().eval(), 0.1, fit=True)
+    assert _chosen(result) == [""] and "(the model itself)" in str(result.report())
 
 
 @pytest.mark.parametrize("budget", [-0.1, float("nan"), float("inf"), True, "small"])
