@@ -23,7 +23,7 @@ _BITS = {1: torch.int8, 2: torch.int16}
 @functools.cache
 def saturates() -> bool:
     """Whether torch's casts to float8_e4m3fn make its largest value of what is beyond it (from 2.13 on), and not NaN."""
-    return bool(torch.tensor(1000.0, device="cpu").to(torch.float8_e4m3fn).isfinite())
+    return bool(torch.tensor(1000.0, device="cpu").to(torch.float8_e4m3fn).float().isfinite())
 
 
 def rounded(x: Scalar) -> Scalar:

@@ -15,6 +15,7 @@ from fxopt.ir.exprs import Int, as_symbol, contiguous_strides, index
 from fxopt.ir.graph import Graph
 from fxopt.ir.loops import Nest, Reduce, Scalar, Scan, Store, loads_below, transform
 from fxopt.ir.region import Alias, BufferSpec, Ref, Region, Size, Step
+from fxopt.ir.rounding import FLOAT8
 from fxopt.journal import Journal
 from fxopt.lower import calls, cost, layout
 from fxopt.lower.one_hot import only_term
@@ -180,7 +181,10 @@ class Lowering:
     def _is_library(self, node: fx.Node) -> bool:
         if node.target not in self.table or node.name in self.library_nodes or calls.changes_device(node):
             return True
-        tensors = [*_tensor_vals(node), *(t for a in node.all_input_nodes for t in _tensor_vals(a))]
+        read = [t for a in node.all_input_nodes for t in _tensor_vals(a)]
+        if node.target not in VIEW_OPS and any(t.dtype in FLOAT8 for t in read):
+            return True  # kernels write them; what they read of the smallest ones and of NaN differed on an H100
+        tensors = [*_tensor_vals(node), *read]
         return not all(kernels_hold(t.dtype, t.device) and t.layout == torch.strided and not t.is_nested for t in tensors)
 
     def _needs_tensors(self, node: fx.Node) -> bool:

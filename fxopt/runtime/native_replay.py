@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NAME = "native-replay"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
 
-COPIES_IN_ONE_LAUNCH = False
+COPIES_IN_ONE_LAUNCH = True
 """Whether the copies before and after a graph are a kernel each (`copies.cu`) instead of as many calls of the driver."""
 
 
