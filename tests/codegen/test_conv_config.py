@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxopt.codegen.templates import gemm_config
-from fxopt.codegen.templates.conv_config import ConvProblem, implicit_may_win
+from fxopt.codegen.templates.conv_config import LIBRARY_TILE, ConvProblem, implicit_may_win
 from fxopt.ir.region import Patches
 from fxopt.target import Target
 
@@ -50,24 +50,31 @@ def seconds(row: dict[str, Any]) -> float:
     return float(row["us_hot"] + row["us_cold"]) / 2e6
 
 
+def fills(each: ConvProblem) -> bool:
+    tiles = -(-each.product.m // LIBRARY_TILE) * -(-each.product.n // LIBRARY_TILE)
+    return tiles >= TARGET.sm_count
+
+
 MEASURED = json.loads(DATA.read_text())["cases"]
 CASES = [(found, c["rows"]) for c in MEASURED if (found := case(c["case"])) is not None]
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["with epilogue", "alone"])
 def test_contests_that_the_library_wins_by_far_are_not_held(apart: bool) -> None:
-    """cuDNN's time is that of its call with a relu, which takes no longer than the convolution."""
+    """cuDNN's time is that of its call with a relu, which takes no longer than the convolution. Where cuDNN's tiles leave
+    multiprocessors idle, ours may share the inner dimension among programs, which was not measured."""
     held = {}
-    for each, rows in CASES:
+    measured = [(each, rows) for each, rows in CASES if fills(each)]
+    for each, rows in measured:
         ours = min(seconds(r) for r in rows if r["label"].startswith("implicit") and "us_hot" in r)
         library = next(seconds(r) for r in rows if r["label"] == "cudnn")
         if apart:
             library += gemm_config.SECOND_LAUNCH_SECONDS + 2 * each.written / TARGET.memory_rate
         held[library / ours] = implicit_may_win(each if apart else replace(each, epilogue_ops=0.0), TARGET)
-    assert len(held) == len(CASES) >= 20
+    assert len(held) == len(measured) >= 10
     assert all(held[gain] for gain in held if gain > 1.02)
     lost = [held[gain] for gain in held if gain < 0.75]
-    assert len(lost) >= 10 and sum(lost) <= len(lost) // 8
+    assert len(lost) >= 6 and sum(lost) <= max(1, len(lost) // 8)
 
 
 def test_what_was_not_measured_is() -> None:

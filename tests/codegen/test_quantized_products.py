@@ -13,6 +13,7 @@ import torch
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Contraction, Region, Way
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.lower.ops import quantized
 from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
@@ -41,6 +42,11 @@ TMA = replace(POINTER, tma=True)
 
 Layer = Callable[..., torch.Tensor]
 Operands = tuple[torch.Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "sums_apart", lambda device: False)
 
 
 def scaled_gelu(
@@ -176,7 +182,7 @@ def compiled(sources: tuple[KernelSource, ...], arch: int) -> None:
         assert meta["n_spills"] == 0
 
 
-@pytest.mark.parametrize(("dtype", "arch"), [(FLOAT8, 90), (torch.int8, 80)])
+@pytest.mark.parametrize(("dtype", "arch"), [(FLOAT8, 90), (torch.int8, 90), (torch.int8, 80)])
 def test_the_first_candidate_of_scaled_products_compiles_without_spills(dtype: torch.dtype, arch: int) -> None:
     m, k, n = 512, 1024, 1024
     args = (torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), torch.empty(m), torch.empty(n))
@@ -185,10 +191,11 @@ def test_the_first_candidate_of_scaled_products_compiles_without_spills(dtype: t
     compiled(first.sources, arch)
     if arch == 90:
         ptx = compile_to_text(first.sources[0], Target.cuda(arch), "ptx")
-        assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3", ptx)
+        kind = "e4m3.e4m3" if dtype == FLOAT8 else "s8.s8"
+        assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.[fs]32\.{kind}", ptx)
 
 
-@pytest.mark.parametrize(("bits", "arch"), [(4, 90), (8, 80)])
+@pytest.mark.parametrize(("bits", "arch"), [(4, 80), (4, 90), (8, 90)])
 def test_the_first_candidate_of_weights_of_few_bits_compiles_without_spills(bits: int, arch: int) -> None:
     k, n, group = 4096, 4096, 128 if bits == 4 else 0
     stored = (torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // 128)) if bits == 4 else None

@@ -1,7 +1,8 @@
-"""Quantized products in lowering: alternatives, and casts to 8-bit floats in kernels."""
+"""Quantized products in lowering: sums and an expression on CPUs, alternatives on GPUs, casts to 8-bit floats in kernels."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -9,16 +10,34 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxopt.capture.decompositions import decompositions
 from fxopt.capture.symbols import to_int
 from fxopt.ir.graph import Graph, Input, Phase, Role
-from fxopt.ir.loops import Op, postorder
 from fxopt.ir.quantized_ops import FLOAT8, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Alternatives, Call, Contraction, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW, TWO, with_contractions
+from fxopt.lower.ops import quantized
 from fxopt.lower.schedule import schedule
 from tests.lower.contracting import alternatives, labels, searched
+from tests.lower.harness import lower
+from tests.lower.interpreter import run_lowered
 
 F = torch.nn.functional
+
+
+def layer(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.relu(SCALED_MM(a, b, rows, columns, bias, torch.float32))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("m", [1, 9])
+def test_on_a_cpu_the_epilogue_is_an_expression_over_exact_sums(m: int, per_row: bool) -> None:
+    a, b = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((m, 33), (12, 33)))
+    args = (a, b, torch.rand(m) if per_row else torch.tensor(0.1), torch.rand(12), torch.randn(12))
+    low = lower(layer, args)
+    assert [s.op for s in low.steps if isinstance(s, Call)] == ["aten::_int_mm.default"]
+    assert sum(isinstance(s, Region) for s in low.steps) == 1
+    (got,) = run_lowered(low, dict(zip(low.inputs, args, strict=True)))
+    torch.testing.assert_close(got, layer(*args))
 
 
 def on_a_gpu(fn: object, *shapes: tuple[tuple[int, ...], torch.dtype]) -> tuple[Lowered, Journal]:
@@ -46,15 +65,16 @@ def test_the_cast_of_the_rows_is_part_of_the_kernel_before() -> None:
     assert [w.label for w in products.ways] == [LIBRARY, FUSED]
 
 
-def test_a_value_rounded_to_8_bits_is_read_rounded() -> None:
+def test_the_library_reads_a_value_rounded_to_8_bits() -> None:
     low, _ = on_a_gpu(lambda x: x.to(FLOAT8).float() * 2, ((64,), torch.float32))
-    (region,) = low.steps
-    assert isinstance(region, Region)
-    casts = [n for n in postorder(region.nest.roots) if isinstance(n, Op) and n.name == "bitcast"]
-    assert [n.dtype for n in casts] == [torch.int8, FLOAT8]
+    stored, read, doubled = low.steps
+    assert isinstance(stored, Region) and isinstance(doubled, Region)
+    assert isinstance(read, Call) and read.op == "aten::_to_copy.default"
 
 
-def test_halves_of_a_quantized_product_are_one_kernel() -> None:
+def test_halves_of_a_quantized_product_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "sums_apart", lambda device: False)
+
     def gated(a: torch.Tensor, b: torch.Tensor, row: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         gate, up = SCALED_MM(a, b, row, columns, None, torch.bfloat16).chunk(2, -1)
         return F.silu(gate) * up

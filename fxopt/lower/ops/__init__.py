@@ -11,6 +11,7 @@ from fxopt.lower.ops import (
     linear_cross_entropy,
     pointwise,
     pooling,
+    quantized,
     random,
     reductions,
     scans,
@@ -42,4 +43,5 @@ TABLES = (
     adaptive_pooling.TABLE,
     upsampling.TABLE,
     linear_cross_entropy.TABLE,
+    quantized.TABLE,
 )
