@@ -3,9 +3,10 @@
 Importing this module registers, with eager implementations,
 
 - `fxopt::exponent_histogram(Tensor x) -> Tensor`: int64 [2048], how many elements of x have each combination of exponent and
-  first three bits of the mantissa in the float32 of their magnitude. Bins from `FIRST_NOT_FINITE` on hold Inf and NaN.
+  first three bits of the mantissa in the float32 of their magnitude. Bin `FIRST_NOT_FINITE` holds Inf, the next one NaN.
 
-Counts are integers, so the result does not depend on the order in which they are made.
+Counts are integers, so the result does not depend on the order in which they are made; nor on the device, whose NaN may have
+bits of their own.
 """
 
 from __future__ import annotations
@@ -30,9 +31,17 @@ def _histogram(x: Tensor) -> Tensor:
         out = torch.zeros(BINS, dtype=torch.int64)
         for part in values.split(_CHUNK):
             out += torch.bincount(_bins(part), minlength=BINS)
-        return out
+        return _one_bin_of_nan(out)
     # bincount would wait for the device to tell the largest bin. Counts of integers are exact and in any order the same.
-    return torch.histc(_bins(values), BINS, 0, BINS).to(torch.int64)
+    return _one_bin_of_nan(torch.histc(_bins(values), BINS, 0, BINS).to(torch.int64))
+
+
+def _one_bin_of_nan(counts: Tensor) -> Tensor:
+    nan = counts[FIRST_NOT_FINITE + 1 :]
+    total = nan.sum()
+    nan.zero_()
+    nan[0] = total
+    return counts
 
 
 def _bins(values: Tensor) -> Tensor:

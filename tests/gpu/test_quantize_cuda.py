@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.ir.observer_ops import FIRST_NOT_FINITE, exponent_histogram
+from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.journal import RECENT
 from fxopt.quant.calibrate import calibrate
 from fxopt.report.backends import resolve_backend
@@ -38,9 +38,7 @@ def test_histograms_are_the_cpus() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(257, 1031, device="cuda").to(dtype)
         x[0, :3] = torch.tensor([0.0, float("inf"), float("nan")])
-        found, expected = exponent_histogram(x).cpu(), exponent_histogram(x.cpu())
-        assert torch.equal(found[:FIRST_NOT_FINITE], expected[:FIRST_NOT_FINITE])
-        assert int(found[FIRST_NOT_FINITE:].sum()) == 2, "the bits of a NaN are the device's own"
+        assert torch.equal(exponent_histogram(x).cpu(), exponent_histogram(x.cpu()))
     assert int(exponent_histogram(torch.ones(1 << 25, device="cuda", dtype=torch.bfloat16)).sum()) == 1 << 25
 
 
