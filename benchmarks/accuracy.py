@@ -144,6 +144,14 @@ def prepare_command(
         typer.echo(prepare(name, data))
 
 
+def _begun(device: str, dtype: str, out: Path, what: str) -> tuple[torch.device, torch.dtype, dict[str, Any]]:
+    """(the device, the models' dtype, a document that gets its rows under `what`); makes the folder `out`."""
+    where = torch.device(device)
+    own = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    out.mkdir(parents=True, exist_ok=True)
+    return where, own, {"target": target_facts(where), "versions": versions(), "commit": revision(), what: []}
+
+
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="folder that `prepare` has filled")],
@@ -155,10 +163,7 @@ def run(
     match: Annotated[str, typer.Option(help="a regular expression in the names of rows")] = "",
 ) -> None:
     """Errors, figures and times of each task in each precision."""
-    where = torch.device(device)
-    own = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
-    document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "tasks": []}
-    out.mkdir(parents=True, exist_ok=True)
+    where, own, document = _begun(device, dtype, out, "tasks")
     for name in [only] if only else TASKS:
         torch.compiler.reset()
         typer.echo(f"{name}, {own}")
@@ -184,10 +189,7 @@ def search(
     precisions: Annotated[str, typer.Option(help="to choose from")] = "fp8,int8",
 ) -> None:
     """Budget against reached error, figures and speed of what `fxopt.quantize` returns, on data it has not seen."""
-    where = torch.device(device)
-    own = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
-    document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "searches": []}
-    out.mkdir(parents=True, exist_ok=True)
+    where, own, document = _begun(device, dtype, out, "searches")
     for name, budget in itertools.product([only] if only else TASKS, map(float, budgets.split(","))):
         torch.compiler.reset()
         reference, task = load(name, data, where, torch.float32), load(name, data, where, own)

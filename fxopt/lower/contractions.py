@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from math import gcd
 
 import torch
 
 from fxopt.ir.exprs import Int, ask
-from fxopt.ir.loops import Load, Nest, Op, Scalar, Store, postorder, transform
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.quantized_ops import LARGEST
 from fxopt.ir.region import (
@@ -23,7 +21,6 @@ from fxopt.ir.region import (
     Alternatives,
     Attention,
     Batch,
-    BufferSpec,
     Call,
     Contraction,
     Matrix,
@@ -33,10 +30,10 @@ from fxopt.ir.region import (
     Way,
     refs,
 )
-from fxopt.lower.align import along, mappings
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.cut_products import cut_to, padding_of
-from fxopt.lower.joining import combine, join, remap, with_nests
+from fxopt.lower.epilogues import Epilogues
+from fxopt.lower.joining import join
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
 from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, Product, columns_of, find_product
@@ -78,6 +75,7 @@ class _Search:
         self.kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)} | set(lowered.inputs)
         self.accesses = [self._accesses(s) for s in lowered.steps]
         self.convolutions = FusedConvolutions(lowered)
+        self.epilogues = Epilogues(lowered.buffers, self.convolutions.buffers)
         self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
         self.views_of: dict[str, tuple[Alias, ...]] = {}
 
@@ -101,14 +99,16 @@ class _Search:
         before: dict[int, list[Step]] = {}
         for first, *others in self._side_by_side(alone):
             together = (first, *others)
-            rows = _rows_of([as_reduction(self._alone(part)) for part in _equal_parts([alone[k] for k in together])])
+            rows = _rows_of(
+                [as_reduction(self.epilogues.alone(part)) for part in _equal_parts([alone[k] for k in together])]
+            )
             if others and rows is not None:
                 calls = [alone.pop(k).call for k in together]
                 before[first] = self._views_after(first, calls)
                 ways = [Way(LIBRARY, tuple(calls)), Way(ROW, (rows,))]
                 self._put(together, first, self._among(rows.name, calls, rows, ways))
         for k, product in alone.items():
-            self.steps[k] = self._alternatives((product,), None, self._alone(product))
+            self.steps[k] = self._alternatives((product,), None, self.epilogues.alone(product))
         later = [s for k, own in enumerate(self.steps) for s in (*before.get(k, ()), own) if s is not None]
         steps = [s for own in later for s in (*self.views_of.get(getattr(own, "name", ""), ()), own)]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
@@ -162,7 +162,7 @@ class _Search:
                 place = self._place((k, j))
                 if place is not None:
                     ways = [Way(LIBRARY, (call, region))]
-                    fused = self._contraction(own.product, region, self._is_wanted(name, (k, j))) if own and name else None
+                    fused = self.epilogues.of(own.product, region, self._is_wanted(name, (k, j))) if own and name else None
                     if own is not None and fused is not None:
                         ways += self._gathering(call, own, fused, gradient)
                     apart = self._among(region.name, (call,), region, ways)
@@ -174,7 +174,7 @@ class _Search:
                         return True
         if own is None and gradient is None:
             return False
-        alone = None if own is None else self._alone(own.product)
+        alone = None if own is None else self.epilogues.alone(own.product)
         ways = [Way(LIBRARY, (call,)), *self._gathering(call, own, alone, gradient)]
         self.steps[k] = self._among(next(n for n in call.outputs if n), (call,), None, ways)
         return True
@@ -191,7 +191,7 @@ class _Search:
                 yield Way(DIRECT, (*((own.rest,) if own.rest else ()), self._read_directly(contraction, own.direct)))
         if gradient is None:
             return
-        summed, left = self._alone(gradient), without(call, 1)
+        summed, left = self.epilogues.alone(gradient), without(call, 1)
         if own is None:
             yield Way(SUMS, (summed,) if left is None else (left, summed))
         elif contraction is not None:
@@ -229,7 +229,7 @@ class _Search:
             found = self.convolutions.ways_with_shortcut(call, other, region)
             if found:
                 ways = [Way(LIBRARY, (call, other, region))]
-                fused = None if product is None else self._contraction(product, region, False)
+                fused = None if product is None else self.epilogues.of(product, region, False)
                 ways += [] if fused is None else [Way(FUSED, (other, fused))]
                 apart = self._among(region.name, (call, other), region, ways)
                 self._put(steps, place, self._with_ways(apart, found))
@@ -271,7 +271,7 @@ class _Search:
                 if self._fuse_two(k, j, product, region):
                     return True
                 place = self._place((k, j))
-                found = None if place is None else self._contraction(product, region, self._is_wanted(name, (k, j)))
+                found = None if place is None else self.epilogues.of(product, region, self._is_wanted(name, (k, j)))
                 if found is not None and place is not None:
                     ways = self._alternatives((product,), region, found)
                     self._put((k, j), place, self._with_fused_calls(ways, (k, j), product.call, region))
@@ -292,7 +292,7 @@ class _Search:
         if padding is not None and not self._is_wanted(cut.b.buffer, (padding[0][0], k)):
             (i, copying), cut = padding[0], padding[1]
             steps, first = (i, *steps), (copying, *first)
-        place, fused = self._place(steps), self._contraction(cut, region, False)
+        place, fused = self._place(steps), self.epilogues.of(cut, region, False)
         if place is None or fused is None:
             return False
         ways = (Way(LIBRARY, first), Way(FUSED, (fused,)))
@@ -307,9 +307,9 @@ class _Search:
             if place is None:
                 continue
             wanted = [self._is_wanted(p.result.buffer, steps) for p in (one, two)]
-            both = self._two(one, two, region, wanted)
+            both = self.epilogues.of_two(one, two, region, wanted)
             if both is not None:
-                apart = self._contraction(product, region, wanted[0]) if i != k else None
+                apart = self.epilogues.of(product, region, wanted[0]) if i != k else None
                 products = (one, two) if i != k else (product,)
                 self._put(steps, place, self._alternatives(products, region, apart, both))
                 return True
@@ -362,89 +362,6 @@ class _Search:
             return True
         others = (i for i, s in enumerate(self.steps) if s is not None and not isinstance(s, Alias) and i not in steps)
         return any(name in self.accesses[i][0] for i in others)  # of views, those who read them count
-
-    def _contraction(self, product: Product, region: Region, wanted: bool) -> Contraction | None:
-        """`product` with `region` as its epilogue, which stores the product as well where it is `wanted`."""
-        name, nest = product.result.buffer, region.nest
-        if not self._may_follow(region, product):
-            return None
-        own = self._alone(product)
-        for mapping in chain(mappings(nest, own.region.nest), along(nest, own.region.nest, name)):
-            joined = combine(own.region.nest, remap(nest, mapping, own.region.nest))
-            if joined is None or any(load.index != product.index for load in joined.loads() if load.buffer == own.result):
-                continue
-            if not wanted:
-                joined = replace(joined, stores=tuple(s for s in joined.stores if s.buffer != name))
-            both = _with_parts_of(own.region, region.name, region)
-            return self._with_epilogue((product,), (own.result,), with_nests(both, joined, None))
-        return None
-
-    def _may_follow(self, region: Region, *products: Product) -> bool:
-        """Whether `region` may be an epilogue: it goes over elements, and writes no operand, which other programs read."""
-        device = self.lowered.buffers[products[0].result.buffer].device
-        if region.across is not None or region.nest.reduced or region.device != device or not _is_plain(region.nest):
-            return False
-        return not {m.buffer for p in products for m in (p.a, p.b)} & set(region.writes())
-
-    def _two(self, one: Product, two: Product, region: Region, wanted: Sequence[bool]) -> Contraction | None:
-        """`region` as the epilogue of two products of one left operand; it stores those as well that are `wanted`."""
-        if not self._may_follow(region, one, two):
-            return None
-        shape, buffers = self._alone(one).region.nest, self.lowered.buffers
-        products = {f"{one.result.buffer}.first": one, f"{two.result.buffer}.second": two}
-        registers = tuple(f"{name}.product" for name in products)
-        values = (p.value(r, buffers[p.result.buffer].dtype) for p, r in zip(products.values(), registers, strict=True))
-        stores = tuple(Store(n, p.index, v) for (n, p), v in zip(products.items(), values, strict=True))
-        specs = {n: buffers[n] for store in stores for n in Nest((), (), (store,)).reads() if n in buffers}
-        for (name, p), register in zip(products.items(), registers, strict=True):
-            own_spec = buffers[p.result.buffer]
-            specs |= {name: replace(own_spec, name=name), register: _in_registers(p, register, own_spec)}
-        own = Region("", Nest(one.points, (), stores), specs, region.device, (), (one.call.origin, two.call.origin))
-        for mapping in (*mappings(region.nest, shape), *along(region.nest, shape, one.result.buffer)):
-            after = _renamed(remap(region.nest, mapping, shape), products)
-            joined = None if after is None else combine(own.nest, after)
-            if joined is None:
-                continue
-            real = {n: p.result.buffer for (n, p), w in zip(products.items(), wanted, strict=True) if w}
-            kept = tuple(replace(s, buffer=real.get(s.buffer, s.buffer)) for s in joined.stores)
-            joined = replace(joined, stores=tuple(s for s in kept if s.buffer not in products))
-            both = _with_parts_of(own, f"{region.name}.two", region)
-            both.buffers.update({n: buffers[n] for n in real.values()})
-            return self._with_epilogue((one, two), registers, with_nests(both, joined, None))
-        return None
-
-    def _alone(self, product: Product) -> Contraction:
-        """`product` with nothing but its own store."""
-        buffers, name = self.lowered.buffers, product.result.buffer
-        registers = f"{name}.product"
-        value = product.value(registers, buffers[name].dtype)
-        nest = Nest(product.points, (), (Store(name, product.index, value),))
-        specs = {n: buffers[n] for n in (*nest.reads(), name) if n in buffers}
-        specs[registers] = _in_registers(product, registers, buffers[name])
-        region = Region(f"{name}.gemm", nest, specs, buffers[name].device, (), (product.call.origin,))
-        return self._with_epilogue((product,), (registers,), region)
-
-    def _with_epilogue(self, products: Sequence[Product], registers: Sequence[str], region: Region) -> Contraction:
-        first, *others = products
-        operands = [*(m.buffer for p in products for m in (p.a, p.b)), *([first.ends] if first.ends else [])]
-        operands += [p.quantized.scale.buffer for p in products if p.quantized is not None and p.quantized.scale is not None]
-        touched = {n: s for n, s in region.buffers.items() if n not in registers}
-        touched |= {n: self.convolutions.buffers[n] for n in operands}
-        tf32 = self.lowered.buffers[first.a.buffer].dtype == torch.float32
-        made = Contraction(
-            region.name,
-            first.a,
-            first.b,
-            first.sizes[2],
-            registers[0],
-            first.axes,
-            region,
-            touched,
-            tf32=tf32,
-            ends=first.ends,
-            quantized=tuple(p.quantized for p in products if p.quantized is not None),
-        )
-        return replace(made, c=others[0].b, second=registers[1]) if others else made
 
     def _alternatives(
         self,
@@ -530,49 +447,8 @@ def _uses_tf32(product: Product) -> bool:
     return convolutions_use_tf32() if product.call.op == CONVOLUTION else products_use_tf32()
 
 
-def _in_registers(product: Product, name: str, result: BufferSpec) -> BufferSpec:
-    """The pseudo-buffer of a product whose call makes `result`."""
-    return replace(result, name=name, dtype=torch.float32 if product.call.op in QUANTIZED else result.dtype)
-
-
-def _is_plain(nest: Nest) -> bool:
-    """Whether every store is an ordinary one and no index is checked: a failing check would end the context while
-    candidates are measured on made-up data."""
-    if any(s.mode != "set" or s.indirect for s in nest.stores):
-        return False
-    return not any(isinstance(n, Op) and n.name == "checked_index" for n in postorder(nest.roots))
-
-
 def _strides(matrix: Matrix) -> tuple[Int, Int, Int]:
     return matrix.batch, matrix.row, matrix.column
-
-
-def _with_parts_of(own: Region, name: str, region: Region) -> Region:
-    """`own`, called `name`, with buffers, nodes and origins of `region` beside its own."""
-    return replace(
-        own,
-        name=name,
-        buffers=own.buffers | region.buffers,
-        nodes=tuple(dict.fromkeys((*own.nodes, *region.nodes))),
-        origins=tuple(dict.fromkeys((*own.origins, *region.origins))),
-    )
-
-
-def _renamed(nest: Nest, products: Mapping[str, Product]) -> Nest | None:
-    """`nest` with loads of the elements of `products` from the buffers that they are named by; None if it loads others of
-    their results.
-    """
-    results = {p.result.buffer for p in products.values()}
-    names = {(p.result.buffer, p.index): name for name, p in products.items()}
-    if any(load.indirect or (load.buffer, load.index) not in names for load in nest.loads() if load.buffer in results):
-        return None
-
-    def renamed(load: Load) -> Scalar | None:
-        name = names.get((load.buffer, load.index))
-        return None if name is None else Load(name, load.index, load.dtype)
-
-    stores = tuple(s.transformed({}, lambda v: transform(v, {}, renamed)) for s in nest.stores)
-    return replace(nest, stores=stores)
 
 
 def _equal_parts(products: Sequence[Product]) -> list[Product]:

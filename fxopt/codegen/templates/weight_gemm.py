@@ -19,40 +19,29 @@ from fxopt.codegen.templates import gemm
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
-UNPACK_BFLOAT16 = tl.constexpr(
-    """{ .reg .b32 low, high, one, zero;
+
+def _unpacking(kind: str, exponent: str, one: str, least: str) -> str:
+    """PTX: the halves of four bytes, low ones first, under the bytes of `exponent`, times `one` plus `least`, in pairs."""
+    return f"""{{ .reg .b32 low, high, one, zero;
     and.b32 low, $4, 0x0F0F0F0F;
     shr.u32 high, $4, 4;
     and.b32 high, high, 0x0F0F0F0F;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 zero, 0xC308C308;
-    prmt.b32 $0, low, 0x43434343, 0x4140;
-    prmt.b32 $1, low, 0x43434343, 0x4342;
-    prmt.b32 $2, high, 0x43434343, 0x4140;
-    prmt.b32 $3, high, 0x43434343, 0x4342;
-    fma.rn.bf16x2 $0, $0, one, zero;
-    fma.rn.bf16x2 $1, $1, one, zero;
-    fma.rn.bf16x2 $2, $2, one, zero;
-    fma.rn.bf16x2 $3, $3, one, zero; }"""
-)
+    mov.b32 one, {one};
+    mov.b32 zero, {least};
+    prmt.b32 $0, low, {exponent}, 0x4140;
+    prmt.b32 $1, low, {exponent}, 0x4342;
+    prmt.b32 $2, high, {exponent}, 0x4140;
+    prmt.b32 $3, high, {exponent}, 0x4342;
+    fma.rn.{kind} $0, $0, one, zero;
+    fma.rn.{kind} $1, $1, one, zero;
+    fma.rn.{kind} $2, $2, one, zero;
+    fma.rn.{kind} $3, $3, one, zero; }}"""
+
+
+UNPACK_BFLOAT16 = tl.constexpr(_unpacking("bf16x2", "0x43434343", "0x3F803F80", "0xC308C308"))
 """Four bytes to four and four bfloat16: the bits of 128 with a value q below are 128 + q, from which 136 is taken."""
 
-UNPACK_FLOAT16 = tl.constexpr(
-    """{ .reg .b32 low, high, one, zero;
-    and.b32 low, $4, 0x0F0F0F0F;
-    shr.u32 high, $4, 4;
-    and.b32 high, high, 0x0F0F0F0F;
-    mov.b32 one, 0x3C003C00;
-    mov.b32 zero, 0xE408E408;
-    prmt.b32 $0, low, 0x64646464, 0x4140;
-    prmt.b32 $1, low, 0x64646464, 0x4342;
-    prmt.b32 $2, high, 0x64646464, 0x4140;
-    prmt.b32 $3, high, 0x64646464, 0x4342;
-    fma.rn.f16x2 $0, $0, one, zero;
-    fma.rn.f16x2 $1, $1, one, zero;
-    fma.rn.f16x2 $2, $2, one, zero;
-    fma.rn.f16x2 $3, $3, one, zero; }"""
-)
+UNPACK_FLOAT16 = tl.constexpr(_unpacking("f16x2", "0x64646464", "0x3C003C00", "0xE408E408"))
 """The same to float16, by way of 1024 + q."""
 
 
