@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from fxopt.codegen.templates import gemm
-
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from fxopt.codegen.triton_helpers import INTERPRETED
 
 
 def _unpacking(kind: str, exponent: str, one: str, least: str) -> str:
