@@ -37,7 +37,7 @@ from fxopt.ir.exprs import (
 )
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, postorder
-from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region
+from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region, SideBySide
 from fxopt.target import Target
 
 _EPILOGUE = "epilogue"
@@ -187,6 +187,19 @@ def source_of(
     parameters = call.signature | epilogue.parameters
     kernel = f"@triton.jit\ndef {entry}({', '.join(parameters)}):\n    {call.text}"
     preamble = f"{PREAMBLE}\n{module}"
+    return KernelSource(
+        language="triton",
+        entry=entry,
+        text="\n\n\n".join(part for part in (preamble, epilogue.text, kernel) if part) + "\n",
+        buffers=(*_operands(contraction), *epilogue.buffers),
+        sizes=epilogue.sizes,
+        grid=(call.grid, 1, 1),
+        compile_options=_options(parameters, call.tensor_maps, warps, stages),
+    )
+
+
+def _options(parameters: dict[str, str], maps: dict[str, dict[str, Any]], warps: int, stages: int) -> dict[str, Any]:
+    """`KernelSource.compile_options` of an entry with `parameters`, of which `maps` describes the tensor descriptors."""
     options: dict[str, Any] = {
         "signature": parameters,
         "constexprs": {},
@@ -195,17 +208,7 @@ def source_of(
         "num_stages": stages,
         "asserts": False,
     }
-    if call.tensor_maps:
-        options["tensor_maps"] = call.tensor_maps
-    return KernelSource(
-        language="triton",
-        entry=entry,
-        text="\n\n\n".join(part for part in (preamble, epilogue.text, kernel) if part) + "\n",
-        buffers=(*_operands(contraction), *epilogue.buffers),
-        sizes=epilogue.sizes,
-        grid=(call.grid, 1, 1),
-        compile_options=options,
-    )
+    return options | ({"tensor_maps": maps} if maps else {})
 
 
 def _grid(contraction: Contraction, config: GemmConfig, call: gemm_entry.GemmCall) -> Int:
@@ -223,18 +226,71 @@ def _operands(contraction: Contraction) -> tuple[str, ...]:
     return (contraction.a.buffer, *(m.buffer for m in contraction.products.values()), *more)
 
 
-def print_epilogue(contraction: Contraction, rows: int | None, columns: int) -> BlockFunction:
+def problem_of_all(step: SideBySide) -> GemmProblem:
+    """All parts of `step` as one problem for the cost model: a batch of products that share their left operand."""
+    one = problem_of(step.parts[0])
+    matrix = one.b.pitch * (one.b.rows if one.b.columns_last else one.b.columns)
+    read, written = (len(step.parts) * nbytes for nbytes in (one.read, one.written))
+    return replace(one, batch=len(step.parts), b=replace(one.b, batch=matrix), read=read, written=written)
+
+
+def print_side_by_side(step: SideBySide, config: GemmConfig, target: Target) -> Printed:
+    """`step` in configuration `config`, which is neither split nor persistent: the grid's second axis counts the parts.
+
+    Raises UnsupportedError as `print_contraction`, and where a size is symbolic.
+    """
+    if not target.compiles_triton:
+        raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    refuse_unknown_types(step.buffers, target)
+    first, problem = step.parts[0], problem_of(step.parts[0])
+    count, operands = len(step.parts), [first.a.buffer, *(part.b.buffer for part in step.parts)]
+    parameters: dict[str, str] = {}
+    maps: dict[str, dict[str, Any]] = {}
+    more: dict[str, str] = {}
+    functions: list[str] = []
+    branches: list[str] = []
+    for k, part in enumerate(step.parts):
+        name = f"{_EPILOGUE}{k}"
+        epilogue = print_epilogue(part, config.block_m, config.block_n, name, 1 + count + len(more))
+        if epilogue.sizes or not problem.static:
+            raise UnsupportedError("products of unknown size beside each other")
+        own = replace(problem, b=_operand(part.b, problem.k, problem.n))
+        call = gemm_entry.gemm_call(own, config, b=f"b{k + 1}", extra=epilogue.extra, epilogue=name)
+        parameters |= call.signature
+        maps |= call.tensor_maps
+        more |= epilogue.parameters
+        operands += epilogue.buffers
+        functions.append(epilogue.text)
+        branches.append(f"    {'el' * (k > 0)}if tl.program_id(1) == {k}:\n        {call.text}")
+    parameters |= more
+    entry = "_".join([f"fx_gemm{count}", *operations(first.region.nest)])
+    body = "\n".join(branches)
+    kernel = f"@triton.jit\ndef {entry}({', '.join(parameters)}):\n{body}"
+    source = KernelSource(
+        language="triton",
+        entry=entry,
+        text="\n\n\n".join((f"{PREAMBLE}\n{gemm_entry.MODULE}", *functions, kernel)) + "\n",
+        buffers=tuple(operands),
+        sizes=(),
+        grid=(config.tiles(problem), count, 1),
+        compile_options=_options(parameters, maps, config.warps, config.stages),
+    )
+    return Printed((source,))
+
+
+def print_epilogue(
+    contraction: Contraction, rows: int | None, columns: int, name: str = _EPILOGUE, reserved: int | None = None
+) -> BlockFunction:
     """The nest of `contraction` on one block of so many rows (None: some of them may be none) and columns of the product, as
-    a function that a template calls.
+    the function `name` that a template calls. The entry's first `reserved` buffers (None: the operands) are not its own.
     """
     _, m, _, n = contraction.sizes
     whole = rows is not None and isinstance(m, int) and m % rows == 0 and not contraction.ends
     limits = ("z" if contraction.ends else _rows(contraction), not whole), (n, n % columns != 0)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
     more = {} if isinstance(m, int) else {_ROWS: m}
-    return print_block(
-        _EPILOGUE, contraction.region, contraction.axes, limits, blocks, len(_operands(contraction)), more=more
-    )
+    reserved = len(_operands(contraction)) if reserved is None else reserved
+    return print_block(name, contraction.region, contraction.axes, limits, blocks, reserved, more=more)
 
 
 def in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:

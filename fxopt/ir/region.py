@@ -356,6 +356,42 @@ class Contraction:
 
 
 @dataclass(frozen=True)
+class SideBySide:
+    """Products of one left operand, each with its epilogue, as one kernel whose programs share them out.
+
+    `parts` have equal sizes and equal strides of their right operands, which lie anywhere; none of them reads what another
+    stores.
+    """
+
+    name: str
+    parts: tuple[Contraction, ...]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(o for part in self.parts for o in part.origins))
+
+    @property
+    def buffers(self) -> dict[str, BufferSpec]:
+        """What memory is read and written."""
+        return {name: spec for part in self.parts for name, spec in part.buffers.items()}
+
+    def reads(self) -> tuple[str, ...]:
+        """Buffers read, in order of first use."""
+        return tuple(dict.fromkeys(n for part in self.parts for n in part.reads()))
+
+    def writes(self) -> tuple[str, ...]:
+        """Buffers stored to, in order."""
+        return tuple(dict.fromkeys(n for part in self.parts for n in part.writes()))
+
+
+@dataclass(frozen=True)
 class Strided:
     """A tensor in memory, `offset` elements into `buffer`; nothing of it is symbolic."""
 
@@ -443,7 +479,7 @@ class Way:
     """One way to compute something: steps in order. `label` says which, for people and records."""
 
     label: str
-    steps: tuple[Region | Contraction | Attention | Call, ...]
+    steps: tuple[Region | Contraction | SideBySide | Attention | Call, ...]
 
 
 @dataclass(frozen=True)
@@ -466,4 +502,4 @@ class Alternatives:
         return next(iter(self.buffers.values())).device
 
 
-Step = Region | Batch | Call | Alias | Contraction | Attention | Alternatives
+Step = Region | Batch | Call | Alias | Contraction | SideBySide | Attention | Alternatives

@@ -7,7 +7,7 @@ convolutions that a call of cuDNN's computes together with the region over their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import gcd
 
@@ -26,6 +26,7 @@ from fxopt.ir.region import (
     Matrix,
     Ref,
     Region,
+    SideBySide,
     Step,
     Way,
     refs,
@@ -42,7 +43,7 @@ from fxopt.lower.quantized_products import as_reduction, in_loops, library_form
 NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
-LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
+LIBRARY, FUSED, TWO, ROW, BESIDE = "library", "fused", "two", "row", "side by side"
 STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 """Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
 alone.
@@ -53,6 +54,9 @@ SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
 
 MOST_PARTS = 12
 """Sums of one program that computes several products of one row: each takes registers, and loads one row of weights."""
+
+MOST_PRODUCTS_BESIDE, MOST_ROWS_BESIDE = 4, 512
+"""Products in one kernel, each a copy of the code, and their rows: of more, each product alone fills a GPU."""
 
 FEW_ROWS = 64
 """Products of no more rows are bound by memory, where a kernel of ours may beat the library even without an epilogue."""
@@ -81,6 +85,7 @@ class _Search:
 
     def run(self) -> Lowered:
         alone: dict[int, Product] = {}
+        beside: dict[int, Product] = {}
         for k in range(len(self.steps)):
             step = self.steps[k]  # which a product before may have taken
             product = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
@@ -96,8 +101,22 @@ class _Search:
             few = product is not None and ask("<=", product.sizes[1], FEW_ROWS) is True
             if product is not None and (self.every or few or product.call.op in QUANTIZED):
                 alone[k] = product
+            if product is not None and _may_stand_beside_others(product):
+                beside[k] = product
         before: dict[int, list[Step]] = {}
-        for first, *others in self._side_by_side(alone):
+        for first, *others in self._of_equal_key(beside, lambda p: (p.a, p.sizes, _strides(p.b))):
+            if others and len(others) < MOST_PRODUCTS_BESIDE:
+                together = (first, *others)
+                calls = [beside[k].call for k in together]
+                parts = tuple(self.epilogues.alone(beside[k]) for k in together)
+                one = SideBySide(f"{parts[0].name}s", parts)
+                for k in together:
+                    alone.pop(k, None)
+                before[first] = self._views_after(first, calls)
+                ways = [Way(LIBRARY, tuple(calls)), Way(BESIDE, (one,))]
+                self._put(together, first, self._among(one.name, calls, None, ways))
+        one_row = {k: p for k, p in alone.items() if p.sizes[:2] == (1, 1) and not p.ends and isinstance(p.a, Matrix)}
+        for first, *others in self._of_equal_key(one_row, lambda p: p.a):
             together = (first, *others)
             rows = _rows_of(
                 [as_reduction(self.epilogues.alone(part)) for part in _equal_parts([alone[k] for k in together])]
@@ -113,25 +132,26 @@ class _Search:
         steps = [s for own in later for s in (*self.views_of.get(getattr(own, "name", ""), ()), own)]
         return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
 
-    def _side_by_side(self, alone: Mapping[int, Product]) -> list[list[int]]:
-        """The numbers of those of `alone` that are products of one and the same row, a list for those that may run where its
-        first does: queries, keys and values of a new token.
+    def _of_equal_key(self, products: Mapping[int, Product], key: Callable[[Product], Hashable]) -> list[list[int]]:
+        """The numbers of `products`, a list for those of equal `key` that may run where its first does: queries, keys and
+        values of the same rows.
         """
         found: list[list[int]] = []
-        latest: dict[Matrix, list[int]] = {}
-        for k, product in alone.items():
-            if product.sizes[:2] == (1, 1) and not product.ends and isinstance(product.a, Matrix):
-                group = latest.get(product.a)
-                if group is not None and self._may_join(k, group):
-                    group.append(k)
-                else:
-                    latest[product.a] = [k]
-                    found.append(latest[product.a])
+        latest: dict[Hashable, list[int]] = {}
+        for k, product in products.items():
+            group = latest.get(key(product))
+            if group is not None and self._may_join(k, group):
+                group.append(k)
+            else:
+                latest[key(product)] = [k]
+                found.append(latest[key(product)])
         return found
 
     def _may_join(self, k: int, group: Sequence[int]) -> bool:
         """Whether call k, with the views that it names, can run at the first step of `group`."""
         call, first = self.steps[k], group[0]
+        if any(self.accesses[k][0] & self.accesses[j][1] for j in group):
+            return False  # it adds what one of them gives
         named = {*refs(call.args)} if isinstance(call, Call) else set()
         views = (j for j in range(first, k) if isinstance(s := self.steps[j], Alias) and s.name in named)
         moved = (k, *views)
@@ -410,7 +430,7 @@ class _Search:
         views = tuple(self.views[n] for n in dict.fromkeys(named) if n in self.views)
         names = [
             *(region.buffers if region else ()),
-            *(n for way in ways for step in way.steps if isinstance(step, Contraction) for n in step.buffers),
+            *(n for way in ways for step in way.steps if isinstance(step, Contraction | SideBySide) for n in step.buffers),
             *(n for call in calls for n in call.outputs if n is not None),
             *map(self._root, named),
         ]
@@ -440,6 +460,14 @@ class _Search:
                 reads |= {self._root(n) for n in refs((step.args, step.kwargs))}
                 writes |= {self._root(n) for n in (*step.outputs, *step.writes) if n is not None}
         return frozenset(reads), frozenset(writes)
+
+
+def _may_stand_beside_others(product: Product) -> bool:
+    """Whether a kernel may compute `product` and others of the same rows: few rows, but more than one."""
+    batch, rows, *_ = product.sizes
+    few = isinstance(rows, int) and FEW_ROWS < rows <= MOST_ROWS_BESIDE
+    plain = product.call.op not in (*QUANTIZED, CONVOLUTION) and not product.ends and isinstance(product.a, Matrix)
+    return few and plain and batch == 1
 
 
 def _uses_tf32(product: Product) -> bool:

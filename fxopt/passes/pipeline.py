@@ -26,6 +26,7 @@ from fxopt.passes.context import Context, PassOptions
 from fxopt.passes.convolution_bias import convolution_bias
 from fxopt.passes.cse import cse
 from fxopt.passes.dead_code import dead_code
+from fxopt.passes.disjoint_windows import disjoint_windows
 from fxopt.passes.flat_convolution import flat_convolution
 from fxopt.passes.fusions import PATTERNS
 from fxopt.passes.hand_attention.rewrite import hand_attention
@@ -56,6 +57,7 @@ _UP_TO_LAYERS: tuple[Pass, ...] = (
     Pass("complex_pairs", complex_pairs),  # first: what follows is about real tensors
     Pass("no_ops", no_ops),
     Pass("views", views),
+    Pass("disjoint_windows", disjoint_windows),  # before the next two: products are neither
     Pass("flat_convolution", flat_convolution),  # the next pass is about images
     Pass("channels_last", channels_last),  # of inference graphs; frozen weights are converted by folding
     Pass("convolution_bias", convolution_bias),

@@ -11,7 +11,7 @@ is measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,13 @@ from fxopt.lower import Lowered
 from fxopt.lower.attention_calls import AttentionCall, Operand, find_attention, with_backends
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
+from fxopt.runtime.cuda_graph import NAME as CUDA_GRAPHS
 from fxopt.target import Target
 from fxopt.tune import measure
 from fxopt.tune.contest import NOISE
 from fxopt.tune.records import RecordKey, Records
 
-METHOD = 2
+METHOD = 3
 """Number of this way of measuring, part of every record's key."""
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
@@ -87,7 +88,8 @@ def choose_attention(lowered: Lowered, options: Options, store: ArtifactStore, j
     if not calls or torch.are_deterministic_algorithms_enabled() or len(enabled_backends()) < 2:
         return lowered
     budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
-    contests = _Contests(store, budget, journal, measures=options.tuning_seconds != 0)
+    replayed = options.cuda_graphs and CUDA_GRAPHS not in options.disable
+    contests = _Contests(store, budget, journal, measures=options.tuning_seconds != 0, replayed=replayed)
     return with_backends(lowered, {found: contests.winner(found) for found in calls})
 
 
@@ -109,15 +111,15 @@ def by_rule(call: AttentionCall, target: Target) -> str:
 class _Contests:
     """Winners from the records, or measured within the budget of one graph."""
 
-    def __init__(self, store: ArtifactStore, budget: float, journal: Journal, measures: bool) -> None:
-        self.store, self.left, self.journal, self.measures = store, budget, journal, measures
+    def __init__(self, store: ArtifactStore, budget: float, journal: Journal, measures: bool, replayed: bool) -> None:
+        self.store, self.left, self.journal, self.measures, self.replayed = store, budget, journal, measures, replayed
         self.records: dict[str, Records] = {}
 
     def winner(self, call: AttentionCall) -> str:
         target = Target.current(call.device)
         if not self.measures:
             return by_rule(call, target)
-        problem = Problem.of(call)
+        problem = Problem.of(call, self.replayed)
         records = self.records.setdefault(target.key, Records(self.store.cache, target.key))
         key = RecordKey("attention", problem.facts(target))
         found = records.get(key)
@@ -186,21 +188,23 @@ class Layout:
 @dataclass(frozen=True)
 class Problem:
     """All that a contest depends on, in numbers: sizes that are known only at run time are assumed. `results` are the
-    strides that the plan wants a forward's results in, None for one that nobody reads."""
+    strides that the plan wants a forward's results in, None for one that nobody reads; `replayed` says that it will be
+    part of a CUDA graph."""
 
     op: str
     operands: dict[str, Layout]
     settings: Settings
     results: tuple[tuple[int, ...] | None, ...]
     candidates: tuple[str, ...]
+    replayed: bool = False
 
     @classmethod
-    def of(cls, call: AttentionCall) -> Problem:
+    def of(cls, call: AttentionCall, replayed: bool = False) -> Problem:
         sizes = _assumed_sizes(call)
         results = [None if r is None else tuple(evaluate(n, sizes) for n in r.strides) for r in call.results]
         operands = {name: Layout.of(operand, sizes) for name, operand in call.operands.items()}
         candidates = [b for b in enabled_backends() if call.is_static or b != CUDNN]  # a plan for every new size: too slow
-        return cls(call.call.op, operands, call.settings, tuple(results), tuple(candidates))
+        return cls(call.call.op, operands, call.settings, tuple(results), tuple(candidates), replayed and len(results) == 1)
 
     @property
     def trains(self) -> bool:
@@ -220,6 +224,7 @@ class Problem:
             "grouped": self.settings.enable_gqa,
             "results": [None if r is None else list(r) for r in self.results],
             "candidates": list(self.candidates),
+            "replayed": self.replayed,
             "device": target.name,
             "torch": torch.__version__,
             "cudnn": torch.backends.cudnn.version(),
@@ -264,8 +269,16 @@ def time_backends(problem: Problem, device: torch.device) -> tuple[str, dict[str
         left = promising(rough, eager)
         if len(left) < 2:
             return eager, {name: rough[name] for name in left}
-        seconds = measure.interleaved([runs[name] for name in left], device, cold=False)
+        seconds = _seconds([runs[name] for name in left], device, problem.replayed)
     return eager, dict(zip(left, seconds, strict=True))
+
+
+def _seconds(runs: Sequence[measure.Run], device: torch.device, replayed: bool) -> list[float]:
+    """Median seconds of each of `runs`, as a CUDA graph replays it if `replayed`."""
+    replays = measure.replayed(runs, device) if replayed else None
+    if replays is None:
+        return measure.interleaved(runs, device, cold=False)
+    return [s / measure.REPEATS for s in measure.interleaved(replays, device, cold=False)]
 
 
 def promising(seconds: Mapping[str, float], reference: str) -> list[str]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.templates import attention_config, conv_config, gemm_config, weight_config
 from fxopt.codegen.triton_attention import print_attention
-from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
+from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, problem_of_all, with_room
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.codegen.triton_weights import print_weights, weight_problem
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import bounds
 from fxopt.ir.kernel import Artifact, KernelSource
-from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region
+from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region, SideBySide
 from fxopt.lower.cost import nbytes
 from fxopt.lower.patches import is_common
 from fxopt.options import Options
@@ -56,7 +56,7 @@ MODEL_ERROR = 1.1
 ATTENTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 """How many configurations of attention are compiled, by mode."""
 
-Work = Region | Batch | Contraction | Attention
+Work = Region | Batch | Contraction | SideBySide | Attention
 """What becomes kernels."""
 
 
@@ -98,6 +98,8 @@ def candidates(region: Work, options: Options) -> list[Candidate]:
     target = Target.current(region.device)
     if isinstance(region, Contraction):
         return contraction_candidates(region, target, options.mode)
+    if isinstance(region, SideBySide):
+        return side_by_side_candidates(region, target, options.mode)
     if isinstance(region, Attention):
         return attention_candidates(region, target, options.mode)
     if isinstance(region, Batch):
@@ -172,6 +174,21 @@ def _close(
         return list(ranked)
     most = MODEL_ERROR * min((gemm_config.estimate(problem, c, target) for c in ranked), default=0.0)
     return [c for k, c in enumerate(ranked) if k < 2 or gemm_config.estimate(problem, c, target) <= most]
+
+
+def side_by_side_candidates(step: SideBySide, target: Target, mode: str) -> list[Candidate]:
+    """As `contraction_candidates`, of products beside each other: none where as many library calls are as good, which they
+    are where the tiles of one product already fill the GPU.
+    """
+    problem, together = problem_of(step.parts[0]), problem_of_all(step)
+    most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
+    if any(2 * c.tiles(problem) > target.sm_count for c in gemm_config.configs(problem, target, 1)):
+        return []
+    found = [c for c in gemm_config.configs(together, target, 4 * most) if c.split == 1 and not c.programs][:most]
+    apart = len(step.parts) * gemm_config.library_seconds(problem, target)
+    if mode != "max-autotune" and not any(gemm_config.estimate(together, c, target) < MODEL_ERROR * apart for c in found):
+        return []
+    return [Candidate(str(c), print_side_by_side(step, c, target).kernels) for c in found]
 
 
 def weight_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fxopt import knobs
+from fxopt.errors import FxoptError
 from fxopt.ir.exprs import Int, assumed, evaluate, free_symbols, symbol
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size
@@ -25,6 +26,7 @@ from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
 from fxopt.runtime.binding import resolve_op
 from fxopt.runtime.device_lock import device_identity, turn
+from fxopt.runtime.graph_driver import GraphDriver
 from fxopt.runtime.launch import CudaError, load_cubin
 from fxopt.tune.suspects import Suspects
 
@@ -45,6 +47,9 @@ FASTEST_MEMORY = 8e12
 """Bytes a second that no GPU fills faster."""
 
 MOST_FILLS = 32
+
+REPEATS = 8
+"""Runs in a CUDA graph that is measured."""
 
 PATIENCE_SECONDS = 60.0
 """How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
@@ -190,6 +195,38 @@ def made_up(memory: Memory, device: torch.device, sizes: dict[str, int]) -> dict
 def eager_seconds(run: Run, device: torch.device) -> float:
     """Median seconds of `run`, which puts any work on the current stream, timed like a candidate with a cold cache."""
     return interleaved([run], device, cold=True)[0]
+
+
+def replayed(runs: Sequence[Run], device: torch.device) -> list[Run] | None:
+    """For each of `runs`, which have run before, a replay of a CUDA graph that has it REPEATS times; None where one cannot
+    be captured.
+
+    A call that fills memory before its kernel (cuDNN's attention) is 6 us longer in a graph than its kernel on an H100,
+    which launches in a stream do not show.
+    """
+    try:
+        graphs = _graph_driver(torch.cuda.current_device() if device.index is None else device.index)
+        captured = [graphs.capture(functools.partial(_repeated, run), graphs.new_pool())[0] for run in runs]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, FxoptError, OSError) as error:
+        log.info("not measured in CUDA graphs: %s", error)
+        return None
+    return [functools.partial(_replay, graph) for graph in captured]
+
+
+@functools.cache
+def _graph_driver(index: int) -> GraphDriver:
+    return GraphDriver(index)
+
+
+def _repeated(run: Run) -> None:
+    for _ in range(REPEATS):
+        run()
+
+
+def _replay(graph: Callable[[int], None]) -> None:
+    graph(torch.cuda.current_stream().cuda_stream)
 
 
 def interleaved(runs: Sequence[Run | None], device: torch.device, cold: bool) -> list[float]:

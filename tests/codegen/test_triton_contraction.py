@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,8 @@ import torch
 
 from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.loops import Load, transform
-from fxopt.ir.region import Contraction
-from fxopt.lower.contractions import FUSED, TWO
+from fxopt.ir.region import Contraction, SideBySide
+from fxopt.lower.contractions import BESIDE, FUSED, TWO
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import fused, kept, searched, searched_for_any
@@ -27,10 +28,10 @@ pytest.importorskip("triton")
 from fxopt.codegen import triton_block
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
 from fxopt.codegen.triton_build import compile_triton
-from fxopt.codegen.triton_contraction import print_contraction, problem_of, with_room
+from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, with_room
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
-from fxopt.tune.candidate import contraction_candidates
+from fxopt.tune.candidate import contraction_candidates, side_by_side_candidates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET = Target.cuda(90)
@@ -63,8 +64,9 @@ def run(
     """Results of `fn` and its arguments afterwards; `fn` has to be one contraction, which runs as printed kernels."""
     low = kept(searched(fn, *args), way)
     (contraction,) = low.steps
-    assert isinstance(contraction, Contraction)
-    printed = print_contraction(contraction, config, TARGET)
+    assert isinstance(contraction, Contraction | SideBySide)
+    print_one = print_side_by_side if isinstance(contraction, SideBySide) else print_contraction
+    printed = print_one(contraction, config, TARGET)  # type: ignore[operator]
     memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
     specs = [low.buffers[n] for n in contraction.writes() if n not in memory] + list(printed.scratch)
     for spec in specs:
@@ -255,6 +257,47 @@ def test_what_may_win_for_any_number_of_rows_wins_for_each() -> None:
     (contraction,) = [s for s in kept(short, FUSED).steps if isinstance(s, Contraction)]
     assert contraction_candidates(contraction, TARGET, "default") == []
     assert contraction_candidates(contraction, TARGET, "max-autotune")
+
+
+def projections(
+    x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return F.linear(x, q, b), x @ k.T, F.linear(x, v, c)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.split == 1 and not c.programs], ids=str)
+def test_values_side_by_side(interpreter: Interpreter, config: GemmConfig) -> None:
+    """Each part has its own weight, bias and result; sizes that no block divides."""
+    args = (rand(70, K), rand(N, K), rand(N, K), rand(N, K), rand(N), rand(N))
+    check(interpreter, projections, args, config, BESIDE)
+
+
+def test_values_side_by_side_of_weights_by_row(interpreter: Interpreter) -> None:
+    args = (rand(70, K), rand(K, N), rand(K, N))
+    for config in (POINTER, TMA):
+        check(interpreter, lambda x, v, w: (x @ v, x @ w), args, config, BESIDE)
+
+
+@pytest.mark.parametrize("rows", [128, 197])
+def test_side_by_side_candidates_compile_without_spills(rows: int) -> None:
+    """Projections of BERT-base and ViT-B at batch 1, whose three products each leave most multiprocessors idle."""
+    empty = functools.partial(torch.empty, dtype=BF16)
+    weights = [empty(768, 768) for _ in range(3)]
+    low = kept(searched(projections, empty(rows, 768), *weights, empty(768), empty(768)), BESIDE)
+    (step,) = [s for s in low.steps if isinstance(s, SideBySide)]
+    proposed = side_by_side_candidates(step, TARGET, "default")
+    assert 1 <= len(proposed) <= 3
+    (kernel,) = proposed[0].sources
+    assert kernel.grid[1] == 3
+    _, meta = compile_triton(kernel, TARGET)
+    assert meta["n_spills"] == 0 and meta["shared"] <= TARGET.shared_per_block
+
+
+def test_side_by_side_is_not_proposed_where_each_product_fills_the_gpu() -> None:
+    x, *weights = (torch.empty(rows, 8192, dtype=BF16) for rows in (512, 8192, 8192))
+    low = kept(searched(lambda x, v, w: (x @ v.T, x @ w.T), x, *weights), BESIDE)
+    (step,) = [s for s in low.steps if isinstance(s, SideBySide)]
+    assert side_by_side_candidates(step, TARGET, "default") == []
 
 
 GROUPED = [POINTER, replace(POINTER, swap=True), replace(TMA, block_k=32), replace(TMA, swap=True, subtile=2)]

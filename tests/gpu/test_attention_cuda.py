@@ -25,6 +25,7 @@ from fxopt.ir.attention_backends import (
 )
 from fxopt.ir.attention_op import attention_backward, attention_forward, empty_gradients
 from fxopt.journal import RECENT
+from fxopt.tune import measure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
 TOLERANCE = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 4.0}
@@ -215,6 +216,19 @@ def test_what_is_chosen_is_measured_and_remembered(train: bool) -> None:
         told.append(notes())
     assert len(told[0]) == 1
     assert told[0] == told[1]
+
+
+def test_replays_are_measured_for_what_will_be_replayed() -> None:
+    """Graphs of every able backend, which give the same time as launches in a stream within what their gaps can be."""
+    x = inputs(128, 128)
+    runs = [lambda b=b: forward_by(b, x, statistics=False) for b in able(x) if b != MATH]
+    for run in runs:
+        run()
+    device = torch.device("cuda", torch.cuda.current_device())
+    replays = measure.replayed(runs, device)
+    assert replays is not None and len(replays) == len(runs) > 0
+    seconds = [s / measure.REPEATS for s in measure.interleaved(replays, device, cold=False)]
+    assert all(1e-6 < s < 1e-3 for s in seconds), seconds
 
 
 def test_flags_are_obeyed() -> None:

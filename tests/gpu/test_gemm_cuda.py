@@ -15,10 +15,15 @@ pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, plausible
 from fxopt.codegen.triton_build import compile_triton
+from fxopt.ir.region import SideBySide
 from fxopt.journal import RECENT
+from fxopt.lower.contractions import BESIDE
 from fxopt.runtime.launch import load_cubin
 from fxopt.target import Target
+from fxopt.tune.candidate import side_by_side_candidates
 from tests.codegen.gemm_entries import entry, problem, result_shape
+from tests.codegen.test_triton_contraction import projections
+from tests.lower.contracting import kept, searched
 from tests.lower.test_grouped_products import activated, gated
 from tests.numerics import assert_closer
 from tests.passes.test_merged_products import Attention
@@ -103,6 +108,29 @@ def test_tf32_is_rounded_as_the_library_rounds(tmp_path: Path, monkeypatch: pyte
     launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *(b.data_ptr() for b in (x, w, result)))
     error, library = (float((got.double() - exact).abs().mean()) for got in (result, x @ w.t()))
     assert error <= 1.5 * library
+
+
+def test_products_side_by_side(tmp_path: Path) -> None:
+    """Each weight and result lies elsewhere in memory; values as close to float64 as the library's."""
+    args = [torch.randn(197, 768, dtype=BF16), *(torch.randn(768, 768, dtype=BF16) / 28 for _ in range(3))]
+    args += [torch.randn(768, dtype=BF16) for _ in range(2)]
+    low = kept(searched(projections, *args), BESIDE)
+    (step,) = [s for s in low.steps if isinstance(s, SideBySide)]
+    target = Target.current("cuda")
+    given = [a.cuda() for a in args]
+    want, exact = projections(*given), projections(*(a.double() for a in given))
+    for candidate in side_by_side_candidates(step, target, "max-autotune"):
+        (source,) = candidate.sources
+        code, meta = compile_triton(source, target)
+        (tmp_path / "kernel.cubin").write_bytes(code)
+        memory = dict(zip(low.inputs, given, strict=True)) | {
+            n: torch.full_like(given[0], float("nan")) for n in step.writes()
+        }
+        torch.cuda.synchronize()
+        launch = load_cubin(tmp_path / "kernel.cubin", meta, 0).bind()
+        pointers = (memory[name].data_ptr() for name in source.buffers)
+        launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *pointers)
+        assert_closer(tuple(memory[o.name] for o in low.outputs), want, exact)
 
 
 class Gated(torch.nn.Module):

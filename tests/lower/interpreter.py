@@ -30,6 +30,7 @@ from fxopt.ir.region import (
     Patches,
     Ref,
     Region,
+    SideBySide,
     Size,
     Step,
 )
@@ -89,6 +90,9 @@ class _Run:
                 self._call(step)
             case Contraction():
                 self._contraction(step)
+            case SideBySide():
+                for part in step.parts:
+                    self._contraction(part)
             case Alternatives():
                 for inner in step.ways[0].steps:
                     self._step(inner)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, Step
+from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, SideBySide, Step
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import FEW_ROWS, FUSED, LIBRARY, ROW, TWO, with_contractions
+from fxopt.lower.contractions import BESIDE, FEW_ROWS, FUSED, LIBRARY, MOST_ROWS_BESIDE, ROW, TWO, with_contractions
 from tests.lower.contracting import alternatives, check_ways, fused, kept, labels, searched, searched_for_any
 from tests.lower.interpreter import run_lowered
 from tests.numerics import assert_closer, to_float64
@@ -267,6 +267,38 @@ def attended(x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     """The projections of a new token, whose halves change places."""
     query, key = F.linear(x, q).view(-1, 8), F.linear(x, k).view(-1, 8)
     return query + query.roll(4, 1), key + key.roll(4, 1), F.linear(x, v)
+
+
+def projections(
+    x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return F.linear(x, q, b), x @ k.T, F.linear(x, v, b)
+
+
+def test_products_of_the_same_rows_stand_side_by_side() -> None:
+    args = (rand(M, K), rand(N, K), rand(N, K), rand(N, K), rand(N))
+    (each,) = alternatives(check_ways(projections, *args))
+    assert [w.label for w in each.ways] == [LIBRARY, BESIDE]
+    (step,) = each.ways[1].steps
+    assert isinstance(step, SideBySide) and len(step.parts) == 3
+    assert set(step.writes()) == {n for call in each.ways[0].steps for n in call.outputs}
+    assert set(step.buffers) == {*step.reads(), *step.writes()}
+
+
+def test_products_stay_apart() -> None:
+    """Of other rows, sizes and layouts; where one adds another's result, or waits for what reads it; few rows, and many."""
+    x, y, w, v = rand(M, K), rand(M, K), rand(N, K), rand(N, K)
+    cases: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
+        (lambda x, y, w, v: (x @ w.T, y @ v.T), (x, y, w, v)),
+        (lambda x, w, v: (x @ w.T, x @ v.T), (x, w, rand(2 * N, K))),
+        (lambda x, w, v: (x @ w.T, x @ v), (x, w, rand(K, N))),
+        (lambda x, w, v: torch.addmm(x @ w.T, x, v.T), (x, w, v)),
+        (lambda x, w, v: x @ (x @ w.T).T[:, :K].T, (rand(M, K), rand(K, K), v)),
+        (lambda x, w, v: (x @ w.T, x @ v.T), (rand(FEW_ROWS, K), w, v)),
+        (lambda x, w, v: (x @ w.T, x @ v.T), (rand(MOST_ROWS_BESIDE + 1, K), w, v)),
+    ]
+    for fn, args in cases:
+        assert BESIDE not in labels(check_ways(fn, *args))
 
 
 def test_products_of_one_row_are_one_region() -> None:

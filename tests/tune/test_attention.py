@@ -5,7 +5,8 @@ There is no GPU here: timings are made up, and CPU tensors stand for a GPU's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from fxopt.journal import RECENT
 from fxopt.lower.attention_calls import AttentionCall, Operand
 from fxopt.passes import attention as attention_pass
 from fxopt.runtime.binding import DIRECT
+from fxopt.runtime.graph_driver import CaptureError
 from fxopt.target import Target
 from fxopt.tune import attention as tune_attention
+from fxopt.tune import measure
 from fxopt.tune.attention import Problem
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -302,6 +305,47 @@ def test_a_contest_in_training_runs_both_ways() -> None:
     want.nan_to_num(0.0)[:, :, 1:].backward(made["grad"][:, :, 1:])
     torch.testing.assert_close(gradients[0][:, :, 1:], leaves[0].grad[:, :, 1:])
     assert all(g.stride() == x.stride() for g, x in zip(gradients, (q, k, v), strict=True))
+
+
+def test_what_will_be_replayed_is_measured_in_graphs(
+    timed: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN fills memory before its kernel, which only a graph's replay shows."""
+    measured = timed(math=1.0)
+    run()
+    run(cuda_graphs=False)
+    run(disable=("cuda-graphs",))
+    run(train=True)
+    assert [problem.replayed for problem in measured] == [True, False, False]  # the two without graphs are one contest
+
+    class Graphs:
+        def capture(self, run: Callable[[], None], pool: object) -> tuple[Callable[[int], None], None]:
+            return (lambda stream: run()), None
+
+        def new_pool(self) -> object:
+            return self
+
+    monkeypatch.setattr(measure, "_graph_driver", lambda index: Graphs())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    counts: list[int] = []
+
+    def interleaved(runs: Sequence[Callable[[], object]], device: torch.device, cold: bool) -> list[float]:
+        for each in runs:
+            each()
+        return [8.0, 16.0]
+
+    monkeypatch.setattr(measure, "interleaved", interleaved)
+    each = [lambda: counts.append(0), lambda: counts.append(1)]
+    device = torch.device("cuda", 0)
+    assert tune_attention._seconds(each, device, replayed=True) == [8.0 / measure.REPEATS, 16.0 / measure.REPEATS]
+    assert counts == [0] * measure.REPEATS + [1] * measure.REPEATS
+    assert tune_attention._seconds(each, device, replayed=False) == [8.0, 16.0]
+
+    def refuse(index: int) -> Graphs:
+        raise CaptureError("memory comes from another pool")
+
+    monkeypatch.setattr(measure, "_graph_driver", refuse)
+    assert tune_attention._seconds(each, device, replayed=True) == [8.0, 16.0]
 
 
 def test_who_cannot_win_is_not_measured_further() -> None:

@@ -18,6 +18,9 @@ LARGEST_WIDTH = 256
 FEW_ROWS = 16
 """Rows of scores (positions times heads of a group) that are packed into one tile at most `_LARGEST_PACKED` high."""
 
+SHORT_SEQUENCE = 512
+"""Keys that a program goes over in a few microseconds."""
+
 _LARGEST_PACKED = 64
 _LEAST_BLOCK = 16
 _MOST_PARTS = 64
@@ -117,11 +120,15 @@ def may_win(attention: Attention, target: Target) -> bool:
     """Whether a kernel of ours may be faster than the best one of a library.
 
     Those go over all keys at the rate of large products, but they pack no heads, split the keys less, and masks slow them
-    down. cuDNN's, for Hopper and later, are out of reach where arithmetic is all that counts. What else is done to scores no
-    library computes.
+    down. cuDNN's, for Hopper and later, are out of reach where arithmetic is all that counts: not where a sequence is so
+    short that every tile has a multiprocessor of its own, and latency decides. What else is done to scores no library
+    computes.
     """
     special = attention.mask is not None or attention.scores is not None
-    return special or attention.query.shape[2] <= FEW_ROWS or not target.has_warpgroup_products
+    if special or attention.query.shape[2] <= FEW_ROWS or not target.has_warpgroup_products:
+        return True
+    least = AttentionConfig(_LARGEST_PACKED, _LARGEST_PACKED, 4, 2)
+    return attention.key.shape[2] <= SHORT_SEQUENCE and _tiles(attention, least) <= target.sm_count
 
 
 def ranked(attention: Attention, target: Target) -> list[AttentionConfig]:
