@@ -45,12 +45,12 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
     """A name that no pass has: an OptionError when the user's options hold it, a warning when FXOPT_DISABLE does."""
     if not parsed.disable:
         return
-    from fxopt.lower import batching, contractions, row_norms
+    from fxopt.lower import batching, contractions, group_sums, row_norms
     from fxopt.passes import NAMES
     from fxopt.runtime import cuda_graph, launch, native_replay
 
-    names = (batching.NAME, contractions.NAME, row_norms.NAME, cuda_graph.NAME, launch.NAME, native_replay.NAME)
-    known = (*NAMES, *names)
+    lowering = (batching.NAME, contractions.NAME, group_sums.NAME, row_norms.NAME)
+    known = (*NAMES, *lowering, cuda_graph.NAME, launch.NAME, native_replay.NAME)
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"
         if name in given.get("disable", ()):

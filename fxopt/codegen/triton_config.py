@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.codegen.triton_apart import statistics_first
+from fxopt.codegen.triton_groups import group_size, with_group_sums
 from fxopt.codegen.triton_tiling import Access, Axis, Tiling, tile
 from fxopt.ir.exprs import Int, coefficient, floordiv, free_symbols, mul
 from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
@@ -84,11 +85,14 @@ def next_power_of_2(n: int) -> int:
 
 def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig]:
     """Up to `limit` distinct configurations of `region` for `target`, best first by the cost model. Never empty."""
+    region = with_group_sums(region)
     two_dimensional = tile(region)
     if region.across is not None:
         found = _across_configs(region, two_dimensional, target)
     elif two_dimensional.y.symbols:
         found = _tile_configs(two_dimensional, target)
+    elif (size := group_size(region.nest)) > 1:
+        found = _group_configs(two_dimensional, size, target)
     elif two_dimensional.reduces:
         found = _reduction_configs(two_dimensional, target)
     else:
@@ -267,6 +271,23 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     if once and crowded and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
         return [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
     return [*roomy, *looped, *(c for c in found if c not in roomy)]
+
+
+def _group_configs(tiling: Tiling, size: int, target: Target) -> list[TritonConfig]:
+    """Rows in registers, whole groups of `size` of them in a program: those of large groups on as many warps as that takes,
+    several small ones on a few."""
+    block = next_power_of_2(tiling.r.hint)
+    streams = max(1, sum(not a.writes for a in _streams(tiling)))
+    found = []
+    for per_thread, least in ((16, 4), (8, 4), (32, 4), (16, 8)):
+        warps = min(32, max(least, size * block // (32 * per_thread)))
+        together = max(1, 32 * warps * per_thread // (size * block))
+        while together > 1 and -(-tiling.x.hint // (size * together)) < 2 * target.sm_count:
+            together //= 2
+        held = size * together * block // (32 * warps) * streams
+        crowded = 1.5 * held + 32 > min(255, target.registers_per_sm // (32 * warps))
+        found.append((crowded, TritonConfig(size * together, r_block=block, num_warps=warps)))
+    return [c for _, c in sorted(found, key=lambda t: t[0])]
 
 
 def _reads_once(tiling: Tiling) -> bool:

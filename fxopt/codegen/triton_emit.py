@@ -16,9 +16,11 @@ from types import MappingProxyType
 import torch
 
 from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.triton_groups import GROUP_SUM
 from fxopt.codegen.triton_index import computed_in_int32, in_runs, same_within
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
 from fxopt.codegen.triton_tiling import Tiling, accumulator_dtype
+from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Atom, Int, Sym, bounds, floordiv, free_symbols, mod, substitute, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
 
@@ -163,7 +165,8 @@ class Emitter:
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
         inner = self._beside_one(node) or self._root_below(node)  # one function computes both
-        args = node.args[:1] if _counts_index(node) else inner.args if inner is not None else node.args
+        alone = _counts_index(node) or (isinstance(node, Op) and node.name == GROUP_SUM)
+        args = node.args[:1] if alone else inner.args if inner is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
 
     def walk(self, roots: list[Instance]) -> Iterator[Instance]:
@@ -237,6 +240,8 @@ class Emitter:
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
         if _counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
+        if node.name == GROUP_SUM:
+            return self._group_sum(node, guards)
         beside = self._beside_one(node)
         if beside is not None:
             return f"h.{beside.name}_plus_one({self.arg(beside.args[0], guards)})"
@@ -257,6 +262,15 @@ class Emitter:
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
         return ops.apply(node.name, args, source, node.dtype, self._may_be_fast(node))
+
+    def _group_sum(self, node: Op, guards: Guards) -> str:
+        """Raises UnsupportedError where neighbours in the tile are not the rows of a group."""
+        value, member, size = node.args[0], node.args[1].expr, node.args[2].value  # type: ignore[attr-defined]
+        x = symbol(self.frame.tiling.lines["x"])
+        if member not in (x, mod(x, size)):
+            raise UnsupportedError("the rows of a group are no neighbours")
+        column = self.frame.shape(frozenset(("x",)))
+        return f"h.group_sum(tl.broadcast_to({self.arg(value, guards)}, {column}), {size})"
 
     def _may_be_fast(self, node: Op) -> bool:
         """Whether the error of a fast form of `node` is not seen in what is stored."""

@@ -352,3 +352,11 @@ def to_float8e5(x):
     bits = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
     infinite = tl.where(x < 0, 0xFC, 0x7C).to(tl.uint8)
     return tl.where(tl.abs(x) >= 61440.0, infinite, bits).to(tl.float8e5, bitcast=True)
+
+
+@triton.jit
+def group_sum(x, SIZE: tl.constexpr):
+    """Of a column [n, 1], the sum over each SIZE neighbours, for all of these."""
+    groups: tl.constexpr = x.shape[0] // SIZE
+    total = tl.sum(tl.reshape(x, [groups, SIZE]), 1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, [groups, SIZE]), [groups * SIZE, 1])

@@ -18,6 +18,7 @@ from fxopt.codegen.triton_config import (
     part_count,
 )
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, is_clamped, reduced_dtype, tight
+from fxopt.codegen.triton_groups import group_size, with_group_sums
 from fxopt.codegen.triton_halves import with_common_halves
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
 from fxopt.codegen.triton_names import kernel_name
@@ -67,8 +68,12 @@ class _Loop:
 def print_kernel(region: Region, config: TritonConfig, stage: str | None = None) -> KernelSource:
     """The kernel of `region` in configuration `config` (its `split` is ignored here).
 
-    `stage` names a part of a split reduction. Raises UnsupportedError for dtypes and atomics that Triton does not have.
+    `stage` names a part of a split reduction. Raises UnsupportedError for dtypes and atomics that Triton does not have, and
+    where programs do not hold whole groups of the points that are summed over.
     """
+    region = with_group_sums(region)
+    if config.x_block % group_size(region.nest):
+        raise UnsupportedError("a program would hold parts of groups")
     region = replace(region, nest=with_common_halves(with_narrow_choices(with_salts(region.nest))))
     names = Names()
     limits = int32_limits(region, _tiling(region, config))
@@ -295,7 +300,12 @@ def _load_ahead(kernel: _Kernel) -> None:
     """Print the loads of the innermost reductions before the first of these, if each has loads of its own: warps wait for
     each other in a reduction, and what is loaded after it is in flight only then."""
     emitter = kernel.emitter
-    levels = _levels(emitter, [emitter.instance(v, ()) for s in kernel.tiling.nest.stores for v in s.roots])
+    roots = [emitter.instance(v, ()) for s in kernel.tiling.nest.stores for v in s.roots]
+    if group_size(kernel.tiling.nest) > 1:  # sums of sums: everything is waited for once
+        for node, guards in [i for i in emitter.walk(roots) if isinstance(i[0], Load)]:
+            emitter.value(node, guards)
+        return
+    levels = _levels(emitter, roots)
     found: dict[frozenset[Instance], list[Instance]] = {}
     for reduction in levels[0] if levels else ():
         loads = [i for i in emitter.walk(emitter.operands(reduction)) if isinstance(i[0], Load)]

@@ -57,6 +57,8 @@ OTHER = {
     "the range",
     "checked_index": "checked_index(i: int64, size: int64) -> int64: i + size when i is negative; outside [0, size) the "
     "kernel reports an error (C++: returns a status that raises IndexError; Triton: device assert)",
+    "group_sum": "group_sum(x, member: int64, n: int64): a printer's own (codegen/triton_groups.py), the sum of x over "
+    "the n neighbouring points of which this is number `member`",
 }
 """rand*: philox4x32-10 with key (low word, high word of seed) and counter (low, high word of `counter`, 0, 0). rand is
 (word >> 8) * 2**-24 of word `counter` % 4 at `counter` // 4: compilers see that neighbours share it. randn is
@@ -504,7 +506,8 @@ class Nest:
     """Stores executed over the domain `points` x `reduced`.
 
     A store whose index and value mention no symbol of `reduced` is executed once per point; one that does, once per point
-    and reduced index. Every Reduce and Scan below binds exactly the symbols in `reduced` (all of them). All loads of a
+    and reduced index. Every Reduce and Scan below binds exactly the symbols in `reduced` (all of them), but for sums
+    over groups of points (lower/group_sums.py), which bind a symbol of their own. All loads of a
     buffer that the nest also stores to happen before the first store to it, and at the same index, so a nest may update in
     place.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from fxopt.ir.region import Alias, Batch, Call, Ref, Region, Step, refs
+from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, refs
 from fxopt.lower.copies import Copy, copies_of
 from fxopt.lower.lowering import Lowered
 
@@ -36,6 +36,14 @@ class Uses:
         readers = self.readers.get(name, [])
         return readers[0] if len(readers) == 1 and readers[0] != OUTSIDE else None
 
+    def reads(self, k: int) -> set[str]:
+        """The buffers that step k reads, views looked through."""
+        return self._reads(self.steps[k])
+
+    def writes(self, k: int) -> set[str]:
+        """The buffers that step k writes, views looked through."""
+        return self._writes(self.steps[k])
+
     def is_for(self, k: int, parts: Sequence[int]) -> bool:
         """Whether all that step k, a region, writes is read by `parts` alone, or it is the last of them."""
         step = self.steps[k]
@@ -54,11 +62,16 @@ class Uses:
         return name
 
     def _reads(self, step: Step) -> set[str]:
-        if isinstance(step, Region | Batch):
-            return set(map(self._root, step.reads()))
-        return {self._root(n) for n in refs((step.args, step.kwargs))} if isinstance(step, Call) else set()
+        if isinstance(step, Alternatives):
+            return {name for way in step.ways for own in way.steps for name in self._reads(own)}
+        if isinstance(step, Call):
+            return {self._root(n) for n in refs((step.args, step.kwargs))}
+        return set() if isinstance(step, Alias) else set(map(self._root, step.reads()))
 
     def _writes(self, step: Step) -> set[str]:
-        if isinstance(step, Region | Batch):
-            return set(map(self._root, step.writes()))
-        return set(map(self._root, step.writes)) if isinstance(step, Call) else set()
+        if isinstance(step, Alternatives):
+            return {name for way in step.ways for own in way.steps for name in self._writes(own)}
+        if isinstance(step, Call):
+            made = (name for name in step.outputs if name is not None)
+            return set(map(self._root, (*step.writes, *made)))
+        return set() if isinstance(step, Alias) else set(map(self._root, step.writes()))

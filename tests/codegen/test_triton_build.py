@@ -36,6 +36,8 @@ CASES: dict[str, Case] = {
     "triton_norm_gradients": nests.norm_gradients(8192, 1024, BF16),
     "triton_norm_gradients_short": nests.norm_gradients(1 << 17, 64, F32),
     "triton_norm_gradients_long": nests.norm_gradients(8192, 8192, BF16),
+    "triton_group_sums": nests.group_totals(4096, 4, 1024, BF16),
+    "triton_group_sums_short": nests.group_totals(4096, 8, 50, F32),
     "triton_argmax": nests.reduction("argmax", 64, 50257, F32),
     "triton_cat": nests.cat(),
     "triton_gather": nests.gather(),

@@ -122,6 +122,21 @@ def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("groups", "members", "row"), [(5, 4, 6), (1, 2, 64), (3, 8, 16)])
+def test_sums_over_groups_of_rows(interpreter: Interpreter, groups: int, members: int, row: int, dtype: torch.dtype) -> None:
+    """One group a program, several, the last program not full, in registers and in a loop; what is proposed for many."""
+    case = nests.group_totals(groups, members, row, dtype)
+    block = 1 << (row - 1).bit_length()
+    for points in (members, 2 * members, 16):
+        check(interpreter, case, TritonConfig(points, r_block=block), slack=32.0)
+        check(interpreter, case, TritonConfig(points, r_block=4, persistent=False), slack=32.0)
+    for config in every_config(nests.group_totals(4096, members, row, dtype)):
+        check(interpreter, case, config, slack=32.0)
+    with pytest.raises(UnsupportedError, match="parts of groups"):
+        print_region(case.region, TritonConfig(1, r_block=block), TARGET)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("points", [1, 37, 64])
 def test_sums_over_rows_after_what_the_rows_reduce_to(interpreter: Interpreter, points: int, dtype: torch.dtype) -> None:
     """Down the columns with a loop over the rows, with all rows at once, and in parts."""

@@ -116,6 +116,30 @@ def group_scale(points: int, groups: int, length: int) -> Case:
     return make(nest, buffers, "a w", "o", reference)
 
 
+def group_totals(groups: int, members: int, row: int, dtype: torch.dtype) -> Case:
+    """Sums of rows, and every element less the weighted sum of all rows of its group."""
+    g, m, r, other = Sym("x0", size=groups), Sym("x1", size=members), Sym("r2", size=row), Sym("r3", size=members)
+
+    def weighted(member: Sym) -> tuple[Int, Scalar, Scalar]:
+        at = symbol(g) * (members * row) + symbol(member) * row + symbol(r)
+        total = Reduce("sum", (cast(Load("a", at, dtype), F32),), (r,), F32)
+        return at, total, op("mul", total, Load("w", symbol(member), F32))
+
+    at, total, _ = weighted(m)
+    whole = Reduce("sum", (weighted(other)[2],), (other,), F32)
+    value = op("sub", cast(Load("a", at, dtype), F32), op("mul", whole, Load("scale", symbol(g), F32)))
+    stores = (Store("sums", symbol(g) * members + symbol(m), total), Store("o", at, cast(value, dtype)))
+    shape = (groups, members, row)
+    buffers = [buffer(n, dtype, shape) for n in ("a", "o")]
+    buffers += [buffer("sums", F32, shape[:2]), buffer("w", F32, (members,)), buffer("scale", F32, (groups,))]
+
+    def reference(a: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = a.sum(2)
+        return total, a - ((total * w).sum(1) * scale)[:, None, None]
+
+    return make(Nest((g, m), (r,), stores), buffers, "a w scale", "sums o", reference)
+
+
 def residual_norm(points: int, row: int) -> Case:
     """A sum that is stored, and its RMS norm."""
     p, r, at = rows(points, row)
