@@ -33,7 +33,7 @@ from fxopt.codegen.templates.gemm_config import (
     library_seconds,
     ranked,
 )
-from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, partial_shape
+from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, gemm_call, partial_shape
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
 from fxopt.runtime.artifacts import ArtifactStore
@@ -75,8 +75,10 @@ class GemmCase:
         read = self.n * self.dtype.itemsize if self.epilogue == "gelu" else 0
         x, w = Matrix(self.m, self.k, self.k, 1), Matrix(self.k, self.n, *b)
         gate = w if self.epilogue == "gated" else None
-        ops = OPS[self.epilogue]
-        return GemmProblem(1, self.m, self.n, self.k, self.dtype, x, w, read, written, c=gate, epilogue_ops=ops)
+        ops, run = OPS[self.epilogue], 16 // self.dtype.itemsize
+        return GemmProblem(
+            1, self.m, self.n, self.k, self.dtype, x, w, read, written, c=gate, epilogue_ops=ops, pitch=self.n, run=run
+        )
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """x, w and gate [k, n] (whatever their strides) and bias."""
@@ -158,14 +160,14 @@ def sources(case: GemmCase, config: GemmConfig) -> tuple[tuple[KernelSource, ...
     return (_product(case, config, "out"),), ()
 
 
-def _value(case: GemmCase) -> str:
-    """Lines that compute v from `acc` (and `gate`) at the columns x."""
+def _value(case: GemmCase, mask: str = "") -> str:
+    """Lines that compute v from `acc` (and `gate`) at the columns x, those in `mask`."""
     if case.epilogue == "gated":
         return "    v = acc / (1.0 + tl.exp(-acc)) * gate\n"
     if not case.epilogue:
         return "    v = acc\n"
     return (
-        f"    v = acc + tl.load(b2 + x, mask=x < {case.n}, other=0.0).to(tl.float32)\n"
+        f"    v = acc + tl.load(b2 + x{mask}).to(tl.float32)\n"
         "    v = 0.5 * v * (1.0 + libdevice.erf(v * 0.7071067811865476))\n"
     )
 
@@ -176,11 +178,19 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     call = gemm_call(case.problem, config, c="b4", extra=extra)
     third = ["gate"] if gated else []
     blocks, parameter = "acc, gate" if gated else "acc", ", b4" * len(third)
-    text = (
-        f"{_PREAMBLE}\n\n@triton.jit\ndef epilogue({blocks}, y, x, z, extra):\n    b2, b3 = extra\n{_value(case)}"
-        f"    tl.store(b3 + (y * {case.n} + x), v.to(b3.dtype.element_ty), (y < {case.m}) & (x < {case.n}))\n\n\n"
-        f"@triton.jit\ndef product(b0, b1, b2, b3{parameter}):\n    {call.text}\n"
-    )
+    place, below = f"b3 + (y * {case.n} + x)", f"x < {case.n}"
+
+    def function(name: str, pointer: str, columns: str = "") -> str:
+        head = f"\n\n@triton.jit\ndef {name}({blocks}, y, x, z, extra):\n    b2, b3 = extra\n"
+        value, mask = _value(case, f", mask={columns}, other=0.0" if columns else ""), f" & {columns}" if columns else ""
+        return f"{head}{value}    tl.store({pointer}, v.to(b3.dtype.element_ty), (y < {case.m}){mask})\n"
+
+    if config.classes > 1:
+        inside = function("epilogue", f"tl.multiple_of({place}, [1, 16])")
+        functions = f"{ALIGNED_MODULE}\n{inside}{function('edge', place, f'({below}) & (x >= 0)')}"
+    else:
+        functions = function("epilogue", place, f"({below})")
+    text = f"{_PREAMBLE}{functions}\n\n@triton.jit\ndef product(b0, b1, b2, b3{parameter}):\n    {call.text}\n"
     results = "*fp32" if result == "partial" else _TYPES[case.dtype]
     types = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
     signature = {name: types[name] for name in sorted(types)}

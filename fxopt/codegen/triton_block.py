@@ -43,6 +43,8 @@ def print_block(
     reserved: int,
     returns: bool = False,
     more: Mapping[str, Int] = MappingProxyType({}),
+    aligned: tuple[Int, int] | None = None,
+    below: bool = False,
 ) -> BlockFunction:
     """`name(*registers, y, x, z, extra)` of `region`, which does not reduce and whose points are `axes`: batch, row, column.
 
@@ -50,7 +52,8 @@ def print_block(
     columns, or texts for them, each with whether a block may go beyond, which is masked. `more` are int32 parameters of the
     entry beside those that the region asks for, by name. The entry's first `reserved` buffers are the
     template's. The function stores what the region stores or, if it `returns`, gives the value of its only store, which is a
-    buffer in registers, too.
+    buffer in registers, too. With `aligned`, an index and a number: what each row of a block has there begins at
+    a multiple of so many elements. Columns may begin `below` 0, which is masked.
     """
     region = replace(region, nest=with_salts(region.nest))
     tiling = _tiling(region, axes)
@@ -58,7 +61,7 @@ def print_block(
     sizes_of = dict(zip(_BLOCKS, extents, strict=True))
     masks = {axis: f"{axis}_mask" for axis, (_, ragged) in sizes_of.items() if ragged}
     names = Names(reserved=reserved)
-    frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}))
+    frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}), aligned=aligned)
     emitter = Emitter(frame, names, registers=registers)
     if returns:
         value = emitter.value(tiling.nest.stores[0].value)
@@ -74,6 +77,7 @@ def print_block(
     lines += [line for line, block in zip(blocks, _BLOCKS.values(), strict=True) if any(block in text for text in body)]
     lines += [f"{axis} = {axis}.to(tl.int64)" for axis in tiling.lines] if index64 else []
     lines += [f"{mask} = {axis} < {sizes_of[axis][0]}" for axis, mask in masks.items()]
+    lines += ["x_mask = x_mask & (x >= 0)"] * below
     head = ["@triton.jit", f"def {name}({', '.join(registers.values())}, y, x, z, extra):"]
     text = "\n".join([*head, *(f"    {line}" for line in [*lines, *body])])
     return BlockFunction(text, kinds, tuple(names.buffers), (*size_expressions(names), *more.values()))

@@ -29,7 +29,7 @@ _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": Fa
 """Signed overflow wraps as in eager, and denormals are kept."""
 
 _DEVICE_FILES = (
-    *("triton_helpers.py", "templates/gemm.py", "templates/grouped_gemm.py"),
+    *("triton_helpers.py", "templates/gemm.py", "templates/grouped_gemm.py", "templates/aligned_gemm.py"),
     *("templates/conv.py", "templates/attention.py", "triton_chain.py"),
 )
 """Device functions that printed kernels import, and what is done to their text."""

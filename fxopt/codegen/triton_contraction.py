@@ -19,6 +19,7 @@ from fxopt.codegen.templates import gemm_config, gemm_entry
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction, print_block
+from fxopt.codegen.triton_emit import VECTOR_BYTES
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
 from fxopt.errors import UnsupportedError
@@ -27,6 +28,7 @@ from fxopt.ir.exprs import (
     Sym,
     add,
     assumed,
+    coefficient,
     contiguous_strides,
     evaluate,
     floordiv,
@@ -40,7 +42,7 @@ from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region, SideBySide
 from fxopt.target import Target
 
-_EPILOGUE = "epilogue"
+_EPILOGUE, _EDGE = "epilogue", "edge"
 _ROWS = "rows"
 _OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
 _CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
@@ -87,7 +89,22 @@ def problem_of(contraction: Contraction, rows: int | None = None) -> GemmProblem
         c=None if contraction.c is None else _operand(contraction.c, k, n),
         rows=total,
         epilogue_ops=epilogue_ops(contraction),
+        **_rows_stored(contraction),
     )
+
+
+def _rows_stored(contraction: Contraction) -> dict[str, int]:
+    """`GemmProblem.pitch` and `run` of one product whose epilogue stores elements where it finds them, row by row."""
+    stores, (batch, row, column) = contraction.region.nest.stores, contraction.axes
+    places = {s.index for s in stores if s.mode == "set" and not s.indirect}
+    itemsizes = [contraction.region.buffers[s.buffer].dtype.itemsize for s in stores]
+    if batch is not None or contraction.ends or len(places) != 1 or any(s.mode != "set" or s.indirect for s in stores):
+        return {}
+    (place,) = places
+    pitch = coefficient(place, row)
+    if not isinstance(pitch, int) or pitch <= 0 or place != add(mul(symbol(row), pitch), symbol(column)):
+        return {}
+    return {"pitch": pitch, "run": VECTOR_BYTES // min(itemsizes)}
 
 
 def moved_by_epilogue(contraction: Contraction, sizes: Mapping[str, int] = MappingProxyType({})) -> tuple[int, int]:
@@ -152,13 +169,20 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
 
 
 def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:
-    epilogue = print_epilogue(contraction, config.block_m, config.block_n)
+    if config.classes > 1:
+        epilogue = _print_aligned_epilogues(contraction, problem, config)
+    else:
+        epilogue = print_epilogue(contraction, config.block_m, config.block_n)
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
     ends = f"b{len(contraction.products) + 1}"
-    call = gemm_entry.gemm_call(problem, config, ends=ends, extra=epilogue.extra, epilogue=_EPILOGUE, sizes=sizes)
+    call = gemm_entry.gemm_call(
+        problem, config, ends=ends, extra=epilogue.extra, epilogue=_EPILOGUE, edge=_EDGE, sizes=sizes
+    )
     call = replace(call, grid=_grid(contraction, config, call))
     module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE
+    if config.classes > 1:
+        module = gemm_entry.ALIGNED_MODULE
     return source_of(contraction, entry, call, epilogue, config.warps, config.stages, module)
 
 
@@ -286,11 +310,37 @@ def print_epilogue(
     """
     _, m, _, n = contraction.sizes
     whole = rows is not None and isinstance(m, int) and m % rows == 0 and not contraction.ends
-    limits = ("z" if contraction.ends else _rows(contraction), not whole), (n, n % columns != 0)
+    return _print_epilogue(contraction, name, not whole, n % columns != 0, reserved)
+
+
+def _print_aligned_epilogues(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> BlockFunction:
+    """The functions of `aligned_gemm.py`: for blocks within the columns, in whole vectors, and at their ends."""
+    ragged = problem.m % (config.classes * config.block_m) != 0
+    inside = _print_epilogue(contraction, _EPILOGUE, ragged, False, run=problem.run)
+    edge = _print_epilogue(contraction, _EDGE, ragged, True, below=True)
+    assert (inside.buffers, inside.sizes) == (edge.buffers, edge.sizes), "one tuple of parameters serves both"
+    return replace(inside, text=f"{inside.text}\n\n\n{edge.text}")
+
+
+def _print_epilogue(
+    contraction: Contraction,
+    name: str,
+    ragged_rows: bool,
+    ragged_columns: bool,
+    reserved: int | None = None,
+    run: int = 0,
+    below: bool = False,
+) -> BlockFunction:
+    """The function `name`; with `run`, what it stores begins at a multiple of so many elements in each row of a block."""
+    _, m, _, n = contraction.sizes
+    limits = ("z" if contraction.ends else _rows(contraction), ragged_rows), (n, ragged_columns)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
     more = {} if isinstance(m, int) else {_ROWS: m}
+    aligned = (contraction.region.nest.stores[0].index, run) if run else None
     reserved = len(_operands(contraction)) if reserved is None else reserved
-    return print_block(name, contraction.region, contraction.axes, limits, blocks, reserved, more=more)
+    return print_block(
+        name, contraction.region, contraction.axes, limits, blocks, reserved, more=more, aligned=aligned, below=below
+    )
 
 
 def in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:

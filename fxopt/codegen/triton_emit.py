@@ -29,6 +29,7 @@ Instance = tuple[Scalar, Guards]
 _RELATIVE = ("mul", "truediv", "neg", "where")
 _ARITHMETIC = (*_RELATIVE, "sqrt", "rsqrt", "reciprocal", "add", "sub", "maximum", "minimum", "sigmoid", "tanh", "erf")
 _COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
+VECTOR_BYTES = 16  # what one access of a thread takes at most
 _WIDE_RUN = 4  # neighbours in memory that one access takes
 
 
@@ -61,6 +62,7 @@ class Frame:
     blocks: dict[str, str]  # axis -> block size name, in tile order
     scalars: frozenset[str] = frozenset()  # axes of which a program has one index, a scalar: what it loads is loaded once
     byte_run: int = 0  # neighbouring 1-byte elements that a thread may take at most; 0 for any number
+    aligned: tuple[Int, int] | None = None  # at this index each row of a block begins at a multiple of so many elements
 
     def axis_of(self, sym: Sym) -> str | None:
         return next((name for name, line in self.tiling.lines.items() if line == sym), None)
@@ -364,8 +366,13 @@ class Emitter:
         return in_runs(index, frame.tiling.lines["r"], _WIDE_RUN)
 
     def pointer(self, text: str, index: Int, dtype: torch.dtype, wanted: frozenset[str]) -> str:
-        """`text`, the pointers at `index`, told to be neighbours in shorter runs where the frame limits those of bytes."""
+        """`text`, the pointers at `index`, with what the frame knows of them: that they are neighbours in shorter runs where
+        those of bytes are limited, or that a block's rows begin at whole vectors.
+        """
         frame = self.frame
+        if frame.aligned is not None and index == frame.aligned[0]:
+            multiple = min(frame.aligned[1] * dtype.itemsize, VECTOR_BYTES)
+            return f"tl.multiple_of({text}, {[multiple if a == 'x' else 1 for a in frame.blocks]})"
         for axis in wanted - frame.scalars if frame.byte_run and dtype.itemsize == 1 else ():
             if in_runs(index, frame.tiling.lines[axis], frame.byte_run):
                 return f"tl.max_contiguous({text}, {[frame.byte_run if a == axis else 1 for a in frame.blocks]})"

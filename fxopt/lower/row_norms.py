@@ -1,18 +1,20 @@
-"""Norms of a single row (a new token's) between two products: as a kernel of their own, or within the products' kernels.
+"""Norms of a single row (a new token's) before a product: as a kernel of their own, or within the products' kernels.
 
-In the second way the product before adds the residual to each element that it stores, and each program of the product after
-computes the norm of the whole row, which is as short as the row of its weight that it reads. That is one kernel and one
-dependence fewer for each norm. Which way is the faster is measured, after it is known which kernels the products are.
+In the second way the product before, if there is one, adds the residual to each element that it stores, and each program of
+the product after computes the norm of the whole row, which is as short as the row of its weight that it reads. That is one
+kernel and one dependence fewer for each norm. Which way is the faster is measured, after it is known which kernels the
+products are.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.ir.exprs import Int, Sym, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
 from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, Way, refs
 from fxopt.ir.rounding import rounded
 from fxopt.lower.joining import MAX_NODES, with_nests
@@ -31,18 +33,24 @@ LARGEST_ROW = 8192
 @dataclass(frozen=True)
 class _Norm:
     """A region over one row `axis`: `total` is the store of the row (a residual sum), `normed` that of its norm, and `added`
-    the buffer that the product before makes."""
+    the buffer that the product before makes. Of what no product makes it stores the norm only (None, "").
+    """
 
     region: Region
     axis: Sym
-    total: Store
+    total: Store | None
     normed: Store
     added: str
+
+    @property
+    def rest(self) -> Region:
+        """The region with the row read from memory, if somebody else stores it."""
+        return self.region if self.total is None else replace(self.region, nest=_through_memory(self.region, self.total))
 
 
 def with_row_norms(lowered: Lowered) -> Lowered:
     """`lowered`, which has no alternatives any more, with both ways in the place of each product, norm and product of one
-    row on a GPU that follow each other."""
+    row on a GPU that follow each other, and of each norm and product."""
     uses = Counter(name for step in lowered.steps for name in _reads(step))
     uses.update((*(out.name for out in lowered.outputs if isinstance(out, Ref)), *lowered.inputs, *lowered.constants))
     steps: list[Step] = list(lowered.steps)
@@ -55,6 +63,13 @@ def with_row_norms(lowered: Lowered) -> Lowered:
         found = _alternatives([steps[k] for k in (first, second, third)], uses)
         if found is not None:
             taken |= {first: found, second: None, third: None}
+    for first, second in itertools.pairwise(places):
+        views = {s.name for s in steps[first:second] if isinstance(s, Alias)}
+        if first in taken or second in taken or not views.isdisjoint(_reads(steps[second])):
+            continue
+        found = _alternatives_without_product_before(steps[first], steps[second], uses)
+        if found is not None:
+            taken |= {first: found, second: None}
     out = [taken.get(k, step) for k, step in enumerate(steps)]
     return replace(lowered, steps=[step for step in out if step is not None])
 
@@ -103,6 +118,19 @@ def _alternatives(steps: list[Step], uses: Counter[str]) -> Alternatives | None:
     return Alternatives(f"{middle.name}.norm", ways, buffers)
 
 
+def _alternatives_without_product_before(middle: Step, after: Step, uses: Counter[str]) -> Alternatives | None:
+    if not (isinstance(middle, Region) and isinstance(after, Region)) or middle.device.type != "cuda":
+        return None
+    norm = _lone_norm(middle)
+    if norm is None or middle.across is not None or after.across is not None or uses[norm.normed.buffer] != 1:
+        return None
+    one = _with_norm(_without_points_of_one(after), norm)
+    if one is None or set(one.reads()) & set(one.writes()):
+        return None
+    ways = (Way(APART, (middle, after)), Way(WITHIN, (one,)))
+    return Alternatives(f"{middle.name}.norm", ways, {**middle.buffers, **after.buffers})
+
+
 def _without_points_of_one(region: Region) -> Region:
     """`region` without the loops that run once."""
     once: dict[Sym, Int] = {p: 0 for p in region.nest.points if p.size == 1}
@@ -133,6 +161,21 @@ def _norm(region: Region, made: Sequence[str]) -> _Norm | None:
     return _Norm(region, axis, total, normed, made[0]) if goes_through_total else None
 
 
+def _lone_norm(region: Region) -> _Norm | None:
+    """`region` as a norm of a row that is in memory, if it stores nothing else."""
+    nest = region.nest
+    if nest.points or len(nest.reduced) != 1 or len(nest.stores) != 1:
+        return None
+    (axis,), (normed,) = nest.reduced, nest.stores
+    if not isinstance(axis.size, int) or axis.size > LARGEST_ROW or any(load.indirect for load in nest.loads()):
+        return None
+    if normed.mode != "set" or normed.indirect or normed.index != symbol(axis) or normed.buffer in region.reads():
+        return None
+    nodes = list(postorder(normed.roots))
+    is_norm = any(isinstance(n, Reduce) for n in nodes) and not any(isinstance(n, Scan) for n in nodes)
+    return _Norm(region, axis, None, normed, "") if is_norm else None
+
+
 def _through_memory(region: Region, total: Store) -> Nest:
     """The rest of `region` with the value of `total` read from where it is stored, as eager reads it."""
     value = total.value
@@ -153,21 +196,22 @@ def _replaced(root: Scalar, images: dict[Scalar, Scalar]) -> Scalar:
 
 def _with_residual(product: Region, norm: _Norm) -> Region | None:
     """`product` that stores the norm's operand instead of what is added to it."""
-    nest = product.nest
+    nest, total = product.nest, norm.total
+    assert total is not None
     if len(nest.points) != 1 or len(nest.stores) != 1 or not nest.reduced:
         return None
     (store,), (point,) = nest.stores, nest.points
     if (store.buffer, store.mode, store.indirect, store.index) != (norm.added, "set", (), symbol(point)):
         return None
-    if point.size != norm.axis.size or norm.total.buffer in product.reads():
+    if point.size != norm.axis.size or total.buffer in product.reads():
         return None
     value = rounded(store.value)
 
     def computed(load: Load) -> Scalar | None:
         return cast(value, load.dtype) if load.buffer == norm.added else None
 
-    total = transform(norm.total.value, {norm.axis: symbol(point)}, computed)
-    new = replace(store, buffer=norm.total.buffer, value=total)
+    value_of_total = transform(total.value, {norm.axis: symbol(point)}, computed)
+    new = replace(store, buffer=total.buffer, value=value_of_total)
     buffers = {**product.buffers, **norm.region.buffers}
     return _named(with_nests(replace(product, buffers=buffers), replace(nest, stores=(new,)), None), product, norm)
 
@@ -177,10 +221,10 @@ def _with_norm(product: Region, norm: _Norm) -> Region | None:
     loads = [n for n in product.nest.loads() if n.buffer == norm.normed.buffer]
     if len(product.nest.reduced) != 1 or product.nest.reduced[0].size != norm.axis.size or len(loads) != 1:
         return None
-    if loads[0].index != symbol(product.nest.reduced[0]) or norm.total.buffer in product.writes():
+    rest = norm.rest
+    if loads[0].index != symbol(product.nest.reduced[0]) or set(rest.reads()) & set(product.writes()):
         return None
-    rest = _through_memory(norm.region, norm.total)
-    new = with_value(product, rest.stores[0], replace(norm.region, nest=rest))
+    new = with_value(product, rest.nest.stores[0], rest)
     if new is None or len(list(postorder(new.nest.roots))) > MAX_NODES:
         return None
     return _named(new, product, norm)

@@ -50,6 +50,9 @@ FEW_BYTES = 8 << 20
 ASSUMED_ROWS = (128, 1024, 8192)
 """Numbers of rows at which a product of any number has to be good."""
 
+FAR_ENOUGH = 8
+"""Among so many proposals is one that stores to rows as they come, beside those with tiles of rows of equal alignment."""
+
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
 
@@ -172,6 +175,8 @@ def _close(
     """
     if problem.m <= gemm_config.FEW_ROWS or not problem.static:
         return list(ranked)
+    if ranked and ranked[0].classes > 1:  # one of each way to store
+        return [ranked[0], *(c for c in gemm_config.configs(problem, target, limit=FAR_ENOUGH) if c.classes == 1)][:2]
     most = MODEL_ERROR * min((gemm_config.estimate(problem, c, target) for c in ranked), default=0.0)
     return [c for k, c in enumerate(ranked) if k < 2 or gemm_config.estimate(problem, c, target) <= most]
 

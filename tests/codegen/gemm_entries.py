@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
-from fxopt.codegen.templates.gemm_entry import MODULE, gemm_call, partial_shape
+from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, gemm_call, partial_shape
 from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.kernel import KernelSource
 
@@ -23,7 +23,8 @@ def problem(
 ) -> GemmProblem:
     """`layout` has a letter for each operand: "n" for contiguous rows, "t" for contiguous columns."""
     a, b = matrix(m, k, layout[0] == "t", batch, offset), matrix(k, n, layout[1] == "t", batch)
-    return GemmProblem(batch, m, n, k, dtype, a, b, written=batch * m * n * dtype.itemsize)
+    rows = {"pitch": n, "run": 16 // dtype.itemsize} if batch == 1 else {}
+    return GemmProblem(batch, m, n, k, dtype, a, b, written=batch * m * n * dtype.itemsize, **rows)
 
 
 def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSource:
@@ -37,12 +38,19 @@ def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSourc
     split = config.split > 1
     call = gemm_call(p, config, c="b3", extra="b2" if split else f"(b2, {m}, {n})", sizes=(str(p.batch), m, n, k))
     sizes = list(run_time)
+    place, inside = "b2 + (z * (m * n) + y * n + x)", "(y < m) & (x >= 0) & (x < n)"
+    vectors = f"tl.multiple_of({place}, [1, 16])"
     blocks, value = ("acc", "") if p.c is None else ("one, two", "    acc = one * (two + 1.0)\n")
     third = ["b3"] if p.c is not None else []
+
+    def function(name: str, pointer: str, mask: str) -> str:
+        head = f"@triton.jit\ndef {name}({blocks}, y, x, z, extra):\n    b2, m, n = extra\n{value}"
+        return f"{head}    tl.store({pointer}, acc.to(b2.dtype.element_ty), {mask})\n\n\n"
+
+    whole = function("epilogue", vectors, "y < m") if config.classes > 1 else ""
     text = (
-        f"import triton\nimport triton.language as tl\n\n{MODULE}\n\n\n"
-        f"@triton.jit\ndef epilogue({blocks}, y, x, z, extra):\n    b2, m, n = extra\n{value}"
-        "    tl.store(b2 + (z * (m * n) + y * n + x), acc.to(b2.dtype.element_ty), (y < m) & (x < n))\n\n\n"
+        f"import triton\nimport triton.language as tl\n\n{ALIGNED_MODULE if config.classes > 1 else MODULE}\n\n\n"
+        f"{whole}{function('edge' if config.classes > 1 else 'epilogue', place, inside)}"
         f"@triton.jit\ndef product({', '.join(['b0', 'b1', 'b2', *third, *sizes])}):\n    {call.text}\n"
     )
     types = call.signature | {"b2": "*fp32" if split else TYPES[p.dtype]} | dict.fromkeys(sizes, "i32")

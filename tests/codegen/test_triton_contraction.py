@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ pytest.importorskip("triton")
 
 from fxopt.codegen import triton_block
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
-from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, with_room
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
@@ -191,6 +192,33 @@ def test_values_of_two_products_at_odd_sizes(interpreter: Interpreter) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_values_in_every_configuration(interpreter: Interpreter, config: GemmConfig) -> None:
     check(interpreter, *FUNCTIONS["linear"], config)
+
+
+def vocabulary(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = F.linear(x, w, b) * 2 + y
+    return logits, y > 0
+
+
+@pytest.mark.parametrize("columns", [67, 74, 76, 97], ids=str)
+def test_values_of_rows_of_equal_alignment(interpreter: Interpreter, columns: int) -> None:
+    """Rows that begin at one, two, four and eight remainders of a vector, some of which no tile has."""
+    args = rand(80, 32), rand(columns, 32), rand(columns), rand(80, columns)
+    problem = problem_of(a_contraction(linear_gelu, *args[:3]))
+    config = replace(TMA, classes=problem.classes, programs=3, flatten=True, subtile=2)
+    assert problem.classes == 8 // math.gcd(8, columns)
+    check(interpreter, linear_gelu, args[:3], config)
+    check(interpreter, vocabulary, args, replace(config, classes=problem_of(a_contraction(vocabulary, *args)).classes))
+
+
+def test_rows_of_equal_alignment_store_whole_vectors() -> None:
+    x, w, b = (rand(*shape, dtype=BF16) for shape in ((2048, 256), (1001, 256), (1001,)))
+    contraction = a_contraction(linear_gelu, x, w, b)
+    aligned, *_ = configs(problem_of(contraction), TARGET, limit=1)
+    assert aligned.classes == 8
+    (kernel,) = print_contraction(contraction, aligned, TARGET).kernels
+    ptx = compile_to_text(kernel, TARGET, "ptx")
+    assert ptx.count("st.global.v4.b32") == aligned.block_m * aligned.block_n // (aligned.warps * 32 * 8)
+    assert compile_triton(kernel, TARGET)[1]["n_spills"] == 0
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if not c.tma], ids=str)

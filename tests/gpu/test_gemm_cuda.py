@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,20 @@ def test_values(config: GemmConfig, layout: str, tmp_path: Path) -> None:
 def test_dual_products(config: GemmConfig, tmp_path: Path) -> None:
     p = problem(200, 328, 192, dtype=BF16)
     check(replace(p, c=p.b), replace(config, block_n=64), tmp_path)
+
+
+@pytest.mark.parametrize("columns", [328 + 1, 256 + 4, 512 + 7, 1002])
+def test_rows_of_equal_alignment(columns: int, tmp_path: Path) -> None:
+    """Rows that begin at two, four and eight remainders of a vector; tiles that begin before the first column."""
+    p = problem(320, columns, 192, dtype=BF16)
+    config = replace(BLOCKS, subtile=2, programs=7, flatten=True, classes=p.classes)
+    assert p.classes == 8 // math.gcd(columns, 8) > 1
+    for changed in (
+        config,
+        replace(config, block_m=128, block_n=256, warps=8),
+        replace(config, programs=132, flatten=False),
+    ):
+        check(p, changed, tmp_path)
 
 
 def test_an_inner_size_within_a_block(tmp_path: Path) -> None:

@@ -74,6 +74,31 @@ def test_both_ways_have_eagers_values(norm: Callable[[Tensor, Tensor], Tensor], 
         assert_closer(tuple(got), eager, exact)
 
 
+def beginning(x: Tensor, weight: Tensor, *after: Tensor) -> tuple[Tensor, ...]:
+    normed = layer_norm(x, weight)
+    return tuple(F.linear(normed, w) for w in after)
+
+
+@pytest.mark.parametrize("columns", [(32,), (32, 16)])
+def test_a_norm_of_what_no_product_makes(interpreter: Interpreter, columns: tuple[int, ...]) -> None:
+    args = [given(columns=columns)[k] for k in (1, 3, *range(4, 4 + len(columns)))]
+    both = with_row_norms(low := chosen(beginning, args))
+    (each,) = norms(both)
+    assert [(way.label, len(way.steps)) for way in each.ways] == [(APART, 2), (WITHIN, 1)]
+    exact, eager = beginning(*to_float64(args)), beginning(*args)
+    for way in each.ways:
+        got = run_lowered(replaced(both, {each.name: way}), dict(zip(low.inputs, args, strict=True)))
+        assert_closer(tuple(got), eager, exact)
+    (region,) = each.ways[1].steps
+    assert isinstance(region, Region)
+    memory = {name: x.flatten().clone() for name, x in zip(low.inputs, args, strict=True)}
+    memory |= {name: torch.full((region.buffers[name].extent,), torch.nan, dtype=HALF) for name in region.writes()}
+    (kernel,) = print_region(region, configs(region, TARGET)[0], TARGET).kernels
+    interpreter.run(kernel, memory)
+    found = torch.cat([memory[name] for name in region.writes()])
+    assert_closer(found, torch.cat([x.flatten() for x in eager]), torch.cat([x.flatten() for x in exact]))
+
+
 def test_kernels_have_eagers_values(interpreter: Interpreter) -> None:
     fn, args = sublayer(layer_norm), given()
     low = chosen(fn, args)

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, gcd
 
 import torch
 
@@ -73,6 +73,9 @@ OPS_RATE = 0.76e9
 
 OPS_WARPS = 12
 """Warps with which a multiprocessor reaches its own rate of that."""
+
+SINGLE_STORE_SECONDS = 0.04e-9
+"""What an element costs a program more where it is stored alone, because rows begin at no multiple of 16 bytes."""
 
 CODE_SECONDS = 0.006e-6
 """What fetching the code of one such function costs, which is there for each element of a thread."""
@@ -150,7 +153,8 @@ class GemmProblem:
     `epilogue_ops` is what the epilogue computes for an element, in error functions; 0 if it only stores the product.
     `static`: all sizes are literals; where they are not, the numbers are those that a size has most likely. `read` and
     `written` are the bytes that the epilogue moves, the result included. `precision` ("tf32" or "ieee") is that of float32
-    products.
+    products. `pitch` elements lie from row to row of all that the epilogue stores (0: of no such layout), and `run` of them
+    are a vector of 16 bytes.
     """
 
     batch: int
@@ -167,6 +171,8 @@ class GemmProblem:
     c: Matrix | None = None
     epilogue_ops: float = 0.0
     rows: int = 0
+    pitch: int = 0
+    run: int = 1
 
     def __post_init__(self) -> None:
         b, c = self.b, self.c
@@ -200,6 +206,11 @@ class GemmProblem:
         return self.dtype in FLOAT8 and self.k > LONGEST_IMPRECISE_SUM
 
     @property
+    def classes(self) -> int:
+        """After how many rows of what is stored one begins at a multiple of 16 bytes again; 1 if all do."""
+        return self.run // gcd(self.pitch, self.run) if self.pitch else 1
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.products * self.batch * self.m * self.n * self.k
 
@@ -227,7 +238,8 @@ class GemmConfig:
     `programs` is how many persistent programs share the tiles (0: one program a tile); with `flatten` they load the next
     tile during an epilogue. `swap` computes the transposed tile. `split` > 1 stores so many partial sums; `subtile` is the
     number of parts in which the epilogue goes over a tile's columns. `promote` sums 8-bit floats in float32 from block to
-    block, for which a tile has a second accumulator.
+    block, for which a tile has a second accumulator. Tiles of `classes` above 1 have every so-manieth row, those whose
+    vectors begin at the same columns (`aligned_gemm.py`).
     """
 
     tma: bool
@@ -243,6 +255,7 @@ class GemmConfig:
     flatten: bool = False
     swap: bool = False
     promote: bool = False
+    classes: int = 1
 
     def __str__(self) -> str:
         words = [
@@ -251,18 +264,20 @@ class GemmConfig:
         ]
         words += [f"split{self.split}"] * (self.split > 1) + [f"sub{self.subtile}"] * (self.subtile > 1)
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
-        words += ["promote"] * self.promote
+        words += ["promote"] * self.promote + [f"aligned{self.classes}"] * (self.classes > 1)
         return " ".join(words)
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What makes a difference that a model can hardly predict."""
         tile = (self.block_m, self.block_n, self.block_k, self.warps)
-        return *tile, self.split > 1, self.programs > 0, self.swap
+        return *tile, self.split > 1, self.programs > 0, self.swap, self.classes
 
     def tiles(self, problem: GemmProblem) -> int:
         """Tiles of all matrices and parts of the inner dimension."""
-        return problem.batch * ceil(problem.m / self.block_m) * ceil(problem.n / self.block_n) * self.split
+        rows = self.classes * ceil(problem.m / self.classes / self.block_m)
+        columns = ceil((problem.n + (problem.run - 1) * (self.classes > 1)) / self.block_n)
+        return problem.batch * rows * columns * self.split
 
     def most_tiles(self, problem: GemmProblem) -> int:
         """Tiles that the groups of a grouped product can have, whatever their sizes."""
@@ -386,6 +401,8 @@ def _tiles(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
             subtile = 2 if problem.products * rows * columns >= _LARGE_ACCUMULATOR * warps * target.warp_size else 1
             config = GemmConfig(tma, rows, columns, inner, warps, stages, subtile=subtile)
             yield from _persistent(problem, config, target) if tma else (config,)
+            if tma:
+                yield from _aligned(problem, config, target)
             yield from _split(problem, config, target)
 
 
@@ -399,6 +416,19 @@ def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Ite
             flat = replace(config, subtile=subtile, flatten=True)
             programs = target.sm_count * flat.per_sm(problem, target)
             yield replace(flat, programs=min(programs, config.tiles(problem)))
+
+
+def _aligned(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
+    """Rows of equal alignment in a tile, where rows of the result begin anywhere."""
+    classes = problem.classes
+    whole = problem.k % config.block_k == 0 and problem.m % classes == 0 and config.block_n <= problem.n
+    one = problem.batch == 1 and problem.c is None and not problem.rows and problem.a.columns_last
+    if classes == 1 or not whole or not one or 2 * config.block_m > problem.m // classes * 3:
+        return
+    found = replace(config, subtile=max(config.subtile, 2), flatten=True, classes=classes)
+    programs = target.sm_count * found.per_sm(problem, target)
+    if programs:
+        yield replace(found, programs=min(programs, found.tiles(problem)))
 
 
 def _split(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
@@ -471,8 +501,8 @@ def _not_hidden(problem: GemmProblem, config: GemmConfig, rounds: int, resident:
 
 
 def _ops(problem: GemmProblem, config: GemmConfig, rounds: int, resident: int, target: Target) -> float:
-    """What the epilogue computes: the warps that multiply do it, and tensor cores rest meanwhile. Split products do it
-    elsewhere.
+    """What the epilogue computes and stores one by one: the warps that multiply do it, and tensor cores rest meanwhile.
+    Split products do it elsewhere.
     """
     if config.split > 1:
         return 0.0
@@ -480,7 +510,8 @@ def _ops(problem: GemmProblem, config: GemmConfig, rounds: int, resident: int, t
     warps = min(resident * config.warps, OPS_WARPS)
     computed = rounds * elements / (OPS_RATE * warps)
     code = elements / (config.warps * target.warp_size) * CODE_SECONDS
-    return problem.epilogue_ops * (computed + code)
+    alone = rounds * elements * SINGLE_STORE_SECONDS if problem.classes > 1 == config.classes else 0.0
+    return problem.epilogue_ops * (computed + code) + alone
 
 
 def _joining(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
@@ -516,7 +547,7 @@ def library_seconds(problem: GemmProblem, target: Target) -> float:
     It is taken to have every form that the templates have, some with narrower tiles too, and to choose the best.
     """
     written = problem.batch * problem.m * problem.n * problem.itemsize
-    plain = replace(problem, read=0, written=written, epilogue_ops=0.0, c=None)
+    plain = replace(problem, read=0, written=written, epilogue_ops=0.0, c=None, pitch=0)
     forms = list(_forms(plain, target))
     forms += [replace(c, block_n=_LIBRARY_COLUMNS) for c in forms if (c.tma, c.block_m, c.block_n) == (True, 128, 256)]
     best = min((estimate(plain, c, target) for c in forms), default=float("inf"))

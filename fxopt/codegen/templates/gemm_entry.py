@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fxopt.ir.exprs import Int
 
 MODULE = "from fxopt.codegen.templates import gemm"
 GROUPED_MODULE = "from fxopt.codegen.templates import grouped_gemm"
+ALIGNED_MODULE = "from fxopt.codegen.templates import aligned_gemm"
 """The imports that an entry's text needs."""
 
 _TYPES = {
@@ -47,16 +48,20 @@ def gemm_call(
     ends: str = "",
     extra: str = "()",
     epilogue: str = "epilogue",
+    edge: str = "edge",
     sizes: tuple[str, str, str, str] | None = None,
 ) -> GemmCall:
     """The call of the template that `config` means.
 
     `a`, `b` and, of a dual product, `c` name the operands' parameters, `ends` that of a grouped product's ends. `extra` is
     the text of the epilogue's tuple, and `epilogue` its name; of a split product, `extra` is the name of the parameter for
-    the partial sums and there is no epilogue. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
+    the partial sums and there is no epilogue. `edge` is the epilogue of tiles that go beyond the columns, of a call with
+    `config.classes`. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
     """
     if problem.rows:
         return _grouped_call(problem, config, dict(zip((a, b, c), problem.matrices, strict=False)), ends, extra, epilogue)
+    if config.classes > 1:
+        return _aligned_call(problem, config, {a: problem.a, b: problem.b}, extra, epilogue, edge)
     batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
     grid = config.programs or config.tiles(problem)
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
@@ -81,6 +86,21 @@ def gemm_call(
     given = f"{', '.join(starts)}, {extra}, {sizes_given}, {', '.join(map(str, strides))}"
     text = f"gemm.{name}({given}, {blocks}, {way}, WIDE={problem.wide})"
     return GemmCall(text, dict.fromkeys(operands, f"*{kind}"), {}, grid)
+
+
+def _aligned_call(
+    problem: GemmProblem, config: GemmConfig, operands: dict[str, Matrix], extra: str, epilogue: str, edge: str
+) -> GemmCall:
+    """The call of the template for tiles of rows of equal alignment: `classes` rows of a are one of its descriptor's."""
+    (p, a), classes = next(iter(operands.items())), config.classes
+    rows = replace(a, rows=problem.m // classes, columns=(classes - 1) * a.row + a.columns, row=classes * a.row)
+    signature, maps = _descriptors(problem, config, operands | {p: rows})
+    way = f"EPILOGUE={epilogue}, EDGE={edge}, BM={config.block_m}, BN={config.block_n}, BK={config.block_k}"
+    way += f", GROUP={config.group}, SUBTILE={config.subtile}, PROGRAMS={config.programs}, FLATTEN={config.flatten}"
+    way += f', B_K_LAST={not problem.b.columns_last}, PRECISION="{"promoted" if config.promote else problem.precision}"'
+    way += f", CLASSES={classes}, RUN={problem.run}, PITCH={problem.pitch}"
+    given = f"{', '.join(operands)}, {extra}, {problem.m}, {problem.n}, {problem.k}, {a.row}"
+    return GemmCall(f"aligned_gemm.tma_aligned_gemm({given}, {way})", signature, maps, config.programs)
 
 
 def _grouped_call(

@@ -1,0 +1,67 @@
+"""Matrix products whose result has rows that begin anywhere (a vocabulary's logits), stored by whole vectors of 16 bytes.
+
+A tile of such a result has no place that all of its rows could store vectors to: each row begins at another remainder of a
+vector's RUN elements, and single elements take eight times the stores and address computations. But every CLASSES-th row
+has the same remainder. So a tile here has such rows, which a descriptor reads as rows CLASSES times as long, and its columns
+begin where the vectors of these rows do, up to RUN - 1 before a multiple of BN; what of the right operand lies before its
+first or after its last column is read as zero. Only the first and the last tile of a row store single elements.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxopt.codegen.templates import gemm
+
+
+@triton.jit
+def aligned_tile(
+    a, b, row, column, K, a_row,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    CLASSES: tl.constexpr, RUN: tl.constexpr, PITCH: tl.constexpr,
+):  # fmt: skip
+    """(the product's tile, its row numbers [BM, 1], its first column) of the row-th and column-th tile."""
+    own, line = row % CLASSES, row // CLASSES * BM
+    x = column * BN - own * (PITCH % RUN) % RUN
+    acc = tl.zeros([BM, BN], gemm.accumulator(a.dtype))
+    for k in range(0, K, BK):
+        a_tile = a.load([line, own * a_row + k])
+        if B_K_LAST:
+            b_tile = b.load([x, k]).T
+        else:
+            b_tile = b.load([k, x])
+        acc = gemm.multiplied(a_tile, b_tile, acc, PRECISION)
+    return acc, (line + tl.arange(0, BM)[:, None]) * CLASSES + own, x
+
+
+@triton.jit
+def tma_aligned_gemm(
+    a, b, extra, M, N, K, a_row,
+    EPILOGUE: tl.constexpr, EDGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, B_K_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, CLASSES: tl.constexpr, RUN: tl.constexpr, PITCH: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(a @ b)` where row y of the result begins y * PITCH elements after a multiple of RUN, as CLASSES * PITCH is.
+
+    a: descriptor of [M / CLASSES, (CLASSES - 1) * a_row + K] with blocks [BM, BK], where a_row is the stride of its rows.
+    CLASSES must divide M, and BK must divide K. b is as in `gemm.tma_gemm`, and so are GROUP, SUBTILE, PROGRAMS (not 0) and
+    FLATTEN. N must be at least BN.
+
+    EPILOGUE may store RUN elements at a time and need not mask columns; EDGE, for the first tile of a row and the last one
+    or two, masks those below 0 and from N on. A branch within one loop would do, but Triton 3.6 cannot flatten that.
+    """
+    rows, middle = CLASSES * tl.cdiv(M // CLASSES, BM), N // BN - 1
+    for program in tl.range(tl.program_id(0), rows * middle, PROGRAMS, flatten=FLATTEN):
+        _, row, column = gemm.tile_of(program, rows, middle, GROUP)
+        acc, y, x = aligned_tile(a, b, row, column + 1, K, a_row, BM, BN, BK, B_K_LAST, PRECISION, CLASSES, RUN, PITCH)
+        gemm.finish(acc, y, x, 0, extra, EPILOGUE, BN, SUBTILE)
+    left = rows * (tl.cdiv(N + RUN - 1, BN) - middle)
+    own_next = (tl.program_id(0) + PROGRAMS - rows * middle % PROGRAMS) % PROGRAMS  # who had the fewest goes on first
+    for program in tl.range(own_next, left, PROGRAMS):
+        row, column = program % rows, program // rows
+        at = tl.where(column == 0, 0, column + middle)
+        acc, y, x = aligned_tile(a, b, row, at, K, a_row, BM, BN, BK, B_K_LAST, PRECISION, CLASSES, RUN, PITCH)
+        gemm.finish(acc, y, x, 0, extra, EDGE, BN, SUBTILE)
