@@ -12,7 +12,7 @@ import torch
 
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Contraction, Region, Way
-from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.lower.contractions import APART, FUSED, LIBRARY, ROW
 from fxopt.lower.ops import quantized
 from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
 from tests.codegen.padding import padded
@@ -165,6 +165,28 @@ def test_every_way_has_the_same_values(m: int) -> None:
     assert labels == ({LIBRARY, FUSED, ROW} if m < 9 else {LIBRARY, FUSED, INT_MM, DEQUANTIZED})
 
 
+@pytest.mark.parametrize("m", [1, 24])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int) -> None:
+    """Two products in one kernel have no form: each is one, and the gate another; whatever is done, values are the same."""
+
+    def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        gate, up = WEIGHT_ONLY_MM(x, weight, scale, None, bits, 0).chunk(2, -1)
+        return F.silu(gate) * up
+
+    args = weight_only(bits, m, 256, 48)[1][:3]
+    low = searched(gated, *args)
+    (each,) = alternatives(low)
+    assert {way.label for way in each.ways} == {LIBRARY, APART, ROW if m == 1 else DEQUANTIZED}
+    for way in each.ways:
+        if any(isinstance(s, Contraction) and s.quantized for s in way.steps):
+            assert len(way.steps) == 2 and contraction_candidates(way.steps[0], TARGET, "default")
+            continue
+        (got,) = run_lowered(replaced(low, {each.name: way}), dict(zip(low.inputs, args, strict=True)))
+        want = gated(*args).float()
+        assert (got.float() - want).norm() < 0.01 * want.norm()
+
+
 def test_configurations_of_weights_fill_the_gpu() -> None:
     for m, n, k, bits, group in ((1, 4096, 4096, 4, 128), (64, 28672, 4096, 8, 0), (8, 4096, 14336, 4, 32)):
         problem = WeightProblem(m, n, k, BF16, bits, group)
@@ -212,7 +234,7 @@ def test_what_has_no_float8_is_refused() -> None:
 
 
 def test_long_sums_of_float8_are_promoted_on_hopper() -> None:
-    for k, promoted in ((512, False), (4096, True)):
+    for k, promoted in ((14336, False), (28672, True)):
         args = (torch.empty(512, k, dtype=FLOAT8), torch.empty(512, k, dtype=FLOAT8), torch.empty(512), torch.empty(512))
         _, way = way_of(lambda *a: SCALED_MM(*a, None, BF16), args, FUSED)
         labels = [c.label for c in contraction_candidates(way.steps[0], TARGET, "default")]
