@@ -44,7 +44,7 @@ def contenders(calibration: Calibration, wanted: list[str]) -> dict[str, dict[st
 def measured(
     case: Case, device: torch.device, wanted: list[str], seconds: float, budget: float | None = None
 ) -> dict[str, Any]:
-    """By contender: seconds, error, quantized layers, seconds to compile; with a `budget`, also what `fxopt.quantize` finds."""
+    """By contender: seconds, error, quantized layers, seconds to compile; with `budget` also what fxopt.quantize finds."""
     torch.compiler.reset()
     backend = resolve_backend("fxopt")
     calibration = calibrate(case.module, [case.inputs], progress=False, backend=backend)  # type: ignore[arg-type]
