@@ -44,7 +44,7 @@ NAME = "contractions"
 
 LIBRARY, FUSED, TWO, ROW = "library", "fused", "two", "row"
 APART = "apart"
-"""Products with weights of few bits, for two of which there is no kernel, and the region that reads both."""
+"""Products with weights of few bits, for two of which there is no kernel for several rows, and the region that reads both."""
 
 STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 """Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
@@ -385,7 +385,9 @@ class _Search:
         if fused is not None:
             ways.append(Way(FUSED, (*(alone or calls)[1:], fused)))
         if both is not None:
-            ways.append(Way(APART, (*alone, *after)) if few_bits else Way(TWO, (both,)))
+            ways.append(Way(TWO, (both,)))
+        if few_bits:
+            ways.append(Way(APART, (*alone, *after)))
         if in_loops(products[0]):
             ways.append(Way(ROW, (as_reduction(found[-1]),)))
         among = self._among(found[0].name, calls, region, ways)

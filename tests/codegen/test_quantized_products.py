@@ -12,7 +12,7 @@ import torch
 
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Contraction, Region, Way
-from fxopt.lower.contractions import APART, FUSED, LIBRARY, ROW
+from fxopt.lower.contractions import APART, FUSED, LIBRARY, ROW, TWO
 from fxopt.lower.ops import quantized
 from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
 from tests.codegen.padding import padded
@@ -23,11 +23,11 @@ from tests.lower.interpreter import run_lowered
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig
-from fxopt.codegen.templates.weight_config import WeightConfig, WeightProblem, configs
+from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem, configs
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
-from fxopt.codegen.triton_weights import print_weights
+from fxopt.codegen.triton_weights import print_vector, print_weights
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
 from fxopt.lower.contractions import replaced
@@ -165,25 +165,36 @@ def test_every_way_has_the_same_values(m: int) -> None:
     assert labels == ({LIBRARY, FUSED, ROW} if m < 9 else {LIBRARY, FUSED, INT_MM, DEQUANTIZED})
 
 
+def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    gate, up = WEIGHT_ONLY_MM(x, weight, scale, None, bits, group).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize(("k", "group", "rows", "parts"), [(128, 32, 4, 4), (224, 32, 8, 4), (96, 0, 4, 4), (1024, 128, 4, 32)])
+def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: int, rows: int, parts: int) -> None:
+    config = VectorConfig(rows, parts)
+    layer = weight_only(4, 1, k, 41, group)
+    check(interpreter, *layer, FUSED, lambda step: print_vector(step, config, TARGET))
+    args = weight_only(4, 1, k, 44, group)[1][:3]
+    two = lambda *given: gated(*given, 4, group)  # noqa: E731
+    check(interpreter, two, args, TWO, lambda step: print_vector(step, config, TARGET))
+
+
 @pytest.mark.parametrize("m", [1, 24])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int) -> None:
-    """Two products in one kernel have no form: each is one, and the gate another; whatever is done, values are the same."""
-
-    def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        gate, up = WEIGHT_ONLY_MM(x, weight, scale, None, bits, 0).chunk(2, -1)
-        return F.silu(gate) * up
-
+    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. Whatever is done gives the values."""
     args = weight_only(bits, m, 256, 48)[1][:3]
-    low = searched(gated, *args)
+    low = searched(lambda *given: gated(*given, bits, 0), *args)
     (each,) = alternatives(low)
-    assert {way.label for way in each.ways} == {LIBRARY, APART, ROW if m == 1 else DEQUANTIZED}
+    assert {way.label for way in each.ways} == {LIBRARY, APART, TWO, ROW if m == 1 else DEQUANTIZED}
     for way in each.ways:
         if any(isinstance(s, Contraction) and s.quantized for s in way.steps):
-            assert len(way.steps) == 2 and contraction_candidates(way.steps[0], TARGET, "default")
+            found = contraction_candidates(way.steps[0], TARGET, "default")
+            assert bool(found) == (way.label == APART or (m, bits) == (1, 4))
             continue
         (got,) = run_lowered(replaced(low, {each.name: way}), dict(zip(low.inputs, args, strict=True)))
-        want = gated(*args).float()
+        want = gated(*args, bits, 0).float()
         assert (got.float() - want).norm() < 0.01 * want.norm()
 
 
