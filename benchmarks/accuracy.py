@@ -186,7 +186,7 @@ def search(
     dtype: Annotated[str, typer.Option(help="of the models; float32 on a CPU and bfloat16 on a GPU if not given")] = "",
     only: Annotated[str, typer.Option(help="one task")] = "",
     budgets: Annotated[str, typer.Option(help="relative errors that quantizing may add")] = "0.005,0.01,0.03",
-    precisions: Annotated[str, typer.Option(help="to choose from")] = "fp8,int8",
+    precisions: Annotated[str, typer.Option(help="to choose from")] = "fp8,int8,int8-dynamic",
 ) -> None:
     """Budget against reached error, figures and speed of what `fxopt.quantize` returns, on data it has not seen."""
     where, own, document = _begun(device, dtype, out, "searches")

@@ -22,6 +22,7 @@ from fxopt.cli import pick_device, pick_dtype
 from fxopt.journal import RECENT
 from fxopt.precision import HIGH, PRECISIONS
 from fxopt.quant.calibrate import calibrate
+from fxopt.quant.search import quantize
 from fxopt.quant.table import Calibration
 from fxopt.report.backends import resolve_backend, unshared
 from fxopt.report.cases import Case, Tensors
@@ -30,7 +31,9 @@ from fxopt.report.measure import interleaved
 ON_GPU = "bert-base,vit-b,llama-1b,llama-1b-decode"
 ON_CPU = "minilm"
 
-EAGER, OWN = "eager", "own"
+EAGER, OWN, SEARCHED = "eager", "own", "searched"
+SEARCH_SECONDS = 0.1
+"""For each shape of layer."""
 
 
 def contenders(calibration: Calibration, wanted: list[str]) -> dict[str, dict[str, Any]]:
@@ -38,8 +41,10 @@ def contenders(calibration: Calibration, wanted: list[str]) -> dict[str, dict[st
     return {OWN: {"freeze": True}} | {p: {"precision": p, "calibration": calibration} for p in wanted}
 
 
-def measured(case: Case, device: torch.device, wanted: list[str], seconds: float) -> dict[str, Any]:
-    """By contender: seconds, error, quantized layers, seconds to compile."""
+def measured(
+    case: Case, device: torch.device, wanted: list[str], seconds: float, budget: float | None = None
+) -> dict[str, Any]:
+    """By contender: seconds, error, quantized layers, seconds to compile; with `budget` also what fxopt.quantize finds."""
     torch.compiler.reset()
     backend = resolve_backend("fxopt")
     calibration = calibrate(case.module, [case.inputs], progress=False, backend=backend)  # type: ignore[arg-type]
@@ -56,6 +61,14 @@ def measured(case: Case, device: torch.device, wanted: list[str], seconds: float
         for _ in range(3):  # CUDA graphs are recorded
             case.drive(compiled)
         runs[name] = lambda compiled=compiled: case.drive(compiled)
+    if budget is not None:
+        start = time.perf_counter()
+        searched = quantize(case.module, [case.inputs], budget, seconds=SEARCH_SECONDS, progress=False, backend=backend)
+        found[SEARCHED] = {"search seconds": time.perf_counter() - start, "budget": budget, "refused": searched.refused}
+        result = case.drive(searched.model)
+        high = [name for name, precision in searched.decisions.rules if precision == HIGH]
+        found[SEARCHED] |= {"error": relative_norm(result, exact), "layers": len(calibration.names()), "high": high}
+        runs[SEARCHED] = lambda: case.drive(searched.model)
     timings = interleaved(runs, device, seconds=seconds)
     for name, timing in timings.items():
         found[name] |= {"seconds": timing.median, "quartiles": timing.quartiles}
@@ -82,6 +95,7 @@ def main(
     workloads: Annotated[str, typer.Option(help="names, by commas")] = "",
     precisions: Annotated[str, typer.Option(help="names, by commas")] = ",".join(p for p in PRECISIONS if p != HIGH),
     seconds: Annotated[float, typer.Option(help="of timing, each workload")] = 3.0,
+    budget: Annotated[float, typer.Option(help="also what fxopt.quantize finds within this relative error; 0: not")] = 0.0,
     minutes: Annotated[float, typer.Option(help="no workload is begun after these")] = 9.0,
     tiny: bool = False,
 ) -> None:
@@ -98,7 +112,7 @@ def main(
         workload = next(w for w in MODELS if w.name == name)
         typer.echo(name)
         case = workload.build(workload.sizes(tiny), where, precise)
-        entry = measured(case, where, precisions.split(","), seconds)
+        entry = measured(case, where, precisions.split(","), seconds, budget or None)
         document["cases"].append({"workload": name, "dtype": str(precise), "contenders": entry})
         (out / f"quantized_models_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 

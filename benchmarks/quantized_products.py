@@ -31,15 +31,17 @@ from torch import Tensor, nn
 from benchmarks.fused_products import BEST, kept
 from benchmarks.results import revision, target_facts, versions
 from fxopt.codegen.templates import gemm_config
+from fxopt.ir import quantized_ops
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM, dequantized
+from fxopt.passes.quantize import LEAST_SCALE
 from fxopt.report.measure import interleaved
 
 GROUP = 128
 """Values along the inner dimension that share a scale, of 4-bit weights."""
 
 CHECKED_ROWS = 256
-FEW_ROWS = 64
-"""Weight-only contenders are for no more rows, unless the layer is named in WEIGHT_ONLY_TOO."""
+FEW_ROWS = 128
+"""Weight-only contenders are for no more rows."""
 
 LEFT_FOR_A_CASE = 12.0
 """Seconds that a case takes at least."""
@@ -70,6 +72,7 @@ CASES = (
     Case("vit-b qkv", 12608, 768, 2304),
     Case("llama-8b gate-up, 8 rows", 8, 4096, 28672, "silu-gate"),
     Case("llama-8b gate-up, 64 rows", 64, 4096, 28672, "silu-gate"),
+    Case("llama-8b gate-up, 128 rows", 128, 4096, 28672, "silu-gate"),
     Case("bert down", 4096, 3072, 768, "residual"),
     Case("vit-b out", 12608, 768, 768, "residual"),
     Case("bert qkv", 4096, 768, 2304),
@@ -127,13 +130,15 @@ class Scaled(Layer):
         self.register_buffer("weight", stored)
         self.register_buffer("scale", scale)
         self.register_buffer("scale_of_rows", torch.tensor(6.0 / self.largest, device=weight.device))
+        self.register_buffer("inverse", self.scale_of_rows.reciprocal())
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x.float()
-        scale = self.scale_of_rows
+        """As the pass `quantize` does it."""
+        wide, scale, inverse = x.float(), self.scale_of_rows, self.inverse
         if self.dynamic:
-            scale = wide.abs().amax(-1).clamp_min(1e-12) / self.largest
-        values = wide / (scale.unsqueeze(-1) if self.dynamic else scale)
+            scale = (wide.abs().amax(-1) * (1.0 / self.largest)).clamp_min(LEAST_SCALE)
+            inverse = scale.reciprocal().unsqueeze(-1)
+        values = wide * inverse
         values = values.round() if self.dtype == torch.int8 else values
         return values.clamp(-self.largest, self.largest).to(self.dtype), scale
 
@@ -152,6 +157,18 @@ class WeightOnly(Layer):
 
     def product(self, x: Tensor) -> Tensor:
         return WEIGHT_ONLY_MM(x, self.weight, self.scale, self.bias, self.bits, self.group)
+
+
+class Converted(Bfloat16):
+    """Around a linear layer that another library has converted."""
+
+    def __init__(self, case: Case, weight: Tensor, bias: Tensor, linear: nn.Module) -> None:
+        super().__init__(case, weight, bias)
+        self.linear = linear
+
+    def product(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x)
+        return result
 
 
 FORMS: dict[str, Callable[[Case, Tensor, Tensor], Layer]] = {
@@ -194,13 +211,13 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @contextlib.contextmanager
 def summing(longest: int) -> Iterator[None]:
     """Sums of 8-bit floats of no more than `longest` products are imprecise in kernels compiled in the block."""
-    before = gemm_config.LONGEST_IMPRECISE_SUM
-    gemm_config.LONGEST_IMPRECISE_SUM = longest
+    before = quantized_ops.LONGEST_IMPRECISE_SUM
+    quantized_ops.LONGEST_IMPRECISE_SUM = longest
     gemm_config._of_each_kind.cache_clear()
     try:
         yield
     finally:
-        gemm_config.LONGEST_IMPRECISE_SUM = before
+        quantized_ops.LONGEST_IMPRECISE_SUM = before
         gemm_config._of_each_kind.cache_clear()
 
 
@@ -326,11 +343,11 @@ def _torchao(bench: Bench, x: Tensor, weight: Tensor, bias: Tensor, residual: Te
     for name in ("Int8WeightOnlyConfig", "Int4WeightOnlyConfig") if few else names:
         linear = nn.Linear(bench.case.inner, bench.case.columns, device=x.device, dtype=x.dtype)
         linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-        holder = nn.Sequential(linear)
-        around = Bfloat16(bench.case, weight, bias)
-        around.product = holder  # type: ignore[method-assign,assignment]
+        around = Converted(bench.case, weight, bias, linear)
         try:
-            quantization.quantize_(holder, getattr(quantization, name)())
+            quantization.quantize_(around, getattr(quantization, name)())
+            if type(around.linear.weight) is nn.Parameter:
+                raise TypeError("torchao left the weight as it was")
         except Exception as reason:
             bench.failed[f"torchao {name}"] = f"{type(reason).__name__}: {reason}"[:300]
             continue

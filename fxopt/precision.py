@@ -61,13 +61,25 @@ MULTIPLE = 16
 """Of rows and columns of an 8-bit weight on CUDA: what tensor cores and libraries take."""
 
 
-def misfit(precision: str, columns: int, inner: int, device: str) -> str | None:
-    """Why a layer whose weight is [columns, inner] cannot have a precision on a kind of device; None if it can."""
+MOST_ROWS_OF_WEIGHTS = 256
+"""On CUDA, of a layer whose weight alone is of few bits. More rows are bound by arithmetic, which is the model's own: the
+weight would be widened in each call, and save nothing, nor its memory, for the module keeps its own.
+"""
+
+
+def misfit(precision: str, columns: int, inner: int, device: str, rows: int | None = None) -> str | None:
+    """Why a layer whose weight is [columns, inner] cannot have a precision on a kind of device; None if it can.
+
+    `rows` is how many it is given, None if any.
+    """
     given = PRECISIONS[precision]
     if not columns or not inner:
         return "it is empty"
     if device == "cuda" and (inner % MULTIPLE or (given.activations is not None and columns % MULTIPLE)):
         return f"its weight is {columns} x {inner}, and on a GPU both have to be multiples of {MULTIPLE}"
+    weight_only = given.weights is not None and given.activations is None
+    if device == "cuda" and weight_only and rows is not None and rows > MOST_ROWS_OF_WEIGHTS:
+        return f"{rows} rows are bound by arithmetic, of which a weight in few bits saves nothing"
     if given.group and group_of(inner) is None:
         return f"its inner dimension {inner} is no multiple of {GROUPS[-1]}"
     return None

@@ -10,7 +10,7 @@ import pytest
 
 from fxopt.errors import OptionError
 from fxopt.options import Options
-from fxopt.precision import Decisions
+from fxopt.precision import HIGH, Decisions, misfit
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,15 @@ def test_quantizing_freezes_and_enters_keys() -> None:
     assert all(p.freeze for p in parsed)
     facts = [json.dumps(p.cache_key_facts()) for p in (plain, *parsed)]
     assert len(set(facts)) == 4
+
+
+def test_weights_of_few_bits_are_for_few_rows_on_a_gpu() -> None:
+    for precision, device, rows, fits in (
+        ("int8-weight", "cuda", 256, True),
+        ("int4-weight", "cuda", 257, False),
+        ("int8-weight", "cuda", None, True),
+        ("int8-weight", "cpu", 4096, True),
+        ("fp8", "cuda", 4096, True),
+        (HIGH, "cuda", 4096, True),
+    ):
+        assert (misfit(precision, 256, 256, device, rows) is None) == fits

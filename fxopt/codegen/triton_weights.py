@@ -1,23 +1,25 @@
 """A product with a weight of few bits as a Triton kernel: the template of `weight_gemm.py` with the printed epilogue.
 
-As in `triton_contraction`, b0 and b1 are the operands, and sizes and strides are literals of the entry; b2 are the scales of
-a 4-bit weight.
+As in `triton_contraction`, b0 and b1 are the operands (of two products b2 too), and sizes and strides are literals of the
+entry; next come the scales of 4-bit weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
 
 import torch
 
 from fxopt.codegen.templates.gemm_entry import GemmCall
-from fxopt.codegen.templates.weight_config import WeightConfig, WeightProblem
+from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction
 from fxopt.codegen.triton_contraction import in_parts, print_epilogue, source_of
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
+from fxopt.ir.exprs import Int
 from fxopt.ir.region import Contraction, Matrix
 from fxopt.target import Target
 
@@ -29,12 +31,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 def weight_problem(contraction: Contraction) -> WeightProblem:
     """The product of `contraction`, for the choice of configurations and the template.
 
-    Raises UnsupportedError for what the template has no form for: two products, sizes or layouts that are unknown or not by
-    rows, rows that are not in half precision.
+    Raises UnsupportedError for what the templates have no form for: sizes or layouts that are unknown or not by rows, rows
+    that are not in half precision, two products by weights of different forms.
     """
-    if len(contraction.quantized) != 1 or not isinstance(contraction.a, Matrix):
-        raise UnsupportedError("no single product with a weight of few bits")
-    (kind,), (batch, m, k, n) = contraction.quantized, contraction.sizes
+    kind, *others = contraction.quantized
+    alike = all((o.bits, o.group, _strides(o.scale)) == (kind.bits, kind.group, _strides(kind.scale)) for o in others)
+    if not alike or not isinstance(contraction.a, Matrix):
+        raise UnsupportedError("products with weights of different forms")
+    batch, m, k, n = contraction.sizes
     dtype = contraction.buffers[contraction.a.buffer].dtype
     if not (isinstance(m, int) and isinstance(k, int) and isinstance(n, int)) or batch != 1:
         raise UnsupportedError("a product of unknown size")
@@ -45,7 +49,35 @@ def weight_problem(contraction: Contraction) -> WeightProblem:
         raise UnsupportedError(f"a product of {dtype} by a weight of few bits whose rows are not contiguous")
     if kind.scale is not None and kind.scale.row != 1:
         raise UnsupportedError("scales of groups that are not contiguous")
-    return WeightProblem(m, n, k, dtype, kind.bits, kind.group)
+    return WeightProblem(m, n, k, dtype, kind.bits, kind.group, len(contraction.quantized))
+
+
+def _strides(matrix: Matrix | None) -> tuple[Int, Int] | None:
+    return None if matrix is None else (matrix.row, matrix.column)
+
+
+def print_vector(contraction: Contraction, config: VectorConfig, target: Target) -> Printed:
+    """`contraction` of a single row in configuration `config`; raises as `print_weights` does."""
+    if not target.compiles_triton:
+        raise UnsupportedError(f"Triton does not generate code for {target.name}")
+    refuse_unknown_types(contraction.buffers, target)
+    problem = weight_problem(contraction)
+    epilogue = print_epilogue(contraction, 1, config.rows)
+    a, scales = contraction.a, [kind.scale for kind in contraction.quantized if kind.scale is not None]
+    assert isinstance(a, Matrix)
+    operands = {f"b{k}": matrix for k, matrix in enumerate((a, *contraction.products.values(), *scales))}
+    starts = ", ".join(name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items())
+    sizes = f"{problem.n}, {problem.k}, {contraction.b.column}, {scales[0].column}"
+    name = "weight_vector" if problem.products == 1 else "dual_weight_vector"
+    blocks = f"GROUP={problem.group}, BN={config.rows}, PARTS={config.parts}, EPILOGUE={_EPILOGUE}"
+    text = f"weight_gemm.{name}({starts}, {epilogue.extra}, {sizes}, {blocks})"
+    call = GemmCall(text, _types(contraction, operands), {}, config.programs(problem))
+    entry = "_".join(["fx_weight_vector", *operations(contraction.region.nest)])
+    return Printed((source_of(contraction, entry, call, epilogue, config.warps, 1, MODULE),))
+
+
+def _types(contraction: Contraction, operands: Mapping[str, Matrix]) -> dict[str, str]:
+    return {p: POINTER_TYPE[contraction.buffers[matrix.buffer].dtype] for p, matrix in operands.items()}
 
 
 def print_weights(contraction: Contraction, config: WeightConfig, target: Target) -> Printed:
@@ -84,5 +116,4 @@ def _call(contraction: Contraction, problem: WeightProblem, config: WeightConfig
     way = f", SPLIT={config.split}" if split else f", EPILOGUE={_EPILOGUE}"
     name = "weight_split_gemm" if split else "weight_gemm"
     text = f"weight_gemm.{name}({starts[0]}, {starts[1]}, {scale}, {extra}, {sizes}, {blocks}{way})"
-    types = {p: POINTER_TYPE[contraction.buffers[matrix.buffer].dtype] for p, matrix in operands.items()}
-    return GemmCall(text, types, {}, config.programs(problem))
+    return GemmCall(text, _types(contraction, operands), {}, config.programs(problem))

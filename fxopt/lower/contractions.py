@@ -44,6 +44,9 @@ NAME = "contractions"
 """What switches this off (FXOPT_DISABLE) and heads its notes."""
 
 LIBRARY, FUSED, TWO, ROW, BESIDE = "library", "fused", "two", "row", "side by side"
+APART = "apart"
+"""Products with weights of few bits, for two of which there is no kernel for several rows, and the region that reads both."""
+
 STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 """Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
 alone.
@@ -395,33 +398,47 @@ class _Search:
         """
         calls = tuple(p.call for p in products)
         found = [c for c in (fused, both) if c is not None]
-        ways = [Way(LIBRARY, (*calls, region) if region else calls)]
+        few_bits = both is not None and bool(both.quantized)
+        alone = [self.epilogues.alone(p) for p in products] if few_bits else []
+        after = (region,) if region is not None else ()
+        ways = [Way(LIBRARY, (*calls, *after))]
         if fused is not None:
-            ways.append(Way(FUSED, (*calls[1:], fused)))
-        if both is not None and not both.quantized:
+            ways.append(Way(FUSED, (*(alone or calls)[1:], fused)))
+        if both is not None:
             ways.append(Way(TWO, (both,)))
+        if few_bits:
+            ways.append(Way(APART, (*alone, *after)))
         if in_loops(products[0]):
             ways.append(Way(ROW, (as_reduction(found[-1]),)))
-        return self._with_library_forms(products, fused, self._among(found[0].name, calls, region, ways))
+        among = self._among(found[0].name, calls, region, ways)
+        if few_bits:
+            return self._with_library_forms(products, alone, after, among)
+        return self._with_library_forms(products, found, (), among) if both is None else among
 
     def _with_library_forms(
-        self, products: Sequence[Product], fused: Contraction | None, found: Alternatives
+        self, products: Sequence[Product], computed: Sequence[Contraction], after: Sequence[Region], found: Alternatives
     ) -> Alternatives:
-        """`found` for quantized `products`, also by library calls on what kernels have prepared or finish."""
-        if fused is None or products[0].call.op not in QUANTIZED or len(products) > 1:
+        """`found` for quantized `products`, which `computed` does with epilogues and `after` goes on with, also by library
+        calls on what kernels have prepared or finish.
+        """
+        if products[0].call.op not in QUANTIZED:
             return found
-        form = library_form(products[0], fused, self.lowered.buffers)
-        if form is None:
-            return found
-        self.convolutions.buffers.update(form.buffers)
-        self.views.update({v.name: v for v in form.views})
-        self.views_of[found.name] = form.views
-        more = {n: self.convolutions.buffers[n] for n in form.names}
+        forms = []
+        for product, contraction in zip(products, computed, strict=True):
+            form = library_form(product, contraction, self.lowered.buffers)
+            if form is None:
+                return found
+            forms.append(form)
+            self.convolutions.buffers.update(form.buffers)
+            self.views.update({v.name: v for v in form.views})
+        views = tuple(v for form in forms for v in form.views)
+        self.views_of[found.name] = views
+        steps = [step for form in forms for step in form.way.steps]
         return replace(
             found,
-            ways=(*found.ways, form.way),
-            buffers=found.buffers | more,
-            views=(*found.views, *form.views),
+            ways=(*found.ways, Way(forms[0].way.label, (*steps, *after))),
+            buffers=found.buffers | {n: self.convolutions.buffers[n] for form in forms for n in form.names},
+            views=(*found.views, *views),
         )
 
     def _among(self, name: str, calls: Sequence[Call], region: Region | None, ways: Sequence[Way]) -> Alternatives:

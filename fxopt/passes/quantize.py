@@ -295,7 +295,8 @@ def _check_operands(layer: Layer, name: str) -> None:
     if x.device != weight.device:
         raise _HighError(f"its operands are on {x.device} and {weight.device}")
     columns, inner = layer.shape
-    problem = misfit(name, columns, inner, x.device.type)
+    rows = x.shape[0]
+    problem = misfit(name, columns, inner, x.device.type, rows if isinstance(rows, int) else None)
     if problem is not None:
         raise _HighError(problem)
 

@@ -83,7 +83,7 @@ def quantize(
     budget: float = 0.01,
     *,
     metric: Metric | None = None,
-    precisions: Sequence[str] = ("fp8", "int8", HIGH),
+    precisions: Sequence[str] = ("fp8", "int8", "int8-dynamic", HIGH),
     batches: int = 8,
     forward: Forward | None = None,
     method: str = "amax",

@@ -72,6 +72,7 @@ class LayerRange:
 
     @property
     def elements(self) -> int:
+        """Values that were counted."""
         return 0 if self.seen is None else int(self.seen.histogram.sum())
 
     @property

@@ -13,7 +13,7 @@ from fxopt.codegen.templates import attention_config, conv_config, gemm_config, 
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, problem_of_all, with_room
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
-from fxopt.codegen.triton_weights import print_weights, weight_problem
+from fxopt.codegen.triton_weights import print_vector, print_weights, weight_problem
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import bounds
 from fxopt.ir.kernel import Artifact, KernelSource
@@ -199,8 +199,11 @@ def side_by_side_candidates(step: SideBySide, target: Target, mode: str) -> list
 def weight_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
     """As `contraction_candidates`, of a product with a weight of few bits; none of many rows."""
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
-    chosen = weight_config.configs(weight_problem(contraction), target, most)
-    return [Candidate(str(c), (p := print_weights(contraction, c, target)).kernels, p.scratch) for c in chosen]
+    problem = weight_problem(contraction)
+    vectors = weight_config.vector_configs(problem, most)
+    found = [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in vectors]
+    chosen = weight_config.configs(problem, target, most if mode == "max-autotune" else most - len(found) // 2)
+    return found + [Candidate(str(c), (p := print_weights(contraction, c, target)).kernels, p.scratch) for c in chosen]
 
 
 def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:

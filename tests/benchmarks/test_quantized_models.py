@@ -31,9 +31,11 @@ def test_calibrations_passes_and_eager_ones_are_timed(monkeypatch: pytest.Monkey
 
 def test_each_precision_has_a_time_and_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(quantized_models, "MODELS", (LAYER,))
-    quantized_models.main(tmp_path, "cpu", "float32", "layer", "int8,int4-weight", seconds=0.01, minutes=1.0)
+    quantized_models.main(tmp_path, "cpu", "float32", "layer", "int8,int4-weight", seconds=0.01, budget=0.5, minutes=1.0)
     (case,) = json.loads((tmp_path / "quantized_models_cpu.json").read_text())["cases"]
     found = case["contenders"]
+    searched = found.pop("searched")
+    assert searched["seconds"] > 0 and (searched["refused"] is None) == (searched["high"] == [])
     assert list(found) == ["eager", "own", "int8", "int4-weight"]
     assert found["own"]["error"] < 1e-5 < found["int8"]["error"] < found["int4-weight"]["error"] < 0.3
     assert all(entry["seconds"] > 0 and entry["high"] == [] for entry in found.values())

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.quantized_products import FORMS, GROUP, Case, error, exact, measured, summing
-from fxopt.codegen.templates import gemm_config
+from fxopt.ir import quantized_ops
 
 SMALL = Case("small", 5, 2 * GROUP, 24, "silu-gate")
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_a_case_has_times_and_errors() -> None:
 
 
 def test_how_sums_are_kept_is_restored() -> None:
-    before = gemm_config.LONGEST_IMPRECISE_SUM
+    before = quantized_ops.LONGEST_IMPRECISE_SUM
     with summing(0):
-        assert gemm_config.LONGEST_IMPRECISE_SUM == 0
-    assert before == gemm_config.LONGEST_IMPRECISE_SUM
+        assert quantized_ops.LONGEST_IMPRECISE_SUM == 0
+    assert before == quantized_ops.LONGEST_IMPRECISE_SUM

@@ -12,7 +12,7 @@ import torch
 
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Contraction, Region, Way
-from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.lower.contractions import APART, FUSED, LIBRARY, ROW, TWO
 from fxopt.lower.ops import quantized
 from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
 from tests.codegen.padding import padded
@@ -23,11 +23,11 @@ from tests.lower.interpreter import run_lowered
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig
-from fxopt.codegen.templates.weight_config import WeightConfig, WeightProblem, configs
+from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem, configs
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
-from fxopt.codegen.triton_weights import print_weights
+from fxopt.codegen.triton_weights import print_vector, print_weights
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
 from fxopt.lower.contractions import replaced
@@ -165,6 +165,39 @@ def test_every_way_has_the_same_values(m: int) -> None:
     assert labels == ({LIBRARY, FUSED, ROW} if m < 9 else {LIBRARY, FUSED, INT_MM, DEQUANTIZED})
 
 
+def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    gate, up = WEIGHT_ONLY_MM(x, weight, scale, None, bits, group).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize(("k", "group", "rows", "parts"), [(128, 32, 4, 4), (224, 32, 8, 4), (96, 0, 4, 4), (1024, 128, 4, 32)])
+def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: int, rows: int, parts: int) -> None:
+    config = VectorConfig(rows, parts)
+    layer = weight_only(4, 1, k, 41, group)
+    check(interpreter, *layer, FUSED, lambda step: print_vector(step, config, TARGET))
+    args = weight_only(4, 1, k, 44, group)[1][:3]
+    two = lambda *given: gated(*given, 4, group)  # noqa: E731
+    check(interpreter, two, args, TWO, lambda step: print_vector(step, config, TARGET))
+
+
+@pytest.mark.parametrize("m", [1, 24])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int) -> None:
+    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. Whatever is done gives the values."""
+    args = weight_only(bits, m, 256, 48)[1][:3]
+    low = searched(lambda *given: gated(*given, bits, 0), *args)
+    (each,) = alternatives(low)
+    assert {way.label for way in each.ways} == {LIBRARY, APART, TWO, ROW if m == 1 else DEQUANTIZED}
+    for way in each.ways:
+        if any(isinstance(s, Contraction) and s.quantized for s in way.steps):
+            found = contraction_candidates(way.steps[0], TARGET, "default")
+            assert bool(found) == (way.label == APART or (m, bits) == (1, 4))
+            continue
+        (got,) = run_lowered(replaced(low, {each.name: way}), dict(zip(low.inputs, args, strict=True)))
+        want = gated(*args, bits, 0).float()
+        assert (got.float() - want).norm() < 0.01 * want.norm()
+
+
 def test_configurations_of_weights_fill_the_gpu() -> None:
     for m, n, k, bits, group in ((1, 4096, 4096, 4, 128), (64, 28672, 4096, 8, 0), (8, 4096, 14336, 4, 32)):
         problem = WeightProblem(m, n, k, BF16, bits, group)
@@ -212,7 +245,7 @@ def test_what_has_no_float8_is_refused() -> None:
 
 
 def test_long_sums_of_float8_are_promoted_on_hopper() -> None:
-    for k, promoted in ((512, False), (4096, True)):
+    for k, promoted in ((14336, False), (28672, True)):
         args = (torch.empty(512, k, dtype=FLOAT8), torch.empty(512, k, dtype=FLOAT8), torch.empty(512), torch.empty(512))
         _, way = way_of(lambda *a: SCALED_MM(*a, None, BF16), args, FUSED)
         labels = [c.label for c in contraction_candidates(way.steps[0], TARGET, "default")]

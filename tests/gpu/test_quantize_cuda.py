@@ -39,7 +39,9 @@ def test_histograms_are_the_cpus() -> None:
         x = torch.randn(257, 1031, device="cuda").to(dtype)
         x[0, :3] = torch.tensor([0.0, float("inf"), float("nan")])
         assert torch.equal(exponent_histogram(x).cpu(), exponent_histogram(x.cpu()))
-    assert int(exponent_histogram(torch.ones(1 << 25, device="cuda", dtype=torch.bfloat16)).sum()) == 1 << 25
+    assert int(exponent_histogram(torch.ones(1 << 25, device="cuda", dtype=torch.bfloat16)).sum()) == 1 << 25  # one row
+    x = torch.randn(8192, 1031, device="cuda").bfloat16()
+    assert torch.equal(exponent_histogram(x).cpu(), exponent_histogram(x.cpu()))
 
 
 def test_calibrating_twice_gives_the_same() -> None:

@@ -20,8 +20,10 @@ CASES = [
     Case("some rows", 48, 512, 256, "residual"),
     Case("odd rows", 1031, 272, 336, "gelu"),
     Case("many rows", 2048, 2048, 1024, "residual"),
+    Case("long float8 sums", 512, 14336, 512, "residual"),
+    Case("promoted float8 sums", 128, 16384, 256, "residual"),
 ]
-"""Of the last, sums of float8 are promoted."""
+"""Of the last, sums of float8 are promoted; before, errors of sums are below a tenth of what float8 costs."""
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -40,6 +42,8 @@ def test_compiled_layers_are_as_exact_as_their_operands(form: str, case: Case) -
     needs_float8(FLOAT8 if form.startswith("fp8") else torch.int8)
     if form == "int4-weight" and case.inner % 256:
         pytest.skip("the inner dimension is not in groups")
+    if case.name.endswith("sums") and not form.startswith("fp8"):
+        pytest.skip("only sums of float8 depend on their length")
     weight = normal(case.columns, case.inner, scale=case.inner**-0.5)
     bias, x, residual = normal(case.columns), normal(case.rows, case.inner), normal(case.rows, case.columns)
     layer = FORMS[form](case, weight, bias)

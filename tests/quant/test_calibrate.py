@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt import journal
 from fxopt.errors import CalibrationError
-from fxopt.ir.observer_ops import BINS, exponent_histogram
+from fxopt.ir.observer_ops import BINS, MOST_COUNTED, exponent_histogram
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.table import NEVER, ZERO, Calibration
 
@@ -233,3 +233,16 @@ def test_histograms_count_by_exponent_and_three_bits(dtype: torch.dtype) -> None
     another = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # the NaN that GPUs make
     assert int(exponent_histogram(another)[(255 << 3) + 1]) == 1
     assert int(exponent_histogram(torch.randn(700, 1000).t()).sum()) == 700_000
+
+
+def test_histograms_of_much_count_rows_apart_and_both_ends() -> None:
+    x = torch.ones(4096, 1024)
+    x[1::2] = 2.0  # as tokens of two kinds in turn
+    x[5, 7], x[8, 9] = -40.0, 0.5
+    counts = exponent_histogram(x)
+    one, two = int(counts[127 << 3]), int(counts[128 << 3])
+    assert one + two <= MOST_COUNTED and min(one, two) > 0.3 * MOST_COUNTED and abs(one - two) <= 2048
+    assert int(counts.nonzero()[-1]) == (132 << 3) + 2  # 40 = 2**5 * 1.25
+    for bad, place in ((float("inf"), 255 << 3), (float("nan"), (255 << 3) + 1)):
+        x[4095, 1023] = bad
+        assert int(exponent_histogram(x)[place]) > 0

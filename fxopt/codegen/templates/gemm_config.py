@@ -15,6 +15,7 @@ from math import ceil, gcd
 
 import torch
 
+from fxopt.ir import quantized_ops
 from fxopt.ir.rounding import FLOAT8
 from fxopt.target import Target
 
@@ -79,9 +80,6 @@ SINGLE_STORE_SECONDS = 0.04e-9
 
 CODE_SECONDS = 0.006e-6
 """What fetching the code of one such function costs, which is there for each element of a thread."""
-
-LONGEST_IMPRECISE_SUM = 1024
-"""Elements of 8-bit floats that tensor cores may sum up without promotion."""
 
 RESERVED_SHARED = 1024
 _REGISTERS_BESIDE_ACCUMULATOR = 56
@@ -203,7 +201,7 @@ class GemmProblem:
     @property
     def sums_imprecisely(self) -> bool:
         """Sums of 8-bit floats so long that what Hopper's tensor cores lose of them would be seen."""
-        return self.dtype in FLOAT8 and self.k > LONGEST_IMPRECISE_SUM
+        return self.dtype in FLOAT8 and self.k > quantized_ops.LONGEST_IMPRECISE_SUM
 
     @property
     def classes(self) -> int:

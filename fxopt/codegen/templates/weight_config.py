@@ -23,6 +23,12 @@ _SPLITS = (1, 2, 4, 8)
 _REGISTERS = 128
 """Of a thread."""
 
+PART = 16
+"""Bytes of a weight's row that a thread loads at a time for a single row."""
+
+_MOST_PARTS = 128
+_VECTOR_ROWS = (8, 4, 16)
+
 _IN_FLIGHT = 32 << 10
 """Bytes of the weight that a multiprocessor should have in flight."""
 
@@ -33,7 +39,7 @@ _LAUNCH_BYTES = 10 << 20
 @dataclass(frozen=True)
 class WeightProblem:
     """x [m, k] of `dtype` (float16 or bfloat16) by a weight [n, k] of so many `bits`, with a scale for each `group` of 4-bit
-    values.
+    values; by as many such weights as `products` says.
     """
 
     m: int
@@ -42,6 +48,7 @@ class WeightProblem:
     dtype: torch.dtype
     bits: int
     group: int
+    products: int = 1
 
     @property
     def row_bytes(self) -> int:
@@ -72,9 +79,36 @@ class WeightConfig:
         return self.stages * self.block_k * (self.block_n + rows) + 1024
 
 
+@dataclass(frozen=True)
+class VectorConfig:
+    """Of the product of a single row: `rows` of the weight a program, `parts` of 16 bytes of each at a time, one a thread."""
+
+    rows: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"vector {self.rows}x{self.parts}"
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.parts // 32)
+
+    def programs(self, problem: WeightProblem) -> int:
+        return ceil(problem.n / self.rows)
+
+
+def vector_configs(problem: WeightProblem, limit: int) -> list[VectorConfig]:
+    """At most `limit`; none for more rows than one, 8 bits, or rows of the weight that are not whole loads."""
+    fits = problem.row_bytes % PART == 0 and problem.group % PART == 0
+    if problem.m != 1 or problem.bits != 4 or not fits:
+        return []
+    parts = min(_MOST_PARTS, max(32, 1 << (problem.row_bytes // PART - 1).bit_length()))
+    return [VectorConfig(rows, parts) for rows in _VECTOR_ROWS][:limit]
+
+
 def configs(problem: WeightProblem, target: Target, limit: int) -> list[WeightConfig]:
-    """At most `limit`, of different tiles; none for rows beyond MOST_ROWS, or groups that no block divides."""
-    if problem.m > MOST_ROWS:
+    """At most `limit`, of different tiles; none for rows beyond MOST_ROWS, groups that no block divides, or two products."""
+    if problem.m > MOST_ROWS or problem.products > 1:
         return []
     rows = min(max(_LEAST_ROWS, 1 << (problem.m - 1).bit_length()), _LARGEST_TILE)
     found = [  # a warp for each 16 rows of the weight: more would unpack the same values

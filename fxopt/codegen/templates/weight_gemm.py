@@ -1,6 +1,7 @@
 """Products of floating rows with a weight in few bits, which is widened in registers on its way to the tensor cores.
 
-`weight_gemm` has the epilogue of `gemm.py`; `weight_split_gemm` stores partial sums of parts of the inner dimension.
+`weight_gemm` has the epilogue of `gemm.py`; `weight_split_gemm` stores partial sums of parts of the inner dimension;
+`weight_vector` and `dual_weight_vector` multiply a single row by 4-bit weights, without tensor cores.
 
 Shapes: x is [M, K]; the weight is [N, K], int8 or float8, or [N, K / 2] bytes with value k in the low half and value
 k + K / 2 in the high half of byte k (uint8, 8 added; `ir/quantized_ops.py`), whose scales are [N, K / GROUP]. The tile is
@@ -41,6 +42,38 @@ UNPACK_BFLOAT16 = tl.constexpr(_unpacking("bf16x2", "0x43434343", "0x3F803F80", 
 
 UNPACK_FLOAT16 = tl.constexpr(_unpacking("f16x2", "0x64646464", "0x3C003C00", "0xE408E408"))
 """The same to float16, by way of 1024 + q."""
+
+
+WITH_128 = tl.constexpr("""{ .reg .b32 low, high;
+    and.b32 low, $8, 0x0F0F0F0F;
+    shr.u32 high, $8, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, 0x43, 0x4055;
+    prmt.b32 $1, low, 0x43, 0x4155;
+    prmt.b32 $2, low, 0x43, 0x4255;
+    prmt.b32 $3, low, 0x43, 0x4355;
+    prmt.b32 $4, high, 0x43, 0x4055;
+    prmt.b32 $5, high, 0x43, 0x4155;
+    prmt.b32 $6, high, 0x43, 0x4255;
+    prmt.b32 $7, high, 0x43, 0x4355; }""")
+"""Four bytes to four and four float32: the bits of 128 with q below are 128 + q, an instruction a value."""
+
+ZERO_WITH_128 = tl.constexpr(136.0)
+"""What stands for zero, 8 as it is stored, in these."""
+
+PART = tl.constexpr(16)
+"""Bytes of a weight's row that one thread takes at a time: a load."""
+
+
+@triton.jit
+def with_128(w):
+    """128 more than what is stored in the low and in the high halves of bytes `w`, float32."""
+    if INTERPRETED:
+        return (w & 15).to(tl.float32) + 128.0, (w >> 4).to(tl.float32) + 128.0
+    else:
+        return tl.inline_asm_elementwise(
+            WITH_128, "=f,=f,=f,=f,=f,=f,=f,=f,r", [w], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )
 
 
 @triton.jit
@@ -138,3 +171,60 @@ def weight_split_gemm(
     first, end = gemm.part_of_inner(part, K * BITS // 8, BK, SPLIT)
     acc = weight_tile(x, w, scale, y, n, first, end, M, N, K, x_row, w_row, scale_row, BITS, GROUP, BM, BN, BK)
     gemm.store_partial(tl.trans(acc), partial, part, row * BM, column * BN, M, N, BM, BN)
+
+
+@triton.jit
+def vector_sums(
+    x, w, scale, n, N, K, w_row, scale_row, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """w @ x at rows n (a vector) of a 4-bit w, float32 [BN]: threads keep sums of their own over all of the inner dimension.
+
+    A product with 128 + q is one with q once 136 times the sum of x's elements is taken off, whose rounding is that of
+    float32 times about 30: nothing beside the weight's own.
+    """
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    part, byte = tl.arange(0, PARTS), tl.arange(0, PART)
+    whole: tl.constexpr = gemm.divides(PARTS * PART, K // 2)
+    acc = tl.zeros([BN, PARTS], tl.float32)
+    for first in range(0, K // 2, PARTS * PART):
+        at = tl.full([], 0, tl.int32) + first + part * PART
+        k = at[:, None] + byte[None, :]
+        inside = k < K // 2
+        weights = gemm.fetch(
+            w + (rows[:, None, None] * w_row + k[None, :, :]), inside[None, :, :], inside[None, :, :], not whole, False
+        )
+        low, high = with_128(weights)
+        x_low = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
+        x_high = gemm.fetch(x + K // 2 + k, inside, inside, not whole, False).to(tl.float32)
+        scales = scale + rows[:, None] * scale_row
+        sums = tl.sum(low * x_low[None, :, :], 2) - ZERO_WITH_128 * tl.sum(x_low, 1)[None, :]
+        acc += sums * tl.load(scales + tl.minimum(at, K // 2 - 1)[None, :] // GROUP)
+        sums = tl.sum(high * x_high[None, :, :], 2) - ZERO_WITH_128 * tl.sum(x_high, 1)[None, :]
+        acc += sums * tl.load(scales + (K // 2 + tl.minimum(at, K // 2 - 1))[None, :] // GROUP)
+    return tl.sum(acc, 1)
+
+
+@triton.jit
+def weight_vector(
+    x, w, scale, extra, N, K, w_row, scale_row,
+    EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(x @ w.T)` of one row x [K] by 4-bit rows of w, BN of them a program, PARTS * 16 bytes of each at a time.
+
+    Multiples of 16 are K / 2, the strides of rows, and GROUP. Strides in elements; K is a literal.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    acc = vector_sums(x, w, scale, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    EPILOGUE(acc[None, :], tl.zeros([1, 1], tl.int32), n[None, :], 0, extra)
+
+
+@triton.jit
+def dual_weight_vector(
+    x, w, v, scale, scale_v, extra, N, K, w_row, scale_row,
+    EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`EPILOGUE(x @ w.T, x @ v.T)`, else as `weight_vector`; v and its scales have the strides of w and its."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    acc = vector_sums(x, w, scale, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    acc2 = vector_sums(x, v, scale_v, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    EPILOGUE(acc[None, :], acc2[None, :], tl.zeros([1, 1], tl.int32), n[None, :], 0, extra)

@@ -1,0 +1,26 @@
+"""Kernels are put beside the steps that ran them, and limits are those of bytes and products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.quantized_steps import Step, grouped, timed
+from fxopt.target import Target
+
+H100 = Target.cuda(90)
+
+
+def test_what_lies_between_launches_belongs_to_the_call_there() -> None:
+    steps = [Step("fx_norm", "", 0), Step("aten::mm.default", "", 0), Step("fx_gemm_add", "", 0), Step("aten::cat", "", 0)]
+    timed(steps, [("fx_norm", 1.0), ("sm90_xmma_gemm", 2.0), ("splitKreduce", 3.0), ("fx_gemm_add", 4.0), ("copy", 5.0)])
+    assert [s.us for s in steps] == [1.0, 5.0, 4.0, 5.0]
+
+
+def test_a_limit_is_the_longer_time_of_bytes_and_products() -> None:
+    bytes_alone = Step("fx_norm", "", 3_000_000)
+    assert bytes_alone.limit(H100) == pytest.approx(1.0)
+    half, eight = (Step("fx_gemm", "", 3000, [(4096, 4096, 4096, dtype)]) for dtype in (torch.bfloat16, torch.int8))
+    assert half.limit(H100) == pytest.approx(2 * eight.limit(H100)) and half.limit(H100) > 100
+    (line, other) = grouped([eight, bytes_alone, eight], H100)
+    assert (line["step"], other["times"]) == ("fx_norm", 2)
