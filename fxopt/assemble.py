@@ -12,7 +12,19 @@ from fxopt.ir.exprs import Int, coefficient, free_symbols, prod, substitute
 from fxopt.ir.graph import Graph
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import Masked, loads_below, postorder
-from fxopt.ir.region import Alias, Alternatives, Attention, Batch, BufferSpec, Call, Contraction, Ref, Region, Size
+from fxopt.ir.region import (
+    Alias,
+    Alternatives,
+    Attention,
+    Batch,
+    BufferSpec,
+    Call,
+    Contraction,
+    Ref,
+    Region,
+    ScoredAttention,
+    Size,
+)
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
 from fxopt.lower.cost import nbytes
@@ -31,7 +43,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
     steps: list[PlanStep] = []
     buffers = dict(lowered.buffers)
     for step in lowered.steps:
-        if isinstance(step, Region | Batch | Contraction | Attention):
+        if isinstance(step, Region | Batch | Contraction | Attention | ScoredAttention):
             choice = chosen[step.name]
             buffers.update({spec.name: spec for spec in choice.scratch})
             before = next((s for s in reversed(steps) if not isinstance(s, Alias)), None)
@@ -60,7 +72,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
 
 
 def _launches(
-    region: Region | Batch | Contraction | Attention, choice: Choice, early: bool, before: PlanStep | None
+    region: Region | Batch | Contraction | Attention | ScoredAttention, choice: Choice, early: bool, before: PlanStep | None
 ) -> list[PlanStep]:
     """One launch per kernel of the choice (a split reduction has two), after the step `before`.
 
@@ -131,7 +143,9 @@ def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
                 yield store.buffer, name
 
 
-def _note_kernels(region: Region | Batch | Contraction | Attention, choice: Choice, journal: Journal) -> None:
+def _note_kernels(
+    region: Region | Batch | Contraction | Attention | ScoredAttention, choice: Choice, journal: Journal
+) -> None:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     source = choice.kernels[0][0]
     label = f"{choice.label}, {len(region.members)} members" if isinstance(region, Batch) else choice.label

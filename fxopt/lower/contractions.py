@@ -26,6 +26,7 @@ from fxopt.ir.region import (
     Matrix,
     Ref,
     Region,
+    ScoredAttention,
     Step,
     Way,
     refs,
@@ -433,7 +434,7 @@ class _Search:
             elif isinstance(step, Alternatives):  # attention, which was looked for before
                 of_ways = [self._accesses(*way.steps) for way in step.ways]
                 reads, writes = reads.union(*(r for r, _ in of_ways)), writes.union(*(w for _, w in of_ways))
-            elif isinstance(step, Region | Batch | Attention):
+            elif isinstance(step, Region | Batch | Attention | ScoredAttention):
                 reads |= {self._root(n) for n in step.reads()}
                 writes |= {self._root(n) for n in step.writes()}
             elif isinstance(step, Call):
