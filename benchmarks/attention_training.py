@@ -29,7 +29,7 @@ from fxopt.lower.attention_kernels import KERNEL
 from fxopt.report.measure import interleaved
 
 TUNING_SECONDS = 20.0
-WINDOW = 1024
+WINDOW = 512
 
 
 def relative(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ CASES = (
     Case("gemma2-27b b1 s4096", capped, 1, 32, 16, 4096, 128, (("causal", False),)),
     Case("bloom b4 s1024", distances, 4, 16, 16, 1024, 64, (((16, 1, 1024), False), ("causal", False))),
     Case("swin-t b32", windows, 2048, 3, 3, 49, 32, (((3, 49, 49), True), ((64, 49, 49), False))),
-    Case("window b2 s4096", window, 2, 16, 16, 4096, 64),
+    Case("window b4 s2048", window, 4, 16, 16, 2048, 64),
     Case("gemma2-2b b2 s2048", capped, 2, 8, 4, 2048, 256, (("causal", False),)),
 )
 

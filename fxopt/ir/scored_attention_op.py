@@ -2,7 +2,7 @@
 
 Importing the module registers
 
-    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, most, inverse)
+    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, rest, most, inverse)
     fxopt::scored_attention_query(grad, query, key, value, bias, mask, most, inverse, total, *, scale, cap, fill, band)
     fxopt::scored_attention_key_value(...the same...) -> (Tensor, Tensor)
     fxopt::scored_attention_bias(..., parts, *, scale, cap, fill, band) -> Tensor
@@ -20,7 +20,9 @@ windows of an image follow each other). Of these only the bias is differentiable
 `most` and `inverse`, float32 [B, H, S] (float64 for float64), are each row's greatest score and the inverse of its sum of
 exp(s - most): apart, since in a logarithm of their product scores as low as the least float would absorb the sum, and rows
 that such a mask hides throughout, which are uniform in eager, would have wrong gradients. A row of minus infinity is NaN, as
-in a softmax. `total`, [B, H, S], is the sum over features of grad * out.
+in a softmax. `rest` is what rounding has taken from `out`, in its dtype. `total`, [B, H, S], is the sum over features of
+grad * (out + rest). It is subtracted from products of grad and single values: where these have much in common, a rounded result
+would leave more error than gradient.
 
 The gradients of query, of key and value, and of bias are three ops, so that each is one kernel and none is computed in vain;
 the last one has `parts` summands [parts, b, 1 or H, S, T], in float32. The eager forms here follow the same formulas with
@@ -42,7 +44,7 @@ _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask"
 _BACKWARD = f"Tensor grad, {_OPERANDS}, Tensor most, Tensor inverse, Tensor total"
 _RULE = "*, float scale, float cap, float fill, int[]? band"
 SCHEMAS = {
-    "scored_attention": f"({_OPERANDS}, {_RULE}) -> (Tensor, Tensor, Tensor)",
+    "scored_attention": f"({_OPERANDS}, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
     "scored_attention_query": f"({_BACKWARD}, {_RULE}) -> Tensor",
     "scored_attention_key_value": f"({_BACKWARD}, {_RULE}) -> (Tensor, Tensor)",
     "scored_attention_bias": f"({_BACKWARD}, int parts, {_RULE}) -> Tensor",
@@ -79,7 +81,7 @@ def _scored(
     band: list[int] | None,
 ) -> _Scored:
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query @ _ungrouped(query, key).mT).to(wide).mul_(scale)
+    scores = (query.to(wide) @ _ungrouped(query, key).to(wide).mT).mul_(scale)
     slope: Tensor | float = scale
     if cap:
         scores = scores.tanh_()
@@ -102,14 +104,15 @@ def _scored(
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, **rule: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `fxopt::scored_attention` computes, with stored scores."""
     scores = _scored(query, key, bias, mask, **rule).scores
     most = scores.amax(-1)
     p = scores.sub_(most.unsqueeze(-1)).exp_()
     inverse = p.sum(-1).reciprocal_()
-    out = p.mul_(inverse.unsqueeze(-1)).to(query.dtype) @ _ungrouped(query, value)
-    return out, most, inverse
+    exact = p.mul_(inverse.unsqueeze(-1)) @ _ungrouped(query, value).to(p.dtype)
+    out = exact.to(query.dtype)
+    return out, (exact - out).to(query.dtype), most, inverse
 
 
 def _probabilities(found: _Scored, most: Tensor, inverse: Tensor) -> Tensor:
@@ -131,7 +134,8 @@ def _slopes(
     """(the gradient of the scores before a mask fills them, the derivative of these with respect to the product)."""
     found = _scored(query, key, bias, mask, **rule)
     p = _probabilities(found, most, inverse)
-    of_scores = (grad @ _ungrouped(query, value).mT).to(p.dtype).sub_(total.unsqueeze(-1)).mul_(p)
+    of_p = grad.to(p.dtype) @ _ungrouped(query, value).to(p.dtype).mT
+    of_scores = of_p.sub_(total.unsqueeze(-1)).mul_(p)
     if found.kept is not None:
         of_scores = torch.where(found.kept, of_scores, 0.0)
     return of_scores, found.slope
@@ -216,10 +220,11 @@ def _like(x: Tensor, width: Any) -> Tensor:
     return x.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **rule: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
+    out, rest = (_like(query, value.shape[-1]) for _ in range(2))
     most, inverse = (query.new_empty(query.shape[:3], dtype=wide) for _ in range(2))
-    return _like(query, value.shape[-1]), most, inverse
+    return out, rest, most, inverse
 
 
 def _fake_query(grad: Tensor, query: Tensor, *_: Any, **rule: Any) -> Tensor:
@@ -250,7 +255,7 @@ def _fake_bias(
 
 
 def _save_for_backward(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     ctx.rule = dict(keyword_only_inputs)
     ctx.mark_non_differentiable(*output[1:])
@@ -264,8 +269,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
         raise GradientError("fxopt::scored_attention has no gradient for its mask; its bias has one")
     if grad is None:
         return (None,) * len(wanted)
-    query, key, value, bias, mask, out, most, inverse = ctx.saved_tensors
-    total = (grad.to(most.dtype) * out.to(most.dtype)).sum(-1)
+    query, key, value, bias, mask, out, rest, most, inverse = ctx.saved_tensors
+    total = (grad.to(most.dtype) * (out.to(most.dtype) + rest.to(most.dtype))).sum(-1)
     given = (grad, query, key, value, bias, mask, most, inverse, total)
     of_query = scored_attention_query(*given, **ctx.rule) if wanted[0] else None
     of_key, of_value = scored_attention_key_value(*given, **ctx.rule) if wanted[1] or wanted[2] else (None, None)

@@ -95,10 +95,10 @@ def check(interpreter: Interpreter, x: Problem, config: ScoredConfig = SMALL, pa
     query, key, value, bias = x.operands[:4]
     assert query is not None and key is not None and value is not None
     most, inverse = (torch.empty(query.shape[:3]) for _ in range(2))
-    out = torch.empty_like(query)
-    run(interpreter, "scored_attention", x, [out, most, inverse], config)
+    out, rest = (torch.empty_like(query) for _ in range(2))
+    run(interpreter, "scored_attention", x, [out, rest, most, inverse], config)
     exact = x.exact()
-    want, want_most, want_inverse = attend(*exact.operands, **x.rule)
+    want, _, want_most, want_inverse = attend(*exact.operands, **x.rule)
     close(out, want)
     hidden = want_most == -math.inf
     close(most, want_most)
@@ -166,7 +166,8 @@ def test_rows_that_are_hidden_throughout(interpreter: Interpreter, how: str, val
 
 def test_half_precision(interpreter: Interpreter) -> None:
     x = problem(19, 37, bias=addend(1, 2, 1, 37), dtype=torch.float16, cap=3.0, band=[-37, 0])
-    out, statistics = torch.empty_like(x.tensors["query"]), [torch.empty(2, 2, 19) for _ in range(2)]
-    run(interpreter, "scored_attention", x, [out, *statistics], SMALL)
+    out, rest = (torch.empty_like(x.tensors["query"]) for _ in range(2))
+    run(interpreter, "scored_attention", x, [out, rest, *(torch.empty(2, 2, 19) for _ in range(2))], SMALL)
     want = attend(*x.exact().operands, **x.rule)[0]
     assert out.dtype == torch.float16 and float((out.double() - want).abs().max()) < 4e-3
+    assert float((out.double() + rest.double() - want).abs().max()) < 2e-3, "half of the error is the result's own rounding"

@@ -17,7 +17,7 @@ SMALL = {
     "gemma2-27b b1 s4096": {"length": 300},
     "bloom b4 s1024": {"length": 260, "addends": (((16, 1, 260), False), ("causal", False))},
     "swin-t b32": {"batch": 128},
-    "window b2 s4096": {"length": 1500, "heads": 2, "groups": 2},
+    "window b4 s2048": {"length": 700, "heads": 2, "groups": 2},
     "gemma2-2b b2 s2048": {"length": 200},
 }
 

@@ -123,15 +123,19 @@ def of_product(of_scores, slope, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def forward(
-    query, key, value, bias, mask, out, most_of, inverse_of,
+    query, key, value, bias, mask, out, rest, most_of, inverse_of,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
-    QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, OUT: tl.constexpr, MOST_OF: tl.constexpr,
-    INVERSE_OF: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, OUT: tl.constexpr, REST: tl.constexpr,
+    MOST_OF: tl.constexpr, INVERSE_OF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
     MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
     BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
-    """The result, and each row's greatest score and inverse sum."""
+    """The result, what its rounding has taken from it, and each row's greatest score and inverse sum.
+
+    The sum is that of probabilities as they are multiplied, rounded: so a result is a mean of values.
+    """
     tiles: tl.constexpr = (S + BM - 1) // BM
     tile, heads = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles  # long ones of a causal mask first
     batch, head = heads // H, heads % H
@@ -158,12 +162,17 @@ def forward(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         p, shrink = tl.exp2((scores - base[:, None]) * LOG2_E), tl.exp2((most - base) * LOG2_E)
         v = rows_of(values, column, VALUE[2], VALUE[3], T, EV, ragged, EVB)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        sums = sums * shrink + tl.sum(p, 1)
+        weights = p.to(v.dtype)
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
+        sums = sums * shrink + tl.sum(weights.to(tl.float32), 1)
         most = higher
 
     inverse = 1.0 / sums
-    store_rows(head_of(out, batch, head, OUT), acc * inverse[:, None], row, OUT[2], OUT[3], S, EV, EVB)
+    exact = acc * inverse[:, None]
+    rounded = exact.to(out.dtype.element_ty)
+    store_rows(head_of(out, batch, head, OUT), rounded, row, OUT[2], OUT[3], S, EV, EVB)
+    lost = exact - rounded.to(tl.float32)
+    store_rows(head_of(rest, batch, head, REST), lost, row, REST[2], REST[3], S, EV, EVB)
     tl.store(head_of(most_of, batch, head, MOST_OF) + row * MOST_OF[2], most, mask=row < S)
     tl.store(head_of(inverse_of, batch, head, INVERSE_OF) + row * INVERSE_OF[2], inverse, mask=row < S)
 

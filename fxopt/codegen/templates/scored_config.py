@@ -31,7 +31,7 @@ Blocks = tuple[tuple[int, int, int, int], ...]
 _BLOCKS: dict[tuple[str, int], Blocks] = {
     (FORWARD, 64): ((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
     (FORWARD, 128): ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
-    (FORWARD, 256): ((64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+    (FORWARD, 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
     (QUERY, 64): ((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
     (QUERY, 128): ((64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
     (QUERY, 256): ((64, 32, 8, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
@@ -57,7 +57,10 @@ _BLOCKS_BEFORE_HOPPER = _BLOCKS | {
 }
 """Where operands of products go through registers, larger blocks spill them."""
 
-_BLOCKS_AFTER_HOPPER = _BLOCKS | {(KEY_VALUE, 64): ((64, 64, 4, 2), (32, 64, 4, 2))}
+_BLOCKS_AFTER_HOPPER = _BLOCKS | {
+    (FORWARD, 64): ((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+    (KEY_VALUE, 64): ((64, 64, 4, 2), (32, 64, 4, 2)),
+}
 
 
 @dataclass(frozen=True)
