@@ -15,7 +15,6 @@ from fxopt.ir.loops import Masked, loads_below, postorder
 from fxopt.ir.region import (
     Alias,
     Alternatives,
-    Attention,
     Batch,
     BufferSpec,
     Call,
@@ -24,6 +23,7 @@ from fxopt.ir.region import (
     Region,
     SideBySide,
     Size,
+    Work,
 )
 from fxopt.journal import Journal, KernelEntry
 from fxopt.lower import Lowered
@@ -43,7 +43,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
     steps: list[PlanStep] = []
     buffers = dict(lowered.buffers)
     for step in lowered.steps:
-        if isinstance(step, Region | Batch | Contraction | SideBySide | Attention):
+        if isinstance(step, Work):
             choice = chosen[step.name]
             buffers.update({spec.name: spec for spec in choice.scratch})
             before = next((s for s in reversed(steps) if not isinstance(s, Alias)), None)
@@ -71,9 +71,7 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
     return plan_memory(plan)
 
 
-def _launches(
-    region: Region | Batch | Contraction | SideBySide | Attention, choice: Choice, early: bool, before: PlanStep | None
-) -> list[PlanStep]:
+def _launches(region: Work, choice: Choice, early: bool, before: PlanStep | None) -> list[PlanStep]:
     """One launch per kernel of the choice (a split reduction has two), after the step `before`.
 
     Tiles of a product are not launched early beside a kernel of many programs: several of them would go where that has none,
@@ -143,7 +141,7 @@ def in_place_pairs(region: Region) -> Iterator[tuple[str, str]]:
                 yield store.buffer, name
 
 
-def _note_kernels(region: Region | Batch | Contraction | SideBySide | Attention, choice: Choice, journal: Journal) -> None:
+def _note_kernels(region: Work, choice: Choice, journal: Journal) -> None:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     source = choice.kernels[0][0]
     label = f"{choice.label}, {len(region.members)} members" if isinstance(region, Batch) else choice.label

@@ -475,11 +475,52 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class ScoredAttention:
+    """One op of `scored_attention_op.py` as a kernel of ours.
+
+    `op` is its name there, `operands` its tensors by the names of its schema; those that are not given are missing.
+    `results` are in its order. All lie in `buffers`. The rest are its other arguments.
+    """
+
+    name: str
+    op: str
+    operands: dict[str, Strided]
+    results: tuple[Strided, ...]
+    scale: float
+    cap: float
+    fill: float
+    band: tuple[int, int] | None
+    buffers: dict[str, BufferSpec]
+    parts: int = 1
+    origins: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffers[self.results[0].buffer].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of query, key and value."""
+        return self.buffers[self.operands["query"].buffer].dtype
+
+    def reads(self) -> tuple[str, ...]:
+        """Buffers read, in the order of the operands."""
+        return tuple(dict.fromkeys(x.buffer for x in self.operands.values()))
+
+    def writes(self) -> tuple[str, ...]:
+        """Buffers stored to, in the order of the results."""
+        return tuple(x.buffer for x in self.results)
+
+
+@dataclass(frozen=True)
 class Way:
     """One way to compute something: steps in order. `label` says which, for people and records."""
 
     label: str
-    steps: tuple[Region | Contraction | SideBySide | Attention | Call, ...]
+    steps: tuple[Region | Contraction | SideBySide | Attention | ScoredAttention | Call, ...]
 
 
 @dataclass(frozen=True)
@@ -502,4 +543,7 @@ class Alternatives:
         return next(iter(self.buffers.values())).device
 
 
-Step = Region | Batch | Call | Alias | Contraction | SideBySide | Attention | Alternatives
+Work = Region | Batch | Contraction | SideBySide | Attention | ScoredAttention
+"""What becomes kernels."""
+
+Step = Work | Call | Alias | Alternatives

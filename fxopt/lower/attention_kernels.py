@@ -10,11 +10,13 @@ import torch
 from fxopt.ir import ops
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.exprs import Int
-from fxopt.ir.region import Alias, Alternatives, Attention, Call, Ref, Region, Step, Strided, Way, refs
+from fxopt.ir.region import Alias, Alternatives, Attention, Call, Ref, Region, ScoredAttention, Step, Strided, Way, refs
 from fxopt.lower.attention_calls import OPS, TENSORS, AttentionCall, find_attention
 from fxopt.lower.copies import Copy, Matrices
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import as_view
+from fxopt.lower.scored_attention import OPS as SCORED_OPS
+from fxopt.lower.scored_attention import scored_step
 from fxopt.lower.uses import Uses
 from fxopt.lower.written_attention import find_written_attention
 
@@ -38,15 +40,20 @@ def with_attention_kernels(lowered: Lowered) -> Lowered:
 
     That is a call, or two products with a softmax between them.
 
-    Only for calls without a gradient: a forward in training belongs to the backward of its library. As when backends are
-    chosen, deterministic algorithms and a single enabled backend leave all to torch: what is measured may change.
+    A library's forward in training belongs to its backward and stays. As when backends are chosen, deterministic algorithms
+    and a single enabled backend leave what torch has backends for to torch: what is measured may change. Attention with
+    changed scores in training has ops of ours for both (`scored_attention.py`).
     """
-    if torch.are_deterministic_algorithms_enabled() or len(enabled_backends()) < 2:
-        return lowered
     if not any(spec.device.type == "cuda" for spec in lowered.buffers.values()):
         return lowered
     steps: list[Step | None] = list(lowered.steps)
     uses = Uses(lowered)
+    for k, call in enumerate(lowered.steps):
+        scored = scored_step(call, lowered, uses.views) if isinstance(call, Call) and call.op in SCORED_OPS else None
+        if isinstance(call, Call) and scored is not None:
+            steps[k] = _beside((call,), scored, lowered, uses.views)
+    if torch.are_deterministic_algorithms_enabled() or len(enabled_backends()) < 2:
+        return replace(lowered, steps=[s for s in steps if s is not None])
 
     def put(numbers: Sequence[int], own: Attention) -> bool:
         apart = tuple(s for k in numbers if isinstance(s := lowered.steps[k], Call | Region))
@@ -109,8 +116,12 @@ def _alternatives(
     apart: tuple[Call | Region, ...], own: Attention | None, lowered: Lowered, views: Mapping[str, Alias]
 ) -> Alternatives | None:
     """The steps `apart` and `own`, which computes the same; None where the templates do not take that."""
-    if own is None or not _is_eligible(own):
-        return None
+    return None if own is None or not _is_eligible(own) else _beside(apart, own, lowered, views)
+
+
+def _beside(
+    apart: tuple[Call | Region, ...], own: Attention | ScoredAttention, lowered: Lowered, views: Mapping[str, Alias]
+) -> Alternatives:
     calls = [step for step in apart if isinstance(step, Call)]
     named = [n for call in calls for n in (*refs((call.args, call.kwargs)), *filter(None, call.outputs))]
     used = dict.fromkeys(n for n in named if n in views)

@@ -26,6 +26,7 @@ from fxopt.ir.region import (
     Matrix,
     Ref,
     Region,
+    ScoredAttention,
     SideBySide,
     Step,
     Way,
@@ -45,7 +46,7 @@ NAME = "contractions"
 
 LIBRARY, FUSED, TWO, ROW, BESIDE = "library", "fused", "two", "row", "side by side"
 APART = "apart"
-"""Products with weights of few bits, for two of which there is no kernel for several rows, and the region that reads both."""
+"""Products with weights of few bits, for two of which no kernel takes several rows, and the region that reads both."""
 
 STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 """Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
@@ -470,7 +471,7 @@ class _Search:
             elif isinstance(step, Alternatives):  # attention, which was looked for before
                 of_ways = [self._accesses(*way.steps) for way in step.ways]
                 reads, writes = reads.union(*(r for r, _ in of_ways)), writes.union(*(w for _, w in of_ways))
-            elif isinstance(step, Region | Batch | Attention):
+            elif isinstance(step, Region | Batch | Attention | ScoredAttention):
                 reads |= {self._root(n) for n in step.reads()}
                 writes |= {self._root(n) for n in step.writes()}
             elif isinstance(step, Call):

@@ -10,6 +10,7 @@ from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy_backward, line
 from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.ir.quantized_ops import QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.rounding import FLOAT8
+from fxopt.ir.scored_attention_op import SCORED
 
 aten = torch.ops.aten
 
@@ -78,6 +79,7 @@ LIBRARY_OPS = frozenset(
         attention,
         attention_forward,
         attention_backward,
+        *SCORED,
         linear_cross_entropy_op,
         linear_cross_entropy_backward,
         exponent_histogram,

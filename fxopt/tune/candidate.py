@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
-from fxopt.codegen.templates import attention_config, conv_config, gemm_config, weight_config
+from fxopt.codegen.templates import attention_config, conv_config, gemm_config, scored_config, weight_config
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, problem_of_all, with_room
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
+from fxopt.codegen.triton_scored import print_scored
 from fxopt.codegen.triton_weights import print_vector, print_weights, weight_problem
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import bounds
 from fxopt.ir.kernel import Artifact, KernelSource
-from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region, SideBySide
+from fxopt.ir.region import Attention, Batch, BufferSpec, Contraction, Patches, Region, ScoredAttention, SideBySide, Work
 from fxopt.lower.cost import nbytes
 from fxopt.lower.patches import is_common
 from fxopt.options import Options
@@ -58,9 +59,6 @@ MODEL_ERROR = 1.1
 
 ATTENTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 """How many configurations of attention are compiled, by mode."""
-
-Work = Region | Batch | Contraction | SideBySide | Attention
-"""What becomes kernels."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,8 @@ def candidates(region: Work, options: Options) -> list[Candidate]:
         return side_by_side_candidates(region, target, options.mode)
     if isinstance(region, Attention):
         return attention_candidates(region, target, options.mode)
+    if isinstance(region, ScoredAttention):
+        return scored_candidates(region, target, options.mode)
     if isinstance(region, Batch):
         return batch_candidates(region, target, options.mode)
     if region.device.type == "cpu":
@@ -237,6 +237,15 @@ def attention_candidates(attention: Attention, target: Target, mode: str) -> lis
         return []
     chosen = attention_config.configs(attention, target, limit=most)
     return [Candidate(str(c), (p := print_attention(attention, c, target)).kernels, p.scratch) for c in chosen]
+
+
+def scored_candidates(attention: ScoredAttention, target: Target, mode: str) -> list[Candidate]:
+    """The candidates of an op of attention in training.
+
+    Raises UnsupportedError when Triton generates no code for `target`.
+    """
+    chosen = scored_config.configs(attention, target, ATTENTION_CANDIDATES.get(mode, ATTENTION_CANDIDATES["default"]))
+    return [Candidate(str(c), (print_scored(attention, c, target),)) for c in chosen]
 
 
 def _for_any_rows(contraction: Contraction, target: Target, most: int) -> tuple[list[gemm_config.GemmConfig], bool]:

@@ -17,7 +17,7 @@ from fxopt.codegen import triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
-from fxopt.ir.region import Alternatives, Attention, Batch, Call, Contraction, Region, SideBySide
+from fxopt.ir.region import Alternatives, Batch, Call, Region, Work
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import replaced
@@ -25,7 +25,7 @@ from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.alternatives import Settled, Settler
-from fxopt.tune.candidate import Candidate, Choice, Work, candidates, sizes_of
+from fxopt.tune.candidate import Candidate, Choice, candidates, sizes_of
 from fxopt.tune.contest import decide
 from fxopt.tune.made_up import index_bounds
 from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes
@@ -308,7 +308,7 @@ def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, 
 def _usable(contest: _Contest) -> list[Choice]:
     """The built choices whose kernels keep their values in registers. If none does: all, unless they use tensor cores."""
     kept = [c for c in contest.built if not _spills(c)]
-    return kept if kept or isinstance(contest.region, Contraction | SideBySide | Attention) else contest.built
+    return kept if kept or not isinstance(contest.region, Region | Batch) else contest.built
 
 
 def _spills(choice: Choice) -> bool:

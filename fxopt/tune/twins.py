@@ -12,8 +12,8 @@ from typing import Any
 
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import Load, Nest, Scalar, postorder
-from fxopt.ir.region import Attention, BufferSpec, Region, Strided
-from fxopt.tune.candidate import Candidate, Work
+from fxopt.ir.region import Attention, BufferSpec, Region, Strided, Work
+from fxopt.tune.candidate import Candidate
 
 
 def canonical(region: Region) -> tuple[Region, dict[str, str]]:

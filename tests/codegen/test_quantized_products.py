@@ -170,7 +170,9 @@ def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int,
     return F.silu(gate) * up
 
 
-@pytest.mark.parametrize(("k", "group", "rows", "parts"), [(128, 32, 4, 4), (224, 32, 8, 4), (96, 0, 4, 4), (1024, 128, 4, 32)])
+@pytest.mark.parametrize(
+    ("k", "group", "rows", "parts"), [(128, 32, 4, 4), (224, 32, 8, 4), (96, 0, 4, 4), (1024, 128, 4, 32)]
+)
 def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: int, rows: int, parts: int) -> None:
     config = VectorConfig(rows, parts)
     layer = weight_only(4, 1, k, 41, group)
@@ -183,7 +185,7 @@ def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: in
 @pytest.mark.parametrize("m", [1, 24])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int) -> None:
-    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. Whatever is done gives the values."""
+    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. Either way gives the values."""
     args = weight_only(bits, m, 256, 48)[1][:3]
     low = searched(lambda *given: gated(*given, bits, 0), *args)
     (each,) = alternatives(low)

@@ -81,7 +81,7 @@ class WeightConfig:
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """Of the product of a single row: `rows` of the weight a program, `parts` of 16 bytes of each at a time, one a thread."""
+    """Of the product of one row: `rows` of the weight a program, `parts` of 16 bytes of each at a time, one a thread."""
 
     rows: int
     parts: int

@@ -88,15 +88,23 @@ def _known(scores: MaskedScores, sizes: Sizes) -> torch.Tensor | None:
     """The masks together, [B or 1, H or 1, S, T] in float64, where they follow from sizes."""
     total = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for mask in scores.masks:
-        value = sizes.value(mask.mask)
+        value = known_mask(mask, scores, sizes)
         if value is None:
             return None
-        value = in_heads(value, mask.lead if scores.heads else None, scores.heads)  # type: ignore[arg-type]
-        if isinstance(mask, Added):
-            total = total + value.double() * mask.factor
-        else:
-            total = total.masked_fill(value != mask.inverted, -math.inf)
+        total = total + value if isinstance(mask, Added) else total.masked_fill(value != 0, -math.inf)
     return total.expand(*total.shape[:2], scores.rows, scores.columns)
+
+
+def known_mask(mask: Added | Filled, scores: MaskedScores, sizes: Sizes) -> torch.Tensor | None:
+    """What one of the masks adds, [B or 1, H or 1, S or 1, T or 1] in float64, where that follows from sizes; of a fill, its
+    value where it hides and 0 elsewhere."""
+    value = sizes.value(mask.mask)
+    if value is None:
+        return None
+    value = in_heads(value, mask.lead if scores.heads else None, scores.heads)  # type: ignore[arg-type]
+    if isinstance(mask, Added):
+        return value.double() * mask.factor
+    return torch.where(value != mask.inverted, mask.value, 0.0).double()
 
 
 def _form_of(known: torch.Tensor, scores: MaskedScores) -> MaskForm | str:

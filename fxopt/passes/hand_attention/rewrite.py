@@ -2,8 +2,8 @@
 
 What is looked for is a softmax over the last dimension between two products (score_chain.py reads what lies between them,
 products.py the products themselves). It is replaced where a fused kernel exists (written.py) and every value stays
-what it was, gradients included: score_mask.py says how masks are carried over. Two differences remain: intermediate
-roundings to a half type are not made, and what score_mask.py names.
+what it was, gradients included: score_mask.py says how masks are carried over, scored.py what becomes an op of ours. Two
+differences remain: intermediate roundings to a half type are not made, and what score_mask.py names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fxopt.passes.hand_attention.mask_plan import Call, MaskForm, emit_mask, pla
 from fxopt.passes.hand_attention.products import Operand
 from fxopt.passes.hand_attention.score_chain import SOFTMAX, after, before
 from fxopt.passes.hand_attention.score_mask import in_heads, with_nan_results, without_hidden_rows
+from fxopt.passes.hand_attention.scored import ScoredForm, emit_scored, plan_scored
 from fxopt.passes.hand_attention.written import WrittenAttention, obstacle
 from fxopt.passes.sizes import Sizes
 
@@ -37,14 +38,19 @@ def hand_attention(context: Context) -> None:
             continue
         written = WrittenAttention(node, first, second)
         form = obstacle(written) or plan_mask(written.scores, sizes)
-        if isinstance(form, str):
-            context.reject("hand_attention", form)
-        else:
+        if not isinstance(form, str):
             context.spend("written_out", written.result)
             _replace(context, written, form)
+            continue
+        scored = plan_scored(written, sizes)
+        if isinstance(scored, str):
+            context.reject("hand_attention", form)
+        else:
+            context.spend("scored", written.result)
+            _replace(context, written, scored)
 
 
-def _replace(context: Context, written: WrittenAttention, form: MaskForm) -> None:
+def _replace(context: Context, written: WrittenAttention, form: MaskForm | ScoredForm) -> None:
     """Put the fused call where the second product stands, and take away what it replaces."""
     result, scores = written.result, written.scores
 
@@ -61,18 +67,27 @@ def _replace(context: Context, written: WrittenAttention, form: MaskForm) -> Non
         return x if x.meta["example_value"].stride(-1) == 1 else call(torch.Tensor.contiguous, x)
 
     query, key = operand(written.before.product.first), operand(written.before.product.second, transposed=True)
-    value, mask = operand(written.after.product.second), emit_mask(call, scores, form)
-    if mask.hidden is not None:
-        query = call(without_hidden_rows, query, mask.hidden)
-    options = {"dropout_p": 0.0, "is_causal": form is MaskForm.CAUSAL, "scale": written.before.scale}
-    out = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask.mask, **options)
-    if form is MaskForm.NAN_RESULTS:
-        out = call(with_nan_results, out, value, mask.hidden)
+    value = operand(written.after.product.second)
+    if isinstance(form, ScoredForm):
+        out = emit_scored(call, written, form, (query, key, value))
+    else:
+        out = _fused(call, written, form, (query, key, value))
     new = _as_result(call, written, out)
     new.meta["example_value"] = result.meta["example_value"]
     result.replace_all_uses_with(new)
     for node in (result, *reversed(written.inner)):  # dead in-place calls would not go by themselves
         context.graph.gm.graph.erase_node(node)
+
+
+def _fused(call: Call, written: WrittenAttention, form: MaskForm, operands: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:
+    """The library's call [B, H, S, E]."""
+    query, key, value = operands
+    mask = emit_mask(call, written.scores, form)
+    if mask.hidden is not None:
+        query = call(without_hidden_rows, query, mask.hidden)
+    options = {"dropout_p": 0.0, "is_causal": form is MaskForm.CAUSAL, "scale": written.before.scale}
+    out = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask.mask, **options)
+    return call(with_nan_results, out, value, mask.hidden) if form is MaskForm.NAN_RESULTS else out
 
 
 def _as_result(call: Call, written: WrittenAttention, out: fx.Node) -> fx.Node:

@@ -41,12 +41,14 @@ TRANSPARENT = frozenset(
 
 @dataclass(frozen=True)
 class Before:
-    """A product and what is done to it, in order, up to the softmax; `scale` is the product's own, all of it."""
+    """A product and what is done to it, in order, up to the softmax; `scale` is the product's own, all of it. With a `cap`
+    the scaled product is replaced by `cap` times its tanh, before any mask."""
 
     product: Product
     nodes: tuple[fx.Node, ...]
     scale: float
     masks: tuple[Added | Filled, ...]
+    cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,12 @@ def softmax_dim(softmax: fx.Node) -> Any:
     return bind(softmax, SOFTMAX[softmax.target]).get("dim")
 
 
-_Effect = Added | Filled | _Scaled | None
+@dataclass(frozen=True)
+class _Bent:
+    """By tanh."""
+
+
+_Effect = Added | Filled | _Scaled | _Bent | None
 
 
 def after(softmax: fx.Node) -> After | None:
@@ -92,15 +99,19 @@ def before(softmax: fx.Node, sizes: Sizes) -> Before | None:
     if traced is None:
         return None
     product, steps = traced
-    scale, masks = 1.0, list[Added | Filled]()
+    scale, masks, cap = 1.0, list[Added | Filled](), None
     for _, effect in reversed(steps):  # what is done later scales what was done before
-        if isinstance(effect, Added):
+        if cap is not None and isinstance(effect, Added | Filled | _Bent):
+            return None
+        if isinstance(effect, _Bent):
+            scale, cap = 1.0, scale
+        elif isinstance(effect, Added):
             masks.insert(0, replace(effect, factor=effect.factor * scale))
         elif isinstance(effect, Filled):
             masks.insert(0, replace(effect, value=effect.value * scale))
         elif isinstance(effect, _Scaled):
             scale *= effect.factor
-    return Before(product, tuple(node for node, _ in steps), product.scale * scale, tuple(masks))
+    return Before(product, tuple(node for node, _ in steps), product.scale * scale, tuple(masks), cap)
 
 
 def _trace(node: Any, sizes: Sizes, seen: set[fx.Node]) -> tuple[Product, list[tuple[fx.Node, _Effect]]] | None:
@@ -167,6 +178,10 @@ def _subtracted(node: fx.Node, lead: Lead, number: _Number) -> Iterator[tuple[An
     return _added(node, lead, number, sign=-1)
 
 
+def _bent(node: fx.Node, lead: Lead, number: _Number) -> Iterator[tuple[Any, _Effect]]:
+    yield bind(node, ("input",))["input"], _Bent()
+
+
 def _masked(node: fx.Node, lead: Lead, number: _Number) -> Iterator[tuple[Any, _Effect]]:
     given = bind(node, ("input", "mask", "value"))
     if (value := number(given["value"])) is not None:
@@ -189,6 +204,7 @@ READERS: dict[Any, _Reader] = {
     torch.sub: _subtracted,
     torch.masked_fill: _masked,
     torch.where: _selected,
+    torch.tanh: _bent,
 }
 """Function -> how it is read as a call on scores."""
 
@@ -204,6 +220,9 @@ ALIASES: dict[Any, Any] = {
     operator.isub: torch.sub,
     "sub_": torch.sub,
     "masked_fill_": torch.masked_fill,
+    F.tanh: torch.tanh,
+    "tanh": torch.tanh,
+    "tanh_": torch.tanh,
 }
 """Call target -> the function of READERS it stands for; in place or not makes no difference to a value used once."""
 

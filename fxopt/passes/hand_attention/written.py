@@ -83,6 +83,12 @@ def obstacle(written: WrittenAttention) -> str | None:
     return next((reason for check in CHECKS if (reason := check(written))), None)
 
 
+def obstacle_to_scoring(written: WrittenAttention) -> str | None:
+    """As `obstacle`, for an op that caps scores and has a gradient for what is added to them."""
+    lifted = (_cap, _mask_gradients)
+    return next((reason for check in CHECKS if check not in lifted and (reason := check(written))), None)
+
+
 def _dropout(written: WrittenAttention) -> str | None:
     return "dropout" if written.after.dropout else None
 
@@ -150,8 +156,16 @@ def _gradients(written: WrittenAttention) -> str | None:
     query, key, _ = written.operands
     if scores is None or result is None or not result.requires_grad:
         return None
-    if scores.requires_grad is not (query.requires_grad or key.requires_grad):
+    shown = (query, key, example(written.before.product.added))
+    if scores.requires_grad is not any(x is not None and x.requires_grad for x in shown):
         return "the grad mode changes between the products"
+    return None
+
+
+def _mask_gradients(written: WrittenAttention) -> str | None:
+    result = example(written.result)
+    if result is None or not result.requires_grad:
+        return None
     masks = [shown for m in written.before.masks if (shown := example(m.mask)) is not None]
     return "a gradient is wanted for the mask" if any(m.requires_grad for m in masks) else None
 
@@ -201,11 +215,17 @@ def _same(sizes: Lead, others: Lead) -> bool:
     return len(sizes) == len(others) and all(map(known_equal, sizes, others))
 
 
+def _cap(written: WrittenAttention) -> str | None:
+    return "capped scores" if written.before.cap is not None else None
+
+
 def _scale(written: WrittenAttention) -> str | None:
-    return None if math.isfinite(written.before.scale) else "a scale that is not a finite literal"
+    factors = (written.before.scale, written.before.cap or 0.0)
+    return None if all(map(math.isfinite, factors)) else "a scale that is not a finite literal"
 
 
 CHECKS: tuple[Callable[[WrittenAttention], str | None], ...] = (
-    *(_dropout, _scale, _other_use, _special, _axes, _types, _shapes, _gradients, _write_between, _layout, _kernel),
+    *(_dropout, _cap, _scale, _other_use, _special, _axes, _types, _shapes, _gradients, _mask_gradients),
+    *(_write_between, _layout, _kernel),
 )
 """Each says why an attention stays as it is written, or None."""

@@ -1,0 +1,183 @@
+"""Training attention that no library's backward takes, on a GPU: `python -m benchmarks.attention_training --out FOLDER`.
+
+For each case, forward and backward: eager, Inductor, and fxopt with attention left as it is written ("apart") and as its own
+kernels ("kernel"), interleaved; the contests that the tuner held, in microseconds; errors against float64 next to eager's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from benchmarks.fused_products import Figures, kept
+from benchmarks.kernels_micro import excess
+from benchmarks.results import target_facts, versions
+from benchmarks.written_attention import capped, copy_of
+from fxopt.lower.attention_kernels import KERNEL
+from fxopt.report.measure import interleaved
+
+TUNING_SECONDS = 20.0
+WINDOW = 512
+
+
+def relative(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """As in T5: a bias that learns."""
+    scores = torch.matmul(q, k.transpose(3, 2)) * q.shape[-1] ** -0.5 + bias
+    return torch.matmul(F.softmax(scores.float(), dim=-1).type_as(scores), v).transpose(1, 2).contiguous()
+
+
+def windows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """As in Swin: windows of images, with a bias that learns and a mask for each window."""
+    count, (batch, heads, size, width) = mask.shape[0], q.shape
+    scores = torch.matmul(q, k.transpose(-1, -2)) * width**-0.5 + bias.unsqueeze(0)
+    scores = scores.view(batch // count, count, heads, size, size) + mask.unsqueeze(1).unsqueeze(0)
+    weights = F.softmax(scores.view(-1, heads, size, size), dim=-1)
+    return torch.matmul(weights, v).transpose(1, 2).contiguous()
+
+
+def distances(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor, mask: Tensor) -> Tensor:
+    """As in BLOOM: ALiBi, and a causal mask among the inputs."""
+    scores = torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5 + alibi
+    weights = F.softmax(scores + mask, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return torch.matmul(weights, v).transpose(1, 2).contiguous()
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Capped scores in a window made of positions."""
+    away = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
+    scores = torch.tanh(torch.matmul(q, k.mT) * (q.shape[-1] ** -0.5 / 30)) * 30
+    scores = scores.masked_fill((away < 0) | (away >= WINDOW), float("-inf"))
+    return torch.matmul(torch.softmax(scores, -1), v).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Case:
+    """`addends` are sizes of what is added to the scores, and whether each learns; "causal" is a mask's."""
+
+    name: str
+    attend: Callable[..., Tensor]
+    batch: int
+    heads: int
+    groups: int
+    length: int
+    width: int
+    addends: tuple[tuple[tuple[int, ...] | str, bool], ...] = ()
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def made(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(generator=generator)
+
+        shapes = [(self.batch, self.length, heads, self.width) for heads in (self.heads, self.groups, self.groups)]
+        operands = [made(*shape).transpose(1, 2).requires_grad_() for shape in shapes]
+        for shape, learns in self.addends:
+            operands.append(self._causal(device) if isinstance(shape, str) else made(*shape).requires_grad_(learns))
+        return tuple(operands)
+
+    def _causal(self, device: torch.device) -> Tensor:
+        least = torch.finfo(torch.bfloat16).min
+        return torch.full((self.length, self.length), least, device=device, dtype=torch.bfloat16).triu(1)[None, None]
+
+
+CASES = (
+    Case("t5 b8 s512", relative, 8, 12, 12, 512, 64, (((1, 12, 512, 512), True),)),
+    Case("gemma2-27b b1 s4096", capped, 1, 32, 16, 4096, 128, (("causal", False),)),
+    Case("bloom b4 s1024", distances, 4, 16, 16, 1024, 64, (((16, 1, 1024), False), ("causal", False))),
+    Case("swin-t b32", windows, 2048, 3, 3, 49, 32, (((3, 49, 49), True), ((64, 49, 49), False))),
+    Case("window b4 s2048", window, 4, 16, 16, 2048, 64),
+    Case("gemma2-2b b2 s2048", capped, 2, 8, 4, 2048, 256, (("causal", False),)),
+)
+
+
+CONTENDERS = ("inductor", "apart", KERNEL)
+
+
+def outcome(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], weight: Tensor) -> list[Tensor]:
+    """The result, and the gradients of what learns."""
+    out = attend(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in inputs if x.requires_grad], weight)]
+
+
+@contextlib.contextmanager
+def compiling(name: str) -> Iterator[dict[str, Figures]]:
+    """Compilations in the block are those of contender `name`; yields the contests."""
+    disabled = {"FXOPT_DISABLE": "hand_attention"} if name == "apart" else {}
+    with mock.patch.dict(os.environ, disabled), kept(name) as contests:
+        yield contests
+
+
+def measure(case: Case, device: torch.device, seconds: float, contenders: Sequence[str] = CONTENDERS) -> dict[str, Any]:
+    """One entry of the results."""
+    inputs = case.inputs(device)
+    weight = torch.randn_like(case.attend(*inputs))
+    entry: dict[str, Any] = {"case": case.name, "excess_error": {}, "compile_seconds": {}, "contests": {}}
+    eager = outcome(case.attend, inputs, weight)
+    wide = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
+    exact = outcome(case.attend, wide, weight.double())
+    del wide
+    steps: dict[str, Callable[[], Any]] = {"eager": lambda: outcome(case.attend, inputs, weight)}
+    for name in contenders:
+        backend = "inductor" if name == "inductor" else "fxopt"
+        options = {} if name == "inductor" else {"options": {"tuning_seconds": TUNING_SECONDS, "cuda_graphs": False}}
+        start = time.perf_counter()
+        with compiling(name) as contests:
+            compiled = torch.compile(copy_of(case.attend, name), backend=backend, dynamic=False, **options)  # type: ignore[call-overload]
+            got = outcome(compiled, inputs, weight)
+        entry["compile_seconds"][name] = time.perf_counter() - start
+        entry["excess_error"][name] = excess(got, eager, exact)
+        entry["contests"] |= {each: figures for each, figures in contests.items() if name == KERNEL}
+        steps[name] = lambda compiled=compiled: outcome(compiled, inputs, weight)  # type: ignore[misc]
+    del eager, exact
+    timings = interleaved(steps, device, seconds=seconds, ahead=True)
+    entry["us"] = {name: timings[name].median * 1e6 for name in steps}
+    return entry
+
+
+def line(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        return f"{entry['case']:<24} {entry['error']}"
+    wrong = [name for name, error in entry["excess_error"].items() if error > 1]
+    figures = " ".join(f"{name} {us:8.1f}" for name, us in entry["us"].items())
+    return f"{entry['case']:<24} {figures}{f' WRONG: {wrong}' if wrong else ''}"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for attention_training.json")],
+    seconds: Annotated[float, typer.Option(help="of timing a case")] = 1.0,
+    only: Annotated[str, typer.Option(help="cases whose names begin with one of these, comma-separated")] = "",
+    contenders: Annotated[str, typer.Option(help="beside eager, comma-separated")] = ",".join(CONTENDERS),
+    minutes: Annotated[float, typer.Option(help="after which no case begins")] = 10.0,
+) -> None:
+    """Time each case on this machine's first GPU."""
+    device = torch.device("cuda", 0)
+    out.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    begun = time.monotonic()
+    for case in CASES:
+        if not case.name.startswith(tuple(only.split(","))) or time.monotonic() - begun > 60 * minutes:
+            continue
+        try:
+            entries.append(measure(case, device, seconds, contenders.split(",")))
+        except RuntimeError as error:
+            entries.append({"case": case.name, "error": str(error).partition("\n")[0]})
+        torch.compiler.reset()
+        typer.echo(line(entries[-1]))
+        document = {"target": target_facts(device), "versions": versions(), "cases": entries}
+        (out / "attention_training.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

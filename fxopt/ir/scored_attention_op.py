@@ -1,0 +1,309 @@
+"""Attention whose scores are changed before the softmax, with a gradient, as ops that store no scores.
+
+Importing the module registers
+
+    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, rest, most, inverse)
+    fxopt::scored_attention_query(grad, query, key, value, bias, mask, most, inverse, total, *, scale, cap, fill, band)
+    fxopt::scored_attention_key_value(...the same...) -> (Tensor, Tensor)
+    fxopt::scored_attention_bias(..., parts, *, scale, cap, fill, band) -> Tensor
+
+over query [B, H, S, E], key [B, G, T, E] and value [B, G, T, Ev] of one floating dtype, H a multiple of G. A score is made
+in float32, in this order:
+
+    s = scale * (query . key); s = cap * tanh(s) if cap is not 0
+    s = s + bias; s = s + mask, or of a boolean mask s where it is true and `fill` elsewhere
+    s = -inf where key number - row number lies outside of `band` = [least, most]
+
+`bias` and `mask`, both optional, are [b, 1 or H, 1 or S, 1 or T] with b a divisor of B: batch n has number n % b of them (so
+windows of an image follow each other). Of these only the bias is differentiable, if it has all of S and T.
+
+`most` and `inverse`, float32 [B, H, S] (float64 for float64), are each row's greatest score and the inverse of its sum of
+exp(s - most): apart, since in a logarithm of their product scores as low as the least float would absorb the sum, and rows
+that such a mask hides throughout, which are uniform in eager, would have wrong gradients. A row of minus infinity is NaN, as
+in a softmax. `rest` is what rounding has taken from `out`, in its dtype. `total`, [B, H, S], is the sum over features of
+grad * (out + rest). It is subtracted from products of grad and single values: where these have much in common, a rounded
+result would leave more error than gradient.
+
+The gradients of query, of key and value, and of bias are three ops, so that each is one kernel and none is computed in vain;
+the last one has `parts` summands [parts, b, 1 or H, S, T], in float32. The eager forms here follow the same formulas with
+stored scores. Differentiable once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import GradientError
+
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask"
+_BACKWARD = f"Tensor grad, {_OPERANDS}, Tensor most, Tensor inverse, Tensor total"
+_RULE = "*, float scale, float cap, float fill, int[]? band"
+SCHEMAS = {
+    "scored_attention": f"({_OPERANDS}, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "scored_attention_query": f"({_BACKWARD}, {_RULE}) -> Tensor",
+    "scored_attention_key_value": f"({_BACKWARD}, {_RULE}) -> (Tensor, Tensor)",
+    "scored_attention_bias": f"({_BACKWARD}, int parts, {_RULE}) -> Tensor",
+}
+
+BIAS_PROGRAMS = 1024
+"""How many programs of 64 x 64 scores the gradient of a bias is divided into, where batches allow it."""
+
+BIAS_BYTES = 64 << 20
+"""What its summands may take."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores [B, H, S, T], their derivative with respect to the product (a factor), and where they were not filled."""
+
+    scores: Tensor
+    slope: Tensor | float
+    kept: Tensor | None
+
+
+def _over_batches(x: Tensor, count: int) -> Tensor:
+    return x if x.shape[0] in (1, count) else x.repeat(count // x.shape[0], 1, 1, 1)
+
+
+def _scored(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    cap: float,
+    fill: float,
+    band: list[int] | None,
+) -> _Scored:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(wide) @ _ungrouped(query, key).to(wide).mT).mul_(scale)
+    slope: Tensor | float = scale
+    if cap:
+        scores = scores.tanh_()
+        slope = (1 - scores * scores).mul_(cap * scale)
+        scores = scores * cap
+    if bias is not None:
+        scores = scores.add_(_over_batches(bias, len(query)))
+    kept = None
+    if mask is not None and mask.dtype == torch.bool:
+        kept = _over_batches(mask, len(query))
+        scores = torch.where(kept, scores, fill)
+    elif mask is not None:
+        scores = scores.add_(_over_batches(mask, len(query)))
+    if band is not None:
+        rows, keys = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
+        away = keys - rows[:, None]
+        scores = scores.masked_fill_((away < band[0]) | (away > band[1]), -math.inf)
+    return _Scored(scores, slope, kept)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, **rule: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fxopt::scored_attention` computes, with stored scores."""
+    scores = _scored(query, key, bias, mask, **rule).scores
+    most = scores.amax(-1)
+    p = scores.sub_(most.unsqueeze(-1)).exp_()
+    inverse = p.sum(-1).reciprocal_()
+    exact = p.mul_(inverse.unsqueeze(-1)) @ _ungrouped(query, value).to(p.dtype)
+    out = exact.to(query.dtype)
+    return out, (exact - out).to(query.dtype), most, inverse
+
+
+def _probabilities(found: _Scored, most: Tensor, inverse: Tensor) -> Tensor:
+    return found.scores.sub_(most.unsqueeze(-1)).exp_().mul_(inverse.unsqueeze(-1))
+
+
+def _slopes(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    most: Tensor,
+    inverse: Tensor,
+    total: Tensor,
+    **rule: Any,
+) -> tuple[Tensor, Tensor | float]:
+    """(the gradient of the scores before a mask fills them, the derivative of these with respect to the product)."""
+    found = _scored(query, key, bias, mask, **rule)
+    p = _probabilities(found, most, inverse)
+    of_p = grad.to(p.dtype) @ _ungrouped(query, value).to(p.dtype).mT
+    of_scores = of_p.sub_(total.unsqueeze(-1)).mul_(p)
+    if found.kept is not None:
+        of_scores = torch.where(found.kept, of_scores, 0.0)
+    return of_scores, found.slope
+
+
+def query_gradient(grad: Tensor, query: Tensor, key: Tensor, *more: Any, **rule: Any) -> Tensor:
+    """What `fxopt::scored_attention_query` computes: [B, H, S, E]."""
+    of_scores, slope = _slopes(grad, query, key, *more, **rule)
+    return of_scores.mul_(slope).to(query.dtype) @ _ungrouped(query, key)
+
+
+def key_value_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    most: Tensor,
+    inverse: Tensor,
+    total: Tensor,
+    **rule: Any,
+) -> tuple[Tensor, Tensor]:
+    """What `fxopt::scored_attention_key_value` computes: [B, G, T, E] and [B, G, T, Ev]."""
+    of_scores, slope = _slopes(grad, query, key, value, bias, mask, most, inverse, total, **rule)
+    of_key = of_scores.mul_(slope).to(query.dtype).mT @ query
+    p = _probabilities(_scored(query, key, bias, mask, **rule), most, inverse)
+    return _grouped(of_key, key), _grouped(p.to(query.dtype).mT @ grad, value)
+
+
+def bias_gradient(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    most: Tensor,
+    inverse: Tensor,
+    total: Tensor,
+    parts: int,
+    **rule: Any,
+) -> Tensor:
+    """What `fxopt::scored_attention_bias` computes: [parts, b, 1 or H, S, T], all of the sum in the first part."""
+    of_scores, _ = _slopes(grad, query, key, value, bias, mask, most, inverse, total, **rule)
+    summed = of_scores.unflatten(0, (-1, bias.shape[0])).sum(0)
+    if bias.shape[1] == 1:
+        summed = summed.sum(1, keepdim=True)
+    out = summed.new_zeros((parts, *summed.shape))
+    out[0] = summed
+    return out
+
+
+def _ungrouped(query: Tensor, x: Tensor) -> Tensor:
+    """`x` [B, G, T, ...] with as many heads as `query`."""
+    groups = query.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def _grouped(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `x` [B, G, T, ...] from that of `_ungrouped`."""
+    return gradient if gradient.shape[1] == x.shape[1] else gradient.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
+def parts_of(query: Tensor, key: Tensor, bias: Tensor) -> int:
+    """How many summands the gradient of `bias` is computed in: as few as occupy a GPU."""
+    (batch, heads, rows, _), keys = query.shape, key.shape[2]
+    apart, summed = bias.shape[0] * bias.shape[1], batch * heads // (bias.shape[0] * bias.shape[1])
+    tiles = apart * math.ceil(rows / 64) * math.ceil(keys / 64)
+    wanted = min(math.ceil(BIAS_PROGRAMS / tiles), BIAS_BYTES // (4 * apart * rows * keys), summed)
+    return max(1, wanted)
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def _like(x: Tensor, width: Any) -> Tensor:
+    """Uninitialized, in the layout of `x`, with another number of features."""
+    if width == x.shape[-1]:
+        return torch.empty_like(x)
+    batch, heads, length, _ = x.shape
+    return x.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out, rest = (_like(query, value.shape[-1]) for _ in range(2))
+    most, inverse = (query.new_empty(query.shape[:3], dtype=wide) for _ in range(2))
+    return out, rest, most, inverse
+
+
+def _fake_query(grad: Tensor, query: Tensor, *_: Any, **rule: Any) -> Tensor:
+    return torch.empty_like(query)
+
+
+def _fake_key_value(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **rule: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(key), torch.empty_like(value)
+
+
+def _fake_bias(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    most: Tensor,
+    inverse: Tensor,
+    total: Tensor,
+    parts: int,
+    **rule: Any,
+) -> Tensor:
+    return most.new_empty((parts, *bias.shape[:2], query.shape[2], key.shape[2]))
+
+
+# ---------------------------------------------------------------------- autograd
+
+
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    ctx.rule = dict(keyword_only_inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    if wanted[4]:
+        raise GradientError("fxopt::scored_attention has no gradient for its mask; its bias has one")
+    if grad is None:
+        return (None,) * len(wanted)
+    query, key, value, bias, mask, out, rest, most, inverse = ctx.saved_tensors
+    total = (grad.to(most.dtype) * (out.to(most.dtype) + rest.to(most.dtype))).sum(-1)
+    given = (grad, query, key, value, bias, mask, most, inverse, total)
+    of_query = scored_attention_query(*given, **ctx.rule) if wanted[0] else None
+    of_key, of_value = scored_attention_key_value(*given, **ctx.rule) if wanted[1] or wanted[2] else (None, None)
+    of_bias = None
+    if wanted[3]:
+        summands = scored_attention_bias(*given, parts_of(query, key, bias), **ctx.rule)
+        of_bias = summands.sum(0).to(bias.dtype)
+    return of_query, of_key if wanted[1] else None, of_value if wanted[2] else None, of_bias, None
+
+
+def _no_second_derivative(*_: Any) -> Any:
+    raise GradientError(
+        "attention is differentiable once: FXOPT_DISABLE=hand_attention leaves it as it is written, which has a second one"
+    )
+
+
+_LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
+for _name, _kernel, _layout in (
+    ("scored_attention", attend, _fake),
+    ("scored_attention_query", query_gradient, _fake_query),
+    ("scored_attention_key_value", key_value_gradients, _fake_key_value),
+    ("scored_attention_bias", bias_gradient, _fake_bias),
+):
+    _LIBRARY.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxopt::{_name}", _layout, lib=_LIBRARY)
+
+scored_attention = torch.ops.fxopt.scored_attention.default
+scored_attention_query = torch.ops.fxopt.scored_attention_query.default
+scored_attention_key_value = torch.ops.fxopt.scored_attention_key_value.default
+scored_attention_bias = torch.ops.fxopt.scored_attention_bias.default
+SCORED = (scored_attention, scored_attention_query, scored_attention_key_value, scored_attention_bias)
+
+torch.library.register_autograd("fxopt::scored_attention", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
+for _op in SCORED[1:]:
+    torch.library.register_autograd(_op.name(), _no_second_derivative, lib=_LIBRARY)

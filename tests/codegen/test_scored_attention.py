@@ -1,0 +1,173 @@
+"""Templates of attention in training: values and gradients in Triton's interpreter, code for several architectures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.templates.scored_config import ScoredConfig
+from fxopt.codegen.triton_scored import print_scored
+from fxopt.ir.region import BufferSpec, ScoredAttention, Strided
+from fxopt.ir.scored_attention_op import attend, bias_gradient, key_value_gradients, query_gradient
+from fxopt.target import Target
+from tests.codegen.triton_interpreter import Interpreter
+
+H100 = Target.cuda(90)
+BF16 = torch.bfloat16
+SMALL = ScoredConfig(16, 16, 4, 2)
+OTHERS = ("forward", "query", "key_value", "bias")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors by the names of the ops' schemas, and the rest of their arguments."""
+
+    tensors: dict[str, Tensor]
+    rule: dict[str, Any]
+
+    @property
+    def operands(self) -> list[Tensor | None]:
+        return [self.tensors.get(n) for n in ("query", "key", "value", "bias", "mask")]
+
+    def exact(self) -> Problem:
+        wide = {n: x.double() if x.is_floating_point() else x for n, x in self.tensors.items()}
+        return Problem(wide, self.rule)
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[batch, heads, rows, width], with heads next to features in memory."""
+    batch, heads, rows, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, rows, heads, width, generator=generator).to(dtype).transpose(1, 2)
+
+
+def problem(
+    rows: int,
+    keys: int,
+    batch: int = 2,
+    heads: int = 2,
+    groups: int = 2,
+    width: int = 16,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **rule: Any,
+) -> Problem:
+    given = {
+        "query": rand(batch, heads, rows, width, dtype=dtype),
+        "key": rand(batch, groups, keys, width, seed=1, dtype=dtype),
+    }
+    given |= {"value": rand(batch, groups, keys, width, seed=2, dtype=dtype)}
+    given |= {n: x for n, x in (("bias", bias), ("mask", mask)) if x is not None}
+    return Problem(given, {"scale": width**-0.5, "cap": 0.0, "fill": -math.inf, "band": None} | rule)
+
+
+def step_of(op: str, x: Problem, results: list[Tensor], parts: int = 1) -> ScoredAttention:
+    tensors = x.tensors | {f"result{k}": r for k, r in enumerate(results)}
+    specs = {n: BufferSpec(n, t.dtype, torch.device("cuda", 0), (1,), (1,)) for n, t in tensors.items()}
+    views = {n: Strided(n, tuple(t.shape), _strides(t, n), int(t.storage_offset())) for n, t in tensors.items()}
+    made = tuple(views.pop(f"result{k}") for k in range(len(results)))
+    rule = x.rule | {"band": None if x.rule["band"] is None else tuple(x.rule["band"])}
+    return ScoredAttention("attention", op, views, made, buffers=specs, parts=parts, **rule)
+
+
+def _strides(x: Tensor, name: str) -> tuple[int, ...]:
+    addend = name in ("bias", "mask")
+    return tuple(0 if addend and n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def run(interpreter: Interpreter, op: str, x: Problem, results: list[Tensor], config: ScoredConfig, parts: int = 1) -> None:
+    """Run the printed kernel, which stores into `results`."""
+    memory = x.tensors | {f"result{k}": r.fill_(math.nan) for k, r in enumerate(results)}
+    flat = {n: t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,), 0) for n, t in memory.items()}
+    interpreter.run(print_scored(step_of(op, x, results, parts), config, H100), flat)
+
+
+def check(interpreter: Interpreter, x: Problem, config: ScoredConfig = SMALL, parts: int = 3) -> None:
+    """All kernels against the formulas in float64."""
+    query, key, value, bias = x.operands[:4]
+    assert query is not None and key is not None and value is not None
+    most, inverse = (torch.empty(query.shape[:3]) for _ in range(2))
+    out, rest = (torch.empty_like(query) for _ in range(2))
+    run(interpreter, "scored_attention", x, [out, rest, most, inverse], config)
+    exact = x.exact()
+    want, _, want_most, want_inverse = attend(*exact.operands, **x.rule)
+    close(out, want)
+    hidden = want_most == -math.inf
+    close(most, want_most)
+    close(inverse[~hidden], want_inverse[~hidden])
+
+    grad = rand(*out.shape, seed=3)
+    total = (grad * out).sum(-1)
+    tensors = {"grad": grad, **x.tensors, "most": most, "inverse": inverse, "total": total}
+    order = ("grad", "query", "key", "value", "bias", "mask", "most", "inverse", "total")
+    back = replace(x, tensors={n: tensors[n] for n in order if n in tensors})
+    wide = [grad.double(), *exact.operands, want_most, want_inverse, (grad * want).sum(-1)]
+    of_query, of_key, of_value = (torch.empty_like(t) for t in (query, key, value))
+    run(interpreter, "scored_attention_query", back, [of_query], config)
+    close(of_query, query_gradient(*wide, **x.rule))  # type: ignore[arg-type]
+    run(interpreter, "scored_attention_key_value", back, [of_key, of_value], config)
+    for got, expected in zip((of_key, of_value), key_value_gradients(*wide, **x.rule), strict=True):  # type: ignore[arg-type]
+        close(got, expected)
+    if bias is not None and bias.shape[2:] == (query.shape[2], key.shape[2]):
+        summands = torch.empty(parts, *bias.shape)
+        run(interpreter, "scored_attention_bias", back, [summands], config, parts)
+        close(summands.sum(0), bias_gradient(*wide, 1, **x.rule)[0])  # type: ignore[arg-type]
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def addend(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def seen(*shape: int) -> Tensor:
+    return addend(*shape) < 0.6
+
+
+CASES = {
+    "capped, causal": problem(37, 37, cap=1.5, band=[-37, 0]),
+    "window": problem(41, 41, band=[-9, 2]),
+    "a learned bias": problem(19, 37, bias=addend(1, 2, 19, 37)),
+    "a bias that heads share": problem(19, 16, bias=addend(1, 1, 19, 16), batch=3),
+    "slopes of distances": problem(19, 37, bias=addend(2, 2, 1, 37), mask=addend(2, 1, 19, 37)),
+    "windows of images": problem(16, 16, batch=4, bias=addend(1, 2, 16, 16), mask=addend(2, 1, 16, 16)),
+    "boolean": problem(19, 37, bias=addend(2, 1, 19, 37), mask=seen(2, 1, 1, 37)),
+    "groups": problem(19, 37, heads=6, groups=2, cap=2.0, bias=addend(1, 6, 19, 37), band=[-37, 18]),
+    "more rows": problem(50, 5, bias=addend(1, 2, 50, 5), band=[-50, 0]),
+    "features": problem(9, 20, width=24),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(interpreter: Interpreter, case: str) -> None:
+    check(interpreter, CASES[case])
+
+
+@pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("how", ["filled", "added"])
+def test_rows_that_are_hidden_throughout(interpreter: Interpreter, how: str, value: float) -> None:
+    """As in a softmax: NaN, or equal probabilities; what is filled passes no gradient on."""
+    mask = seen(2, 1, 7, 21)
+    mask[0, :, 3] = False
+    mask[1, :, 5, 4:] = False
+    given = mask if how == "filled" else torch.zeros(mask.shape).masked_fill(~mask, value)
+    check(interpreter, problem(7, 21, bias=addend(1, 2, 7, 21), mask=given, fill=value))
+
+
+def test_half_precision(interpreter: Interpreter) -> None:
+    x = problem(19, 37, bias=addend(1, 2, 1, 37), dtype=torch.float16, cap=3.0, band=[-37, 0])
+    out, rest = (torch.empty_like(x.tensors["query"]) for _ in range(2))
+    run(interpreter, "scored_attention", x, [out, rest, *(torch.empty(2, 2, 19) for _ in range(2))], SMALL)
+    want = attend(*x.exact().operands, **x.rule)[0]
+    assert out.dtype == torch.float16 and float((out.double() - want).abs().max()) < 4e-3
+    assert float((out.double() + rest.double() - want).abs().max()) < 2e-3, "half of the error is the result's own rounding"
