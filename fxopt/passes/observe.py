@@ -2,8 +2,8 @@
 
 For each different operand of a layer three results are appended: the least and the largest value of each channel (in the
 operand's dtype) and the histogram of magnitudes by bits (`fxopt::exponent_histogram`). The first two are ordinary
-reductions, which fuse with what makes the operand. `graph.notes["observed"]` says in which order: an `Observed` for each
-operand.
+reductions, which fuse with what makes the operand. If asked for, a fourth result is the histogram of the rows' largest
+magnitudes (of an image, of its places'). `graph.notes["observed"]` says in which order: an `Observed` for each operand.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fxopt.passes.facts import tensor
 
 aten = torch.ops.aten
 
-RESULTS = 3
-"""For each operand."""
+ROWS = "observes rows"
+"""In a graph's notes: whether rows are observed."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,21 @@ def _obstacle(x: fx.Node) -> str | None:
 
 
 def _observers(context: Context, x: fx.Node, layer: Layer) -> list[fx.Node] | None:
-    """The least, the largest and the histogram of x."""
+    """The least, the largest and the histogram of x, and that of its rows."""
     others = [d for d in range(x.meta["val"].dim()) if d != CHANNEL]
     made = []
     for target, args in ((aten.amin.default, (x, others)), (aten.amax.default, (x, others)), (exponent_histogram, (x,))):
         node = context.derive(target, args, layer.node, symbolic=True)
         if node is None:
             return None
+        made.append(node)
+    if context.graph.notes.get(ROWS):
+        node = x
+        for target, more in ((aten.abs.default, ()), (aten.amax.default, ([CHANNEL],)), (exponent_histogram, ())):
+            derived = context.derive(target, (node, *more), layer.node, symbolic=True)
+            if derived is None:
+                return None
+            node = derived
         made.append(node)
     return made
 

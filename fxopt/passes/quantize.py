@@ -7,6 +7,10 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
   scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
+- Where a calibration's range lies mostly on one side of zero (after an activation), an int8 operand has a zero point z: z is
+  added before rounding, the limits are -128 and 127, and what z adds to the product, a constant for each column, is
+  subtracted with the bias.
+- A calibration may have limits at which weights are clipped, and a correction that is added with the bias.
 - A calibration may have powers of two for the channels of a layer's input (quant/smooth.py): x is divided by them first,
   and the weight multiplied, which changes no value of the product.
 - Without a calibration, and in a dynamic precision, each row has the scale max |x| / L, at least the least normal float32:
@@ -27,9 +31,9 @@ from torch import fx
 
 from fxopt.errors import CalibrationError
 from fxopt.ir import ops
-from fxopt.ir.graph import Phase
+from fxopt.ir.graph import Phase, Role
 from fxopt.ir.layers import LINEAR, Layer, layers
-from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight
+from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight, zero_point_offset
 from fxopt.ir.spec import fake_mode
 from fxopt.options import suggestion
 from fxopt.passes.constant_folding import add_constant
@@ -137,25 +141,36 @@ class _Rewrite:
         self.context, self.table = context, table
         self.without_range: dict[str, list[str]] = {}
         self._made: dict[Hashable, Any] = {}
+        self._made_constants: dict[fx.Node, torch.Tensor] = {}
 
     def layer(self, layer: Layer, name: str) -> str:
         """Replace the layer's node; how, for people. Raises _HighError."""
         precision = PRECISIONS[name]
         _check_operands(layer, name)
         bias = _bias(layer)
+        refined = None if self.table is None else self.table.refinement(layer.name, name)
+        limits, offset = (None, None) if refined is None else (refined.limits, refined.correction)
         if precision.activations is None:
             group = (group_of(layer.shape[1]) or 0) if precision.group else 0
-            weight, scales = self._weight(layer, precision, group)
+            weight, scales = self._weight(layer, precision, group, limits)
+            bias = self._with_offset(layer, bias, offset)
             x = self._divided(layer, layer.x)
             product = self._derive(WEIGHT_ONLY_MM, (x, weight, scales, bias, precision.bits, group), layer)
             how = f", groups of {group}" if group else ""
         else:
             scale = self._scale(layer, name)
-            weight, scales = self._weight(layer, precision, 0)
-            x, scale_x = self._activation(layer, precision, scale)
+            zero = 0 if scale is None or self.table is None else self.table.zero_point(layer.name, name)
+            weight, scales = self._weight(layer, precision, 0, limits)
+            if zero and scale is not None:
+                own = zero_point_offset(self._made_constants[weight], self._made_constants[scales], scale, zero)
+                offset = own if offset is None else own + offset.to(own.device)
+            bias = self._with_offset(layer, bias, offset)
+            x, scale_x = self._activation(layer, precision, scale, zero)
             out = layer.node.meta["val"].dtype
             product = self._derive(SCALED_MM, (x, weight, scale_x, scales, bias, out), layer)
             how = ", scaled row by row" if scale is None else f", scale {scale:.4g}"
+            how += f", zero at {zero}" if zero else ""
+        how += ", refined" if refined is not None else ""
         if self.context.exhausted:
             raise _HighError("the limit of rewrites is reached")
         if not self.context.replace(name, layer.node, product):
@@ -173,7 +188,9 @@ class _Rewrite:
             raise _HighError(reason)
         return self.table.scale(layer.name, name)
 
-    def _weight(self, layer: Layer, precision: Precision, group: int) -> tuple[fx.Node, fx.Node]:
+    def _weight(
+        self, layer: Layer, precision: Precision, group: int, limits: torch.Tensor | None
+    ) -> tuple[fx.Node, fx.Node]:
         """The quantized weight [N, K] and its scales, as constants."""
         dtype, channels = getattr(torch, str(precision.weights)), self._channels(layer)
 
@@ -182,12 +199,13 @@ class _Rewrite:
                 value = self._value(layer.weight).t()
                 if channels is not None:
                     value = value.float() * channels.to(value.device)
-                weight, scales = quantize_weight(value, dtype, precision.bits, group)
+                weight, scales = quantize_weight(value, dtype, precision.bits, group, limits)
             except RuntimeError as error:  # torch's OutOfMemoryError is one
                 raise _HighError(f"its weight cannot be quantized here: {str(error).partition(chr(10))[0]}") from error
             return self._constant(layer, "weight", weight), self._constant(layer, "scales", scales)
 
-        made: tuple[fx.Node, fx.Node] = self._once(("weight", layer.weight, dtype, group, _bits(channels)), make)
+        key = ("weight", layer.weight, dtype, group, _bits(channels), _bits(limits))
+        made: tuple[fx.Node, fx.Node] = self._once(key, make)
         return made
 
     def _value(self, node: fx.Node) -> torch.Tensor:
@@ -201,23 +219,45 @@ class _Rewrite:
             value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         return value
 
-    def _activation(self, layer: Layer, precision: Precision, scale: float | None) -> tuple[fx.Node, fx.Node]:
+    def _with_offset(self, layer: Layer, bias: fx.Node | None, offset: torch.Tensor | None) -> fx.Node | None:
+        """`bias` with `offset`, float32 [N], added to it."""
+        if offset is None:
+            return bias
+        if bias is None or self._is_frozen(bias):
+            device = layer.node.meta["val"].device
+            known = offset.to(device) if bias is None else offset.to(device) + self._value(bias).to(torch.float32)
+            return self._constant(layer, "bias", known)
+        added = self._constant(layer, "offset", offset.to(bias.meta["val"].device))
+        return self._derive(aten.add.Tensor, (bias, added), layer)
+
+    def _is_frozen(self, node: fx.Node) -> bool:
+        while node.op != "placeholder":
+            if node.op != "call_function" or not ops.is_view(node.target) or len(node.all_input_nodes) != 1:
+                return False
+            node = node.all_input_nodes[0]
+        return any(i.name in (node.name, node.target) and i.role is Role.CONSTANT for i in self.context.graph.inputs)
+
+    def _activation(self, layer: Layer, precision: Precision, scale: float | None, zero: int) -> tuple[fx.Node, fx.Node]:
         """The quantized input [M, K] and its scale, [] or [M]."""
         _check_device(layer, precision)
         make = functools.partial(self._by_row, layer, precision)
         if scale is not None:
-            make = functools.partial(self._by_tensor, layer, precision, scale)
+            make = functools.partial(self._by_tensor, layer, precision, scale, zero)
         made: tuple[fx.Node, fx.Node] = self._once(
-            ("x", layer.x, precision.activations, scale, _bits(self._channels(layer))), make
+            ("x", layer.x, precision.activations, scale, zero, _bits(self._channels(layer))), make
         )
         return made
 
-    def _by_tensor(self, layer: Layer, precision: Precision, scale: float) -> tuple[fx.Node, fx.Node]:
+    def _by_tensor(self, layer: Layer, precision: Precision, scale: float, zero: int) -> tuple[fx.Node, fx.Node]:
         device = layer.x.meta["val"].device
         own = torch.tensor(scale, dtype=torch.float32)
         factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
         values = self._derive(aten.mul.Tensor, (self._divided(layer, self._wide(layer)), factor), layer)
-        return self._cast(layer, precision, values), self._scalar(layer, "scale", own.to(device))
+        if zero:
+            shift = self._scalar(layer, "zero", torch.tensor(float(zero)).to(device))
+            values = self._derive(aten.add.Tensor, (values, shift), layer)
+        least = -128.0 if zero else -precision.largest
+        return self._cast(layer, precision, values, least), self._scalar(layer, "scale", own.to(device))
 
     def _by_row(self, layer: Layer, precision: Precision) -> tuple[fx.Node, fx.Node]:
         wide = self._divided(layer, self._wide(layer))
@@ -227,7 +267,7 @@ class _Rewrite:
         factor = self._derive(aten.reciprocal.default, (scale,), layer)
         column = self._derive(aten.unsqueeze.default, (factor, 1), layer)
         values = self._derive(aten.mul.Tensor, (wide, column), layer)
-        return self._cast(layer, precision, values), scale
+        return self._cast(layer, precision, values, -precision.largest), scale
 
     def _channels(self, layer: Layer) -> torch.Tensor | None:
         return None if self.table is None else self.table.channels(layer.name)
@@ -247,11 +287,11 @@ class _Rewrite:
             return layer.x
         return self._derive(aten._to_copy.default, (layer.x,), layer, {"dtype": torch.float32})
 
-    def _cast(self, layer: Layer, precision: Precision, values: fx.Node) -> fx.Node:
+    def _cast(self, layer: Layer, precision: Precision, values: fx.Node, least: float) -> fx.Node:
         dtype = getattr(torch, str(precision.activations))
         if not dtype.is_floating_point:
             values = self._derive(aten.round.default, (values,), layer)
-        values = self._derive(aten.clamp.default, (values, -precision.largest, precision.largest), layer)
+        values = self._derive(aten.clamp.default, (values, least, precision.largest), layer)
         return self._derive(aten._to_copy.default, (values,), layer, {"dtype": dtype})
 
     def _scalar(self, layer: Layer, what: str, value: torch.Tensor) -> fx.Node:
@@ -265,7 +305,9 @@ class _Rewrite:
         with mode:
             fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         meta = {"val": fake, "module": layer.node.meta.get("module", "")}
-        return add_constant(self.context, f"{layer.node.name}_{what}", value, meta)
+        node = add_constant(self.context, f"{layer.node.name}_{what}", value, meta)
+        self._made_constants[node] = value
+        return node
 
     def _derive(self, target: Any, args: tuple[Any, ...], layer: Layer, kwargs: dict[str, Any] | None = None) -> fx.Node:
         node = self.context.derive(target, args, layer.node, kwargs, symbolic=True)
