@@ -33,7 +33,7 @@ from fxopt.passes.linear_cross_entropy import linear_cross_entropy
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.merged_products import merged_products
 from fxopt.passes.no_ops import no_ops
-from fxopt.passes.observe import ROWS, Observed, observe
+from fxopt.passes.observe import ATTENTIONS, ROWS, Observed, observe
 from fxopt.passes.open_mask import open_mask
 from fxopt.passes.pad_gemm import pad_gemm
 from fxopt.passes.product_bias import product_bias
@@ -116,11 +116,13 @@ def run(graph: Graph, options: PassOptions, journal: Journal, *, check: bool = F
     return run_passes(PASSES, graph, options, journal, check=check or options.check)
 
 
-def run_observing(graph: Graph, options: PassOptions, journal: Journal, *, rows: bool = False) -> tuple[Observed, ...]:
+def run_observing(
+    graph: Graph, options: PassOptions, journal: Journal, *, rows: bool = False, attention: bool = False
+) -> tuple[Observed, ...]:
     """Run OBSERVING on `graph` in place; what the results say that are appended to its own (see observe.py)."""
-    graph.notes[ROWS] = rows
+    graph.notes |= {ROWS: rows, ATTENTIONS: attention}
     run_passes(OBSERVING, graph, options, journal, check=options.check)
-    del graph.notes[ROWS]
+    del graph.notes[ROWS], graph.notes[ATTENTIONS]
     observed: tuple[Observed, ...] = graph.notes.pop("observed", ())
     return observed
 

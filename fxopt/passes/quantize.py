@@ -7,6 +7,9 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
   scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
+- Attention is quantized where a rule with "@attention" in its name or pattern asks for fp8: query, key and value with the
+  calibration's scales, the products of them and of the probabilities in float8 (ir/quantized_attention.py). The value is
+  stored with its rows contiguous, as tensor cores read what they sum over.
 - Where a calibration's range lies mostly on one side of zero (after an activation), an int8 operand has a zero point z: z is
   added before rounding, the limits are -128 and 127, and what z adds to the product, a constant for each column, is
   subtracted with the bias.
@@ -32,14 +35,15 @@ from torch import fx
 from fxopt.errors import CalibrationError
 from fxopt.ir import ops
 from fxopt.ir.graph import Phase, Role
-from fxopt.ir.layers import LINEAR, Layer, layers
+from fxopt.ir.layers import AT_ATTENTION, LINEAR, AttentionLayer, Layer, attention_layers, layers
+from fxopt.ir.quantized_attention import SCALED_ATTENTION
 from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight, zero_point_offset
 from fxopt.ir.spec import fake_mode
 from fxopt.options import suggestion
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
-from fxopt.passes.facts import tensor
-from fxopt.precision import HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of, misfit
+from fxopt.passes.facts import arguments, static_shape, tensor
+from fxopt.precision import HIGH, MULTIPLE, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of, misfit
 from fxopt.target import Target
 
 aten = torch.ops.aten
@@ -50,6 +54,9 @@ TOPIC = "precision"
 LEAST_SCALE = torch.finfo(torch.float32).tiny
 """Of a row: its inverse is finite."""
 
+LEAST_WIDTH, MOST_WIDTH = 32, 256
+"""Features of a head that tensor cores multiply in float8, and that a kernel of ours holds."""
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -59,7 +66,8 @@ def quantize(context: Context) -> None:
         return
     assert not isinstance(table, str), "whoever runs passes has read the table"
     found = layers(context.graph)
-    _check_names(context, decisions or Decisions(), found, table)
+    attention = attention_layers(context.graph)
+    _check_names(context, decisions or Decisions(), [*found, *attention], table)
     if table is not None:
         _check_table(table, found)
     rewrite = _Rewrite(context, table)
@@ -74,6 +82,18 @@ def quantize(context: Context) -> None:
             context.reject("quantize", str(problem))
             continue
         context.journal.note(TOPIC, f"{layer.name}: {name}{how}")
+    own = Decisions(tuple(rule for rule in (decisions or Decisions()).rules if AT_ATTENTION in rule[0]))
+    for each in attention:
+        name = own.of_layer(each.name) or HIGH
+        if name == HIGH:
+            continue
+        try:
+            rewrite.attention(each, name)
+        except _HighError as problem:
+            context.journal.note(TOPIC, f"{each.name} stays high, not {name}: {problem}")
+            context.reject("quantize", str(problem))
+            continue
+        context.journal.note(TOPIC, f"{each.name}: {name}")
     for reason, names in rewrite.without_range.items():
         context.journal.warn(f"stay high, although another precision was asked for: {', '.join(map(repr, names))}: {reason}")
 
@@ -92,7 +112,7 @@ def _wanted(layer: Layer, decisions: Decisions, table: Table | None) -> str:
     return decisions.exact(layer.name) or own or decisions.of_layer(layer.name) or HIGH
 
 
-def _check_names(context: Context, decisions: Decisions, found: list[Layer], table: Table | None) -> None:
+def _check_names(context: Context, decisions: Decisions, found: list[Layer | AttentionLayer], table: Table | None) -> None:
     """A warning for each rule that matches no layer of a graph, nor one that the table has from the model's other graphs.
 
     A graph without layers says nothing.
@@ -176,6 +196,53 @@ class _Rewrite:
         if not self.context.replace(name, layer.node, product):
             raise _HighError("its result shares memory with an output")
         return how
+
+    def attention(self, layer: AttentionLayer, name: str) -> None:
+        """Replace attention's node. Raises _HighError."""
+        given = arguments(layer.node)
+        _check_attention(layer, name, given)
+        if self.table is None:
+            raise _HighError("its scales come from a calibration, and there is none")
+        scales = {}
+        for operand in layer.operands:
+            known = self.table.known(layer.operand_name(operand))
+            if known is None or known.obstacle is not None:
+                reason = "calibration did not observe attention" if known is None else str(known.obstacle)
+                self.without_range.setdefault(reason, []).append(layer.name)
+                raise _HighError(reason)
+            scales[operand] = self.table.scale(layer.operand_name(operand), name)
+        query, key, value = (self._narrow(layer, PRECISIONS[name], operand, scales[operand]) for operand in layer.operands)
+        mask, settings = given["attn_mask"], (given["is_causal"], given["scale"], given["enable_gqa"])
+        operands = (query[0], key[0], value[0], query[1], key[1], value[1], mask)
+        dtype = layer.node.meta["val"].dtype
+        new = self._derive(SCALED_ATTENTION, (*operands, *settings, dtype), layer)
+        if self.context.exhausted:
+            raise _HighError("the limit of rewrites is reached")
+        if not self.context.replace(name, layer.node, new):
+            raise _HighError("its result shares memory with an output")
+
+    def _narrow(self, layer: AttentionLayer, precision: Precision, operand: str, scale: float) -> tuple[fx.Node, fx.Node]:
+        """An operand of attention in float8, and its scale []."""
+        x = layer.operands[operand]
+        rows = x.meta["val"].shape[2]
+        if operand == "value":
+            # Rows contiguous, each feature's a multiple of 16 bytes from the next one's.
+            x = self._derive(aten.transpose.int, (x, 2, 3), layer)
+            padding = -rows % MULTIPLE
+            if padding:
+                x = self._derive(aten.constant_pad_nd.default, (x, [0, padding], 0.0), layer)
+            else:
+                x = self._derive(aten.clone.default, (x,), layer, {"memory_format": torch.contiguous_format})
+        own = torch.tensor(scale, dtype=torch.float32)
+        device = x.meta["val"].device
+        wide = self._derive(aten._to_copy.default, (x,), layer, {"dtype": torch.float32})
+        factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
+        values = self._derive(aten.mul.Tensor, (wide, factor), layer)
+        cast = self._cast(layer, precision, values, -precision.largest)
+        if operand == "value":
+            cast = self._derive(aten.slice.Tensor, (cast, 3, 0, rows), layer)
+            cast = self._derive(aten.transpose.int, (cast, 2, 3), layer)
+        return cast, self._scalar(layer, "scale", own.to(device))
 
     def _scale(self, layer: Layer, name: str) -> float | None:
         """By which the layer's quantized input is to be multiplied; None: each row has its own."""
@@ -287,18 +354,18 @@ class _Rewrite:
             return layer.x
         return self._derive(aten._to_copy.default, (layer.x,), layer, {"dtype": torch.float32})
 
-    def _cast(self, layer: Layer, precision: Precision, values: fx.Node, least: float) -> fx.Node:
+    def _cast(self, layer: Layer | AttentionLayer, precision: Precision, values: fx.Node, least: float) -> fx.Node:
         dtype = getattr(torch, str(precision.activations))
         if not dtype.is_floating_point:
             values = self._derive(aten.round.default, (values,), layer)
         values = self._derive(aten.clamp.default, (values, least, precision.largest), layer)
         return self._derive(aten._to_copy.default, (values,), layer, {"dtype": dtype})
 
-    def _scalar(self, layer: Layer, what: str, value: torch.Tensor) -> fx.Node:
+    def _scalar(self, layer: Layer | AttentionLayer, what: str, value: torch.Tensor) -> fx.Node:
         made: fx.Node = self._once((value.item(), value.device), lambda: self._constant(layer, what, value))
         return made
 
-    def _constant(self, layer: Layer, what: str, value: torch.Tensor) -> fx.Node:
+    def _constant(self, layer: Layer | AttentionLayer, what: str, value: torch.Tensor) -> fx.Node:
         mode = fake_mode(self.context.graph)
         if mode is None or hasattr(value, "fake_mode"):
             raise _HighError("its weight is not at hand")
@@ -309,7 +376,9 @@ class _Rewrite:
         self._made_constants[node] = value
         return node
 
-    def _derive(self, target: Any, args: tuple[Any, ...], layer: Layer, kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def _derive(
+        self, target: Any, args: tuple[Any, ...], layer: Layer | AttentionLayer, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
         node = self.context.derive(target, args, layer.node, kwargs, symbolic=True)
         if node is None:
             raise _HighError(f"{ops.name_of(target)} cannot be propagated for its sizes")
@@ -324,6 +393,24 @@ class _Rewrite:
 def _bits(values: torch.Tensor | None) -> bytes | None:
     """By which equal vectors are known."""
     return None if values is None else values.numpy().tobytes()
+
+
+def _check_attention(layer: AttentionLayer, name: str, given: dict[str, Any]) -> None:
+    if name != "fp8":
+        raise _HighError("attention is quantized in fp8, with a calibration")
+    operands = [tensor(x) for x in layer.operands.values()]
+    known = [x for x in operands if x is not None]
+    if len(known) < len(operands) or not all(static_shape(x) and x.numel() for x in known):
+        raise _HighError("its sizes are known only at run time")
+    if any(x.dtype not in (torch.float16, torch.bfloat16) for x in known):
+        raise _HighError("its operands are not of a half type")
+    if any(x.shape[3] % MULTIPLE or not LEAST_WIDTH <= x.shape[3] <= MOST_WIDTH for x in known):
+        raise _HighError(f"its heads are not {LEAST_WIDTH} to {MOST_WIDTH} wide, and a multiple of {MULTIPLE}")
+    if given["dropout_p"]:
+        raise _HighError("it drops")
+    device = known[0].device
+    if device.type == "cuda" and torch.cuda.is_available() and not Target.current(device).has_float8:
+        raise _HighError("its GPU does not multiply float8")
 
 
 def _check_operands(layer: Layer, name: str) -> None:

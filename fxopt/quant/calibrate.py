@@ -12,7 +12,7 @@ from torch import nn
 
 import fxopt
 from fxopt.errors import CalibrationError
-from fxopt.ir.layers import CONVOLUTION, LINEAR
+from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
 from fxopt.journal import RECENT
 from fxopt.options import suggestion
 from fxopt.quant.batches import Forward, call_model, on_device, shown
@@ -21,6 +21,8 @@ from fxopt.quant.table import AMBIGUOUS, AVERAGE, NEVER, ROWS, ZERO, Calibration
 
 MOST_NAMED = 5
 """Layers that a warning names; of the others it tells the number."""
+
+_OBSERVERS = (ROWS, AVERAGE, ATTENTION)
 
 _fresh = itertools.count()
 
@@ -41,7 +43,8 @@ def calibrate(
     `model` is in evaluation mode; its weights are on one device, to which batches are moved. A batch is a tensor, a tuple
     or list of positional arguments, or a mapping of keyword arguments; `forward(model, batch)` calls the model in another
     way. `batches` are used at most. `method` says how ranges become scales: "amax", "percentile", "mse", "entropy", "rows"
-    or "average" (see `Calibration`). The last two need to be observed, which `method` or `observe` asks for.
+    or "average" (see `Calibration`). The last two need to be observed, which `method` or `observe` asks for; with
+    "attention" in `observe`, so is what attention on a GPU is given.
     `backend` is what torch.compile takes for fxopt where its package is not installed.
 
     Raises CalibrationError, naming layer and batch where there is one: for a model in training mode, no batches, NaN or Inf
@@ -54,7 +57,7 @@ def calibrate(
     check_method(method)
     _check_observers(observe)
     wanted = {method, *observe}
-    collector = Collector(rows=ROWS in wanted, averages=AVERAGE in wanted)
+    collector = Collector(rows=ROWS in wanted, averages=AVERAGE in wanted, attention=ATTENTION in wanted)
     compiled = _observed(model, collector, backend)
     count = 0
     with torch.no_grad():
@@ -76,8 +79,8 @@ def _check_observers(observe: Collection[str]) -> None:
     if isinstance(observe, str):
         raise CalibrationError(f"observers are several names, such as ({observe!r},), not one string")
     for name in observe:
-        if name not in (ROWS, AVERAGE):
-            raise CalibrationError(f"there is no observer {name!r}{suggestion(name, (ROWS, AVERAGE))}: {ROWS}, {AVERAGE}")
+        if name not in _OBSERVERS:
+            raise CalibrationError(f"there is no observer {name!r}{suggestion(name, _OBSERVERS)}: {', '.join(_OBSERVERS)}")
 
 
 def _check_model(model: Any) -> None:

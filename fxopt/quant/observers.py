@@ -65,10 +65,11 @@ class Collector:
     """Of one calibration. `begin_batch` says when another batch starts, so that errors can name it.
 
     `rows`: graphs report a fourth result for each operand, a histogram of its rows. `averages`: moving averages are kept.
+    `attention`: what attention is given is observed, too.
     """
 
-    def __init__(self, *, rows: bool = False, averages: bool = False) -> None:
-        self.rows, self.averages = rows, averages
+    def __init__(self, *, rows: bool = False, averages: bool = False, attention: bool = False) -> None:
+        self.rows, self.averages, self.attention = rows, averages, attention
         self._graphs: list[_Graph] = []
         self._weights: set[int] = set()
         self._batch = -1

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import CalibrationError
-from fxopt.ir.layers import LINEAR
+from fxopt.ir.layers import LINEAR, attention_of
 from fxopt.options import suggestion
 from fxopt.precision import PRECISIONS, KnownLayer, Refinement
 from fxopt.quant import ranges
@@ -123,8 +123,9 @@ class Calibration:
     # ------------------------------------------------------------------ what compilation asks
 
     def names(self) -> list[str]:
-        """The names of all layers, in order: what options={"precision": {...}} speaks of."""
-        return [layer.name for layer in self.layers]
+        """The names of all layers, in order: what options={"precision": {...}} speaks of. Attention has one name, although
+        the table has three entries of it."""
+        return list(dict.fromkeys(attention_of(x.name) or x.name for x in self.layers))
 
     def known(self, layer: str) -> KnownLayer | None:
         found = self._by_name.get(layer)
@@ -322,7 +323,7 @@ class Calibration:
     def _joined(self, other: Calibration) -> Calibration:
         if self.method != other.method:
             raise CalibrationError(f"merging calibrations of different methods: {self.method!r} and {other.method!r}")
-        for name in [*self.names(), *other.names()]:
+        for name in [layer.name for layer in (*self.layers, *other.layers)]:
             if name not in self._by_name or name not in other._by_name:
                 raise CalibrationError(f"merging calibrations of different models: only one of them has a layer {name!r}")
         joined = tuple(_joined_layer(layer, other._by_name[layer.name]) for layer in self.layers)

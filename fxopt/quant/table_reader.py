@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import CalibrationError
-from fxopt.ir.layers import CONVOLUTION, LINEAR
+from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
 from fxopt.ir.observer_ops import BINS, FIRST_NOT_FINITE
 from fxopt.precision import PRECISIONS, Refinement
 from fxopt.quant.observers import Range
@@ -77,8 +77,8 @@ class Reader:
         name = self.get(given, "name", str, where)
         where = f"layer {name!r}"
         kind = self.get(given, "kind", str, where)
-        if kind not in (LINEAR, CONVOLUTION):
-            raise self.fail(where, f"its kind is {kind!r}, not {LINEAR!r} or {CONVOLUTION!r}")
+        if kind not in (LINEAR, CONVOLUTION, ATTENTION):
+            raise self.fail(where, f"its kind is {kind!r}, not {LINEAR!r}, {CONVOLUTION!r} or {ATTENTION!r}")
         shape = self.get(given, "shape", list, where)
         if not all(type(size) is int and size > 0 for size in shape):
             raise self.fail(where, f"its shape is {shape}")
