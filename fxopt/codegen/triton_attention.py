@@ -19,7 +19,7 @@ from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, contiguous_strides
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.region import Attention, BufferSpec, Strided
+from fxopt.ir.region import Attention, BufferSpec, Factors, Strided
 from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import attention"
@@ -93,9 +93,7 @@ _NOTHING = BlockFunction("", {}, (), ())
 
 def _factors(attention: Attention, names: Mapping[str, str]) -> tuple[str, str]:
     """The template's arguments for factors: pointers, of which those that it does not read are b0, and what they mean."""
-    factors = attention.factors
-    if factors is None:
-        return "b0, b0, b0", ""
+    factors = attention.factors or Factors(None, None, None)
     query = "b0" if factors.query is None else names[factors.query]
     pointers = [query, *("b0" if x is None else names[x.buffer] + _plus(x) for x in (factors.key, factors.value))]
     kinds = ["" if x is None else "row" if x.strides[2] else "head" for x in (factors.key, factors.value)]

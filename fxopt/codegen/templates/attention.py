@@ -169,7 +169,7 @@ def attend(
     QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK_STRIDES: tl.constexpr, OUT: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, SCORES: tl.constexpr, FACTORS: tl.constexpr = (False, "", "", (0, 0, 0), (0, 0, 0)),
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """The grid is B * (H / PACK) * cdiv(S * PACK, BM) * SPLIT programs.
 
