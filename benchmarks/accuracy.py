@@ -25,7 +25,7 @@ from benchmarks.real_models import TASKS, Batch, Run, Task, load, prepare
 from benchmarks.results import revision, target_facts, versions
 from fxopt.precision import PRECISIONS as KNOWN
 from fxopt.quant.batches import compiled_apart
-from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
+from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated, with_table
 from fxopt.quant.ranges import METHODS
 from fxopt.report.measure import interleaved
 
@@ -60,8 +60,7 @@ def emulated(model: nn.Module, precision: str, layers: frozenset[str], calibrati
             return None
         if calibration is None:
             return quantized(call, precision)
-        scale = calibration.scale(call.name, precision) if KNOWN[precision].is_static else None
-        return quantized(call, precision, scale, calibration.channels(call.name))
+        return with_table(call, precision, calibration, call.name)
 
     def run(batch: Batch) -> Tensor:
         with treated(model, treat):

@@ -1,8 +1,9 @@
 """fxopt: a `torch.compile` backend that captures, fuses, measures and replays whole graphs.
 
 `torch.compile(model, backend="fxopt")` needs no import of this package. What is here is for looking inside (`explain`), for
-frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `smoothed`, `activation_aware`, `Calibration`,
-`Decisions`) and for typed settings (`Options`). Every name is loaded on first use, so `import fxopt` is light.
+frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `smoothed`, `activation_aware`, `clipped`,
+`bias_corrected`, `Calibration`, `Decisions`) and for typed settings (`Options`). Every name is loaded on first use, so
+`import fxopt` is light.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from fxopt.precision import Decisions
     from fxopt.quant.awq import activation_aware
     from fxopt.quant.calibrate import calibrate
+    from fxopt.quant.clip import clipped
+    from fxopt.quant.correct import bias_corrected
     from fxopt.quant.search import quantize
     from fxopt.quant.smooth import smoothed
     from fxopt.quant.table import Calibration
@@ -29,7 +32,9 @@ __all__ = [
     "Options",
     "__version__",
     "activation_aware",
+    "bias_corrected",
     "calibrate",
+    "clipped",
     "explain",
     "quantize",
     "refreeze",
@@ -45,6 +50,8 @@ _HOME = {
     "explain": ("fxopt.report", "explain"),
     "quantize": ("fxopt.quant.search", "quantize"),
     "activation_aware": ("fxopt.quant.awq", "activation_aware"),
+    "clipped": ("fxopt.quant.clip", "clipped"),
+    "bias_corrected": ("fxopt.quant.correct", "bias_corrected"),
     "smoothed": ("fxopt.quant.smooth", "smoothed"),
     "refreeze": ("fxopt.capture.freeze", "refreeze"),
 }

@@ -79,7 +79,8 @@ def _observed(
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """`compile_graph` for calibration: the graph tells options.observer what its layers are given."""
     weights = [given.value for given in graph.inputs if given.value is not None]
-    observed = passes.run_observing(graph, options, journal)
+    wanted = options.observer
+    observed = passes.run_observing(graph, options, journal, rows=wanted.rows, attention=wanted.attention)
     run = compile_graph(graph, example_inputs, replace(options, observer=None), journal)
     attached: Callable[[list[Any]], Sequence[Any]] = options.observer.attached(observed, weights, run)
     return attached

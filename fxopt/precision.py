@@ -142,6 +142,19 @@ class KnownLayer:
     obstacle: str | None
 
 
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """What was fitted to a layer's weight [N, K] in one precision. Tensors are float32, on the CPU; None: nothing.
+
+    `limits`, [N] or, for weights of groups, [N, K / group], are the magnitudes at which weights are clipped. `correction`
+    [N] is added to the layer's result.
+    """
+
+    precision: str
+    limits: Any = None
+    correction: Any = None
+
+
 @runtime_checkable
 class Table(Protocol):
     """What calibration has found, as far as a compilation asks."""
@@ -157,6 +170,12 @@ class Table(Protocol):
 
     def scale(self, layer: str, precision: str) -> float:
         """What a quantized activation of the layer is to be multiplied by: positive, finite."""
+
+    def zero_point(self, layer: str, precision: str) -> int:
+        """The integer that stands for zero, from -128 to 127: what is added to a quantized activation of the layer."""
+
+    def refinement(self, layer: str, precision: str) -> Refinement | None:
+        """What was fitted to the layer in this precision."""
 
     def channels(self, layer: str) -> Any:
         """What the channels of the layer's input are divided by, and the weight's columns multiplied by, before they are

@@ -1,12 +1,12 @@
 """Attention as Triton kernels: entries with flat parameters that call the templates of `codegen/templates/attention.py`.
 
 Sizes, strides and block sizes are literals of an entry, so its text is the whole problem. Of `attend`, b0, b1 and b2 are
-query, key and value; then come the mask, if there is one, what is stored, and what scores are computed from.
+query, key and value; then come the mask and factors, if there are any, what is stored, and what scores are computed from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, contiguous_strides
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.region import Attention, BufferSpec, Strided
+from fxopt.ir.region import Attention, BufferSpec, Factors, Strided
 from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import attention"
@@ -52,8 +52,9 @@ def _scratch(attention: Attention, what: str, shape: tuple[Int, ...]) -> BufferS
 def _attend(attention: Attention, config: AttentionConfig, stored: Sequence[str]) -> KernelSource:
     split, mask = config.split > 1, attention.mask
     operands = [f"b{k}{_plus(x)}" for k, x in enumerate(attention.operands)]
-    results = [f"b{len(operands) + k}" for k in range(len(stored))]
-    scores = _scores(attention, config, len(operands) + len(results))
+    factors = () if attention.factors is None else tuple(dict.fromkeys(attention.factors.buffers))
+    results = [f"b{len(operands) + len(factors) + k}" for k in range(len(stored))]
+    scores = _scores(attention, config, len(operands) + len(factors) + len(results))
     given = [*operands, *(["b0"] if mask is None else []), *results]
     if not split:
         given[-1:] = [given[-1] + _plus(attention.out), given[-1]]
@@ -62,18 +63,20 @@ def _attend(attention: Attention, config: AttentionConfig, stored: Sequence[str]
     boolean = mask is not None and attention.buffers[mask.buffer].dtype == torch.bool
     strides = (0, 0, 0, 0) if mask is None else mask.strides
     sizes = f"{heads}, {rows}, {keys}, {width}, {value_width}, {heads // groups}"
-    layouts = ", ".join(map(str, (attention.query.strides[:3], attention.key.strides, attention.value.strides[:3])))
+    layouts = ", ".join(map(str, (attention.query.strides[:3], attention.key.strides, attention.value.strides)))
     meaning = f'{attention.scale!r}, {attention.causal}, "{_kind(attention)}", {boolean}'
     blocks = f"BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(value_width)}"
     way = f'PACK={config.pack}, SPLIT={config.split}, PRECISION="ieee", SCORES={_SCORES if scores.text else None}'
+    pointers, kinds = _factors(attention, {name: f"b{len(operands) + k}" for k, name in enumerate(factors)})
     call = (
-        f"attention.attend(\n        {', '.join(given)}, {scores.extra}, {sizes},\n"
-        f"        {layouts}, {strides}, {attention.out.strides},\n        {meaning},\n        {blocks}, {way},\n    )"
+        f"attention.attend(\n        {', '.join(given)}, {scores.extra}, {pointers}, {sizes},\n"
+        f"        {layouts}, {strides}, {attention.out.strides},\n        {meaning},\n        {blocks}, {way}{kinds},\n    )"
     )
     types = [POINTER_TYPE[attention.buffers[x.buffer].dtype] for x in attention.operands]
+    types += [POINTER_TYPE[attention.buffers[name].dtype] for name in factors]
     types += ["*fp32", "*fp32"] if split else [POINTER_TYPE[attention.dtype]]
     parameters = {f"b{k}": kind for k, kind in enumerate(types)} | scores.parameters
-    buffers = (*(x.buffer for x in attention.operands), *stored, *scores.buffers)
+    buffers = (*(x.buffer for x in attention.operands), *factors, *stored, *scores.buffers)
     return _source(_name(attention, split), call, parameters, buffers, config.programs(attention), config, scores)
 
 
@@ -81,10 +84,21 @@ def _name(attention: Attention, split: bool) -> str:
     words = ["fx_attention"]
     if attention.scores is not None:
         words += operations(attention.scores.region.nest)
+    words += [] if attention.factors is None else ["narrow"]
     return "_".join(words + ["causal"] * attention.causal + ["masked"] * (attention.mask is not None) + ["split"] * split)
 
 
 _NOTHING = BlockFunction("", {}, (), ())
+
+
+def _factors(attention: Attention, names: Mapping[str, str]) -> tuple[str, str]:
+    """The template's arguments for factors: pointers, of which those that it does not read are b0, and what they mean."""
+    factors = attention.factors or Factors(None, None, None)
+    query = "b0" if factors.query is None else names[factors.query]
+    pointers = [query, *("b0" if x is None else names[x.buffer] + _plus(x) for x in (factors.key, factors.value))]
+    kinds = ["" if x is None else "row" if x.strides[2] else "head" for x in (factors.key, factors.value)]
+    strides = [(0, 0, 0) if x is None else x.strides for x in (factors.key, factors.value)]
+    return ", ".join(pointers), f", FACTORS={(factors.query is not None, *kinds, *strides)}"
 
 
 def _scores(attention: Attention, config: AttentionConfig, reserved: int) -> BlockFunction:

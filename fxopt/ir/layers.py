@@ -4,6 +4,9 @@ A layer is called as the module that it was captured from; in a graph where that
 `name#1`, the third `name#2`. So a layer has one name in calibration, in options, in tables and in reports, whatever the
 sizes of a batch and however Dynamo splits the model: a module that several graphs call is one layer.
 
+Attention is a layer of its own kind: `fxopt::attention` is called as the module that it is captured from, with "@attention"
+after it (then `@attention#1`), and what it is given has names as well (`...@attention.query`, `.key`, `.value`).
+
 Layers are looked for where decisions about them are made, after folding has made of a weight's casts one constant.
 """
 
@@ -17,11 +20,17 @@ import torch
 from torch import fx
 
 from fxopt.ir import ops
+from fxopt.ir.attention_op import attention
 from fxopt.ir.graph import Graph, Role
 
 aten = torch.ops.aten
 
-LINEAR, CONVOLUTION = "linear", "convolution"
+LINEAR, CONVOLUTION, ATTENTION = "linear", "convolution", "attention"
+
+OPERANDS = ("query", "key", "value")
+"""Of attention: what is observed, each with a name of its own in tables."""
+
+AT_ATTENTION = "@attention"
 
 CHANNEL = 1
 """The dimension of what a layer is given that holds its features or channels."""
@@ -54,6 +63,46 @@ class Layer:
     def addend(self) -> fx.Node | None:
         """What the product is added to (addmm), or a convolution's bias."""
         return _operands(self.node)[2]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One call of `fxopt::attention` in a graph."""
+
+    name: str
+    node: fx.Node
+
+    @property
+    def operands(self) -> dict[str, fx.Node]:
+        """By the names OPERANDS: query [B, H, S, E], key [B, G, T, E] and value [B, G, T, Ev]."""
+        return dict(zip(OPERANDS, self.node.args, strict=False))
+
+    def operand_name(self, operand: str) -> str:
+        """What the table calls one of OPERANDS."""
+        return f"{self.name}.{operand}"
+
+
+def attention_of(name: str) -> str | None:
+    """The name of the attention layer that has an operand of this name; None for other names."""
+    layer, _, operand = name.rpartition(".")
+    return layer if operand in OPERANDS and AT_ATTENTION in layer else None
+
+
+def attention_layers(graph: Graph) -> list[AttentionLayer]:
+    """In the order of the graph."""
+    seen: Counter[str] = Counter()
+    found = []
+    for node in graph.gm.graph.nodes:
+        if node.target is attention and len(node.args) >= len(OPERANDS):
+            module = node.meta.get("module", "")
+            found.append(AttentionLayer(attention_name(module, seen[module]), node))
+            seen[module] += 1
+    return found
+
+
+def attention_name(module: str, before: int) -> str:
+    """Of a module's attention, before which it has computed some others."""
+    return f"{module}{AT_ATTENTION}#{before}" if before else f"{module}{AT_ATTENTION}"
 
 
 def layers(graph: Graph) -> list[Layer]:

@@ -30,7 +30,7 @@ SCHEMAS = {
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = {FLOAT8: 448.0, torch.int8: 127.0}
-"""The magnitude that each 8-bit type is scaled to. Of int8, -128 is not used."""
+"""The magnitude that each 8-bit type is scaled to. Of int8, only activations with a zero point use -128."""
 
 LARGEST_OF_4_BITS, ZERO_OF_4_BITS = 7, 8
 """4-bit values are -7 to 7, stored with 8 added."""
@@ -57,12 +57,15 @@ _MULTIPLE_OF_INT_MM = 8
 """For `aten::_int_mm` on CUDA."""
 
 
-def quantize_weight(weight: Tensor, dtype: torch.dtype, bits: int = 8, group: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, dtype: torch.dtype, bits: int = 8, group: int = 0, limits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`weight` [N, K], floating, in few bits, and the float32 scales by which its values are to be multiplied.
 
     8 bits: float8_e4m3fn or int8 [N, K], a scale for each output channel, [N]. 4 bits: uint8 [N, K / 2], packed as the
     module says, and a scale for each `group` of neighbours along K (0: all of K), [N, K / group]. A scale brings the largest
-    magnitude to the type's; it is 1 where all are zero, and NaN where one is NaN or infinite.
+    magnitude to the type's; it is 1 where all are zero, and NaN where one is NaN or infinite. `limits`, positive, shaped as
+    the scales, are magnitudes that scales bring to the type's instead where they are smaller: what is beyond is clipped.
 
     Raises ValueError for another dtype or number of bits, K that is odd (4 bits) or no multiple of `group`, and groups of
     8-bit values.
@@ -70,14 +73,14 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype, bits: int = 8, group: in
     rows, inner = _checked_weight(weight, dtype, bits, group)
     wide = weight.detach().to(torch.float32)
     if bits == 8:
-        scale = _scales(wide, LARGEST[dtype])
+        scale = _scales(wide, LARGEST[dtype], limits)
         values = wide / scale[:, None]
         if dtype == torch.int8:
             values = values.round()
         largest = LARGEST[dtype]
         return _finite(values, dtype).clamp(-largest, largest).to(dtype), scale
     grouped = wide.reshape(rows, -1, group or inner)
-    scale = _scales(grouped, LARGEST_OF_4_BITS)
+    scale = _scales(grouped, LARGEST_OF_4_BITS, limits)
     values = (grouped / scale[..., None]).round().clamp(-LARGEST_OF_4_BITS, LARGEST_OF_4_BITS).reshape(rows, inner)
     stored = (_finite(values, dtype) + ZERO_OF_4_BITS).to(torch.uint8)
     return stored[:, : inner // 2] | (stored[:, inner // 2 :] << 4), scale
@@ -88,13 +91,22 @@ def _finite(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values if dtype.is_floating_point else values.nan_to_num(0.0)
 
 
-def _scales(values: Tensor, largest: float) -> Tensor:
+def _scales(values: Tensor, largest: float, limits: Tensor | None) -> Tensor:
     amax = values.abs().amax(-1)
-    scale = amax / largest
+    scale = (amax if limits is None else torch.minimum(amax, limits.to(amax))) / largest
     scale = torch.where(amax == 0, 1.0, scale)
     # A scale that underflows would make infinities of values.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def zero_point_offset(weight: Tensor, scales: Tensor, scale: float, zero: int) -> Tensor:
+    """What to add to `scaled_mm` where its left operand, of this `scale`, has the zero point `zero`: float32 [N].
+
+    weight int8 [N, K] and scales [N] as `quantize_weight` makes them. (q - zero) @ w = q @ w - zero * sum(w).
+    """
+    sums = weight.sum(1, dtype=torch.int64).double()
+    return (sums * scales.double() * (-float(zero) * scale)).float()
 
 
 def unpacked(weight: Tensor) -> Tensor:

@@ -427,12 +427,36 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """By what stored operands of few bits are to be multiplied, in float32. None: by one.
+
+    `query` is the buffer of one number; `key` and `value` are broadcast to [B, G, T] by strides of 0.
+    """
+
+    query: str | None
+    key: Strided | None
+    value: Strided | None
+
+    def renamed(self, names: Mapping[str, str]) -> Factors:
+        """With other names of buffers."""
+        query = None if self.query is None else names[self.query]
+        key, value = (None if x is None else replace(x, buffer=names[x.buffer]) for x in (self.key, self.value))
+        return Factors(query, key, value)
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        own = [self.query, *(None if x is None else x.buffer for x in (self.key, self.value))]
+        return tuple(name for name in own if name is not None)
+
+
+@dataclass(frozen=True)
 class Attention:
     """softmax(query @ key.T * scale + mask) @ value as kernels of ours.
 
     query [B, H, S, E], key [B, G, T, E], value [B, G, T, Ev] and out [B, H, S, Ev] lie in `buffers`; so does the mask, which
     strides of 0 broadcast to [B, H, S, T]: true where a key is seen, or an addend. A causal mask shows row i the keys up
-    to i. With `scores`, these are in the place of scale, mask and causality, and a row of minus infinity is NaN.
+    to i. With `scores`, these are in the place of scale, mask and causality, and a row of minus infinity is NaN. With
+    `factors`, keys and values have 8 bits, and so may the query.
     """
 
     name: str
@@ -446,6 +470,7 @@ class Attention:
     buffers: dict[str, BufferSpec]
     origins: tuple[str, ...] = ()
     scores: Scores | None = None
+    factors: Factors | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -456,7 +481,7 @@ class Attention:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of query, key, value and result."""
+        """Of the result; without factors that of query, key and value, too."""
         return self.buffers[self.out.buffer].dtype
 
     @property
@@ -467,6 +492,7 @@ class Attention:
     def reads(self) -> tuple[str, ...]:
         """Buffers read, in order of first use."""
         more = () if self.scores is None else self.scores.reads()
+        more += () if self.factors is None else self.factors.buffers
         return tuple(dict.fromkeys((*(x.buffer for x in self.operands), *more)))
 
     def writes(self) -> tuple[str, ...]:

@@ -10,8 +10,23 @@ import torch
 from fxopt.ir import ops
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.exprs import Int
-from fxopt.ir.region import Alias, Alternatives, Attention, Call, Ref, Region, ScoredAttention, Step, Strided, Way, refs
+from fxopt.ir.quantized_attention import FLOAT8, SCALED_ATTENTION, STORED
+from fxopt.ir.region import (
+    Alias,
+    Alternatives,
+    Attention,
+    Call,
+    Factors,
+    Ref,
+    Region,
+    ScoredAttention,
+    Step,
+    Strided,
+    Way,
+    refs,
+)
 from fxopt.lower.attention_calls import OPS, TENSORS, AttentionCall, find_attention
+from fxopt.lower.calls import overload_name
 from fxopt.lower.copies import Copy, Matrices
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.products import as_view
@@ -28,6 +43,10 @@ LIBRARY, KERNEL = "library", "kernel"
 DTYPES = (torch.float16, torch.bfloat16)
 MASK_DTYPES = (*DTYPES, torch.float32, torch.bool)
 MOST_FEATURES, FEATURES_MULTIPLE = 256, 8
+FEWEST_FEATURES_OF_FLOAT8 = 32
+"""What tensor cores take at a time."""
+
+SCALED = overload_name(SCALED_ATTENTION)
 
 MOST_ELEMENTS = 2**31
 """What offsets within a head, and within the mask of one batch, stay below; a tile may reach so many rows further."""
@@ -69,6 +88,10 @@ def with_attention_kernels(lowered: Lowered) -> Lowered:
             own = _kernel(found, lowered, uses.views)
             if own is not None and not any(put(*seen) for seen in _without_copies(k, own, uses)):
                 put((k,), own)
+    for k, step in enumerate(lowered.steps):
+        own = _narrow_kernel(step, lowered, uses.views) if isinstance(step, Call) and step.op == SCALED else None
+        if own is not None and (_has_factors_of_heads(own) or not any(put(*s) for s in _without_copies(k, own, uses))):
+            put((k,), own)
     for written in find_written_attention(lowered):
         put(written.steps, written.step)
     return replace(lowered, steps=[s for s in steps if s is not None])
@@ -148,6 +171,43 @@ def _kernel(found: AttentionCall, lowered: Lowered, views: Mapping[str, Alias]) 
     return Attention(name, query, key, value, mask, out, settings.is_causal, scale, buffers, origins)
 
 
+def _narrow_kernel(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> Attention | None:
+    """A call of `fxopt::scaled_attention` as a step of kernels, or None where something of it is symbolic."""
+    names = [a.name for a in ops.schema(SCALED_ATTENTION).arguments]
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    tensors = {name: _strided(x.name, lowered, views) for name, x in given.items() if isinstance(x, Ref)}
+    query, key, value, mask = (tensors.get(name) for name in TENSORS)
+    out = _strided(call.outputs[0], lowered, views)
+    if query is None or key is None or value is None or out is None or None in tensors.values():
+        return None
+    if mask is not None:
+        mask = _broadcast(mask, (*query.shape[:3], key.shape[2]))
+    of_query, of_key, of_value = (tensors.get(f"{name}_scale") for name in TENSORS[:3])
+    if of_query is not None and of_query.offset:
+        return None
+    factors = Factors(
+        None if of_query is None else of_query.buffer,
+        None if of_key is None else _rows_of(_broadcast(of_key, (*key.shape[:3], 1))),
+        None if of_value is None else _rows_of(_broadcast(of_value, (*value.shape[:3], 1))),
+    )
+    scale = query.shape[3] ** -0.5 if given["scale"] is None else float(given["scale"])
+    used = [x.buffer for x in (query, key, value, mask, out) if x is not None]
+    buffers = {name: lowered.buffers[name] for name in (*used, *factors.buffers)}
+    name, origins, causal = f"{out.buffer}.attention", (call.origin,), bool(given["is_causal"])
+    return Attention(name, query, key, value, mask, out, causal, scale, buffers, origins, factors=factors)
+
+
+def _has_factors_of_heads(own: Attention) -> bool:
+    """Whether keys or values have factors of their own in each head, which then has to be read as it is numbered."""
+    factors = () if own.factors is None else (own.factors.key, own.factors.value)
+    return any(x is not None and (x.strides[1] or x.strides[2]) for x in factors)
+
+
+def _rows_of(x: Strided) -> Strided:
+    """Without the last dimension."""
+    return replace(x, shape=x.shape[:3], strides=x.strides[:3])
+
+
 def _references(call: Call) -> dict[str, Ref]:
     """The tensors that `call` is given, by the names of the schema."""
     names = [a.name for a in ops.schema(OPS[call.op]).arguments]
@@ -175,10 +235,23 @@ def _broadcast(mask: Strided, shape: tuple[int, ...]) -> Strided:
     return replace(mask, shape=shape, strides=tuple(0 if s == 1 else t for s, t in zip(sizes, strides, strict=True)))
 
 
+def _has_types(own: Attention) -> bool:
+    """Whether the operands have the result's dtype; with factors, such as `fxopt::scaled_attention` takes."""
+    query, *rest = (own.buffers[x.buffer].dtype for x in (own.query, own.key, own.value))
+    if own.factors is None:
+        return query == own.dtype and all(dtype == own.dtype for dtype in rest) and own.value.strides[3] == 1
+    if any(not own.buffers[name].dtype.is_floating_point for name in own.factors.buffers):
+        return False
+    if query != FLOAT8:
+        return query == own.dtype and all(dtype in STORED for dtype in rest)
+    narrowest = min(own.key.shape[3], own.value.shape[3])
+    return all(dtype == FLOAT8 for dtype in rest) and narrowest >= FEWEST_FEATURES_OF_FLOAT8
+
+
 def _is_eligible(own: Attention) -> bool:
     """Whether types, sizes and layouts are such as the templates take."""
     query, key, value, mask = own.query, own.key, own.value, own.mask
-    if own.dtype not in DTYPES or any(own.buffers[x.buffer].dtype != own.dtype for x in (query, key, value)):
+    if own.dtype not in DTYPES or not _has_types(own):
         return False
     if mask is not None and (own.causal or own.buffers[mask.buffer].dtype not in MASK_DTYPES):
         return False
@@ -186,7 +259,7 @@ def _is_eligible(own: Attention) -> bool:
         return False
     if any(w > MOST_FEATURES or w % FEATURES_MULTIPLE for w in (key.shape[3], value.shape[3])):
         return False
-    if query.strides[3] != 1 or value.strides[3] != 1 or 1 not in key.strides[2:] or not 0.0 < own.scale < float("inf"):
+    if query.strides[3] != 1 or 1 not in value.strides[2:] or 1 not in key.strides[2:] or not 0.0 < own.scale < float("inf"):
         return False
     tensors = (query, key, value, own.out)
     reach = [(x.shape[2] + TILE_ROWS) * x.strides[2] + MOST_FEATURES * x.strides[3] for x in tensors]

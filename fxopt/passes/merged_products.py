@@ -163,7 +163,7 @@ def _quantized_part(node: fx.Node, constants: Constants) -> tuple[Part | None, A
     layouts = [n.meta["val"] for n in (weight, scales) if n is not None]
     if not all(is_contiguous(x) for x in layouts) or columns * value.element_size() % ALIGNMENT:
         return None, None
-    if not scales.meta["val"].dim() or (bias is not None and bias.meta["val"].dtype != value.dtype):
+    if not scales.meta["val"].dim() or (bias is not None and bias.meta["val"].dtype not in (value.dtype, torch.float32)):
         return None, None
     shared = (node.target, *given.values(), weight.meta["val"].dtype, scales.meta["val"].shape[1:])
     return Part(node, weight, True, bias, scales), shared
@@ -311,10 +311,19 @@ def _merged(context: Context, parts: list[Part], constants: Constants, first: fx
 
 def _biases(context: Context, parts: list[Part], first: fx.Node) -> fx.Node | None:
     """The biases side by side, zeros for who has none."""
-    value = first.meta["val"]
-    zeros = {"dtype": value.dtype, "device": value.device}
-    biases = [p.bias or context.derive(aten.full.default, ([p.columns], 0.0), first, zeros) for p in parts]
-    return context.derive(aten.cat.default, (biases, 0), first)
+    dtypes = {p.bias.meta["val"].dtype for p in parts if p.bias is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    biases = [_bias(context, part, dtype, first) for part in parts]
+    return None if any(b is None for b in biases) else context.derive(aten.cat.default, (biases, 0), first)
+
+
+def _bias(context: Context, part: Part, dtype: torch.dtype, first: fx.Node) -> fx.Node | None:
+    if part.bias is None:
+        zeros = {"dtype": dtype, "device": first.meta["val"].device}
+        return context.derive(aten.full.default, ([part.columns], 0.0), first, zeros)
+    if part.bias.meta["val"].dtype == dtype:
+        return part.bias
+    return context.derive(aten._to_copy.default, (part.bias,), first, {"dtype": dtype})
 
 
 def _merged_quantized(

@@ -2,8 +2,8 @@
 
 For each different operand of a layer three results are appended: the least and the largest value of each channel (in the
 operand's dtype) and the histogram of magnitudes by bits (`fxopt::exponent_histogram`). The first two are ordinary
-reductions, which fuse with what makes the operand. `graph.notes["observed"]` says in which order: an `Observed` for each
-operand.
+reductions, which fuse with what makes the operand. If asked for, a fourth result is the histogram of the rows' largest
+magnitudes (of an image, of its places'). `graph.notes["observed"]` says in which order: an `Observed` for each operand.
 """
 
 from __future__ import annotations
@@ -14,22 +14,29 @@ import torch
 from torch import fx
 
 from fxopt.ir.graph import Phase
-from fxopt.ir.layers import CHANNEL, Layer, layers
+from fxopt.ir.layers import ATTENTION, CHANNEL, Layer, attention_layers, layers
 from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.passes.context import Context
 from fxopt.passes.facts import tensor
 
 aten = torch.ops.aten
 
-RESULTS = 3
-"""For each operand."""
+ROWS = "observes rows"
+"""In a graph's notes: whether rows are observed."""
+
+ATTENTIONS = "observes attention"
+"""In a graph's notes: whether what attention is given is observed."""
+
+
+Described = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Layers of one operand: (name, kind, shape of the weight) each."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Layers of one operand: (name, kind, shape of the weight) each; and the operand's dtype."""
+    """Layers of one operand, and its dtype."""
 
-    layers: tuple[tuple[str, str, tuple[int, ...]], ...]
+    layers: Described
     dtype: torch.dtype
 
 
@@ -43,16 +50,21 @@ def observe(context: Context) -> None:
             operands.setdefault(layer.x, []).append(layer)
         else:
             context.journal.note("precision", f"{layer.name} is not observed: {reason}")
+    found: list[tuple[fx.Node, fx.Node, Described]] = [
+        (x, readers[0].node, tuple((layer.name, layer.kind, layer.shape) for layer in readers))
+        for x, readers in operands.items()
+    ]
+    if context.graph.notes.get(ATTENTIONS):
+        found += _of_attention(context)
     results: list[fx.Node] = []
     observed = []
-    for x, readers in operands.items():
-        made = _observers(context, x, readers[0])
+    for x, reader, described in found:
+        made = _observers(context, x, reader)
         if made is None:
-            context.journal.note("precision", f"{readers[0].name} is not observed: its observers cannot be propagated")
+            context.journal.note("precision", f"{described[0][0]} is not observed: its observers cannot be propagated")
             continue
         context.spend("observe", x)
         results += made
-        described = tuple((layer.name, layer.kind, layer.shape) for layer in readers)
         observed.append(Observed(described, x.meta["val"].dtype))
     _append(context, results)
     context.graph.notes["observed"] = tuple(observed)
@@ -69,14 +81,35 @@ def _obstacle(x: fx.Node) -> str | None:
     return None
 
 
-def _observers(context: Context, x: fx.Node, layer: Layer) -> list[fx.Node] | None:
-    """The least, the largest and the histogram of x."""
+def _of_attention(context: Context) -> list[tuple[fx.Node, fx.Node, Described]]:
+    """What attention is given: each operand by itself, [heads, features] in the place of a weight's shape."""
+    found: list[tuple[fx.Node, fx.Node, Described]] = []
+    for layer in attention_layers(context.graph):
+        for name, x in layer.operands.items():
+            value = tensor(x)
+            if value is None or _obstacle(x) is not None or not all(isinstance(value.shape[d], int) for d in (1, 3)):
+                continue
+            shape = int(value.shape[1]), int(value.shape[3])
+            found.append((x, layer.node, ((layer.operand_name(name), ATTENTION, shape),)))
+    return found
+
+
+def _observers(context: Context, x: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
+    """The least, the largest and the histogram of x, and that of its rows."""
     others = [d for d in range(x.meta["val"].dim()) if d != CHANNEL]
     made = []
     for target, args in ((aten.amin.default, (x, others)), (aten.amax.default, (x, others)), (exponent_histogram, (x,))):
-        node = context.derive(target, args, layer.node, symbolic=True)
+        node = context.derive(target, args, reader, symbolic=True)
         if node is None:
             return None
+        made.append(node)
+    if context.graph.notes.get(ROWS):
+        node = x
+        for target, more in ((aten.abs.default, ()), (aten.amax.default, ([CHANNEL],)), (exponent_histogram, ())):
+            derived = context.derive(target, (node, *more), reader, symbolic=True)
+            if derived is None:
+                return None
+            node = derived
         made.append(node)
     return made
 

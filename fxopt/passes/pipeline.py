@@ -34,11 +34,12 @@ from fxopt.passes.linear_cross_entropy import linear_cross_entropy
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.merged_products import merged_products
 from fxopt.passes.no_ops import no_ops
-from fxopt.passes.observe import Observed, observe
+from fxopt.passes.observe import ATTENTIONS, ROWS, Observed, observe
 from fxopt.passes.open_mask import open_mask
 from fxopt.passes.pad_gemm import pad_gemm
 from fxopt.passes.product_bias import product_bias
 from fxopt.passes.quantize import quantize
+from fxopt.passes.stored_attention import stored_attention
 from fxopt.passes.views import views
 
 
@@ -75,6 +76,7 @@ _UP_TO_LAYERS: tuple[Pass, ...] = (
 PASSES: tuple[Pass, ...] = (
     *_UP_TO_LAYERS,
     Pass("quantize", quantize),
+    Pass("stored_attention", stored_attention),
     Pass("merged_products", merged_products),
     Pass("product_bias", product_bias),  # biases are merged by now; a padded product would want a padded one
     Pass("pad_gemm", pad_gemm),
@@ -116,9 +118,13 @@ def run(graph: Graph, options: PassOptions, journal: Journal, *, check: bool = F
     return run_passes(PASSES, graph, options, journal, check=check or options.check)
 
 
-def run_observing(graph: Graph, options: PassOptions, journal: Journal) -> tuple[Observed, ...]:
+def run_observing(
+    graph: Graph, options: PassOptions, journal: Journal, *, rows: bool = False, attention: bool = False
+) -> tuple[Observed, ...]:
     """Run OBSERVING on `graph` in place; what the results say that are appended to its own (see observe.py)."""
+    graph.notes |= {ROWS: rows, ATTENTIONS: attention}
     run_passes(OBSERVING, graph, options, journal, check=options.check)
+    del graph.notes[ROWS], graph.notes[ATTENTIONS]
     observed: tuple[Observed, ...] = graph.notes.pop("observed", ())
     return observed
 

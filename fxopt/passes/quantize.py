@@ -7,6 +7,13 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
   scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
+- Attention is quantized where a rule with "@attention" in its name or pattern asks for fp8: query, key and value with the
+  calibration's scales, the products of them and of the probabilities in float8 (ir/quantized_attention.py). The value is
+  stored with its rows contiguous, as tensor cores read what they sum over.
+- Where a calibration's range lies mostly on one side of zero (after an activation), an int8 operand has a zero point z: z is
+  added before rounding, the limits are -128 and 127, and what z adds to the product, a constant for each column, is
+  subtracted with the bias.
+- A calibration may have limits at which weights are clipped, and a correction that is added with the bias.
 - A calibration may have powers of two for the channels of a layer's input (quant/smooth.py): x is divided by them first,
   and the weight multiplied, which changes no value of the product.
 - Without a calibration, and in a dynamic precision, each row has the scale max |x| / L, at least the least normal float32:
@@ -27,15 +34,16 @@ from torch import fx
 
 from fxopt.errors import CalibrationError
 from fxopt.ir import ops
-from fxopt.ir.graph import Phase
-from fxopt.ir.layers import LINEAR, Layer, layers
-from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight
+from fxopt.ir.graph import Phase, Role
+from fxopt.ir.layers import AT_ATTENTION, LINEAR, AttentionLayer, Layer, attention_layers, layers
+from fxopt.ir.quantized_attention import SCALED_ATTENTION
+from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight, zero_point_offset
 from fxopt.ir.spec import fake_mode
 from fxopt.options import suggestion
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
-from fxopt.passes.facts import tensor
-from fxopt.precision import HIGH, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of, misfit
+from fxopt.passes.facts import arguments, static_shape, tensor
+from fxopt.precision import HIGH, MULTIPLE, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of, misfit
 from fxopt.target import Target
 
 aten = torch.ops.aten
@@ -46,6 +54,9 @@ TOPIC = "precision"
 LEAST_SCALE = torch.finfo(torch.float32).tiny
 """Of a row: its inverse is finite."""
 
+LEAST_WIDTH, MOST_WIDTH = 32, 256
+"""Features of a head that tensor cores multiply in float8, and that a kernel of ours holds."""
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -55,7 +66,8 @@ def quantize(context: Context) -> None:
         return
     assert not isinstance(table, str), "whoever runs passes has read the table"
     found = layers(context.graph)
-    _check_names(context, decisions or Decisions(), found, table)
+    attention = attention_layers(context.graph)
+    _check_names(context, decisions or Decisions(), [*found, *attention], table)
     if table is not None:
         _check_table(table, found)
     rewrite = _Rewrite(context, table)
@@ -70,6 +82,18 @@ def quantize(context: Context) -> None:
             context.reject("quantize", str(problem))
             continue
         context.journal.note(TOPIC, f"{layer.name}: {name}{how}")
+    own = Decisions(tuple(rule for rule in (decisions or Decisions()).rules if AT_ATTENTION in rule[0]))
+    for each in attention:
+        name = own.of_layer(each.name) or HIGH
+        if name == HIGH:
+            continue
+        try:
+            rewrite.attention(each, name)
+        except _HighError as problem:
+            context.journal.note(TOPIC, f"{each.name} stays high, not {name}: {problem}")
+            context.reject("quantize", str(problem))
+            continue
+        context.journal.note(TOPIC, f"{each.name}: {name}")
     for reason, names in rewrite.without_range.items():
         context.journal.warn(f"stay high, although another precision was asked for: {', '.join(map(repr, names))}: {reason}")
 
@@ -88,7 +112,7 @@ def _wanted(layer: Layer, decisions: Decisions, table: Table | None) -> str:
     return decisions.exact(layer.name) or own or decisions.of_layer(layer.name) or HIGH
 
 
-def _check_names(context: Context, decisions: Decisions, found: list[Layer], table: Table | None) -> None:
+def _check_names(context: Context, decisions: Decisions, found: list[Layer | AttentionLayer], table: Table | None) -> None:
     """A warning for each rule that matches no layer of a graph, nor one that the table has from the model's other graphs.
 
     A graph without layers says nothing.
@@ -137,30 +161,88 @@ class _Rewrite:
         self.context, self.table = context, table
         self.without_range: dict[str, list[str]] = {}
         self._made: dict[Hashable, Any] = {}
+        self._made_constants: dict[fx.Node, torch.Tensor] = {}
 
     def layer(self, layer: Layer, name: str) -> str:
         """Replace the layer's node; how, for people. Raises _HighError."""
         precision = PRECISIONS[name]
         _check_operands(layer, name)
         bias = _bias(layer)
+        refined = None if self.table is None else self.table.refinement(layer.name, name)
+        limits, offset = (None, None) if refined is None else (refined.limits, refined.correction)
         if precision.activations is None:
             group = (group_of(layer.shape[1]) or 0) if precision.group else 0
-            weight, scales = self._weight(layer, precision, group)
+            weight, scales = self._weight(layer, precision, group, limits)
+            bias = self._with_offset(layer, bias, offset)
             x = self._divided(layer, layer.x)
             product = self._derive(WEIGHT_ONLY_MM, (x, weight, scales, bias, precision.bits, group), layer)
             how = f", groups of {group}" if group else ""
         else:
             scale = self._scale(layer, name)
-            weight, scales = self._weight(layer, precision, 0)
-            x, scale_x = self._activation(layer, precision, scale)
+            zero = 0 if scale is None or self.table is None else self.table.zero_point(layer.name, name)
+            weight, scales = self._weight(layer, precision, 0, limits)
+            if zero and scale is not None:
+                own = zero_point_offset(self._made_constants[weight], self._made_constants[scales], scale, zero)
+                offset = own if offset is None else own + offset.to(own.device)
+            bias = self._with_offset(layer, bias, offset)
+            x, scale_x = self._activation(layer, precision, scale, zero)
             out = layer.node.meta["val"].dtype
             product = self._derive(SCALED_MM, (x, weight, scale_x, scales, bias, out), layer)
             how = ", scaled row by row" if scale is None else f", scale {scale:.4g}"
+            how += f", zero at {zero}" if zero else ""
+        how += ", refined" if refined is not None else ""
         if self.context.exhausted:
             raise _HighError("the limit of rewrites is reached")
         if not self.context.replace(name, layer.node, product):
             raise _HighError("its result shares memory with an output")
         return how
+
+    def attention(self, layer: AttentionLayer, name: str) -> None:
+        """Replace attention's node. Raises _HighError."""
+        given = arguments(layer.node)
+        _check_attention(layer, name, given)
+        if self.table is None:
+            raise _HighError("its scales come from a calibration, and there is none")
+        scales = {}
+        for operand in layer.operands:
+            known = self.table.known(layer.operand_name(operand))
+            if known is None or known.obstacle is not None:
+                reason = "calibration did not observe attention" if known is None else str(known.obstacle)
+                self.without_range.setdefault(reason, []).append(layer.name)
+                raise _HighError(reason)
+            scales[operand] = self.table.scale(layer.operand_name(operand), name)
+        query, key, value = (self._narrow(layer, PRECISIONS[name], operand, scales[operand]) for operand in layer.operands)
+        mask, settings = given["attn_mask"], (given["is_causal"], given["scale"], given["enable_gqa"])
+        operands = (query[0], key[0], value[0], query[1], key[1], value[1], mask)
+        dtype = layer.node.meta["val"].dtype
+        new = self._derive(SCALED_ATTENTION, (*operands, *settings, dtype), layer)
+        if self.context.exhausted:
+            raise _HighError("the limit of rewrites is reached")
+        if not self.context.replace(name, layer.node, new):
+            raise _HighError("its result shares memory with an output")
+
+    def _narrow(self, layer: AttentionLayer, precision: Precision, operand: str, scale: float) -> tuple[fx.Node, fx.Node]:
+        """An operand of attention in float8, and its scale []."""
+        x = layer.operands[operand]
+        rows = x.meta["val"].shape[2]
+        if operand == "value":
+            # Rows contiguous, each feature's a multiple of 16 bytes from the next one's.
+            x = self._derive(aten.transpose.int, (x, 2, 3), layer)
+            padding = -rows % MULTIPLE
+            if padding:
+                x = self._derive(aten.constant_pad_nd.default, (x, [0, padding], 0.0), layer)
+            else:
+                x = self._derive(aten.clone.default, (x,), layer, {"memory_format": torch.contiguous_format})
+        own = torch.tensor(scale, dtype=torch.float32)
+        device = x.meta["val"].device
+        wide = self._derive(aten._to_copy.default, (x,), layer, {"dtype": torch.float32})
+        factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
+        values = self._derive(aten.mul.Tensor, (wide, factor), layer)
+        cast = self._cast(layer, precision, values, -precision.largest)
+        if operand == "value":
+            cast = self._derive(aten.slice.Tensor, (cast, 3, 0, rows), layer)
+            cast = self._derive(aten.transpose.int, (cast, 2, 3), layer)
+        return cast, self._scalar(layer, "scale", own.to(device))
 
     def _scale(self, layer: Layer, name: str) -> float | None:
         """By which the layer's quantized input is to be multiplied; None: each row has its own."""
@@ -173,7 +255,9 @@ class _Rewrite:
             raise _HighError(reason)
         return self.table.scale(layer.name, name)
 
-    def _weight(self, layer: Layer, precision: Precision, group: int) -> tuple[fx.Node, fx.Node]:
+    def _weight(
+        self, layer: Layer, precision: Precision, group: int, limits: torch.Tensor | None
+    ) -> tuple[fx.Node, fx.Node]:
         """The quantized weight [N, K] and its scales, as constants."""
         dtype, channels = getattr(torch, str(precision.weights)), self._channels(layer)
 
@@ -182,12 +266,13 @@ class _Rewrite:
                 value = self._value(layer.weight).t()
                 if channels is not None:
                     value = value.float() * channels.to(value.device)
-                weight, scales = quantize_weight(value, dtype, precision.bits, group)
+                weight, scales = quantize_weight(value, dtype, precision.bits, group, limits)
             except RuntimeError as error:  # torch's OutOfMemoryError is one
                 raise _HighError(f"its weight cannot be quantized here: {str(error).partition(chr(10))[0]}") from error
             return self._constant(layer, "weight", weight), self._constant(layer, "scales", scales)
 
-        made: tuple[fx.Node, fx.Node] = self._once(("weight", layer.weight, dtype, group, _bits(channels)), make)
+        key = ("weight", layer.weight, dtype, group, _bits(channels), _bits(limits))
+        made: tuple[fx.Node, fx.Node] = self._once(key, make)
         return made
 
     def _value(self, node: fx.Node) -> torch.Tensor:
@@ -201,23 +286,45 @@ class _Rewrite:
             value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         return value
 
-    def _activation(self, layer: Layer, precision: Precision, scale: float | None) -> tuple[fx.Node, fx.Node]:
+    def _with_offset(self, layer: Layer, bias: fx.Node | None, offset: torch.Tensor | None) -> fx.Node | None:
+        """`bias` with `offset`, float32 [N], added to it."""
+        if offset is None:
+            return bias
+        if bias is None or self._is_frozen(bias):
+            device = layer.node.meta["val"].device
+            known = offset.to(device) if bias is None else offset.to(device) + self._value(bias).to(torch.float32)
+            return self._constant(layer, "bias", known)
+        added = self._constant(layer, "offset", offset.to(bias.meta["val"].device))
+        return self._derive(aten.add.Tensor, (bias, added), layer)
+
+    def _is_frozen(self, node: fx.Node) -> bool:
+        while node.op != "placeholder":
+            if node.op != "call_function" or not ops.is_view(node.target) or len(node.all_input_nodes) != 1:
+                return False
+            node = node.all_input_nodes[0]
+        return any(i.name in (node.name, node.target) and i.role is Role.CONSTANT for i in self.context.graph.inputs)
+
+    def _activation(self, layer: Layer, precision: Precision, scale: float | None, zero: int) -> tuple[fx.Node, fx.Node]:
         """The quantized input [M, K] and its scale, [] or [M]."""
         _check_device(layer, precision)
         make = functools.partial(self._by_row, layer, precision)
         if scale is not None:
-            make = functools.partial(self._by_tensor, layer, precision, scale)
+            make = functools.partial(self._by_tensor, layer, precision, scale, zero)
         made: tuple[fx.Node, fx.Node] = self._once(
-            ("x", layer.x, precision.activations, scale, _bits(self._channels(layer))), make
+            ("x", layer.x, precision.activations, scale, zero, _bits(self._channels(layer))), make
         )
         return made
 
-    def _by_tensor(self, layer: Layer, precision: Precision, scale: float) -> tuple[fx.Node, fx.Node]:
+    def _by_tensor(self, layer: Layer, precision: Precision, scale: float, zero: int) -> tuple[fx.Node, fx.Node]:
         device = layer.x.meta["val"].device
         own = torch.tensor(scale, dtype=torch.float32)
         factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
         values = self._derive(aten.mul.Tensor, (self._divided(layer, self._wide(layer)), factor), layer)
-        return self._cast(layer, precision, values), self._scalar(layer, "scale", own.to(device))
+        if zero:
+            shift = self._scalar(layer, "zero", torch.tensor(float(zero)).to(device))
+            values = self._derive(aten.add.Tensor, (values, shift), layer)
+        least = -128.0 if zero else -precision.largest
+        return self._cast(layer, precision, values, least), self._scalar(layer, "scale", own.to(device))
 
     def _by_row(self, layer: Layer, precision: Precision) -> tuple[fx.Node, fx.Node]:
         wide = self._divided(layer, self._wide(layer))
@@ -227,7 +334,7 @@ class _Rewrite:
         factor = self._derive(aten.reciprocal.default, (scale,), layer)
         column = self._derive(aten.unsqueeze.default, (factor, 1), layer)
         values = self._derive(aten.mul.Tensor, (wide, column), layer)
-        return self._cast(layer, precision, values), scale
+        return self._cast(layer, precision, values, -precision.largest), scale
 
     def _channels(self, layer: Layer) -> torch.Tensor | None:
         return None if self.table is None else self.table.channels(layer.name)
@@ -247,27 +354,31 @@ class _Rewrite:
             return layer.x
         return self._derive(aten._to_copy.default, (layer.x,), layer, {"dtype": torch.float32})
 
-    def _cast(self, layer: Layer, precision: Precision, values: fx.Node) -> fx.Node:
+    def _cast(self, layer: Layer | AttentionLayer, precision: Precision, values: fx.Node, least: float) -> fx.Node:
         dtype = getattr(torch, str(precision.activations))
         if not dtype.is_floating_point:
             values = self._derive(aten.round.default, (values,), layer)
-        values = self._derive(aten.clamp.default, (values, -precision.largest, precision.largest), layer)
+        values = self._derive(aten.clamp.default, (values, least, precision.largest), layer)
         return self._derive(aten._to_copy.default, (values,), layer, {"dtype": dtype})
 
-    def _scalar(self, layer: Layer, what: str, value: torch.Tensor) -> fx.Node:
+    def _scalar(self, layer: Layer | AttentionLayer, what: str, value: torch.Tensor) -> fx.Node:
         made: fx.Node = self._once((value.item(), value.device), lambda: self._constant(layer, what, value))
         return made
 
-    def _constant(self, layer: Layer, what: str, value: torch.Tensor) -> fx.Node:
+    def _constant(self, layer: Layer | AttentionLayer, what: str, value: torch.Tensor) -> fx.Node:
         mode = fake_mode(self.context.graph)
         if mode is None or hasattr(value, "fake_mode"):
             raise _HighError("its weight is not at hand")
         with mode:
             fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         meta = {"val": fake, "module": layer.node.meta.get("module", "")}
-        return add_constant(self.context, f"{layer.node.name}_{what}", value, meta)
+        node = add_constant(self.context, f"{layer.node.name}_{what}", value, meta)
+        self._made_constants[node] = value
+        return node
 
-    def _derive(self, target: Any, args: tuple[Any, ...], layer: Layer, kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def _derive(
+        self, target: Any, args: tuple[Any, ...], layer: Layer | AttentionLayer, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
         node = self.context.derive(target, args, layer.node, kwargs, symbolic=True)
         if node is None:
             raise _HighError(f"{ops.name_of(target)} cannot be propagated for its sizes")
@@ -282,6 +393,24 @@ class _Rewrite:
 def _bits(values: torch.Tensor | None) -> bytes | None:
     """By which equal vectors are known."""
     return None if values is None else values.numpy().tobytes()
+
+
+def _check_attention(layer: AttentionLayer, name: str, given: dict[str, Any]) -> None:
+    if name != "fp8":
+        raise _HighError("attention is quantized in fp8, with a calibration")
+    operands = [tensor(x) for x in layer.operands.values()]
+    known = [x for x in operands if x is not None]
+    if len(known) < len(operands) or not all(static_shape(x) and x.numel() for x in known):
+        raise _HighError("its sizes are known only at run time")
+    if any(x.dtype not in (torch.float16, torch.bfloat16) for x in known):
+        raise _HighError("its operands are not of a half type")
+    if any(x.shape[3] % MULTIPLE or not LEAST_WIDTH <= x.shape[3] <= MOST_WIDTH for x in known):
+        raise _HighError(f"its heads are not {LEAST_WIDTH} to {MOST_WIDTH} wide, and a multiple of {MULTIPLE}")
+    if given["dropout_p"]:
+        raise _HighError("it drops")
+    device = known[0].device
+    if device.type == "cuda" and torch.cuda.is_available() and not Target.current(device).has_float8:
+        raise _HighError("its GPU does not multiply float8")
 
 
 def _check_operands(layer: Layer, name: str) -> None:

@@ -28,7 +28,8 @@ FOLLOWING_CALLS = frozenset(
     "avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward "
     "_adaptive_avg_pool3d _adaptive_avg_pool3d_backward max_pool2d_with_indices max_pool2d_with_indices_backward "
     "max_pool3d_with_indices max_pool3d_with_indices_backward upsample_bicubic2d fxopt::max_pool_offsets "
-    "fxopt::max_pool_offsets_backward fxopt::attention fxopt::attention_forward scaled_dot_product_attention "
+    "fxopt::max_pool_offsets_backward fxopt::attention fxopt::attention_forward fxopt::scaled_attention "
+    "scaled_dot_product_attention "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_flash_attention_for_cpu".split()
 )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxopt.errors import CalibrationError, OptionError
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS
 from fxopt.quant.batches import Forward, call_model, on_device
-from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
+from fxopt.quant.emulate import LayerCall, obstacle, treated, with_table
 from fxopt.quant.smooth import checked_groups, with_channels
 from fxopt.quant.table import Calibration
 
@@ -36,7 +37,8 @@ def activation_aware(
     Weights of few bits lose most in the columns that large channels are multiplied by. `fxopt.smoothed` widens these at the
     cost of the others; by how much is best differs from layer to layer (Lin et al., "AWQ", 2023). For each layer, or the
     layers that are given the same, every strength of STRENGTHS and no divisors at all are tried on rows of `loader`'s first
-    `batches`, and what brings their results nearest to those of the model is kept.
+    `batches`, for static int8 with and without a zero point, and what brings their results nearest to those of the model is
+    kept.
 
     Raises OptionError for a precision that is none, CalibrationError for no batches and for a model that is not the
     calibration's.
@@ -45,20 +47,28 @@ def activation_aware(
         raise OptionError(f"there is no precision {precision!r} for weights{suggestion(precision, PRECISIONS)}")
     model = getattr(model, "_orig_mod", model)
     found = checked_groups(calibration, model)
-    rows = _rows(
+    rows = layer_rows(
         model, itertools.islice(loader, batches), {n for group in found for n in group.names}, forward or call_model
     )
-    chosen: dict[str, Tensor | None] = {}
+    zero_points = PRECISIONS[precision].activations == "int8" and PRECISIONS[precision].is_static
     for group in found:
         calls = [rows[name] for name in group.names if name in rows and obstacle(rows[name], precision) is None]
-        tried = [None, *(group.divisors(strength) for strength in STRENGTHS)]
-        errors = [_error(with_channels(calibration, dict.fromkeys(group.names, d)), calls, precision) for d in tried]
-        chosen |= dict.fromkeys(group.names, tried[min(range(len(tried)), key=errors.__getitem__)])
-    return with_channels(calibration, chosen)
+        divisors = [None, *(group.divisors(strength) for strength in STRENGTHS)]
+        tried = [with_channels(calibration, dict.fromkeys(group.names, d)) for d in divisors]
+        if zero_points:
+            tried = [_with_symmetry(table, group.names, symmetric) for table in tried for symmetric in (True, False)]
+        calibration = min(tried, key=lambda table: _error(table, calls, precision))  # the first of equals
+    return calibration
 
 
-def _rows(model: nn.Module, batches: Iterable[Any], names: set[str], forward: Forward) -> Mapping[str, LayerCall]:
-    """Some rows of what each layer is given."""
+def _with_symmetry(table: Calibration, names: Iterable[str], symmetric: bool) -> Calibration:
+    """What a user has said of a layer stays."""
+    kept = {name for name in names if table[name].symmetric is None}
+    return replace(table, layers=tuple(replace(x, symmetric=symmetric) if x.name in kept else x for x in table.layers))
+
+
+def layer_rows(model: nn.Module, batches: Iterable[Any], names: set[str], forward: Forward) -> Mapping[str, LayerCall]:
+    """Some rows of what each of the layers `names` is given. Raises CalibrationError for no batches."""
     found: dict[str, LayerCall] = {}
 
     def note(call: LayerCall) -> None:
@@ -83,8 +93,7 @@ def _error(table: Calibration, calls: Iterable[LayerCall], precision: str) -> fl
     total = 0.0
     with torch.no_grad():
         for call in calls:
-            scale = table.scale(call.name, precision) if PRECISIONS[precision].is_static else None
             exact = call.exact().double()
-            off = quantized(call, precision, scale, table.channels(call.name)).double() - exact
+            off = with_table(call, precision, table, call.name).double() - exact
             total += float(off.square().sum() / exact.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
     return total

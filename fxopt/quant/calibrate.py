@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -12,14 +12,17 @@ from torch import nn
 
 import fxopt
 from fxopt.errors import CalibrationError
-from fxopt.ir.layers import CONVOLUTION, LINEAR
+from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
 from fxopt.journal import RECENT
+from fxopt.options import suggestion
 from fxopt.quant.batches import Forward, call_model, on_device, shown
 from fxopt.quant.observers import Collector
-from fxopt.quant.table import AMBIGUOUS, NEVER, ZERO, Calibration, LayerRange, check_method, joined_layers
+from fxopt.quant.table import AMBIGUOUS, AVERAGE, NEVER, ROWS, ZERO, Calibration, LayerRange, check_method, joined_layers
 
 MOST_NAMED = 5
 """Layers that a warning names; of the others it tells the number."""
+
+_OBSERVERS = (ROWS, AVERAGE, ATTENTION)
 
 _fresh = itertools.count()
 
@@ -31,6 +34,7 @@ def calibrate(
     batches: int | None = None,
     forward: Forward | None = None,
     method: str = "amax",
+    observe: Collection[str] = (),
     progress: bool = True,
     backend: Any = "fxopt",
 ) -> Calibration:
@@ -38,7 +42,9 @@ def calibrate(
 
     `model` is in evaluation mode; its weights are on one device, to which batches are moved. A batch is a tensor, a tuple
     or list of positional arguments, or a mapping of keyword arguments; `forward(model, batch)` calls the model in another
-    way. `batches` are used at most. `method` says how ranges become scales: "amax", "percentile", "mse" or "entropy".
+    way. `batches` are used at most. `method` says how ranges become scales: "amax", "percentile", "mse", "entropy", "rows"
+    or "average" (see `Calibration`). The last two need to be observed, which `method` or `observe` asks for; with
+    "attention" in `observe`, so is what attention on a GPU is given.
     `backend` is what torch.compile takes for fxopt where its package is not installed.
 
     Raises CalibrationError, naming layer and batch where there is one: for a model in training mode, no batches, NaN or Inf
@@ -49,7 +55,9 @@ def calibrate(
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
     check_method(method)
-    collector = Collector()
+    _check_observers(observe)
+    wanted = {method, *observe}
+    collector = Collector(rows=ROWS in wanted, averages=AVERAGE in wanted, attention=ATTENTION in wanted)
     compiled = _observed(model, collector, backend)
     count = 0
     with torch.no_grad():
@@ -65,6 +73,14 @@ def calibrate(
     layers = (*layers, *_unreached(model, collector, layers))
     _warn(layers)
     return Calibration(layers, count, method, {"fxopt": fxopt.__version__, "torch": torch.__version__})
+
+
+def _check_observers(observe: Collection[str]) -> None:
+    if isinstance(observe, str):
+        raise CalibrationError(f"observers are several names, such as ({observe!r},), not one string")
+    for name in observe:
+        if name not in _OBSERVERS:
+            raise CalibrationError(f"there is no observer {name!r}{suggestion(name, _OBSERVERS)}: {', '.join(_OBSERVERS)}")
 
 
 def _check_model(model: Any) -> None:

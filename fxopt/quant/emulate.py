@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.ir.quantized_ops import dequantized, quantize_weight
-from fxopt.precision import PRECISIONS, group_of, misfit
+from fxopt.precision import PRECISIONS, Refinement, Table, group_of, misfit
 from fxopt.quant.ranges import GRIDS, Grid
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
@@ -132,12 +132,26 @@ def obstacle(call: LayerCall, precision: str) -> str | None:
     return misfit(precision, columns, inner, call.weight.device.type)
 
 
-def quantized(call: LayerCall, precision: str, scale: float | None = None, channels: Tensor | None = None) -> Tensor:
+def with_table(call: LayerCall, precision: str, table: Table, name: str) -> Tensor:
+    """`quantized` with what `table` says of its layer `name`."""
+    scale = table.scale(name, precision) if PRECISIONS[precision].is_static else None
+    zero = 0 if scale is None else table.zero_point(name, precision)
+    return quantized(call, precision, scale, table.channels(name), zero, table.refinement(name, precision))
+
+
+def quantized(
+    call: LayerCall,
+    precision: str,
+    scale: float | None = None,
+    channels: Tensor | None = None,
+    zero_point: int = 0,
+    refinement: Refinement | None = None,
+) -> Tensor:
     """The layer's result [M, N] in `precision`, which is not "high", in x's dtype, as passes/quantize.py computes it.
 
-    `scale`: of the quantized activations, for all rows; None for one of each row. `channels`, float32 [K]: what x is divided
-    by and the weight's columns multiplied by before. Raises KeyError for an unknown precision,
-    ValueError for a layer that has an `obstacle`.
+    `scale`: of the quantized activations, for all rows; None for one of each row. `zero_point`: what they have for zero.
+    `channels`, float32 [K]: what x is divided by and the weight's columns multiplied by before. Raises KeyError for an
+    unknown precision, ValueError for a layer that has an `obstacle`.
     """
     given = PRECISIONS[precision]
     problem = obstacle(call, precision)
@@ -148,11 +162,20 @@ def quantized(call: LayerCall, precision: str, scale: float | None = None, chann
     if channels is not None:
         divisors = channels.to(x.device)
         x, weight = x / divisors, weight.float() * divisors
-    parts = quantize_weight(weight, getattr(torch, str(given.weights)), given.bits, group)
+    limits, correction = (None, None) if refinement is None else (refinement.limits, refinement.correction)
+    parts = quantize_weight(weight, getattr(torch, str(given.weights)), given.bits, group, limits)
     if given.activations is not None:
-        x = _on_grid(x, GRIDS[given.activations], scale)
+        x = _on_grid(x, GRIDS[given.activations], scale) if not zero_point else _shifted(x, scale or 0.0, zero_point)
     result = x @ dequantized(*parts, given.bits, group).t()
+    if correction is not None:
+        result = result + correction.to(result.device)
     return (result if call.bias is None else result + call.bias.float()).to(call.x.dtype)
+
+
+def _shifted(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """What int8 with a zero point stands for."""
+    steps = x.new_tensor(scale)
+    return ((x * steps.reciprocal() + zero_point).round().clamp(-128.0, 127.0) - zero_point) * steps
 
 
 def _on_grid(x: Tensor, grid: Grid, scale: float | None) -> Tensor:

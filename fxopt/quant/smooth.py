@@ -51,7 +51,7 @@ class Group:
 
 def groups(calibration: Calibration, model: nn.Module) -> list[Group]:
     """Of the linear layers that `smoothed` may change."""
-    weights = {layer.name: w for layer in calibration.layers if (w := _weight(model, layer)) is not None}
+    weights = {layer.name: w for layer in calibration.layers if (w := weight_of(model, layer)) is not None}
     together: dict[Hashable, list[str]] = {}
     for layer in calibration.layers:
         if layer.name in weights:
@@ -72,13 +72,15 @@ def checked_groups(calibration: Calibration, model: nn.Module) -> list[Group]:
 
 
 def with_channels(calibration: Calibration, divisors: Mapping[str, Tensor | None]) -> Calibration:
-    """`calibration` with these divisors of layers; the others keep theirs."""
-    layers = tuple(replace(x, channels=divisors.get(x.name, x.channels)) for x in calibration.layers)
+    """`calibration` with these divisors of layers; the others keep theirs. What was fitted to other divisors is dropped."""
+    layers = tuple(
+        replace(x, channels=divisors[x.name], refined=None) if x.name in divisors else x for x in calibration.layers
+    )
     return replace(calibration, layers=layers)
 
 
-def _weight(model: nn.Module, layer: LayerRange) -> Tensor | None:
-    """The layer's weight as [N, K]."""
+def weight_of(model: nn.Module, layer: LayerRange) -> Tensor | None:
+    """The weight [N, K] of a linear layer whose scale is its range's; None of others."""
     if layer.kind != LINEAR or layer.obstacle is not None or layer.scale is not None:
         return None
     try:

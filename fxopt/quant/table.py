@@ -3,9 +3,9 @@
     bert.fxcal                     JSON: layers in the order of the graph, counts, versions; to be read and edited
     bert.fxcal.3f2a91c0.tensors    safetensors: ranges of channels and histograms; its hash is in the JSON and in its name
 
-A user may set `method`, and for each layer `precision` and `scale`; they hold when the file is read again. Nothing in the
-files is trusted: a field that is missing, ill-typed or contradicts another is a CalibrationError that names it. Each file is
-written aside and renamed, the JSON last, so that a reader finds the old calibration or the new one.
+A user may set `method`, and for each layer `precision`, `scale` and `symmetric`; they hold when the file is read again.
+Nothing in the files is trusted: a field that is missing, ill-typed or contradicts another is a CalibrationError that names
+it. Each file is written aside and renamed, the JSON last, so that a reader finds the old calibration or the new one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import CalibrationError
-from fxopt.ir.layers import CONVOLUTION, LINEAR
-from fxopt.ir.observer_ops import BINS, FIRST_NOT_FINITE
+from fxopt.ir.layers import LINEAR, attention_of
 from fxopt.options import suggestion
-from fxopt.precision import PRECISIONS, KnownLayer
+from fxopt.precision import PRECISIONS, KnownLayer, Refinement
 from fxopt.quant import ranges
 from fxopt.quant.observers import Range
 
@@ -41,17 +40,35 @@ ZERO = "calibration gave it only zeros"
 AMBIGUOUS = "several layers of different shapes have its name"
 
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
-_DTYPES = ("float16", "bfloat16", "float32")
-_PARTS = ("minimum", "maximum", "histogram")
-_CHANNELS = "channels"
+DTYPES = ("float16", "bfloat16", "float32")
+PARTS = ("minimum", "maximum", "histogram")
+MORE_PARTS = ("rows", "average")
+"""Of ranges, where they were observed."""
+
+CHANNELS = "channels"
+FITTED = ("limits", "correction")
+"""Of refinements, where they were made."""
+
+ROWS, AVERAGE = "rows", "average"
+METHODS = (*ranges.METHODS, ROWS, AVERAGE)
+"""How ranges become scales. The last two need observers of their own: the first looks at the largest magnitudes of rows, of
+which a hundredth is clipped, the second at moving averages of the least and the largest value."""
+
+_ROWS_WITHIN = 99.0
+"""Of all rows, in %: those that ROWS does not clip."""
+
+_WORTH_A_ZERO_POINT = 0.8
+"""Steps of int8 that are this much smaller with a zero point are worth the sum that it costs."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRange:
     """A layer: `shape` of its weight (() where several differ), `dtype` of what it is given, and what was seen of that.
 
-    `precision` and `scale` are the user's: they go before what options and ranges say. `channels`, float32 [K] on the CPU,
-    are powers of two by which what a linear layer is given is divided, and its weight multiplied, before both are quantized.
+    `precision` and `scale` are the user's: they go before what options and ranges say; so does `symmetric`, which says
+    whether zero is the middle of int8's range (None: as the range suggests). `channels`, float32 [K] on the CPU, are powers
+    of two by which what a linear layer is given is divided, and its weight multiplied, before both are quantized.
+    `refined` was fitted to the layer as it is then.
     """
 
     name: str
@@ -62,6 +79,8 @@ class LayerRange:
     precision: str | None = None
     scale: float | None = None
     channels: Tensor | None = None
+    symmetric: bool | None = None
+    refined: Refinement | None = None
 
     @functools.cached_property
     def amax(self) -> float:
@@ -105,8 +124,9 @@ class Calibration:
     # ------------------------------------------------------------------ what compilation asks
 
     def names(self) -> list[str]:
-        """The names of all layers, in order: what options={"precision": {...}} speaks of."""
-        return [layer.name for layer in self.layers]
+        """The names of all layers, in order: what options={"precision": {...}} speaks of. Attention has one name, although
+        the table has three entries of it."""
+        return list(dict.fromkeys(attention_of(x.name) or x.name for x in self.layers))
 
     def known(self, layer: str) -> KnownLayer | None:
         found = self._by_name.get(layer)
@@ -120,9 +140,21 @@ class Calibration:
             self._scales[key] = self._scale(self[layer], precision)
         return self._scales[key]
 
+    def zero_point(self, layer: str, precision: str) -> int:
+        """0 where zero is the middle of the range: always but for integers whose range lies mostly on one side."""
+        low, high = self._span(self[layer], precision)
+        if low == -high:
+            return 0
+        return max(-128, min(127, round(-128.0 - low / self.scale(layer, precision))))
+
     def channels(self, layer: str) -> Tensor | None:
         found = self._by_name.get(layer)
         return None if found is None else found.channels
+
+    def refinement(self, layer: str, precision: str) -> Refinement | None:
+        found = self._by_name.get(layer)
+        refined = None if found is None else found.refined
+        return refined if refined is not None and refined.precision == precision else None
 
     def digest(self) -> str:
         """Of everything that a compilation reads."""
@@ -136,20 +168,31 @@ class Calibration:
             raise CalibrationError(f"the calibration has no layer {layer!r}{suggestion(layer, self.names())}")
         return self._by_name[layer]
 
-    def with_layer(self, layer: str, *, precision: str | None = None, scale: float | None = None) -> Calibration:
-        """A calibration in which the user's `precision` and `scale` of one layer are these (None: none)."""
-        changed = replace(self[layer], precision=precision, scale=scale)
-        _check_edits(changed.precision, changed.scale, f"layer {layer!r}")
+    def with_layer(
+        self, layer: str, *, precision: str | None = None, scale: float | None = None, symmetric: bool | None = None
+    ) -> Calibration:
+        """A calibration in which the user's `precision`, `scale` and `symmetric` of one layer are these (None: none).
+
+        What was fitted to another scale is dropped.
+        """
+        before = self[layer]
+        changed = replace(before, precision=precision, scale=scale, symmetric=symmetric)
+        if (before.scale, before.symmetric) != (scale, symmetric):
+            changed = replace(changed, refined=None)
+        check_edits(precision, scale, symmetric, f"layer {layer!r}")
         return replace(self, layers=tuple(changed if x.name == layer else x for x in self.layers))
 
     def with_method(self, method: str) -> Calibration:
-        """A calibration whose ranges become scales in another way. Raises CalibrationError for an unknown method."""
-        check_method(method)
-        return replace(self, method=method)
+        """A calibration whose ranges become scales in another way; what was fitted to the scales is dropped. Raises
+        CalibrationError for a method that is unknown, or needs what was not observed."""
+        check_method(method, self.layers)
+        layers = self.layers if method == self.method else tuple(replace(x, refined=None) for x in self.layers)
+        return replace(self, method=method, layers=layers)
 
     @classmethod
     def merge(cls, first: Calibration, *others: Calibration) -> Calibration:
-        """The calibration over the data of all, as if it had been made in one pass. What users have set must not differ.
+        """The calibration over the data of all, as if it had been made in one pass. What users have set must not differ;
+        what was fitted to the data of one is dropped.
 
         Raises CalibrationError naming the first layer that is not in all of them, or another one.
         """
@@ -183,7 +226,9 @@ class Calibration:
             raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise CalibrationError(f"{path}: no JSON: {error}") from error
-        return _Reader(path, document).calibration()
+        from fxopt.quant.table_reader import Reader
+
+        return Reader(path, document).calibration()
 
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers, {self.batches} batches, method {self.method}"]
@@ -205,6 +250,10 @@ class Calibration:
         return {}
 
     @functools.cached_property
+    def _spans(self) -> dict[tuple[str, str], tuple[float, float]]:
+        return {}
+
+    @functools.cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self._document(), sort_keys=True).encode())
         for name, value in sorted(self._tensors().items()):
@@ -214,16 +263,36 @@ class Calibration:
     def _scale(self, layer: LayerRange, precision: str) -> float:
         if layer.scale is not None:
             return layer.scale
+        low, high = self._span(layer, precision)
+        steps = 2.0 * PRECISIONS[precision].largest if low == -high else 255.0
+        return max((high - low) / steps, _LEAST_SCALE)
+
+    def _span(self, layer: LayerRange, precision: str) -> tuple[float, float]:
+        """The least and the largest value that are not clipped; one is the other's negative if zero is in the middle."""
+        key = layer.name, precision
+        if key not in self._spans:
+            self._spans[key] = self._found_span(layer, precision)
+        return self._spans[key]
+
+    def _found_span(self, layer: LayerRange, precision: str) -> tuple[float, float]:
         given = PRECISIONS[precision]
+        if layer.scale is not None:
+            return -layer.scale * given.largest, layer.scale * given.largest
         if layer.obstacle is not None or layer.seen is None:
             raise CalibrationError(f"layer {layer.name!r} has no scale: {layer.obstacle}")
         if not given.is_static or given.activations is None:
             raise CalibrationError(f"{precision!r} takes no scale from a calibration: layer {layer.name!r} has none for it")
-        if layer.channels is None:
-            limit = ranges.clipping_limit(layer.seen.histogram, layer.amax, self.method, ranges.GRIDS[given.activations])
-        else:  # the histogram is that of other values
-            limit = float((layer.channel_amax() / layer.channels).max())
-        return max(limit / given.largest, _LEAST_SCALE)
+        if layer.channels is not None:  # histograms and averages are those of other values
+            low = float((layer.seen.minimum / layer.channels).min())
+            high = float((layer.seen.maximum / layer.channels).max())
+        else:
+            low, high = _bounds(layer, layer.seen, self.method, ranges.GRIDS[given.activations])
+        low, high = min(low, 0.0), max(high, 0.0)
+        limit = max(-low, high)
+        if given.activations != "int8" or layer.kind != LINEAR or layer.symmetric:
+            return -limit, limit
+        saved = (high - low) / 255.0 <= _WORTH_A_ZERO_POINT * limit / given.largest
+        return (low, high) if saved or layer.symmetric is False else (-limit, limit)
 
     def _document(self) -> dict[str, Any]:
         return {
@@ -241,14 +310,21 @@ class Calibration:
             f"{layer.name}.{part}": getattr(layer.seen, part).clone()
             for layer in self.layers
             if layer.seen is not None
-            for part in _PARTS
+            for part in (*PARTS, *MORE_PARTS)
+            if getattr(layer.seen, part) is not None
         }
-        return seen | {f"{x.name}.{_CHANNELS}": x.channels.clone() for x in self.layers if x.channels is not None}
+        fitted = {
+            f"{layer.name}.{part}": getattr(layer.refined, part).clone()
+            for layer in self.layers
+            for part in FITTED
+            if getattr(layer.refined, part, None) is not None
+        }
+        return seen | fitted | {f"{x.name}.{CHANNELS}": x.channels.clone() for x in self.layers if x.channels is not None}
 
     def _joined(self, other: Calibration) -> Calibration:
         if self.method != other.method:
             raise CalibrationError(f"merging calibrations of different methods: {self.method!r} and {other.method!r}")
-        for name in [*self.names(), *other.names()]:
+        for name in [layer.name for layer in (*self.layers, *other.layers)]:
             if name not in self._by_name or name not in other._by_name:
                 raise CalibrationError(f"merging calibrations of different models: only one of them has a layer {name!r}")
         joined = tuple(_joined_layer(layer, other._by_name[layer.name]) for layer in self.layers)
@@ -269,6 +345,8 @@ def _layer_document(layer: LayerRange) -> dict[str, Any]:
         "dtype": layer.dtype,
         "precision": layer.precision,
         "scale": layer.scale,
+        "symmetric": layer.symmetric,
+        "refined": None if layer.refined is None else layer.refined.precision,
         "amax": layer.amax,
         "elements": layer.elements,
     }
@@ -280,14 +358,38 @@ def _joined_layer(a: LayerRange, b: LayerRange) -> LayerRange:
             f"merging calibrations of different models: layer {a.name!r} is {a.kind} {list(a.shape)} of {a.dtype} and"
             f" {b.kind} {list(b.shape)} of {b.dtype}"
         )
-    for what, mine, theirs in (("precision", a.precision, b.precision), ("scale", a.scale, b.scale)):
+    for what in ("precision", "scale", "symmetric"):
+        mine, theirs = getattr(a, what), getattr(b, what)
         if mine is not None and theirs is not None and mine != theirs:
             raise CalibrationError(f"merging calibrations: the {what} of layer {a.name!r} is set to {mine!r} and {theirs!r}")
     if a.channels is not None and b.channels is not None and not torch.equal(a.channels, b.channels):
         raise CalibrationError(f"merging calibrations: the channels of layer {a.name!r} are scaled in different ways")
     seen = b.seen if a.seen is None else a.seen if b.seen is None else a.seen.joined(b.seen)
     channels = b.channels if a.channels is None else a.channels
-    return replace(a, seen=seen, precision=a.precision or b.precision, scale=a.scale or b.scale, channels=channels)
+    symmetric = b.symmetric if a.symmetric is None else a.symmetric
+    return replace(
+        a,
+        seen=seen,
+        precision=a.precision or b.precision,
+        scale=a.scale or b.scale,
+        channels=channels,
+        symmetric=symmetric,
+        refined=None,
+    )
+
+
+def _bounds(layer: LayerRange, seen: Range, method: str, grid: ranges.Grid) -> tuple[float, float]:
+    """The least and the largest value that `method` lets a layer's quantized input reach."""
+    if method == AVERAGE:
+        assert seen.average is not None, "methods are checked"
+        low, high, weight = seen.average.tolist()
+        return low / weight, high / weight
+    if method == ROWS:
+        assert seen.rows is not None, "methods are checked"
+        limit = ranges.clipping_limit(seen.rows, layer.amax, "percentile", grid, _ROWS_WITHIN)
+    else:
+        limit = ranges.clipping_limit(seen.histogram, layer.amax, method, grid)
+    return max(float(seen.minimum.min()), -limit), min(float(seen.maximum.max()), limit)
 
 
 # ---------------------------------------------------------------------- files
@@ -329,142 +431,8 @@ def _is_tensor_file(file: str, path: Path) -> bool:
     return re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{8}\.tensors", file) is not None
 
 
-class _Reader:
-    """Reads one document, field by field."""
-
-    def __init__(self, path: Path, document: Any) -> None:
-        self.path, self.document = path, document
-
-    def fail(self, where: str, problem: str) -> CalibrationError:
-        return CalibrationError(f"{self.path}: {where}: {problem}")
-
-    def calibration(self) -> Calibration:
-        if not isinstance(self.document, dict):
-            raise self.fail("the document", "it is no object")
-        if self.get(self.document, "format", int, "format") != FORMAT:
-            raise self.fail("format", f"it is {self.document['format']}, this version of fxopt reads {FORMAT}")
-        listed = self.get(self.document, "layers", list, "layers")
-        described = [self.layer(given, index) for index, given in enumerate(listed)]
-        if len({layer.name for layer in described}) != len(described):
-            raise self.fail("layers", "two have one name")
-        if self.get(self.document, "graph", str, "graph") != graph_digest(described):
-            raise self.fail(
-                "graph", "it is not the digest of the layers' names, kinds and shapes, which are not to be edited"
-            )
-        tensors = self.tensors()
-        layers = tuple(self.with_range(*pair, tensors) for pair in zip(described, listed, strict=True))
-        if tensors:
-            raise self.fail("tensors", f"{min(tensors)!r} belongs to no layer")
-        method = self.get(self.document, "method", str, "method")
-        with self.located("method"):
-            check_method(method)
-        batches = self.get(self.document, "batches", int, "batches")
-        if batches < 0:
-            raise self.fail("batches", f"it is {batches}")
-        versions = self.get(self.document, "made by", dict, "made by")
-        if not all(isinstance(v, str) for v in versions.values()):
-            raise self.fail("made by", "versions are strings")
-        return Calibration(layers, batches, method, versions)
-
-    def layer(self, given: Any, index: int) -> LayerRange:
-        """What the JSON says of a layer; its range is still to come."""
-        where = f"layers[{index}]"
-        if not isinstance(given, dict):
-            raise self.fail(where, "it is no object")
-        name = self.get(given, "name", str, where)
-        where = f"layer {name!r}"
-        kind = self.get(given, "kind", str, where)
-        if kind not in (LINEAR, CONVOLUTION):
-            raise self.fail(where, f"its kind is {kind!r}, not {LINEAR!r} or {CONVOLUTION!r}")
-        shape = self.get(given, "shape", list, where)
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise self.fail(where, f"its shape is {shape}")
-        dtype = self.get(given, "dtype", str, where)
-        if dtype not in _DTYPES:
-            raise self.fail(where, f"its dtype is {dtype!r}")
-        precision, scale = given.get("precision"), given.get("scale")
-        with self.located(where):
-            _check_edits(precision, scale, where)
-        return LayerRange(name, kind, tuple(shape), dtype, None, precision, scale)
-
-    def with_range(self, described: LayerRange, given: Mapping[str, Any], tensors: dict[str, Tensor]) -> LayerRange:
-        where = f"layer {described.name!r}"
-        channels = self.channels(where, described, tensors)
-        layer = replace(described, seen=self.range(where, described.name, tensors), channels=channels)
-        for what, value in (("amax", layer.amax), ("elements", layer.elements)):
-            if given.get(what) != value:
-                raise self.fail(
-                    where, f"its {what} is {given.get(what)!r}, but {value!r} in the tensors; to clip, set scale"
-                )
-        return layer
-
-    def channels(self, where: str, layer: LayerRange, tensors: dict[str, Tensor]) -> Tensor | None:
-        """Takes the layer's own out of `tensors`."""
-        found = tensors.pop(f"{layer.name}.{_CHANNELS}", None)
-        if found is None:
-            return None
-        if layer.kind != LINEAR or found.dtype != torch.float32 or tuple(found.shape) != layer.shape[1:]:
-            raise self.fail(where, "its channels are no float32 vector for the columns of a linear layer's weight")
-        if not bool((found.isfinite() & (found > 0)).all()) or bool((found.frexp().mantissa != 0.5).any()):
-            raise self.fail(where, "its channels are not scaled by powers of two")
-        return found
-
-    def range(self, where: str, name: str, tensors: dict[str, Tensor]) -> Range | None:
-        """Takes the layer's own out of `tensors`."""
-        parts = [tensors.pop(f"{name}.{part}", None) for part in _PARTS]
-        if all(part is None for part in parts):
-            return None
-        minimum, maximum, histogram = parts
-        if minimum is None or maximum is None or histogram is None:
-            raise self.fail(where, "some of its tensors are missing")
-        if not minimum.dtype == maximum.dtype == torch.float32 or minimum.dim() != 1 or minimum.shape != maximum.shape:
-            raise self.fail(where, "its ranges are no two float32 vectors of one size")
-        if not bool((minimum <= maximum).all()) or not bool((minimum.isfinite() & maximum.isfinite()).all()):
-            raise self.fail(where, "its ranges are not finite, or a least value is above the largest")
-        if histogram.dtype != torch.int64 or tuple(histogram.shape) != (BINS,) or bool((histogram < 0).any()):
-            raise self.fail(where, f"its histogram is no int64 [{BINS}] of counts")
-        if bool(histogram[FIRST_NOT_FINITE:].any()):
-            raise self.fail(where, "its histogram counts NaN or Inf")
-        return Range(minimum, maximum, histogram)
-
-    def tensors(self) -> dict[str, Tensor]:
-        import safetensors
-        import safetensors.torch
-
-        given = self.get(self.document, "tensors", dict, "tensors")
-        file, digest = self.get(given, "file", str, "tensors"), self.get(given, "sha256", str, "tensors")
-        if "/" in file or "\\" in file or file in ("", ".", ".."):
-            raise self.fail("tensors", f"{file!r} is no name of a file beside it")
-        beside = self.path.with_name(file)
-        try:
-            content = beside.read_bytes()
-        except OSError as error:
-            raise self.fail("tensors", f"{beside} cannot be read: {error.strerror}; it belongs beside") from error
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise self.fail("tensors", f"{beside} is damaged, or belongs to another calibration")
-        try:
-            return safetensors.torch.load(content)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise self.fail("tensors", f"{beside} holds no safetensors: {error}") from error
-
-    def get(self, given: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-        value = given.get(name)
-        if type(value) is not kind:
-            raise self.fail(where, f"{name!r} must be {_KINDS[kind]}, not {value!r}")
-        return value
-
-    @contextlib.contextmanager
-    def located(self, where: str) -> Any:
-        try:
-            yield
-        except CalibrationError as error:
-            raise CalibrationError(f"{self.path}: {error}") from error
-
-
-_KINDS = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
-
-
-def _check_edits(precision: Any, scale: Any, where: str) -> None:
+def check_edits(precision: Any, scale: Any, symmetric: Any, where: str) -> None:
+    """Raises CalibrationError for values that a user cannot have set for the layer that `where` names."""
     if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
         raise CalibrationError(
             f"{where}: there is no precision {precision!r}{suggestion(precision, PRECISIONS)}: {', '.join(PRECISIONS)}"
@@ -472,14 +440,22 @@ def _check_edits(precision: Any, scale: Any, where: str) -> None:
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if scale is not None and not (number and math.isfinite(scale) and scale >= _LEAST_SCALE):
         raise CalibrationError(f"{where}: a scale is a finite number of at least {_LEAST_SCALE:.3g}, not {scale!r}")
+    if symmetric not in (None, True, False):
+        raise CalibrationError(f"{where}: symmetric is true, false or null, not {symmetric!r}")
 
 
-def check_method(method: str) -> None:
-    """Raises CalibrationError for a method that does not exist."""
-    if method not in ranges.METHODS:
-        raise CalibrationError(
-            f"there is no method {method!r}{suggestion(method, ranges.METHODS)}: {', '.join(ranges.METHODS)}"
-        )
+def check_method(method: str, layers: Iterable[LayerRange] = ()) -> None:
+    """Raises CalibrationError for a method that does not exist, or needs what was not observed of `layers`."""
+    if method not in METHODS:
+        raise CalibrationError(f"there is no method {method!r}{suggestion(method, METHODS)}: {', '.join(METHODS)}")
+    if method not in (ROWS, AVERAGE):
+        return
+    for layer in layers:
+        if layer.seen is not None and getattr(layer.seen, method) is None:
+            raise CalibrationError(
+                f"method {method!r}: layer {layer.name!r} was calibrated without it; that needs"
+                f" fxopt.calibrate(..., observe=({method!r},))"
+            )
 
 
 def joined_layers(found: Sequence[tuple[str, str, tuple[int, ...], torch.dtype, Range | None]]) -> tuple[LayerRange, ...]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import CalibrationError
-from fxopt.precision import HIGH, PRECISIONS
+from fxopt.precision import HIGH
 from fxopt.quant.batches import Forward, call_model
-from fxopt.quant.emulate import LayerCall, quantized, treated
+from fxopt.quant.emulate import LayerCall, treated, with_table
 from fxopt.quant.table import Calibration
 
 Metric = Callable[[Any], float]
@@ -67,8 +67,7 @@ class Trial:
         """The result [M, N] of a layer of the calibration in `precision`."""
         name = self.name_of(call)
         assert name is not None, "it is one of the calibration's layers"
-        scale = self.calibration.scale(name, precision) if PRECISIONS[precision].is_static else None
-        return quantized(call, precision, scale, self.calibration.channels(name))
+        return with_table(call, precision, self.calibration, name)
 
     def emulating(self, decisions: Mapping[str, str]) -> AbstractContextManager[None]:
         """While this lasts, the model computes in eager what it will with these precisions of layers."""

@@ -60,6 +60,7 @@ def canonical_attention(attention: Attention) -> tuple[Attention, dict[str, str]
         value=renamed(attention.value),
         mask=None if attention.mask is None else renamed(attention.mask),
         out=renamed(attention.out),
+        factors=None if attention.factors is None else attention.factors.renamed(names),
         buffers={name: replace(attention.buffers[own], name=name) for own, name in names.items()},
         origins=(),
     )

@@ -128,6 +128,22 @@ def _multiply_bfloat16() -> None:
     InterpreterBuilder.create_dot = dot
 
 
+def _round_to_float8() -> None:
+    """The interpreter loses the carry when a mantissa is rounded up to the next power of two."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def rounded(self: Any, x: Any, dtype: Any, mode: Any) -> Any:
+        if dtype.scalar != tl.float8e4nv or x.dtype.scalar != tl.float32:
+            return convert(self, x, dtype, mode)
+        bits = torch.from_numpy(x.data.copy()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+        return TensorHandle(bits.numpy(), dtype.scalar)
+
+    InterpreterBuilder.create_fp_to_fp = rounded
+
+
 def _enable_asserts() -> None:
     from triton.runtime import interpreter
 
@@ -196,6 +212,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     _fake_libdevice()
     _multiply_bfloat16()
+    _round_to_float8()
     _enable_asserts()
     _type_sizes()
     replies, number = sys.stdout.buffer, 0

@@ -18,7 +18,7 @@ from fxopt.ir.quantized_ops import dequantized, quantize_weight
 from fxopt.journal import Journal
 from fxopt.passes.context import Context, DefaultOptions
 from fxopt.passes.pipeline import run
-from fxopt.precision import PRECISIONS, Decisions, KnownLayer
+from fxopt.precision import PRECISIONS, Decisions, KnownLayer, Refinement
 from tests.passes.graphs import calls, capture, execute
 
 LAYERS = ("fp8", "int8")
@@ -35,6 +35,8 @@ class Ranges:
 
     def __init__(self, layers: Mapping[str, tuple[tuple[int, int], float]], **known: Any) -> None:
         self.layers, self.known_fields = layers, {"precision": None, "obstacle": None} | known
+        self.zeros: dict[str, int] = {}
+        self.refined: Refinement | None = None
 
     def digest(self) -> str:
         return str(self.layers)
@@ -48,8 +50,14 @@ class Ranges:
     def scale(self, layer: str, precision: str) -> float:
         return self.layers[layer][1]
 
+    def zero_point(self, layer: str, precision: str) -> int:
+        return self.zeros.get(layer, 0)
+
     def channels(self, layer: str) -> None:
         return None
+
+    def refinement(self, layer: str, precision: str) -> Refinement | None:
+        return self.refined
 
 
 def quantized(
@@ -118,6 +126,54 @@ def test_a_weight_by_row_and_no_bias() -> None:
     graph, _ = quantized(lambda x, w: x @ w, (x, w.t().contiguous()), (1,), "int8")
     (got,) = execute(graph, (x, w.t().contiguous()))
     torch.testing.assert_close(got.double(), model_of(x, w, None, "int8", None), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_zero_point_shifts_the_operand_and_is_subtracted(bias: bool) -> None:
+    """An operand in [-0.2, 6], by the formula, in float64; both ends are reached."""
+    x, w, b = torch.rand(6, 32) * 6.2 - 0.2, torch.randn(48, 32), torch.randn(48)
+    x[0, 0], x[0, 1] = -0.2, 6.0
+    scale, zero = 6.2 / 255, -120
+    table = Ranges({"": ((48, 32), scale)})
+    table.zeros[""] = zero
+    args = (x, w, b) if bias else (x, w)
+    graph, context = quantized(F.linear, args, tuple(range(1, len(args))), "int8", table)
+    q = (x.double() * torch.tensor(scale).reciprocal().double() + zero).float().round().clamp(-128, 127).double()
+    assert float(q.min()) == -128 and float(q.max()) == 127
+    by_channel, channels = quantize_weight(w, torch.int8)
+    exact = (q - zero) @ by_channel.double().t() * scale * channels.double() + (b.double() if bias else 0.0)
+    torch.testing.assert_close(execute(graph, args)[0].double(), exact, rtol=1e-4, atol=1e-4)
+    assert notes(context) == [": int8, scale 0.02431, zero at -120"]
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int8-weight", "int4-weight"])
+def test_what_was_fitted_clips_the_weight_and_corrects_the_bias(name: str) -> None:
+    x, w, b = operands()
+    precision = PRECISIONS[name]
+    group = 32 if precision.group else 0
+    limits = w.abs().amax(1) * 0.5
+    table = Ranges({"": ((48, 32), 0.03)})
+    table.refined = Refinement(name, limits[:, None] if group else limits, torch.randn(48))
+    graph, _ = quantized(F.linear, (x, w, b), (1, 2), name, table)
+    stored = quantize_weight(w, getattr(torch, str(precision.weights)), precision.bits, group, table.refined.limits)
+    seen = dequantized(*stored, precision.bits, group).double()
+    assert float((seen.abs().amax(1) / limits - 1.0).abs().max()) < 1e-5
+    given = x.double()
+    if precision.activations is not None:
+        values = x / torch.tensor(0.03)
+        values = (values.round() if name == "int8" else values).clamp(-precision.largest, precision.largest)
+        given = values.to(getattr(torch, precision.activations)).double() * 0.03
+    exact = given @ seen.t() + b.double() + table.refined.correction.double()
+    torch.testing.assert_close(execute(graph, (x, w, b))[0].double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_correction_of_a_bias_that_is_no_constant_is_added() -> None:
+    x, w, b = operands()
+    table = Ranges({"": ((48, 32), 0.03)})
+    table.refined = Refinement("int8-weight", None, torch.full((48,), 3.0))
+    graph, _ = quantized(F.linear, (x, w, b), (1,), "int8-weight", table)
+    plain, _ = quantized(F.linear, (x, w, b), (1,), "int8-weight")
+    torch.testing.assert_close(execute(graph, (x, w, b))[0], execute(plain, (x, w, b))[0] + 3.0, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fp8-dynamic", "int8-dynamic"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.errors import CalibrationError, OptionError
 from fxopt.ir.observer_ops import exponent_histogram
-from fxopt.quant.emulate import LayerCall, quantized
+from fxopt.quant.emulate import LayerCall, with_table
 from fxopt.quant.observers import Range
 from fxopt.quant.table import Calibration, LayerRange
 
@@ -52,8 +52,7 @@ def _calibration(model: _Model) -> Calibration:
 def _error(model: _Model, table: Calibration, name: str, precision: str) -> float:
     module = getattr(model, name)
     call = LayerCall(name, _given(model)[name], module.weight.detach(), module.bias.detach())
-    scale = table.scale(name, precision) if precision == "int8" else None
-    return float((quantized(call, precision, scale, table.channels(name)) - call.exact()).norm() / call.exact().norm())
+    return float((with_table(call, precision, table, name) - call.exact()).norm() / call.exact().norm())
 
 
 @pytest.mark.parametrize("precision", ["int4-weight", "int8"])

@@ -230,6 +230,7 @@ def pretended(kernel: Increment, monkeypatch: pytest.MonkeyPatch) -> Increment:
         return torch.empty_strided(shape, strides, dtype=dtype)
 
     monkeypatch.setitem(executor._HELPERS, "empty", empty)
+
     def quick(shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty_strided(shape, strides, dtype=dtype)
 

@@ -9,7 +9,11 @@ position of a whole group still fills the tensor cores. Row m of all is position
 
 Shapes: query [B, H, S, E], key [B, G, T, E], value [B, G, T, EV], H = G * GROUP; the mask is broadcast to [B, H, S, T] by
 strides of 0. Sizes and strides are literals in elements; offsets within a head, and within a batch's mask, are below 2**31.
-Features are contiguous in query and value, features or rows in the key. Products and probabilities are summed in float32.
+Features are contiguous in the query, features or rows in key and value. Products and probabilities are summed in float32.
+
+Query, key and value are of half types, or have fewer bits and `FACTORS` by which they are to be multiplied: keys and values
+in 8 bits are widened to the query's type in registers, and with 8-bit floats throughout products are of these. Then the
+probabilities, between 0 and 1, are multiplied by PROBABILITY before they are rounded; the sums that divide them are, too.
 
 Scores that are not hidden but by the mask's minus infinity are as in eager: NaN in a row makes all of it NaN. A row hidden
 throughout is zero, as from torch's own fused kernels.
@@ -28,14 +32,19 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+PROBABILITY = tl.constexpr(8.0)
+"""The power of two by which probabilities of 8-bit floats are multiplied: 256 is the largest that cannot overflow e4m3."""
+
 NO_MASK, ONE_ROW, ROWS, FUNCTION = tl.constexpr(""), tl.constexpr("row"), tl.constexpr("rows"), tl.constexpr("function")
 """What else there is to scores: nothing; a mask of one row for all, or of one for each; `SCORES`, which makes them."""
 
 
 @triton.jit
-def block_of(rows, features, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, visible, MASKED: tl.constexpr):
+def block_of(
+    rows, features, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, visible, MASKED: tl.constexpr, STRIDE: tl.constexpr = 1
+):  # fmt: skip
     """Rows [R, BLOCK] of SIZE features, zero beyond these and, if MASKED, where `visible` [R] says no."""
-    pointers = rows + (row[:, None] + features[None, :])
+    pointers = rows + (row[:, None] + (features * STRIDE)[None, :])
     if MASKED and BLOCK != SIZE:
         return tl.load(pointers, mask=visible[:, None] & (features < SIZE)[None, :], other=0.0)
     elif MASKED:
@@ -88,12 +97,14 @@ def divisor_of(total, MASK: tl.constexpr):
 
 @triton.jit
 def over_keys(
-    acc, most, total, q, keys, values, mask, position, mask_row, head, extra, first, end,
+    acc, most, total, q, keys, values, mask, position, mask_row, head, extra, factor, key_factors, value_factors,
+    first, end,
     S: tl.constexpr, T: tl.constexpr, key_row: tl.constexpr, key_feature: tl.constexpr, value_row: tl.constexpr,
-    mask_column: tl.constexpr,
+    value_feature: tl.constexpr, key_factor_row: tl.constexpr, value_factor_row: tl.constexpr, mask_column: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr, HIDDEN: tl.constexpr,
     EDGE: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, EV: tl.constexpr, EVB: tl.constexpr,
-    PRECISION: tl.constexpr, SCORES: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr, KEY_FACTORS: tl.constexpr,
+    VALUE_FACTORS: tl.constexpr,
 ):  # fmt: skip
     """(acc, most, total) after the keys from `first` to `end`: sums of exp(score - most) * value and of exp(score - most).
 
@@ -108,7 +119,12 @@ def over_keys(
             k = tl.trans(block_of(keys, features, column * key_row, E, EB, inside, EDGE))
         else:
             k = turned_block_of(keys, features * key_feature, column * key_row, features < E, EB != E, inside, EDGE)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+        if KEY_FACTORS == "row":
+            own = tl.load(key_factors + column * key_factor_row, mask=inside, other=0.0).to(tl.float32)
+            scores = scores * (own * factor)[None, :]
+        elif SCALED:
+            scores = scores * factor
         if MASK == ROWS:
             at = mask_row[:, None] + (column * mask_column)[None, :]
             readable = inside[None, :] & (position < S)[:, None]
@@ -129,9 +145,18 @@ def over_keys(
             base = tl.where(higher == float("-inf"), 0.0, higher)
         else:
             base = higher
-        p, shrink = tl.exp2((scores * unit - base[:, None]) * power), tl.exp2((most - base) * power)
-        v = block_of(values, values_features, column * value_row, EV, EVB, inside, EDGE)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        narrow: tl.constexpr = q.dtype.is_fp8()
+        if narrow:
+            p = tl.exp2((scores * unit - base[:, None]) * power + PROBABILITY)
+        else:
+            p = tl.exp2((scores * unit - base[:, None]) * power)
+        shrink = tl.exp2((most - base) * power)
+        v = block_of(values, values_features, column * value_row, EV, EVB, inside, EDGE, value_feature)
+        weights = p
+        if VALUE_FACTORS == "row":
+            of_values = tl.load(value_factors + column * value_factor_row, mask=inside, other=0.0).to(tl.float32)
+            weights = p * of_values[None, :]
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=PRECISION)
         total = total * shrink + tl.sum(p, 1)
         most = higher
     return acc, most, total
@@ -139,19 +164,22 @@ def over_keys(
 
 @triton.jit
 def attend(
-    query, key, value, mask, out, statistics, extra,
+    query, key, value, mask, out, statistics, extra, query_factor, key_factors, value_factors,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK_STRIDES: tl.constexpr, OUT: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, SCORES: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """The grid is B * (H / PACK) * cdiv(S * PACK, BM) * SPLIT programs.
 
-    QUERY and VALUE are strides of batch, head and row, the others of all four dimensions. A causal mask shows row i the keys
+    QUERY has strides of batch, head and row, the others of all four dimensions. A causal mask shows row i the keys
     up to i. MASK: see `NO_MASK`; BOOLEAN if it is true where a key is seen, else it is added. With SPLIT > 1,
     `out` is float32 [SPLIT, B * H * S, EV], the sums of the parts, and `statistics` float32 [2, SPLIT, B * H * S], their
     greatest scores and sums of exponentials.
+
+    FACTORS says of the query whether `query_factor` [] is what it is to be multiplied by, of key and value whether they have
+    none (""), one for a head ("head") or one for each row of a head ("row"), and the strides (batch, head, row) of these.
     """
     tiles: tl.constexpr = (S * PACK + BM - 1) // BM
     part, tile = tl.program_id(0) % SPLIT, tiles - 1 - tl.program_id(0) // SPLIT % tiles  # the longest causal rows first
@@ -164,6 +192,14 @@ def attend(
     position, own_head = row // PACK, head + row % PACK
     q_row = own_head.to(tl.int64) * QUERY[1] + position * QUERY[2]
     q = block_of(query + wide * QUERY[0], tl.arange(0, EB), q_row, E, EB, position < S, S * PACK % BM != 0)
+    scaled: tl.constexpr = FACTORS[0] or FACTORS[1] != ""
+    key_factors += wide * FACTORS[3][0] + group * FACTORS[3][1]
+    value_factors += wide * FACTORS[4][0] + group * FACTORS[4][1]
+    factor = tl.full([], 1.0, tl.float32)
+    if FACTORS[0]:
+        factor = tl.load(query_factor).to(tl.float32)
+    if FACTORS[1] == "head":
+        factor = factor * tl.load(key_factors).to(tl.float32)
     masks, mask_row = mask + wide * MASK_STRIDES[0], own_head * MASK_STRIDES[1] + position * MASK_STRIDES[2]
 
     if PACK == 1:
@@ -183,17 +219,23 @@ def attend(
     acc = tl.zeros([BM, EVB], tl.float32)
     hidden: tl.constexpr = MASK != NO_MASK or (CAUSAL and SPLIT > 1)
     acc, most, total = over_keys(
-        acc, most, total, q, keys, values, masks, position, mask_row, number, extra, first, whole,
-        S, T, KEY[2], KEY[3], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB,
-        PRECISION, SCORES,
+        acc, most, total, q, keys, values, masks, position, mask_row, number, extra, factor, key_factors, value_factors,
+        first, whole,
+        S, T, KEY[2], KEY[3], VALUE[2], VALUE[3], FACTORS[3][2], FACTORS[4][2], MASK_STRIDES[3],
+        SCALE, CAUSAL, MASK, BOOLEAN, hidden, False, BN, E, EB, EV, EVB,
+        PRECISION, SCORES, scaled, FACTORS[1], FACTORS[2],
     )  # fmt: skip
     if CAUSAL or T % BN != 0:
         acc, most, total = over_keys(
-            acc, most, total, q, keys, values, masks, position, mask_row, number, extra, whole, end,
-            S, T, KEY[2], KEY[3], VALUE[2], MASK_STRIDES[3], SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
-            PRECISION, SCORES,
+            acc, most, total, q, keys, values, masks, position, mask_row, number, extra, factor, key_factors,
+            value_factors, whole, end,
+            S, T, KEY[2], KEY[3], VALUE[2], VALUE[3], FACTORS[3][2], FACTORS[4][2], MASK_STRIDES[3],
+            SCALE, CAUSAL, MASK, BOOLEAN, hidden, True, BN, E, EB, EV, EVB,
+            PRECISION, SCORES, scaled, FACTORS[1], FACTORS[2],
         )  # fmt: skip
 
+    if FACTORS[2] == "head":
+        acc = acc * tl.load(value_factors).to(tl.float32)
     features = tl.arange(0, EVB)
     inside = (position < S)[:, None] & (features < EV)[None, :]
     if SPLIT == 1:

@@ -122,9 +122,9 @@ def may_win(attention: Attention, target: Target) -> bool:
     Those go over all keys at the rate of large products, but they pack no heads, split the keys less, and masks slow them
     down. cuDNN's, for Hopper and later, are out of reach where arithmetic is all that counts: not where a sequence is so
     short that every tile has a multiprocessor of its own, and latency decides. What else is done to scores no library
-    computes.
+    computes, nor does it read 8 bits.
     """
-    special = attention.mask is not None or attention.scores is not None
+    special = attention.mask is not None or attention.scores is not None or attention.factors is not None
     if special or attention.query.shape[2] <= FEW_ROWS or not target.has_warpgroup_products:
         return True
     least = AttentionConfig(_LARGEST_PACKED, _LARGEST_PACKED, 4, 2)
@@ -177,7 +177,7 @@ def estimate(attention: Attention, config: AttentionConfig, target: Target) -> f
     resident = min(per_sm, ceil(programs / target.sm_count))
     rounds = max(1.0, programs / (target.sm_count * per_sm)) if shown < 1 else ceil(programs / (target.sm_count * per_sm))
     elements = config.block_m * config.block_n
-    products = 2.0 * elements * (width + value_width) * target.sm_count / target.half_flops
+    products = 2.0 * elements * (width + value_width) * target.sm_count / target.half_flops * itemsize / 2
     if target.has_warpgroup_products and config.block_m < 64:
         products *= 2
     rest = elements * ELEMENT_SECONDS * (_least_warps(config, resident))
@@ -187,7 +187,8 @@ def estimate(attention: Attention, config: AttentionConfig, target: Target) -> f
     waiting = max(BLOCK_SECONDS, LATENCY_SECONDS / max(config.stages - 1, 1))
     computed = rounds * max(1.0, blocks * shown) * max(work, waiting)
     seen = min(programs, target.sm_count * per_sm)
-    flight = seen * config.block_n * (width + value_width) * itemsize * max(config.stages - 1, 1)
+    stored = attention.buffers[attention.key.buffer].dtype.itemsize
+    flight = seen * config.block_n * (width + value_width) * stored * max(config.stages - 1, 1)
     enough = flight / (flight + 0.43 * FLIGHT_OF_MEMORY * target.memory_rate)
     rate = target.memory_rate * min(enough, RATE_OF_ONE * min(programs / target.sm_count, 1.0))
     moved = sum(_bytes(attention, x.buffer, x.shape, x.strides) for x in (*attention.operands, attention.out))
@@ -222,5 +223,6 @@ def _tiles(attention: Attention, config: AttentionConfig) -> int:
 
 
 def _widths(attention: Attention) -> tuple[int, int, int]:
-    """Padded features of keys and values, and bytes of an element."""
-    return block_of(attention.key.shape[3]), block_of(attention.value.shape[3]), attention.dtype.itemsize
+    """Padded features of keys and values, and bytes of an element in products."""
+    itemsize = attention.buffers[attention.query.buffer].dtype.itemsize
+    return block_of(attention.key.shape[3]), block_of(attention.value.shape[3]), itemsize
