@@ -1,10 +1,10 @@
 """ResNet-50's convolutions in 8 bits, beside float16, on a GPU: `python -m benchmarks.quantized_convolutions --out FOLDER`.
 
-Each is a convolution of channels-last images with its bias, relu and, at the end of a block, a residual. In float16
-all of it is; in INT8 the images come in 8 bits, the residual too, and the result goes out so, as in a chain of quantized layers; in
-FP8 the residual is float16. All run under fxopt, frozen. Times are of the device alone, interleaved in one process; beside
-them stand the contests that the tuner held, in microseconds, and the error of each result from float64 arithmetic on
-the operands that it has, relative to their root mean square.
+Each is a convolution of channels-last images with its bias, relu and, at the end of a block, a residual. In float16 all of
+it is; in INT8 the images come in 8 bits, the residual too, and the result goes out so, as in a chain of quantized layers;
+in FP8 the residual is float16. All run under fxopt, frozen. Times are of the device alone, interleaved in one process;
+beside them stand the contests that the tuner held, in microseconds, and the error of each result from float64 arithmetic
+on the operands that it has, relative to their root mean square.
 """
 
 from __future__ import annotations
