@@ -28,7 +28,7 @@ from fxopt.report.backends import resolve_backend, unshared
 from fxopt.report.cases import Case, Tensors
 from fxopt.report.measure import interleaved
 
-ON_GPU = "bert-base,vit-b,llama-1b,llama-1b-decode"
+ON_GPU = "resnet50-fp16,bert-base,vit-b,llama-1b,llama-1b-decode"
 ON_CPU = "minilm"
 
 EAGER, OWN, SEARCHED = "eager", "own", "searched"

@@ -115,6 +115,7 @@ def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
     split = config.split > 1
     way = f"{blocks}, SPLIT={config.split}" if split else f"EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}"
+    way += ", PROMOTE=True" if config.promote else ""
     weight = f"b1 + {offset}" if offset else "b1"
     given = f"{_image(problem)}, {weight}, {extra}, {problem.channels}, {row}, {column}"
     text = f"conv.{'split_' if split else ''}implicit_gemm({given}, {_geometry(problem)}, {way})"

@@ -75,7 +75,8 @@ class AttentionLayer:
     @property
     def operands(self) -> dict[str, fx.Node]:
         """By the names OPERANDS: query [B, H, S, E], key [B, G, T, E] and value [B, G, T, Ev]."""
-        return dict(zip(OPERANDS, self.node.args, strict=False))
+        given = zip(OPERANDS, self.node.args, strict=False)
+        return {name: x for name, x in given if isinstance(x, fx.Node)}
 
     def operand_name(self, operand: str) -> str:
         """What the table calls one of OPERANDS."""

@@ -38,7 +38,7 @@ from fxopt.lower.epilogues import Epilogues
 from fxopt.lower.joining import join
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
-from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, Product, columns_of, find_product
+from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, SCALED_CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.quantized_products import as_reduction, in_loops, library_form
 
 NAME = "contractions"
@@ -276,7 +276,7 @@ class _Search:
         operands = [self.lowered.buffers[m.buffer] for m in (product.a, product.b, product.result)]
         if product.quantized is not None:
             return all(s.device.type == "cuda" for s in operands) and operands[0].dtype in (*_DTYPES, torch.float32)
-        if product.call.op == SCALED:
+        if product.call.op in (SCALED, SCALED_CONVOLUTION):
             same = operands[0].dtype == operands[1].dtype
             return same and operands[0].dtype in LARGEST and all(s.device.type == "cuda" for s in operands)
         dtype = operands[0].dtype

@@ -9,6 +9,7 @@ from fxopt.ir.attention_op import attention, attention_backward, attention_forwa
 from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy_backward, linear_cross_entropy_op
 from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.ir.quantized_attention import SCALED_ATTENTION
+from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.quantized_ops import QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.rounding import FLOAT8
 from fxopt.ir.scored_attention_op import SCORED
@@ -86,6 +87,7 @@ LIBRARY_OPS = frozenset(
         linear_cross_entropy_backward,
         exponent_histogram,
         QUANTIZE_WEIGHT,
+        SCALED_CONVOLUTION,
         SCALED_MM,
         WEIGHT_ONLY_MM,
         torch.ops.fxopt.seed.default,

@@ -15,10 +15,11 @@ import torch
 
 from fxopt.ir.exprs import Int, Sym, add, ask, contiguous_strides, index, mul
 from fxopt.ir.loops import Load, Nest, Store
+from fxopt.ir.quantized_ops import LARGEST
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Pair, Patches, Ref, Region
 from fxopt.ir.rounding import HALVES
 from fxopt.lower import products
-from fxopt.lower.products import Product, as_view, broadcast, places_of
+from fxopt.lower.products import Product, as_view, broadcast, loads_of, places_of
 from fxopt.lower.values import cast, symbols_of
 
 LARGEST_OFFSET = 2**31 - 2**20
@@ -91,6 +92,8 @@ class PatchSearch:
         match call.op:
             case products.CONVOLUTION:
                 return self._convolution(call)
+            case products.SCALED_CONVOLUTION:
+                return self._scaled_convolution(call)
             case _ if call.op == CONVOLUTION_BACKWARD and call.args[-1][0]:
                 return self._input_gradient(call)
         return None
@@ -101,6 +104,32 @@ class PatchSearch:
         if image is None or window is None or made is None or transposed or not _are_known(geometry, groups):
             return None
         return self._gathered(call, image, window, made, bias, tuple(map(_pair, geometry)), groups)
+
+    def _scaled_convolution(self, call: Call) -> Gathered | None:
+        """One of 8-bit operands, whose weight [N, R, S, C] lies as kernels read it."""
+        x, weight, *scales, bias, stride, padding, dilation, _ = call.args
+        image, stored, made = (self._view(n) for n in (x.name, weight.name, call.outputs[0]))
+        if image is None or stored is None or made is None:
+            return None
+        window = replace(stored, shape=_turned(stored.shape), strides=_turned(stored.strides))
+        if not all(_are_known(v.shape, *v.strides, v.offset) for v in (image, window, made)):
+            return None
+        specs = [self.buffers[v.of] for v in (image, window, made)]
+        if any(s.device.type != "cuda" for s in specs) or specs[0].dtype != specs[1].dtype or specs[0].dtype not in LARGEST:
+            return None
+        if any(_count(v.shape) == 0 or _last(v) >= LARGEST_OFFSET for v in (image, window, made)):
+            return None
+        matrix, result = _weight_matrix(window), places_of(made)
+        if matrix is None or result is None or result.column != 1 or not _is_channels_last(image):
+            return None
+        patches = _patches(image, window, made, (_pair(stride), _pair(padding), _pair(dilation)), False)
+        channels = int(window.shape[0])  # type: ignore[arg-type]  # known
+        axes = (None, Sym("x1", size=patches.rows), Sym("x2", size=channels))
+        loads = loads_of((*scales, bias), (patches.rows, channels), axes, self.buffers, self.views)
+        if loads is None:
+            return None
+        sizes = (1, patches.rows, patches.columns, channels)
+        return Gathered(Product(call, patches, matrix, result, sizes, axes, (*loads[2:], None)[0], loads[:2]))
 
     def _input_gradient(self, call: Call) -> Gathered | None:
         """That of a depthwise convolution without stride: one of the gradient, with the window turned around."""
@@ -208,6 +237,12 @@ class _Weight:
     spec: BufferSpec | None = None
     filling: Region | None = None
     constant: torch.Tensor | None = None
+
+
+def _turned(given: tuple[Int, ...]) -> tuple[Int, ...]:
+    """What a weight [N, R, S, C] has in the order [N, C, R, S]."""
+    n, r, s, c = given
+    return n, c, r, s
 
 
 def _are_known(numbers: Sequence[Any], *more: Any) -> bool:

@@ -6,7 +6,7 @@ spaced in memory: channels-last tensors, and a single row-major image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -23,7 +23,8 @@ _ADDEND = {"aten::mm.default": False, "aten::bmm.default": False, "aten::addmm.d
 CONVOLUTION = "aten::convolution.default"
 SCALED = "fxopt::scaled_mm.default"
 WEIGHT_ONLY = "fxopt::weight_only_mm.default"
-QUANTIZED = (SCALED, WEIGHT_ONLY)
+SCALED_CONVOLUTION = "fxopt::scaled_convolution.default"
+QUANTIZED = (SCALED, WEIGHT_ONLY, SCALED_CONVOLUTION)
 """Products of few bits, whose scales and bias are applied to the float32 sum."""
 
 _GROUPED = "aten::_grouped_mm.default"
@@ -112,6 +113,8 @@ def find_product(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[s
         return _grouped(call, buffers, views)
     if call.op == SCALED:
         return _scaled(call, buffers, views)
+    if call.op == SCALED_CONVOLUTION:
+        return _scaled_pointwise(call, buffers, views)
     if call.op == WEIGHT_ONLY:
         return _weight_only(call, buffers, views)
     if call.op not in _ADDEND or call.kwargs or not all(isinstance(a, Ref) for a in call.args) or call.outputs[0] is None:
@@ -223,6 +226,42 @@ def _pointwise_convolution(call: Call, buffers: Mapping[str, BufferSpec], views:
     axes = (None, Sym("x1", size=places), Sym("x2", size=channels))
     addend = None if added is None else broadcast(added, (places, channels), axes, buffers)
     return Product(call, a, b, result, (1, places, depth, channels), axes, addend)
+
+
+def _scaled_pointwise(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
+    """The same of 8-bit operands, the weight [C, 1, 1, K]."""
+    x, weight, *scales, bias, stride, padding, _, _ = call.args
+    if any(s != 1 for s in stride) or any(p != 0 for p in padding) or call.outputs[0] is None:
+        return None
+    image, window, made = (as_view(n, buffers, views) for n in (x.name, weight.name, call.outputs[0]))
+    if image is None or window is None or made is None or window.shape[1:3] != (1, 1):
+        return None
+    batch, depth, *inner = image.shape
+    places, channels = prod((batch, *inner)), window.shape[0]
+    if not (isinstance(places, int) and isinstance(depth, int) and isinstance(channels, int)):
+        return None
+    a, result = places_of(image), places_of(made)
+    if a is None or result is None or channels < 2 or min(places, depth) < 1:
+        return None
+    axes = (None, Sym("x1", size=places), Sym("x2", size=channels))
+    loads = loads_of((*scales, bias), (places, channels), axes, buffers, views)
+    if loads is None:
+        return None
+    b = Matrix(window.of, window.offset, 0, window.strides[3], window.strides[0])
+    return Product(call, a, b, result, (1, places, depth, channels), axes, (*loads[2:], None)[0], loads[:2])
+
+
+def loads_of(
+    given: Sequence[Ref | None],
+    shape: tuple[Int, ...],
+    axes: tuple[Sym | None, Sym, Sym],
+    buffers: Mapping[str, BufferSpec],
+    views: Mapping[str, Alias],
+) -> tuple[Load, ...] | None:
+    """Those of `given` that there are, broadcast to `shape`, at `axes`; None if one is no view of a buffer."""
+    found = [as_view(ref.name, buffers, views) for ref in given if ref is not None]
+    loads = tuple(broadcast(v, shape, axes, buffers) for v in found if v is not None)
+    return loads if len(loads) == len(found) else None
 
 
 def places_of(view: Alias) -> Matrix | None:

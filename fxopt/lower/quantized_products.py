@@ -15,7 +15,7 @@ from fxopt.ir.exprs import Int, Sym, add, contiguous_strides, floordiv, mul, sym
 from fxopt.ir.loops import Const, Load, Nest, Op, Reduce, Scalar, Store, transform
 from fxopt.ir.quantized_ops import ZERO_OF_4_BITS
 from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Matrix, Quantized, Ref, Region, Way
-from fxopt.lower.products import QUANTIZED, SCALED, Product
+from fxopt.lower.products import QUANTIZED, SCALED, SCALED_CONVOLUTION, Product
 from fxopt.lower.values import cast
 
 MOST_ROWS_IN_LOOPS = 8
@@ -124,7 +124,7 @@ def library_form(product: Product, fused: Contraction, buffers: Mapping[str, Buf
     rows = product.sizes[1]
     if not isinstance(rows, int) or not isinstance(product.a, Matrix) or product.a.column != 1 or product.b.row != 1:
         return None
-    if product.call.op == SCALED:
+    if product.call.op in (SCALED, SCALED_CONVOLUTION):
         return _int_mm(product, fused, buffers)
     return _dequantized(product, fused, buffers) if rows > MOST_ROWS_IN_LOOPS else None
 
@@ -166,7 +166,13 @@ def _finished(
     _, _, k, n = product.sizes
     a, b = product.a, product.b if not before else Matrix(weight, 0, 0, 1, k)
     turned = Alias(f"{sums.name}.turned", weight, (k, n), (b.row, b.column), b.offset)
-    given = (product.call.args[0], Ref(turned.name), *((sums.dtype,) if op == _WITH_DTYPE else ()))
+    views: tuple[Alias, ...] = (turned,)
+    rows = product.call.args[0]
+    if product.call.op == SCALED_CONVOLUTION:
+        assert isinstance(a, Matrix)
+        places = Alias(f"{sums.name}.places", a.buffer, (product.sizes[1], k), (a.row, a.column), a.offset)
+        views, rows = (turned, places), Ref(places.name)
+    given = (rows, Ref(turned.name), *((sums.dtype,) if op == _WITH_DTYPE else ()))
     call = Call(op, given, {}, (sums.name,), product.call.origin)
     _, row, column = fused.axes
 
@@ -185,7 +191,7 @@ def _finished(
     own = {sums.name: sums} | {n: s for step in before for n, s in step.buffers.items() if n == weight}
     assert isinstance(a, Matrix)
     names = tuple(dict.fromkeys((a.buffer, weight, *kept, sums.name, *(n for step in before for n in step.buffers))))
-    return LibraryForm(Way(label, (*before, call, region)), own, (turned,), names)
+    return LibraryForm(Way(label, (*before, call, region)), own, views, names)
 
 
 def _widening(product: Product, wide: BufferSpec, buffers: Mapping[str, BufferSpec]) -> Region:

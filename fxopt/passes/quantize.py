@@ -35,11 +35,13 @@ from torch import fx
 from fxopt.errors import CalibrationError
 from fxopt.ir import ops
 from fxopt.ir.graph import Phase, Role
-from fxopt.ir.layers import AT_ATTENTION, LINEAR, AttentionLayer, Layer, attention_layers, layers
+from fxopt.ir.layers import AT_ATTENTION, CONVOLUTION, LINEAR, AttentionLayer, Layer, attention_layers, layers
 from fxopt.ir.quantized_attention import SCALED_ATTENTION
+from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight, zero_point_offset
 from fxopt.ir.spec import fake_mode
 from fxopt.options import suggestion
+from fxopt.passes.channel_affine import channel_affine, constants_of
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
 from fxopt.passes.facts import arguments, static_shape, tensor
@@ -167,6 +169,8 @@ class _Rewrite:
         """Replace the layer's node; how, for people. Raises _HighError."""
         precision = PRECISIONS[name]
         _check_operands(layer, name)
+        if layer.kind == CONVOLUTION:
+            return self._convolution(layer, name)
         bias = _bias(layer)
         refined = None if self.table is None else self.table.refinement(layer.name, name)
         limits, offset = (None, None) if refined is None else (refined.limits, refined.correction)
@@ -243,6 +247,59 @@ class _Rewrite:
             cast = self._derive(aten.slice.Tensor, (cast, 3, 0, rows), layer)
             cast = self._derive(aten.transpose.int, (cast, 2, 3), layer)
         return cast, self._scalar(layer, "scale", own.to(device))
+
+    def _convolution(self, layer: Layer, name: str) -> str:
+        """`layer` for a convolution, with what scales and shifts its channels after it."""
+        precision, channels = PRECISIONS[name], layer.shape[0]
+        _, _, _, stride, padding, dilation, *_ = layer.node.args
+        scale = self._scale(layer, name)
+        if scale is None:
+            raise _HighError("a convolution takes its scale from a calibration")
+        window, scales = self._window(layer, precision)
+        known = constants_of(self.context.graph, self._value)
+        bias = None if layer.addend is None else known(layer.addend)
+        if layer.addend is not None and bias is None:
+            raise _HighError("its bias is no constant")
+        after = channel_affine(layer.node, channels, known)
+        factor, offset = after.factor, after.offset
+        if bias is not None:
+            own = bias.detach().double() * (1.0 if factor is None else factor)
+            offset = own if offset is None else offset + own
+        if factor is not None:
+            scales = (scales.double() * factor.to(scales.device)).float()
+        x, scale_x = self._activation(layer, precision, scale, 0)
+        shift = None if offset is None else self._constant(layer, "shift", offset.float())
+        given = (x, window, scale_x, self._constant(layer, "scales", scales), shift, stride, padding, dilation)
+        old = after.last
+        product = self._derive(SCALED_CONVOLUTION, (*given, old.meta["val"].dtype), layer)
+        if not _same_strides(product.meta["val"], old.meta["val"]):
+            rows = {"memory_format": torch.contiguous_format}
+            product = self._derive(aten.clone.default, (product,), layer, rows)
+        if not _same_strides(product.meta["val"], old.meta["val"]):
+            raise _HighError("its result lies in memory in an unusual order")
+        if self.context.exhausted:
+            raise _HighError("the limit of rewrites is reached")
+        before, alone = old.prev, old is layer.node
+        if not self.context.replace(name, old, product):
+            raise _HighError("its result shares memory with an output")
+        if not alone:
+            _erase_unused(before, layer.node)
+        return f", scale {scale:.4g}"
+
+    def _window(self, layer: Layer, precision: Precision) -> tuple[fx.Node, torch.Tensor]:
+        """The quantized weight [C_out, R, S, C], a constant, and its scales [C_out]."""
+        dtype = getattr(torch, str(precision.weights))
+
+        def make() -> tuple[fx.Node, torch.Tensor]:
+            try:
+                value = self._value(layer.weight).permute(0, 2, 3, 1)
+                weight, scales = quantize_weight(value.reshape(value.shape[0], -1), dtype)
+            except RuntimeError as error:
+                raise _HighError(f"its weight cannot be quantized here: {str(error).partition(chr(10))[0]}") from error
+            return self._constant(layer, "weight", weight.view(value.shape)), scales
+
+        made: tuple[fx.Node, torch.Tensor] = self._once(("window", layer.weight, dtype), make)
+        return made
 
     def _scale(self, layer: Layer, name: str) -> float | None:
         """By which the layer's quantized input is to be multiplied; None: each row has its own."""
@@ -413,9 +470,25 @@ def _check_attention(layer: AttentionLayer, name: str, given: dict[str, Any]) ->
         raise _HighError("its GPU does not multiply float8")
 
 
+def _same_strides(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike."""
+    return all(a == b for a, b, n in zip(one.stride(), two.stride(), one.shape, strict=True) if n != 1)
+
+
+def _erase_unused(last: fx.Node, first: fx.Node) -> None:
+    """Erase `first` and what is computed from it, up to `last`: who still read the layer's input matters to other passes."""
+    node = last
+    while node is not first:
+        node, candidate = node.prev, node
+        if not candidate.users:
+            candidate.graph.erase_node(candidate)
+    if not first.users:
+        first.graph.erase_node(first)
+
+
 def _check_operands(layer: Layer, name: str) -> None:
-    if layer.kind != LINEAR:
-        raise _HighError("convolutions are not quantized")
+    if layer.kind == CONVOLUTION:
+        _check_convolution(layer, name)
     x, weight = tensor(layer.x), tensor(layer.weight)
     if x is None or weight is None or x.dtype != weight.dtype or x.dtype not in _FLOATING:
         raise _HighError(
@@ -423,11 +496,22 @@ def _check_operands(layer: Layer, name: str) -> None:
         )
     if x.device != weight.device:
         raise _HighError(f"its operands are on {x.device} and {weight.device}")
-    columns, inner = layer.shape
-    rows = x.shape[0]
+    columns, inner = layer.shape[:2]
+    rows = x.shape[0] if layer.kind == LINEAR else None
     problem = misfit(name, columns, inner, x.device.type, rows if isinstance(rows, int) else None)
     if problem is not None:
         raise _HighError(problem)
+
+
+def _check_convolution(layer: Layer, name: str) -> None:
+    """Raises _HighError for a convolution that is left alone whatever its operands."""
+    _, _, _, _, _, _, transposed, _, groups = layer.node.args
+    if transposed or groups != 1:
+        raise _HighError(f"it is a {'transposed' if transposed else 'grouped'} convolution")
+    if len(layer.shape) != 4:
+        raise _HighError("of convolutions, those of images are quantized")
+    if not PRECISIONS[name].is_static:
+        raise _HighError("convolutions are quantized to fp8 or int8, with scales from a calibration")
 
 
 def _check_device(layer: Layer, precision: Precision) -> None:

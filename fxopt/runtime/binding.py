@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import fxopt.ir.linear_cross_entropy_op
-import fxopt.ir.quantized_ops  # noqa: F401  (both define ops that plans name)
+import fxopt.ir.quantized_convolution
+import fxopt.ir.quantized_ops  # noqa: F401  (these define ops that plans name)
 from fxopt.errors import PlanError
 from fxopt.ir.attention_backends import cudnn_backward
 from fxopt.ir.attention_op import attend, attend_backward, attend_forward

@@ -209,7 +209,8 @@ def weight_candidates(contraction: Contraction, target: Target, mode: str) -> li
 def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
     """As `contraction_candidates`, of a product of patches."""
     problem = convolution_problem(contraction)
-    if mode != "max-autotune" and is_common(problem.patches) and not problem.epilogue_ops:
+    alone = not problem.epilogue_ops and problem.dtype.itemsize > 1  # no library has convolutions in 8 bits
+    if mode != "max-autotune" and is_common(problem.patches) and alone:
         return []
     most = CONVOLUTION_CANDIDATES.get(mode, CONVOLUTION_CANDIDATES["default"])
     chosen: Sequence[ConvConfig]

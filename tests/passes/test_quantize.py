@@ -251,12 +251,6 @@ def test_only_frozen_weights_are_layers() -> None:
     assert "fxopt::scaled_mm" not in calls(graph) and notes(context) == []
 
 
-def test_convolutions_stay_with_a_note() -> None:
-    args = torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3)
-    graph, context = quantized(F.conv2d, args, (1,), "int8")
-    assert "convolution" in calls(graph) and notes(context) == [" stays high, not int8: convolutions are not quantized"]
-
-
 # ---------------------------------------------------------------------- decisions and tables
 
 

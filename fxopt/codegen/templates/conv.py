@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxopt.codegen.templates.gemm import divides, finish, part_of_inner, store_partial, tile_of
+from fxopt.codegen.templates.gemm import accumulator, divides, finish, multiplied, part_of_inner, store_partial, tile_of
 
 
 @triton.constexpr_function
@@ -175,19 +175,20 @@ def implicit_gemm(
     x, w, extra, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr,
+    SUBTILE: tl.constexpr, PROMOTE: tl.constexpr = False,
 ):  # fmt: skip
     """A convolution into N channels; element (k, n) of the weight is at k * w_row + n * w_column, k counting (row of the
     window, column, channel).
 
     The grid is cdiv(places, BM) * cdiv(N, BN). Where BK divides the channels a block has one element of the window;
-    else it counts through several.
+    else it counts through several. PROMOTE adds up what tensor cores have summed over a block outside of them
+    (`gemm.multiplied`).
     """
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
     _, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     acc = gathered_tile(
         x, w, block, column, 0, N, w_row, w_column, SHAPE, STRIDES, PLACES, WINDOW, STRIDE, PADDING, DILATION,
-        BM, BN, BK, 1,
+        BM, BN, BK, 1, PROMOTE,
     )  # fmt: skip
     y = block * BM + tl.arange(0, BM)
     finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
@@ -198,13 +199,14 @@ def split_implicit_gemm(
     x, w, partial, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    PROMOTE: tl.constexpr = False,
 ):  # fmt: skip
     """Partial sums, float32 [SPLIT, 1, places, N], contiguous; SPLIT times the programs of `implicit_gemm`."""
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
     part, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     acc = gathered_tile(
         x, w, block, column, part, N, w_row, w_column, SHAPE, STRIDES, PLACES, WINDOW, STRIDE, PADDING, DILATION,
-        BM, BN, BK, SPLIT,
+        BM, BN, BK, SPLIT, PROMOTE,
     )  # fmt: skip
     store_partial(acc, partial, part, block * BM, column * BN, M, N, BM, BN)
 
@@ -213,9 +215,11 @@ def split_implicit_gemm(
 def gathered_tile(
     x, w, block, column, part, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    """One of SPLIT parts of the float32 tile [BM, BN] of a convolution: of row `block` and column `column` of tiles."""
+    """One of SPLIT parts of the tile [BM, BN] of a convolution, float32 (int32 of int8 operands): of row `block` and column
+    `column` of tiles.
+    """
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
     C: tl.constexpr = SHAPE[3]
     K: tl.constexpr = WINDOW[0] * WINDOW[1] * C
@@ -226,7 +230,7 @@ def gathered_tile(
     left = place % PLACES[1] * STRIDE[1] - PADDING[1]
     corner = x + (place // (PLACES[0] * PLACES[1]) * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2])[:, None]
     weights = w + (k * w_row)[:, None] + (n * w_column)[None, :]
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = tl.zeros([BM, BN], accumulator(x.dtype.element_ty))
     for k0 in range(first, end, BK):
         start = tl.full([], 0, tl.int32) + k0  # a tensor in the interpreter too
         if divides(BK, C):
@@ -248,7 +252,7 @@ def gathered_tile(
             b_tile = tl.load(b_at)
         else:
             b_tile = tl.load(b_at, mask=(start + k < K)[:, None] & (n < N)[None, :], other=0.0)
-        acc = tl.dot(a_tile, b_tile, acc)
+        acc = multiplied(a_tile, b_tile, acc, "promoted" if PROMOTE else "tf32")
     return acc
 
 

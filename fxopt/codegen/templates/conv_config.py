@@ -233,6 +233,9 @@ def implicit_configs(problem: ConvProblem, target: Target, limit: int = 3) -> li
 MOST_REGISTERS = 160
 """Of 255: addresses take as many as what is gathered. At 192 one such kernel spills, and one has wrong values on an H100."""
 
+_MOST_OF_8_BITS_IN_REGISTERS = 100
+"""The same where tensor cores take both operands from registers: at 128, 8-bit kernels for sm_80 spill."""
+
 
 @functools.lru_cache(maxsize=256)
 def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
@@ -240,8 +243,10 @@ def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     found = [_with_block(problem, c) for c in gemm_config.plausible(product, target) if _is_a_form(c)]
     ranked = sorted(dict.fromkeys(found), key=lambda c: (implicit_seconds(problem, c, target), c.stages, -c.warps))
     kinds: dict[object, GemmConfig] = {}
+    narrow = problem.dtype.itemsize == 1 and not target.has_warpgroup_products
+    most = _MOST_OF_8_BITS_IN_REGISTERS if narrow else MOST_REGISTERS
     for config in ranked:
-        if config.per_sm(product, target) > 0 and _implicit_registers(problem, config) <= MOST_REGISTERS:
+        if config.per_sm(product, target) > 0 and _implicit_registers(problem, config) <= most:
             kinds.setdefault(config.kind, config)
     return tuple(kinds.values())
 
@@ -249,7 +254,8 @@ def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
 def _implicit_registers(problem: ConvProblem, config: GemmConfig) -> float:
     """Of a thread, for sums and for patches that are gathered element by element."""
     gathered = config.block_m * config.block_k if problem.patches.shape[3] % config.block_k else 0
-    return (config.block_m * config.block_n + gathered) / (32 * config.warps)
+    sums = config.block_m * config.block_n * (1 + config.promote)
+    return (sums + gathered) / (32 * config.warps)
 
 
 def _is_a_form(config: GemmConfig) -> bool:
@@ -259,7 +265,7 @@ def _is_a_form(config: GemmConfig) -> bool:
 def _with_block(problem: ConvProblem, config: GemmConfig) -> GemmConfig:
     """`config` with blocks of the inner dimension that lie under one element of the window, if channels are many."""
     channels, block = problem.patches.shape[3], config.block_k
-    while channels % block and block > 16:
+    while channels % block and block > 32 // problem.dtype.itemsize:
         block //= 2
     if channels % block:  # through several elements, whose number should not leave much of the last block empty
         block = min((32, 64), key=lambda b: (ceil(problem.patches.columns / b) * b, -b))
@@ -277,6 +283,8 @@ def implicit_may_win(problem: ConvProblem, target: Target) -> bool:
     cuDNN does not split the inner dimension.
     """
     product, channels = problem.product, (problem.patches.shape[3], problem.channels)
+    if problem.dtype.itemsize == 1:  # of which no library has convolutions
+        return True
     if any(n % FULL_CHANNELS for n in channels) or not target.has_warpgroup_products:
         return True
     if ceil(product.m / LIBRARY_TILE) * ceil(product.n / LIBRARY_TILE) < target.sm_count:

@@ -1,0 +1,154 @@
+"""Convolutions of 8-bit images as Triton kernels: values in Triton's interpreter, and machine code without spills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
+from fxopt.ir.quantized_ops import FLOAT8
+from fxopt.ir.region import Contraction
+from fxopt.lower import Lowered
+from fxopt.lower.contractions import FUSED, IMPLICIT
+from tests.codegen.padding import padded
+from tests.codegen.triton_interpreter import Interpreter
+from tests.lower.contracting import kept, searched
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_contraction import print_contraction
+from fxopt.codegen.triton_convolution import print_convolution
+from fxopt.target import Target
+from fxopt.tune.candidate import contraction_candidates
+
+F16, INT8 = torch.float16, torch.int8
+TARGET = Target.cuda(90)
+PLAIN, SPLIT, PROMOTED = (
+    GemmConfig(False, 32, 32, 32, 4, 3),
+    GemmConfig(False, 32, 16, 32, 4, 3, split=2),
+    GemmConfig(False, 64, 32, 32, 4, 3, subtile=2, promote=True),
+)
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
+SAME: Geometry = ((1, 1), (1, 1), (1, 1))
+
+
+def operands(dtype: torch.dtype, x: tuple[int, ...], w: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """x [N, H, W, C] as channels-last images, weight [C_out, R, S, C], their scales and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    image, weight = (torch.randint(-100, 101, shape, generator=generator).to(dtype) for shape in (x, w))
+    scales = torch.rand(w[0], generator=generator) * 0.01 - 0.002
+    return image.permute(0, 3, 1, 2), weight, torch.tensor(0.01), scales, torch.randn(w[0], generator=generator)
+
+
+def block(geometry: Geometry, narrow: torch.dtype = F16) -> Any:
+    """A convolution, its residual, read in 8 bits, an activation, and the cast of what the next convolution reads."""
+
+    def fn(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        y = SCALED_CONVOLUTION(x, w, scale_x, scale_w, bias, *geometry, narrow)
+        y = torch.relu(y + (residual.float() * scale_x).to(narrow))
+        return (y.float() * 20.0).round().clamp(-127.0, 127.0).to(INT8)
+
+    return fn
+
+
+def activated(geometry: Geometry) -> Any:
+    def fn(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor) -> Tensor:
+        return torch.relu(SCALED_CONVOLUTION(x, w, scale_x, scale_w, bias, *geometry, F16))
+
+    return fn
+
+
+def contraction(fn: Any, *args: Tensor) -> tuple[Lowered, Contraction]:
+    low = searched(fn, *args)
+    for label in (IMPLICIT, FUSED):
+        steps = kept(low, label)
+        found = [s for s in steps.steps if isinstance(s, Contraction)]
+        if found:
+            assert len(steps.steps) == 1
+            return steps, found[0]
+    raise AssertionError("no convolution that a kernel of ours computes")
+
+
+def run(server: Interpreter, fn: Any, args: tuple[Tensor, ...], config: GemmConfig) -> Tensor:
+    low, step = contraction(fn, *args)
+    memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
+    spec = low.buffers[step.writes()[0]]
+    memory[spec.name] = padded(torch.zeros(spec.extent, dtype=spec.dtype))  # type: ignore[arg-type]
+    printing = print_contraction if step.a.__class__.__name__ == "Matrix" else print_convolution
+    printed = printing(step, config, TARGET)
+    memory |= {s.name: torch.full((s.extent,), float("nan"), dtype=s.dtype) for s in printed.scratch}  # type: ignore[arg-type]
+    for kernel in printed.kernels:
+        server.run(kernel, memory)
+    return memory[spec.name].as_strided(spec.shape, spec.strides, memory[spec.name].storage_offset())  # type: ignore[arg-type]
+
+
+CASES: dict[str, tuple[Geometry, tuple[int, ...], tuple[int, ...], GemmConfig]] = {
+    "3x3": (SAME, (2, 5, 4, 32), (32, 3, 3, 32), PLAIN),
+    "3x3 in parts": (SAME, (1, 5, 4, 32), (48, 3, 3, 32), SPLIT),
+    "channels of no block": (SAME, (1, 4, 5, 48), (40, 3, 3, 48), PLAIN),
+    "3x3, stride 2": (((2, 2), (1, 1), (1, 1)), (1, 7, 6, 32), (32, 3, 3, 32), PLAIN),
+    "dilated, uneven": (((1, 2), (0, 2), (2, 1)), (1, 7, 6, 32), (32, 3, 2, 32), PLAIN),
+    "1x1, stride 2": (((2, 2), (0, 0), (1, 1)), (2, 5, 6, 64), (32, 1, 1, 64), PLAIN),
+    "1x1": (((1, 1), (0, 0), (1, 1)), (2, 5, 6, 64), (32, 1, 1, 64), PLAIN),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_of_int8_are_exact(interpreter: Interpreter, name: str) -> None:
+    """Sums are; what float32 scales make of them is rounded alike."""
+    geometry, x, w, config = CASES[name]
+    args = operands(INT8, x, w)
+    fn = activated(geometry)
+    torch.testing.assert_close(run(interpreter, fn, args, config), fn(*args), rtol=1e-3, atol=0.0)
+
+
+def test_a_block_of_convolutions_stays_in_8_bits(interpreter: Interpreter) -> None:
+    args = operands(INT8, (2, 5, 4, 32), (32, 3, 3, 32))
+    residual = torch.randint(-127, 128, (2, 5, 4, 32)).to(INT8).permute(0, 3, 1, 2)
+    fn = block(SAME)
+    low, step = contraction(fn, *args, residual)
+    touched = {step.buffers[n].dtype for n in (*step.reads(), *step.writes())}
+    assert touched == {INT8, torch.float32}  # of float32: scales and bias
+    got, wanted = run(interpreter, fn, (*args, residual), PLAIN), fn(*args, residual)
+    assert low.buffers[step.writes()[0]].dtype == INT8
+    apart = (got.int() - wanted.int()).abs()
+    assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.01
+    assert int(wanted.max()) > 0 and float((wanted == wanted.max()).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("config", [PLAIN, PROMOTED], ids=str)
+def test_values_of_float8(interpreter: Interpreter, config: GemmConfig) -> None:
+    args = operands(FLOAT8, (1, 5, 4, 32), (32, 3, 3, 32))
+    fn = activated(SAME)
+    torch.testing.assert_close(run(interpreter, fn, args, config), fn(*args), rtol=2e-3, atol=1e-3)
+
+
+COMPILED: dict[str, tuple[Geometry, tuple[int, ...], tuple[int, ...], torch.dtype]] = {
+    "3x3": (SAME, (64, 56, 56, 64), (64, 3, 3, 64), INT8),
+    "3x3, many channels": (SAME, (64, 14, 14, 256), (256, 3, 3, 256), INT8),
+    "1x1, stride 2": (((2, 2), (0, 0), (1, 1)), (64, 28, 28, 512), (1024, 1, 1, 512), INT8),
+    "few places": (SAME, (1, 7, 7, 512), (512, 3, 3, 512), INT8),
+    "float8": (SAME, (64, 14, 14, 256), (256, 3, 3, 256), FLOAT8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [*((n, 90) for n in COMPILED), ("3x3", 80), ("3x3, many channels", 80), ("3x3", 100), ("float8", 100)],
+)
+def test_the_first_candidates_compile_without_spills(name: str, arch: int) -> None:
+    geometry, x, w, dtype = COMPILED[name]
+    target = Target.cuda(arch)
+    args = operands(dtype, x, w)
+    _, step = contraction(activated(geometry), *args)
+    first = contraction_candidates(step, target, "default")[0]
+    for kernel in first.sources:
+        cubin, meta = compile_triton(kernel, target)
+        assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{first.label}: {meta}"
+        assert meta["shared"] <= target.shared_per_block
