@@ -40,6 +40,7 @@ from fxopt.runtime.cachedir import default_directory
 from fxopt.runtime.cuda_graph import GraphedExecutor, with_graphs
 from fxopt.runtime.encoding import torch_name
 from fxopt.runtime.executor import Executor
+from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.plan import Launch, Plan
 from fxopt.target import Target
 from fxopt.tune.records import RecordKey
@@ -316,7 +317,9 @@ class AutogradShelf:
         path = self._store.cache.path / AUTOGRAD_FOLDER / f"{name}.json"
         self._store.cache.quarantine(path, reason, lambda: False)
 
-    def load(self, plan: str, phase: Phase, options: Options, journal: Journal) -> Executor | GraphedExecutor | None:
+    def load(
+        self, plan: str, phase: Phase, options: Options, journal: Journal
+    ) -> Executor | GraphedExecutor | InPieces | None:
         """As `load`, by the name of the plan's document, and what `compile_graph` makes of that."""
         body = self._store.cache.get_document(FOLDER, plan)
         executor = _executor(plan, body, journal.graph, self._store, journal)

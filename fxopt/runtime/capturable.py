@@ -7,7 +7,7 @@ happen on one GPU, at addresses and with numbers that are either the same in eve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from fxopt.runtime import draws
 from fxopt.runtime.footprint import footprint
 from fxopt.runtime.lifetimes import Lifetimes, nbytes, only_writes, returns_fresh
 from fxopt.runtime.plan import InputSpec, Launch, Plan, defined, used
-from fxopt.runtime.split import Mentions, Part, Parts, split
+from fxopt.runtime.split import Mentions, Part, Parts, row, split
 
 CAPTURED = "captured at the second call with the same sizes and addresses of weights"
 
@@ -35,6 +35,8 @@ COPY_SHARE = 1 / 32
 """How much of the host time saved may go into copies: what a replay may lose where the GPU, not the host, was the slower."""
 PART_SECONDS = 1e-5
 """Host time that a part of its own takes, beside its steps."""
+PIECE_STEPS = MIN_STEPS + 2 * round(PART_SECONDS / STEP_SECONDS)
+"""Steps from which on a captured part among several is worth its own time and that of the plain part beside it."""
 
 _TRUSTED = frozenset({"aten", "prims", "fxopt", "mkldnn"})
 """Namespaces of ops that do nothing on the host that a replay would have to repeat, those below excepted."""
@@ -92,6 +94,22 @@ class Choice:
     note: str
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a plan, and what of that is captured: None where it runs plainly."""
+
+    part: Part
+    choice: Choice | None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A plan as a row of parts of which several are captured, each for itself, and what the journal says of that."""
+
+    pieces: tuple[Piece, ...]
+    note: str
+
+
 def flaw(plan: Plan) -> str | None:
     """Why the plan as a whole, whatever a replay may save, cannot run as a CUDA graph, perhaps one that draws from torch's
     generator (`Traits.draws`); None when it can."""
@@ -117,7 +135,7 @@ def choose(plan: Plan) -> Choice | str:
     if end - begin < MIN_STEPS:
         return obstacle or f"it has {count} step{'s' * (count != 1)}; a replay saves time from {MIN_STEPS} on"
     cuts: list[int | None] = [] if obstacle else [None]
-    if not plan.symbols and facts.is_described():
+    if facts.is_described():
         cuts += range(begin + MIN_STEPS, end + 1)
         if begin and end == count and facts.unreturnable() is None:
             cuts.append(None)
@@ -133,6 +151,31 @@ def choose(plan: Plan) -> Choice | str:
     why = obstacle or "the last ones, so that their results need no copies"
     text = f"{CAPTURED}, but for {count - captured} of {count} steps: {why}"
     return Choice(split(plan, begin, best.end, facts.lends(best.end)), text)
+
+
+def choose_pieces(plan: Plan) -> Pieces | None:
+    """The parts of a plan in whose midst steps are not to be captured; None where fewer than two are worth capturing.
+
+    Each is captured as a plan of its own: what passes between parts is copied out of the one and into the other, so that it
+    does not matter what the steps between them do, nor who else takes a turn meanwhile.
+    """
+    facts = _Facts(plan)
+    if _spread(plan) or not facts.is_described():
+        return None
+    reasons = [facts.obstacle(step) for step in facts.found.steps]
+    runs = [(begin, end) for begin, end in facts.runs(reasons) if end - begin >= PIECE_STEPS]
+    if len(runs) < 2:
+        return None
+    parts = facts.row(runs)
+    choices = {run: choose(parts[run].plan) for run in runs}
+    taken = {run: choice for run, choice in choices.items() if isinstance(choice, Choice)}
+    if len(taken) < 2:
+        return None
+    pieces = tuple(Piece(part, taken.get(span)) for span, part in facts.row(list(taken)).items())
+    captured = sum(len(Mentions(choice.parts.captured.plan).steps) for choice in taken.values())
+    why = dict.fromkeys(reason for reason in (*reasons, *choices.values()) if isinstance(reason, str))
+    text = f"{CAPTURED}, in {len(taken)} parts, but for {len(reasons) - captured} of {len(reasons)} steps"
+    return Pieces(pieces, f"{text}: {'; '.join(why)}" if why else text)
 
 
 def whole(plan: Plan) -> Parts:
@@ -209,6 +252,7 @@ class _Facts:
         self.places = _places(plan)
         self.written = _written(plan)
         self.numbers = _numbers(self.found.steps)
+        self._related = _related(self.found)
         self._loans = self._lending()
 
     def is_described(self) -> bool:
@@ -219,8 +263,42 @@ class _Facts:
         """The first step from `begin` to before `end`, else that, which changes what one before `begin` has made: a captured
         run has only a copy of it."""
         made = set(self.found.crossing(0, begin))
-        writes = ((k, self.found.root.get(n, n)) for k in range(begin, end) for n in self.found.steps[k].writes)
-        return next((k for k, name in writes if name in made), end)
+        steps = range(begin, end if made else begin)
+        return next((k for k in steps if not made.isdisjoint(self._changed(self.found.steps[k]))), end)
+
+    def _changed(self, step: Launch | Call) -> Iterator[str]:
+        """The values that share memory with what the step writes, as far as that is known or possible."""
+        for name in step.writes:
+            yield from self._related.get(self.found.root.get(name, name), (self.found.root.get(name, name),))
+
+    def runs(self, reasons: Sequence[str | None]) -> list[tuple[int, int]]:
+        """(begin, end) of the rows of steps without a reason that do not change what a step before the row has made."""
+        found, begin, count = list[tuple[int, int]](), 0, len(reasons)
+        while begin < count:
+            if reasons[begin] is not None or self.first_rewrite(begin, begin + 1) == begin:
+                begin += 1
+                continue
+            end = next((k for k in range(begin, count) if reasons[k] is not None), count)
+            end = self.first_rewrite(begin, end)
+            found.append((begin, end))
+            begin = end
+        return found
+
+    def row(self, runs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Part]:
+        """The plan as a row of parts by their steps (from, to before): those of `runs`, and what lies between them.
+
+        The last of them has the plan's results, or else a part of its own has.
+        """
+        found, count = self.found, len(self.found.steps)
+        spans, at = list[tuple[int, int]](), 0
+        for begin, end in runs:
+            spans += [(at, begin)] if at < begin else []
+            spans.append((begin, end))
+            at = end
+        last = runs[-1][0]
+        if at < count or self.unreturnable() or any(found.first[name] < last for name in found.returned):
+            spans.append((at, count))
+        return dict(zip(spans, row(self.plan, [begin for begin, _ in spans[1:]]), strict=True))
 
     def obstacle(self, step: Launch | Call) -> str | None:
         """Why the step is not to be captured."""
@@ -290,6 +368,18 @@ class _Facts:
 
     def _stays(self, x: InputSpec) -> bool:
         return _stays(x, self.written)
+
+
+def _related(found: Mentions) -> dict[str, set[str]]:
+    """For values given to or returned by calls that may return what they are given: those that may be the same memory."""
+    out = dict[str, set[str]]()
+    for step in found.steps:
+        if isinstance(step, Launch) or only_writes(step) or returns_fresh(step.op):
+            continue
+        names = {found.root.get(n, n) for n in (*used(step), *defined(step))}
+        group = names.union(*(out[n] for n in names if n in out))
+        out.update(dict.fromkeys(group, group))
+    return out
 
 
 def _call(step: Call, drawing: bool) -> str | None:

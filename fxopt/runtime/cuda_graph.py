@@ -23,9 +23,21 @@ from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
 from fxopt.options import Options
-from fxopt.runtime.capturable import CAPTURED, Choice, Traits, choose, flaw, gpu, too_dear, traits, whole
+from fxopt.runtime.capturable import (
+    CAPTURED,
+    Choice,
+    Pieces,
+    Traits,
+    choose,
+    choose_pieces,
+    flaw,
+    gpu,
+    too_dear,
+    traits,
+    whole,
+)
 from fxopt.runtime.executor import Executor
-from fxopt.runtime.in_parts import InParts, Way, Whole
+from fxopt.runtime.in_parts import InParts, InPieces, Way, Whole
 from fxopt.runtime.native_replay import NAME as NATIVE
 from fxopt.runtime.native_replay import Device, Extension, Play, plays, replayer
 from fxopt.runtime.plan import Plan
@@ -343,42 +355,70 @@ def _turns_at(index: int) -> Turns:
 
 def with_graphs(
     executor: Executor, phase: Phase, options: Options, journal: Journal, extension: Extension | None = None
-) -> Executor | GraphedExecutor:
+) -> Executor | GraphedExecutor | InPieces:
     """What runs `executor`'s plan: with CUDA graphs on a GPU, unless switched off or impossible; in training only where
     mode="reduce-overhead" asks for them. Replays are left to the code of `extension`, as soon as it is there.
 
     The journal says which, and why.
     """
     training = phase is not Phase.INFERENCE
-    if gpu(executor.plan) is None or (training and options.mode != "reduce-overhead"):
+    device = gpu(executor.plan)
+    if device is None or (training and options.mode != "reduce-overhead"):
         return executor
-    choice = _switched_off(options) or (_all_or_nothing if training else choose)(executor.plan)
-    if not isinstance(choice, str):
-        parts = choice.parts
-        found = traits(parts.captured)
-        try:
-            turns = _turns_at(found.device.index)
-        except (OSError, RuntimeError) as error:
-            choice = str(error)
+    choice = _switched_off(options) or (_all_or_nothing if training else _parts)(executor.plan)
     if isinstance(choice, str):
         journal.note(NAME, f"not captured: {choice}")
         return executor
+    try:
+        made = _Made(_turns_at(device.index or 0), options, journal, extension)
+        run = made.in_pieces(choice, executor) if isinstance(choice, Pieces) else made.graphed(choice, executor, phase)
+    except (OSError, RuntimeError, FxoptError) as error:
+        journal.note(NAME, f"not captured: {error}")
+        return executor
     journal.note(NAME, choice.note)
-    if extension is None or NATIVE in options.disable:
-        extension = None
-    elif extension.reason is not None:
-        journal.note(NATIVE, f"replays go through Python: {extension.reason}")
-    else:
-        journal.note(
-            NATIVE, "replays are one call of compiled code as soon as that is there, and go through Python until then"
-        )
-    if training:
-        from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
+    made.tell_of_native_code()
+    return run
 
-        made = GraphedForward if phase is Phase.FORWARD else GraphedBackward
-        return made(executor, found, turns, options.cuda_graph_limit, journal.note, extension=extension)
-    way = None if parts.captured.plan is executor.plan else functools.partial(InParts, parts, executor)
-    return GraphedExecutor(executor, found, turns, options.cuda_graph_limit, journal.note, way, extension)
+
+def _parts(plan: Plan) -> Choice | Pieces | str:
+    return choose_pieces(plan) or choose(plan)
+
+
+class _Made:
+    """Makes executors with graphs for one plan."""
+
+    def __init__(self, turns: Turns, options: Options, journal: Journal, extension: Extension | None) -> None:
+        self._turns, self._options, self._journal = turns, options, journal
+        self._found = extension
+        wanted = extension is not None and NATIVE not in options.disable and extension.reason is None
+        self._extension = extension if wanted else None
+
+    def tell_of_native_code(self) -> None:
+        """Note how replays are done."""
+        if self._extension is not None:
+            text = "replays are one call of compiled code as soon as that is there, and go through Python until then"
+            self._journal.note(NATIVE, text)
+        elif self._found is not None and NATIVE not in self._options.disable:
+            self._journal.note(NATIVE, f"replays go through Python: {self._found.reason}")
+
+    def graphed(self, choice: Choice, executor: Executor, phase: Phase = Phase.INFERENCE) -> GraphedExecutor:
+        parts, limit, note = choice.parts, self._options.cuda_graph_limit, self._journal.note
+        found = traits(parts.captured)
+        if phase is not Phase.INFERENCE:
+            from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
+
+            made = GraphedForward if phase is Phase.FORWARD else GraphedBackward
+            return made(executor, found, self._turns, limit, note, extension=self._extension)
+        way = None if parts.is_whole else functools.partial(InParts, parts, executor)
+        return GraphedExecutor(executor, found, self._turns, limit, note, way, self._extension)
+
+    def in_pieces(self, choice: Pieces, executor: Executor) -> InPieces:
+        """Raises PlanError and CacheError where a part cannot be bound."""
+        runs = list[tuple[Callable[[list[Any]], tuple[Any, ...]], tuple[int, ...]]]()
+        for piece in choice.pieces:
+            run = executor.part(piece.part.plan)
+            runs.append((run if piece.choice is None else self.graphed(piece.choice, run), piece.part.takes))
+        return InPieces(executor, runs)
 
 
 def _all_or_nothing(plan: Plan) -> Choice | str:

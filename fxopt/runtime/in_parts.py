@@ -1,12 +1,14 @@
-"""Running a plan around what is captured of it: all of it, or one of three parts.
+"""Running a plan around what is captured of it: all of it, one of three parts, or several of a row.
 
-Values are a list: the inputs of the call, then what the part before has made, then the results of the captured one.
+Values are a list: the inputs of the call, then what the parts have made, one after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import torch
 
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.split import Part, Parts
@@ -88,6 +90,39 @@ class InParts:
         arguments = _taken(values, takes)
         values.clear()
         return run(arguments)
+
+
+class InPieces:
+    """The plan of `executor` as a row: `runs` are what runs each part, with or without graphs, and which values it takes.
+
+    Called like an `Executor`. Between two parts nothing is held but the values that later ones take.
+    """
+
+    def __init__(self, executor: Executor, runs: Sequence[tuple[Run, tuple[int, ...]]]) -> None:
+        self.plan, self.kept_as = executor.plan, executor.kept_as
+        self._boxed_call = True
+        self._last, self._last_takes = runs[-1]
+        needed = set(self._last_takes)
+        dying = list[tuple[int, ...]]()
+        for _, takes in reversed(runs[:-1]):
+            dying.append(tuple(i for i in takes if i not in needed))
+            needed.update(takes)
+        self._runs = [(run, takes, dead) for (run, takes), dead in zip(runs[:-1], reversed(dying), strict=True)]
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(inputs)
+        values = list(inputs)
+        inputs.clear()
+        for run, takes, dying in self._runs:
+            arguments = _taken(values, takes)
+            for i in dying:
+                values[i] = None
+            values += run(arguments)
+        arguments = _taken(values, self._last_takes)
+        values.clear()
+        return self._last(arguments)
 
 
 def _taken(values: Sequence[Any], takes: Sequence[int]) -> list[Any]:

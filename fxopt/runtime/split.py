@@ -1,7 +1,7 @@
-"""A plan in up to three parts, each a plan of its own: what runs plainly, what is captured, and what runs plainly again.
+"""A plan in parts, each a plan of its own: up to three around what is captured, or a row of any number.
 
 Values that pass from one part to a later one are results of the one and inputs of the other. Views are not passed: every
-part makes those that it uses.
+part makes those that it uses. Inputs that tell sizes are given to every part that needs these.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fxopt.ir.exprs import Int, free_symbols
 from fxopt.ir.graph import Role
-from fxopt.ir.region import Alias, Call, Ref, refs
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, refs
+from fxopt.runtime.encoding import size_values
 from fxopt.runtime.memory import plan_memory
-from fxopt.runtime.plan import InputSpec, Launch, Plan, PlanStep, defined, used
+from fxopt.runtime.plan import InputSpec, Launch, Plan, PlanStep, defined, expressions, used
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Parts:
     captured: Part
     after: Part | None
     lent: frozenset[int]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing runs plainly."""
+        return self.before is None and self.after is None
 
 
 class Mentions:
@@ -70,8 +77,8 @@ class Mentions:
 
 
 def split(plan: Plan, begin: int, end: int | None, lends: bool) -> Parts:
-    """`plan`, whose sizes are known, in parts: its steps (those that run something) from `begin` to before `end` are
-    captured. With None for `end` that part has the plan's results, else one after it does.
+    """`plan` in parts: its steps (those that run something) from `begin` to before `end` are captured. With None for `end`
+    that part has the plan's results, else one after it does.
 
     With `lends` the part after it may read values in the memory of a captured run: none of its steps keeps or returns what
     it is given. Raises KeyError when a value that passes between parts is not described in `plan.buffers`.
@@ -94,6 +101,24 @@ def split(plan: Plan, begin: int, end: int | None, lends: bool) -> Parts:
     return Parts(before, captured, after, frozenset(range(len(kept), len(passed))))
 
 
+def row(plan: Plan, cuts: Sequence[int]) -> tuple[Part, ...]:
+    """`plan` in parts that do what it does one after another, one more than there are `cuts`: numbers of the steps (those
+    that run something) at which parts begin, in order.
+
+    The last part has the plan's results, and may have no steps. Raises KeyError as `split` does.
+    """
+    found = Mentions(plan)
+    writer = _Writer(plan, found)
+    values = [x.name for x in plan.inputs]
+    parts, begin = [], 0
+    for cut in cuts:
+        passed = found.crossing(begin, cut)
+        parts.append(writer.part(values, found.steps[begin:cut], [Ref(n) for n in passed]))
+        values += passed
+        begin = cut
+    return (*parts, writer.part(values, found.steps[begin:], plan.outputs))
+
+
 class _Writer:
     """Writes parts of one plan."""
 
@@ -107,12 +132,17 @@ class _Writer:
         """A plan of `steps` with these outputs; `values` are the names of what exists before."""
         written = self._with_views(steps, outputs)
         mentioned = {n for step in written for n in (*used(step), *defined(step))} | set(refs(tuple(outputs)))
-        takes = tuple(i for i, name in enumerate(values) if name in mentioned)
+        buffers = tuple(b for b in self.plan.buffers if b.name in mentioned.difference(values))
+        symbols = _symbols(buffers, written, outputs)
+        sources = [source for source in self.plan.symbols if source.name in symbols]
+        telling = {source.input for source in sources}  # the first of the values are the plan's inputs
+        takes = tuple(i for i, name in enumerate(values) if name in mentioned or i in telling)
         part = replace(
             self.plan,
             inputs=tuple(self._input(values[i]) for i in takes),
             constants=tuple(c for c in self.plan.constants if c.name in mentioned),
-            buffers=tuple(b for b in self.plan.buffers if b.name in mentioned.difference(values)),
+            symbols=tuple(replace(source, input=takes.index(source.input)) for source in sources),
+            buffers=buffers,
             steps=written,
             outputs=tuple(outputs),
         )
@@ -143,3 +173,11 @@ class _Writer:
             return self.inputs[name]
         spec = self.specs[name]
         return InputSpec(name, "tensor", Role.USER, spec.dtype, spec.device, spec.shape, spec.strides)
+
+
+def _symbols(buffers: Sequence[BufferSpec], steps: Sequence[PlanStep], outputs: Sequence[Any]) -> set[str]:
+    """The names of the size symbols whose values a part needs."""
+    found: list[Int] = [n for b in buffers for n in (*b.shape, *b.strides)]
+    found += [n for step in steps for n in expressions(step)]
+    found += size_values(tuple(outputs))
+    return {symbol.name for n in found for symbol in free_symbols(n)}

@@ -14,45 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.codegen.replay_build import replay_code
-from fxopt.journal import RECENT
-from fxopt.runtime import cuda_graph, native_replay
+from fxopt.runtime import native_replay
 from fxopt.runtime.artifacts import default_store
 from fxopt.runtime.copies import copying_kernel
 from fxopt.runtime.cuda_graph import GraphedExecutor
 from fxopt.runtime.in_parts import Whole
 from fxopt.runtime.recording import Recording
+from tests.gpu.networks import Worded, close, network, reasons, replays, x_of
 from tests.guest.agreement import compiled, graphs
 
 pytestmark = pytest.mark.gpu
 CALLS = 5
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-def network(width: int = 64, depth: int = 4) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(width) for _ in range(depth))).cuda().eval()
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedExecutor]:
-    """The executors with graphs that are made during the test."""
-    found: list[GraphedExecutor] = []
-
-    class Watched(GraphedExecutor):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            found.append(self)
-
-    monkeypatch.setattr(cuda_graph, "GraphedExecutor", Watched)
-    return found
 
 
 @pytest.fixture(params=["native", "native, one launch", "python"])
@@ -78,22 +50,6 @@ def _every_way(way: str) -> None: ...
 def _inference() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def x_of(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape or (8, 64), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
-
-
-def close(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
-
-
-def replays(made: list[GraphedExecutor]) -> int:
-    return sum(executor._replays for executor in made)
-
-
-def reasons() -> list[str]:
-    return [text for journal in RECENT for topic, text in journal.notes if topic == cuda_graph.NAME]
 
 
 def test_results_are_kept_across_calls(made: list[GraphedExecutor]) -> None:
@@ -504,18 +460,6 @@ def test_what_is_not_captured_says_why(made: list[GraphedExecutor]) -> None:
     close(compiled(lambda x: x.sin() + 1)(x_of(0)), x_of(0).sin() + 1)
     assert "not captured: it has 1 step; a replay saves time from 6 on" in reasons()
     assert not made
-
-
-class Worded(nn.Module):
-    """Ends in results that are too large to be copied; `telling` returns what they are made from, too."""
-
-    def __init__(self, telling: bool = False) -> None:
-        super().__init__()
-        self.blocks, self.head, self.telling = network(64, 6), nn.Linear(64, 1 << 15).cuda(), telling
-
-    def forward(self, x: torch.Tensor) -> Any:
-        hidden = self.blocks(x)
-        return (self.head(hidden), hidden[1:]) if self.telling else self.head(hidden)
 
 
 @pytest.mark.parametrize("telling", [False, True])

@@ -15,7 +15,20 @@ from fxopt.ir.region import Alias, BufferSpec, Call, Ref
 from fxopt.journal import Journal
 from fxopt.options import Options
 from fxopt.runtime import capturable, cuda_graph
-from fxopt.runtime.capturable import CAPTURED, MIN_STEPS, Choice, Traits, choose, flaw, gpu, too_dear
+from fxopt.runtime.capturable import (
+    CAPTURED,
+    MIN_STEPS,
+    PIECE_STEPS,
+    Choice,
+    Pieces,
+    Traits,
+    choose,
+    choose_pieces,
+    flaw,
+    gpu,
+    too_dear,
+)
+from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.plan import InputSpec, Launch, Plan, SymbolSource
 from fxopt.runtime.split import Mentions
 from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
@@ -132,6 +145,76 @@ def test_a_captured_part_does_not_change_what_one_before_has_made() -> None:
     assert steps(replace(made, steps=(*steps_before, *made.steps))) == (2, 10, 1)
     reading = network(spec("c", 8, 8), launch("c", "h9"))
     assert steps(replace(reading, steps=(*steps_before, *reading.steps))) == (2, 11, 0)
+
+
+GATE = Call("mylib::gate.default", (Ref("h0"),), {}, (None,), "layer.gate")
+
+
+def with_islands(made: Plan, *at: int, island: Call | Launch = GATE) -> Plan:
+    """`made` with `island` after steps `at`."""
+    steps = list(made.steps)
+    for place in sorted(at, reverse=True):
+        steps.insert(place, island)
+    return replace(made, steps=tuple(steps))
+
+
+def pieces(made: Plan) -> list[tuple[int, bool]]:
+    """How many steps each part of the row has, and whether it is captured."""
+    found = choose_pieces(made)
+    assert isinstance(found, Pieces)
+    return [(len(Mentions(piece.part.plan).steps), piece.choice is not None) for piece in found.pieces]
+
+
+def test_plans_with_islands_are_captured_in_pieces() -> None:
+    made = with_islands(network(steps=40, outputs=(Ref("h39"),)), 10, 12, 25)
+    assert pieces(made) == [(10, True), (4, False), (13, True), (1, False), (15, True)]
+    found = choose_pieces(made)
+    assert found is not None and found.note == (
+        f"{CAPTURED}, in 3 parts, but for 5 of 43 steps: nothing is known of what layer.gate does on the host"
+    )
+    assert choose_pieces(network(steps=40, outputs=(Ref("h39"),))) is None, "whole"
+    assert choose_pieces(with_islands(network(steps=20), PIECE_STEPS - 1)) is None, "one part, and a few steps before it"
+
+
+def test_a_part_that_is_dear_to_copy_runs_plainly() -> None:
+    big, sums = given("big", 1 << 24), Call("aten::sum.default", (Ref("big"),), {}, ("c",))
+    made = network(big, spec("c"), steps=45, outputs=(Ref("h44"),))
+    made = with_islands(replace(made, steps=(*made.steps[:20], sums, *made.steps[20:])), 15, 30)
+    assert pieces(made) == [(15, True), (17, False), (16, True)]
+    found = choose_pieces(made)
+    assert found is not None and "64.0 MiB a call" in found.note and "layer.gate" in found.note
+    assert choose_pieces(with_islands(network(big, spec("c"), sums, steps=30), 15)) is not None
+    first = network(big, spec("c"), steps=30)
+    first = with_islands(replace(first, steps=(sums, *first.steps)), 15)
+    assert choose_pieces(first) is None, "one part is left, which `choose` finds"
+
+
+def test_results_of_several_parts_come_from_a_part_of_their_own() -> None:
+    made = with_islands(network(steps=30, outputs=(Ref("h29"), Ref("h3"))), 15)
+    assert pieces(made) == [(15, True), (1, False), (15, True), (0, False)]
+    on_the_host = network(given("c", 8, device=CPU), steps=30, outputs=(Ref("h29"), Ref("c")))
+    assert pieces(with_islands(on_the_host, 15)) == [(15, True), (1, False), (15, True), (0, False)]
+
+
+def test_a_step_that_changes_what_an_earlier_part_has_made_runs_plainly() -> None:
+    made = with_islands(network(steps=40, outputs=(Ref("h39"), Ref("h3"))), 15)
+    changing = launch("h30", "h3")
+    in_the_midst = [(15, True), (1, False), (12, True), (1, False), (13, True), (0, False)]
+    assert pieces(with_islands(made, 28, island=changing)) == in_the_midst
+    own = launch("h30", "h20")
+    assert pieces(with_islands(made, 33, island=own)) == [(15, True), (1, False), (26, True), (0, False)]
+
+
+def test_a_step_that_changes_what_an_earlier_part_may_have_made_a_view_of_runs_plainly() -> None:
+    state = given("cache", 8, 8, role=Role.STATE)
+    peeks = Call("aten::reshape.default", (Ref("cache"), [64]), {}, ("peek",))
+    sees = Call("aten::sum.default", (Ref("peek"),), {}, ("c",))
+    made = network(state, spec("peek", 64), spec("c"), steps=40, outputs=(Ref("h39"),))
+    made = with_islands(replace(made, steps=(peeks, *made.steps, sees)), 15)
+    writes = launch("h20", "cache")
+    assert pieces(with_islands(made, 28, island=writes)) == [(15, True), (1, False), (12, True), (1, False), (15, True)]
+    before = replace(made, steps=tuple(s for s in made.steps if s not in (peeks, sees)))
+    assert pieces(with_islands(before, 28, island=writes)) == [(14, True), (1, False), (27, True)]
 
 
 def test_several_gpus() -> None:
@@ -265,12 +348,15 @@ class Stub:
     def __init__(self, made: Plan) -> None:
         self.plan, self.kept_as = made, None
 
+    def part(self, made: Plan) -> Stub:
+        return Stub(made)
+
 
 def prepared(made: Plan, phase: Phase = Phase.INFERENCE, mode: str = "default", **options: Any) -> tuple[Any, list[str]]:
     journal, stub = Journal("graph"), Stub(made)
     parsed = Options.parse(None, {"mode": mode, **options})
     out = cuda_graph.with_graphs(stub, phase, parsed, journal)  # type: ignore[arg-type]
-    assert out is stub or isinstance(out, cuda_graph.GraphedExecutor)
+    assert out is stub or isinstance(out, cuda_graph.GraphedExecutor | InPieces)
     return out, [text for _, text in journal.notes]
 
 
@@ -284,6 +370,14 @@ def test_inference_is_captured_in_every_mode() -> None:
     for mode in ("default", "reduce-overhead", "max-autotune"):
         found, notes = prepared(network(), mode=mode)
         assert isinstance(found, cuda_graph.GraphedExecutor) and notes == [CAPTURED]
+
+
+@pytest.mark.usefixtures("some_gpu")
+def test_inference_is_captured_in_pieces() -> None:
+    found, notes = prepared(with_islands(network(steps=30, outputs=(Ref("h29"),)), 15))
+    assert type(found) is InPieces and len(notes) == 1 and "in 2 parts" in notes[0]
+    inner, outer = found._runs[0][0], found._last
+    assert isinstance(inner, cuda_graph.GraphedExecutor) and isinstance(outer, cuda_graph.GraphedExecutor)
 
 
 @pytest.mark.usefixtures("some_gpu")

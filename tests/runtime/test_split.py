@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -10,17 +11,17 @@ import pytest
 import torch
 
 from fxopt.ir.graph import Role
-from fxopt.ir.region import Alias, Call, Ref
+from fxopt.ir.region import Alias, Call, Ref, Size
 from fxopt.runtime import capturable
-from fxopt.runtime.capturable import Choice, Traits, choose, traits
+from fxopt.runtime.capturable import Choice, Pieces, Traits, choose, choose_pieces, traits
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.executor import Executor
-from fxopt.runtime.in_parts import InParts
+from fxopt.runtime.in_parts import InParts, InPieces
 from fxopt.runtime.memory import plan_memory
-from fxopt.runtime.plan import Plan
-from fxopt.runtime.split import Part, Parts, split
+from fxopt.runtime.plan import Plan, SymbolSource
+from fxopt.runtime.split import Mentions, Part, Parts, row, split
 from tests.runtime.fake_graphs import FakeDriver, Function
-from tests.runtime.plans import CPU, buffer, plan, tensor
+from tests.runtime.plans import CPU, S0, buffer, plan, tensor
 
 
 def product(a: str, b: str, target: str) -> Call:
@@ -46,12 +47,16 @@ RUNNING = sum(isinstance(step, Call) for step in STEPS)
 OUTPUTS = [Ref("h6"), Ref("turned"), Ref("h1"), Ref("x"), Ref("row"), 7, Ref("h3"), Ref("state")]
 
 
-def network(*obstacle: Call, at: int = 0) -> Plan:
-    """With an obstacle before step `at`."""
+def network(*obstacle: Call, at: int = 0, more: tuple[int, ...] = ()) -> Plan:
+    """With an obstacle before step `at`, and before those of `more`, which come later."""
     inputs = [tensor("x", 4, 4), tensor("w", 4, 4, role=Role.PARAMETER), tensor("state", 4, 4, role=Role.STATE)]
     buffers = [*(buffer(f"h{k}", *((1, 4) if k == 3 else (4, 4))) for k in range(7)), buffer("s", dtype=torch.int64)]
     buffers += [buffer("turned", 4, 4, strides=(1, 4)), buffer("row", 1, 4), buffer("noise", 4, 4)]
-    return plan_memory(plan(inputs, buffers, [*STEPS[:at], *obstacle, *STEPS[at:]], OUTPUTS))
+    steps, begin = list[Any](), 0
+    for end in (at, *more):
+        steps += [*STEPS[begin:end], *obstacle]
+        begin = end
+    return plan_memory(plan(inputs, buffers, [*steps, *STEPS[begin:]], OUTPUTS))
 
 
 def given(seed: int) -> list[Any]:
@@ -135,6 +140,14 @@ def moved(made: Plan, source: str, target: str) -> Plan:
     return Plan.from_json(made.to_json().replace(f'"{source}"', f'"{target}"'))
 
 
+def on_a_cpu(parts: Parts) -> Parts:
+    before, captured, after = (
+        p and Part(moved(p.plan, "cuda:0", "cpu"), p.takes) for p in (parts.before, parts.captured, parts.after)
+    )
+    assert captured is not None
+    return Parts(before, captured, after, parts.lent)
+
+
 def on_the_cpu(found: Traits) -> Traits:
     return replace(found, device=CPU, steps=100)
 
@@ -201,11 +214,95 @@ def test_whatever_is_chosen_does_what_the_whole_does(at: int | None, copies: str
     made = replace(made, inputs=(*made.inputs, tensor("one")))
     choice = choose(moved(made, "cpu", "cuda:0"))
     assert isinstance(choice, Choice)
-    found = choice.parts
-    before, captured, after = (
-        p and Part(moved(p.plan, "cuda:0", "cpu"), p.takes) for p in (found.before, found.captured, found.after)
-    )
-    assert captured is not None
-    run, driver, notes = acted(made, Parts(before, captured, after, found.lent), on_the_cpu(traits(found.captured)))
+    run, driver, notes = acted(made, on_a_cpu(choice.parts), on_the_cpu(traits(choice.parts.captured)))
     alike(run, bound(made), torch.ones(()))
     assert driver.captures == 1 and not notes
+
+
+ROWS = [(), (1,), (5,), (RUNNING,), (2, 5), (1, 2, 3), (4, 6, RUNNING), tuple(range(1, RUNNING))]
+
+
+@pytest.mark.parametrize("cuts", ROWS)
+def test_a_row_of_parts_is_the_whole(cuts: tuple[int, ...]) -> None:
+    parts = row(network(), cuts)
+    assert len(parts) == len(cuts) + 1
+    run = InPieces(bound(network()), [(bound(part.plan), part.takes) for part in parts])
+    alike(run, bound(network()))
+    inputs = given(0)
+    run(inputs)
+    assert not inputs, "the list is handed over"
+
+
+def test_parts_between_which_a_value_dies_let_go_of_it() -> None:
+    steps = [product("x", "w", "h0"), product("h0", "w", "h1"), product("h1", "w", "h2")]
+    made = plan([tensor("x", 4, 4), tensor("w", 4, 4)], [buffer(f"h{k}", 4, 4) for k in range(3)], steps, [Ref("h2")])
+    alive = list[Any]()
+    held = list[list[bool]]()
+
+    def watching(run: Executor) -> Any:
+        def watched(inputs: list[Any]) -> tuple[Any, ...]:
+            out = run(inputs)
+            alive.extend(weakref.ref(x) for x in out)
+            held.append([x() is not None for x in alive])
+            return out
+
+        return watched
+
+    InPieces(bound(made), [(watching(bound(part.plan)), part.takes) for part in row(made, (1, 2))])(given(0)[:2])
+    assert held == [[True], [False, True], [False, False, True]]
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2), (3,)])
+def test_parts_of_a_plan_with_symbolic_sizes(cuts: tuple[int, ...]) -> None:
+    steps = [
+        Call("aten::mm.default", (Ref("x"), Ref("w")), outputs=("h0",)),
+        Call("aten::relu.default", (Ref("h0"),), outputs=("h1",)),
+        Call("aten::new_zeros.default", (Ref("w"), [Size(S0)]), outputs=("h2",)),
+    ]
+    made = plan(
+        [tensor("w", 4, 4), tensor("x", S0, 4)],
+        [buffer("h0", S0, 4), buffer("h1", S0, 4), buffer("h2", S0)],
+        steps,
+        [Ref("h1"), Ref("h2"), Size(S0 + 1)],
+        symbols=(SymbolSource("s0", 1),),
+    )
+    made = plan_memory(made)
+    parts = row(made, cuts)
+    run = InPieces(bound(made), [(bound(part.plan), part.takes) for part in parts])
+    for n in (3, 7):
+        x, w = torch.randn(n, 4), torch.randn(4, 4)
+        got = run([w, x])
+        torch.testing.assert_close(got, ((x @ w).relu(), torch.zeros(n), n + 1))
+    assert [x.name for x in parts[-1].plan.inputs if x.name == "x"], "the size is told by an input that no step reads"
+
+
+@pytest.mark.parametrize("copies", ["cheap", "dear"])
+@pytest.mark.parametrize("places", [(0, 6), (3, 7), (2, 6, 9), (4, 9, 13), (0, 3, 7, 10, 13)])
+def test_parts_of_a_row_are_replayed(places: tuple[int, ...], copies: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturable, "MIN_STEPS", 1)
+    monkeypatch.setattr(capturable, "PIECE_STEPS", 2)
+    monkeypatch.setattr(capturable, "COPY_SHARE", float("inf"))
+    if copies == "dear":
+        monkeypatch.setattr(capturable, "COPY_BYTES_PER_SECOND", 1e6)
+    obstacle = Call("aten::_local_scalar_dense.default", (Ref("one"),), {}, (None,))
+    made = network(obstacle, at=places[0], more=places[1:])
+    made = replace(made, inputs=(*made.inputs, tensor("one")))
+    choice = choose_pieces(moved(made, "cpu", "cuda:0"))
+    assert isinstance(choice, Pieces)
+    drivers = list[FakeDriver]()
+    runs = list[tuple[Any, tuple[int, ...]]]()
+    for piece in choice.pieces:
+        part = Part(moved(piece.part.plan, "cuda:0", "cpu"), piece.part.takes)
+        if piece.choice is None:
+            runs.append((bound(part.plan), part.takes))
+            continue
+        found = on_the_cpu(traits(piece.choice.parts.captured))
+        run, driver, notes = acted(part.plan, on_a_cpu(piece.choice.parts), found)
+        drivers.append(driver)
+        runs.append((run, part.takes))
+        assert not notes
+    assert len(drivers) >= 2
+    alike(InPieces(bound(made), runs), bound(made), torch.ones(()))
+    assert [driver.captures for driver in drivers] == [1] * len(drivers)
+    steps = [len(Mentions(piece.part.plan).steps) for piece in choice.pieces if piece.choice is None]
+    assert sum(steps) >= len(places), "obstacles run plainly"
