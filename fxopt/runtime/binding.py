@@ -409,12 +409,13 @@ class Writer:
     def _remembered_view(self, step: Alias, view: str) -> None:
         """A view of a parameter is made again only when the parameter's memory has moved.
 
-        The remembered view keeps that memory alive, so an equal address is the same memory. Entries are replaced whole, so
-        threads may race for one.
+        The remembered view keeps that memory alive, so an equal address is the same memory. Entries are read once and
+        replaced whole, since threads with other weights may do so at any moment.
         """
-        held = self._constant([(None, None)])
-        self._emit(f"if {held}[0][0] != {self._address(step.of)}: {held}[0] = ({self._address(step.of)}, {view})")
-        self._emit(f"{self.tensors[step.name]} = {held}[0][1]")
+        held, entry, address = self._constant([(None, None)]), self.tensors[step.name], self._address(step.of)
+        self._emit(f"{entry} = {held}[0]")
+        self._emit(f"if {entry}[0] != {address}: {held}[0] = {entry} = ({address}, {view})")
+        self._emit(f"{entry} = {entry}[1]")
 
     def _itemsize(self, name: str) -> str:
         root = self.roots.get(name, name)

@@ -13,6 +13,7 @@ import torch
 
 from fxopt.errors import CacheError, PlanError
 from fxopt.ir.exprs import floordiv
+from fxopt.ir.graph import Role
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Alias, Call, Ref, Size
 from fxopt.runtime import executor
@@ -94,6 +95,29 @@ def test_matrix_products_between_kernels(kernels: Kernels, rows: Any) -> None:
         x = torch.randn(n, 4)
         wanted = ((x + 1) @ w + 2 * bias + 1)[:, 2:] @ u + 2
         torch.testing.assert_close(run([x, bias, w, u])[0], wanted.detach())
+
+
+def test_views_of_weights_are_those_of_the_call_whatever_other_threads_remember() -> None:
+    steps: list[Any] = [
+        Alias("turned", "w", (4, 4), (1, 4), 0),
+        Call("aten::mm.default", (Ref("x"), Ref("turned")), outputs=("a",)),
+    ]
+    made = plan([tensor("x", 4, 4), tensor("w", 4, 4, role=Role.PARAMETER)], [buffer("a", 4, 4)], steps, [Ref("a")])
+    run = bind(made, {})
+    x, w, others = torch.randn(3, 4, 4)
+    names = run._run.__globals__
+    (remembered,) = (name for name, value in names.items() if value == [(None, None)])
+
+    class Raced(list[Any]):
+        """After each entry another thread puts in its own."""
+
+        def __setitem__(self, at: Any, entry: Any) -> None:
+            super().__setitem__(at, (others.data_ptr(), others.t()))
+
+    names[remembered] = Raced([(None, None)])
+    for _ in range(2):
+        torch.testing.assert_close(run([x, w])[0], x @ w.t())
+    torch.testing.assert_close(run([x, others])[0], x @ others.t())
 
 
 def test_symbolic_sizes(kernels: Kernels) -> None:
