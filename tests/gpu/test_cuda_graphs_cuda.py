@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -336,6 +337,21 @@ def test_lengths_that_vary(made: list[GraphedExecutor]) -> None:
             close(run(x), model(x))
     assert sum(executor.graphs for executor in made) == 4
     assert len(graphs()) <= 2
+
+
+@ONLY_PYTHON
+def test_two_hundred_lengths_are_two_compilations_and_a_few_graphs(made: list[GraphedExecutor]) -> None:
+    """Random lengths, two of them often: these have graphs."""
+    model = network()
+    run = compiled(model, cuda_graph_limit=4)
+    rng = random.Random(0)
+    lengths = [*rng.sample(range(2, 201), 199), 1]
+    calls = [length for k in range(0, 200, 10) for length in (*lengths[k : k + 10], 77, 77, 33)]
+    for length in calls:
+        x = x_of(length, length, 64)
+        close(run(x), model(x))
+    assert len(graphs()) <= 3, "the first length, all others, and 1, which is a size of its own"
+    assert sum(executor._captures for executor in made) == 2 and replays(made) >= 19 * 3
 
 
 class Cached(nn.Module):
