@@ -178,7 +178,8 @@ class Recording:
     def play(self, inputs: list[Any], stream: int) -> tuple[Any, ...]:
         """Run on `inputs`, which it empties, in the order of `stream`, the device's current one.
 
-        Allocates before anything that the plan writes is written: who runs out of memory has changed nothing.
+        Allocates before anything that the plan writes is written: who runs out of memory has changed nothing. What is copied
+        is let go of before that, what is read where it is only when the run has been enqueued.
         """
         copy, results, traits = self.driver.copy, self.results, self.traits
         for move in self.moves:
@@ -195,13 +196,14 @@ class Recording:
             out[of_input.at] = _from_input(of_input, inputs[of_input.input])
         for kept_one in (*results.kept, *results.host):
             out[kept_one.at] = kept_one.tensor.detach()
-        inputs.clear()
-        given_one = None
+        for move in self.moves:
+            inputs[move.at] = given_one = None
         for x in results.fresh:
             out[x.at] = torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=traits.device)
         groups = [(group, group.copies()) for group in results.together]
         bases = [torch.empty(s.size, dtype=torch.uint8, device=traits.device) for s in results.shared]
         self.replay(stream)
+        inputs.clear()
         for x in results.fresh:
             if x.nbytes:
                 copy(out[x.at].data_ptr(), x.source, x.nbytes, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -93,6 +94,19 @@ def test_weights_are_used_where_they_are() -> None:
     parameter.data = weights[1]
     torch.testing.assert_close(run(x, parameter)[0], x * weights[1])
     assert run.counts() == (2, 2, 7)
+
+
+def test_what_is_read_where_it_is_lives_until_the_run_is_enqueued() -> None:
+    """What is handed over may have no other owner: its memory would be somebody else's before the run is begun."""
+    run = Acted(lambda x, w: (x * w,), fixed=(1,))
+    w = torch.randn(4)
+    for _ in range(2):
+        run(torch.ones(4), w)
+    inputs = [torch.ones(4), w.detach()]
+    seen, alive = weakref.ref(inputs[1]), list[bool]()
+    run.driver.during_replay = lambda: alive.append(seen() is not None)
+    torch.testing.assert_close(run.run(inputs)[0], w)
+    assert alive == [True] and not inputs and seen() is None
 
 
 def test_addresses_that_never_return_are_not_captured() -> None:
