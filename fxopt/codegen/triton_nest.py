@@ -28,7 +28,7 @@ from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Scan, Store, postorder
+from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Scan, Store, holds_reduction, postorder
 from fxopt.ir.region import Region
 
 _ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
@@ -298,21 +298,29 @@ def _load_steady(kernel: _Kernel) -> None:
 
 def _load_ahead(kernel: _Kernel) -> None:
     """Print the loads of the innermost reductions before the first of these, if each has loads of its own: warps wait for
-    each other in a reduction, and what is loaded after it is in flight only then."""
-    emitter = kernel.emitter
-    roots = [emitter.instance(v, ()) for s in kernel.tiling.nest.stores for v in s.roots]
-    if group_size(kernel.tiling.nest) > 1:  # sums of sums: everything is waited for once
-        for node, guards in [i for i in emitter.walk(roots) if isinstance(i[0], Load)]:
+    each other in a reduction, and what is loaded after it is in flight only then. So with what each point picks by an index
+    that it loads, which is two loads in turn."""
+    emitter, nest = kernel.emitter, kernel.tiling.nest
+    roots = [emitter.instance(v, ()) for s in nest.stores for v in s.roots]
+    loads = [i for i in emitter.walk(roots) if isinstance(i[0], Load)]
+    if group_size(nest) > 1:  # sums of sums: everything is waited for once
+        for node, guards in loads:
             emitter.value(node, guards)
         return
     levels = _levels(emitter, roots)
     found: dict[frozenset[Instance], list[Instance]] = {}
     for reduction in levels[0] if levels else ():
-        loads = [i for i in emitter.walk(emitter.operands(reduction)) if isinstance(i[0], Load)]
-        found.setdefault(frozenset(loads), loads)
-    if len(found) > 1 and all(own.difference(*(f for f in found if f is not own)) for own in found):
-        for node, guards in dict.fromkeys(chain.from_iterable(found.values())):
-            emitter.value(node, guards)
+        own = [i for i in emitter.walk(emitter.operands(reduction)) if isinstance(i[0], Load)]
+        found.setdefault(frozenset(own), own)
+    picked = [i for i in loads if i[0].indirect and not _waits(i[0], nest)]  # type: ignore[attr-defined]
+    apart = len(found) > 1 and all(own.difference(*(f for f in found if f is not own)) for own in found)
+    for node, guards in dict.fromkeys((*chain.from_iterable(found.values()), *picked)) if picked or apart else ():
+        emitter.value(node, guards)
+
+
+def _waits(load: Scalar, nest: Nest) -> bool:
+    """Whether `load` varies along the reduced axis or depends on what is reduced."""
+    return bool(frozenset(nest.reduced) & load.symbols()) or holds_reduction(load)
 
 
 def _print_looped(kernel: _Kernel) -> None:

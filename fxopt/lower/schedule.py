@@ -25,6 +25,7 @@ from fxopt.lower.direction import alternate
 from fxopt.lower.joining import in_parts, join, with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.order import Order
+from fxopt.lower.row_terms import with_terms
 
 MAX_DISTANCE = 96
 """Steps between two side-by-side regions; joining over a longer distance keeps too many buffers alive."""
@@ -83,6 +84,7 @@ class _Scheduler:
         self._join_all()
         if self._recompute():
             self._join_all()
+        self._move_terms()
         self._join_across()
         if batch:
             self._batch_all(apart)
@@ -206,6 +208,24 @@ class _Scheduler:
         self._leave(k)
         self.groups[k] = replace(group, reads=frozenset(), writes=frozenset())
         return {k}
+
+    def _move_terms(self) -> None:
+        """Leave what sums over all rows pick out of each to the row reductions that they follow."""
+        for b in list(self.groups):
+            total = self.groups[b].step
+            if not isinstance(total, Region) or total.nest.points or not total.nest.reduced:
+                continue
+            for a in sorted(self._neighbours(b), key=lambda n: self.groups[n].position):
+                rows = self.groups[a].step
+                assert isinstance(rows, Region)
+                found = with_terms(rows, total) if self.order.runs_before(a, b) else None
+                more = set(found.rows.reads()) - self.groups[a].reads - set(rows.writes()) if found else set()
+                if found is not None and all(self._is_final(n, a) for n in more):
+                    self.lowered = replace(self.lowered, buffers=self.lowered.buffers | {s.name: s for s in found.terms})
+                    self.nbytes |= {s.name: cost.nbytes(s) for s in found.terms}
+                    self._replace(a, found.rows)
+                    self._replace(b, found.total)
+                    break
 
     def _join_across(self) -> None:
         """Join row reductions with sums over their rows, most bytes saved first, and then with each other."""

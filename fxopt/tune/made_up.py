@@ -50,6 +50,8 @@ def _collect(value: Scalar, limit: Int, bounds: dict[str, Int]) -> bool:
             return True
         case Masked():
             return _collect(value.body, limit, bounds) and _collect(value.other, limit, bounds)
+        case Op(name="where", args=(Op(name="lt", args=(tested, Const(value=0))), _, index)) if tested is index:
+            return _collect(index, limit, bounds)  # what becomes of negative ones does not matter
         case Op(name="where"):
             return all(_collect(arm, limit, bounds) for arm in value.args[1:])
         case Op(name="cast") if not value.args[0].dtype.is_floating_point:

@@ -1,0 +1,91 @@
+"""Sums over all rows of what is picked out of each row: the terms are computed where the row is.
+
+A cross-entropy reduces each row of logits, and then adds up over the rows what it picks out of each: the logit of a class,
+less what the row reduces to. As a kernel of its own that sum waits, row after row, for an index and then for an element far
+from the last one. The kernel of the rows has these at hand, so it stores the terms, and the sum reads them in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from fxopt.ir.exprs import contiguous_strides, ravel, symbol
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, loads_below, postorder
+from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.rounding import NARROW
+from fxopt.lower.align import extents
+from fxopt.lower.joining import join, with_nests
+
+
+@dataclass(frozen=True)
+class WithTerms:
+    """`rows` that also stores the terms, `total` that adds them up, and the buffers `terms` between the two."""
+
+    rows: Region
+    total: Region
+    terms: tuple[BufferSpec, ...]
+
+
+def with_terms(rows: Region, total: Region) -> WithTerms | None:
+    """Both regions, of which `total` runs later, with the terms computed by `rows`; None where `total` is no sum over all
+    rows of what is picked out of each.
+    """
+    if rows.device.type != "cuda" or rows.device != total.device or rows.across or total.across or not rows.nest.reduced:
+        return None
+    nest = total.nest
+    count, length = extents(nest)
+    if count != 1 or not isinstance(length, int) or length != extents(rows.nest)[0]:
+        return None
+    found = _terms(rows, total)
+    if not any(load.indirect and load.buffer in rows.reads() for value in found for load in loads_below((value,))):
+        return None
+    sizes = tuple(length_of for s in nest.reduced if (length_of := s.size) is not None)
+    index = ravel(tuple(map(symbol, nest.reduced)), sizes)
+    specs: list[BufferSpec] = []
+    stores: list[Store] = []
+    loads: dict[Scalar, Scalar] = {}
+    for value in found:
+        dtype = torch.float32 if value.dtype in NARROW else value.dtype
+        spec = BufferSpec(f"{total.name}.terms{len(specs)}", dtype, total.device, (length,), contiguous_strides((length,)))
+        specs.append(spec)
+        stores.append(Store(spec.name, index, _as(value, dtype)))
+        loads[value] = _as(Load(spec.name, index, dtype), value.dtype)
+    buffers = {**total.buffers, **{spec.name: spec for spec in specs}}
+    picking = with_nests(replace(total, buffers=buffers), Nest(nest.reduced, (), tuple(stores)), None)
+    joined = join(rows, picking)
+    if joined is None or (joined.nest.points, joined.nest.reduced) != (rows.nest.points, rows.nest.reduced):
+        return None
+    left = tuple(s.transformed({}, lambda v: _replaced(v, loads)) for s in nest.stores)
+    return WithTerms(joined, with_nests(replace(total, buffers=buffers), replace(nest, stores=left), None), tuple(specs))
+
+
+def _terms(rows: Region, total: Region) -> list[Scalar]:
+    """What `total` adds up that is picked out of rows or made of what they reduce to; empty where it does more with them."""
+    made = set(rows.writes())
+    found: dict[Scalar, None] = {}
+    for node in postorder(total.nest.roots):
+        if not isinstance(node, Reduce) or not any(n.indirect or n.buffer in made for n in loads_below(node.operands)):
+            continue
+        if (
+            node.kind != "sum"
+            or not node.dtype.is_floating_point
+            or any(isinstance(n, Reduce) for n in postorder(node.operands))
+        ):
+            return []
+        found[node.operands[0]] = None
+    return list(found)
+
+
+def _as(value: Scalar, dtype: torch.dtype) -> Scalar:
+    return value if value.dtype == dtype else Op("cast", (value,), dtype)
+
+
+def _replaced(root: Scalar, images: Mapping[Scalar, Scalar]) -> Scalar:
+    done: dict[Scalar, Scalar] = {}
+    for node in postorder((root,)):
+        args = tuple(done[a] for a in node.args)
+        done[node] = images.get(node) or (node if args == node.args else node.rebuild(args, {}))
+    return done[root]
