@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
+from fxopt.ir.loops import Op, postorder
 from fxopt.ir.pool_ops import max_pool_offsets, max_pool_offsets_backward
+from fxopt.ir.region import Region
+from fxopt.lower.schedule import schedule
 from tests.lower.capturing import check_exact, library_calls, lower_function
-from tests.lower.harness import check
+from tests.lower.harness import check, lower
 
 aten = torch.ops.aten
 
@@ -26,6 +30,15 @@ WINDOWS: list[dict[str, Any]] = [
 def test_max(window: dict[str, Any], dynamic: bool) -> None:
     for x in (torch.randn(2, 3, 8, 7), torch.randn(8, 7, 3).permute(2, 0, 1), torch.randint(-9, 9, (1, 2, 9, 8))):
         check_exact(lambda x: aten.max_pool2d_with_indices.default(x, **window), x, dynamic=dynamic)
+
+
+def test_positions_take_four_operators_a_tap() -> None:
+    """Two comparisons, their union and a selection: on a GPU these decide how long a pool of half precision takes."""
+    low = lower(lambda x: max_pool_offsets(x, [3, 3], [2, 2], [1, 1], False), (torch.randn(2, 3, 8, 8),))
+    (region,) = (step for step in schedule(low).steps if isinstance(step, Region))
+    (positions,) = (s.value for s in region.nest.stores if region.buffers[s.buffer].dtype == torch.int8)
+    found = Counter(node.name for node in postorder((positions,)) if isinstance(node, Op))
+    assert (found["gt"], found["isnan"], found["bitwise_or"], found["where"]) == (8, 8, 8, 8)
 
 
 def test_max_of_nan_and_infinities() -> None:

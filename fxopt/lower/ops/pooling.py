@@ -185,14 +185,20 @@ def _flat(place: Indices, sizes: Sequence[Int]) -> Int:
 
 
 def _argmax(taps: list[Tap], positions: Sequence[Scalar]) -> Scalar:
-    """The position, none of which is negative, of the tap that eager takes for the largest."""
-    top, dtype = taps[0].value, positions[0].dtype
-    chosen: Scalar = Op("where", (taps[0].valid, positions[0], Const(-1, dtype)), dtype)
+    """The position of the tap that eager takes for the largest: the first of equal ones, the last NaN.
+
+    What fills the padding is no larger than anything, so only where to begin depends on what is inside: of a window of
+    infinitely small elements, the first one inside is taken.
+    """
+    chosen = positions[-1]
+    for t, position in zip(taps[-2::-1], positions[-2::-1], strict=True):
+        chosen = Masked(t.valid, position, chosen)
+    top = taps[0].value
     for t, position in zip(taps[1:], positions[1:], strict=True):
-        better: Scalar = Op("bitwise_or", (Op("gt", (t.value, top), BOOL), Op("lt", (chosen, Const(0, dtype)), BOOL)), BOOL)
+        better: Scalar = Op("gt", (t.value, top), BOOL)
         if t.value.dtype.is_floating_point:
             better = Op("bitwise_or", (better, Op("isnan", (t.value,), BOOL)), BOOL)
-        chosen = Op("where", (all_of((better, t.valid)), position, chosen), dtype)
+        chosen = Op("where", (better, position, chosen), position.dtype)
         top = Op("maximum", (top, t.value), t.value.dtype)  # as in `maxima`: what both compute is computed once
     return chosen
 
