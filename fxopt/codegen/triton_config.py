@@ -262,6 +262,8 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
     for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
+    if once and together == 1 and rows >= 4 * target.sm_count and _shares_rows(tiling):
+        found.insert(2, replace(found[0], x_block=2))  # twice the bytes in flight, and half the reads of what is shared
     if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
@@ -298,6 +300,14 @@ def _reads_once(tiling: Tiling) -> bool:
         return False
     along = [s for s in tiling.nest.stores if frozenset(tiling.nest.reduced) & s.symbols()]
     return not any(isinstance(n, Reduce) for s in along for n in postorder(s.roots))
+
+
+def _shares_rows(tiling: Tiling) -> bool:
+    """Whether what is reduced is a product of each row with one that all rows share: a matrix times a vector."""
+    along, across = frozenset(tiling.r.symbols), frozenset(tiling.x.symbols)
+    loads = [n for n in tiling.nest.loads() if along & n.symbols()]
+    own = [n for n in loads if across & n.symbols()]
+    return 0 < len(own) < len(loads)
 
 
 def _fits_registers(tiling: Tiling, config: TritonConfig, target: Target) -> bool:

@@ -16,6 +16,7 @@ from tests.lower.contracting import alternatives, searched
 pytest.importorskip("triton")
 
 from fxopt.codegen.triton import TritonConfig, configs, print_region
+from fxopt.codegen.triton_build import compile_triton
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Sym, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store
@@ -102,6 +103,20 @@ def test_products_of_one_row(interpreter: Interpreter) -> None:
             close(memory[str(name)], expected)
         if config.persistent:
             assert "tl.sum" not in printed.kernels[0].text.rpartition("tl.load")[0]
+
+
+def test_a_matrix_times_a_vector_takes_two_rows_a_program() -> None:
+    """Proposed where that leaves enough programs; a sum over rows that share nothing is not."""
+    shared = searched(lambda x, w: torch.nn.functional.linear(x, w), *(torch.empty(n, 4096).bfloat16() for n in (1, 2048)))
+    (each,) = alternatives(shared)
+    (row,) = next(way.steps for way in each.ways if way.label == "row")
+    assert isinstance(row, Region)
+    proposed = configs(row, TARGET)
+    assert proposed[2] == replace(proposed[0], x_block=2)
+    (kernel,) = print_region(row, proposed[2], TARGET).kernels
+    assert kernel.grid[0] == 1024 and compile_triton(kernel, TARGET)[1]["n_regs"] <= 40
+    (alone,) = searched(lambda x: x.float().sum(1), torch.empty(2048, 4096).bfloat16()).steps
+    assert isinstance(alone, Region) and not any(c.x_block == 2 for c in configs(alone, TARGET))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
