@@ -13,19 +13,27 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fxopt.ir.exprs import Int, Sym, symbol
+import torch
+
+from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
 from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, Way, refs
 from fxopt.ir.rounding import rounded
+from fxopt.lower.contractions import replaced
+from fxopt.lower.epilogues import Epilogues
 from fxopt.lower.joining import MAX_NODES, with_nests
 from fxopt.lower.lowering import Lowered
+from fxopt.lower.products import find_product
+from fxopt.lower.quantized_products import as_reduction, in_loops
 from fxopt.lower.recompute import is_repeatable, with_value
-from fxopt.lower.values import cast
+from fxopt.lower.row_parts import in_parts, without_points_of_one
+from fxopt.lower.values import cast, replaced_in
 
 NAME = "row-norms"
 """What `Options.disable` calls them."""
 
-APART, WITHIN = "norm apart", "norm within products"
+APART, WITHIN, SUMMED = "norm apart", "norm within products", "norm of parts"
+_HALF = (torch.float16, torch.bfloat16)
 LARGEST_ROW = 8192
 """Elements of a row that a program of the product after still holds beside its weight's."""
 
@@ -50,7 +58,7 @@ class _Norm:
 
 def with_row_norms(lowered: Lowered) -> Lowered:
     """`lowered`, which has no alternatives any more, with both ways in the place of each product, norm and product of one
-    row on a GPU that follow each other, and of each norm and product."""
+    row on a GPU that follow each other, of each norm and product, and of each product down columns and norm."""
     uses = Counter(name for step in lowered.steps for name in _reads(step))
     uses.update((*(out.name for out in lowered.outputs if isinstance(out, Ref)), *lowered.inputs, *lowered.constants))
     steps: list[Step] = list(lowered.steps)
@@ -63,29 +71,29 @@ def with_row_norms(lowered: Lowered) -> Lowered:
         found = _alternatives([steps[k] for k in (first, second, third)], uses)
         if found is not None:
             taken |= {first: found, second: None, third: None}
+    buffers = dict(lowered.buffers)
     for first, second in itertools.pairwise(places):
         views = {s.name for s in steps[first:second] if isinstance(s, Alias)}
         if first in taken or second in taken or not views.isdisjoint(_reads(steps[second])):
             continue
         found = _alternatives_without_product_before(steps[first], steps[second], uses)
+        found = found or _alternatives_of_parts(steps[first], steps[second], uses, lowered)
         if found is not None:
             taken |= {first: found, second: None}
+            buffers |= found.buffers
     out = [taken.get(k, step) for k, step in enumerate(steps)]
-    return replace(lowered, steps=[step for step in out if step is not None])
+    return replace(lowered, steps=[step for step in out if step is not None], buffers=buffers)
 
 
 def kept(lowered: Lowered, settled: Lowered) -> Lowered:
     """`lowered`, of `with_row_norms`, with the ways whose regions `settled` has."""
     names = {step.name for step in settled.steps if isinstance(step, Region)}
-    steps: list[Step] = []
-    for step in lowered.steps:
-        if isinstance(step, Alternatives):
-            steps += next(
-                way.steps for way in step.ways if all(isinstance(s, Region) and s.name in names for s in way.steps)
-            )
-        else:
-            steps.append(step)
-    return replace(lowered, steps=steps)
+    ways = {
+        each.name: next(way for way in each.ways if all(s.name in names for s in way.steps if isinstance(s, Region)))
+        for each in lowered.steps
+        if isinstance(each, Alternatives)
+    }
+    return replaced(lowered, ways)
 
 
 def _reads(step: Step) -> Iterator[str]:
@@ -110,7 +118,7 @@ def _alternatives(steps: list[Step], uses: Counter[str]) -> Alternatives | None:
     norm = _norm(middle, before.writes())
     if norm is None or uses[norm.added] != 1 or uses[norm.normed.buffer] != 1:
         return None
-    one, other = _with_residual(_without_points_of_one(before), norm), _with_norm(_without_points_of_one(after), norm)
+    one, other = _with_residual(without_points_of_one(before), norm), _with_norm(without_points_of_one(after), norm)
     if one is None or other is None or any(set(r.reads()) & set(r.writes()) for r in (one, other)):
         return None
     ways = (Way(APART, (before, middle, after)), Way(WITHIN, (one, other)))
@@ -124,20 +132,11 @@ def _alternatives_without_product_before(middle: Step, after: Step, uses: Counte
     norm = _lone_norm(middle)
     if norm is None or middle.across is not None or after.across is not None or uses[norm.normed.buffer] != 1:
         return None
-    one = _with_norm(_without_points_of_one(after), norm)
+    one = _with_norm(without_points_of_one(after), norm)
     if one is None or set(one.reads()) & set(one.writes()):
         return None
     ways = (Way(APART, (middle, after)), Way(WITHIN, (one,)))
     return Alternatives(f"{middle.name}.norm", ways, {**middle.buffers, **after.buffers})
-
-
-def _without_points_of_one(region: Region) -> Region:
-    """`region` without the loops that run once."""
-    once: dict[Sym, Int] = {p: 0 for p in region.nest.points if p.size == 1}
-    points = tuple(p for p in region.nest.points if p not in once)
-    return replace(
-        region, nest=replace(region.nest, points=points, stores=tuple(s.transformed(once) for s in region.nest.stores))
-    )
 
 
 def _norm(region: Region, made: Sequence[str]) -> _Norm | None:
@@ -161,6 +160,50 @@ def _norm(region: Region, made: Sequence[str]) -> _Norm | None:
     return _Norm(region, axis, total, normed, made[0]) if goes_through_total else None
 
 
+def _alternatives_of_parts(before: Step, norm: Step, uses: Counter[str], lowered: Lowered) -> Alternatives | None:
+    """A product of one row and its norm, and the product in parts, which the norm adds up."""
+    if not isinstance(norm, Region) or norm.device.type != "cuda":
+        return None
+    product = _as_region(before, lowered)
+    if product is None or any(uses[name] != 1 for name in product.writes()):
+        return None
+    found = in_parts(product, norm)
+    if found is None or any(set(r.reads()) & set(r.writes()) for r in found):
+        return None
+    views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
+    named = [n for n in refs((before.args, before.kwargs)) if n in views] if isinstance(before, Call) else []
+    assert isinstance(before, (Region, Call))
+    ways = (Way(APART, (before, norm)), Way(SUMMED, found))
+    own = before.buffers if isinstance(before, Region) else {}
+    buffers = {**own, **product.buffers, **norm.buffers, **found[0].buffers, **found[1].buffers}
+    buffers |= {n: lowered.buffers[n] for n in _memory(before, views)}
+    return Alternatives(f"{norm.name}.norm", ways, buffers, tuple(views[n] for n in dict.fromkeys(named)))
+
+
+def _memory(step: Step, views: dict[str, Alias]) -> Iterator[str]:
+    """The buffers that a call touches."""
+    if isinstance(step, Call):
+        for name in (*refs((step.args, step.kwargs)), *(n for n in step.outputs if n is not None)):
+            while name in views:
+                name = views[name].of
+            yield name
+
+
+def _as_region(step: Step, lowered: Lowered) -> Region | None:
+    """`step` as a region if it is the library's product of one row, or a region already."""
+    if isinstance(step, Region):
+        return step
+    if isinstance(step, Call):
+        views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
+        product = find_product(step, lowered.buffers, views)
+        if product is None or product.quantized is not None or product.scales or product.sizes[1] != 1:
+            return None
+        if not in_loops(product) or lowered.buffers[product.result.buffer].dtype not in _HALF:
+            return None
+        return as_reduction(Epilogues(lowered.buffers, lowered.buffers).alone(product))
+    return None
+
+
 def _lone_norm(region: Region) -> _Norm | None:
     """`region` as a norm of a row that is in memory, if it stores nothing else."""
     nest = region.nest
@@ -182,16 +225,8 @@ def _through_memory(region: Region, total: Store) -> Nest:
     wide = value.args[0] if value.args and value.args[0].dtype.itemsize > value.dtype.itemsize else value
     stored = Load(total.buffer, total.index, value.dtype)
     images = {value: stored, wide: cast(stored, wide.dtype)}
-    stores = (s.transformed({}, lambda v: _replaced(v, images)) for s in region.nest.stores if s is not total)
+    stores = (s.transformed({}, lambda v: replaced_in(v, images)) for s in region.nest.stores if s is not total)
     return replace(region.nest, stores=tuple(stores))
-
-
-def _replaced(root: Scalar, images: dict[Scalar, Scalar]) -> Scalar:
-    done: dict[Scalar, Scalar] = {}
-    for node in postorder((root,)):
-        args = tuple(done[a] for a in node.args)
-        done[node] = images.get(node) or (node if args == node.args else node.rebuild(args, {}))
-    return done[root]
 
 
 def _with_residual(product: Region, norm: _Norm) -> Region | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fxopt.ir.region import Alternatives, Region, Way
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import ROW, replaced
-from fxopt.lower.row_norms import APART, LARGEST_ROW, WITHIN, kept, with_row_norms
+from fxopt.lower.contractions import LIBRARY, ROW, replaced
+from fxopt.lower.row_norms import APART, LARGEST_ROW, SUMMED, WITHIN, kept, with_row_norms
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept as kept_ways
 from tests.lower.contracting import searched
@@ -153,3 +153,60 @@ def test_not_where_others_read_what_would_be_left_out(fn: Callable[..., tuple[Te
 def test_not_for_several_or_long_rows() -> None:
     assert not norms(with_row_norms(chosen(sublayer(rms_norm), given(rows=2))))
     assert not norms(with_row_norms(chosen(sublayer(rms_norm), given(width=2 * LARGEST_ROW, columns=(2,)))))
+
+
+def down(x: Tensor, residual: Tensor, w: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-2's: a weight [in, out]."""
+    total = residual + torch.addmm(bias, x, w)
+    return total, layer_norm(total, weight)
+
+
+def for_down(width: int = WIDTH, inner: int = 96) -> list[Tensor]:
+    return [torch.randn(shape).to(HALF) for shape in ((1, inner), (1, width), (inner, width), (width,), (width,))]
+
+
+@pytest.mark.parametrize("way", [LIBRARY, ROW])
+def test_a_norm_adds_up_a_products_parts(way: str) -> None:
+    """Whichever way of the product has won before."""
+    args = for_down()
+    both = with_row_norms(low := kept_ways(searched(down, *args), way))
+    (each,) = norms(both)
+    assert [(w.label, len(w.steps)) for w in each.ways] == [(APART, 2), (SUMMED, 2)]
+    exact, eager = down(*to_float64(args)), down(*args)
+    for chosen_way in each.ways:
+        settled = replaced(both, {each.name: Way("", chosen_way.steps)})
+        own = kept(both, settled)
+        assert [type(s) for s in own.steps] == [type(s) for s in settled.steps]
+        assert_closer(tuple(run_lowered(own, dict(zip(low.inputs, args, strict=True)))), eager, exact)
+    assert all(name in both.buffers for region in each.ways[1].steps for name in region.writes())
+
+
+def test_parts_are_added_up_in_kernels(interpreter: Interpreter) -> None:
+    args = for_down()
+    low = kept_ways(searched(down, *args), ROW)
+    (each,) = norms(with_row_norms(low))
+    memory = {name: x.flatten().clone() for name, x in zip(low.inputs, args, strict=True)}
+    for region in each.ways[1].steps:
+        assert isinstance(region, Region)
+        printed = print_region(region, next(c for c in configs(region, TARGET) if c.split == 1), TARGET)
+        for name in region.writes():
+            memory[name] = torch.full((region.buffers[name].extent,), torch.nan, dtype=region.buffers[name].dtype)
+        interpreter.run(printed.kernels[0], memory)
+    found = [memory[o.name] for o in low.outputs if o is not None]
+    exact, eager = down(*to_float64(args)), down(*args)
+    assert_closer(tuple(found), tuple(x.flatten() for x in eager), tuple(x.flatten() for x in exact))
+
+
+def test_no_parts_of_rows_of_a_weight_or_for_others() -> None:
+    def along_rows(x: Tensor, residual: Tensor, w: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return down(x, residual, w.mT, bias, weight)
+
+    def product_too(x: Tensor, residual: Tensor, w: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        product = torch.addmm(bias, x, w)
+        return product, *down(x, residual, w, bias, weight)
+
+    x, residual, w, bias, weight = for_down()
+    assert not norms(with_row_norms(kept_ways(searched(along_rows, x, residual, w.mT.contiguous(), bias, weight), ROW)))
+    assert not norms(with_row_norms(kept_ways(searched(product_too, x, residual, w, bias, weight), ROW)))
+    two = (torch.cat([x, x]), torch.cat([residual, residual]), w, bias, weight)
+    assert not norms(with_row_norms(kept_ways(searched(down, *two), LIBRARY)))

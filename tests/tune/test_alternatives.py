@@ -432,3 +432,22 @@ def test_a_norm_goes_into_its_products_where_that_is_faster(bench: Bench, store:
     assert len(steps_of(kept)) == (3 if faster == row_norms.APART else 2)
     assert bench.measured[-1][1][0].startswith(row_norms.APART)
     planned(kept, chosen)
+
+
+@pytest.mark.parametrize("faster", [row_norms.APART, row_norms.SUMMED])
+def test_a_norm_adds_up_parts_of_the_librarys_product_where_that_is_faster(
+    bench: Bench, store: ArtifactStore, faster: str
+) -> None:
+    def fn(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> Any:
+        return F.rms_norm(residual + x @ w, (512,), g)
+
+    low = captured(fn, (rand(1, 1024), rand(1, 512), rand(1024, 512), rand(512)))
+    bench.seconds = {LIBRARY: 0.5, faster: 0.5}
+    first, chosen, failed, journal = tuned(low, store)
+    assert not failed and isinstance(steps_of(first)[0], Call)
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    graph = Graph(gm, [Input(n, Role.PARAMETER) for n in low.inputs], Phase.INFERENCE, "test", int)
+    kept, chosen = compiler._with_row_norms(graph, first, chosen, Options(), journal, store)
+    assert isinstance(steps_of(kept)[0], Call) == (faster == row_norms.APART)
+    assert bench.measured[-1][1][0].startswith(row_norms.APART)
+    planned(kept, chosen)
