@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxopt.ir.region import Region
 from tests.lower.capturing import check_exact, library_calls, lower_function
 from tests.lower.harness import check
 
@@ -30,6 +31,22 @@ def test_the_form_of_inference_is_one_kernel_in_half_precision() -> None:
     x = torch.randn(2, 16, 6, 4).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     lowered = check_exact(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), x, table=table)
     assert len(lowered.steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "is_known"), [(0.5, 0.0, True), (0.75, 0.5, True), (2.0, -0.5, False), (1 / 3, 0.0, False)]
+)
+def test_places_by_exact_arithmetic_are_integers(scale: float, offset: float, is_known: bool) -> None:
+    """No check of bounds is left; where arithmetic rounds, or a place may be negative before it is cut off, one is."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        places = (torch.arange(8, dtype=torch.float32) * scale + offset).to(torch.int64)
+        return x[:, places] + 1
+
+    x = torch.randn(3, 16)
+    (region,) = check_exact(fn, x).steps
+    assert isinstance(region, Region)
+    assert any(load.indirect for load in region.nest.loads()) != is_known
 
 
 def test_scales_that_round_otherwise_stay_with_eager() -> None:

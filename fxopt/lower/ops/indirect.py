@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Int, Sym, as_symbol, ask, floordiv, in_range, maximum, minimum, mod, symbol
+from fxopt.ir.exprs import Int, Sym, add, as_symbol, ask, bounds, floordiv, in_range, maximum, minimum, mod, mul, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Op, Scalar, indirect_symbol, postorder, transform
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.values import Computed, Indirect, Stored, Value, at, cast, dim_indices, numel, size_value
+
+_EXACT_BELOW = {torch.float32: 1 << 24, torch.float64: 1 << 53}
+"""Integers of a smaller magnitude, and these over powers of two, are floating-point numbers."""
 
 INDEX_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
 
@@ -52,7 +55,9 @@ def position(value: Scalar, size: Int, *, wrap: bool) -> tuple[Int, tuple[Indire
 
 
 def as_int(value: Scalar) -> Int | None:
-    """`value` as an integer expression, if it is int64 arithmetic on indices and sizes only."""
+    """`value` as an integer expression, if it is arithmetic on indices and sizes only: in int64, or in floating point where
+    that is exact.
+    """
     if isinstance(value, Const):
         return value.value if isinstance(value.value, int) and value.dtype != torch.bool else None
     if isinstance(value, IndexValue):
@@ -61,9 +66,49 @@ def as_int(value: Scalar) -> Int | None:
         return None
     if value.name == "where":
         return _chosen(value)
+    if value.name == "cast" and value.args[0].dtype in _EXACT_BELOW:
+        return _truncated(value.args[0])
     args = [as_int(a) for a in value.args]
     known = [a for a in args if a is not None]
     return _arithmetic(value.name, known) if len(known) == len(args) else None
+
+
+def _truncated(value: Scalar) -> Int | None:
+    """The floating-point `value` as an integer, if it is an exact quotient of no negative one: the places that an upsampled
+    image reads, when each is so many times as large as before.
+    """
+    found = _quotient(value)
+    if found is None or not ask("<=", 0, found[0]):
+        return None
+    return floordiv(found[0], found[1])
+
+
+def _quotient(value: Scalar) -> tuple[Int, int] | None:
+    """(numerator, power of two) of a `value` that floating-point arithmetic on integers gives without any rounding."""
+    limit = _EXACT_BELOW.get(value.dtype)
+    found: tuple[Int, int] | None = None
+    match value:
+        case Const(value=float() | int() as number) if limit is not None and abs(number) < limit:
+            found = float(number).as_integer_ratio()
+        case Op(name="cast", args=(whole,)) if not whole.dtype.is_floating_point:
+            integer = as_int(whole)
+            found = None if integer is None else (integer, 1)
+        case Op(name="add" | "sub" | "mul" as name, args=(left, right)):
+            one, other = _quotient(left), _quotient(right)
+            if one is not None and other is not None:
+                found = _combined(name, one, other)
+    if found is None or limit is None or found[1] > limit:
+        return None
+    low, high = bounds(found[0])
+    return found if low is not None and high is not None and max(-low, high) < limit else None
+
+
+def _combined(name: str, one: tuple[Int, int], other: tuple[Int, int]) -> tuple[Int, int]:
+    (a, n), (b, m) = one, other
+    if name == "mul":
+        return mul(a, b), n * m
+    both = max(n, m)  # both are powers of two
+    return add(mul(a, both // n), mul(b, (1 if name == "add" else -1) * (both // m))), both
 
 
 def _arithmetic(name: str, args: list[Int]) -> Int | None:
