@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxopt.ir.layers import attention_name
 from fxopt.ir.quantized_ops import dequantized, quantize_weight
 from fxopt.precision import PRECISIONS, Refinement, Table, group_of, misfit
+from fxopt.quant.emulate_attention import Attend, Attentions
 from fxopt.quant.ranges import GRIDS, Grid
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,15 +47,19 @@ Treatment = Callable[[LayerCall], Tensor | None]
 
 
 @contextmanager
-def treated(model: nn.Module, treat: Treatment) -> Iterator[None]:
-    """While this lasts, each layer that `model`, or a part of it, runs returns what `treat` makes of it.
+def treated(model: nn.Module, treat: Treatment, attend: Attend | None = None) -> Iterator[None]:
+    """While this lasts, each layer that `model`, or a part of it, runs returns what `treat` makes of it, and each attention
+    what `attend` does.
 
     Layers are products with a weight that is a parameter or buffer of `model`. Those in autocast regions are not found:
     their weights are copies.
     """
     stack = _Modules(model)
     try:
-        with _Products(model, stack, treat):
+        with ExitStack() as modes:
+            modes.enter_context(_Products(model, stack, treat))
+            if attend is not None:
+                modes.enter_context(Attentions(attend, stack.attention))
             yield
     finally:
         stack.remove()
@@ -86,6 +92,14 @@ class _Modules:
         name = self.names[-1]
         self.seen[name] += 1
         return name if self.seen[name] == 1 else f"{name}#{self.seen[name] - 1}"
+
+    def attention(self) -> str | None:
+        """The name of the next attention; None outside of the model."""
+        if not self.names:
+            return None
+        bare = attention_name(self.names[-1], 0)
+        self.seen[bare] += 1
+        return attention_name(self.names[-1], self.seen[bare] - 1)
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -4,13 +4,16 @@ with its casts and what they fuse with."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxopt.ir.layers import AT_ATTENTION, OPERANDS
 from fxopt.precision import HIGH, PRECISIONS
 from fxopt.quant.batches import compiled_apart
 from fxopt.quant.table import Calibration
@@ -39,6 +42,36 @@ def unavailable(precision: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "a CPU has no products in float8"
     return None if torch.cuda.get_device_capability(device) >= (8, 9) else "this GPU has no products in float8"
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """query [batch, heads, rows, width], key and value [batch, groups, keys, width]."""
+
+    batch: int
+    heads: int
+    groups: int
+    rows: int
+    keys: int
+    width: int
+    value_width: int
+    causal: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _AttentionRegion(nn.Module):
+    """Attention behind products by elements, which stand for what its casts fuse with."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        self.causal, self.grouped = shape.causal, shape.heads != shape.groups
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = F.scaled_dot_product_attention(
+            query * 2, key * 2, value * 2, is_causal=self.causal, enable_gqa=self.grouped
+        )
+        return out.transpose(1, 2).flatten(2)
 
 
 class _Region(nn.Module):
@@ -83,3 +116,32 @@ def _compiled(region: nn.Module, x: Tensor, precision: str, table: Calibration, 
         options["calibration"] = table
     compiled = compiled_apart(region, backend, options, dynamic=False)
     return lambda: compiled(x)
+
+
+def measured_attention(
+    shape: AttentionShape, precisions: Iterable[str], calibration: Calibration, layer: str, backend: Any, seconds: float
+) -> dict[str, float]:
+    """`measured` of attention; without a mask, which costs every precision the same."""
+    devices = [shape.device] if shape.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(0)
+
+        def made(heads: int, rows: int, width: int) -> Tensor:
+            sizes = (shape.batch, rows, heads, width)
+            return torch.randn(sizes, dtype=shape.dtype, device=shape.device).transpose(1, 2)
+
+        keys = made(shape.groups, shape.keys, shape.width), made(shape.groups, shape.keys, shape.value_width)
+        args = (made(shape.heads, shape.rows, shape.width), *keys)
+        region = _AttentionRegion(shape).eval()
+        own = tuple(dataclasses.replace(calibration[f"{layer}.{x}"], name=f"{AT_ATTENTION}.{x}") for x in OPERANDS)
+        calls = {}
+        for name in (HIGH, *precisions):
+            options: dict[str, Any] = {"freeze": True, "precision": {f"*{AT_ATTENTION}": name}}
+            if name != HIGH:
+                options["calibration"] = dataclasses.replace(calibration, layers=own)
+            compiled = compiled_apart(region, backend, options, dynamic=False)
+            calls[name] = functools.partial(compiled, *args)
+        for call in calls.values():
+            call()
+        timings = interleaved(calls, shape.device, seconds=seconds, ahead=shape.device.type == "cuda")
+    return {name: timing.median for name, timing in timings.items()}

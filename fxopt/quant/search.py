@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import OptionError
-from fxopt.ir.layers import LINEAR
+from fxopt.ir.layers import ATTENTION, LINEAR, OPERANDS, attention_of
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Decisions
 from fxopt.quant import savings
@@ -33,9 +33,10 @@ from fxopt.quant.batches import Forward, compiled_apart, on_device, shown
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.choice import Offer, decisions, in_order
 from fxopt.quant.emulate import LayerCall, obstacle
+from fxopt.quant.emulate_attention import AttentionCall, unfit
 from fxopt.quant.gradients import estimated_errors
 from fxopt.quant.report import LayerReport, Report
-from fxopt.quant.savings import NOISE, LayerShape
+from fxopt.quant.savings import NOISE, AttentionShape, LayerShape
 from fxopt.quant.smooth import groups
 from fxopt.quant.table import Calibration
 from fxopt.quant.trial import Loss, Metric, Trial, longest
@@ -112,7 +113,9 @@ def quantize(
     _check_budget(budget)
     model = getattr(model, "_orig_mod", model)
     kept = [on_device(batch, model) for batch in itertools.islice(loader, batches)] if isinstance(model, nn.Module) else []
-    calibration = calibrate(model, kept, forward=forward, method=method, progress=progress, backend=backend)
+    on_gpu = any(t.is_cuda for t in itertools.chain(model.parameters(), model.buffers())) if kept else False
+    observe = (ATTENTION,) if on_gpu and "fp8" in wanted else ()
+    calibration = calibrate(model, kept, forward=forward, method=method, observe=observe, progress=progress, backend=backend)
     integers = next((name for name in wanted if "int" in str(PRECISIONS[name].weights)), None)
     if fit and integers is not None and groups(calibration, model):
         calibration = activation_aware(calibration, model, kept, integers, forward=forward)
@@ -156,11 +159,12 @@ class _Search:
         self.metric, self.backend, self.seconds, self.progress = metric, backend, seconds, progress
         self.rows: dict[str, LayerReport] = {}
         self._emulated: dict[int, float] = {}
+        self.device = next(itertools.chain(trial.model.parameters(), trial.model.buffers())).device
 
     def run(self, precisions: Sequence[str]) -> Result:
         per_batch = self.trial.calls()
-        at = longest(per_batch)
-        self.timed, calls = self.trial.batches[at], per_batch[at]
+        self.at = longest(per_batch)
+        self.timed, calls = self.trial.batches[self.at], per_batch[self.at]
         self.high = self._compiled({})
         self.loss = Loss(self.trial, self.metric, self.high)
         offers = self._offers(calls, precisions)
@@ -188,6 +192,8 @@ class _Search:
     def _offers(self, calls: Mapping[str, LayerCall], precisions: Sequence[str]) -> list[Offer]:
         possible: dict[str, list[str]] = {}
         for layer in self.calibration.layers:
+            if layer.kind == ATTENTION:
+                continue
             call = calls.get(layer.name)
             problem = "convolutions are not quantized" if layer.kind != LINEAR else layer.obstacle
             if problem is None and call is None:
@@ -199,6 +205,7 @@ class _Search:
                 possible[layer.name] = [p for p, why in obstacles.items() if why is None]
                 row.why = "" if possible[layer.name] else str(obstacles[precisions[0]])
         self._time(calls, possible)
+        self._time_attention(precisions)
         pairs = [(name, p) for name, row in self.rows.items() for p in row.saved if row.saved[p] > 0.0]
         errors = estimated_errors(self.trial, pairs, PROBES) if len(pairs) > MOST_TRIED else {}
         offers = [Offer(name, p, errors.get((name, p), 0.0), self.rows[name].saved[p]) for name, p in pairs]
@@ -223,11 +230,40 @@ class _Search:
         for (shape, precisions), names in shown(list(shapes.items()), "times of layers", self.progress):
             times = savings.measured(shape, precisions, self.calibration, names[0], self.backend, self.seconds)
             for name in names:
-                row = self.rows[name]
-                row.seconds = times[HIGH]
-                for precision in precisions:
-                    gain = times[HIGH] - times[precision]
-                    row.saved[precision] = gain if gain > NOISE * times[HIGH] else min(gain, 0.0)
+                self._note_times(self.rows[name], times, precisions)
+
+    def _note_times(self, row: LayerReport, times: Mapping[str, float], precisions: Sequence[str]) -> None:
+        row.seconds = times[HIGH]
+        for precision in precisions:
+            gain = times[HIGH] - times[precision]
+            row.saved[precision] = gain if gain > NOISE * times[HIGH] else min(gain, 0.0)
+
+    def _time_attention(self, precisions: Sequence[str]) -> None:
+        """A row for each attention that calibration has observed, and what fp8 saves."""
+        names = dict.fromkeys(name for x in self.calibration.layers if (name := attention_of(x.name)) is not None)
+        calls = self.trial.attention_calls(self.at) if names else {}
+        times: dict[AttentionShape, dict[str, float]] = {}
+        for name in shown(list(names), "times of attention", self.progress):
+            call = calls.get(name)
+            query = self.calibration[f"{name}.{OPERANDS[0]}"]
+            rows = 0 if call is None else call.query.shape[2]
+            problem = self._obstacle_of_attention(name, call, precisions)
+            row = self.rows[name] = LayerReport(name, query.shape, rows, str(query.dtype), problem or "")
+            if problem is None and call is not None:
+                shape = _attention_shape(call, self.device)
+                if shape not in times:
+                    times[shape] = savings.measured_attention(
+                        shape, ("fp8",), self.calibration, name, self.backend, self.seconds
+                    )
+                self._note_times(row, times[shape], ("fp8",))
+
+    def _obstacle_of_attention(self, name: str, call: AttentionCall | None, precisions: Sequence[str]) -> str | None:
+        if call is None:
+            return "the longest batch does not run it, or not as scaled_dot_product_attention"
+        if "fp8" not in precisions:
+            return unfit(call, precisions[0])
+        operands = (self.calibration[f"{name}.{operand}"].obstacle for operand in OPERANDS)
+        return savings.unavailable("fp8", self.device) or unfit(call, "fp8") or next(filter(None, operands), None)
 
     # ------------------------------------------------------------------ decisions
 
@@ -258,9 +294,8 @@ class _Search:
     def _if_faster(self, quantized: Callable[..., Any], chosen: Mapping[str, str], reached: float) -> Result:
         forward, batch = self.trial.forward, self.timed
         calls = {HIGH: lambda: forward(self.high, batch), "quantized": lambda: forward(quantized, batch)}
-        device = next(itertools.chain(self.trial.model.parameters(), self.trial.model.buffers())).device
         with torch.no_grad():
-            timings = interleaved(calls, device, seconds=4 * self.seconds)
+            timings = interleaved(calls, self.device, seconds=4 * self.seconds)
         before, after = timings[HIGH].median, timings["quantized"].median
         if after > (1.0 - NOISE_OF_MODEL) * before:
             return self._refused("quantized, the whole model is not faster", reached, before, after)
@@ -304,6 +339,11 @@ class _Search:
         )
         every = Decisions.of({name: chosen.get(name, HIGH) for name in self.rows})
         return Result(model, self.calibration, every, refused, report)
+
+
+def _attention_shape(call: AttentionCall, device: torch.device) -> AttentionShape:
+    (batch, heads, rows, width), (_, groups, keys, value_width) = call.query.shape, call.value.shape
+    return AttentionShape(batch, heads, groups, rows, keys, width, value_width, call.is_causal, call.query.dtype, device)
 
 
 def _shape(call: LayerCall) -> LayerShape:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import CalibrationError
+from fxopt.ir.layers import OPERANDS
 from fxopt.precision import HIGH
 from fxopt.quant.batches import Forward, call_model
 from fxopt.quant.emulate import LayerCall, treated, with_table
+from fxopt.quant.emulate_attention import AttentionCall, quantized_attention
 from fxopt.quant.table import Calibration
 
 Metric = Callable[[Any], float]
@@ -63,6 +65,19 @@ class Trial:
                 self.forward(self.model, batch)
         return found
 
+    def attention_calls(self, batch: int) -> dict[str, AttentionCall]:
+        """The attention of the calibration that a batch runs, on the meta device."""
+        found: dict[str, AttentionCall] = {}
+
+        def note(call: AttentionCall) -> None:
+            if call.name in self._names:
+                query, key, value = (torch.empty_like(x, device="meta") for x in (call.query, call.key, call.value))
+                found.setdefault(call.name, replace(call, query=query, key=key, value=value, mask=None))
+
+        with torch.no_grad(), treated(self.model, lambda call: None, note):
+            self.forward(self.model, self.batches[batch])
+        return found
+
     def quantized(self, call: LayerCall, precision: str) -> Tensor:
         """The result [M, N] of a layer of the calibration in `precision`."""
         name = self.name_of(call)
@@ -79,7 +94,14 @@ class Trial:
                 return None
             return self.quantized(call, precision)
 
-        return treated(self.model, treat)
+        def attend(call: AttentionCall) -> Tensor | None:
+            precision = decisions.get(call.name, HIGH)
+            if call.name not in self._names or precision == HIGH:
+                return None
+            scales = {operand: self.calibration.scale(f"{call.name}.{operand}", precision) for operand in OPERANDS}
+            return quantized_attention(call, scales)
+
+        return treated(self.model, treat, attend)
 
     def error(self, run: Callable[..., Any], most: int | None = None) -> float:
         """The relative error of `run`'s outputs, on `most` batches or all: the norm of the difference over that of the
