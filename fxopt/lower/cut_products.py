@@ -24,7 +24,9 @@ MOST_PADDED = 8
 def cut_to(product: Product, region: Region) -> Product | None:
     """The columns of `product` that `region` goes over, one iteration for each element, if it leaves out the last few."""
     z, m, _, n = product.sizes
-    elements = prod(s.size or 0 for s in region.nest.points)
+    if not isinstance(n, int):
+        return None
+    elements = prod(0 if s.size is None else s.size for s in region.nest.points)
     counts = (n - left_out for left_out in range(1, min(MOST_PADDED, n - 1)))
     count = next((c for c in counts if elements == z * m * c), None)
     return None if count is None else columns_of(product, 0, count)

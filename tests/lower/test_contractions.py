@@ -500,6 +500,17 @@ ANY_ROWS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], set[tupl
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dims", [{(0, 0), (3, 0)}, {(1, 0), (2, 0), (3, 1)}], ids=["rows", "columns"])
+def test_a_norm_after_a_product_of_unknown_size_is_a_kernel(dims: set[tuple[int, int]]) -> None:
+    """What cannot be the product's epilogue is asked whether it cuts a padded product to size."""
+    args = (*LINEAR, rand(M, N))
+    low = searched_for_any(lambda x, w, b, y: F.layer_norm(y + F.linear(x, w, b), (w.shape[0],)), args, dims)
+    assert any(isinstance(s, Region) for s in low.steps)
+    (got,) = run_lowered(low, dict(zip(low.inputs, args, strict=True)))
+    x, w, b, y = args
+    torch.testing.assert_close(got, F.layer_norm(y + F.linear(x, w, b), (N,)), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ANY_ROWS)
 def test_any_number_of_rows(name: str) -> None:
     """Every way is right for other sizes than those of tracing."""
