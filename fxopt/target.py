@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # compile workers need no more than the numbers
+    import torch
 
 _SHARED_PER_BLOCK = {
     75: 65536,
@@ -45,6 +47,8 @@ class Target:
     @staticmethod
     def current(device: torch.device | str) -> Target:
         """The target of `device` on this machine. Raises RuntimeError (from torch) when that CUDA device does not exist."""
+        import torch
+
         device = torch.device(device)
         if device.type == "cuda":
             return _from_cuda_device(torch.cuda.current_device() if device.index is None else device.index)
@@ -65,6 +69,8 @@ class Target:
     @staticmethod
     def cpu() -> Target:
         """This machine's CPU."""
+        import torch
+
         capability = torch.backends.cpu.get_cpu_capability()
         return Target("cpu", sm_count=torch.get_num_threads(), cpu_capability=capability, name="cpu")
 
@@ -125,6 +131,8 @@ def _nearest_known(arch: int) -> int:
 
 @functools.cache
 def _from_cuda_device(index: int) -> Target:
+    import torch
+
     properties = torch.cuda.get_device_properties(index)
     typical = Target.cuda(properties.major * 10 + properties.minor)
     return replace(

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from fxopt.codegen import cpp_build, cxx, triton_build
+from fxopt.codegen.triton_job import PROBE, triton_job
 from fxopt.codegen.workers import Heard, Outcome, WorkersUnavailable, describe, shared_pool, worker_count
 from fxopt.errors import CacheError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
@@ -22,9 +23,9 @@ Keyed = list[tuple[str, KernelSource]]
 Ready = Callable[[int, Result], None]
 """What is told the place of a source and what became of it."""
 
-_TRITON_JOB = "fxopt.codegen.compile:triton_job"
+_TRITON_JOB = "fxopt.codegen.triton_job:triton_job"
 _TRITON_WARM_UP = "fxopt.codegen.triton_build:warm_up"
-_TRITON_REHEARSAL = "fxopt.codegen.compile:rehearse_triton"
+_TRITON_REHEARSAL = "fxopt.codegen.triton_job:rehearse"
 
 
 def compile_kernels(
@@ -166,20 +167,6 @@ def _compile_cpp(todo: Keyed, target: Target, store: ArtifactStore, toolchain: s
 # --- Triton
 
 
-def triton_job(source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
-    """Compile one kernel from JSON data to JSON data; what compile workers run."""
-    kernel = KernelSource("triton", source["entry"], source["text"], (), compile_options=source["compile_options"])
-    code, meta = triton_build.compile_triton(kernel, Target(**target))
-    return {"code": base64.b64encode(code).decode(), "meta": meta}
-
-
-def rehearse_triton() -> None:
-    """Compile a small kernel, and read the device functions that others import: a worker's first kernel then takes no
-    longer than its next ones (0.2 s less). What Triton keeps of it does not depend on the target."""
-    triton_build.read_device_functions()
-    triton_build.compile_triton(_PROBE, Target.cuda(90))
-
-
 _refused: dict[str, str] = {}
 """Targets (by key) that the installed Triton cannot compile for, with the reason."""
 
@@ -190,22 +177,6 @@ def _no_triton(target: Target) -> str | None:
         return f"Triton does not support {target.name} (sm_{target.arch})"
     return triton_build.available() or _refused.get(target.key)
 
-
-_PROBE = KernelSource(
-    "triton",
-    "fx_probe",
-    "import triton\nimport triton.language as tl\n\n\n@triton.jit\ndef fx_probe(b0):\n    tl.store(b0, 1.0)\n",
-    ("b0",),
-    compile_options={
-        "signature": {"b0": "*fp32"},
-        "constexprs": {},
-        "aligned": [],
-        "num_warps": 1,
-        "num_stages": 1,
-        "asserts": False,
-    },
-)
-"""A kernel that compiles for every target that Triton compiles for."""
 
 _probed: set[str] = set()
 """Targets (by key) for which the probe has been compiled, or tried."""
@@ -223,7 +194,7 @@ def _learn(outcomes: Sequence[Outcome], target: Target) -> None:
     nameless = any("gpu-name" in error for error in errors)
     if not nameless and target.key not in _probed:
         _probed.add(target.key)
-        (probe,) = _run_jobs([_job(_PROBE, target)], target)
+        (probe,) = _run_jobs([_job(PROBE, target)], target)
         if probe.error is not None:
             nameless = "gpu-name" in probe.error
             reason = f"the installed Triton compiles nothing for the GPU {wanted}: {cxx.essence(probe.error)}"

@@ -28,10 +28,7 @@ SCRATCH_POINTERS = 2
 _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": False}
 """Signed overflow wraps as in eager, and denormals are kept."""
 
-_DEVICE_FILES = (
-    *("triton_helpers.py", "templates/gemm.py", "templates/grouped_gemm.py", "templates/aligned_gemm.py"),
-    *("templates/conv.py", "templates/attention.py", "triton_chain.py"),
-)
+_DEVICE_FILES = ("triton_helpers.py", "triton_chain.py", "templates/*.py")
 """Device functions that printed kernels import, and what is done to their text."""
 
 _DESCRIPTOR = "tensordesc"
@@ -74,7 +71,8 @@ def toolchain_id(target: Target) -> str:
     if spec is None or spec.origin is None:
         return f"no triton; {target.key}"
     ptxas = _ptxas_version(Path(spec.origin).parent / "backends/nvidia/bin", target)
-    texts = b"".join((Path(__file__).parent / name).read_bytes() for name in _DEVICE_FILES)
+    paths = (path for pattern in _DEVICE_FILES for path in sorted(Path(__file__).parent.glob(pattern)))
+    texts = b"".join(path.read_bytes() for path in paths)
     helpers = hashlib.sha256(texts).hexdigest()[:16]
     version = importlib.metadata.version("triton")
     return f"triton {version}; ptxas {ptxas}; {target.key}; {sorted(_OPTIONS.items())}; helpers {helpers}"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fxopt.codegen import compile as compiling
-from fxopt.codegen import cpp_build, triton_build, workers
+from fxopt.codegen import cpp_build, triton_build, triton_job, workers
 from fxopt.codegen.compile import compile_kernels
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.runtime import cachedir
@@ -213,7 +213,15 @@ def test_a_gpu_that_nothing_compiles_for(store: ArtifactStore, monkeypatch: pyte
 
 def test_the_simplest_kernel_compiles() -> None:
     pytest.importorskip("triton")
-    assert triton_build.compile_triton(compiling._PROBE, H100)[0].startswith(b"\x7fELF")
+    assert triton_build.compile_triton(triton_job.PROBE, H100)[0].startswith(b"\x7fELF")
+
+
+def test_compile_workers_do_without_torch() -> None:
+    """Its import takes longer than a compilation."""
+    pytest.importorskip("triton")
+    job = "import sys; from fxopt.codegen import triton_job; triton_job.rehearse(); print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "False"
 
 
 def test_a_gpu_older_than_triton_supports(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
