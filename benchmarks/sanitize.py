@@ -9,6 +9,7 @@ side, in the order of SUITE, with an allocation for each tensor: an access beyon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -92,11 +93,11 @@ def _wait(process: subprocess.Popen[bytes], until: float, within: bool) -> bool:
         inner = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if within else []
         for pid in map(int, inner or [process.pid]):
             os.kill(pid, signal.SIGINT)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    except subprocess.TimeoutExpired:
+    with contextlib.suppress(ProcessLookupError):  # the tool may end before what it watched does
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
     return False
 
 
@@ -129,9 +130,9 @@ def main(
         ended = _wait(process, start + limit, within=True)
         findings.append(read(tool, path.read_text(errors="replace"), ended, time.monotonic() - start))
         print(json.dumps(asdict(findings[-1]), indent=1), flush=True)
-    if out is not None:
-        facts = {"device": target_facts(pick_device("cuda")), "torch": torch.__version__, "suite": suite}
-        out.write_text(json.dumps({**facts, "findings": [asdict(f) for f in findings]}, indent=1) + "\n")
+        if out is not None:
+            facts = {"device": target_facts(pick_device("cuda")), "torch": torch.__version__, "suite": suite}
+            out.write_text(json.dumps({**facts, "findings": [asdict(f) for f in findings]}, indent=1) + "\n")
     raise typer.Exit(int(any(f.found != 0 for f in findings)))
 
 
