@@ -41,6 +41,7 @@ _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in 
 _PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
 _ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
 _MOST_PROGRAMS_PER_SM = 24  # where parts stay long: so many that the last wave, which is not full, does not count
+_FEW_PARTS = 1024  # of one column of programs, which the kernel that joins them reads in a few steps
 _LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
 _WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from which on the last ones do not count
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
@@ -392,8 +393,10 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
         return []
     least = 512 if tiling.inner_reduction else 64
     few, many = (-(-n * target.sm_count // programs) for n in (_PROGRAMS_PER_SM, _MOST_PROGRAMS_PER_SM))
-    wanted = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least, 1024)
-    parts = (_even_parts(tiling, row, p) for p in (wanted, wanted // 2))
+    most = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least)
+    wanted = min(most, _FEW_PARTS)
+    more = [min(most, 2 * _FEW_PARTS)] if most > wanted else []  # as many as run at once leave nobody to take another's turn
+    parts = (_even_parts(tiling, row, p) for p in (wanted, *more, wanted // 2))
     return list(dict.fromkeys(p for p in parts if p > 1))
 
 
