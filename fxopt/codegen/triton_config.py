@@ -41,6 +41,8 @@ _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in 
 _PART_SHARE = 4  # what is loaded, over what parts may store and load again for their sums
 _ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
 _MOST_PROGRAMS_PER_SM = 24  # where parts stay long: so many that the last wave, which is not full, does not count
+_LOOPED_GROUP = 4096  # elements of a group of rows from which on reading them again, out of the cache, is worth a trial
+_FEW_PARTS = 1024  # of one column of programs, which the kernel that joins them reads in a few steps
 _LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
 _WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from which on the last ones do not count
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
@@ -289,7 +291,12 @@ def _group_configs(tiling: Tiling, size: int, target: Target) -> list[TritonConf
         held = size * together * block // (32 * warps) * streams
         crowded = 1.5 * held + 32 > min(255, target.registers_per_sm // (32 * warps))
         found.append((crowded, TritonConfig(size * together, r_block=block, num_warps=warps)))
-    return [c for _, c in sorted(found, key=lambda t: t[0])]
+    whole = [c for _, c in sorted(found, key=lambda t: t[0])]
+    if size * block <= _LOOPED_GROUP:
+        return whole
+    # a program that holds its group leaves no room for a second one, which would load while it computes
+    looped = TritonConfig(size, r_block=max(1, _LOOPED_GROUP // size), persistent=False, num_warps=8)
+    return [whole[0], looped, *whole[1:]]
 
 
 def _reads_once(tiling: Tiling) -> bool:
@@ -392,8 +399,10 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
         return []
     least = 512 if tiling.inner_reduction else 64
     few, many = (-(-n * target.sm_count // programs) for n in (_PROGRAMS_PER_SM, _MOST_PROGRAMS_PER_SM))
-    wanted = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least, 1024)
-    parts = (_even_parts(tiling, row, p) for p in (wanted, wanted // 2))
+    most = min(max(few, min(many, row * config.x_block // _LONG_PART)), row // least)
+    wanted = min(most, _FEW_PARTS)
+    more = [min(most, 2 * _FEW_PARTS)] if most > wanted else []  # as many as run at once leave nobody to take another's turn
+    parts = (_even_parts(tiling, row, p) for p in (wanted, *more, wanted // 2))
     return list(dict.fromkeys(p for p in parts if p > 1))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from fxopt.ir.exprs import Int, Sym, substitute, symbol
+from fxopt.ir.exprs import Int, Sym, coefficient, substitute, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, loads_below, postorder, transform
 from fxopt.ir.region import Alternatives, BufferSpec, Region, Step, Way
 from fxopt.ir.rounding import rounded
@@ -139,6 +139,9 @@ def _together(regions: _Three, kept: frozenset[str]) -> Region | None:
     )
     region = with_nests(whole, nest, None)
     fits = len(region.buffers) <= MAX_BUFFERS and len(list(postorder(nest.roots))) <= MAX_NODES
+    fastest = domain.along[-1]
+    if any(coefficient(n.index, fastest) != 1 for n in nest.loads() if n.buffer in shared and fastest in n.symbols()):
+        return None  # a group of channels that lie side by side in memory is a few bytes of every place
     return region if fits and not set(region.reads()) & set(region.writes()) else None
 
 

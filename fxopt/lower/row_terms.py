@@ -16,8 +16,13 @@ from fxopt.ir.exprs import contiguous_strides, ravel, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, loads_below, postorder
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import NARROW
+from fxopt.lower import cost
 from fxopt.lower.align import extents
 from fxopt.lower.joining import join, with_nests
+
+SHORTEST_ROW_BYTES = 4096
+"""Of a row: a program with less to read only waits for the index and what it picks. 65536 rows of 1024 in bfloat16 took
+longer so; rows of 4096 bytes and more are faster (`benchmarks.memory_bound`, 128 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ def with_terms(rows: Region, total: Region) -> WithTerms | None:
     if count != 1 or not isinstance(length, int) or length != extents(rows.nest)[0]:
         return None
     found = _terms(rows, total)
-    if not any(load.indirect and load.buffer in rows.reads() for value in found for load in loads_below((value,))):
+    picked = {n.buffer for value in found for n in loads_below((value,)) if n.indirect} & set(rows.reads())
+    if not any(_row_bytes(rows, name) >= SHORTEST_ROW_BYTES for name in picked):
         return None
     sizes = tuple(length_of for s in nest.reduced if (length_of := s.size) is not None)
     index = ravel(tuple(map(symbol, nest.reduced)), sizes)
@@ -60,6 +66,13 @@ def with_terms(rows: Region, total: Region) -> WithTerms | None:
         return None
     left = tuple(s.transformed({}, lambda v: _replaced(v, loads)) for s in nest.stores)
     return WithTerms(joined, with_nests(replace(total, buffers=buffers), replace(nest, stores=left), None), tuple(specs))
+
+
+def _row_bytes(rows: Region, name: str) -> int:
+    """Bytes that `rows` reads of buffer `name` for each row."""
+    along = frozenset(rows.nest.reduced)
+    walked = any(n.buffer == name and along & n.symbols() and not n.indirect for n in rows.nest.loads())
+    return cost.extent(s.size for s in rows.nest.reduced) * rows.buffers[name].dtype.itemsize if walked else 0
 
 
 def _terms(rows: Region, total: Region) -> list[Scalar]:

@@ -106,6 +106,21 @@ def test_cpus_have_one_way() -> None:
     assert not alternatives(both_ways(gradients(4, 8, 6), tensors(3, 8, 6, 4), device="cpu"))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_last_stays_apart(channels_last: bool) -> None:
+    """A group is a few bytes of every place."""
+
+    def fn(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        grad, x = (grad.mT, x.mT) if channels_last else (grad, x)
+        total = ((grad * x).sum(-1).view(2, 4, 2) * weight.view(4, 2)).sum(-1).repeat_interleave(2, 1)
+        return grad + x * total[:, :, None]
+
+    shape = (2, 16, 8) if channels_last else (2, 8, 16)
+    args = torch.randn(shape), torch.randn(shape), torch.randn(8)
+    low = with_group_sums(schedule(moved(lower(fn, args, decompose=decompositions()), "cuda")))
+    assert len(alternatives(low)) == (not channels_last)
+
+
 def test_sums_of_groups_that_others_read_stay_apart() -> None:
     """The kernel for all does not store them."""
 

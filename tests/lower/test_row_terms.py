@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxopt.capture.decompositions import decompositions
 from fxopt.ir.region import Region
+from fxopt.lower import row_terms
 from fxopt.lower.schedule import schedule
 from fxopt.tune.made_up import index_bounds
 from tests.lower.capturing import moved
@@ -17,7 +18,7 @@ from tests.lower.harness import lower
 from tests.lower.interpreter import run_lowered
 from tests.numerics import assert_closer, to_float64
 
-ROWS, CLASSES = 40, 24
+ROWS, CLASSES = 40, row_terms.SHORTEST_ROW_BYTES // 2
 
 
 def regions(fn: Callable[..., object], *args: Tensor, device: str = "cuda") -> list[Region]:
@@ -56,6 +57,13 @@ def test_a_cross_entropy_picks_where_its_rows_are(dtype: torch.dtype) -> None:
     assert list((index_bounds(rows) or {}).values()) == [CLASSES], "so it can be measured on made-up targets"
     apart = regions(loss, logits, target, torch.rand(CLASSES, dtype=dtype), device="cpu")
     assert any(load.indirect for load in apart[-1].nest.loads())
+
+
+def test_short_rows_do_not_wait_for_what_they_pick() -> None:
+    logits, target = logits_and_target()
+    short = CLASSES // 4
+    found = regions(loss, logits[:, :short].contiguous(), target % short, torch.rand(short))
+    assert not any("terms" in name for region in found for name in region.writes())
 
 
 def test_what_is_not_picked_is_added_up_apart() -> None:
