@@ -222,6 +222,22 @@ def test_rows_of_equal_alignment_store_whole_vectors() -> None:
     assert compile_triton(kernel, TARGET)[1]["n_spills"] == 0
 
 
+def test_values_of_parts_that_one_thread_adds_up(interpreter: Interpreter) -> None:
+    fn, args = FUNCTIONS["linear"]
+    low = kept(searched(fn, *args), FUSED)
+    (contraction,) = low.steps
+    assert isinstance(contraction, Contraction)
+    printed = print_contraction(contraction, replace(POINTER, split=3), TARGET, unrolled=True)
+    assert "tl.sum" not in printed.kernels[1].text
+    memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
+    (name,) = contraction.writes()
+    memory |= {name: padded(torch.full((M * N,), float("nan"), dtype=F16))}
+    memory |= {s.name: padded(torch.full((int(s.extent),), float("nan"))) for s in printed.scratch}
+    for kernel in printed.kernels:
+        interpreter.run(kernel, memory)
+    assert_closer(memory[name].view(M, N), fn(*args), fn(*to_float64(args)))
+
+
 @pytest.mark.parametrize("config", [c for c in CONFIGS if not c.tma], ids=str)
 def test_values_at_odd_sizes_and_strides(interpreter: Interpreter, config: GemmConfig) -> None:
     """What no tensor map describes: rows of odd lengths, and columns that are apart."""
