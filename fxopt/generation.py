@@ -39,7 +39,7 @@ def decode(
 
     The tokens are those of transformers' greedy search. What that loop does beyond (sampling, beams, processed scores,
     padded prompts, other caches, more results than tokens) is left to it, with a warning that says why. `options` are the
-    backend's.
+    backend's. transformers gives streamers to its own loops only.
     """
     reason = _obstacle(model, input_ids, logits_processor, stopping_criteria, generation_config, others)
     if reason is not None:
@@ -60,7 +60,8 @@ def _written(
 ) -> Tensor:
     """Tokens [B, T] after `input_ids`, until there are `most` with these or every sequence has one of `end`, and perhaps one
     more."""
-    given = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **others)
+    known = {name: value for name, value in others.items() if name in _KNOWN}
+    given = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **known)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     token, done, all_done = _next(model(**given, return_dict=True).logits, done, end)
     tokens, step, has_ended = [token], _step(model, options), _later(all_done, end)
