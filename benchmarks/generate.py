@@ -1,7 +1,8 @@
 """Tokens per second of transformers' `generate`: `python -m benchmarks.generate --out FILE`.
 
 A Llama with random weights writes greedily after a prompt, for one sequence: in eager mode, in eager mode with a static
-cache, as transformers compiles the decoding step itself (Inductor, reduce-overhead), and with fxopt in Inductor's place.
+cache, as transformers compiles the decoding step itself (Inductor, reduce-overhead), with fxopt in Inductor's place, and
+with fxopt's loop (`fxopt.generation`) in transformers' own's ("fxopt-loop").
 Rounds are interleaved; a time is that of a whole call of `generate`, prompt and host included.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.models import llama
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
+from fxopt.generation import decode
 from fxopt.report.backends import resolve_backend
 from fxopt.report.contenders import caches_under
 from fxopt.report.explanation import journals
@@ -43,17 +45,21 @@ TINY = {"hidden": 64, "layers": 2, "vocab": 97}
 
 @dataclass(frozen=True)
 class Way:
-    """One way to call `generate`: with a static cache or not, and backend and mode of the decoding step (None: eager)."""
+    """One way to call `generate`: with a static cache or not, backend and mode of the decoding step (None: eager), and
+    whether `fxopt.generation.decode` stands in the place of transformers' own loop."""
 
     name: str
     static: bool = True
     backend: str | None = None
     mode: str | None = None
+    own_loop: bool = False
 
     def arguments(self, everywhere: bool) -> dict[str, Any]:
         """Of `generate`. transformers compiles on GPUs only, unless asked to do so `everywhere`."""
         if not self.static:
             return {}
+        if self.own_loop:
+            return {"cache_implementation": "static", "custom_generate": decode}
         if self.backend is None:
             return {"cache_implementation": "static", "disable_compile": True}
         from transformers import CompileConfig
@@ -71,6 +77,7 @@ WAYS = {
         Way("transformers", backend="inductor", mode="reduce-overhead"),
         Way("fxopt", backend="fxopt"),
         Way("fxopt-reduce-overhead", backend="fxopt", mode="reduce-overhead"),
+        Way("fxopt-loop", own_loop=True),
     )
 }
 

@@ -37,7 +37,7 @@ ALLOWED = {
         *FOUNDATION,
     },
 }
-TOP = {"backend", "cli", "cli_cache", "report", "__init__"}
+TOP = {"backend", "generation", "cli", "cli_cache", "report", "__init__"}
 # Only capture/ may touch what torch does not document; the comparison with Inductor sets Inductor's own switch.
 PRIVATE_TORCH = (
     "torch._inductor",

@@ -38,7 +38,7 @@ from fxopt.ir.exprs import (
     symbol,
 )
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, postorder
+from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, Scalar, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region, SideBySide
 from fxopt.target import Target
 
@@ -139,8 +139,9 @@ def _bytes(spec: BufferSpec, sizes: Mapping[str, int]) -> int:
     return evaluate(distinct, sizes) * spec.dtype.itemsize
 
 
-def print_contraction(contraction: Contraction, config: GemmConfig, target: Target) -> Printed:
-    """`contraction` in configuration `config`: one kernel, or with `config.split` above 1 two and a buffer between them.
+def print_contraction(contraction: Contraction, config: GemmConfig, target: Target, unrolled: bool = False) -> Printed:
+    """`contraction` in configuration `config`: one kernel, or with `config.split` above 1 two and a buffer between them, the
+    second one `unrolled` or not.
 
     Raises UnsupportedError where Triton has no form for the epilogue or `target`, or sizes other than the number of rows are
     symbolic. A product of any number of rows takes no descriptors, which have sizes, and is not split.
@@ -153,10 +154,8 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
         raise UnsupportedError("a product of unknown size through descriptors, or in parts")
     if config.split == 1:
         return Printed((_print_whole(contraction, problem, config),))
-    partial, rest = in_parts(contraction, gemm_entry.partial_shape(problem, config))
-    best = next(c for c in configs(rest, target) if c.split == 1)
-    parts = _print_parts(contraction, partial, problem, config)
-    return Printed((parts, print_nest(rest, best, target, "gemm_parts")), (partial,))
+    partial, join = print_join(contraction, gemm_entry.partial_shape(problem, config), target, "gemm_parts", unrolled)
+    return Printed((_print_parts(contraction, partial, problem, config), join), (partial,))
 
 
 def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> GemmConfig:
@@ -343,13 +342,40 @@ def _print_epilogue(
     )
 
 
-def in_parts(contraction: Contraction, shape: tuple[int, ...]) -> tuple[BufferSpec, Region]:
+def print_join(
+    contraction: Contraction, shape: tuple[int, ...], target: Target, name: str, unrolled: bool = False
+) -> tuple[BufferSpec, KernelSource]:
+    """The partial sums of a product, of `shape`, and the kernel `name` that adds them up and has the epilogue.
+
+    `unrolled`: as so many loads of each element by one thread, else as a reduction, whose parts several threads load.
+    """
+    partial, rest = in_parts(contraction, shape, unrolled)
+    proposed = [c for c in configs(rest, target) if c.split == 1]
+    printed = [print_nest(rest, c, target, name) for c in (proposed if unrolled else proposed[:1])]
+    spread = (k for k in printed if isinstance(k.grid[0], int) and 2 * k.grid[0] >= target.sm_count)
+    return partial, next(spread, printed[0])
+
+
+def in_parts(contraction: Contraction, shape: tuple[int, ...], unrolled: bool = False) -> tuple[BufferSpec, Region]:
     """The partial sums of a product, and the region that adds them up and has the epilogue."""
     name = f"{contraction.result}.parts"
     spec = BufferSpec(name, torch.float32, contraction.device, shape, contiguous_strides(shape))
-    part = Sym("r3", size=shape[0])
-    place: Int = mul(symbol(part), spec.strides[0])
+    place: Int = 0
     for sym, stride in zip(contraction.axes, spec.strides[1:], strict=True):
         place = place if sym is None else add(place, mul(symbol(sym), stride))
-    total = Reduce("sum", (Load(name, place, torch.float32),), (part,), torch.float32)
-    return spec, contraction.reduced(contraction.name, (part,), {contraction.result: total}, {name: spec})
+    axes, total = _sum_of_parts(spec, place, unrolled)
+    return spec, contraction.reduced(contraction.name, axes, {contraction.result: total}, {name: spec})
+
+
+def _sum_of_parts(spec: BufferSpec, place: Int, unrolled: bool) -> tuple[tuple[Sym, ...], Scalar]:
+    """The sum over the first dimension of `spec` at `place` of the others, and the axes over which it is a reduction."""
+    count, stride = spec.shape[0], spec.strides[0]
+    assert isinstance(count, int)
+    if not unrolled:
+        part = Sym("r3", size=count)
+        load = Load(spec.name, add(place, mul(symbol(part), stride)), torch.float32)
+        return (part,), Reduce("sum", (load,), (part,), torch.float32)
+    total: Scalar = Load(spec.name, place, torch.float32)
+    for k in range(1, count):
+        total = Op("add", (total, Load(spec.name, add(place, mul(k, stride)), torch.float32)), torch.float32)
+    return (), total

@@ -8,9 +8,9 @@ from __future__ import annotations
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, SumsConfig
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.templates.gemm_entry import GemmCall, partial_shape
-from fxopt.codegen.triton import Printed, configs, print_nest
+from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_block import BlockFunction
-from fxopt.codegen.triton_contraction import epilogue_ops, in_parts, moved_by_epilogue, print_epilogue, source_of
+from fxopt.codegen.triton_contraction import epilogue_ops, moved_by_epilogue, print_epilogue, print_join, source_of
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
@@ -50,9 +50,9 @@ def convolution_problem(contraction: Contraction) -> ConvProblem:
 ConvConfig = StencilConfig | SumsConfig | GemmConfig
 
 
-def print_convolution(contraction: Contraction, config: ConvConfig, target: Target) -> Printed:
+def print_convolution(contraction: Contraction, config: ConvConfig, target: Target, unrolled: bool = False) -> Printed:
     """`contraction`, whose left operand are patches, in configuration `config`: one kernel, or for the gradient of a weight,
-    and in parts, two and a buffer between them.
+    and in parts, two and a buffer between them, the second one `unrolled` or not.
 
     Raises UnsupportedError where Triton has no form for the epilogue or `target`.
     """
@@ -62,7 +62,7 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
     if isinstance(config, SumsConfig):
         return _print_sums(contraction, problem, config, target)
     if isinstance(config, GemmConfig) and config.split > 1:
-        return _print_parts(contraction, problem, config, target)
+        return _print_parts(contraction, problem, config, target, unrolled)
     rows, columns = (None, config.channels) if isinstance(config, StencilConfig) else (config.block_m, config.block_n)
     epilogue = print_epilogue(contraction, rows, columns)
     if isinstance(config, StencilConfig):
@@ -74,20 +74,21 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
     return Printed((source_of(contraction, name, call, epilogue, config.warps, stages, MODULE),))
 
 
-def _print_parts(contraction: Contraction, problem: ConvProblem, config: GemmConfig, target: Target) -> Printed:
-    partial, rest = in_parts(contraction, partial_shape(problem.product, config))
+def _print_parts(
+    contraction: Contraction, problem: ConvProblem, config: GemmConfig, target: Target, unrolled: bool
+) -> Printed:
+    partial, join = print_join(contraction, partial_shape(problem.product, config), target, "conv_parts", unrolled)
     sums = BlockFunction("", {"b2": "*fp32"}, (partial.name,), ())
     call = _implicit(problem, config, "b2")
     parts = source_of(contraction, "fx_conv_split", call, sums, config.warps, config.stages, MODULE)
-    best = next(c for c in configs(rest, target) if c.split == 1)
-    return Printed((parts, print_nest(rest, best, target, "conv_parts")), (partial,))
+    return Printed((parts, join), (partial,))
 
 
 def _print_sums(contraction: Contraction, problem: ConvProblem, config: SumsConfig, target: Target) -> Printed:
     patches, (row, column, offset) = problem.patches, problem.weight
     if not patches.transposed or column != 1:
         raise UnsupportedError("sums of anything but a depthwise weight's gradient, channels-last")
-    partial, rest = in_parts(contraction, (config.parts, 1, patches.rows, problem.channels))
+    partial, join = print_join(contraction, (config.parts, 1, patches.rows, problem.channels), target, "parts")
     blocks = f"T={config.rows}, P={config.columns}, BC={config.channels}, PARTS={config.parts}"
     grad = f"b1 + {offset}" if offset else "b1"
     text = f"conv.stencil_gradient({_image(problem)}, {grad}, b2, ROW={row}, {_geometry(problem)}, {blocks})"
@@ -95,8 +96,7 @@ def _print_sums(contraction: Contraction, problem: ConvProblem, config: SumsConf
     call = GemmCall(text, kinds, {}, config.programs(problem))
     epilogue = BlockFunction("", {"b2": "*fp32"}, (partial.name,), ())
     parts = source_of(contraction, "fx_stencil_gradient", call, epilogue, config.warps, _STENCIL_STAGES, MODULE)
-    best = next(c for c in configs(rest, target) if c.split == 1)
-    return Printed((parts, print_nest(rest, best, target, "parts")), (partial,))
+    return Printed((parts, join), (partial,))
 
 
 def _stencil(problem: ConvProblem, config: StencilConfig, extra: str, kinds: dict[str, str]) -> GemmCall:

@@ -37,6 +37,7 @@ from fxopt.lower.cut_products import cut_to, padding_of
 from fxopt.lower.epilogues import Epilogues
 from fxopt.lower.joining import join
 from fxopt.lower.lowering import Lowered
+from fxopt.lower.parts_for_reader import in_parts
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
 from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, SCALED_CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.quantized_products import as_reduction, in_loops, library_form
@@ -99,6 +100,8 @@ class _Search:
             if convolution is not None and self._fuse_shortcut(k, convolution, product):
                 continue
             if product is not None and (self._fuse(k, product) or self._fuse_cut(k, product)):
+                continue
+            if product is not None and self._fuse_parts(k, product):
                 continue
             if isinstance(step, Call) and self._fuse_convolution(k, step, None if product else self._gathered(step)):
                 continue
@@ -323,6 +326,22 @@ class _Search:
         self._put(steps, place, self._among(fused.name, (product.call,), region, ways))
         return True
 
+    def _fuse_parts(self, k: int, product: Product) -> bool:
+        """Put alternatives in the place of product `k` and the reduction that alone reads it, if that may add up parts."""
+        name = product.result.buffer
+        readers = [j for j, s in enumerate(self.steps) if name in self.accesses[j][0] and not isinstance(s, Alias)]
+        region = self.steps[readers[0]] if len(readers) == 1 and _has_few_rows(product) else None
+        if not isinstance(region, Region) or name in self.kept:
+            return False
+        place = self._place((k, readers[0]))
+        found = [] if place is None else in_parts(product, region, self.lowered.buffers)
+        if not found or place is None:
+            return False
+        self.convolutions.buffers.update({spec.name: spec for spec, _ in found})
+        ways = [Way(LIBRARY, (product.call, region)), *(way for _, way in found)]
+        self._put((k, readers[0]), place, self._among(region.name, (product.call,), region, ways))
+        return True
+
     def _fuse_two(self, k: int, j: int, product: Product, region: Region) -> bool:
         """`_fuse` for product `k` with another one, or for the two halves of its columns."""
         for i, one, two in self._partners(k, j, product):
@@ -482,10 +501,14 @@ class _Search:
 
 def _may_stand_beside_others(product: Product) -> bool:
     """Whether a kernel may compute `product` and others of the same rows: few rows, but more than one."""
-    batch, rows, *_ = product.sizes
-    few = isinstance(rows, int) and FEW_ROWS < rows <= MOST_ROWS_BESIDE
     plain = product.call.op not in (*QUANTIZED, CONVOLUTION) and not product.ends and isinstance(product.a, Matrix)
-    return few and plain and batch == 1
+    return plain and product.sizes[0] == 1 and _has_few_rows(product)
+
+
+def _has_few_rows(product: Product) -> bool:
+    """Whether its tiles may leave multiprocessors idle, where it is not bound by its weight's bytes alone."""
+    rows = product.sizes[1]
+    return isinstance(rows, int) and FEW_ROWS < rows <= MOST_ROWS_BESIDE
 
 
 def _uses_tf32(product: Product) -> bool:

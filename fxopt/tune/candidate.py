@@ -48,6 +48,9 @@ SUMS_CANDIDATES = {"default": 1, "max-autotune": 2}
 FEW_BYTES = 8 << 20
 """Of an image: larger ones are worth a launch that lays out the weight of their depthwise convolution."""
 
+MOST_UNROLLED = 16
+"""Partial sums that one thread adds up: each is a load in flight."""
+
 ASSUMED_ROWS = (128, 1024, 8192)
 """Numbers of rows at which a product of any number has to be good."""
 
@@ -164,7 +167,20 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     if mode != "max-autotune":
         ranked = _close(problem, ranked, target) if wins else []
     chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
-    return [Candidate(str(c), (p := print_contraction(contraction, c, target)).kernels, p.scratch) for c in chosen]
+    return [
+        _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
+        for c in chosen
+        for unrolled in _joins(c.split)
+    ]
+
+
+def _joins(split: int) -> tuple[bool, ...]:
+    """How partial sums may be added up: by a reduction or, of few, unrolled."""
+    return (False, True) if 1 < split <= MOST_UNROLLED else (False,)
+
+
+def _candidate(label: str, printed: triton.Printed, unrolled: bool) -> Candidate:
+    return Candidate(f"{label} unrolled" if unrolled else label, printed.kernels, printed.scratch)
 
 
 def _close(
@@ -224,8 +240,11 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
         if mode != "max-autotune" and not conv_config.implicit_may_win(problem, target):
             return []
         chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
-    printed = [(c, print_convolution(contraction, c, target)) for c in dict.fromkeys(chosen)]
-    return [Candidate(str(c), p.kernels, p.scratch) for c, p in printed]
+    return [
+        _candidate(str(c), print_convolution(contraction, c, target, unrolled), unrolled)
+        for c in dict.fromkeys(chosen)
+        for unrolled in _joins(c.split if isinstance(c, gemm_config.GemmConfig) else 1)
+    ]
 
 
 def attention_candidates(attention: Attention, target: Target, mode: str) -> list[Candidate]:

@@ -15,11 +15,12 @@ import torch
 
 from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.loops import Load, transform
-from fxopt.ir.region import Contraction, SideBySide
+from fxopt.ir.region import Contraction, Region, SideBySide
 from fxopt.lower.contractions import BESIDE, FUSED, TWO
+from fxopt.lower.parts_for_reader import PARTS
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
-from tests.lower.contracting import fused, kept, searched, searched_for_any
+from tests.lower.contracting import alternatives, fused, kept, searched, searched_for_any
 from tests.lower.interpreter import sizes_of
 from tests.lower.test_grouped_products import activated, gated
 from tests.numerics import assert_closer, to_float64
@@ -32,7 +33,7 @@ from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, with_room
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
-from fxopt.tune.candidate import contraction_candidates, side_by_side_candidates
+from fxopt.tune.candidate import contraction_candidates, side_by_side_candidates, triton_candidates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET = Target.cuda(90)
@@ -221,6 +222,22 @@ def test_rows_of_equal_alignment_store_whole_vectors() -> None:
     assert compile_triton(kernel, TARGET)[1]["n_spills"] == 0
 
 
+def test_values_of_parts_that_one_thread_adds_up(interpreter: Interpreter) -> None:
+    fn, args = FUNCTIONS["linear"]
+    low = kept(searched(fn, *args), FUSED)
+    (contraction,) = low.steps
+    assert isinstance(contraction, Contraction)
+    printed = print_contraction(contraction, replace(POINTER, split=3), TARGET, unrolled=True)
+    assert "tl.sum" not in printed.kernels[1].text
+    memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
+    (name,) = contraction.writes()
+    memory |= {name: padded(torch.full((M * N,), float("nan"), dtype=F16))}
+    memory |= {s.name: padded(torch.full((int(s.extent),), float("nan"))) for s in printed.scratch}
+    for kernel in printed.kernels:
+        interpreter.run(kernel, memory)
+    assert_closer(memory[name].view(M, N), fn(*args), fn(*to_float64(args)))
+
+
 @pytest.mark.parametrize("config", [c for c in CONFIGS if not c.tma], ids=str)
 def test_values_at_odd_sizes_and_strides(interpreter: Interpreter, config: GemmConfig) -> None:
     """What no tensor map describes: rows of odd lengths, and columns that are apart."""
@@ -326,6 +343,42 @@ def test_side_by_side_is_not_proposed_where_each_product_fills_the_gpu() -> None
     low = kept(searched(lambda x, v, w: (x @ v.T, x @ w.T), x, *weights), BESIDE)
     (step,) = [s for s in low.steps if isinstance(s, SideBySide)]
     assert side_by_side_candidates(step, TARGET, "default") == []
+
+
+def normed(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x @ w.T + y, (w.shape[0],))
+
+
+def test_values_in_parts_for_a_norm(interpreter: Interpreter) -> None:
+    """The partial sums of a product and the norm that adds them up, each as a kernel."""
+    args = rand(70, 1024), rand(N, 1024) / 32, rand(70, N)
+    low = kept(searched(normed, *args), f"{PARTS} 4")
+    product, norm = low.steps
+    wide = replace(POINTER, block_k=128)
+    assert isinstance(product, Contraction) and isinstance(norm, Region)
+    kernels = [*print_contraction(product, wide, TARGET).kernels, *triton_candidates(norm, TARGET, "default")[0].sources]
+    memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
+    for name in (*product.writes(), *norm.writes()):
+        spec = low.buffers[name]
+        memory[name] = padded(torch.full((int(spec.extent),), float("nan"), dtype=spec.dtype))
+    for kernel in kernels:
+        interpreter.run(kernel, memory)
+    (result,) = norm.writes()
+    assert_closer(memory[result].view(70, N), normed(*args), normed(*to_float64(args)))
+
+
+@pytest.mark.parametrize("rows", [128, 197])
+def test_parts_for_a_norm_compile_without_spills(rows: int) -> None:
+    """The last product of BERT-base's and ViT-B's layers at batch 1."""
+    low = searched(normed, *(torch.empty(shape, dtype=BF16) for shape in ((rows, 3072), (768, 3072), (rows, 768))))
+    for way in (w for each in alternatives(low) for w in each.ways if w.label.startswith(PARTS)):
+        product, norm = way.steps
+        for candidate in (
+            contraction_candidates(product, TARGET, "default")[0],
+            triton_candidates(norm, TARGET, "default")[0],
+        ):
+            _, meta = compile_triton(candidate.sources[0], TARGET)
+            assert meta["n_spills"] == 0
 
 
 GROUPED = [POINTER, replace(POINTER, swap=True), replace(TMA, block_k=32), replace(TMA, swap=True, subtile=2)]

@@ -73,7 +73,12 @@ def convolution(fn: Function, *args: Tensor, labels: tuple[str, ...] = LABELS) -
 
 
 def run(
-    server: Interpreter, fn: Function, args: tuple[Tensor, ...], config: StencilConfig | GemmConfig, *labels: str
+    server: Interpreter,
+    fn: Function,
+    args: tuple[Tensor, ...],
+    config: StencilConfig | GemmConfig,
+    *labels: str,
+    unrolled: bool = False,
 ) -> list[Tensor]:
     """Results of `fn`, all of whose steps run as printed kernels."""
     low, _ = convolution(fn, *args, labels=labels or LABELS)
@@ -83,7 +88,8 @@ def run(
             spec = low.buffers[name]
             memory.setdefault(name, padded(torch.empty(spec.extent, dtype=spec.dtype).fill_(float("nan"))))  # type: ignore[arg-type]
         if isinstance(step, Contraction):
-            printed = print_convolution(step, SUMMED if step.a.transposed else config, TARGET)  # type: ignore[union-attr]
+            own = SUMMED if step.a.transposed else config  # type: ignore[union-attr]
+            printed = print_convolution(step, own, TARGET, unrolled)
         else:
             printed = print_region(step, configs(step, TARGET)[0], TARGET)  # type: ignore[arg-type]
         memory |= {s.name: torch.full((s.extent,), float("nan"), dtype=s.dtype) for s in printed.scratch}  # type: ignore[arg-type]
@@ -268,6 +274,16 @@ def test_the_first_candidates_compile_without_spills(name: str, arch: int) -> No
         assert meta["shared"] <= target.shared_per_block
 
 
+def test_values_of_parts_that_one_thread_adds_up(interpreter: Interpreter) -> None:
+    args = image(2, 32, 7, 7), weight(24, 32, 3), image(2, 24, 7, 7)
+
+    def residual(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, w, None, 1, 1) + y)
+
+    (got,) = run(interpreter, residual, args, GEMMS[2], unrolled=True)
+    assert_closer(got, residual(*args), residual(*to_float64(args)))
+
+
 def test_a_stencil_has_enough_programs() -> None:
     """A small image is cut into more, smaller ones, a large one into few with much in registers."""
     small, large = (convolution_problem(convolution(convnext, *shapes((n, 384, 14, 14), (384, 1, 7)))[1]) for n in (1, 64))
@@ -288,6 +304,7 @@ def test_few_places_share_the_inner_dimension() -> None:
         for n in (1, 256)
     )
     assert "split" in few[0].label and len(few[0].sources) == 2
+    assert few[1].label == f"{few[0].label} unrolled" and few[1].sources[0].text == few[0].sources[0].text
     assert not any("split" in candidate.label for candidate in many)
 
 

@@ -12,6 +12,7 @@ import torch
 from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, SideBySide, Step
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import BESIDE, FEW_ROWS, FUSED, LIBRARY, MOST_ROWS_BESIDE, ROW, TWO, with_contractions
+from fxopt.lower.parts_for_reader import PARTS
 from tests.lower.contracting import alternatives, check_ways, fused, kept, labels, searched, searched_for_any
 from tests.lower.interpreter import run_lowered
 from tests.numerics import assert_closer, to_float64
@@ -299,6 +300,35 @@ def test_products_stay_apart() -> None:
     ]
     for fn, args in cases:
         assert BESIDE not in labels(check_ways(fn, *args))
+
+
+def normed(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    total = x @ w.T + b + y
+    return F.layer_norm(total, (N,)), total
+
+
+def test_a_norm_adds_up_the_parts_of_the_product_before_it() -> None:
+    for fn in (normed, lambda x, w, b, y: torch.softmax(x @ w.T + b, -1) * y):
+        low = check_ways(fn, rand(M, 1024), rand(N, 1024) / 32, rand(N), rand(M, N))
+        (each,) = alternatives(low)
+        assert [w.label for w in each.ways] == [LIBRARY, f"{PARTS} 4", f"{PARTS} 2"]
+        product, norm = each.ways[1].steps
+        assert isinstance(product, Contraction) and isinstance(norm, Region)
+        assert product.sizes == (4, M, 256, N) and set(product.writes()) < set(norm.reads())
+
+
+def test_parts_are_not_for_a_reader_that_cannot_add_them_up() -> None:
+    """One that is not alone, or does not reduce; few rows, a short inner dimension, results that the caller sees."""
+    x, w, b, y = rand(M, 1024), rand(N, 1024) / 32, rand(N), rand(M, N)
+    cases: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
+        (lambda x, w, y: (h := x @ w.T, F.layer_norm(h + y, (N,))), (x, w, y)),
+        (lambda x, w, y: torch.relu(x @ w.T + y), (x, w, y)),
+        (normed, (rand(FEW_ROWS, 1024), w, b, rand(FEW_ROWS, N))),
+        (normed, (rand(M, 256), rand(N, 256) / 16, b, y)),
+        (lambda x, w, y: F.layer_norm(torch.addmm(y, x, w.T), (N,)), (x, w, y)),
+    ]
+    for fn, args in cases:
+        assert not any(label.startswith(PARTS) for label in labels(check_ways(fn, *args)))
 
 
 def test_products_of_one_row_are_one_region() -> None:
