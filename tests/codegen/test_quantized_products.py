@@ -185,7 +185,7 @@ def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: in
 @pytest.mark.parametrize("m", [1, 24])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int) -> None:
-    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. Either way gives the values."""
+    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. All ways give the same values."""
     args = weight_only(bits, m, 256, 48)[1][:3]
     low = searched(lambda *given: gated(*given, bits, 0), *args)
     (each,) = alternatives(low)
