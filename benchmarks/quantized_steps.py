@@ -120,7 +120,7 @@ def timed(steps: Sequence[Step], kernels: Sequence[Kernel]) -> None:
     """
     at = 0
     for name, us in kernels:
-        ahead = next((k for k in range(at, len(steps)) if name.startswith(steps[k].what[:60])), None)
+        ahead = next((k for k in range(at, len(steps)) if name == steps[k].what[:60]), None)
         if ahead is not None:
             steps[ahead].us += us
             at = ahead + 1
