@@ -135,8 +135,8 @@ def timed(steps: Sequence[Step], kernels: Sequence[Kernel]) -> None:
 
 
 def shown(spans: Sequence[tuple[str, float, float]]) -> list[Kernel]:
-    """Kernels, given as name, start and length, with the time that each adds: one launched early waits for the one before it,
-    and both are not to be counted at once.
+    """Kernels, given as name, start and length, with the time that each adds: one launched early waits for the one before
+    it, and both are not to be counted at once.
     """
     found, ended = [], 0.0
     for name, start, length in spans:
