@@ -40,6 +40,9 @@ from fxopt.target import Target
 Kernel = tuple[str, float]
 """Its name, and its microseconds."""
 
+LOOK_AHEAD = 8
+"""Steps among which a kernel is looked for: another one of its name may be at the end."""
+
 PROFILED = 5
 """Calls, of which each kernel's median counts."""
 
@@ -120,7 +123,7 @@ def timed(steps: Sequence[Step], kernels: Sequence[Kernel]) -> None:
     """
     at = 0
     for name, us in kernels:
-        ahead = next((k for k in range(at, len(steps)) if name.startswith(steps[k].what[:60])), None)
+        ahead = next((k for k in range(at, min(at + LOOK_AHEAD, len(steps))) if name == steps[k].what[:60]), None)
         if ahead is not None:
             steps[ahead].us += us
             at = ahead + 1
@@ -129,6 +132,17 @@ def timed(steps: Sequence[Step], kernels: Sequence[Kernel]) -> None:
         if calls:
             steps[calls[0]].us += us
             at = max(at, calls[0])
+
+
+def shown(spans: Sequence[tuple[str, float, float]]) -> list[Kernel]:
+    """Kernels, given as name, start and length, with the time that each adds: one launched early waits for the one before
+    it, and both are not to be counted at once.
+    """
+    found, ended = [], 0.0
+    for name, start, length in spans:
+        found.append((name, max(start + length - max(start, ended), 0.0)))
+        ended = max(ended, start + length)
+    return found
 
 
 def grouped(steps: Sequence[Step], target: Target) -> Iterator[dict[str, Any]]:
@@ -180,9 +194,9 @@ def measured(case: Case, device: torch.device, wanted: list[str]) -> dict[str, A
         if executor is None:
             continue
         steps = steps_of(executor.plan)
-        calls = [timeline(lambda compiled=compiled: case.drive(compiled), device, wait) for _ in range(PROFILED)]
+        calls = [shown(timeline(lambda compiled=compiled: case.drive(compiled), device, wait)) for _ in range(PROFILED)]
         alike = [call for call in calls if len(call) == len(calls[0])]
-        kernels = [(own[0][0], statistics.median(k[2] for k in own)) for own in zip(*alike, strict=True)]
+        kernels = [(own[0][0], statistics.median(k[1] for k in own)) for own in zip(*alike, strict=True)]
         timed(steps, kernels)
         lines = list(grouped(steps, target))
         found[name] = {

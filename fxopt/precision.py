@@ -60,6 +60,9 @@ def group_of(inner: int) -> int | None:
 MULTIPLE = 16
 """Of rows and columns of an 8-bit weight on CUDA: what tensor cores and libraries take."""
 
+MANY_COLUMNS = 4096
+"""An even number of so many, or more, need be no multiple: a vocabulary is worth a kernel that no library has."""
+
 
 MOST_ROWS_OF_WEIGHTS = 256
 """On CUDA, of a layer whose weight alone is of few bits. More rows are bound by arithmetic, which is the model's own: the
@@ -75,7 +78,8 @@ def misfit(precision: str, columns: int, inner: int, device: str, rows: int | No
     given = PRECISIONS[precision]
     if not columns or not inner:
         return "it is empty"
-    if device == "cuda" and (inner % MULTIPLE or (given.activations is not None and columns % MULTIPLE)):
+    odd = columns % (2 if columns >= MANY_COLUMNS else MULTIPLE) != 0
+    if device == "cuda" and (inner % MULTIPLE or (given.activations is not None and odd)):
         return f"its weight is {columns} x {inner}, and on a GPU both have to be multiples of {MULTIPLE}"
     weight_only = given.weights is not None and given.activations is None
     if device == "cuda" and weight_only and rows is not None and rows > MOST_ROWS_OF_WEIGHTS:

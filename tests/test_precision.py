@@ -71,3 +71,14 @@ def test_weights_of_few_bits_are_for_few_rows_on_a_gpu() -> None:
         (HIGH, "cuda", 4096, True),
     ):
         assert (misfit(precision, 256, 256, device, rows) is None) == fits
+
+
+def test_a_vocabulary_need_be_no_multiple_of_16() -> None:
+    for columns, inner, device, fits in (
+        (30522, 768, "cuda", True),
+        (50257, 768, "cuda", False),
+        (1010, 768, "cuda", False),
+        (1010, 768, "cpu", True),
+        (30522, 760, "cuda", False),
+    ):
+        assert (misfit("fp8", columns, inner, device) is None) == fits

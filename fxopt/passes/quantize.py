@@ -6,7 +6,8 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
     quantized = cast(clamp(round(float32(x) * (1 / s)), -L, L))      (round: to even, of integers only)
 
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
-  scales are one kernel. Float8 saturates at L, NaN stays NaN; an integer has no NaN, and stands for zero then.
+  scales are one kernel (repeated for each row where the library's product wants that). Float8 saturates at L, NaN stays NaN;
+  an integer has no NaN, and stands for zero then.
 - Attention is quantized where a rule with "@attention" in its name or pattern asks for fp8: query, key and value with the
   calibration's scales, the products of them and of the probabilities in float8 (ir/quantized_attention.py). The value is
   stored with its rows contiguous, as tensor cores read what they sum over.
@@ -381,7 +382,17 @@ class _Rewrite:
             shift = self._scalar(layer, "zero", torch.tensor(float(zero)).to(device))
             values = self._derive(aten.add.Tensor, (values, shift), layer)
         least = -128.0 if zero else -precision.largest
-        return self._cast(layer, precision, values, least), self._scalar(layer, "scale", own.to(device))
+        return self._cast(layer, precision, values, least), self._scale_of_rows(layer, precision, own.to(device))
+
+    def _scale_of_rows(self, layer: Layer, precision: Precision, scale: torch.Tensor) -> fx.Node:
+        """`scale` [], or [M] where the library's product of 8-bit floats would make that of it in each call."""
+        rows = layer.x.meta["val"].shape[0]
+        float8 = precision.activations == "float8_e4m3fn" and layer.kind == LINEAR
+        if scale.device.type != "cuda" or not float8 or not isinstance(rows, int):
+            return self._scalar(layer, "scale", scale)
+        key = (scale.item(), scale.device, rows)
+        made: fx.Node = self._once(key, lambda: self._constant(layer, "scale", scale.expand(rows).contiguous()))
+        return made
 
     def _by_row(self, layer: Layer, precision: Precision) -> tuple[fx.Node, fx.Node]:
         wide = self._divided(layer, self._wide(layer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quantized_steps import Step, grouped, timed
+from benchmarks.quantized_steps import Step, grouped, shown, timed
 from fxopt.target import Target
 
 H100 = Target.cuda(90)
@@ -24,3 +24,7 @@ def test_a_limit_is_the_longer_time_of_bytes_and_products() -> None:
     assert half.limit(H100) == pytest.approx(2 * eight.limit(H100)) and half.limit(H100) > 100
     (line, other) = grouped([eight, bytes_alone, eight], H100)
     assert (line["step"], other["times"]) == ("fx_norm", 2)
+
+
+def test_waiting_for_the_kernel_before_is_not_counted() -> None:
+    assert shown([("a", 0.0, 10.0), ("b", 2.0, 9.0), ("c", 12.0, 1.0)]) == [("a", 10.0), ("b", 1.0), ("c", 1.0)]

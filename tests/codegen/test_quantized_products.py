@@ -185,7 +185,7 @@ def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: in
 @pytest.mark.parametrize("m", [1, 24])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int) -> None:
-    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. Either way gives the values."""
+    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. All ways give the same values."""
     args = weight_only(bits, m, 256, 48)[1][:3]
     low = searched(lambda *given: gated(*given, bits, 0), *args)
     (each,) = alternatives(low)
@@ -230,12 +230,12 @@ def test_the_first_candidate_of_scaled_products_compiles_without_spills(dtype: t
         assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.[fs]32\.{kind}", ptx)
 
 
-@pytest.mark.parametrize(("bits", "arch"), [(4, 80), (4, 90), (8, 90)])
-def test_the_first_candidate_of_weights_of_few_bits_compiles_without_spills(bits: int, arch: int) -> None:
+@pytest.mark.parametrize(("bits", "arch", "m"), [(4, 80, 4), (4, 90, 4), (8, 90, 4), (4, 90, 1)])
+def test_the_first_candidate_of_weights_of_few_bits_compiles_without_spills(bits: int, arch: int, m: int) -> None:
     k, n, group = 4096, 4096, 128 if bits == 4 else 0
     stored = (torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // 128)) if bits == 4 else None
     weight, scale = stored or (torch.empty(n, k, dtype=torch.int8), torch.empty(n))
-    _, way = way_of(lambda *a: WEIGHT_ONLY_MM(*a, None, bits, group), (torch.empty(4, k, dtype=BF16), weight, scale), FUSED)
+    _, way = way_of(lambda *a: WEIGHT_ONLY_MM(*a, None, bits, group), (torch.empty(m, k, dtype=BF16), weight, scale), FUSED)
     (first, *_) = contraction_candidates(way.steps[0], Target.cuda(arch), "default")
     compiled(first.sources, arch)
 

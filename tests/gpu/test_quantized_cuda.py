@@ -20,6 +20,7 @@ CASES = [
     Case("some rows", 48, 512, 256, "residual"),
     Case("odd rows", 1031, 272, 336, "gelu"),
     Case("many rows", 2048, 2048, 1024, "residual"),
+    Case("a vocabulary", 192, 256, 4106),
     Case("long float8 sums", 512, 14336, 512, "residual"),
     Case("promoted float8 sums", 128, 16384, 256, "residual"),
 ]

@@ -23,7 +23,7 @@ _SPLITS = (1, 2, 4, 8)
 _REGISTERS = 128
 """Of a thread."""
 
-PART = 16
+PART = 8
 """Bytes of a weight's row that a thread loads at a time for a single row."""
 
 _MOST_PARTS = 128
@@ -81,7 +81,7 @@ class WeightConfig:
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """Of the product of one row: `rows` of the weight a program, `parts` of 16 bytes of each at a time, one a thread."""
+    """Of the product of a single row: `rows` of the weight a program, `parts` of 8 bytes of each at a time, one a thread."""
 
     rows: int
     parts: int

@@ -61,8 +61,8 @@ WITH_128 = tl.constexpr("""{ .reg .b32 low, high;
 ZERO_WITH_128 = tl.constexpr(136.0)
 """What stands for zero, 8 as it is stored, in these."""
 
-PART = tl.constexpr(16)
-"""Bytes of a weight's row that one thread takes at a time: a load."""
+PART = tl.constexpr(8)
+"""Bytes of a weight's row that one thread takes at a time: a load, and as many elements of x as a load brings."""
 
 
 @triton.jit
@@ -185,23 +185,24 @@ def vector_sums(
     rows = tl.minimum(n, N - 1).to(tl.int64)
     part, byte = tl.arange(0, PARTS), tl.arange(0, PART)
     whole: tl.constexpr = gemm.divides(PARTS * PART, K // 2)
-    acc = tl.zeros([BN, PARTS], tl.float32)
+    acc = tl.zeros([PARTS, BN], tl.float32)
     for first in range(0, K // 2, PARTS * PART):
         at = tl.full([], 0, tl.int32) + first + part * PART
         k = at[:, None] + byte[None, :]
         inside = k < K // 2
+        # Parts are the first dimension: so Triton gives neighbours to neighbouring threads, and x the same layout.
         weights = gemm.fetch(
-            w + (rows[:, None, None] * w_row + k[None, :, :]), inside[None, :, :], inside[None, :, :], not whole, False
+            w + (k[:, None, :] + rows[None, :, None] * w_row), inside[:, None, :], inside[:, None, :], not whole, False
         )
         low, high = with_128(weights)
         x_low = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
         x_high = gemm.fetch(x + K // 2 + k, inside, inside, not whole, False).to(tl.float32)
-        scales = scale + rows[:, None] * scale_row
-        sums = tl.sum(low * x_low[None, :, :], 2) - ZERO_WITH_128 * tl.sum(x_low, 1)[None, :]
-        acc += sums * tl.load(scales + tl.minimum(at, K // 2 - 1)[None, :] // GROUP)
-        sums = tl.sum(high * x_high[None, :, :], 2) - ZERO_WITH_128 * tl.sum(x_high, 1)[None, :]
-        acc += sums * tl.load(scales + (K // 2 + tl.minimum(at, K // 2 - 1))[None, :] // GROUP)
-    return tl.sum(acc, 1)
+        scales = scale + rows[None, :] * scale_row
+        sums = tl.sum(low * x_low[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_low, 1)[:, None]
+        acc += sums * tl.load(scales + tl.minimum(at, K // 2 - 1)[:, None] // GROUP)
+        sums = tl.sum(high * x_high[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_high, 1)[:, None]
+        acc += sums * tl.load(scales + (K // 2 + tl.minimum(at, K // 2 - 1))[:, None] // GROUP)
+    return tl.sum(acc, 0)
 
 
 @triton.jit
@@ -209,9 +210,9 @@ def weight_vector(
     x, w, scale, extra, N, K, w_row, scale_row,
     EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """`EPILOGUE(x @ w.T)` of one row x [K] by 4-bit rows of w, BN of them a program, PARTS * 16 bytes of each at a time.
+    """`EPILOGUE(x @ w.T)` of one row x [K] by 4-bit rows of w, BN of them a program, PARTS * 8 bytes of each at a time.
 
-    Multiples of 16 are K / 2, the strides of rows, and GROUP. Strides in elements; K is a literal.
+    Multiples of 8 are K / 2, the strides of rows, and GROUP. Strides in elements; K is a literal.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = vector_sums(x, w, scale, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
