@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.quantized_ops import FLOAT8
-from fxopt.ir.region import Contraction
+from fxopt.ir.region import Contraction, Region
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import FUSED, IMPLICIT
 from tests.codegen.padding import padded
@@ -21,6 +21,7 @@ from tests.lower.contracting import kept, searched
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
 from fxopt.codegen.triton_convolution import print_convolution
@@ -120,6 +121,26 @@ def test_a_block_of_convolutions_stays_in_8_bits(interpreter: Interpreter) -> No
     apart = (got.int() - wanted.int()).abs()
     assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.01
     assert int(wanted.max()) > 0 and float((wanted == wanted.max()).float().mean()) < 0.9
+
+
+def test_casts_to_int8_are_torchs(interpreter: Interpreter) -> None:
+    """Ties to even, bounds, infinities, zero for NaN; what is not rounded is cut off as before."""
+    x = torch.cat([torch.arange(-800, 801) / 4, torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -0.5])])
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        rounded = (x.round().clamp(*bounds).to(INT8) for bounds in ((-127.0, 127.0), (-128.0, 100.0)))
+        return (*rounded, x.clamp(-127.0, 127.0).to(INT8))
+
+    low = searched(fn, x)
+    memory = {name: x.clone() for name in low.inputs}
+    for step in low.steps:
+        assert isinstance(step, Region)
+        memory |= {n: torch.zeros(len(x), dtype=INT8) for n in step.writes()}
+        (kernel,) = print_region(step, configs(step, TARGET)[0], TARGET).kernels
+        assert kernel.text.count("rounded_to_int8") == 2
+        interpreter.run(kernel, memory)
+    for output, wanted in zip(low.outputs, fn(x.nan_to_num(nan=0.0)), strict=True):
+        assert torch.equal(memory[output.name], wanted)
 
 
 @pytest.mark.parametrize("config", [PLAIN, PROMOTED], ids=str)
