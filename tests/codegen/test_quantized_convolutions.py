@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.triton import configs, print_region
-from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
 from fxopt.codegen.triton_convolution import print_convolution
 from fxopt.target import Target
@@ -173,3 +174,13 @@ def test_the_first_candidates_compile_without_spills(name: str, arch: int) -> No
         cubin, meta = compile_triton(kernel, target)
         assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{first.label}: {meta}"
         assert meta["shared"] <= target.shared_per_block
+
+
+def test_patches_are_loaded_16_bytes_at_once() -> None:
+    """Asynchronously: the images as well as the weight."""
+    geometry, x, w, dtype = COMPILED["3x3"]
+    _, step = contraction(activated(geometry), *operands(dtype, x, w))
+    (kernel,) = print_convolution(step, GemmConfig(False, 64, 64, 64, 4, 4), TARGET).kernels
+    text = compile_to_text(kernel, TARGET, "ttgir")
+    copies = re.findall(r"async_copy_global_to_local .*contiguity = (\d+).*tensor<(\d+x\d+)x!tt.ptr<i8>, (#\w+)>", text)
+    assert {bytes_ for bytes_, _, _ in copies} == {"16"} and len({layout for _, _, layout in copies}) == 2
