@@ -121,10 +121,11 @@ class Quantized(Float16):
         self.register_buffer("weight", stored.view(rows.shape))
         self.register_buffer("scales", scales)
         self.register_buffer("scale", torch.tensor(RANGE / self.largest, device=weight.device))
+        self.register_buffer("inverse", self.scale.reciprocal())
         self.register_buffer("bias", bias.float())
 
     def narrow(self, x: Tensor) -> Tensor:
-        values = x.float() / self.scale
+        values = x.float() * self.inverse
         values = values if self.dtype.is_floating_point else values.round()
         return values.clamp(-self.largest, self.largest).to(self.dtype)
 

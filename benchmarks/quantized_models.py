@@ -91,7 +91,9 @@ def relative_norm(actual: Tensors, exact: Tensors) -> float:
 def main(
     out: Annotated[Path, typer.Option(help="folder for quantized_models_<device>.json")],
     device: str = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16 on a GPU and float32 on a CPU by default")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="the workload's on a GPU (most: bfloat16) and float32 on a CPU by default")
+    ] = "",
     workloads: Annotated[str, typer.Option(help="names, by commas")] = "",
     precisions: Annotated[str, typer.Option(help="names, by commas")] = ",".join(p for p in PRECISIONS if p != HIGH),
     seconds: Annotated[float, typer.Option(help="of timing, each workload")] = 3.0,
@@ -101,7 +103,6 @@ def main(
 ) -> None:
     """Time models in each precision."""
     where = pick_device(device)
-    precise = pick_dtype(dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     end = time.monotonic() + 60 * minutes
     document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "cases": []}
     out.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,8 @@ def main(
             continue
         workload = next(w for w in MODELS if w.name == name)
         typer.echo(name)
+        usual = (workload.dtype or "bfloat16") if where.type == "cuda" else "float32"
+        precise = pick_dtype(dtype or usual)
         case = workload.build(workload.sizes(tiny), where, precise)
         entry = measured(case, where, precisions.split(","), seconds, budget or None)
         document["cases"].append({"workload": name, "dtype": str(precise), "contenders": entry})

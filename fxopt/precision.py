@@ -89,6 +89,17 @@ def misfit(precision: str, columns: int, inner: int, device: str, rows: int | No
     return None
 
 
+def convolution_misfit(precision: str, dims: int, groups: int, transposed: bool) -> str | None:
+    """Why a convolution whose weight has `dims` dimensions cannot have a precision on any device; None if it can."""
+    if transposed or groups != 1:
+        return f"it is a {'transposed' if transposed else 'grouped'} convolution"
+    if dims != 4:
+        return "of convolutions, those of images are quantized"
+    if not PRECISIONS[precision].is_static:
+        return "convolutions are quantized to fp8 or int8, with scales from a calibration"
+    return None
+
+
 _WILD = frozenset("*?[")
 
 

@@ -250,6 +250,10 @@ class Emitter:
         root = self._root_below(node)
         if root is not None:
             return ops.apply("rsqrt", [self.arg(root.args[0], guards)], torch.float32, torch.float32, fast=True)
+        within = _rounded_within_int8(node)
+        if within is not None:
+            value, low, high = within
+            return f"h.rounded_to_int8({self.arg(value, guards)}, {low!r}, {high!r})"
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":
@@ -542,6 +546,22 @@ def is_clamped(value: Scalar) -> bool:
             high = min(high, bounds[0]) if value.name == "minimum" else high
         value = next(a for a in value.args if not isinstance(a, Const))
     return -largest <= low and high <= largest
+
+
+def _rounded_within_int8(node: Op) -> tuple[Scalar, float, float] | None:
+    """(value, low, high) of a cast to int8 of a rounded float32 that is clamped to whole bounds within its range."""
+    if node.name != "cast" or node.dtype != torch.int8 or node.args[0].dtype != torch.float32:
+        return None
+    value, low, high = node.args[0], -math.inf, math.inf
+    while isinstance(value, Op) and value.name in ("minimum", "maximum"):
+        bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
+        if len(bounds) != 1 or not bounds[0].is_integer():
+            return None
+        low, high = (max(low, bounds[0]), high) if value.name == "maximum" else (low, min(high, bounds[0]))
+        value = next(a for a in value.args if not isinstance(a, Const))
+    if not (isinstance(value, Op) and value.name == "round" and -128.0 <= low < high <= 127.0):
+        return None
+    return value.args[0], low, high
 
 
 def reduced_dtype(node: Reduce) -> torch.dtype:

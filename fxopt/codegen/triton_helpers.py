@@ -355,6 +355,18 @@ def to_float8e5(x):
 
 
 @triton.jit
+def rounded_to_int8(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """A float32 rounded to even, between LOW and HIGH, as int8; zero for NaN.
+
+    Adding 1.5 * 2**23 rounds, and leaves the integer in the lowest bits: conversions to integers and from them have a
+    quarter of the rate of other instructions, and are most of the time of an int8 product's epilogue.
+    """
+    within = smallest(largest(x, LOW), HIGH)
+    bits = (within + 12582912.0).to(tl.int32, bitcast=True)
+    return tl.where(within == within, bits, 0).to(tl.int8)
+
+
+@triton.jit
 def group_sum(x, SIZE: tl.constexpr):
     """Of a column [n, 1], the sum over each SIZE neighbours, for all of these."""
     groups: tl.constexpr = x.shape[0] // SIZE

@@ -46,7 +46,18 @@ from fxopt.passes.channel_affine import channel_affine, constants_of
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
 from fxopt.passes.facts import arguments, static_shape, tensor
-from fxopt.precision import HIGH, MULTIPLE, PRECISIONS, Decisions, KnownLayer, Precision, Table, group_of, misfit
+from fxopt.precision import (
+    HIGH,
+    MULTIPLE,
+    PRECISIONS,
+    Decisions,
+    KnownLayer,
+    Precision,
+    Table,
+    convolution_misfit,
+    group_of,
+    misfit,
+)
 from fxopt.target import Target
 
 aten = torch.ops.aten
@@ -499,7 +510,10 @@ def _erase_unused(last: fx.Node, first: fx.Node) -> None:
 
 def _check_operands(layer: Layer, name: str) -> None:
     if layer.kind == CONVOLUTION:
-        _check_convolution(layer, name)
+        _, _, _, _, _, _, transposed, _, groups = layer.node.args
+        problem = convolution_misfit(name, len(layer.shape), groups, bool(transposed))  # type: ignore[arg-type]  # an int
+        if problem is not None:
+            raise _HighError(problem)
     x, weight = tensor(layer.x), tensor(layer.weight)
     if x is None or weight is None or x.dtype != weight.dtype or x.dtype not in _FLOATING:
         raise _HighError(
@@ -512,17 +526,6 @@ def _check_operands(layer: Layer, name: str) -> None:
     problem = misfit(name, columns, inner, x.device.type, rows if isinstance(rows, int) else None)
     if problem is not None:
         raise _HighError(problem)
-
-
-def _check_convolution(layer: Layer, name: str) -> None:
-    """Raises _HighError for a convolution that is left alone whatever its operands."""
-    _, _, _, _, _, _, transposed, _, groups = layer.node.args
-    if transposed or groups != 1:
-        raise _HighError(f"it is a {'transposed' if transposed else 'grouped'} convolution")
-    if len(layer.shape) != 4:
-        raise _HighError("of convolutions, those of images are quantized")
-    if not PRECISIONS[name].is_static:
-        raise _HighError("convolutions are quantized to fp8 or int8, with scales from a calibration")
 
 
 def _check_device(layer: Layer, precision: Precision) -> None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.ir.layers import attention_name
 from fxopt.ir.quantized_ops import dequantized, quantize_weight
-from fxopt.precision import PRECISIONS, Refinement, Table, group_of, misfit
+from fxopt.precision import PRECISIONS, Refinement, Table, convolution_misfit, group_of, misfit
 from fxopt.quant.emulate_attention import Attend, Attentions
 from fxopt.quant.ranges import GRIDS, Grid
 
@@ -30,16 +30,47 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
+class Window:
+    """How the window of a convolution goes over images: what `aten::convolution` takes beside its operands."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
 class LayerCall:
-    """One product as it runs: x [M, K], weight [N, K], bias [N] or None; what it should return is [M, N]."""
+    """One product as it runs: x [M, K], weight [N, K], bias [N] or None; what it should return is [M, N].
+
+    With a `window` it is a convolution: x [N, C, ...], and the weight as its module has it.
+    """
 
     name: str
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+    window: Window | None = None
 
     def exact(self) -> Tensor:
-        return torch.nn.functional.linear(self.x, self.weight, self.bias)
+        return self.product(self.x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """That of other operands of these shapes."""
+        if self.window is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        return torch.ops.aten.convolution.default(x, weight, bias, *dataclasses.astuple(self.window))
+
+    @property
+    def rows(self) -> int:
+        """M; of a convolution, the places of its window in all images."""
+        if self.window is None:
+            return len(self.x)
+        x, weight = (torch.empty_like(t, device="meta") for t in (self.x, self.weight))
+        result = self.product(x, weight, None)
+        return result.numel() // result.shape[1]
 
 
 Treatment = Callable[[LayerCall], Tensor | None]
@@ -117,32 +148,42 @@ class _Products(TorchDispatchMode):
         kwargs = kwargs or {}
         call = self._layer(func, args, kwargs)
         if call is not None:
-            result = self._treat(dataclasses.replace(call, x=call.x.reshape(-1, call.x.shape[-1])))
+            if call.window is None:
+                result = self._treat(dataclasses.replace(call, x=call.x.reshape(-1, call.x.shape[-1])))
+            else:
+                result = self._treat(call)
             if result is not None:
-                return result.reshape(*call.x.shape[:-1], call.weight.shape[0])
+                return result if call.window is not None else result.reshape(*call.x.shape[:-1], call.weight.shape[0])
         return func(*args, **kwargs)
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall | None:
-        aten = torch.ops.aten
+        aten, window = torch.ops.aten, None
         if func is aten.mm.default:
             x, weight, bias = args[0], args[1].t(), None
         elif func is aten.addmm.default and kwargs.get("beta", 1) == 1 and kwargs.get("alpha", 1) == 1:
             x, weight, bias = args[1], args[2].t(), args[0]
         elif func is aten.linear.default:
             x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+        elif func is aten.convolution.default:
+            x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+            window = Window(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
         else:
             return None
         floating = x.is_floating_point() and self._stack.names
         if not floating or weight.untyped_storage().data_ptr() not in self._weights:
             return None
-        return LayerCall(self._stack.layer(), x, weight, bias)
+        return LayerCall(self._stack.layer(), x, weight, bias, window)
 
 
 def obstacle(call: LayerCall, precision: str) -> str | None:
     """Why the layer cannot be had in `precision`; None if it can."""
     if call.x.dtype not in _FLOATING or call.weight.dtype != call.x.dtype:
         return f"its operands are {call.x.dtype} and {call.weight.dtype}"
-    columns, inner = call.weight.shape
+    if call.window is not None:
+        problem = convolution_misfit(precision, call.weight.dim(), call.window.groups, call.window.transposed)
+        if problem is not None:
+            return problem
+    columns, inner = call.weight.shape[:2]
     return misfit(precision, columns, inner, call.weight.device.type)
 
 
@@ -161,7 +202,7 @@ def quantized(
     zero_point: int = 0,
     refinement: Refinement | None = None,
 ) -> Tensor:
-    """The layer's result [M, N] in `precision`, which is not "high", in x's dtype, as passes/quantize.py computes it.
+    """The layer's result in `precision`, which is not "high", in x's dtype, as passes/quantize.py computes it.
 
     `scale`: of the quantized activations, for all rows; None for one of each row. `zero_point`: what they have for zero.
     `channels`, float32 [K]: what x is divided by and the weight's columns multiplied by before. Raises KeyError for an
@@ -171,6 +212,10 @@ def quantized(
     problem = obstacle(call, precision)
     if problem is not None:
         raise ValueError(f"layer {call.name!r} cannot be {precision}: {problem}")
+    if call.window is not None:
+        if scale is None:
+            raise ValueError(f"convolution {call.name!r} takes its scale from a calibration")
+        return _quantized_convolution(call, precision, scale)
     group = (group_of(call.weight.shape[1]) or 0) if given.group else 0
     x, weight = call.x.float(), call.weight
     if channels is not None:
@@ -190,6 +235,18 @@ def _shifted(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """What int8 with a zero point stands for."""
     steps = x.new_tensor(scale)
     return ((x * steps.reciprocal() + zero_point).round().clamp(-128.0, 127.0) - zero_point) * steps
+
+
+def _quantized_convolution(call: LayerCall, precision: str, scale: float) -> Tensor:
+    """Of values on their grids, which TF32 holds exactly, and scaled afterwards, as kernels do."""
+    given = PRECISIONS[precision]
+    weight, scales = quantize_weight(call.weight.flatten(1), getattr(torch, str(given.weights)))
+    steps = call.x.new_tensor(scale, dtype=torch.float32)
+    values = GRIDS[str(given.activations)].rounded(call.x.float() * steps.reciprocal()).float()
+    sums = call.product(values, weight.float().view_as(call.weight), None)
+    columns = [1, -1, *[1] * (sums.dim() - 2)]
+    result = sums * steps * scales.view(columns)
+    return (result if call.bias is None else result + call.bias.float().view(columns)).to(call.x.dtype)
 
 
 def _on_grid(x: Tensor, grid: Grid, scale: float | None) -> Tensor:

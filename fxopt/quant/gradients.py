@@ -100,7 +100,7 @@ def _squares(trial: Trial, batch: Any, pairs: Collection[Pair], gradients: Mappi
 
     def compare(call: LayerCall) -> None:
         gradient = gradients.get(call.name)
-        if gradient is None or call.name not in wanted or gradient.numel() != len(call.x) * len(call.weight):
+        if gradient is None or call.name not in wanted or gradient.numel() != call.rows * len(call.weight):
             return
         exact = call.exact().float()
         for precision in wanted[call.name]:

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from fxopt.ir.layers import AT_ATTENTION, OPERANDS
 from fxopt.precision import HIGH, PRECISIONS
 from fxopt.quant.batches import compiled_apart
+from fxopt.quant.emulate import Window
 from fxopt.quant.table import Calibration
 from fxopt.report.measure import interleaved
+
+READER = 16
+"""Channels of the convolution that reads a measured one: few, so that it costs little beside what it reads."""
 
 NOISE = 0.02
 """Of a layer's time: a precision that saves less is not faster."""
@@ -33,6 +37,23 @@ class LayerShape:
     bias: bool
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(frozen=True)
+class ConvolutionShape:
+    """Images of shape `given` under a window with a weight of shape `weight`, with or without bias."""
+
+    given: tuple[int, ...]
+    weight: tuple[int, ...]
+    window: Window
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+    @property
+    def columns(self) -> int:
+        return self.weight[0]
 
 
 def unavailable(precision: str, device: torch.device) -> str | None:
@@ -81,15 +102,38 @@ class _Region(nn.Module):
         super().__init__()
         where: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
         self.gain = nn.Parameter(torch.rand(shape.inner, **where) + 0.5)
-        self.linear = nn.Linear(shape.inner, shape.columns, bias=shape.bias, **where)
+        self.layer = nn.Linear(shape.inner, shape.columns, bias=shape.bias, **where)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.linear(x * self.gain)
+        result: Tensor = self.layer(x * self.gain)
+        return result
+
+
+class _Images(nn.Module):
+    """A convolution behind a product by elements, and what reads its activation: a layer of a chain is worth quantizing for
+    what it writes, too."""
+
+    def __init__(self, shape: ConvolutionShape) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
+        columns, inner, *window = shape.weight
+        self.gain = nn.Parameter(torch.rand(inner, 1, 1, **where) + 0.5)
+        geometry = (tuple(window), shape.window.stride, shape.window.padding, shape.window.dilation)
+        self.layer = nn.Conv2d(inner, columns, *geometry, bias=shape.bias, **where)  # type: ignore[arg-type]  # pairs
+        self.reader = nn.Conv2d(columns, READER, 1, bias=False, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.reader(torch.relu(self.layer(x * self.gain)))
         return result
 
 
 def measured(
-    shape: LayerShape, precisions: Iterable[str], calibration: Calibration, layer: str, backend: Any, seconds: float
+    shape: LayerShape | ConvolutionShape,
+    precisions: Iterable[str],
+    calibration: Calibration,
+    layer: str,
+    backend: Any,
+    seconds: float,
 ) -> dict[str, float]:
     """Seconds of the layer in each of `precisions` and in "high", as they are when calls follow each other.
 
@@ -99,15 +143,29 @@ def measured(
     devices = [shape.device] if shape.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(0)
-        region = _Region(shape).eval()
-        x = torch.randn(shape.rows, shape.inner, dtype=shape.dtype, device=shape.device)
-        own = dataclasses.replace(calibration[layer], name="linear", precision=None)
-        table = dataclasses.replace(calibration, layers=(own,))
+        region, x = _region(shape)
+        own = dataclasses.replace(calibration[layer], name="layer", precision=None)
+        known = [own]
+        if isinstance(shape, ConvolutionShape):
+            reader = (READER, shape.columns, 1, 1)
+            known.append(dataclasses.replace(own, name="reader", shape=reader, scale=0.05, channels=None))
+        table = dataclasses.replace(calibration, layers=tuple(known))
         calls = {name: _compiled(region, x, name, table, backend) for name in (HIGH, *precisions)}
         for call in calls.values():
             call()
         timings = interleaved(calls, shape.device, seconds=seconds, ahead=shape.device.type == "cuda")
     return {name: timing.median for name, timing in timings.items()}
+
+
+def _region(shape: LayerShape | ConvolutionShape) -> tuple[nn.Module, Tensor]:
+    """What is measured for a layer, and what it is given."""
+    if isinstance(shape, LayerShape):
+        return _Region(shape).eval(), torch.randn(shape.rows, shape.inner, dtype=shape.dtype, device=shape.device)
+    layout = torch.channels_last if shape.channels_last else torch.contiguous_format
+    x = torch.randn(shape.given, dtype=shape.dtype, device=shape.device)
+    region = _Images(shape).eval()
+    region.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs leave it out
+    return region, x.to(memory_format=layout)
 
 
 def _compiled(region: nn.Module, x: Tensor, precision: str, table: Calibration, backend: Any) -> Any:

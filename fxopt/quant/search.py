@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import OptionError
-from fxopt.ir.layers import ATTENTION, LINEAR, OPERANDS, attention_of
+from fxopt.ir.layers import ATTENTION, OPERANDS, attention_of
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Decisions
 from fxopt.quant import savings
@@ -36,7 +36,7 @@ from fxopt.quant.emulate import LayerCall, obstacle
 from fxopt.quant.emulate_attention import AttentionCall, unfit
 from fxopt.quant.gradients import estimated_errors
 from fxopt.quant.report import LayerReport, Report
-from fxopt.quant.savings import NOISE, AttentionShape, LayerShape
+from fxopt.quant.savings import NOISE, AttentionShape, ConvolutionShape, LayerShape
 from fxopt.quant.smooth import groups
 from fxopt.quant.table import Calibration
 from fxopt.quant.trial import Loss, Metric, Trial, longest
@@ -195,10 +195,10 @@ class _Search:
             if layer.kind == ATTENTION:
                 continue
             call = calls.get(layer.name)
-            problem = "convolutions are not quantized" if layer.kind != LINEAR else layer.obstacle
+            problem = layer.obstacle
             if problem is None and call is None:
                 problem = "the longest batch does not run it, or not as a product"
-            row = LayerReport(layer.name, layer.shape, 0 if call is None else len(call.x), str(layer.dtype), problem or "")
+            row = LayerReport(layer.name, layer.shape, 0 if call is None else call.rows, str(layer.dtype), problem or "")
             self.rows[layer.name] = row
             if problem is None and call is not None:
                 obstacles = {p: savings.unavailable(p, call.weight.device) or obstacle(call, p) for p in precisions}
@@ -223,7 +223,7 @@ class _Search:
 
     def _time(self, calls: Mapping[str, LayerCall], possible: Mapping[str, Sequence[str]]) -> None:
         """What each precision saves; nothing where it is no more than measuring is off by."""
-        shapes: dict[tuple[LayerShape, tuple[str, ...]], list[str]] = {}
+        shapes: dict[tuple[LayerShape | ConvolutionShape, tuple[str, ...]], list[str]] = {}
         for name, precisions in possible.items():
             if precisions:
                 shapes.setdefault((_shape(calls[name]), tuple(precisions)), []).append(name)
@@ -346,6 +346,10 @@ def _attention_shape(call: AttentionCall, device: torch.device) -> AttentionShap
     return AttentionShape(batch, heads, groups, rows, keys, width, value_width, call.is_causal, call.query.dtype, device)
 
 
-def _shape(call: LayerCall) -> LayerShape:
+def _shape(call: LayerCall) -> LayerShape | ConvolutionShape:
+    if call.window is not None:
+        last = call.x.dim() == 4 and call.x.is_contiguous(memory_format=torch.channels_last)
+        shapes = (tuple(call.x.shape), tuple(call.weight.shape))
+        return ConvolutionShape(*shapes, call.window, call.bias is not None, call.x.dtype, call.weight.device, last)
     (rows, inner), columns = call.x.shape, call.weight.shape[0]
     return LayerShape(rows, inner, columns, call.bias is not None, call.x.dtype, call.weight.device)

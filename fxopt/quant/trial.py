@@ -56,7 +56,7 @@ class Trial:
 
         def note(call: LayerCall) -> None:
             name = self.name_of(call)
-            if name is not None and (name not in found[-1] or len(found[-1][name].x) < len(call.x)):
+            if name is not None and (name not in found[-1] or found[-1][name].rows < call.rows):
                 found[-1][name] = replace(call, x=torch.empty_like(call.x, device="meta"))
 
         for batch in self.batches:
@@ -79,7 +79,7 @@ class Trial:
         return found
 
     def quantized(self, call: LayerCall, precision: str) -> Tensor:
-        """The result [M, N] of a layer of the calibration in `precision`."""
+        """The result of a layer of the calibration in `precision`."""
         name = self.name_of(call)
         assert name is not None, "it is one of the calibration's layers"
         return with_table(call, precision, self.calibration, name)
@@ -170,5 +170,5 @@ class Loss:
 
 def longest(batches: Iterable[Mapping[str, LayerCall]]) -> int:
     """Which batch has the most rows in all layers."""
-    rows = [sum(len(call.x) for call in calls.values()) for calls in batches]
+    rows = [sum(call.rows for call in calls.values()) for calls in batches]
     return max(range(len(rows)), key=rows.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.quantized_ops import FLOAT8
-from fxopt.ir.region import Contraction
+from fxopt.ir.region import Contraction, Region
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import FUSED, IMPLICIT
 from tests.codegen.padding import padded
@@ -21,7 +22,8 @@ from tests.lower.contracting import kept, searched
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig
-from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton import configs, print_region
+from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
 from fxopt.codegen.triton_convolution import print_convolution
 from fxopt.target import Target
@@ -122,6 +124,26 @@ def test_a_block_of_convolutions_stays_in_8_bits(interpreter: Interpreter) -> No
     assert int(wanted.max()) > 0 and float((wanted == wanted.max()).float().mean()) < 0.9
 
 
+def test_casts_to_int8_are_torchs(interpreter: Interpreter) -> None:
+    """Ties to even, bounds, infinities, zero for NaN; what is not rounded is cut off as before."""
+    x = torch.cat([torch.arange(-800, 801) / 4, torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -0.5])])
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        rounded = (x.round().clamp(*bounds).to(INT8) for bounds in ((-127.0, 127.0), (-128.0, 100.0)))
+        return (*rounded, x.clamp(-127.0, 127.0).to(INT8))
+
+    low = searched(fn, x)
+    memory = {name: x.clone() for name in low.inputs}
+    for step in low.steps:
+        assert isinstance(step, Region)
+        memory |= {n: torch.zeros(len(x), dtype=INT8) for n in step.writes()}
+        (kernel,) = print_region(step, configs(step, TARGET)[0], TARGET).kernels
+        assert kernel.text.count("rounded_to_int8") == 2
+        interpreter.run(kernel, memory)
+    for output, wanted in zip(low.outputs, fn(x.nan_to_num(nan=0.0)), strict=True):
+        assert torch.equal(memory[output.name], wanted)
+
+
 @pytest.mark.parametrize("config", [PLAIN, PROMOTED], ids=str)
 def test_values_of_float8(interpreter: Interpreter, config: GemmConfig) -> None:
     args = operands(FLOAT8, (1, 5, 4, 32), (32, 3, 3, 32))
@@ -152,3 +174,13 @@ def test_the_first_candidates_compile_without_spills(name: str, arch: int) -> No
         cubin, meta = compile_triton(kernel, target)
         assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{first.label}: {meta}"
         assert meta["shared"] <= target.shared_per_block
+
+
+def test_patches_are_loaded_16_bytes_at_once() -> None:
+    """Asynchronously: the images as well as the weight."""
+    geometry, x, w, dtype = COMPILED["3x3"]
+    _, step = contraction(activated(geometry), *operands(dtype, x, w))
+    (kernel,) = print_convolution(step, GemmConfig(False, 64, 64, 64, 4, 4), TARGET).kernels
+    text = compile_to_text(kernel, TARGET, "ttgir")
+    copies = re.findall(r"async_copy_global_to_local .*contiguity = (\d+).*tensor<(\d+x\d+)x!tt.ptr<i8>, (#\w+)>", text)
+    assert {bytes_ for bytes_, _, _ in copies} == {"16"} and len({layout for _, _, layout in copies}) == 2

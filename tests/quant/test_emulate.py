@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxopt
 from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
 
 
@@ -109,3 +110,46 @@ def test_obstacles_are_refused() -> None:
 def test_fp8_keeps_the_dtype_of_its_input() -> None:
     call = LayerCall("a", torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(5, 16, dtype=torch.bfloat16), None)
     assert quantized(call, "fp8").dtype == torch.bfloat16
+
+
+class _Pictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 16, 3, 2, 2, 2, bias=False)
+        self.apart = nn.Conv2d(16, 16, 3, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apart(self.second(torch.relu(self.first(x))))
+
+
+def test_convolutions_are_layers() -> None:
+    model, x = _Pictures().eval(), torch.randn(2, 16, 9, 9)
+    found = _calls(model, x)
+    assert list(found) == ["first", "second", "apart"]
+    assert [call.rows for call in found.values()] == [2 * 81, 2 * 25, 2 * 9]
+    assert [obstacle(call, "int8") is None for call in found.values()] == [True, True, False]
+    assert "fp8 or int8" in (obstacle(found["first"], "int8-dynamic") or "")
+    with pytest.raises(ValueError, match="calibration"):
+        quantized(found["first"], "int8")
+
+
+def test_convolutions_have_the_values_of_the_compiled_model() -> None:
+    precision, model = "int8", _Pictures().eval()
+    x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    calibration = fxopt.calibrate(model, [x], progress=False)
+
+    def treat(call: LayerCall) -> Tensor | None:
+        if obstacle(call, precision) is not None:
+            return None
+        return quantized(call, precision, calibration.scale(call.name, precision))
+
+    options = {"precision": precision, "calibration": calibration}
+    with torch.no_grad():
+        exact = model(x)
+        with treated(model, treat):
+            emulated = model(x)
+        compiled = torch.compile(model, backend="fxopt", options=options)(x)
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled, emulated, rtol=1e-3, atol=1e-3)
+    assert 0.002 < float((emulated - exact).norm() / exact.norm()) < 0.1

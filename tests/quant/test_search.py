@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.errors import CalibrationError, OptionError
+from fxopt.journal import RECENT
 from fxopt.precision import HIGH
 from fxopt.quant import savings, search
+from fxopt.quant.emulate import Window
 from fxopt.quant.search import Result
 from fxopt.report.measure import Timing
 
@@ -192,4 +194,33 @@ def test_layers_are_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     times = savings.measured(shape, ["int8", "int4-weight"], calibration, "slow", "fxopt", 0.01)
     assert list(times) == [HIGH, "int8", "int4-weight"] and min(times.values()) > 0.0
     assert torch.equal(torch.random.get_rng_state(), state)
+    torch.compiler.reset()
+
+
+def _pictures() -> nn.Module:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 16, 1)
+    return nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 48)).eval()
+
+
+def test_convolutions_are_searched_too(times: dict[str, float]) -> None:
+    torch.manual_seed(1)
+    data = [torch.randn(4, 16, 8, 8) for _ in range(2)]
+    result = fxopt.quantize(_pictures(), data, 0.05, precisions=("int8", HIGH), progress=False, fit=False)
+    rows = {layer.name: layer for layer in result.report().layers}
+    assert [rows[name].rows for name in ("0", "2", "5")] == [256, 256, 4]
+    assert set(_chosen(result)) == {"0", "2"} and result.refused is None
+
+
+def test_convolutions_are_timed_in_a_chain() -> None:
+    model, x = _pictures(), torch.randn(2, 16, 8, 8)
+    calibration = fxopt.calibrate(model, [x], progress=False)
+    window = Window((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    shape = savings.ConvolutionShape((2, 16, 8, 8), (32, 16, 3, 3), window, True, torch.float32, torch.device("cpu"), False)
+    times = savings.measured(shape, ["int8"], calibration, "0", "fxopt", 0.01)
+    assert list(times) == [HIGH, "int8"] and min(times.values()) > 0.0
+    notes = next(
+        found for journal in reversed(RECENT) if (found := [t for topic, t in journal.notes if topic == "precision"])
+    )
+    assert len(notes) == 2 and all(": int8" in note for note in notes)
     torch.compiler.reset()

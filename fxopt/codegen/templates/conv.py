@@ -17,6 +17,8 @@ none have the number of the first row past the end.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -211,6 +213,15 @@ def split_implicit_gemm(
     store_partial(acc, partial, part, block * BM, column * BN, M, N, BM, BN)
 
 
+@triton.constexpr_function
+def aligned(block, strides):
+    """A power of two that divides what moves a block's addresses from one element of the window, or block of channels, to
+    the next: the compiler does not see it through remainders, and would load element by element.
+    """
+    step = math.gcd(block * strides[3], strides[1], strides[2])
+    return step & -step
+
+
 @triton.jit
 def gathered_tile(
     x, w, block, column, part, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
@@ -229,14 +240,16 @@ def gathered_tile(
     top = place // PLACES[1] % PLACES[0] * STRIDE[0] - PADDING[0]
     left = place % PLACES[1] * STRIDE[1] - PADDING[1]
     corner = x + (place // (PLACES[0] * PLACES[1]) * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2])[:, None]
+    channels = corner + (k * STRIDES[3])[None, :]
     weights = w + (k * w_row)[:, None] + (n * w_column)[None, :]
     acc = tl.zeros([BM, BN], accumulator(x.dtype.element_ty))
     for k0 in range(first, end, BK):
         start = tl.full([], 0, tl.int32) + k0  # a tensor in the interpreter too
         if divides(BK, C):
-            r, s, c = start // (WINDOW[1] * C), start // C % WINDOW[1], start % C + k
+            r, s, c = start // (WINDOW[1] * C), start // C % WINDOW[1], start % C
+            moved = r * (DILATION[0] * STRIDES[1]) + s * (DILATION[1] * STRIDES[2]) + c * STRIDES[3]
             a_tile = patch(
-                corner + (r * (DILATION[0] * STRIDES[1]) + s * (DILATION[1] * STRIDES[2]) + c * STRIDES[3])[None, :],
+                channels + tl.multiple_of(moved, aligned(BK, STRIDES)),
                 (top + r * DILATION[0])[:, None], (left + s * DILATION[1])[:, None], None, SHAPE, PADDING,
             )  # fmt: skip
         else:
