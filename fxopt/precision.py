@@ -48,6 +48,9 @@ PRECISIONS: dict[str, Precision] = {
     HIGH: Precision("as the model has it"),
 }
 
+TRAINED = ("fp8", "fp8-dynamic")
+"""The precisions that training has, without a calibration; the same then."""
+
 GROUPS = (128, 64, 32)
 """How many neighbours of a 4-bit weight may share a scale: the first that divides its inner dimension."""
 

@@ -385,12 +385,7 @@ class _Rewrite:
 
     def _by_row(self, layer: Layer, precision: Precision) -> tuple[fx.Node, fx.Node]:
         wide = self._divided(layer, self._wide(layer))
-        amax = self._derive(aten.amax.default, (self._derive(aten.abs.default, (wide,), layer), [1]), layer)
-        scale = self._derive(aten.mul.Tensor, (amax, 1.0 / precision.largest), layer)
-        scale = self._derive(aten.clamp_min.default, (scale, LEAST_SCALE), layer)
-        factor = self._derive(aten.reciprocal.default, (scale,), layer)
-        column = self._derive(aten.unsqueeze.default, (factor, 1), layer)
-        values = self._derive(aten.mul.Tensor, (wide, column), layer)
+        values, scale = scaled_rows(lambda target, args: self._derive(target, args, layer), wide, precision.largest)
         return self._cast(layer, precision, values, -precision.largest), scale
 
     def _channels(self, layer: Layer) -> torch.Tensor | None:
@@ -445,6 +440,18 @@ class _Rewrite:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+Derive = Callable[[Any, tuple[Any, ...]], Any]
+
+
+def scaled_rows(derive: Derive, wide: fx.Node, largest: float) -> tuple[Any, Any]:
+    """`wide` [M, K], float32, with each row's largest magnitude brought to `largest`, and the scales [M]; nodes that
+    `derive(op, arguments)` makes."""
+    amax = derive(aten.amax.default, (derive(aten.abs.default, (wide,)), [1]))
+    scale = derive(aten.clamp_min.default, (derive(aten.mul.Tensor, (amax, 1.0 / largest)), LEAST_SCALE))
+    column = derive(aten.unsqueeze.default, (derive(aten.reciprocal.default, (scale,)), 1))
+    return derive(aten.mul.Tensor, (wide, column)), scale
 
 
 def _bits(values: torch.Tensor | None) -> bytes | None:
