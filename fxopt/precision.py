@@ -88,6 +88,22 @@ def misfit(precision: str, columns: int, inner: int, device: str, rows: int | No
     return None
 
 
+LEAST_WIDTH, MOST_WIDTH = 32, 256
+"""Features of a head that tensor cores multiply in float8, and that a kernel of ours holds."""
+
+
+def misfit_of_attention(precision: str, widths: Iterable[int], half: bool) -> str | None:
+    """Why attention whose operands have heads of these widths, and are of a half type or not, cannot have a precision; None
+    if it can."""
+    if precision != "fp8":
+        return f"attention is quantized in fp8, not in {precision}"
+    if not half:
+        return "its operands are not of a half type"
+    if any(width % MULTIPLE or not LEAST_WIDTH <= width <= MOST_WIDTH for width in widths):
+        return f"its heads are not {LEAST_WIDTH} to {MOST_WIDTH} wide, and a multiple of {MULTIPLE}"
+    return None
+
+
 _WILD = frozenset("*?[")
 
 
