@@ -1,4 +1,4 @@
-"""Training in fp8: which products of forward and backward are rewritten, their values, and that a small model learns."""
+"""Training in fp8: which products of forward and backward are rewritten, and their values."""
 
 from __future__ import annotations
 
@@ -115,21 +115,3 @@ def test_weights_that_two_layers_share_keep_their_gradient() -> None:
     tied(x).square().sum().backward()
     assert got is not None and tied.weight.grad is not None
     assert float((got - tied.weight.grad).norm() / tied.weight.grad.norm()) < 0.1
-
-
-def test_a_small_model_learns_as_in_float32() -> None:
-    torch.manual_seed(1)
-    x = torch.randn(256, 32)
-    y = torch.sin(x @ torch.randn(32, 16) * 0.3)
-    losses = {}
-    for name in ("float32", "fp8"):
-        model = Net()
-        call = compiled(model) if name == "fp8" else model
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(30):
-            loss = F.mse_loss(call(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        losses[name] = float(loss.detach())
-    assert losses["float32"] < 0.45 and abs(losses["fp8"] / losses["float32"] - 1) < 0.1
