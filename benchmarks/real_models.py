@@ -245,15 +245,21 @@ def _windows(text: bytes) -> Tensor:
     return data[: len(data) // _CONTEXT * _CONTEXT - _CONTEXT + 1].unfold(0, _CONTEXT + 1, _CONTEXT)
 
 
-def _prepare_gpt() -> dict[str, Any]:
+def documentation() -> tuple[Tensor, Tensor]:
+    """Windows [N, 129] of Python's own documentation: to read, and held out."""
     from pydoc_data.topics import topics
 
     texts = [topics[name].encode() for name in sorted(topics)]
     held_out, read = b"".join(texts[::10]), b"".join(text for at, text in enumerate(texts) if at % 10)
+    return _windows(read), _windows(held_out)
+
+
+def _prepare_gpt() -> dict[str, Any]:
+    windows, held_out = documentation()
     torch.manual_seed(0)
-    model, windows = ByteGPT(), _windows(read)
+    model = ByteGPT()
     _train(model, windows[:, :-1], windows[:, 1:], steps=400, batch=24, rate=3e-3)
-    return {"weights": model.state_dict(), "judged": _windows(held_out)[:256].clone(), "calibration": windows[:128].clone()}
+    return {"weights": model.state_dict(), "judged": held_out[:256].clone(), "calibration": windows[:128].clone()}
 
 
 def _load_gpt(held: dict[str, Any]) -> Task:

@@ -12,7 +12,7 @@ from typing import Any
 from fxopt import knobs
 from fxopt import precision as precisions
 from fxopt.errors import OptionError
-from fxopt.precision import PRECISIONS, Decisions, Table
+from fxopt.precision import PRECISIONS, TRAINED, Decisions, Table
 
 MODES = {
     "default": "generated kernels from the cost model, few of them measured; inference replays CUDA graphs where it can",
@@ -162,6 +162,12 @@ class Options:
         given["strict"] = given.get("strict", False) or knobs.STRICT.get()
         _quantizing(given)
         return cls(**given)
+
+    @property
+    def trains_narrow(self) -> bool:
+        """Whether layers of graphs that autograd records may be quantized (passes/fp8_training.py)."""
+        rules = () if self.precision is None or self.calibration is not None else self.precision.rules
+        return any(precision in TRAINED for _, precision in rules)
 
     def cache_key_facts(self) -> dict[str, Any]:
         """The options that can change a graph's plan, by name: what the key of a kept plan has to hold. Plain JSON data.

@@ -48,6 +48,9 @@ PRECISIONS: dict[str, Precision] = {
     HIGH: Precision("as the model has it"),
 }
 
+TRAINED = ("fp8", "fp8-dynamic")
+"""The precisions that training has, without a calibration; the same then."""
+
 GROUPS = (128, 64, 32)
 """How many neighbours of a 4-bit weight may share a scale: the first that divides its inner dimension."""
 
@@ -97,6 +100,22 @@ def convolution_misfit(precision: str, dims: int, groups: int, transposed: bool)
         return "of convolutions, those of images are quantized"
     if not PRECISIONS[precision].is_static:
         return "convolutions are quantized to fp8 or int8, with scales from a calibration"
+    return None
+
+
+LEAST_WIDTH, MOST_WIDTH = 32, 256
+"""Features of a head that tensor cores multiply in float8, and that a kernel of ours holds."""
+
+
+def misfit_of_attention(precision: str, widths: Iterable[int], half: bool) -> str | None:
+    """Why attention whose operands have heads of these widths, and are of a half type or not, cannot have a precision; None
+    if it can."""
+    if precision != "fp8":
+        return f"attention is quantized in fp8, not in {precision}"
+    if not half:
+        return "its operands are not of a half type"
+    if any(width % MULTIPLE or not LEAST_WIDTH <= width <= MOST_WIDTH for width in widths):
+        return f"its heads are not {LEAST_WIDTH} to {MOST_WIDTH} wide, and a multiple of {MULTIPLE}"
     return None
 
 

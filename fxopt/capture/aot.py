@@ -23,7 +23,7 @@ from fxopt.capture.normalize import copy_module, normalize
 from fxopt.capture.passage import Passage, through_passage
 from fxopt.capture.pool_offsets import save_pool_offsets
 from fxopt.capture.random import functionalize_random
-from fxopt.capture.roles import InputFacts
+from fxopt.capture.roles import InputFacts, module_of
 from fxopt.errors import UnsupportedError
 from fxopt.garbage import collection_paused
 from fxopt.ir.graph import Graph, Phase
@@ -127,6 +127,8 @@ class Capture:
             functionalize_random(joint)
         save_pool_offsets(joint)
         if self.rewrite_joint is not None:
+            for node in joint.graph.nodes:
+                node.meta["module"] = module_of(node)
             self.rewrite_joint(joint)
         recomputable = RECOMPUTABLE if self.options.recompute_random else ()
         if _gathers_are_repeatable(joint, settings.get("num_fwd_outputs", 0)):
@@ -149,7 +151,7 @@ class Capture:
             if candidates.names:
                 values = [self.facts.value(n) for n in gm.graph.find_nodes(op="placeholder")]
                 return FrozenFunction(build, candidates, values)
-        elif self.options.freeze and phase is Phase.FORWARD:
+        elif self.options.freeze and phase is Phase.FORWARD and not self.options.trains_narrow:
             notes.append(IN_TRAINING)
             warn_once("in training", IN_TRAINING)
         built = build({}, notes)[0]

@@ -30,6 +30,8 @@ class PassOptions(Protocol):
     @property
     def check(self) -> bool: ...
     @property
+    def tuning_seconds(self) -> float | None: ...
+    @property
     def precision(self) -> Decisions | None: ...
     @property
     def calibration(self) -> Table | str | None: ...
@@ -43,6 +45,7 @@ class DefaultOptions:
     fuel: int | None = None
     dump: str | None = None
     check: bool = False
+    tuning_seconds: float | None = None
     precision: Decisions | None = None
     calibration: Table | None = None
 

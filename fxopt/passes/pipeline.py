@@ -28,6 +28,7 @@ from fxopt.passes.cse import cse
 from fxopt.passes.dead_code import dead_code
 from fxopt.passes.disjoint_windows import disjoint_windows
 from fxopt.passes.flat_convolution import flat_convolution
+from fxopt.passes.fp8_training import fp8_training
 from fxopt.passes.fusions import PATTERNS
 from fxopt.passes.hand_attention.rewrite import hand_attention
 from fxopt.passes.linear_cross_entropy import linear_cross_entropy
@@ -104,6 +105,7 @@ EARLY_PASSES: tuple[Pass, ...] = (
 JOINT_PASSES: tuple[Pass, ...] = (
     Pass("channels_last", channels_last),
     Pass("convolution_bias", convolution_bias),
+    Pass("fp8_training", fp8_training),
 )
 """What runs on forward and backward as one ATen graph, before the partitioner chooses what is saved between them."""
 

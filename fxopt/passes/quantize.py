@@ -45,10 +45,10 @@ from fxopt.options import suggestion
 from fxopt.passes.channel_affine import channel_affine, constants_of
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
-from fxopt.passes.facts import arguments, static_shape, tensor
+from fxopt.passes.facts import arguments, tensor
+from fxopt.passes.quantize_attention import obstacle_of_attention, rows_last
 from fxopt.precision import (
     HIGH,
-    MULTIPLE,
     PRECISIONS,
     Decisions,
     KnownLayer,
@@ -67,9 +67,6 @@ TOPIC = "precision"
 
 LEAST_SCALE = torch.finfo(torch.float32).tiny
 """Of a row: its inverse is finite."""
-
-LEAST_WIDTH, MOST_WIDTH = 32, 256
-"""Features of a head that tensor cores multiply in float8, and that a kernel of ours holds."""
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -216,7 +213,9 @@ class _Rewrite:
     def attention(self, layer: AttentionLayer, name: str) -> None:
         """Replace attention's node. Raises _HighError."""
         given = arguments(layer.node)
-        _check_attention(layer, name, given)
+        problem = obstacle_of_attention(layer, name, given)
+        if problem is not None:
+            raise _HighError(problem)
         if self.table is None:
             raise _HighError("its scales come from a calibration, and there is none")
         scales = {}
@@ -241,20 +240,12 @@ class _Rewrite:
         """An operand of attention in float8, and its scale []."""
         x = layer.operands[operand]
         rows = x.meta["val"].shape[2]
-        if operand == "value":
-            # Rows contiguous, each feature's a multiple of 16 bytes from the next one's.
-            x = self._derive(aten.transpose.int, (x, 2, 3), layer)
-            padding = -rows % MULTIPLE
-            if padding:
-                x = self._derive(aten.constant_pad_nd.default, (x, [0, padding], 0.0), layer)
-            else:
-                x = self._derive(aten.clone.default, (x,), layer, {"memory_format": torch.contiguous_format})
+        x = rows_last(functools.partial(self._derive, layer=layer), x) if operand == "value" else x
         own = torch.tensor(scale, dtype=torch.float32)
         device = x.meta["val"].device
         wide = self._derive(aten._to_copy.default, (x,), layer, {"dtype": torch.float32})
         factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
-        values = self._derive(aten.mul.Tensor, (wide, factor), layer)
-        cast = self._cast(layer, precision, values, -precision.largest)
+        cast = self._cast(layer, precision, self._derive(aten.mul.Tensor, (wide, factor), layer), -precision.largest)
         if operand == "value":
             cast = self._derive(aten.slice.Tensor, (cast, 3, 0, rows), layer)
             cast = self._derive(aten.transpose.int, (cast, 2, 3), layer)
@@ -407,12 +398,7 @@ class _Rewrite:
 
     def _by_row(self, layer: Layer, precision: Precision) -> tuple[fx.Node, fx.Node]:
         wide = self._divided(layer, self._wide(layer))
-        amax = self._derive(aten.amax.default, (self._derive(aten.abs.default, (wide,), layer), [1]), layer)
-        scale = self._derive(aten.mul.Tensor, (amax, 1.0 / precision.largest), layer)
-        scale = self._derive(aten.clamp_min.default, (scale, LEAST_SCALE), layer)
-        factor = self._derive(aten.reciprocal.default, (scale,), layer)
-        column = self._derive(aten.unsqueeze.default, (factor, 1), layer)
-        values = self._derive(aten.mul.Tensor, (wide, column), layer)
+        values, scale = scaled_rows(lambda target, args: self._derive(target, args, layer), wide, precision.largest)
         return self._cast(layer, precision, values, -precision.largest), scale
 
     def _channels(self, layer: Layer) -> torch.Tensor | None:
@@ -469,27 +455,21 @@ class _Rewrite:
         return self._made[key]
 
 
+Derive = Callable[[Any, tuple[Any, ...]], Any]
+
+
+def scaled_rows(derive: Derive, wide: fx.Node, largest: float) -> tuple[Any, Any]:
+    """`wide` [M, K], float32, with each row's largest magnitude brought to `largest`, and the scales [M]; nodes that
+    `derive(op, arguments)` makes."""
+    amax = derive(aten.amax.default, (derive(aten.abs.default, (wide,)), [1]))
+    scale = derive(aten.clamp_min.default, (derive(aten.mul.Tensor, (amax, 1.0 / largest)), LEAST_SCALE))
+    column = derive(aten.unsqueeze.default, (derive(aten.reciprocal.default, (scale,)), 1))
+    return derive(aten.mul.Tensor, (wide, column)), scale
+
+
 def _bits(values: torch.Tensor | None) -> bytes | None:
     """By which equal vectors are known."""
     return None if values is None else values.numpy().tobytes()
-
-
-def _check_attention(layer: AttentionLayer, name: str, given: dict[str, Any]) -> None:
-    if name != "fp8":
-        raise _HighError("attention is quantized in fp8, with a calibration")
-    operands = [tensor(x) for x in layer.operands.values()]
-    known = [x for x in operands if x is not None]
-    if len(known) < len(operands) or not all(static_shape(x) and x.numel() for x in known):
-        raise _HighError("its sizes are known only at run time")
-    if any(x.dtype not in (torch.float16, torch.bfloat16) for x in known):
-        raise _HighError("its operands are not of a half type")
-    if any(x.shape[3] % MULTIPLE or not LEAST_WIDTH <= x.shape[3] <= MOST_WIDTH for x in known):
-        raise _HighError(f"its heads are not {LEAST_WIDTH} to {MOST_WIDTH} wide, and a multiple of {MULTIPLE}")
-    if given["dropout_p"]:
-        raise _HighError("it drops")
-    device = known[0].device
-    if device.type == "cuda" and torch.cuda.is_available() and not Target.current(device).has_float8:
-        raise _HighError("its GPU does not multiply float8")
 
 
 def _same_strides(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -21,6 +21,8 @@ from fxopt.ir.spec import fake_mode
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
 from fxopt.passes.facts import arguments, static_shape, tensor
+from fxopt.passes.quantize_attention import kernels_are_off, obstacle_of_mask
+from fxopt.precision import MOST_WIDTH
 from fxopt.target import Target
 
 aten = torch.ops.aten
@@ -36,7 +38,8 @@ Stored = tuple[fx.Node, Scale]
 
 
 def stored_attention(context: Context) -> None:
-    if context.graph.phase is not Phase.INFERENCE or KERNELS in context.options.disable:
+    off = KERNELS in context.options.disable or context.options.tuning_seconds == 0
+    if context.graph.phase is not Phase.INFERENCE or off or kernels_are_off():
         return
     for node in context.nodes:
         if node.target is not attention or context.exhausted:
@@ -79,6 +82,11 @@ def _obstacle(given: dict[str, Any], key: fx.Node, value: fx.Node) -> str | None
         return "sizes that are known only at run time"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return "a query in another type than half"
+    if any(x.shape[3] % 8 or x.shape[3] > MOST_WIDTH or 1 not in x.stride()[2:] for x in known) or query.stride(3) != 1:
+        return "a layout or width that kernels do not take"
+    reason = obstacle_of_mask(given)
+    if reason is not None:
+        return reason
     if query.shape[2] * query.shape[1] > MOST_ROWS * known[1].shape[1]:
         return "many rows"
     cuda = query.device.type == "cuda" and torch.cuda.is_available()
@@ -134,7 +142,7 @@ def _widened(node: fx.Node) -> Stored | None:
         if source is None or value is None or value.dtype not in STORED or value.shape != node.meta["val"].shape:
             continue
         if isinstance(scale, fx.Node):
-            return source, scale
+            return source, _uncast(scale)  # the kernel takes any floating type: a cast would be a kernel of its own
         return (source, float(scale)) if isinstance(scale, (int, float)) else None
     return None
 

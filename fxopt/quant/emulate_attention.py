@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fxopt.precision import misfit_of_attention
 from fxopt.quant.ranges import FP8
 
 LARGEST_PROBABILITY = 256.0
@@ -112,11 +113,6 @@ def _on_grid(x: Tensor, scale: float) -> Tensor:
 
 def unfit(call: AttentionCall, precision: str) -> str | None:
     """Why passes/quantize.py leaves the call as it is; None if it does not."""
-    if precision != "fp8":
-        return f"attention is quantized in fp8, not in {precision}"
     operands = (call.query, call.key, call.value)
-    if any(x.dtype not in (torch.float16, torch.bfloat16) for x in operands):
-        return "its operands are not of a half type"
-    if any(x.shape[3] % 16 or not 32 <= x.shape[3] <= 256 for x in operands):
-        return "its heads are not 32 to 256 wide, and a multiple of 16"
-    return None
+    half = all(x.dtype in (torch.float16, torch.bfloat16) for x in operands)
+    return misfit_of_attention(precision, [x.shape[3] for x in operands], half)

@@ -81,7 +81,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (attend, operands(), None, "fp8", "there is none"),
         (attend, operands(), Table(names=()), "fp8", "did not observe attention"),
         (attend, operands(), Table("only zeros"), "fp8", "only zeros"),
-        (attend, operands(), Table(), "int8", "in fp8, with a calibration"),
+        (attend, operands(), Table(), "int8", "in fp8, not in int8"),
         (attend, operands(width=24), Table(), "fp8", "32 to 256 wide"),
         (attend, operands(dtype=torch.float32), Table(), "fp8", "half type"),
     ],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxopt.ir.attention_op import attention
-from tests.passes.graphs import calls, execute, optimize
+from tests.passes.graphs import CHECKED, calls, execute, optimize
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 OP = "fxopt::scaled_attention"
@@ -50,6 +52,11 @@ def test_spellings(name: str, scale: Tensor) -> None:
     assert OP in rewritten(SPELLINGS[name], Q, K, V, scale)
 
 
+def test_scales_are_taken_as_they_are_stored() -> None:
+    found = rewritten(lambda q, k, v, s: attend(q, k.to(BF16) * s.to(BF16), v.to(BF16) * s.to(BF16)), Q, K, V, ROWS)
+    assert found == [OP], "no cast is left"
+
+
 def test_floats_and_heads_that_are_repeated() -> None:
     k, v = K.float().to(FP8), V.float().to(FP8)
     found = rewritten(lambda q, k, v, s: attend(q, repeat(k.to(BF16) * s), repeat(v.to(BF16) * s)), Q, k, v, ONE.to(BF16))
@@ -66,11 +73,21 @@ def test_floats_and_heads_that_are_repeated() -> None:
         (lambda q, k, v, s: attend(q, k.to(BF16), v.to(BF16)), (Q.expand(2, 4, 40, 32).contiguous(), K, V, ONE)),
         (lambda q, k, v, s: attend(q, k.float(), v.float()), (Q.float(), K, V, ONE)),
         (lambda q, k, v, s: attend(q, k.to(BF16), v.to(BF16)), (Q, K.short(), V.short(), ONE)),
+        (lambda q, k, v, s: attend(q[..., :12], k[..., :12].to(BF16), v.to(BF16)), (Q, K, V, ONE)),
+        (lambda q, k, v, s: attend(q, k.to(BF16), v.to(BF16), s.double().expand(1, 24)), (Q, K, V, ONE)),
     ],
-    ids=["value wide", "sum", "columns", "repeated with rows", "many rows", "float32", "int16"],
+    ids=["value wide", "sum", "columns", "repeated with rows", "many rows", "float32", "int16", "narrow", "precise mask"],
 )
 def test_others_stay(fn: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
     assert OP not in calls(optimize(fn, args)[0])
+
+
+def test_without_kernels_widening_apart_is_as_good() -> None:
+    fn, args = SPELLINGS["a number"], (Q, K, V, ONE)
+    assert OP not in calls(optimize(fn, args, options=replace(CHECKED, tuning_seconds=0))[0])
+    with sdpa_kernel(SDPBackend.MATH):
+        assert OP not in calls(optimize(fn, args)[0])
+    assert OP in calls(optimize(fn, args)[0])
 
 
 def test_sizes_known_at_run_time_stay() -> None:

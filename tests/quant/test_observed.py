@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ def test_a_few_rows_are_clipped_whole() -> None:
 
 
 def test_parts_in_order_are_one_pass(tmp_path: Path) -> None:
+    """By way of files, as several processes join theirs."""
     data = _data()
     whole = _calibrated(data, observe=("rows", "average"))
     for at, part in enumerate((data[:1], data[1:])):
@@ -78,20 +78,6 @@ def test_parts_in_order_are_one_pass(tmp_path: Path) -> None:
     without = Calibration.merge(whole, _calibrated(data))
     with pytest.raises(CalibrationError, match="'0' was calibrated without it"):
         without.with_method("rows")
-
-
-def _calibrate_part(part: int, path: str) -> None:
-    _calibrated(_data()[2 * part : 2 * part + 2]).save(path)
-
-
-def test_processes_merge_to_what_one_finds(tmp_path: Path) -> None:
-    paths = [str(tmp_path / f"{part}.fxcal") for part in (0, 1)]
-    other = multiprocessing.get_context("spawn").Process(target=_calibrate_part, args=(0, paths[0]))
-    other.start()
-    _calibrate_part(1, paths[1])
-    other.join()
-    merged = Calibration.merge(*map(Calibration.load, paths))
-    assert merged.digest() == _calibrated(_data()).digest()
 
 
 def test_methods_need_their_observers() -> None:
