@@ -60,6 +60,21 @@ def capped_by_a_module(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.where(seen, scores, torch.finfo(BF16).min).float(), -1).type_as(q) @ v
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Two heads to a group, by transformers' repeat_kv."""
+
+    def repeated(x: Tensor) -> Tensor:
+        batch, groups, length, width = x.shape
+        return x[:, :, None, :, :].expand(batch, groups, 2, length, width).reshape(batch, groups * 2, length, width)
+
+    return capped(q, repeated(k[:, :2]), repeated(v[:, :2]), mask)
+
+
+def interleaved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    k, v = torch.repeat_interleave(k[:, :2], 2, dim=1), v[:, :2].repeat_interleave(2, 1)
+    return capped(q, k, v, mask)
+
+
 def relative(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """T5's: no scale, a bias for all batches."""
     scores = torch.matmul(q, k.transpose(3, 2))
@@ -102,6 +117,8 @@ ADDED[0, :, 3] = LEAST
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[int] | None]] = {
     "capped": (capped, (ADDED,), None),
     "capped, a window": (capped_in_place, (), [-7, 0]),
+    "grouped": (grouped, (ADDED,), None),
+    "grouped by repeat_interleave": (interleaved, (ADDED,), None),
     "capped, causal": (capped_by_a_module, (), [1 - S, 0]),
     "relative": (relative, (rand(1, H, S, T, seed=3),), None),
     "relative, a row of one": (relative, (rand(1, H, 1, T, seed=3),), None),
@@ -144,6 +161,7 @@ def test_spellings(name: str) -> None:
     results, calls, reasons = rewritten(fn, given)
     assert len(calls) == 1, reasons
     assert calls[0].kwargs["band"] == band
+    assert {x.meta["example_value"].shape[1] for x in calls[0].args[1:3]} == {2 if "grouped" in name else H}  # type: ignore[union-attr]
     assert_closer(results, outcome(fn, given), outcome(fn, to_float64(given)))
 
 
