@@ -97,8 +97,10 @@ def scores_of(
         scores = tl.where(kept, scores, FILL)
     elif KIND == ADDED:
         scores += at_scores(mask, y, x, S, T, MASK, 0.0).to(tl.float32)
-    if BANDED:
-        scores = tl.where((x - y >= LEAST) & (x - y <= MOST), scores, float("-inf"))
+    if BANDED and LEAST > 1 - S:
+        scores = tl.where(x - y >= LEAST, scores, float("-inf"))
+    if BANDED and MOST < T - 1:
+        scores = tl.where(x - y <= MOST, scores, float("-inf"))
     if RAGGED:
         scores = tl.where(x < T, scores, float("-inf"))
     return scores, slope, kept
