@@ -2,7 +2,7 @@
 
 Importing the module registers
 
-    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, rest, most, inverse)
+    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, exact, most, inverse)
     fxopt::scored_attention_query(grad, query, key, value, bias, mask, most, inverse, total, *, scale, cap, fill, band)
     fxopt::scored_attention_key_value(...the same...) -> (Tensor, Tensor)
     fxopt::scored_attention_bias(..., parts, *, scale, cap, fill, band) -> Tensor
@@ -20,8 +20,8 @@ windows of an image follow each other). Of these only the bias is differentiable
 `most` and `inverse`, float32 [B, H, S] (float64 for float64), are each row's greatest score and the inverse of its sum of
 exp(s - most): apart, since in a logarithm of their product scores as low as the least float would absorb the sum, and rows
 that such a mask hides throughout, which are uniform in eager, would have wrong gradients. A row of minus infinity is NaN, as
-in a softmax. `rest` is what rounding has taken from `out`, in its dtype. `total`, [B, H, S], is the sum over features of
-grad * (out + rest). It is subtracted from products of grad and single values: where these have much in common, a rounded
+in a softmax. `exact` is the result before it is rounded, in their dtype. `total`, [B, H, S], is the sum over features of
+grad * exact. It is subtracted from products of grad and single values: where these have much in common, a rounded
 result would leave more error than gradient.
 
 The gradients of query, of key and value, and of bias are three ops, so that each is one kernel and none is computed in vain;
@@ -144,8 +144,7 @@ def attend(
         p = scores.sub_(most.unsqueeze(-1)).exp_()
         inverse = p.sum(-1).reciprocal_()
         exact = p.mul_(inverse.unsqueeze(-1)) @ _ungrouped(q, v).to(p.dtype)
-        out = exact.to(query.dtype)
-        for whole, part in zip(results, (out, exact - out, most, inverse), strict=True):
+        for whole, part in zip(results, (exact, exact, most, inverse), strict=True):
             whole[batches, heads] = part
     return results
 
@@ -220,18 +219,26 @@ def bias_gradient(
     parts: int,
     **rule: Any,
 ) -> Tensor:
-    """What `fxopt::scored_attention_bias` computes: [parts, b, 1 or H, S, T], all of the sum in the first part."""
+    """What `fxopt::scored_attention_bias` computes: [parts, b, 1 or H, S, T].
+
+    Turns are the batches with one number of the bias, then those of the next head if heads share it; each part has as many.
+    """
     count, own_heads = bias.shape[:2]
+    repeats = len(query) // count
+    each = math.ceil(repeats * (query.shape[1] // own_heads) / parts)
     out = most.new_zeros((parts, count, own_heads, query.shape[2], key.shape[2]))
     for piece in _pieces(query, key):
         found = _slopes(piece, grad, query, key, value, bias, mask, most, inverse, total, **rule).of_scores
         batches, heads, _ = piece
-        if own_heads == 1:
-            found = found.sum(1, keepdim=True)
         if batches == _Whole:
-            out[0] += found.unflatten(0, (-1, count)).sum(0)
-        else:
-            out[0, batches.start % count, heads if own_heads > 1 else _Whole] += found[0]
+            turns = found.unflatten(0, (repeats, count))
+            turns = turns if own_heads > 1 else turns.permute(2, 0, 1, 3, 4).flatten(0, 1).unsqueeze(2)
+            for part, some in enumerate(turns.split(each)):
+                out[part] = some.sum(0)
+            continue
+        for h, of_head in enumerate(found[0], heads.start):
+            turn = batches.start // count + (repeats * h if own_heads == 1 else 0)
+            out[turn // each, batches.start % count, h % own_heads] += of_head
     return out
 
 
@@ -268,9 +275,9 @@ def _like(x: Tensor, width: Any) -> Tensor:
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
-    out, rest = (_like(query, value.shape[-1]) for _ in range(2))
+    out = _like(query, value.shape[-1])
     most, inverse = (query.new_empty(query.shape[:3], dtype=wide) for _ in range(2))
-    return out, rest, most, inverse
+    return out, torch.empty_like(out, dtype=wide), most, inverse
 
 
 def _fake_query(grad: Tensor, query: Tensor, *_: Any, **rule: Any) -> Tensor:
@@ -306,7 +313,7 @@ def _save_for_backward(
     ctx.rule = dict(keyword_only_inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -315,8 +322,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
         raise GradientError("fxopt::scored_attention has no gradient for its mask; its bias has one")
     if grad is None:
         return (None,) * len(wanted)
-    query, key, value, bias, mask, out, rest, most, inverse = ctx.saved_tensors
-    total = (grad.to(most.dtype) * (out.to(most.dtype) + rest.to(most.dtype))).sum(-1)
+    query, key, value, bias, mask, exact, most, inverse = ctx.saved_tensors
+    total = (grad.to(most.dtype) * exact).sum(-1)
     given = (grad, query, key, value, bias, mask, most, inverse, total)
     of_query = scored_attention_query(*given, **ctx.rule) if wanted[0] else None
     of_key, of_value = scored_attention_key_value(*given, **ctx.rule) if wanted[1] or wanted[2] else (None, None)

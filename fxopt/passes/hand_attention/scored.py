@@ -24,6 +24,7 @@ from fxopt.passes.hand_attention.written import WrittenAttention, obstacle_to_sc
 from fxopt.passes.sizes import Sizes
 
 DTYPES = (torch.float16, torch.bfloat16)
+MOST_FEATURES = 128
 LEAST_KEYS = 16
 """With fewer keys or rows, what is saved is less than a block of a kernel."""
 
@@ -74,6 +75,8 @@ def _unsuitable(written: WrittenAttention) -> str | None:
         return "float32 products"
     if not all(isinstance(n, int) for x in (query, key, value) for n in x.shape):
         return "symbolic sizes"
+    if max(query.shape[-1], value.shape[-1]) > MOST_FEATURES:
+        return "more features than kernels for scores keep in registers"
     if min(query.shape[-2], key.shape[-2]) < LEAST_KEYS:
         return "few rows or keys"
     return "deterministic algorithms are asked for" if torch.are_deterministic_algorithms_enabled() else None
