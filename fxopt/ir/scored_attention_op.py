@@ -2,7 +2,7 @@
 
 Importing the module registers
 
-    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, rest, most, inverse)
+    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, exact, most, inverse)
     fxopt::scored_attention_query(grad, query, key, value, bias, mask, most, inverse, total, *, scale, cap, fill, band)
     fxopt::scored_attention_key_value(...the same...) -> (Tensor, Tensor)
     fxopt::scored_attention_bias(..., parts, *, scale, cap, fill, band) -> Tensor
@@ -20,8 +20,8 @@ windows of an image follow each other). Of these only the bias is differentiable
 `most` and `inverse`, float32 [B, H, S] (float64 for float64), are each row's greatest score and the inverse of its sum of
 exp(s - most): apart, since in a logarithm of their product scores as low as the least float would absorb the sum, and rows
 that such a mask hides throughout, which are uniform in eager, would have wrong gradients. A row of minus infinity is NaN, as
-in a softmax. `rest` is what rounding has taken from `out`, in its dtype. `total`, [B, H, S], is the sum over features of
-grad * (out + rest). It is subtracted from products of grad and single values: where these have much in common, a rounded
+in a softmax. `exact` is the result before it is rounded, in their dtype. `total`, [B, H, S], is the sum over features of
+grad * exact. It is subtracted from products of grad and single values: where these have much in common, a rounded
 result would leave more error than gradient.
 
 The gradients of query, of key and value, and of bias are three ops, so that each is one kernel and none is computed in vain;
@@ -32,6 +32,7 @@ stored scores. Differentiable once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,24 +103,63 @@ def _scored(
     return _Scored(scores, slope, kept)
 
 
+MOST_SCORES = 1 << 26
+"""Of the eager forms at a time."""
+
+_Whole = slice(None)
+_Piece = tuple[slice, slice, slice]
+"""Batches, heads and groups of them."""
+
+
+def _pieces(query: Tensor, key: Tensor) -> Iterator[_Piece]:
+    """All of the scores, in pieces of about MOST_SCORES."""
+    (batch, heads, rows, _), (groups, keys) = query.shape, key.shape[1:3]
+    if batch * heads * rows * keys <= MOST_SCORES:
+        yield _Whole, _Whole, _Whole
+        return
+    members = heads // groups
+    each = max(1, MOST_SCORES // (rows * keys * members))
+    for b in range(batch):
+        for g in range(0, groups, each):
+            yield slice(b, b + 1), slice(g * members, (g + each) * members), slice(g, g + each)
+
+
+def _of_piece(x: Tensor | None, batches: slice, heads: slice) -> Tensor | None:
+    """What of a bias or mask belongs to a piece."""
+    if x is None or batches == _Whole:
+        return x
+    number = batches.start % x.shape[0]
+    return x[number : number + 1, heads if x.shape[1] > 1 else _Whole]
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, **rule: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `fxopt::scored_attention` computes, with stored scores."""
-    scores = _scored(query, key, bias, mask, **rule).scores
-    most = scores.amax(-1)
-    p = scores.sub_(most.unsqueeze(-1)).exp_()
-    inverse = p.sum(-1).reciprocal_()
-    exact = p.mul_(inverse.unsqueeze(-1)) @ _ungrouped(query, value).to(p.dtype)
-    out = exact.to(query.dtype)
-    return out, (exact - out).to(query.dtype), most, inverse
+    results = _fake(query, key, value)
+    for batches, heads, groups in _pieces(query, key):
+        q, k, v = query[batches, heads], key[batches, groups], value[batches, groups]
+        scores = _scored(q, k, _of_piece(bias, batches, heads), _of_piece(mask, batches, heads), **rule).scores
+        most = scores.amax(-1)
+        p = scores.sub_(most.unsqueeze(-1)).exp_()
+        inverse = p.sum(-1).reciprocal_()
+        exact = p.mul_(inverse.unsqueeze(-1)) @ _ungrouped(q, v).to(p.dtype)
+        for whole, part in zip(results, (exact, exact, most, inverse), strict=True):
+            whole[batches, heads] = part
+    return results
 
 
-def _probabilities(found: _Scored, most: Tensor, inverse: Tensor) -> Tensor:
-    return found.scores.sub_(most.unsqueeze(-1)).exp_().mul_(inverse.unsqueeze(-1))
+@dataclass(frozen=True)
+class _Slopes:
+    """Of a piece, [B, H, S, T]: probabilities, the gradients of scores before a mask fills them, and of products."""
+
+    p: Tensor
+    of_scores: Tensor
+    of_products: Tensor
 
 
 def _slopes(
+    piece: _Piece,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -130,40 +170,40 @@ def _slopes(
     inverse: Tensor,
     total: Tensor,
     **rule: Any,
-) -> tuple[Tensor, Tensor | float]:
-    """(the gradient of the scores before a mask fills them, the derivative of these with respect to the product)."""
-    found = _scored(query, key, bias, mask, **rule)
-    p = _probabilities(found, most, inverse)
+) -> _Slopes:
+    batches, heads, groups = piece
+    grad, query, most, inverse, total = (x[batches, heads] for x in (grad, query, most, inverse, total))
+    key, value = key[batches, groups], value[batches, groups]
+    found = _scored(query, key, _of_piece(bias, batches, heads), _of_piece(mask, batches, heads), **rule)
+    p = found.scores.sub_(most.unsqueeze(-1)).exp_().mul_(inverse.unsqueeze(-1))
     of_p = grad.to(p.dtype) @ _ungrouped(query, value).to(p.dtype).mT
     of_scores = of_p.sub_(total.unsqueeze(-1)).mul_(p)
     if found.kept is not None:
         of_scores = torch.where(found.kept, of_scores, 0.0)
-    return of_scores, found.slope
+    return _Slopes(p, of_scores, of_scores * found.slope)
 
 
 def query_gradient(grad: Tensor, query: Tensor, key: Tensor, *more: Any, **rule: Any) -> Tensor:
     """What `fxopt::scored_attention_query` computes: [B, H, S, E]."""
-    of_scores, slope = _slopes(grad, query, key, *more, **rule)
-    return of_scores.mul_(slope).to(query.dtype) @ _ungrouped(query, key)
+    out = torch.empty_like(query)
+    for piece in _pieces(query, key):
+        found, (batches, heads, groups) = _slopes(piece, grad, query, key, *more, **rule).of_products, piece
+        out[batches, heads] = found.to(query.dtype) @ _ungrouped(query[batches, heads], key[batches, groups])
+    return out
 
 
 def key_value_gradients(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    most: Tensor,
-    inverse: Tensor,
-    total: Tensor,
-    **rule: Any,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *more: Any, **rule: Any
 ) -> tuple[Tensor, Tensor]:
     """What `fxopt::scored_attention_key_value` computes: [B, G, T, E] and [B, G, T, Ev]."""
-    of_scores, slope = _slopes(grad, query, key, value, bias, mask, most, inverse, total, **rule)
-    of_key = of_scores.mul_(slope).to(query.dtype).mT @ query
-    p = _probabilities(_scored(query, key, bias, mask, **rule), most, inverse)
-    return _grouped(of_key, key), _grouped(p.to(query.dtype).mT @ grad, value)
+    of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+    for piece in _pieces(query, key):
+        found, (batches, heads, groups) = _slopes(piece, grad, query, key, value, *more, **rule), piece
+        product = found.of_products.to(query.dtype).mT @ query[batches, heads]
+        of_key[batches, groups] = _grouped(product, key[batches, groups])
+        product = found.p.to(query.dtype).mT @ grad[batches, heads]
+        of_value[batches, groups] = _grouped(product, value[batches, groups])
+    return of_key, of_value
 
 
 def bias_gradient(
@@ -179,13 +219,26 @@ def bias_gradient(
     parts: int,
     **rule: Any,
 ) -> Tensor:
-    """What `fxopt::scored_attention_bias` computes: [parts, b, 1 or H, S, T], all of the sum in the first part."""
-    of_scores, _ = _slopes(grad, query, key, value, bias, mask, most, inverse, total, **rule)
-    summed = of_scores.unflatten(0, (-1, bias.shape[0])).sum(0)
-    if bias.shape[1] == 1:
-        summed = summed.sum(1, keepdim=True)
-    out = summed.new_zeros((parts, *summed.shape))
-    out[0] = summed
+    """What `fxopt::scored_attention_bias` computes: [parts, b, 1 or H, S, T].
+
+    Turns are the batches with one number of the bias, then those of the next head if heads share it; each part has as many.
+    """
+    count, own_heads = bias.shape[:2]
+    repeats = len(query) // count
+    each = math.ceil(repeats * (query.shape[1] // own_heads) / parts)
+    out = most.new_zeros((parts, count, own_heads, query.shape[2], key.shape[2]))
+    for piece in _pieces(query, key):
+        found = _slopes(piece, grad, query, key, value, bias, mask, most, inverse, total, **rule).of_scores
+        batches, heads, _ = piece
+        if batches == _Whole:
+            turns = found.unflatten(0, (repeats, count))
+            turns = turns if own_heads > 1 else turns.permute(2, 0, 1, 3, 4).flatten(0, 1).unsqueeze(2)
+            for part, some in enumerate(turns.split(each)):
+                out[part] = some.sum(0)
+            continue
+        for h, of_head in enumerate(found[0], heads.start):
+            turn = batches.start // count + (repeats * h if own_heads == 1 else 0)
+            out[turn // each, batches.start % count, h % own_heads] += of_head
     return out
 
 
@@ -222,9 +275,9 @@ def _like(x: Tensor, width: Any) -> Tensor:
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
-    out, rest = (_like(query, value.shape[-1]) for _ in range(2))
+    out = _like(query, value.shape[-1])
     most, inverse = (query.new_empty(query.shape[:3], dtype=wide) for _ in range(2))
-    return out, rest, most, inverse
+    return out, torch.empty_like(out, dtype=wide), most, inverse
 
 
 def _fake_query(grad: Tensor, query: Tensor, *_: Any, **rule: Any) -> Tensor:
@@ -260,7 +313,7 @@ def _save_for_backward(
     ctx.rule = dict(keyword_only_inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -269,8 +322,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
         raise GradientError("fxopt::scored_attention has no gradient for its mask; its bias has one")
     if grad is None:
         return (None,) * len(wanted)
-    query, key, value, bias, mask, out, rest, most, inverse = ctx.saved_tensors
-    total = (grad.to(most.dtype) * (out.to(most.dtype) + rest.to(most.dtype))).sum(-1)
+    query, key, value, bias, mask, exact, most, inverse = ctx.saved_tensors
+    total = (grad.to(most.dtype) * exact).sum(-1)
     given = (grad, query, key, value, bias, mask, most, inverse, total)
     of_query = scored_attention_query(*given, **ctx.rule) if wanted[0] else None
     of_key, of_value = scored_attention_key_value(*given, **ctx.rule) if wanted[1] or wanted[2] else (None, None)

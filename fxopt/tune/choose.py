@@ -17,7 +17,7 @@ from fxopt.codegen import triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
-from fxopt.ir.region import Alternatives, Batch, Call, Region, Work
+from fxopt.ir.region import Alternatives, Batch, Call, Region, ScoredAttention, Work
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import replaced
@@ -306,9 +306,9 @@ def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, 
 
 
 def _usable(contest: _Contest) -> list[Choice]:
-    """The built choices whose kernels keep their values in registers. If none does: all, unless they use tensor cores."""
+    """The built choices whose kernels keep their values in registers; if none does all, unless a library has some."""
     kept = [c for c in contest.built if not _spills(c)]
-    return kept if kept or not isinstance(contest.region, Region | Batch) else contest.built
+    return kept if kept or not isinstance(contest.region, Region | Batch | ScoredAttention) else contest.built
 
 
 def _spills(choice: Choice) -> bool:

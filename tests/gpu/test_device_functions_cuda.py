@@ -9,11 +9,12 @@ pytestmark = pytest.mark.gpu
 
 
 def test_a_normal_distribution() -> None:
-    """1 + erf(x) as exact as in the interpreter, whose own code it is (`test_triton_values.py`)."""
+    """1 + erf(x) to one unit in the last place of its largest value, 2: half a unit more than in the interpreter
+    (`test_triton_values.py`), since the GPU's 2^x is not rounded correctly."""
     x = torch.linspace(-7, 7, 4096, device="cuda")
     actual = torch.compile(lambda x: 1 + torch.erf(x), backend="fxopt")(x)
     error = (actual.double() - 1 - torch.special.erf(x.double())).abs()
-    assert error[:2048].max() < 9e-8 and error[2048:].max() < 2e-7
+    assert error[:2048].max() < 1.2e-7 and error[2048:].max() < 2.4e-7
 
 
 def test_a_normal_distribution_at_its_ends() -> None:

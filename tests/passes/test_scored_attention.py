@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
-from fxopt.journal import RECENT
+from fxopt.ir.scored_attention_op import SCORED, scored_attention
+from fxopt.journal import RECENT, Journal
+from fxopt.options import Options
+from fxopt.passes import run_early
 from fxopt.passes.hand_attention import scored, written
 from tests.numerics import assert_closer, to_float64
 
@@ -56,6 +60,21 @@ def capped_by_a_module(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.where(seen, scores, torch.finfo(BF16).min).float(), -1).type_as(q) @ v
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Two heads to a group, by transformers' repeat_kv."""
+
+    def repeated(x: Tensor) -> Tensor:
+        batch, groups, length, width = x.shape
+        return x[:, :, None, :, :].expand(batch, groups, 2, length, width).reshape(batch, groups * 2, length, width)
+
+    return capped(q, repeated(k[:, :2]), repeated(v[:, :2]), mask)
+
+
+def interleaved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    k, v = torch.repeat_interleave(k[:, :2], 2, dim=1), v[:, :2].repeat_interleave(2, 1)
+    return capped(q, k, v, mask)
+
+
 def relative(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """T5's: no scale, a bias for all batches."""
     scores = torch.matmul(q, k.transpose(3, 2))
@@ -95,16 +114,19 @@ def padding(*shape: int) -> Tensor:
 LEAST = torch.finfo(BF16).min
 ADDED = torch.zeros(B, 1, S, T, dtype=BF16).masked_fill(~padding(B, 1, S, T), LEAST)
 ADDED[0, :, 3] = LEAST
-CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
-    "capped": (capped, (ADDED,)),
-    "capped in place": (capped_in_place, ()),
-    "capped by a module": (capped_by_a_module, ()),
-    "relative": (relative, (rand(1, H, S, T, seed=3),)),
-    "relative, a row of one": (relative, (rand(1, H, 1, T, seed=3),)),
-    "windows": (windows, (rand(H, S, T, seed=3), ADDED[:, 0])),
-    "distances": (distances, (rand(B * H, 1, T, seed=3, learns=False), ADDED)),
-    "filled bias": (filled_bias, (rand(1, H, S, T, seed=3), padding(B, 1, 1, T))),
+CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[int] | None]] = {
+    "capped": (capped, (ADDED,), None),
+    "capped, a window": (capped_in_place, (), [-7, 0]),
+    "grouped": (grouped, (ADDED,), None),
+    "grouped by repeat_interleave": (interleaved, (ADDED,), None),
+    "capped, causal": (capped_by_a_module, (), [1 - S, 0]),
+    "relative": (relative, (rand(1, H, S, T, seed=3),), None),
+    "relative, a row of one": (relative, (rand(1, H, 1, T, seed=3),), None),
+    "windows": (windows, (rand(H, S, T, seed=3), ADDED[:, 0]), None),
+    "distances": (distances, (rand(B * H, 1, T, seed=3, learns=False), ADDED), None),
+    "filled bias": (filled_bias, (rand(1, H, S, T, seed=3), padding(B, 1, 1, T)), None),
 }
+"""Name -> the spelling, what it is given beside query, key and value, and the band that it leaves open."""
 
 
 def outcome(fn: Callable[..., Tensor], given: tuple[Tensor, ...]) -> list[Tensor]:
@@ -116,20 +138,58 @@ def outcome(fn: Callable[..., Tensor], given: tuple[Tensor, ...]) -> list[Tensor
     return [out.detach(), *(x.grad for x in given if x.grad is not None)]
 
 
-def compiled(fn: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[list[Tensor], int, list[str]]:
-    """`outcome` as compiled, how many attentions became our op, and why others did not."""
+def rewritten(fn: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[list[Tensor], list[fx.Node], list[str]]:
+    """`outcome` of the graph that early passes leave, run as it is; our calls in it, and why attentions were left."""
+    graphs: list[fx.GraphModule] = []
+    journal = Journal("test", strict=True)
+
+    def early(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        run_early(gm, Options(), journal)
+        graphs.append(gm)
+        return gm.forward
+
     torch.compiler.reset()
-    RECENT.clear()
-    results = outcome(torch.compile(fn, backend="fxopt", options={"strict": True}, dynamic=False), given)
-    notes = [note for journal in RECENT for note in journal.notes]
-    count = sum(int(text.rpartition("x")[2]) for _, text in notes if text.startswith("hand_attention.scored x"))
-    return results, count, [text for topic, text in notes if topic == "rejected" and text.startswith("hand_attention: ")]
+    results = outcome(torch.compile(fn, backend=early, dynamic=False, fullgraph=True), given)
+    calls = [n for gm in graphs for n in gm.graph.nodes if n.target is scored_attention]
+    return results, calls, [text for topic, text in journal.notes if topic == "rejected"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_spellings(name: str) -> None:
-    fn, more = CASES[name]
+    fn, more, band = CASES[name]
     given = (Q, K, V, *more)
-    results, count, reasons = compiled(fn, given)
-    assert count == 1, reasons
+    results, calls, reasons = rewritten(fn, given)
+    assert len(calls) == 1, reasons
+    assert calls[0].kwargs["band"] == band
+    assert {x.meta["example_value"].shape[1] for x in calls[0].args[1:3]} == {2 if "grouped" in name else H}  # type: ignore[union-attr]
     assert_closer(results, outcome(fn, given), outcome(fn, to_float64(given)))
+
+
+def test_compiled() -> None:
+    """All the way, with gradients as calls of their own."""
+    given = (Q, K, V, CASES["relative"][1][0])
+    torch.compiler.reset()
+    RECENT.clear()
+    results = outcome(torch.compile(relative, backend="fxopt", options={"strict": True}, dynamic=False), given)
+    assert_closer(results, outcome(relative, given), outcome(relative, to_float64(given)))
+    ops = [op for journal in RECENT for op, _ in journal.library if "scored" in op]
+    assert sorted(ops) == sorted(f"{op.name()}.default" for op in SCORED)
+
+
+def added_to_a_fill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Rows that both hide have other values than with the two exchanged."""
+    seen = torch.ones(S, T, dtype=torch.bool).tril()
+    return torch.softmax(torch.where(seen, q @ k.mT, LEAST) + mask, -1) @ v
+
+
+def bias_before_the_cap(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.softmax(torch.tanh(q @ k.mT + bias), -1) @ v
+
+
+def dropped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.dropout(torch.softmax(q @ k.mT + bias, -1), 0.1) @ v
+
+
+@pytest.mark.parametrize("fn", [added_to_a_fill, bias_before_the_cap, dropped])
+def test_the_rest_stays(fn: Callable[..., Tensor]) -> None:
+    assert rewritten(fn, (Q, K, V, ADDED if fn is added_to_a_fill else rand(1, H, S, T, seed=3)))[1] == []

@@ -97,8 +97,10 @@ def scores_of(
         scores = tl.where(kept, scores, FILL)
     elif KIND == ADDED:
         scores += at_scores(mask, y, x, S, T, MASK, 0.0).to(tl.float32)
-    if BANDED:
-        scores = tl.where((x - y >= LEAST) & (x - y <= MOST), scores, float("-inf"))
+    if BANDED and LEAST > 1 - S:
+        scores = tl.where(x - y >= LEAST, scores, float("-inf"))
+    if BANDED and MOST < T - 1:
+        scores = tl.where(x - y <= MOST, scores, float("-inf"))
     if RAGGED:
         scores = tl.where(x < T, scores, float("-inf"))
     return scores, slope, kept
@@ -123,16 +125,16 @@ def of_product(of_scores, slope, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def forward(
-    query, key, value, bias, mask, out, rest, most_of, inverse_of,
+    query, key, value, bias, mask, out, unrounded, most_of, inverse_of,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
-    QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, OUT: tl.constexpr, REST: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, OUT: tl.constexpr, UNROUNDED: tl.constexpr,
     MOST_OF: tl.constexpr, INVERSE_OF: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
     MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
     BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
-    """The result, what its rounding has taken from it, and each row's greatest score and inverse sum.
+    """The result, the same in float32, and each row's greatest score and inverse sum.
 
     The sum is that of probabilities as they are multiplied, rounded: so a result is a mean of values.
     """
@@ -169,10 +171,8 @@ def forward(
 
     inverse = 1.0 / sums
     exact = acc * inverse[:, None]
-    rounded = exact.to(out.dtype.element_ty)
-    store_rows(head_of(out, batch, head, OUT), rounded, row, OUT[2], OUT[3], S, EV, EVB)
-    lost = exact - rounded.to(tl.float32)
-    store_rows(head_of(rest, batch, head, REST), lost, row, REST[2], REST[3], S, EV, EVB)
+    store_rows(head_of(out, batch, head, OUT), exact, row, OUT[2], OUT[3], S, EV, EVB)
+    store_rows(head_of(unrounded, batch, head, UNROUNDED), exact, row, UNROUNDED[2], UNROUNDED[3], S, EV, EVB)
     tl.store(head_of(most_of, batch, head, MOST_OF) + row * MOST_OF[2], most, mask=row < S)
     tl.store(head_of(inverse_of, batch, head, INVERSE_OF) + row * INVERSE_OF[2], inverse, mask=row < S)
 

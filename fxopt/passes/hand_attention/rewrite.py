@@ -17,12 +17,14 @@ from torch import fx
 
 from fxopt.passes.context import Context
 from fxopt.passes.dynamo_facts import example
+from fxopt.passes.hand_attention.groups import shared_heads
 from fxopt.passes.hand_attention.mask_plan import Call, MaskForm, emit_mask, plan_mask
 from fxopt.passes.hand_attention.products import Operand
 from fxopt.passes.hand_attention.score_chain import SOFTMAX, after, before
 from fxopt.passes.hand_attention.score_mask import in_heads, with_nan_results, without_hidden_rows
 from fxopt.passes.hand_attention.scored import ScoredForm, emit_scored, plan_scored
 from fxopt.passes.hand_attention.written import WrittenAttention, obstacle
+from fxopt.passes.in_place import WrittenMemory
 from fxopt.passes.sizes import Sizes
 
 
@@ -69,6 +71,10 @@ def _replace(context: Context, written: WrittenAttention, form: MaskForm | Score
     query, key = operand(written.before.product.first), operand(written.before.product.second, transposed=True)
     value = operand(written.after.product.second)
     if isinstance(form, ScoredForm):
+        shared = shared_heads(written.before.product.second, transposed=True), shared_heads(written.after.product.second)
+        memory = WrittenMemory(context.nodes)  # they were copied before, and are read here
+        if written.heads is None and all(x is not None and x not in memory for x in shared):
+            key, value = (operand(Operand(x)) for x in shared if x is not None)
         out = emit_scored(call, written, form, (query, key, value))
     else:
         out = _fused(call, written, form, (query, key, value))

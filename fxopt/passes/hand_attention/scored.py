@@ -24,6 +24,7 @@ from fxopt.passes.hand_attention.written import WrittenAttention, obstacle_to_sc
 from fxopt.passes.sizes import Sizes
 
 DTYPES = (torch.float16, torch.bfloat16)
+MOST_FEATURES = 128
 LEAST_KEYS = 16
 """With fewer keys or rows, what is saved is less than a block of a kernel."""
 
@@ -74,6 +75,8 @@ def _unsuitable(written: WrittenAttention) -> str | None:
         return "float32 products"
     if not all(isinstance(n, int) for x in (query, key, value) for n in x.shape):
         return "symbolic sizes"
+    if max(query.shape[-1], value.shape[-1]) > MOST_FEATURES:
+        return "more features than kernels for scores keep in registers"
     if min(query.shape[-2], key.shape[-2]) < LEAST_KEYS:
         return "few rows or keys"
     return "deterministic algorithms are asked for" if torch.are_deterministic_algorithms_enabled() else None
@@ -146,14 +149,18 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
     rows, keys = written.operands[0].shape[-2], written.operands[1].shape[-2]
 
     def placed(mask: Mask) -> fx.Node:
-        return call(by_head, mask.mask, mask.lead, heads)
+        if heads is not None:
+            return call(by_head, mask.mask, mask.lead, heads)
+        missing = 4 - mask.mask.meta["example_value"].dim()
+        return call(operator.getitem, mask.mask, (None,) * missing) if missing else mask.mask
 
     def addend(mask: Added | None) -> fx.Node | None:
         if mask is None:
             return None
         x = placed(mask)
         x = x if mask.factor == 1 else call(torch.mul, call(torch.Tensor.float, x), mask.factor)
-        return call(over_scores, x, rows, keys) if _learns(mask) else x
+        shape = x.meta["example_value"].shape
+        return call(torch.Tensor.expand, x, *shape[:2], rows, keys) if _learns(mask) and shape[2:] != (rows, keys) else x
 
     hidden = [placed(fill) if not fill.inverted else call(torch.logical_not, placed(fill)) for fill in form.fills]
     mask = addend(form.mask)
@@ -171,13 +178,11 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
     return call(operator.getitem, call(scored_attention, *operands, addend(form.bias), mask, **rule), 0)
 
 
-def by_head(x: Tensor, lead: Lead, heads: tuple[int, int] | None) -> Tensor:
+def by_head(x: Tensor, lead: Lead, heads: tuple[int, int]) -> Tensor:
     """`x`, which broadcasts to [*lead, M, N], as [b, h, M, N] with b a divisor of B, h 1 or H and number n % b for batch n.
 
-    `heads` are [B, H] where `lead` is that in another shape. `x` is expanded only if it does not repeat so.
+    `heads` are [B, H], and `lead` is that in another shape. `x` is expanded only if it does not repeat so.
     """
-    if heads is None:
-        return x[(None,) * (4 - x.dim())]
     x = x[(None,) * (len(lead) + 2 - x.dim())]
     *outer, last = x.shape[:-2]
     if all(n == 1 for n in x.shape[:-2]):
@@ -189,8 +194,3 @@ def by_head(x: Tensor, lead: Lead, heads: tuple[int, int] | None) -> Tensor:
     if lead[-1] == heads[1] and outer == list(lead[len(lead) - 1 - len(outer) : -1]):
         return x.reshape(math.prod(outer), last, *x.shape[-2:])
     return in_heads(x, lead, heads)  # type: ignore[arg-type]  # sizes are numbers here
-
-
-def over_scores(x: Tensor, rows: int, keys: int) -> Tensor:
-    """`x` [b, h, 1 or S, 1 or T] as [b, h, S, T]."""
-    return x.expand(*x.shape[:2], rows, keys)
