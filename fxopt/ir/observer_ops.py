@@ -35,10 +35,10 @@ _CHUNK = 1 << 18
 
 def _histogram(x: Tensor) -> Tensor:
     sample = _sample(x.detach())
-    counts = _counted(sample.reshape(-1))
-    if sample.shape == x.shape:
-        return counts
-    return counts + _counted(torch.stack(torch.aminmax(x.detach())))
+    values = sample.reshape(-1)
+    if sample.shape != x.shape:
+        values = torch.cat([values, *(end.view(1) for end in torch.aminmax(x.detach()))])
+    return _counted(values)
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -53,22 +53,14 @@ def _counted(values: Tensor) -> Tensor:
         out = torch.zeros(BINS, dtype=torch.int64)
         for part in values.split(_CHUNK):
             out += torch.bincount(_bins(part), minlength=BINS)
-        return _one_bin_of_nan(out)
+        return out
     # bincount would wait for the device to tell the largest bin. Counts of integers are exact and in any order the same.
-    return _one_bin_of_nan(torch.histc(_bins(values), BINS, 0, BINS).to(torch.int64))
-
-
-def _one_bin_of_nan(counts: Tensor) -> Tensor:
-    nan = counts[FIRST_NOT_FINITE + 1 :]
-    total = nan.sum()
-    nan.zero_()
-    nan[0] = total
-    return counts
+    return torch.histc(_bins(values), BINS, 0, BINS).to(torch.int64)
 
 
 def _bins(values: Tensor) -> Tensor:
-    """The bin of each element, int32."""
-    return values.to(torch.float32).abs().view(torch.int32).bitwise_right_shift_(SHIFT)
+    """The bin of each element, int32; one for NaN of any bits."""
+    return values.to(torch.float32).abs().view(torch.int32).bitwise_right_shift_(SHIFT).clamp_max_(FIRST_NOT_FINITE + 1)
 
 
 def _fake_histogram(x: Tensor) -> Tensor:

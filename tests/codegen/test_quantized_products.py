@@ -251,5 +251,5 @@ def test_long_sums_of_float8_are_promoted_on_hopper() -> None:
         args = (torch.empty(512, k, dtype=FLOAT8), torch.empty(512, k, dtype=FLOAT8), torch.empty(512), torch.empty(512))
         _, way = way_of(lambda *a: SCALED_MM(*a, None, BF16), args, FUSED)
         labels = [c.label for c in contraction_candidates(way.steps[0], TARGET, "default")]
-        assert labels and all(label.endswith("promote") == promoted for label in labels)
+        assert labels and all(("promote" in label) == promoted for label in labels)
         assert not any("promote" in c.label for c in contraction_candidates(way.steps[0], Target.cuda(100), "default"))
