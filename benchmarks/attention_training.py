@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.fused_products import Figures, kept
 from benchmarks.kernels_micro import excess
 from benchmarks.results import target_facts, versions
-from benchmarks.written_attention import capped, copy_of
+from benchmarks.written_attention import capped, copy_of, line
 from fxopt.lower.attention_kernels import KERNEL
 from fxopt.report.measure import interleaved
 
@@ -144,14 +144,6 @@ def measure(case: Case, device: torch.device, seconds: float, contenders: Sequen
     timings = interleaved(steps, device, seconds=seconds, ahead=True)
     entry["us"] = {name: timings[name].median * 1e6 for name in steps}
     return entry
-
-
-def line(entry: dict[str, Any]) -> str:
-    if "error" in entry:
-        return f"{entry['case']:<24} {entry['error']}"
-    wrong = [name for name, error in entry["excess_error"].items() if error > 1]
-    figures = " ".join(f"{name} {us:8.1f}" for name, us in entry["us"].items())
-    return f"{entry['case']:<24} {figures}{f' WRONG: {wrong}' if wrong else ''}"
 
 
 def main(

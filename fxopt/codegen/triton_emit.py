@@ -7,9 +7,8 @@ below the body of a `Masked` carries the conditions it stands under (`Guards`), 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -20,15 +19,24 @@ from fxopt.codegen.triton_groups import GROUP_SUM
 from fxopt.codegen.triton_index import computed_in_int32, in_runs, same_within
 from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_carry, state_count, working_dtype
 from fxopt.codegen.triton_tiling import Tiling, accumulator_dtype
+from fxopt.codegen.triton_values import (
+    ARITHMETIC,
+    counts_index,
+    exact_reciprocal,
+    is_clamped,
+    is_narrow_comparison,
+    is_within,
+    reduced_dtype,
+    rounded_soon,
+    rounded_within_int8,
+    uncast,
+)
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Atom, Int, Sym, bounds, floordiv, free_symbols, mod, substitute, symbol
-from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, postorder
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Op, Reduce, Scalar, Scan, postorder
 
 Guards = tuple[Scalar, ...]
 Instance = tuple[Scalar, Guards]
-_RELATIVE = ("mul", "truediv", "neg", "where")
-_ARITHMETIC = (*_RELATIVE, "sqrt", "rsqrt", "reciprocal", "add", "sub", "maximum", "minimum", "sigmoid", "tanh", "erf")
-_COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
 VECTOR_BYTES = 16  # what one access of a thread takes at most
 _WIDE_RUN = 4  # neighbours in memory that one access takes
 
@@ -102,7 +110,7 @@ class Emitter:
         self._touches: dict[Scalar, bool] = {}
         self._reduced = frozenset(frame.tiling.nest.reduced)
         self._rounded = rounded_soon(frame.tiling.nest)
-        self._rounded_later = rounded_soon(frame.tiling.nest, _ARITHMETIC)
+        self._rounded_later = rounded_soon(frame.tiling.nest, ARITHMETIC)
         roots = frame.tiling.nest.roots
         self._uses = Counter([*roots, *(a for node in postorder(roots) for a in node.args)])
         self._count = 0
@@ -163,11 +171,11 @@ class Emitter:
             inside = (*guards, node.cond) if node.cond not in guards else guards
             parts = [(node.cond, guards), (node.body, inside), (node.other, guards)]
             return [self.instance(*p) for p in parts]
-        if _narrow_compare(node):
+        if is_narrow_comparison(node):
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
         inner = self._beside_one(node) or self._root_below(node)  # one function computes both
-        alone = _counts_index(node) or (isinstance(node, Op) and node.name == GROUP_SUM)
+        alone = counts_index(node) or (isinstance(node, Op) and node.name == GROUP_SUM)
         args = node.args[:1] if alone else inner.args if inner is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
 
@@ -237,10 +245,10 @@ class Emitter:
     # operators
 
     def _op(self, node: Op, guards: Guards) -> str:
-        if _narrow_compare(node):
+        if is_narrow_comparison(node):
             left, right = (self._narrow_text(a) for a in node.args)
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
-        if _counts_index(node):
+        if counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
         if node.name == GROUP_SUM:
             return self._group_sum(node, guards)
@@ -250,7 +258,7 @@ class Emitter:
         root = self._root_below(node)
         if root is not None:
             return ops.apply("rsqrt", [self.arg(root.args[0], guards)], torch.float32, torch.float32, fast=True)
-        within = _rounded_within_int8(node)
+        within = rounded_within_int8(node)
         if within is not None:
             value, low, high = within
             return f"h.rounded_to_int8({self.arg(value, guards)}, {low!r}, {high!r})"
@@ -262,7 +270,7 @@ class Emitter:
             return ops.bitcast(args[0], source, node.dtype, is_clamped(node.args[0]))
         if node.name in ops.INFIX and not all(isinstance(a, Const) for a in node.args) and source != torch.bool:
             args = [ops.literal(a.value) if isinstance(a, Const) else t for a, t in zip(node.args, args, strict=True)]
-        reciprocal = _exact_reciprocal(node.args[1]) if node.name == "truediv" else None
+        reciprocal = exact_reciprocal(node.args[1]) if node.name == "truediv" else None
         if reciprocal is not None:  # the same value without a division's slow path
             return f"({args[0]} * {reciprocal!r})"
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
@@ -282,7 +290,7 @@ class Emitter:
         """Whether the error of a fast form of `node` is not seen in what is stored."""
         if node in self._rounded or node.dtype in ops.HALF:
             return True
-        by_number = node.name == "truediv" and isinstance(_uncast(node.args[1]), Const)  # as a mean has it
+        by_number = node.name == "truediv" and isinstance(uncast(node.args[1]), Const)  # as a mean has it
         return (by_number or node.name in ops.FEW_UNITS) and node in self._rounded_later
 
     def _root_below(self, node: Scalar) -> Op | None:
@@ -322,7 +330,7 @@ class Emitter:
     def _emit_checked(self, instance: Instance, node: Op) -> None:
         index, size = (self.arg(a, instance[1]) for a in node.args)
         name = self.fresh()
-        if _within(*node.args):
+        if is_within(*node.args):
             self.write(instance, [f"{name} = h.wrap_index({index}, {size})"])
             self.define(instance, name)
             return
@@ -501,111 +509,6 @@ class Emitter:
             self.outer.append(f"{name}_c = tl.full({column}, {start}, {ops.compute_type(dtype)})")
             self.inner.extend(scan_carry(name, node.kind))
         self.define(instance, ops.cast(name, dtype, node.dtype))
-
-
-def rounded_soon(nest: Nest, between: Sequence[str] = _RELATIVE) -> frozenset[Scalar]:
-    """float32 values that only ops named in `between` lie between and a rounding to half precision.
-
-    Products, quotients and selections keep a relative error as it is, so what `ops.apply` calls fast is invisible after the
-    rounding. Where sums lie between too (`_ARITHMETIC`) they may cancel, and show of an error what they show of roundings of
-    float32 themselves: functions that are off by as little (`ops.FEW_UNITS`) may be fast there.
-    """
-    users: dict[Scalar, list[Scalar]] = {}
-    nodes = list(postorder(nest.roots))
-    for node in nodes:
-        for arg in node.args:
-            users.setdefault(arg, []).append(node)
-    exact = {v for v in nest.roots if v.dtype not in ops.HALF}
-    rounded: set[Scalar] = set()
-    for node in reversed(nodes):
-        own = users.get(node, [])
-        if node.dtype != torch.float32 or not own or node in exact:
-            continue
-        if all(_leads_to_half(u, rounded, between) for u in own):
-            rounded.add(node)
-    return frozenset(rounded)
-
-
-def _leads_to_half(user: Scalar, rounded: set[Scalar], between: Sequence[str]) -> bool:
-    if not isinstance(user, Op):
-        return isinstance(user, Masked) and user in rounded
-    return (user.name == "cast" and user.dtype in ops.HALF) or (user.name in between and user in rounded)
-
-
-def is_clamped(value: Scalar) -> bool:
-    """Whether `value`, of a narrow dtype, is within its range or NaN because it was clamped to bounds that are known."""
-    if not value.dtype.is_floating_point:
-        return False
-    largest, low, high = torch.finfo(value.dtype).max, -math.inf, math.inf
-    while isinstance(value, Op) and value.name in ("cast", "minimum", "maximum") and value.args[0].dtype.is_floating_point:
-        if value.name != "cast":
-            bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
-            if len(bounds) != 1:
-                break
-            low = max(low, bounds[0]) if value.name == "maximum" else low
-            high = min(high, bounds[0]) if value.name == "minimum" else high
-        value = next(a for a in value.args if not isinstance(a, Const))
-    return -largest <= low and high <= largest
-
-
-def _rounded_within_int8(node: Op) -> tuple[Scalar, float, float] | None:
-    """(value, low, high) of a cast to int8 of a rounded float32 that is clamped to whole bounds within its range."""
-    if node.name != "cast" or node.dtype != torch.int8 or node.args[0].dtype != torch.float32:
-        return None
-    value, low, high = node.args[0], -math.inf, math.inf
-    while isinstance(value, Op) and value.name in ("minimum", "maximum"):
-        bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
-        if len(bounds) != 1 or not bounds[0].is_integer():
-            return None
-        low, high = (max(low, bounds[0]), high) if value.name == "maximum" else (low, min(high, bounds[0]))
-        value = next(a for a in value.args if not isinstance(a, Const))
-    if not (isinstance(value, Op) and value.name == "round" and -128.0 <= low < high <= 127.0):
-        return None
-    return value.args[0], low, high
-
-
-def reduced_dtype(node: Reduce) -> torch.dtype:
-    """The dtype whose working form a reduction is carried out in: the values' for arg reductions, else the result's."""
-    return node.operands[0].dtype if node.kind in ("argmax", "argmin", "max", "min", "any", "all") else node.dtype
-
-
-def _within(index: Scalar, size: Scalar) -> bool:
-    """Whether `index` is clamped to what is legal for a dimension of `size`, so that a check would only cost its barrier."""
-    if not (isinstance(size, Const) and isinstance(index, Op) and index.name == "minimum"):
-        return False
-    below, top = index.args
-    if not (isinstance(below, Op) and below.name == "maximum" and isinstance(top, Const)):
-        return False
-    low = below.args[1]
-    return isinstance(low, Const) and -size.value <= low.value <= top.value < size.value
-
-
-def _narrow_compare(node: Scalar) -> bool:
-    """A comparison of integers that fit the index type, which needs no int64 values."""
-    return isinstance(node, Op) and node.name in _COMPARES and all(_narrow(a) for a in node.args)
-
-
-def _counts_index(node: Scalar) -> bool:
-    """A random number at an index, of which a printer takes quotient and remainder."""
-    return isinstance(node, Op) and node.name == "rand" and isinstance(node.args[1], IndexValue)
-
-
-def _exact_reciprocal(node: Scalar) -> float | None:
-    """1 / `node` if that is a known power of two, far from the ends of float32."""
-    node = _uncast(node)
-    if not isinstance(node, Const) or abs(math.frexp(node.value)[0]) != 0.5 or not 2.0**-100 < abs(node.value) < 2.0**100:
-        return None
-    return 1 / node.value
-
-
-def _uncast(node: Scalar) -> Scalar:
-    return node.args[0] if isinstance(node, Op) and node.name == "cast" else node
-
-
-def _narrow(node: Scalar) -> bool:
-    if isinstance(node, Const):
-        return isinstance(node.value, int) and abs(node.value) < 2**31
-    return isinstance(node, IndexValue) and computed_in_int32(node.expr)
 
 
 def tight(text: str) -> str:

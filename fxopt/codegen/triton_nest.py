@@ -17,7 +17,7 @@ from fxopt.codegen.triton_config import (
     next_power_of_2,
     part_count,
 )
-from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, is_clamped, reduced_dtype, tight
+from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, tight
 from fxopt.codegen.triton_groups import group_size, with_group_sums
 from fxopt.codegen.triton_halves import with_common_halves
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
@@ -25,6 +25,7 @@ from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_narrow import with_narrow_choices
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
 from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
+from fxopt.codegen.triton_values import is_clamped, reduced_dtype
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource

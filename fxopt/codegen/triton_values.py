@@ -1,0 +1,121 @@
+"""What is known of a value before it is printed: where it is rounded, what it is clamped to, whether it is narrow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.triton_index import computed_in_int32
+from fxopt.ir.loops import Const, IndexValue, Masked, Nest, Op, Reduce, Scalar, postorder
+
+RELATIVE = ("mul", "truediv", "neg", "where")
+ARITHMETIC = (*RELATIVE, "sqrt", "rsqrt", "reciprocal", "add", "sub", "maximum", "minimum", "sigmoid", "tanh", "erf")
+_COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+def rounded_soon(nest: Nest, between: Sequence[str] = RELATIVE) -> frozenset[Scalar]:
+    """float32 values that only ops named in `between` lie between and a rounding to half precision.
+
+    Products, quotients and selections keep a relative error as it is, so what `ops.apply` calls fast is invisible after the
+    rounding. Where sums lie between too (`ARITHMETIC`) they may cancel, and show of an error what they show of roundings of
+    float32 themselves: functions that are off by as little (`ops.FEW_UNITS`) may be fast there.
+    """
+    users: dict[Scalar, list[Scalar]] = {}
+    nodes = list(postorder(nest.roots))
+    for node in nodes:
+        for arg in node.args:
+            users.setdefault(arg, []).append(node)
+    exact = {v for v in nest.roots if v.dtype not in ops.HALF}
+    rounded: set[Scalar] = set()
+    for node in reversed(nodes):
+        own = users.get(node, [])
+        if node.dtype != torch.float32 or not own or node in exact:
+            continue
+        if all(_leads_to_half(u, rounded, between) for u in own):
+            rounded.add(node)
+    return frozenset(rounded)
+
+
+def _leads_to_half(user: Scalar, rounded: set[Scalar], between: Sequence[str]) -> bool:
+    if not isinstance(user, Op):
+        return isinstance(user, Masked) and user in rounded
+    return (user.name == "cast" and user.dtype in ops.HALF) or (user.name in between and user in rounded)
+
+
+def is_clamped(value: Scalar) -> bool:
+    """Whether `value`, of a narrow dtype, is within its range or NaN because it was clamped to bounds that are known."""
+    if not value.dtype.is_floating_point:
+        return False
+    largest, low, high = torch.finfo(value.dtype).max, -math.inf, math.inf
+    while isinstance(value, Op) and value.name in ("cast", "minimum", "maximum") and value.args[0].dtype.is_floating_point:
+        if value.name != "cast":
+            bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
+            if len(bounds) != 1:
+                break
+            low = max(low, bounds[0]) if value.name == "maximum" else low
+            high = min(high, bounds[0]) if value.name == "minimum" else high
+        value = next(a for a in value.args if not isinstance(a, Const))
+    return -largest <= low and high <= largest
+
+
+def rounded_within_int8(node: Op) -> tuple[Scalar, float, float] | None:
+    """(value, low, high) of a cast to int8 of a rounded float32 that is clamped to whole bounds within its range."""
+    if node.name != "cast" or node.dtype != torch.int8 or node.args[0].dtype != torch.float32:
+        return None
+    value, low, high = node.args[0], -math.inf, math.inf
+    while isinstance(value, Op) and value.name in ("minimum", "maximum"):
+        bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
+        if len(bounds) != 1 or not bounds[0].is_integer():
+            return None
+        low, high = (max(low, bounds[0]), high) if value.name == "maximum" else (low, min(high, bounds[0]))
+        value = next(a for a in value.args if not isinstance(a, Const))
+    if not (isinstance(value, Op) and value.name == "round" and -128.0 <= low < high <= 127.0):
+        return None
+    return value.args[0], low, high
+
+
+def reduced_dtype(node: Reduce) -> torch.dtype:
+    """The dtype whose working form a reduction is carried out in: the values' for arg reductions, else the result's."""
+    return node.operands[0].dtype if node.kind in ("argmax", "argmin", "max", "min", "any", "all") else node.dtype
+
+
+def is_within(index: Scalar, size: Scalar) -> bool:
+    """Whether `index` is clamped to what is legal for a dimension of `size`, so that a check would only cost its barrier."""
+    if not (isinstance(size, Const) and isinstance(index, Op) and index.name == "minimum"):
+        return False
+    below, top = index.args
+    if not (isinstance(below, Op) and below.name == "maximum" and isinstance(top, Const)):
+        return False
+    low = below.args[1]
+    return isinstance(low, Const) and -size.value <= low.value <= top.value < size.value
+
+
+def is_narrow_comparison(node: Scalar) -> bool:
+    """A comparison of integers that fit the index type, which needs no int64 values."""
+    return isinstance(node, Op) and node.name in _COMPARES and all(_narrow(a) for a in node.args)
+
+
+def counts_index(node: Scalar) -> bool:
+    """A random number at an index, of which a printer takes quotient and remainder."""
+    return isinstance(node, Op) and node.name == "rand" and isinstance(node.args[1], IndexValue)
+
+
+def exact_reciprocal(node: Scalar) -> float | None:
+    """1 / `node` if that is a known power of two, far from the ends of float32."""
+    node = uncast(node)
+    if not isinstance(node, Const) or abs(math.frexp(node.value)[0]) != 0.5 or not 2.0**-100 < abs(node.value) < 2.0**100:
+        return None
+    return 1 / node.value
+
+
+def uncast(node: Scalar) -> Scalar:
+    return node.args[0] if isinstance(node, Op) and node.name == "cast" else node
+
+
+def _narrow(node: Scalar) -> bool:
+    if isinstance(node, Const):
+        return isinstance(node.value, int) and abs(node.value) < 2**31
+    return isinstance(node, IndexValue) and computed_in_int32(node.expr)
