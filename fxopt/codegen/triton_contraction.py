@@ -18,7 +18,7 @@ from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.templates import gemm_config, gemm_entry
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
-from fxopt.codegen.triton_block import BlockFunction, print_block
+from fxopt.codegen.triton_block import BlockFunction, loads_for_tiles, print_block
 from fxopt.codegen.triton_emit import VECTOR_BYTES
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
@@ -42,7 +42,7 @@ from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, Scalar, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region, SideBySide
 from fxopt.target import Target
 
-_EPILOGUE, _EDGE = "epilogue", "edge"
+_EPILOGUE, _EDGE, _VECTORS = "epilogue", "edge", "vectors"
 _ROWS = "rows"
 _OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
 _CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
@@ -167,16 +167,28 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
     return replace(config, subtile=max(config.subtile, each // _RANDOM_AT_ONCE))
 
 
+def with_vectors(contraction: Contraction, config: GemmConfig, target: Target) -> GemmConfig:
+    """`config` with what the epilogue loads along one dimension loaded once for a tile that it goes over in parts, if there
+    is such an operand and it pays: of fewer columns than threads each thread would still load all those that it adds.
+    """
+    whole = config.subtile > 1 and config.split == 1 and contraction.c is None and not contraction.ends
+    if not whole or config.block_n < config.warps * target.warp_size:
+        return config
+    found = loads_for_tiles(contraction.region, contraction.axes, contraction.products)
+    return replace(config, vectors=True) if found else config
+
+
 def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:
     if config.classes > 1:
         epilogue = _print_aligned_epilogues(contraction, problem, config)
     else:
-        epilogue = print_epilogue(contraction, config.block_m, config.block_n)
+        vectors = _VECTORS if config.vectors else ""
+        epilogue = print_epilogue(contraction, config.block_m, config.block_n, vectors=vectors)
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
     ends = f"b{len(contraction.products) + 1}"
     call = gemm_entry.gemm_call(
-        problem, config, ends=ends, extra=epilogue.extra, epilogue=_EPILOGUE, edge=_EDGE, sizes=sizes
+        problem, config, ends=ends, extra=epilogue.extra, epilogue=_EPILOGUE, edge=_EDGE, vectors=_VECTORS, sizes=sizes
     )
     call = replace(call, grid=_grid(contraction, config, call))
     module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE
@@ -302,20 +314,26 @@ def print_side_by_side(step: SideBySide, config: GemmConfig, target: Target) -> 
 
 
 def print_epilogue(
-    contraction: Contraction, rows: int | None, columns: int, name: str = _EPILOGUE, reserved: int | None = None
+    contraction: Contraction,
+    rows: int | None,
+    columns: int,
+    name: str = _EPILOGUE,
+    reserved: int | None = None,
+    vectors: str = "",
 ) -> BlockFunction:
     """The nest of `contraction` on one block of so many rows (None: some of them may be none) and columns of the product, as
     the function `name` that a template calls. The entry's first `reserved` buffers (None: the operands) are not its own.
+    `vectors` names the function that loads for whole tiles, if the template calls one.
     """
     _, m, _, n = contraction.sizes
     whole = rows is not None and isinstance(m, int) and m % rows == 0 and not contraction.ends
-    return _print_epilogue(contraction, name, not whole, n % columns != 0, reserved)
+    return _print_epilogue(contraction, name, not whole, n % columns != 0, reserved, vectors=vectors)
 
 
 def _print_aligned_epilogues(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> BlockFunction:
     """The functions of `aligned_gemm.py`: for blocks within the columns, in whole vectors, and at their ends."""
     ragged = problem.m % (config.classes * config.block_m) != 0
-    inside = _print_epilogue(contraction, _EPILOGUE, ragged, False, run=problem.run)
+    inside = _print_epilogue(contraction, _EPILOGUE, ragged, False, run=problem.run, vectors=_VECTORS * config.vectors)
     edge = _print_epilogue(contraction, _EDGE, ragged, True, below=True)
     assert (inside.buffers, inside.sizes) == (edge.buffers, edge.sizes), "one tuple of parameters serves both"
     return replace(inside, text=f"{inside.text}\n\n\n{edge.text}")
@@ -329,8 +347,11 @@ def _print_epilogue(
     reserved: int | None = None,
     run: int = 0,
     below: bool = False,
+    vectors: str = "",
 ) -> BlockFunction:
-    """The function `name`; with `run`, what it stores begins at a multiple of so many elements in each row of a block."""
+    """The function `name`, and `vectors` before it; with `run`, what it stores begins at a multiple of so many elements in
+    each row of a block.
+    """
     _, m, _, n = contraction.sizes
     limits = ("z" if contraction.ends else _rows(contraction), ragged_rows), (n, ragged_columns)
     blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
@@ -338,7 +359,16 @@ def _print_epilogue(
     aligned = (contraction.region.nest.stores[0].index, run) if run else None
     reserved = len(_operands(contraction)) if reserved is None else reserved
     return print_block(
-        name, contraction.region, contraction.axes, limits, blocks, reserved, more=more, aligned=aligned, below=below
+        name,
+        contraction.region,
+        contraction.axes,
+        limits,
+        blocks,
+        reserved,
+        more=more,
+        aligned=aligned,
+        below=below,
+        vectors=vectors,
     )
 
 

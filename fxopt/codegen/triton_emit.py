@@ -397,6 +397,10 @@ class Emitter:
     def _load(self, node: Load, guards: Guards) -> str:
         if node.buffer in self.registers:
             return self.registers[node.buffer]
+        return widened(node, self.loaded(node, guards))
+
+    def loaded(self, node: Load, guards: Guards = ()) -> str:
+        """Text of what memory holds for `node`, in its dtype there."""
         self.bind(node.indirect, guards)
         symbols, index = node.symbols(), node.index
         row, eviction = self.frame.tiling.lines.get("r"), self.eviction
@@ -413,8 +417,7 @@ class Emitter:
         if eviction and self.varies(*self.instance(node, guards)):
             extra += f', eviction_policy="{eviction}"'
         pointer = self.pointer(f"{self.names.buffer(node.buffer)} + {tight(address)}", index, node.dtype, wanted)
-        text = f"tl.load({pointer}{extra})"
-        return text if accumulator_dtype(node.dtype) == node.dtype else f"{text}.to(tl.float32)"
+        return f"tl.load({pointer}{extra})"
 
     # integers
 
@@ -509,6 +512,11 @@ class Emitter:
             self.outer.append(f"{name}_c = tl.full({column}, {start}, {ops.compute_type(dtype)})")
             self.inner.extend(scan_carry(name, node.kind))
         self.define(instance, ops.cast(name, dtype, node.dtype))
+
+
+def widened(node: Load, text: str) -> str:
+    """`text`, which memory holds for `node`, in the dtype that is computed with."""
+    return text if accumulator_dtype(node.dtype) == node.dtype else f"{text}.to(tl.float32)"
 
 
 def tight(text: str) -> str:

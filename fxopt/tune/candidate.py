@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.templates import attention_config, conv_config, gemm_config, scored_config, weight_config
 from fxopt.codegen.triton_attention import print_attention
-from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, problem_of_all, with_room
+from fxopt.codegen.triton_contraction import (
+    print_contraction,
+    print_side_by_side,
+    problem_of,
+    problem_of_all,
+    with_room,
+    with_vectors,
+)
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.codegen.triton_scored import print_scored
 from fxopt.codegen.triton_weights import print_vector, print_weights, weight_problem
@@ -167,6 +174,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     if mode != "max-autotune":
         ranked = _close(problem, ranked, target) if wins else []
     chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
+    early = (with_vectors(contraction, config, target) for config in chosen)
+    chosen |= dict.fromkeys([c for c in early if c.vectors][:1])
     return [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in chosen

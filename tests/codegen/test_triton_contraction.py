@@ -30,7 +30,7 @@ pytest.importorskip("triton")
 from fxopt.codegen import triton_block
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
-from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, with_room
+from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, with_room, with_vectors
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
 from fxopt.tune.candidate import contraction_candidates, side_by_side_candidates, triton_candidates
@@ -207,7 +207,7 @@ def test_values_of_rows_of_equal_alignment(interpreter: Interpreter, columns: in
     problem = problem_of(a_contraction(linear_gelu, *args[:3]))
     config = replace(TMA, classes=problem.classes, programs=3, flatten=True, subtile=2)
     assert problem.classes == 8 // math.gcd(8, columns)
-    check(interpreter, linear_gelu, args[:3], config)
+    check(interpreter, linear_gelu, args[:3], replace(config, vectors=True))
     check(interpreter, vocabulary, args, replace(config, classes=problem_of(a_contraction(vocabulary, *args)).classes))
 
 
@@ -220,6 +220,61 @@ def test_rows_of_equal_alignment_store_whole_vectors() -> None:
     ptx = compile_to_text(kernel, TARGET, "ptx")
     assert ptx.count("st.global.v4.b32") == aligned.block_m * aligned.block_n // (aligned.warps * 32 * 8)
     assert compile_triton(kernel, TARGET)[1]["n_spills"] == 0
+
+
+def scaled(
+    x: torch.Tensor, w: torch.Tensor, one: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    """Factors for everything, for rows and for columns, and a bias in float32, which no longer fits."""
+    return (torch.relu(x @ w) * one * rows * columns + b).half()
+
+
+VECTORS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "factors": (scaled, (rand(M, K), rand(K, N), rand(1), rand(M, 1), rand(N), rand(N, dtype=F32))),
+    "batches": (lambda x, w, b: torch.tanh(torch.bmm(x, w) + b), (rand(3, M, 48), rand(3, 48, N), rand(3, 1, N))),
+    **{name: FUNCTIONS[name] for name in ("linear", "columns of addends")},
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_values_of_vectors_that_are_loaded_for_whole_tiles(interpreter: Interpreter, name: str) -> None:
+    for config in (
+        replace(POINTER, subtile=4, swap=True, vectors=True),
+        replace(TMA, subtile=2, programs=3, flatten=True, vectors=True),
+    ):
+        check(interpreter, *VECTORS[name], config)
+
+
+def test_vectors_with_wide_indices(interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_block, "int32_limits", lambda region, tiling: None)
+    check(interpreter, *VECTORS["batches"], replace(POINTER, subtile=2, vectors=True))
+
+
+@pytest.mark.parametrize("columns", [2304, 30522], ids=["projections", "vocabulary"])
+def test_a_bias_is_loaded_once_for_a_tile(columns: int) -> None:
+    """One element a thread, not all that the thread adds, one by one; tiles at the ends of rows excepted."""
+    x, w, b = (rand(*shape, dtype=BF16) for shape in ((4096, 768), (columns, 768), (columns,)))
+    contraction = a_contraction(lambda x, w, b: x @ w.T + b, x, w, b)
+    proposed = contraction_candidates(contraction, TARGET, "default")
+    (early,) = [c for c in proposed if c.label.endswith("vectors")]
+    assert early.label.removesuffix(" vectors") in [c.label for c in proposed]
+    (kernel,) = early.sources
+    _, meta = compile_triton(kernel, TARGET)
+    assert meta["n_spills"] == 0
+    text = kernel.text.replace("tl.load(b2 + x, x_mask)", "0.0 * x")
+    loads = compile_to_text(replace(kernel, text=text), TARGET, "ptx").count("ld.global")
+    assert loads == 1, "of the bias, but for the tiles at the ends of rows"
+
+
+def test_vectors_are_whatever_varies_along_one_dimension_and_fits() -> None:
+    """Not what the epilogue writes, nor what is of the result's size; a bias in float32 beside another one is too much."""
+    contraction = a_contraction(scaled, *VECTORS["factors"][1])
+    loads = triton_block.loads_for_tiles(contraction.region, contraction.axes, contraction.products)
+    assert [contraction.buffers[n.buffer].shape for n in loads] == [(1,), (M, 1), (N,)]
+    for fn, args in (FUNCTIONS["in place"], FUNCTIONS["several"], FUNCTIONS["own operand"]):
+        assert with_vectors(a_contraction(fn, *args), replace(TMA, block_n=128, subtile=2), TARGET).vectors is False
+    narrow = replace(TMA, block_n=64, subtile=2)  # fewer columns than threads
+    assert [with_vectors(contraction, replace(narrow, warps=w), TARGET).vectors for w in (2, 4)] == [True, False]
 
 
 def test_values_of_parts_that_one_thread_adds_up(interpreter: Interpreter) -> None:

@@ -43,6 +43,7 @@ def tma_aligned_gemm(
     EPILOGUE: tl.constexpr, EDGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, B_K_LAST: tl.constexpr,
     PRECISION: tl.constexpr, CLASSES: tl.constexpr, RUN: tl.constexpr, PITCH: tl.constexpr,
+    VECTORS: tl.constexpr = None,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` where row y of the result begins y * PITCH elements after a multiple of RUN, as CLASSES * PITCH is.
 
@@ -51,13 +52,14 @@ def tma_aligned_gemm(
     FLATTEN. N must be at least BN.
 
     EPILOGUE may store RUN elements at a time and need not mask columns; EDGE, for the first tile of a row and the last one
-    or two, masks those below 0 and from N on. A branch within one loop would do, but Triton 3.6 cannot flatten that.
+    or two, masks those below 0 and from N on, and VECTORS is not for it. A branch within one loop would do, but Triton 3.6
+    cannot flatten that.
     """
     rows, middle = CLASSES * tl.cdiv(M // CLASSES, BM), N // BN - 1
     for program in tl.range(tl.program_id(0), rows * middle, PROGRAMS, flatten=FLATTEN):
         _, row, column = gemm.tile_of(program, rows, middle, GROUP)
         acc, y, x = aligned_tile(a, b, row, column + 1, K, a_row, BM, BN, BK, B_K_LAST, PRECISION, CLASSES, RUN, PITCH)
-        gemm.finish(acc, y, x, 0, extra, EPILOGUE, BN, SUBTILE)
+        gemm.finish(acc, y, x, 0, extra, EPILOGUE, BN, SUBTILE, VECTORS)
     left = rows * (tl.cdiv(N + RUN - 1, BN) - middle)
     own_next = (tl.program_id(0) + PROGRAMS - rows * middle % PROGRAMS) % PROGRAMS  # who had the fewest goes on first
     for program in tl.range(own_next, left, PROGRAMS):

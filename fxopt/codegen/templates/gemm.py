@@ -15,6 +15,11 @@ y [R, 1] and column numbers x [1, C] (both int32), the number z of the product i
 tuple `extra` of whatever it needs. It masks rows from M on and columns from N on in all that it loads and stores, and takes
 R and C as they come. That of a dual product gets both blocks first.
 
+`VECTORS(y, x, z, extra)`, where it is given, loads what the epilogue wants of operands that vary along one dimension of the
+tile at most (a bias), once for a whole tile: a tuple that the epilogue finds at the end of `extra`, cut to its columns. Each
+part of a tile would load its own, and wait for it, while the loads for a whole tile are under way before its last products
+are done; and of less than one element a thread each thread would load all those that it adds itself, one by one.
+
 SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a
 leave empty and the columns of b fill. The epilogue does not notice.
 """
@@ -71,15 +76,54 @@ def tile_of(program, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr):
+def finish(
+    acc, y, x, z, extra,
+    EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr, VECTORS: tl.constexpr = None,
+):  # fmt: skip
     """The epilogue in SUBTILE parts of the columns, which begin at x: a part needs less shared memory for its layout."""
-    if SUBTILE == 1:
-        EPILOGUE(acc.to(tl.float32), y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
+    if VECTORS is None:
+        finish_parts(acc, (), y, x, z, extra, EPILOGUE, COLUMNS, SUBTILE)
     else:
-        halves = tl.permute(tl.reshape(acc, [acc.shape[0], 2, COLUMNS // 2]), [0, 2, 1])
-        left, right = tl.split(halves)
-        finish(left, y, x, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
-        finish(right, y, x + COLUMNS // 2, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
+        vectors = VECTORS(y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
+        finish_parts(acc, vectors, y, x, z, extra, EPILOGUE, COLUMNS, SUBTILE)
+
+
+@triton.jit
+def finish_parts(acc, vectors, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr):
+    """`finish` with what VECTORS has loaded for these columns."""
+    if SUBTILE == 1:
+        EPILOGUE(acc.to(tl.float32), y, x + tl.arange(0, COLUMNS)[None, :], z, extra + vectors)
+    else:
+        left, right = halves(acc)
+        left_vectors, right_vectors = halves_of_all(vectors)
+        finish_parts(left, left_vectors, y, x, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
+        finish_parts(right, right_vectors, y, x + COLUMNS // 2, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
+
+
+@triton.jit
+def halves(block):
+    """The left and the right columns of a block."""
+    return tl.split(tl.permute(tl.reshape(block, [block.shape[0], 2, block.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.constexpr_function
+def spans_columns(shape):
+    return len(shape) == 2 and shape[1] > 1
+
+
+@triton.jit
+def halves_of_all(vectors):
+    """(those for the left columns, those for the right ones); what is the same for all columns is in both."""
+    if len(vectors) == 0:
+        return (), ()
+    else:
+        first = vectors[0]
+        left, right = halves_of_all(vectors[1:])
+        if spans_columns(first.shape):
+            one, two = halves(first)
+            return (one,) + left, (two,) + right  # noqa: RUF005  # Triton unpacks nothing
+        else:
+            return (first,) + left, (first,) + right  # noqa: RUF005
 
 
 @triton.jit
@@ -185,7 +229,7 @@ def pointer_tile(
 def pointer_gemm(
     a, b, extra, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr,
+    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr, VECTORS: tl.constexpr = None,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)`; the grid is batch * cdiv(M, BM) * cdiv(N, BN) programs.
 
@@ -198,7 +242,7 @@ def pointer_gemm(
     acc = pointer_tile(
         a, b, y, x, z, 0, K, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch, BM, BN, BK, PRECISION, WIDE, SWAP
     )
-    finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
+    finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS)
 
 
 @triton.jit
@@ -272,6 +316,7 @@ def tma_gemm(
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
+    VECTORS: tl.constexpr = None,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` with descriptors of a and b.
 
@@ -287,13 +332,13 @@ def tma_gemm(
         z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
         y, x = row * BM, column * BN
         acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
-        finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
+        finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS)
     else:
         for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
             z, row, column = tile_of(program, rows, columns, GROUP)
             y, x = row * BM, column * BN
             acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
-            finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE)
+            finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS)
 
 
 @triton.jit
@@ -319,8 +364,8 @@ def dual_finish(one, two, y, x, z, extra, EPILOGUE: tl.constexpr, COLUMNS: tl.co
     if SUBTILE == 1:
         EPILOGUE(one.to(tl.float32), two.to(tl.float32), y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
     else:
-        one_left, one_right = tl.split(tl.permute(tl.reshape(one, [one.shape[0], 2, COLUMNS // 2]), [0, 2, 1]))
-        two_left, two_right = tl.split(tl.permute(tl.reshape(two, [two.shape[0], 2, COLUMNS // 2]), [0, 2, 1]))
+        one_left, one_right = halves(one)
+        two_left, two_right = halves(two)
         dual_finish(one_left, two_left, y, x, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
         dual_finish(one_right, two_right, y, x + COLUMNS // 2, z, extra, EPILOGUE, COLUMNS // 2, SUBTILE // 2)
 

@@ -237,7 +237,8 @@ class GemmConfig:
     tile during an epilogue. `swap` computes the transposed tile. `split` > 1 stores so many partial sums; `subtile` is the
     number of parts in which the epilogue goes over a tile's columns. `promote` sums 8-bit floats in float32 from block to
     block, for which a tile has a second accumulator. Tiles of `classes` above 1 have every so-manieth row, those whose
-    vectors begin at the same columns (`aligned_gemm.py`).
+    vectors begin at the same columns (`aligned_gemm.py`). `vectors` loads what the epilogue wants of a bias once for a tile
+    (`gemm.py`: VECTORS).
     """
 
     tma: bool
@@ -254,6 +255,7 @@ class GemmConfig:
     swap: bool = False
     promote: bool = False
     classes: int = 1
+    vectors: bool = False
 
     def __str__(self) -> str:
         words = [
@@ -262,7 +264,7 @@ class GemmConfig:
         ]
         words += [f"split{self.split}"] * (self.split > 1) + [f"sub{self.subtile}"] * (self.subtile > 1)
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
-        words += ["promote"] * self.promote + [f"aligned{self.classes}"] * (self.classes > 1)
+        words += ["promote"] * self.promote + [f"aligned{self.classes}"] * (self.classes > 1) + ["vectors"] * self.vectors
         return " ".join(words)
 
     @property

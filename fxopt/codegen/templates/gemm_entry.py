@@ -49,6 +49,7 @@ def gemm_call(
     extra: str = "()",
     epilogue: str = "epilogue",
     edge: str = "edge",
+    vectors: str = "vectors",
     sizes: tuple[str, str, str, str] | None = None,
 ) -> GemmCall:
     """The call of the template that `config` means.
@@ -56,12 +57,13 @@ def gemm_call(
     `a`, `b` and, of a dual product, `c` name the operands' parameters, `ends` that of a grouped product's ends. `extra` is
     the text of the epilogue's tuple, and `epilogue` its name; of a split product, `extra` is the name of the parameter for
     the partial sums and there is no epilogue. `edge` is the epilogue of tiles that go beyond the columns, of a call with
-    `config.classes`. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
+    `config.classes`, and `vectors` what loads for whole tiles, of one with `config.vectors`. `sizes` are the texts of batch,
+    m, n and k (default: the problem's numbers).
     """
     if problem.rows:
         return _grouped_call(problem, config, dict(zip((a, b, c), problem.matrices, strict=False)), ends, extra, epilogue)
     if config.classes > 1:
-        return _aligned_call(problem, config, {a: problem.a, b: problem.b}, extra, epilogue, edge)
+        return _aligned_call(problem, config, {a: problem.a, b: problem.b}, extra, epilogue, edge, vectors)
     batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
     grid = config.programs or config.tiles(problem)
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
@@ -70,6 +72,7 @@ def gemm_call(
     way = f'PRECISION="{"promoted" if config.promote else problem.precision}"'
     way += "" if dual else f", SWAP={config.swap}"
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
+    way += f", VECTORS={vectors}" * config.vectors
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name
     kind = _TYPES[problem.dtype]
@@ -89,7 +92,13 @@ def gemm_call(
 
 
 def _aligned_call(
-    problem: GemmProblem, config: GemmConfig, operands: dict[str, Matrix], extra: str, epilogue: str, edge: str
+    problem: GemmProblem,
+    config: GemmConfig,
+    operands: dict[str, Matrix],
+    extra: str,
+    epilogue: str,
+    edge: str,
+    vectors: str,
 ) -> GemmCall:
     """The call of the template for tiles of rows of equal alignment: `classes` rows of a are one of its descriptor's."""
     (p, a), classes = next(iter(operands.items())), config.classes
@@ -99,6 +108,7 @@ def _aligned_call(
     way += f", GROUP={config.group}, SUBTILE={config.subtile}, PROGRAMS={config.programs}, FLATTEN={config.flatten}"
     way += f', B_K_LAST={not problem.b.columns_last}, PRECISION="{"promoted" if config.promote else problem.precision}"'
     way += f", CLASSES={classes}, RUN={problem.run}, PITCH={problem.pitch}"
+    way += f", VECTORS={vectors}" * config.vectors
     given = f"{', '.join(operands)}, {extra}, {problem.m}, {problem.n}, {problem.k}, {a.row}"
     return GemmCall(f"aligned_gemm.tma_aligned_gemm({given}, {way})", signature, maps, config.programs)
 
