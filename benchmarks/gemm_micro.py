@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,9 +41,10 @@ from fxopt.target import Target
 from fxopt.tune.candidate import Choice
 from fxopt.tune.measure import interleaved, runner
 
-OPS = {"": 0.0, "gelu": 1.1, "gated": 0.5}
+OPS = {"": 0.0, "bias": 0.06, "gelu": 1.1, "gated": 0.5}
 """`GemmProblem.epilogue_ops`."""
 
+_BIASED = ("bias", "gelu")
 JOIN_BLOCK = 512
 CHUNK = 6
 """Cases compiled together: as many as keep the workers busy, few enough to stop in time."""
@@ -53,7 +54,8 @@ CHUNK = 6
 class GemmCase:
     """x [m, k] times a weight: stored [n, k] ("nt", a linear layer's) or [k, n] ("nn").
 
-    `epilogue`: "" for none, "gelu" of that plus a bias, or "gated": silu of that times x times another weight.
+    `epilogue`: "" for none, "bias" for a bias that is added, "gelu" of such a sum, or "gated": silu of the product times x
+    times another weight.
     """
 
     name: str
@@ -72,7 +74,7 @@ class GemmCase:
     def problem(self) -> GemmProblem:
         b = (1, self.k) if self.layout == "nt" else (self.n, 1)
         written = self.m * self.n * self.dtype.itemsize
-        read = self.n * self.dtype.itemsize if self.epilogue == "gelu" else 0
+        read = self.n * self.dtype.itemsize if self.epilogue in _BIASED else 0
         x, w = Matrix(self.m, self.k, self.k, 1), Matrix(self.k, self.n, *b)
         gate = w if self.epilogue == "gated" else None
         ops, run = OPS[self.epilogue], 16 // self.dtype.itemsize
@@ -97,7 +99,8 @@ class GemmCase:
     def reference(self, x: Tensor, w: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
         if self.epilogue == "gated":
             return functional.silu(x @ w) * (x @ gate)
-        return functional.gelu(torch.addmm(bias, x, w)) if self.epilogue == "gelu" else x @ w
+        result = torch.addmm(bias, x, w) if self.epilogue in _BIASED else x @ w
+        return functional.gelu(result) if self.epilogue == "gelu" else result
 
     def products(self, x: Tensor, w: Tensor, gate: Tensor) -> None:
         """What the library has to do: the products alone."""
@@ -128,11 +131,14 @@ _SHAPES = (
 )
 
 
+_WITH_BIAS = ("bert-b32", "vit-b64", "gpt2-head", "bert-head")
+
+
 def cases() -> Iterator[GemmCase]:
     """The most telling first: what does not fit in the time is left out."""
     for name, m, weights, layout in _SHAPES:
         for n, k in weights:
-            for epilogue in ("", "gelu"):
+            for epilogue in ("", "gelu", *(("bias",) if name in _WITH_BIAS else ())):
                 yield GemmCase(name, m, n, k, layout, epilogue)
         if name in ("decode", "llama-prefill") and layout == "nt":
             yield GemmCase(name, m, 14336, 4096, layout, "gated")
@@ -160,16 +166,14 @@ def sources(case: GemmCase, config: GemmConfig) -> tuple[tuple[KernelSource, ...
     return (_product(case, config, "out"),), ()
 
 
-def _value(case: GemmCase, mask: str = "") -> str:
-    """Lines that compute v from `acc` (and `gate`) at the columns x, those in `mask`."""
+def _value(case: GemmCase, bias: str) -> str:
+    """Lines that compute v from `acc` (and `gate`) and the text `bias`."""
     if case.epilogue == "gated":
         return "    v = acc / (1.0 + tl.exp(-acc)) * gate\n"
     if not case.epilogue:
         return "    v = acc\n"
-    return (
-        f"    v = acc + tl.load(b2 + x{mask}).to(tl.float32)\n"
-        "    v = 0.5 * v * (1.0 + libdevice.erf(v * 0.7071067811865476))\n"
-    )
+    gelu = "    v = 0.5 * v * (1.0 + libdevice.erf(v * 0.7071067811865476))\n"
+    return f"    v = acc + {bias}.to(tl.float32)\n{gelu * (case.epilogue == 'gelu')}"
 
 
 def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
@@ -181,8 +185,10 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     place, below = f"b3 + (y * {case.n} + x)", f"x < {case.n}"
 
     def function(name: str, pointer: str, columns: str = "") -> str:
-        head = f"\n\n@triton.jit\ndef {name}({blocks}, y, x, z, extra):\n    b2, b3 = extra\n"
-        value, mask = _value(case, f", mask={columns}, other=0.0" if columns else ""), f" & {columns}" if columns else ""
+        early = config.vectors and name != "edge"
+        head = f"\n\n@triton.jit\ndef {name}({blocks}, y, x, z, extra):\n    b2, b3{', w' * early} = extra\n"
+        bias = "w" if early else f"tl.load(b2 + x{f', mask={columns}, other=0.0' if columns else ''})"
+        value, mask = _value(case, bias), f" & {columns}" if columns else ""
         return f"{head}{value}    tl.store({pointer}, v.to(b3.dtype.element_ty), (y < {case.m}){mask})\n"
 
     if config.classes > 1:
@@ -190,6 +196,8 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
         functions = f"{ALIGNED_MODULE}\n{inside}{function('edge', place, f'({below}) & (x >= 0)')}"
     else:
         functions = function("epilogue", place, f"({below})")
+    if config.vectors:
+        functions += f"\n\n@triton.jit\ndef vectors(y, x, z, extra):\n    return (tl.load(extra[0] + x, {below}),)\n"
     text = f"{_PREAMBLE}{functions}\n\n@triton.jit\ndef product(b0, b1, b2, b3{parameter}):\n    {call.text}\n"
     results = "*fp32" if result == "partial" else _TYPES[case.dtype]
     types = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
@@ -212,7 +220,7 @@ def _join(case: GemmCase, config: GemmConfig) -> KernelSource:
         f"    i = tl.program_id(0) * {JOIN_BLOCK} + tl.arange(0, {JOIN_BLOCK})\n    x = i % {case.n}\n"
         f"    acc = tl.zeros([{JOIN_BLOCK}], tl.float32)\n"
         f"    for part in tl.static_range({config.split}):\n"
-        f"        acc += tl.load(b4 + (part * {numel} + i), mask=i < {numel}, other=0.0)\n{_value(case)}"
+        f"        acc += tl.load(b4 + (part * {numel} + i), mask=i < {numel}, other=0.0)\n{_value(case, 'tl.load(b2 + x)')}"
         f"    tl.store(b3 + i, v.to(b3.dtype.element_ty), i < {numel})\n"
     )
     signature = {"b2": _TYPES[case.dtype], "b3": _TYPES[case.dtype], "b4": "*fp32"}
@@ -225,13 +233,20 @@ def _options(signature: dict[str, str]) -> dict[str, Any]:
     return {"signature": signature, "constexprs": {}, "aligned": list(signature), "asserts": False}
 
 
+def _configs_of(case: GemmCase, target: Target, count: int) -> list[GemmConfig]:
+    """`choose_configs`, and with a bias the first of them that take it also with that loaded for whole tiles."""
+    chosen = choose_configs(case.problem, target, count)
+    whole = [replace(c, vectors=True) for c in chosen if c.split == 1] if case.epilogue in _BIASED else []
+    return [*chosen, *whole[: count // 3]]
+
+
 Built = list[tuple[GemmConfig, Choice | str]]
 """Each configuration with what runs it, or why it did not compile."""
 
 
 def build(chosen: Sequence[GemmCase], target: Target, store: ArtifactStore, count: int) -> list[Built]:
     """Compile the configurations of all of `chosen` in one go."""
-    printed = [[(c, *sources(case, c)) for c in choose_configs(case.problem, target, count)] for case in chosen]
+    printed = [[(c, *sources(case, c)) for c in _configs_of(case, target, count)] for case in chosen]
     kernels = [s for group in printed for _, ks, _ in group for s in ks]
     results = dict(zip(map(id, kernels), compile_kernels(kernels, target, store), strict=True))
     out = []

@@ -53,7 +53,7 @@ def print_block(
     more: Mapping[str, Int] = MappingProxyType({}),
     aligned: tuple[Int, int] | None = None,
     below: bool = False,
-    vectors: str = "",
+    vectors: tuple[str, bool] | None = None,
 ) -> BlockFunction:
     """`name(*registers, y, x, z, extra)` of `region`, which does not reduce and whose points are `axes`: batch, row, column.
 
@@ -64,8 +64,8 @@ def print_block(
     buffer in registers, too. With `aligned`, an index and a number: what each row of a block has there begins at
     a multiple of so many elements. Columns may begin `below` 0, which is masked.
 
-    With `vectors`, a function of that name is printed before, `vectors(y, x, z, extra)`: it returns a tuple of what
-    `loads_for_tiles` finds, which the other takes from the end of `extra`.
+    With `vectors`, a name and whether its columns may go beyond theirs, a function `vectors(y, x, z, extra)` is printed
+    before: it returns a tuple of what `loads_for_tiles` finds, which the other takes from the end of `extra`.
     """
     region = replace(region, nest=with_salts(region.nest))
     tiling = _tiling(region, axes)
@@ -76,7 +76,9 @@ def print_block(
     frame = Frame(tiling, index64, masks, _BLOCKS, frozenset({"z"}), aligned=aligned)
     emitter = Emitter(frame, names, registers=registers)
     loads = loads_for_tiles(region, axes, registers) if vectors else ()
-    held = {f"w{k}": emitter.loaded(node) for k, node in enumerate(loads)}
+    whole = {axis: f"{axis}_mask" for axis in _BLOCKS if (vectors and vectors[1] if axis == "x" else axis in masks)}
+    ahead = Emitter(replace(frame, masks=whole), names, registers=registers)
+    held = {f"w{k}": ahead.loaded(node) for k, node in enumerate(loads)}
     for own, node in zip(held, loads, strict=True):
         emitter.outer.append(f"f{own} = {widened(node, own)}")
         emitter.define((node, ()), f"f{own}")
@@ -88,16 +90,17 @@ def print_block(
     kinds = {p: ops.POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
     kinds |= {p: size_type(s, index64) for s, p in names.sizes.items()}
     kinds |= dict.fromkeys(more, "i32")
-    given = [f"{axis} = {axis}.to(tl.int64)" for axis in tiling.lines] if index64 else []
-    given += [f"{mask} = {axis} < {sizes_of[axis][0]}" for axis, mask in masks.items()]
-    given += ["x_mask = x_mask & (x >= 0)"] * below
+    wide = [f"{axis} = {axis}.to(tl.int64)" for axis in tiling.lines] if index64 else []
+    within = {axis: f"{axis}_mask = {axis} < {size}" for axis, (size, _) in sizes_of.items()}
+    given = [*wide, *(within[axis] for axis in masks), *(["x_mask = x_mask & (x >= 0)"] * below)]
     first = next(iter(registers.values()))
     blocks = {block: f"{first}.shape[{dim}]" for dim, block in enumerate(_BLOCKS.values())}
     texts = [_function(f"{name}({', '.join(registers.values())}, y, x, z, extra)", [*kinds, *held], blocks, given, body)]
     if vectors:
         blocks = {block: f"{axis}.shape[{dim}]" for dim, (axis, block) in enumerate(_BLOCKS.items())}
         body = [*(f"{own} = {text}" for own, text in held.items()), f"return {_tuple(held)}"]
-        texts.insert(0, _function(f"{vectors}(y, x, z, extra)", kinds, blocks, given, body))
+        given = [*wide, *(within[axis] for axis in whole)]
+        texts.insert(0, _function(f"{vectors[0]}(y, x, z, extra)", kinds, blocks, given, body))
     return BlockFunction("\n\n\n".join(texts), kinds, tuple(names.buffers), (*size_expressions(names), *more.values()))
 
 

@@ -167,12 +167,11 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
     return replace(config, subtile=max(config.subtile, each // _RANDOM_AT_ONCE))
 
 
-def with_vectors(contraction: Contraction, config: GemmConfig, target: Target) -> GemmConfig:
-    """`config` with what the epilogue loads along one dimension loaded once for a tile that it goes over in parts, if there
-    is such an operand and it pays: of fewer columns than threads each thread would still load all those that it adds.
+def with_vectors(contraction: Contraction, config: GemmConfig) -> GemmConfig:
+    """`config` with what the epilogue loads along one dimension loaded once for a tile, if there is such an operand and the
+    template can.
     """
-    whole = config.subtile > 1 and config.split == 1 and contraction.c is None and not contraction.ends
-    if not whole or config.block_n < config.warps * target.warp_size:
+    if config.split > 1 or contraction.c is not None or contraction.ends:
         return config
     found = loads_for_tiles(contraction.region, contraction.axes, contraction.products)
     return replace(config, vectors=True) if found else config
@@ -182,8 +181,8 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
     if config.classes > 1:
         epilogue = _print_aligned_epilogues(contraction, problem, config)
     else:
-        vectors = _VECTORS if config.vectors else ""
-        epilogue = print_epilogue(contraction, config.block_m, config.block_n, vectors=vectors)
+        loaded = config.loaded if config.vectors else None
+        epilogue = print_epilogue(contraction, config.block_m, config.block_n, loaded=loaded)
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
     ends = f"b{len(contraction.products) + 1}"
@@ -319,13 +318,14 @@ def print_epilogue(
     columns: int,
     name: str = _EPILOGUE,
     reserved: int | None = None,
-    vectors: str = "",
+    loaded: int | None = None,
 ) -> BlockFunction:
     """The nest of `contraction` on one block of so many rows (None: some of them may be none) and columns of the product, as
     the function `name` that a template calls. The entry's first `reserved` buffers (None: the operands) are not its own.
-    `vectors` names the function that loads for whole tiles, if the template calls one.
+    Before it a function that loads for whole tiles, of `loaded` columns, if that is given.
     """
     _, m, _, n = contraction.sizes
+    vectors = None if loaded is None else (_VECTORS, n % loaded != 0)
     whole = rows is not None and isinstance(m, int) and m % rows == 0 and not contraction.ends
     return _print_epilogue(contraction, name, not whole, n % columns != 0, reserved, vectors=vectors)
 
@@ -333,7 +333,8 @@ def print_epilogue(
 def _print_aligned_epilogues(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> BlockFunction:
     """The functions of `aligned_gemm.py`: for blocks within the columns, in whole vectors, and at their ends."""
     ragged = problem.m % (config.classes * config.block_m) != 0
-    inside = _print_epilogue(contraction, _EPILOGUE, ragged, False, run=problem.run, vectors=_VECTORS * config.vectors)
+    vectors = (_VECTORS, config.loaded > config.block_n) if config.vectors else None
+    inside = _print_epilogue(contraction, _EPILOGUE, ragged, False, run=problem.run, vectors=vectors)
     edge = _print_epilogue(contraction, _EDGE, ragged, True, below=True)
     assert (inside.buffers, inside.sizes) == (edge.buffers, edge.sizes), "one tuple of parameters serves both"
     return replace(inside, text=f"{inside.text}\n\n\n{edge.text}")
@@ -347,10 +348,10 @@ def _print_epilogue(
     reserved: int | None = None,
     run: int = 0,
     below: bool = False,
-    vectors: str = "",
+    vectors: tuple[str, bool] | None = None,
 ) -> BlockFunction:
-    """The function `name`, and `vectors` before it; with `run`, what it stores begins at a multiple of so many elements in
-    each row of a block.
+    """The function `name`, and `vectors` (`print_block`); with `run`, what it stores begins at a multiple of so many elements
+    in each row of a block.
     """
     _, m, _, n = contraction.sizes
     limits = ("z" if contraction.ends else _rows(contraction), ragged_rows), (n, ragged_columns)

@@ -174,7 +174,7 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     if mode != "max-autotune":
         ranked = _close(problem, ranked, target) if wins else []
     chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
-    early = (with_vectors(contraction, config, target) for config in chosen)
+    early = (with_vectors(contraction, config) for config in chosen)
     chosen |= dict.fromkeys([c for c in early if c.vectors][:1])
     return [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)

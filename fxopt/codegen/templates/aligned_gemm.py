@@ -43,7 +43,7 @@ def tma_aligned_gemm(
     EPILOGUE: tl.constexpr, EDGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, B_K_LAST: tl.constexpr,
     PRECISION: tl.constexpr, CLASSES: tl.constexpr, RUN: tl.constexpr, PITCH: tl.constexpr,
-    VECTORS: tl.constexpr = None,
+    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` where row y of the result begins y * PITCH elements after a multiple of RUN, as CLASSES * PITCH is.
 
@@ -59,7 +59,7 @@ def tma_aligned_gemm(
     for program in tl.range(tl.program_id(0), rows * middle, PROGRAMS, flatten=FLATTEN):
         _, row, column = gemm.tile_of(program, rows, middle, GROUP)
         acc, y, x = aligned_tile(a, b, row, column + 1, K, a_row, BM, BN, BK, B_K_LAST, PRECISION, CLASSES, RUN, PITCH)
-        gemm.finish(acc, y, x, 0, extra, EPILOGUE, BN, SUBTILE, VECTORS)
+        gemm.finish(acc, y, x, 0, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
     left = rows * (tl.cdiv(N + RUN - 1, BN) - middle)
     own_next = (tl.program_id(0) + PROGRAMS - rows * middle % PROGRAMS) % PROGRAMS  # who had the fewest goes on first
     for program in tl.range(own_next, left, PROGRAMS):

@@ -78,13 +78,14 @@ def tile_of(program, rows, columns, GROUP: tl.constexpr):
 @triton.jit
 def finish(
     acc, y, x, z, extra,
-    EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr, VECTORS: tl.constexpr = None,
+    EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, SUBTILE: tl.constexpr,
+    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
 ):  # fmt: skip
     """The epilogue in SUBTILE parts of the columns, which begin at x: a part needs less shared memory for its layout."""
     if VECTORS is None:
         finish_parts(acc, (), y, x, z, extra, EPILOGUE, COLUMNS, SUBTILE)
     else:
-        vectors = VECTORS(y, x + tl.arange(0, COLUMNS)[None, :], z, extra)
+        vectors = first_of_all(VECTORS(y, x + tl.arange(0, LOADED)[None, :], z, extra), LOADED // COLUMNS)
         finish_parts(acc, vectors, y, x, z, extra, EPILOGUE, COLUMNS, SUBTILE)
 
 
@@ -124,6 +125,16 @@ def halves_of_all(vectors):
             return (one,) + left, (two,) + right  # noqa: RUF005  # Triton unpacks nothing
         else:
             return (first,) + left, (first,) + right  # noqa: RUF005
+
+
+@triton.jit
+def first_of_all(vectors, PARTS: tl.constexpr):
+    """The first of PARTS parts of what `vectors` have for columns."""
+    if PARTS == 1:
+        return vectors
+    else:
+        left, _ = halves_of_all(vectors)
+        return first_of_all(left, PARTS // 2)
 
 
 @triton.jit
@@ -229,7 +240,8 @@ def pointer_tile(
 def pointer_gemm(
     a, b, extra, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr, VECTORS: tl.constexpr = None,
+    SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr,
+    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)`; the grid is batch * cdiv(M, BM) * cdiv(N, BN) programs.
 
@@ -242,7 +254,7 @@ def pointer_gemm(
     acc = pointer_tile(
         a, b, y, x, z, 0, K, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch, BM, BN, BK, PRECISION, WIDE, SWAP
     )
-    finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS)
+    finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
 
 
 @triton.jit
@@ -316,7 +328,7 @@ def tma_gemm(
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
-    VECTORS: tl.constexpr = None,
+    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` with descriptors of a and b.
 
@@ -332,13 +344,13 @@ def tma_gemm(
         z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
         y, x = row * BM, column * BN
         acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
-        finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS)
+        finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
     else:
         for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
             z, row, column = tile_of(program, rows, columns, GROUP)
             y, x = row * BM, column * BN
             acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
-            finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS)
+            finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
 
 
 @triton.jit

@@ -268,6 +268,11 @@ class GemmConfig:
         return " ".join(words)
 
     @property
+    def loaded(self) -> int:
+        """The columns of which `vectors` loads: one for each thread at least, of which warps have 32 on every GPU."""
+        return max(self.block_n, 32 * self.warps)
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """What makes a difference that a model can hardly predict."""
         tile = (self.block_m, self.block_n, self.block_k, self.warps)

@@ -72,7 +72,7 @@ def gemm_call(
     way = f'PRECISION="{"promoted" if config.promote else problem.precision}"'
     way += "" if dual else f", SWAP={config.swap}"
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
-    way += f", VECTORS={vectors}" * config.vectors
+    way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name
     kind = _TYPES[problem.dtype]
@@ -108,7 +108,7 @@ def _aligned_call(
     way += f", GROUP={config.group}, SUBTILE={config.subtile}, PROGRAMS={config.programs}, FLATTEN={config.flatten}"
     way += f', B_K_LAST={not problem.b.columns_last}, PRECISION="{"promoted" if config.promote else problem.precision}"'
     way += f", CLASSES={classes}, RUN={problem.run}, PITCH={problem.pitch}"
-    way += f", VECTORS={vectors}" * config.vectors
+    way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
     given = f"{', '.join(operands)}, {extra}, {problem.m}, {problem.n}, {problem.k}, {a.row}"
     return GemmCall(f"aligned_gemm.tma_aligned_gemm({given}, {way})", signature, maps, config.programs)
 
