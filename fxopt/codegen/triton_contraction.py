@@ -350,8 +350,8 @@ def _print_epilogue(
     below: bool = False,
     vectors: tuple[str, bool] | None = None,
 ) -> BlockFunction:
-    """The function `name`, and `vectors` as `print_block` takes it; with `run`, what it stores begins at a multiple of so many
-    elements in each row of a block.
+    """The function `name`, and `vectors` as `print_block` takes it; with `run`, what it stores begins at a multiple of so
+    many elements in each row of a block.
     """
     _, m, _, n = contraction.sizes
     limits = ("z" if contraction.ends else _rows(contraction), ragged_rows), (n, ragged_columns)
