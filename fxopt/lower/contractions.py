@@ -330,7 +330,8 @@ class _Search:
         """Put alternatives in the place of product `k` and the reduction that alone reads it, if that may add up parts."""
         name = product.result.buffer
         readers = [j for j, s in enumerate(self.steps) if name in self.accesses[j][0] and not isinstance(s, Alias)]
-        region = self.steps[readers[0]] if len(readers) == 1 and _has_few_rows(product) else None
+        may = _has_few_rows(product) or _goes_down_columns(product)
+        region = self.steps[readers[0]] if len(readers) == 1 and may else None
         if not isinstance(region, Region) or name in self.kept:
             return False
         place = self._place((k, readers[0]))
@@ -339,6 +340,8 @@ class _Search:
             return False
         self.convolutions.buffers.update({spec.name: spec for spec, _ in found})
         ways = [Way(LIBRARY, (product.call, region)), *(way for _, way in found)]
+        if in_loops(product):
+            ways.append(Way(ROW, (as_reduction(self.epilogues.alone(product)), region)))
         self._put((k, readers[0]), place, self._among(region.name, (product.call,), region, ways))
         return True
 
@@ -509,6 +512,12 @@ def _has_few_rows(product: Product) -> bool:
     """Whether its tiles may leave multiprocessors idle, where it is not bound by its weight's bytes alone."""
     rows = product.sizes[1]
     return isinstance(rows, int) and FEW_ROWS < rows <= MOST_ROWS_BESIDE
+
+
+def _goes_down_columns(product: Product) -> bool:
+    """Whether it has one row, and the columns of its weight are contiguous, not its rows."""
+    plain = product.call.op not in QUANTIZED and not product.ends and isinstance(product.a, Matrix)
+    return plain and product.sizes[:2] == (1, 1) and ask("==", product.b.column, 1) is True
 
 
 def _uses_tf32(product: Product) -> bool:

@@ -2,7 +2,8 @@
 
 A norm after a product cannot be its epilogue: it needs whole rows. But it reads the product anyway, and sums as it loads: so
 a product whose tiles leave most multiprocessors idle is computed in parts, whose float32 sums stay in the L2 cache, and no
-kernel is needed to join them. The last product of a feed-forward layer, with its long inner dimension, is the case.
+kernel is needed to join them. The last product of a feed-forward layer, with its long inner dimension, is the case; of one
+row, any product with a weight whose columns are contiguous, which are too few for a program to have some of its own.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from fxopt.lower.products import QUANTIZED, Product
 from fxopt.lower.values import cast
 
 PARTS = "in parts for the reader"
-COUNTS = (8, 4, 2)
+COUNTS, COUNTS_OF_ONE_ROW = (8, 4, 2), (16, 8)
 """Numbers of parts."""
 
 AT_MOST = 2
 """Of these, how many are tried."""
 
-SHORTEST = 256
-"""Elements of the inner dimension in a part."""
+SHORTEST, SHORTEST_OF_ONE_ROW = 256, 128
+"""Elements of the inner dimension in a part. Of one row it is the weight's bytes that have to be in flight everywhere."""
 
 TILE, MOST_TILES = 64, 256
 """Rows and columns of a usual tile, and how many of those in all parts run at once on a GPU."""
@@ -45,7 +46,8 @@ def in_parts(product: Product, region: Region, buffers: Mapping[str, BufferSpec]
     if not dense or any(n.indirect for n in region.nest.loads() if n.buffer == spec.name):
         return []
     tiles = ceil(rows / TILE) * ceil(columns / TILE)
-    fits = [c for c in COUNTS if tiles * c <= MOST_TILES and depth % (16 * c) == 0 and depth // c >= SHORTEST]
+    counts, shortest = (COUNTS_OF_ONE_ROW, SHORTEST_OF_ONE_ROW) if rows == 1 else (COUNTS, SHORTEST)
+    fits = [c for c in counts if tiles * c <= MOST_TILES and depth % (16 * c) == 0 and depth // c >= shortest]
     return [_way(product, region, count, buffers) for count in fits[:AT_MOST]]
 
 
@@ -86,9 +88,11 @@ def _partial_sums(product: Product, spec: BufferSpec, buffers: Mapping[str, Buff
     region = Region(
         f"{spec.name}.gemm", Nest((part, row, column), (), (store,)), own, spec.device, (), (product.call.origin,)
     )
+    batch = mul(length, product.a.column)
     return Contraction(
         region.name,
-        replace(product.a, batch=mul(length, product.a.column)),
+        # Of one row any stride is right; with this one a tensor map of rows has the parts for rows.
+        replace(product.a, batch=batch, row=batch if product.sizes[1] == 1 else product.a.row),
         replace(product.b, batch=mul(length, product.b.row)),
         length,
         registers,

@@ -403,12 +403,13 @@ def normed(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x @ w.T + y, (w.shape[0],))
 
 
-def test_values_in_parts_for_a_norm(interpreter: Interpreter) -> None:
+@pytest.mark.parametrize(("rows", "count", "config"), [(70, 4, POINTER), (1, 8, replace(TMA, swap=True))], ids=str)
+def test_values_in_parts_for_a_norm(interpreter: Interpreter, rows: int, count: int, config: GemmConfig) -> None:
     """The partial sums of a product and the norm that adds them up, each as a kernel."""
-    args = rand(70, 1024), rand(N, 1024) / 32, rand(70, N)
-    low = kept(searched(normed, *args), f"{PARTS} 4")
+    args = rand(rows, 1024), (rand(1024, N) / 32).T if rows == 1 else rand(N, 1024) / 32, rand(rows, N)
+    low = kept(searched(normed, *args), f"{PARTS} {count}")
     product, norm = low.steps
-    wide = replace(POINTER, block_k=128)
+    wide = replace(config, block_k=128)
     assert isinstance(product, Contraction) and isinstance(norm, Region)
     kernels = [*print_contraction(product, wide, TARGET).kernels, *triton_candidates(norm, TARGET, "default")[0].sources]
     memory = {name: padded(value) for name, value in zip(low.inputs, args, strict=True)}
@@ -418,7 +419,7 @@ def test_values_in_parts_for_a_norm(interpreter: Interpreter) -> None:
     for kernel in kernels:
         interpreter.run(kernel, memory)
     (result,) = norm.writes()
-    assert_closer(memory[result].view(70, N), normed(*args), normed(*to_float64(args)))
+    assert_closer(memory[result].view(rows, N), normed(*args), normed(*to_float64(args)))
 
 
 @pytest.mark.parametrize("rows", [128, 197])

@@ -317,6 +317,19 @@ def test_a_norm_adds_up_the_parts_of_the_product_before_it() -> None:
         assert product.sizes == (4, M, 256, N) and set(product.writes()) < set(norm.reads())
 
 
+def test_a_row_by_a_weight_of_contiguous_columns_is_added_up_by_the_norm_after_it() -> None:
+    """A new token's; not by a weight whose rows are contiguous, of which each program has some for itself."""
+    args = rand(1, 1024), rand(1024, N) / 32, rand(N), rand(1, N)
+    low = check_ways(lambda x, w, b, y: normed(x, w.T, b, y), *args)
+    (each,) = alternatives(low)
+    assert [w.label for w in each.ways] == [LIBRARY, f"{PARTS} 8", ROW]
+    product, norm = each.ways[1].steps
+    assert isinstance(product, Contraction) and isinstance(norm, Region)
+    assert product.sizes == (8, 1, 128, N) and set(product.writes()) < set(norm.reads())
+    others = labels(check_ways(normed, args[0], rand(N, 1024) / 32, *args[2:]))
+    assert not any(label.startswith(PARTS) for label in others)
+
+
 def test_parts_are_not_for_a_reader_that_cannot_add_them_up() -> None:
     """One that is not alone, or does not reduce; few rows, a short inner dimension, results that the caller sees."""
     x, w, b, y = rand(M, 1024), rand(N, 1024) / 32, rand(N), rand(M, N)
