@@ -14,6 +14,7 @@ from fxopt.capture import private
 from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
 from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
+from fxopt.capture.guards import trust_modules
 from fxopt.capture.normalize import copy_graph
 from fxopt.capture.tracing_pause import pause_while_tracing
 from fxopt.errors import OptionError
@@ -35,6 +36,8 @@ def fxopt(
     parsed = Options.parse(mode, options)
     pause_while_tracing()
     _check_disabled(parsed, options or {})
+    if parsed.steady_modules:
+        trust_modules()
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     on_miss = functools.partial(_prestart_compiler, devices)
     with collection_paused():

@@ -126,6 +126,14 @@ class Options:
         _is_positive,
         in_key=False,
     )
+    steady_modules: bool = _option(
+        False,
+        "of modules only tensors and training mode are checked in a call: attributes, configurations, classes and globals"
+        " are taken to stay as they were when the first call was compiled",
+        "a bool",
+        _is_bool,
+        in_key=False,
+    )
     observer: Any = _option(
         None,
         "who is told what layers are given, as fxopt.calibrate does",
