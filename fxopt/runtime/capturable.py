@@ -113,7 +113,7 @@ class Pieces:
 def flaw(plan: Plan) -> str | None:
     """Why the plan as a whole, whatever a replay may save, cannot run as a CUDA graph, perhaps one that draws from torch's
     generator (`Traits.draws`); None when it can."""
-    facts = _Facts(plan, drawing=True)
+    facts = Facts(plan, drawing=True)
     reasons = (*map(facts.obstacle, facts.found.steps), facts.unreturnable())
     return _spread(plan) or next((reason for reason in reasons if reason is not None), None)
 
@@ -126,7 +126,7 @@ def choose(plan: Plan) -> Choice | str:
     """
     if spread := _spread(plan):
         return spread
-    facts = _Facts(plan)
+    facts = Facts(plan)
     reasons = [facts.obstacle(step) for step in facts.found.steps]
     count = len(reasons)
     begin, end = _longest_run(reasons)
@@ -159,7 +159,7 @@ def choose_pieces(plan: Plan) -> Pieces | None:
     Each is captured as a plan of its own: what passes between parts is copied out of the one and into the other, so that it
     does not matter what the steps between them do, nor who else takes a turn meanwhile.
     """
-    facts = _Facts(plan)
+    facts = Facts(plan)
     if _spread(plan) or not facts.is_described():
         return None
     reasons = [facts.obstacle(step) for step in facts.found.steps]
@@ -242,7 +242,7 @@ class _Price:
     seconds: float
 
 
-class _Facts:
+class Facts:
     """What there is to know of a plan before it is split; `drawing` where a captured run may draw from torch's generator."""
 
     def __init__(self, plan: Plan, drawing: bool = False) -> None:
@@ -264,9 +264,9 @@ class _Facts:
         run has only a copy of it."""
         made = set(self.found.crossing(0, begin))
         steps = range(begin, end if made else begin)
-        return next((k for k in steps if not made.isdisjoint(self._changed(self.found.steps[k]))), end)
+        return next((k for k in steps if not made.isdisjoint(self.changed(self.found.steps[k]))), end)
 
-    def _changed(self, step: Launch | Call) -> Iterator[str]:
+    def changed(self, step: Launch | Call) -> Iterator[str]:
         """The values that share memory with what the step writes, as far as that is known or possible."""
         for name in step.writes:
             yield from self._related.get(self.found.root.get(name, name), (self.found.root.get(name, name),))

@@ -23,6 +23,7 @@ from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
 from fxopt.options import Options
+from fxopt.runtime import backward_pieces
 from fxopt.runtime.capturable import (
     CAPTURED,
     Choice,
@@ -365,13 +366,16 @@ def with_graphs(
     device = gpu(executor.plan)
     if device is None or (training and options.mode != "reduce-overhead"):
         return executor
-    choice = _switched_off(options) or (_all_or_nothing if training else _parts)(executor.plan)
+    choice = _switched_off(options) or (_in_training(executor.plan, phase, options) if training else _parts(executor.plan))
     if isinstance(choice, str):
         journal.note(NAME, f"not captured: {choice}")
         return executor
     try:
         made = _Made(_turns_at(device.index or 0), options, journal, extension)
-        run = made.in_pieces(choice, executor) if isinstance(choice, Pieces) else made.graphed(choice, executor, phase)
+        if isinstance(choice, Pieces):
+            run: GraphedExecutor | InPieces = made.in_pieces(choice, executor, phase)
+        else:
+            run = made.graphed(choice, executor, phase)
     except (OSError, RuntimeError, FxoptError) as error:
         journal.note(NAME, f"not captured: {error}")
         return executor
@@ -401,7 +405,7 @@ class _Made:
         elif self._found is not None and NATIVE not in self._options.disable:
             self._journal.note(NATIVE, f"replays go through Python: {self._found.reason}")
 
-    def graphed(self, choice: Choice, executor: Executor, phase: Phase = Phase.INFERENCE) -> GraphedExecutor:
+    def graphed(self, choice: Choice, executor: Executor, phase: Phase) -> GraphedExecutor:
         parts, limit, note = choice.parts, self._options.cuda_graph_limit, self._journal.note
         found = traits(parts.captured)
         if phase is not Phase.INFERENCE:
@@ -412,17 +416,21 @@ class _Made:
         way = None if parts.is_whole else functools.partial(InParts, parts, executor)
         return GraphedExecutor(executor, found, self._turns, limit, note, way, self._extension)
 
-    def in_pieces(self, choice: Pieces, executor: Executor) -> InPieces:
+    def in_pieces(self, choice: Pieces, executor: Executor, phase: Phase) -> InPieces:
         """Raises PlanError and CacheError where a part cannot be bound."""
         runs = list[tuple[Callable[[list[Any]], tuple[Any, ...]], tuple[int, ...]]]()
         for piece in choice.pieces:
             run = executor.part(piece.part.plan)
-            runs.append((run if piece.choice is None else self.graphed(piece.choice, run), piece.part.takes))
+            runs.append((run if piece.choice is None else self.graphed(piece.choice, run, phase), piece.part.takes))
         return InPieces(executor, runs)
 
 
-def _all_or_nothing(plan: Plan) -> Choice | str:
-    return flaw(plan) or Choice(whole(plan), CAPTURED)
+def _in_training(plan: Plan, phase: Phase, options: Options) -> Choice | Pieces | str:
+    """All or nothing, a backward perhaps in pieces."""
+    if reason := flaw(plan):
+        return reason
+    in_pieces = phase is Phase.BACKWARD and backward_pieces.NAME not in options.disable
+    return (backward_pieces.choose_backward_pieces(plan) if in_pieces else None) or Choice(whole(plan), CAPTURED)
 
 
 def _switched_off(options: Options) -> str | None:

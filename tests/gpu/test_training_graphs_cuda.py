@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.journal import RECENT
-from fxopt.runtime import cuda_graph, recording, training_graph
+from fxopt.runtime import backward_pieces, cuda_graph, recording, training_graph
 from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
 from tests.guest.agreement import compiled
 
@@ -170,6 +170,26 @@ def test_loss_curves(kind: type[nn.Module], dtype: torch.dtype, made: Made) -> N
 
     agree(steps, made, kind, dtype, 0.0 if exact else 4e-6)
     assert made.replays() == (5, 4), reasons()
+
+
+@pytest.mark.parametrize("kind", [Perceptron, Transformer])
+def test_a_backward_in_pieces(kind: type[nn.Module], made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are kept, added to and dropped, with a backward that is cut wherever that can be."""
+    for name, value in (("SMALLEST", 1), ("PIECE_STEPS", 2), ("PASSING_SHARE", 1e6)):
+        monkeypatch.setattr(backward_pieces, name, value)
+
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        out = []
+        for k in range(8):
+            out.append(backward(run(tokens(k, True) if kind is Transformer else x_of(k).bfloat16())))
+            if k % 2:
+                out += [p.grad for p in model.parameters()]
+                model.zero_grad()
+        return out
+
+    agree(steps, made, kind, torch.bfloat16)
+    replays = [piece._replays for piece in made.backwards]
+    assert replays.count(6) > 1, reasons()
 
 
 def test_attention_that_drops(made: Made) -> None:

@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from fxopt import compiler, plan_cache
 from fxopt.ir import attention_backends, attention_op
 from fxopt.ir.graph import Phase
-from fxopt.runtime import capturable, recording, training_graph
+from fxopt.runtime import backward_pieces, capturable, recording, training_graph
+from fxopt.runtime.backward_pieces import choose_backward_pieces
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
+from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.recording import record
 from fxopt.runtime.training_graph import GraphedBackward, GraphedForward, SavedMemory
 from tests.runtime.fake_graphs import FakeDriver, Function
@@ -34,10 +36,19 @@ class Stage:
         self.backwards: list[GraphedBackward] = []
         self.notes: list[str] = []
         self.draws = False  # whether library ops do
+        self.in_pieces = False  # whether backwards are
 
     def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any, extension: Any) -> Any:
         if phase is Phase.INFERENCE:
             return executor
+        pieces = choose_backward_pieces(executor.plan) if phase is Phase.BACKWARD and self.in_pieces else None
+        if pieces is None:
+            return self.graphed(executor, phase)
+        runs = [(executor.part(piece.part.plan), piece) for piece in pieces.pieces]
+        made = [(self.graphed(run, phase) if piece.choice else run, piece.part.takes) for run, piece in runs]
+        return InPieces(executor, made)
+
+    def graphed(self, executor: Any, phase: Phase) -> Any:
         plan = executor.plan
         found = replace(capturable.traits(capturable.whole(plan).captured), device=CPU, steps=1 << 20, draws=self.draws)
         function = Function(lambda *values: executor(list(values)))
@@ -127,6 +138,38 @@ class Pair:
             self.agree()
             self.clear()
         return self
+
+
+@pytest.fixture
+def pieces(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """Backwards are cut wherever that can be."""
+    stage.in_pieces = True
+    for name, value in (("SMALLEST", 1), ("PIECE_STEPS", 1), ("PASSING_SHARE", 1e6)):
+        monkeypatch.setattr(backward_pieces, name, value)
+    return stage
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_backward_in_pieces(pieces: Stage, set_to_none: bool) -> None:
+    pair = Pair()
+    for k in range(6):
+        pair.step(k)
+        if k != 2:  # two steps are added up
+            pair.agree()
+            for model in (pair.mine, pair.theirs):
+                model.zero_grad(set_to_none=set_to_none)
+    replayed = [_replayed(piece) for piece in pieces.backwards]
+    assert replayed.count(4) > 1 and replayed.count(4) + replayed.count(0) == len(replayed), "4, or nothing saved is read"
+
+
+def test_pieces_whose_forward_ran_plainly(pieces: Stage) -> None:
+    pair = Pair().warm()
+    replays, graphs = pieces.counts(), sum(piece.graphs for piece in pieces.backwards)
+    losses = [loss for seed in (5, 6) for loss in pair.losses(seed)]
+    for loss in reversed(losses):
+        loss.backward()
+    pair.agree()
+    assert pieces.counts() == (replays[0] + 1, replays[1] + graphs)
 
 
 def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
