@@ -175,6 +175,16 @@ bool has_fixed(const Body* self, PyObject* const* inputs) {
   return true;
 }
 
+// Whether what is copied has the layout that it had; the copies.
+bool add_moves(const Body* self, PyObject* const* inputs, std::vector<Copy>* copies) {
+  for (const Moved& one : self->moved) {
+    c10::TensorImpl* x = look(inputs[one.at]);
+    if (x == nullptr || !has_layout(x, one.shape, one.strides) || x->device() != self->device) return false;
+    copies->push_back({one.target, address(x), one.bytes});
+  }
+  return true;
+}
+
 // Whether the captured run is one for these inputs; the copies of those that it has to be given.
 bool fits(const Body* self, PyObject* const* inputs, std::vector<Copy>* copies) {
   for (const Varying& one : self->varying) {
@@ -188,13 +198,7 @@ bool fits(const Body* self, PyObject* const* inputs, std::vector<Copy>* copies) 
       if (x == nullptr || !has_layout(x, one.shape, one.strides)) return false;
     }
   }
-  if (!has_fixed(self, inputs)) return false;
-  for (const Moved& one : self->moved) {
-    c10::TensorImpl* x = look(inputs[one.at]);
-    if (x == nullptr || !has_layout(x, one.shape, one.strides) || x->device() != self->device) return false;
-    copies->push_back({one.target, address(x), one.bytes});
-  }
-  return true;
+  return has_fixed(self, inputs) && add_moves(self, inputs, copies);
 }
 
 bool equals(PyObject* call_result, int64_t wanted) {
@@ -312,78 +316,98 @@ int enqueue_copies(const Body* self, const std::vector<Copy>& copies, void* stre
   return 0;
 }
 
-// All of a turn, in the stream's order. What goes wrong does not keep the end of the turn from being recorded.
-Failure enqueue(
-    const Body* self, void* stream, bool same_stream, const std::vector<Copy>& before, const std::vector<Copy>& after) {
-  Failure failure;
-  auto ok = [&failure](int code, const char* what) {
-    if (code != 0 && failure.code == 0) failure = {what, code};
-    return code == 0;
-  };
+// What a turn consists of, in the stream's order.
+Failure enqueue(const Body* self, void* stream, const std::vector<Copy>& before, const std::vector<Copy>& after) {
   const char* copying = "copying for a CUDA graph";
-  if ((same_stream || ok(self->wait(stream, self->event, 0), "waiting for an event")) &&
-      ok(enqueue_copies(self, before, stream), copying) && ok(self->launch(self->executable, stream), "replaying a CUDA graph"))
-    ok(enqueue_copies(self, after, stream), copying);
-  ok(self->record(self->event, stream), "recording an event");
-  return failure;
+  if (const int code = enqueue_copies(self, before, stream)) return {copying, code};
+  if (const int code = self->launch(self->executable, stream)) return {"replaying a CUDA graph", code};
+  return {copying, enqueue_copies(self, after, stream)};
 }
 
-// `before` are the copies of inputs.
-PyObject* run(const Body* self, PyObject* const* inputs, void* stream, std::vector<Copy> before) {
-  Ref out(PyTuple_New(self->results));
-  if (!out) return nullptr;
+// A whole turn. What goes wrong does not keep its end from being recorded.
+Failure take_turn(
+    const Body* self, void* stream, bool same_stream, const std::vector<Copy>& before, const std::vector<Copy>& after) {
+  Failure failure;
+  if (!same_stream) failure = {"waiting for an event", self->wait(stream, self->event, 0)};
+  if (failure.code == 0) failure = enqueue(self, stream, before, after);
+  const int recorded = self->record(self->event, stream);
+  return failure.code == 0 ? Failure{"recording an event", recorded} : failure;
+}
+
+// What a replay needs beside its inputs: results and seeds, made before anything is enqueued.
+struct Prepared {
+  Ref results, drawn;  // the seeds are alive until they are copied
+  std::vector<Copy> before, after;
+};
+
+// `made.before` has the copies of inputs. False with an exception.
+bool prepare(const Body* self, PyObject* const* inputs, Prepared* made) {
+  made->results = Ref(PyTuple_New(self->results));
+  if (!made->results) return false;
+  PyObject* out = made->results.get();
   for (Py_ssize_t k = 0; k < self->results; ++k) {
     PyObject* constant = PyTuple_GET_ITEM(self->constants.get(), k);
     Py_INCREF(constant);
-    PyTuple_SET_ITEM(out.get(), k, constant);
+    PyTuple_SET_ITEM(out, k, constant);
   }
-  auto set = [&out](Py_ssize_t at, PyObject* value) {
-    Py_DECREF(PyTuple_GET_ITEM(out.get(), at));
-    PyTuple_SET_ITEM(out.get(), at, value);
+  auto set = [out](Py_ssize_t at, PyObject* value) {
+    Py_DECREF(PyTuple_GET_ITEM(out, at));
+    PyTuple_SET_ITEM(out, at, value);
   };
   for (const Given& one : self->given) {
     Py_INCREF(inputs[one.input]);
     set(one.at, inputs[one.input]);
   }
+  if (!self->seeds.empty()) {
+    made->drawn = Ref(PyList_New(0));
+    if (!made->drawn) return false;
+  }
+  for (const uint64_t target : self->seeds) {
+    Ref one(PyObject_CallNoArgs(self->draw.get()));
+    if (!one || PyList_Append(made->drawn.get(), one.get()) != 0) return false;
+    made->before.push_back({target, address(impl_of(one.get())), sizeof(int64_t)});
+  }
+  for (const Fresh& one : self->fresh) {
+    PyObject* arguments[] = {one.shape.get(), one.strides.get(), one.dtype.get()};
+    PyObject* fresh = PyObject_Vectorcall(self->empty.get(), arguments, 3, nullptr);
+    if (fresh == nullptr) return false;
+    set(one.at, fresh);
+    if (one.bytes) made->after.push_back({address(impl_of(fresh)), one.source, one.bytes});
+  }
+  return true;
+}
+
+// The results when all has been enqueued.
+PyObject* finish(const Body* self, PyObject* const* inputs, const Failure& failure, Prepared* made) {
+  if (failure.code != 0) {
+    Ref ignored(PyObject_CallFunction(self->fail.get(), "si", failure.what, failure.code));
+    if (ignored) PyErr_SetString(PyExc_SystemError, failure.what);
+    return nullptr;
+  }
+  for (const Py_ssize_t at : self->written) {
+    c10::TensorImpl* changed = look(inputs[at]);  // as what was captured did; inference tensors do not count
+    if (changed != nullptr && !changed->is_inference()) changed->bump_version();
+  }
+  return made->results.take();
+}
+
+PyObject* run(const Body* self, PyObject* const* inputs, void* stream, Prepared* made) {
+  Failure failure;
   {
     Turn turn(self);
     if (!turn.taken()) {
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;
     }
-    std::vector<Copy> after;
-    Ref drawn(PyList_New(0));  // alive until they are copied
-    if (!drawn) return nullptr;
-    for (const uint64_t target : self->seeds) {
-      Ref one(PyObject_CallNoArgs(self->draw.get()));
-      if (!one || PyList_Append(drawn.get(), one.get()) != 0) return nullptr;
-      before.push_back({target, address(impl_of(one.get())), sizeof(int64_t)});
-    }
-    for (const Fresh& one : self->fresh) {
-      PyObject* arguments[] = {one.shape.get(), one.strides.get(), one.dtype.get()};
-      PyObject* made = PyObject_Vectorcall(self->empty.get(), arguments, 3, nullptr);
-      if (made == nullptr) return nullptr;
-      set(one.at, made);
-      if (one.bytes) after.push_back({address(impl_of(made)), one.source, one.bytes});
-    }
+    if (!prepare(self, inputs, made)) return nullptr;
     const int same = turn.is_last(stream);
     if (same < 0) return nullptr;
-    Failure failure;
     Py_BEGIN_ALLOW_THREADS
-    failure = enqueue(self, stream, same != 0, before, after);
+    failure = take_turn(self, stream, same != 0, made->before, made->after);
     Py_END_ALLOW_THREADS
     if (!same && turn.set_last(stream) != 0) return nullptr;
-    if (failure.code != 0) {
-      Ref ignored(PyObject_CallFunction(self->fail.get(), "si", failure.what, failure.code));
-      if (ignored) PyErr_SetString(PyExc_SystemError, failure.what);
-      return nullptr;
-    }
   }
-  for (const Py_ssize_t at : self->written) {
-    c10::TensorImpl* changed = look(inputs[at]);  // as what was captured did; inference tensors do not count
-    if (changed != nullptr && !changed->is_inference()) changed->bump_version();
-  }
-  return out.take();
+  return finish(self, inputs, failure, made);
 }
 
 bool unpack(const Body* self, PyObject* args, PyObject* const** inputs) {
@@ -406,11 +430,36 @@ PyObject* play(PyObject* object, PyObject* const* args, size_t flags, PyObject* 
   PyObject* const* inputs = nullptr;
   if (!unpack(self, args[0], &inputs)) return nullptr;
   try {
-    std::vector<Copy> copies;
-    copies.reserve(self->moved.size() + self->seeds.size());
+    Prepared made;
+    made.before.reserve(self->moved.size() + self->seeds.size());
     void* stream = nullptr;
-    if (inputs == nullptr || !fits(self, inputs, &copies) || !is_free(self, &stream)) Py_RETURN_NONE;
-    return run(self, inputs, stream, std::move(copies));
+    if (inputs == nullptr || !fits(self, inputs, &made.before) || !is_free(self, &stream)) Py_RETURN_NONE;
+    return run(self, inputs, stream, &made);
+  } catch (const std::exception&) {  // of a tensor without memory: nothing has been enqueued
+    Py_RETURN_NONE;
+  }
+}
+
+// A replay within a turn that the caller holds, on the turn's stream, for inputs that the captured run is known to be one for.
+PyObject* play_within(PyObject* object, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2) {
+    PyErr_SetString(PyExc_TypeError, "it takes inputs and a stream");
+    return nullptr;
+  }
+  const Body* self = body_of(object);
+  PyObject* const* inputs = nullptr;
+  if (!unpack(self, args[0], &inputs)) return nullptr;
+  void* stream = PyLong_AsVoidPtr(args[1]);
+  if (PyErr_Occurred()) return nullptr;
+  try {
+    Prepared made;
+    if (inputs == nullptr || !add_moves(self, inputs, &made.before)) Py_RETURN_NONE;
+    if (!prepare(self, inputs, &made)) return nullptr;
+    Failure failure;
+    Py_BEGIN_ALLOW_THREADS
+    failure = enqueue(self, stream, made.before, made.after);
+    Py_END_ALLOW_THREADS
+    return finish(self, inputs, failure, &made);
   } catch (const std::exception&) {  // of a tensor without memory: nothing has been enqueued
     Py_RETURN_NONE;
   }
@@ -583,6 +632,8 @@ void unmake(PyObject* object) {
 }
 
 PyMethodDef methods[] = {
+    {"play_within", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(play_within)), METH_FASTCALL,
+     "Replay within a turn that the caller holds, on its stream."},
     {"has_fixed", compare, METH_O, "Whether the inputs that are used where they are are where they were."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -40,7 +40,7 @@ from fxopt.runtime.capturable import (
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.in_parts import InParts, InPieces, Way, Whole
 from fxopt.runtime.native_replay import NAME as NATIVE
-from fxopt.runtime.native_replay import Device, Extension, Play, plays, replayer
+from fxopt.runtime.native_replay import Device, Extension, Play, plays, plays_within, replayer
 from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import Driver, Recording, record
 
@@ -194,7 +194,10 @@ class GraphedExecutor:
                 self._extension = None
                 self._note(NATIVE, f"replays go through Python: {type(error).__name__}: {error}")
                 return
-        if self.replays_at_once and isinstance(self._way, Whole) and plays(recording, self._turns.driver.native()):
+        device = self._turns.driver.native()
+        if plays_within(recording, device):
+            recording.play_within = recording.native.play_within
+        if self.replays_at_once and isinstance(self._way, Whole) and plays(recording, device):
             self._play = recording.native
 
     def _fits(self, recording: Recording, inputs: list[Any]) -> bool:

@@ -65,7 +65,8 @@ class Device:
 
 
 def replayer(extension: Any, recording: Recording, turns: Turns, found: Device) -> Any:
-    """A `Replay` of the extension for a recording of that device. See `plays` for which it may be called."""
+    """A `Replay` of the extension for a recording of that device. It can always compare addresses; what else it
+    may do, `plays` and `plays_within` say."""
     results, traits = recording.results, recording.traits
     return extension.Replay(
         len(recording.addresses),
@@ -77,7 +78,7 @@ def replayer(extension: Any, recording: Recording, turns: Turns, found: Device) 
         (
             tuple(results.constants),
             tuple(_fresh(results, found)),
-            tuple((x.at, x.input) for x in results.of_inputs),
+            tuple((x.at, x.input) for x in results.of_inputs if not x.view),
             traits.written,
         ),
         recording.seeds,
@@ -97,12 +98,16 @@ def replayer(extension: Any, recording: Recording, turns: Turns, found: Device) 
 
 
 def plays(recording: Recording, device: Device) -> bool:
-    """Whether the compiled code knows how to replay it and how all of its results come about. Otherwise it may only compare
-    addresses."""
+    """Whether the compiled code knows how to replay it and how all of its results come about."""
     results = recording.results
-    if recording.traits.draws or (results.together and not device.copies):
-        return False
-    return not (results.shared or results.kept or results.host or any(x.view for x in results.of_inputs))
+    views = any(x.view for x in results.of_inputs)
+    return plays_within(recording, device) and not (results.kept or results.host or views)
+
+
+def plays_within(recording: Recording, device: Device) -> bool:
+    """Whether the compiled code can replay it in a turn that Python holds. Python makes results that are kept or views."""
+    results = recording.results
+    return not (recording.traits.draws or results.shared or (results.together and not device.copies))
 
 
 def _fresh(results: Results, device: Device) -> Iterator[tuple[Any, ...]]:

@@ -156,7 +156,8 @@ class Recording:
 
     `addresses` has an entry for each input, zero for those that are moved or not looked at. `read` are the inputs in the
     host's memory, whose values are part of what was captured: kept, so that their addresses stand for these values.
-    `native` is the same for compiled code (`native_replay.py`), once there is such.
+    `native` is the same for compiled code (`native_replay.py`), once there is such; `play_within` is what replays it in a
+    turn that Python holds, where that code can.
     """
 
     signature: tuple[Any, ...]
@@ -169,6 +170,7 @@ class Recording:
     driver: Driver
     read: tuple[torch.Tensor, ...]
     native: Any = None
+    play_within: Callable[[list[Any], int], tuple[Any, ...] | None] | None = None
 
     @property
     def copied(self) -> int:
@@ -181,6 +183,12 @@ class Recording:
         Allocates before anything that the plan writes is written: who runs out of memory has changed nothing. What is copied
         is let go of before that, what is read where it is only when the run has been enqueued.
         """
+        if self.play_within is not None:
+            made = self._around_results(inputs)
+            played = self.play_within(inputs, stream)
+            if played is not None:
+                inputs.clear()
+                return _with(played, made)
         copy, results, traits = self.driver.copy, self.results, self.traits
         for move in self.moves:
             given_one = inputs[move.at]
@@ -192,10 +200,8 @@ class Recording:
             copy(target, seed.data_ptr(), 8, stream)
         kept = [inputs[i] for i in traits.written]
         out = list(results.constants)
-        for of_input in results.of_inputs:
-            out[of_input.at] = _from_input(of_input, inputs[of_input.input])
-        for kept_one in (*results.kept, *results.host):
-            out[kept_one.at] = kept_one.tensor.detach()
+        for at, value in self._around_results(inputs):
+            out[at] = value
         for move in self.moves:
             inputs[move.at] = given_one = None
         for x in results.fresh:
@@ -218,6 +224,22 @@ class Recording:
         if kept:
             _count_writes(kept)
         return tuple(out)
+
+    def _around_results(self, inputs: list[Any]) -> list[tuple[int, Any]]:
+        """The results that a replay does not write, or leaves where they are, with their positions."""
+        results = self.results
+        found = [(x.at, _from_input(x, inputs[x.input])) for x in results.of_inputs]
+        return found + [(x.at, x.tensor.detach()) for x in (*results.kept, *results.host)]
+
+
+def _with(results: tuple[Any, ...], more: list[tuple[int, Any]]) -> tuple[Any, ...]:
+    """`results` with those in `more` at their positions."""
+    if not more:
+        return results
+    out = list(results)
+    for at, value in more:
+        out[at] = value
+    return tuple(out)
 
 
 def record(

@@ -175,6 +175,33 @@ def test_who_runs_out_of_memory_has_changed_nothing(steps: Steps) -> None:
     assert state._version > version and steps.in_python == 1
 
 
+def test_a_turn_that_python_holds(steps: Steps) -> None:
+    """Results that are views are Python's to make, all else is done by compiled code."""
+
+    def viewing(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x * w, w[1:3]
+
+    run, w = captured(viewing)
+    for k in range(3):
+        x = torch.full((8,), float(k))[::2] if k == 1 else torch.full((4,), float(k))
+        scaled_x, view = run(x, w)
+        torch.testing.assert_close(scaled_x, x)
+        assert view.data_ptr() == w.data_ptr() + w.itemsize and tuple(view.shape) == (2,)
+    assert (run.replays, steps.in_python) == (4, 4) and run.run._play is None
+    play = run.run._latest.play_within  # type: ignore[union-attr]
+    assert play is not None and play([torch.ones(8)[::2], w], 7) is None, "another layout"
+    assert play([w], 7) is None, "another number of inputs"
+    out, nothing = play([torch.full((4,), 3.0), w], 7)  # type: ignore[misc]
+    assert out.tolist() == [3.0] * 4 and nothing is None
+    with pytest.raises(TypeError, match="inputs and a stream"):
+        play([torch.ones(4), w])  # type: ignore[call-arg]
+    run.driver.code = 9
+    before = len(run.driver.log)
+    with pytest.raises(RuntimeError, match="copying for a CUDA graph: 9"):
+        play([torch.ones(4), w], 7)
+    assert len(run.driver.log) == before, "neither launched nor the end of a turn recorded"
+
+
 def test_code_that_is_there_later_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch, compiled_code: ReplayCode) -> None:
     class Later:
         reason = None
@@ -266,7 +293,7 @@ def test_several_copies_are_one_launch(steps: Steps, monkeypatch: pytest.MonkeyP
         inputs = [torch.full((2,), float(call + 10 * k)) for k in range(MOST + 3)]
         torch.testing.assert_close(run(*inputs), many(*inputs))
     launches = [count for what, count in run.driver.log if what == "copies"]
-    assert launches == [MOST, 3] * 4 and steps.in_python == 1, "twice two before and two after a graph"
+    assert launches == [MOST, 3] * 6 and steps.in_python == 1, "three times two before and two after a graph"
 
 
 def test_the_kernel_of_copies_compiles_for_every_gpu() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt import compiler, plan_cache
+from fxopt.codegen.replay_build import ReplayCode
 from fxopt.ir import attention_backends, attention_op
 from fxopt.ir.graph import Phase
 from fxopt.runtime import backward_pieces, capturable, recording, training_graph
@@ -37,6 +38,7 @@ class Stage:
         self.notes: list[str] = []
         self.draws = False  # whether library ops do
         self.in_pieces = False  # whether backwards are
+        self.code: ReplayCode | None = None  # for replays
 
     def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any, extension: Any) -> Any:
         if phase is Phase.INFERENCE:
@@ -55,7 +57,7 @@ class Stage:
         function.plan = plan
         turns = Turns(FakeDriver(function, found.seeds, plan.saved))
         kind = GraphedForward if phase is Phase.FORWARD else GraphedBackward
-        made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text))  # type: ignore[arg-type]
+        made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text), extension=self.code)  # type: ignore[arg-type]
         (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
         return made
 
@@ -138,6 +140,18 @@ class Pair:
             self.agree()
             self.clear()
         return self
+
+
+def test_compiled_code_replays_forwards_and_backwards(stage: Stage, compiled_code: ReplayCode) -> None:
+    stage.code = compiled_code
+    pair = Pair().warm()
+    pair.step(4)
+    pair.step(5)
+    pair.agree()
+    assert stage.counts() == (4, 3)
+    (forward,), (backward,) = stage.forwards, stage.backwards
+    assert forward._play is None and forward._latest is not None and forward._latest.play_within is not None
+    assert backward._play is not None
 
 
 @pytest.fixture
