@@ -4,10 +4,14 @@
 
 A call's host time is what it takes to return when the device keeps up: calls are timed one by one, each begun on an idle
 device for which the host has waited, and the median counts. A host that comes from waiting is two to three times slower than
-in a loop. "guards" is a backend whose results are those of the first call: what remains is Dynamo's guards; "guards and
-wrappers" has AOTAutograd's as well. "total" is from the call to the end of the device's work, "loop" the mean over calls
-that follow each other without waiting. "spent" says where the host time of a call of "fxopt" goes, and of one whose replays
-go through Python; "pieces" are such parts in a loop.
+in a loop. "total" is from the call to the end of the device's work, "loop" the mean over calls that follow each other without
+waiting. "burst" is the mean over few calls in a row, begun on an idle device whose queue takes them all, so that the host is
+warm and waits for nothing; of several rounds the least.
+
+"guards" is a backend whose results are those of the first call: what remains is Dynamo's guards; "guards and wrappers" has
+AOTAutograd's as well. "above guards" is what a way adds to them in bursts. In ways called "steady", modules are said to stay
+as they are (`steady_modules`). "spent" says where the host time of a call of "fxopt" goes, and of one whose replays go through
+Python; "pieces" are such parts in a loop.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import typer
 
 from benchmarks.models import MODELS
 from benchmarks.results import target_facts
+from fxopt.capture.guards import trust_modules
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.codegen.replay_build import replay_code
 from fxopt.report.backends import unshared
@@ -41,8 +46,12 @@ from fxopt.runtime.recording import Recording
 WORKLOADS = "bert-base-b1,resnet50-b1,vit-b-b1,bert-base,gpt2"
 IN_PYTHON = "fxopt, replays in Python"
 ONE_LAUNCH = "fxopt, copies in one launch"
+STEADY = "fxopt, steady"
+GUARDS, STEADY_GUARDS = "guards", "guards, steady"
 AT_ANY_PRICE = "fxopt, any copies"
 """Captured however much has to be copied: what `capturable.COPY_SHARE` should be."""
+BURST, BURSTS = 20, 25
+"""Calls in a row, and rounds of them."""
 SLEEP_CYCLES = 1_000_000
 """Of the device before each call that is timed alone: about half a millisecond."""
 WAYS = {
@@ -50,6 +59,7 @@ WAYS = {
     "fxopt": CONTENDERS["fxopt"],
     IN_PYTHON: Contender("fxopt", "fxopt", options={"disable": [native_replay.NAME]}),
     ONE_LAUNCH: CONTENDERS["fxopt"],
+    STEADY: Contender("fxopt", "fxopt", options={"steady_modules": True}),
     AT_ANY_PRICE: CONTENDERS["fxopt"],
     "inductor": CONTENDERS["inductor"],
     "inductor-reduce-overhead": CONTENDERS["inductor-reduce-overhead"],
@@ -88,6 +98,19 @@ def looped(call: Callable[[], Any], calls: int, wait: Callable[[], None]) -> flo
     return (time.perf_counter() - start) / calls * 1e6
 
 
+def in_bursts(call: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Microseconds of a call on the host while the device's queue has room."""
+    best = float("inf")
+    for _ in range(BURSTS):
+        wait()
+        start = time.perf_counter()
+        for _ in range(BURST):
+            call()
+        best = min(best, (time.perf_counter() - start) / BURST)
+    wait()
+    return best * 1e6
+
+
 def piece(call: Callable[[], Any], wait: Callable[[], None], repeats: int = 300) -> float:
     """Microseconds of a part, the least of five means."""
     best = float("inf")
@@ -111,6 +134,12 @@ def _guards_alone(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         return known[0]
 
     return run
+
+
+def _fewer_guards(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The same with the guards of steady modules."""
+    trust_modules()
+    return _guards_alone(gm, inputs)
 
 
 def _doing_nothing(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -265,7 +294,8 @@ def measure(
     captured: dict[str, list[GraphedExecutor]] = {}
     for name in ways:
         compiled[name] = WAYS[name].compile(case.module, device)
-    for name, backend in (("guards", _guards_alone), ("guards and wrappers", _doing_nothing)):
+    around = {GUARDS: _guards_alone, STEADY_GUARDS: _fewer_guards, "guards and wrappers": _doing_nothing}
+    for name, backend in around.items():
         compiled[name] = torch.compile(unshared(case.module), backend=backend, dynamic=False)
     with torch.no_grad():
         for name, run in compiled.items():
@@ -273,18 +303,22 @@ def measure(
             with _at_any_price(name == AT_ANY_PRICE), _copies_in_one_launch(name == ONE_LAUNCH):
                 for _ in range(3):
                     run(*case.inputs)
-                if name in ("fxopt", ONE_LAUNCH) and replay_code(default_store()).wait() is None:
+                if name in ("fxopt", ONE_LAUNCH, STEADY) and replay_code(default_store()).wait() is None:
                     print(f"replays go through Python: {replay_code(default_store()).reason}")
                 for _ in range(3):
                     run(*case.inputs)
             captured[name] = [x for x in _executors(before) if x.graphs]
             call = functools.partial(run, *case.inputs)
             host, total = microseconds(call, calls, wait)
-            loop = looped(call, calls, wait)
-            entry["ways"][name] = {"host_us": round(host, 2), "total_us": round(total, 2), "loop_us": round(loop, 2)}
-            print(
-                f"{workload:>16} {name:<26} host {host:9.1f}, until done {total:9.1f}, in a loop {loop:9.1f} us", flush=True
-            )
+            found = {"host": host, "total": total, "loop": looped(call, calls, wait), "burst": in_bursts(call, wait)}
+            entry["ways"][name] = {f"{what}_us": round(us, 2) for what, us in found.items()}
+            told = ", ".join(f"{what} {us:8.1f}" for what, us in found.items())
+            print(f"{workload:>16} {name:<26} {told} us", flush=True)
+    for name, base in (*((name, GUARDS) for name in ways if name != STEADY), (STEADY, STEADY_GUARDS)):
+        if name in ways:
+            row = entry["ways"][name]
+            row["above_guards_us"] = round(row["burst_us"] - entry["ways"][base]["burst_us"], 2)
+            print(f"{workload:>16} {name:<26} above guards {row['above_guards_us']:8.1f} us", flush=True)
     kinds = {"fxopt": "spent_us", ONE_LAUNCH: "spent_with_one_launch_us", IN_PYTHON: "spent_in_python_us"}
     for name, kind in kinds.items():
         if captured.get(name):
