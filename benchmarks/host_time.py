@@ -4,14 +4,14 @@
 
 A call's host time is what it takes to return when the device keeps up: calls are timed one by one, each begun on an idle
 device for which the host has waited, and the median counts. A host that comes from waiting is two to three times slower than
-in a loop. "total" is from the call to the end of the device's work, "loop" the mean over calls that follow each other without
-waiting. "burst" is the mean over few calls in a row, begun on an idle device whose queue takes them all, so that the host is
-warm and waits for nothing; of several rounds the least.
+in a loop. "total" is from the call to the end of the device's work, "loop" the mean over calls that follow each other
+without waiting. "burst" is the mean over few calls in a row, begun on an idle device whose queue takes them all, so that
+the host is warm and waits for nothing; of several rounds the least.
 
 "guards" is a backend whose results are those of the first call: what remains is Dynamo's guards; "guards and wrappers" has
 AOTAutograd's as well. "above guards" is what a way adds to them in bursts. In ways called "steady", modules are said to stay
-as they are (`steady_modules`). "spent" says where the host time of a call of "fxopt" goes, and of one whose replays go through
-Python; "pieces" are such parts in a loop.
+as they are (`steady_modules`). "spent" says where the host time of a call of "fxopt" goes, and of one whose replays go
+through Python; "pieces" are such parts in a loop.
 """
 
 from __future__ import annotations
