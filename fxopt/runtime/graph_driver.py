@@ -34,6 +34,7 @@ from fxopt.runtime.copies import copying_kernel
 from fxopt.runtime.drawing_graph import DrawingGraph, capture_drawing
 from fxopt.runtime.launch import check, driver
 from fxopt.runtime.native_replay import Device
+from fxopt.runtime.solitude import is_alone
 
 T = TypeVar("T")
 
@@ -231,7 +232,7 @@ class GraphDriver:
         The shared pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by
         piece, memory is left over wherever a larger piece follows. With `products` cuBLAS's workspace gets its place first.
         """
-        _workspaces.drop_before()
+        _workspaces.drop_before(self.index)
         torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
         if draws:
             generator = torch.cuda.default_generators[self.index]
@@ -266,7 +267,7 @@ class GraphDriver:
         finally:
             if graph:
                 lib.cuGraphDestroy(graph)
-            _workspaces.drop_after()
+            _workspaces.drop_after(self.index)
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
 
     def _destroy_torchs(self, graph: Any) -> None:
@@ -280,29 +281,28 @@ _pools: weakref.WeakSet[Any] = weakref.WeakSet()
 class _Workspaces:
     """Frees cuBLAS's workspaces around captures: all of them, since torch has no way to choose.
 
-    Not while another thread may be on the way from asking for its workspace to launching what uses it: autograd's threads
-    work only while the main one waits for them, and fxopt's own call no library. Nor where others have captured graphs,
-    whose workspaces are freed with these. A graph that was captured without may use one that lies in another graph's pool;
-    from then on all of them stay.
+    Not while another thread may be on the way from asking for its workspace to launching what uses it (`solitude.py`);
+    fxopt's own threads call no library. Nor where others have captured graphs, whose workspaces are freed with these. One
+    that was captured without may use a workspace in another graph's pool; from then on all of them stay.
     """
 
     def __init__(self) -> None:
         self._stay = _clear_workspaces is None
         self._lock = threading.Lock()
 
-    def drop_before(self) -> None:
-        """At the beginning of a capture."""
+    def drop_before(self, device: int) -> None:
+        """At the beginning of a capture on the device of that index."""
         with self._lock:
-            if not self._stay and _is_alone() and not _are_others_pools():
+            if not self._stay and is_alone(device) and not _are_others_pools():
                 assert _clear_workspaces is not None
                 _clear_workspaces()
             else:
                 self._stay = True
 
-    def drop_after(self) -> None:
+    def drop_after(self, device: int) -> None:
         """At its end."""
         with self._lock:
-            if not self._stay and _is_alone():
+            if not self._stay and is_alone(device):
                 assert _clear_workspaces is not None
                 _clear_workspaces()
             else:
@@ -310,12 +310,6 @@ class _Workspaces:
 
 
 _workspaces = _Workspaces()
-
-
-def _is_alone() -> bool:
-    me = threading.current_thread()
-    others = (t for t in threading.enumerate() if t is not me and not t.name.startswith("fxopt"))
-    return me is threading.main_thread() and next(others, None) is None
 
 
 def _are_others_pools() -> bool:

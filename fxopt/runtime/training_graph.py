@@ -30,6 +30,7 @@ from fxopt.runtime.lifetimes import Lifetimes
 from fxopt.runtime.native_replay import Extension
 from fxopt.runtime.plan import Launch, Plan, defined
 from fxopt.runtime.recording import CaptureRefused, Recording, record, span
+from fxopt.runtime.solitude import see_backward
 
 COPY_SHARE = 1.0
 """How much of the host time that a replay saves may go into copies: whoever asks for graphs here is short of it."""
@@ -217,6 +218,8 @@ class GraphedBackward(GraphedExecutor):
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         driver = self._turns.driver
+        if not self._kept:
+            see_backward()
         if not self._knows_saved and (driver.is_captured() or driver.is_watched() or not self._look_for_saved(inputs)):
             return self._executor(inputs)
         return super().__call__(inputs)

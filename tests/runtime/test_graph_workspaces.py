@@ -39,8 +39,8 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
 def test_none_is_left_before_and_after_a_capture(allocator: Allocator) -> None:
     workspaces = _Workspaces()
     for _ in range(2):
-        workspaces.drop_before()
-        workspaces.drop_after()
+        workspaces.drop_before(0)
+        workspaces.drop_after(0)
     assert allocator.freed == 4
 
 
@@ -52,9 +52,9 @@ def in_another_thread(work: Callable[[], Any]) -> None:
 
 def test_a_capture_in_another_thread_ends_it(allocator: Allocator) -> None:
     workspaces = _Workspaces()
-    in_another_thread(workspaces.drop_before)
-    workspaces.drop_before()
-    workspaces.drop_after()
+    in_another_thread(lambda: workspaces.drop_before(0))
+    workspaces.drop_before(0)
+    workspaces.drop_after(0)
     assert allocator.freed == 0
 
 
@@ -62,7 +62,7 @@ def test_a_capture_in_another_thread_ends_it(allocator: Allocator) -> None:
 def test_other_threads(allocator: Allocator, name: str, freed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     other = threading.Thread(name=name)
     monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread(), other])
-    _Workspaces().drop_before()
+    _Workspaces().drop_before(0)
     assert allocator.freed == freed
 
 
@@ -71,19 +71,19 @@ def test_pools_of_others(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(graph_driver, "_pools", {own})
     allocator.segments.append(own.id)
     workspaces = _Workspaces()
-    workspaces.drop_before()
+    workspaces.drop_before(0)
     assert allocator.freed == 1
     allocator.segments.append((0, 9))
-    workspaces.drop_before()
+    workspaces.drop_before(0)
     assert allocator.freed == 1
     allocator.segments.pop()
-    workspaces.drop_before()
+    workspaces.drop_before(0)
     assert allocator.freed == 1, "a graph may use one that lies in another's pool"
 
 
 def test_a_torch_that_cannot_free_them(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_driver, "_clear_workspaces", None)
     workspaces = _Workspaces()
-    workspaces.drop_before()
-    workspaces.drop_after()
+    workspaces.drop_before(0)
+    workspaces.drop_after(0)
     assert allocator.freed == 0
