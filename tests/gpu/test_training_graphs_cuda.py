@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -500,6 +502,29 @@ def test_memory_comes_back(made: Made) -> None:
     made.backwards.clear()
     torch.compiler.reset()
     assert held() < during - (96 << 20), "activations of four layers, 16 MiB each and more than one a layer"
+
+
+STEPS = """
+import threading
+import torch
+from torch import nn
+
+model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(4))).cuda().bfloat16()
+run = torch.compile(model, backend="fxopt", mode="reduce-overhead")
+x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+for _ in range(5):
+    run(x).float().pow(2).mean().backward()
+    model.zero_grad()
+allocated = torch.cuda.memory_allocated()
+torch._C._cuda_clearCublasWorkspaces()
+print(allocated - torch.cuda.memory_allocated(), [thread.name for thread in threading.enumerate()])
+"""
+
+
+def test_no_workspaces_are_left_in_a_process_that_only_trains() -> None:
+    """A process of its own: where other threads are about, workspaces stay."""
+    found = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, timeout=200)
+    assert found.stdout.startswith("0 "), found.stdout + found.stderr
 
 
 def test_what_was_saved_outlives_the_graphs(made: Made) -> None:
