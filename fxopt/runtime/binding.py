@@ -131,6 +131,7 @@ class Writer:
         self.device = next((s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"), 0)
         launched = {s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"}
         self.current = self.device if len(launched) == 1 else None  # the GPU that is current throughout a call
+        self.streams = sorted(launched)
         self.tracked = _tracked(plan, self.roots)
 
     # --- the whole
@@ -431,6 +432,14 @@ class Writer:
         arguments = [self._value(x) for x in step.args]
         arguments += [f"**{self._value(step.kwargs)}"] if step.kwargs else []
         text = f"{self._constant(self.ops[step.op])}({', '.join(arguments)})"
+        if step.op.startswith("local:"):  # it may leave another stream the current one
+            self._run_call(step, text)
+            for device in self.streams:
+                self._emit(f"h{device} = stream({device})")
+        else:
+            self._run_call(step, text)
+
+    def _run_call(self, step: Call, text: str) -> None:
         if not any(step.outputs):
             self._emit(text)
             return

@@ -23,7 +23,8 @@ from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
 from fxopt.options import Options
-from fxopt.runtime import backward_pieces
+from fxopt.runtime import backward_pieces, branches
+from fxopt.runtime.branch_contest import BranchContest, TimingDriver
 from fxopt.runtime.capturable import (
     CAPTURED,
     Choice,
@@ -42,7 +43,7 @@ from fxopt.runtime.in_parts import InParts, InPieces, Way, Whole
 from fxopt.runtime.native_replay import NAME as NATIVE
 from fxopt.runtime.native_replay import Device, Extension, Play, plays, plays_within, replayer
 from fxopt.runtime.plan import Plan
-from fxopt.runtime.recording import Driver, Recording, record
+from fxopt.runtime.recording import Recording, record
 
 NAME = "cuda-graphs"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
@@ -55,7 +56,7 @@ Note = Callable[[str, str], None]
 Key = tuple[Any, tuple[int, ...]]
 
 
-class OrderingDriver(Driver, Protocol):
+class OrderingDriver(TimingDriver, Protocol):
     """A device with streams (`GraphDriver`)."""
 
     def is_captured(self) -> bool: ...
@@ -116,7 +117,7 @@ class GraphedExecutor:
     Called like an `Executor`, from any thread and on any stream. At most `limit` graphs are kept, the least recently used
     are dropped. `note(topic, text)` is told why a plan that seemed capturable is not captured after all. `make_way` is asked
     before the first capture what is captured; without it, that is the whole plan. `extension` is the compiled code for
-    replays, where it is wanted.
+    replays, where it is wanted. `contest` is asked for a faster run after each capture of the whole plan.
     """
 
     replays_at_once = True
@@ -131,9 +132,11 @@ class GraphedExecutor:
         note: Note,
         make_way: Callable[[], Way] | None = None,
         extension: Extension | None = None,
+        contest: BranchContest | None = None,
     ) -> None:
         self.plan, self.kept_as = executor.plan, executor.kept_as
         self._boxed_call = True
+        self._contest = contest
         self._executor, self._traits, self._turns, self._note = executor, found, turns, note
         self._make_way, self._way = make_way, cast(Way, Whole(executor))
         self._limit = limit
@@ -293,6 +296,8 @@ class GraphedExecutor:
         if objection is not None:
             self._decline(objection)
             return None
+        if self._contest is not None:
+            recording = self._contest.faster(recording, values, self._turns.driver)
         with self._lock:
             self._kept[key] = recording
             self._use(recording)
@@ -416,8 +421,12 @@ class _Made:
 
             made = GraphedForward if phase is Phase.FORWARD else GraphedBackward
             return made(executor, found, self._turns, limit, note, extension=self._extension)
-        way = None if parts.is_whole else functools.partial(InParts, parts, executor)
-        return GraphedExecutor(executor, found, self._turns, limit, note, way, self._extension)
+        if not parts.is_whole:
+            way = functools.partial(InParts, parts, executor)
+            return GraphedExecutor(executor, found, self._turns, limit, note, way, self._extension)
+        wanted = branches.NAME not in self._options.disable
+        contest = BranchContest(executor, found, functools.partial(note, branches.NAME)) if wanted else None
+        return GraphedExecutor(executor, found, self._turns, limit, note, extension=self._extension, contest=contest)
 
     def in_pieces(self, choice: Pieces, executor: Executor, phase: Phase) -> InPieces:
         """Raises PlanError and CacheError where a part cannot be bound."""

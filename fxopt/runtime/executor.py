@@ -78,10 +78,12 @@ class Executor:
                 return self._run(inputs)
         return self._run(inputs)
 
-    def part(self, plan: Plan) -> Executor:
-        """An executor of `plan`, which has some of this one's steps; raises as the constructor does."""
+    def part(self, plan: Plan, more_ops: Mapping[str, Callable[..., Any]] | None = None) -> Executor:
+        """An executor of `plan`, which has some of this one's steps and calls of `more_ops` (by KEY, like `local_ops`);
+        raises as the constructor does."""
         checked = Plan.from_json(plan.to_json())
-        return Executor(checked, self._kernels, self._constants, self._local_ops, loaded=self._loaded)
+        ops = {**self._local_ops, **(more_ops or {})}
+        return Executor(checked, self._kernels, self._constants, ops, loaded=self._loaded)
 
     def _write(
         self, natives: dict[str, NativeKernel], local_ops: Mapping[str, Callable[..., Any]], profile: bool

@@ -30,6 +30,7 @@ import torch
 
 from fxopt.errors import FxoptError
 from fxopt.runtime import native_replay
+from fxopt.runtime.branches import SideStream
 from fxopt.runtime.copies import copying_kernel
 from fxopt.runtime.drawing_graph import DrawingGraph, capture_drawing
 from fxopt.runtime.launch import check, driver
@@ -122,6 +123,7 @@ class GraphDriver:
         self._call(self._lib.cuEventCreate, "making an event", ctypes.byref(self._event), _DISABLE_TIMING)
         self._call(self._lib.cuStreamCreate, "making a stream", ctypes.byref(side), _NON_BLOCKING)
         self._side = torch.cuda.ExternalStream(side.value, torch.device("cuda", index))
+        self._second: SideStream | None = None
         self._pool: Callable[[], Any] = lambda: None
         self._memcpy = self._lib.cuMemcpyDtoDAsync_v2
 
@@ -210,6 +212,23 @@ class GraphDriver:
     def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
         """Memory of the device as a tensor (uint8) that does not own it."""
         return torch.as_tensor(_Bytes(address, nbytes), device=f"cuda:{self.index}")
+
+    def side_stream(self) -> SideStream:
+        """A second stream for captures, which torch hands out to nobody else."""
+        if self._second is None:
+            stream = ctypes.c_void_p()
+            self._call(self._lib.cuStreamCreate, "making a stream", ctypes.byref(stream), _NON_BLOCKING)
+            self._second = SideStream(torch.cuda.ExternalStream(stream.value, torch.device("cuda", self.index)))
+        return self._second
+
+    def microseconds(self, work: Callable[[], None]) -> float:
+        """What the device needs for what `work` enqueues on the current stream; waits for that."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3
 
     def new_pool(self) -> Any:
         """A pool of memory for captured runs that leave results in it for longer than to the next replay."""

@@ -119,6 +119,13 @@ def row(plan: Plan, cuts: Sequence[int]) -> tuple[Part, ...]:
     return (*parts, writer.part(values, found.steps[begin:], plan.outputs))
 
 
+def with_steps(plan: Plan, steps: Sequence[PlanStep]) -> Plan:
+    """`plan` with these steps that run something in the place of its own, and without a memory plan. Views are made where
+    they are first used."""
+    views = _Writer(plan, Mentions(plan)).with_views(steps, plan.outputs)
+    return replace(plan, steps=views, slots=(), placement={}, offsets={})
+
+
 class _Writer:
     """Writes parts of one plan."""
 
@@ -130,7 +137,7 @@ class _Writer:
 
     def part(self, values: Sequence[str], steps: Sequence[PlanStep], outputs: Sequence[Any]) -> Part:
         """A plan of `steps` with these outputs; `values` are the names of what exists before."""
-        written = self._with_views(steps, outputs)
+        written = self.with_views(steps, outputs)
         mentioned = {n for step in written for n in (*used(step), *defined(step))} | set(refs(tuple(outputs)))
         buffers = tuple(b for b in self.plan.buffers if b.name in mentioned.difference(values))
         symbols = _symbols(buffers, written, outputs)
@@ -148,7 +155,7 @@ class _Writer:
         )
         return Part(plan_memory(part), takes)
 
-    def _with_views(self, steps: Sequence[PlanStep], outputs: Sequence[Any]) -> tuple[PlanStep, ...]:
+    def with_views(self, steps: Sequence[PlanStep], outputs: Sequence[Any]) -> tuple[PlanStep, ...]:
         """`steps`, each view made before the first step that uses it."""
         out: list[PlanStep] = []
         there: set[str] = set()
