@@ -46,6 +46,8 @@ _FEW_PARTS = 1024  # of one column of programs, which the kernel that joins them
 _LONG_PART = 1 << 15  # elements of a part beside which starting it and joining its result cost nothing
 _WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from which on the last ones do not count
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
+_PROGRAM_BYTES = 8 << 10  # read and written, in whose time a GPU starts a program: an H200 one in 1.28 ns, which moves 5 KB
+_MANY_PROGRAMS = 32  # for each SM, from which on the rate at which they start may decide
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -98,7 +100,7 @@ def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig
     elif two_dimensional.reduces:
         found = _reduction_configs(two_dimensional, target)
     else:
-        found = _row_point_configs(tile(region, "rows")) + _pointwise_configs(two_dimensional, target)
+        found = _row_point_configs(tile(region, "rows"), target) + _pointwise_configs(two_dimensional, target)
     return list(dict.fromkeys(found))[:limit]
 
 
@@ -149,18 +151,36 @@ def _fill(points: int, block: int, target: Target) -> float:
     return programs / (waves * target.sm_count)
 
 
+def _bytes_each(tiling: Tiling) -> int:
+    """Bytes that an iteration reads and writes in memory, about: what is read twice comes out of a cache."""
+    streams = set(_streams(tiling))
+    names = [n.buffer for n in (*tiling.merged.loads(), *tiling.merged.stores)]
+    return sum({n: a.itemsize for n, a in zip(names, tiling.accesses, strict=True) if a in streams}.values()) or 1
+
+
+def _enough(rows: int, row: int, each: int, target: Target, least: int = 1) -> int:
+    """How many of `rows` rows of `row` elements, `each` bytes in memory, a program needs at `least` and lest its start take
+    longer than its bytes, a power of two times `least`."""
+    count = least
+    while count * row * each < _PROGRAM_BYTES and rows >= 2 * count * _MANY_PROGRAMS * target.sm_count:
+        count *= 2
+    return count
+
+
 def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     """One 16-byte access per thread of the narrowest type first, so that wider ones take several."""
     points = max(1, tiling.x.hint)
     even = _even(tiling)
     vector = min(8, even, max(1, 16 // _narrowest(tiling)))
     room = max(vector, _VALUES_PER_THREAD // _pressure(tiling))
-    first = min(room, even, 8)
+    first, each = min(room, even, 8), _bytes_each(tiling)
     scored = []
     for warps in (4, 8, 2):
         for per_thread in dict.fromkeys((vector, min(even, 8), min(even, 16), max(1, vector // 2))):
             block = min(32 * warps * per_thread, max(32, next_power_of_2(points)))
             odd = (0.2 if per_thread > first else 0.5) if per_thread != first else 0.0
+            crowd = points >= block * _MANY_PROGRAMS * target.sm_count
+            odd += max(0.0, 1 - block * each / _PROGRAM_BYTES) if crowd else 0.0
             cost = odd + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.25)
             scored.append((cost + (1.0 if per_thread > room else 0.0), TritonConfig(block, num_warps=warps)))
     return [c for _, c in sorted(scored, key=lambda t: t[0])]
@@ -180,8 +200,9 @@ def batch_configs(tiling: Tiling, elements: Sequence[int], target: Target) -> li
     return list(dict.fromkeys(c for _, c in sorted(found, key=lambda t: t[0])))
 
 
-def _row_point_configs(tiling: Tiling) -> list[TritonConfig]:
-    """One program in one row: the block that leaves fewest lanes idle at the row's end, the larger of nearly equal ones."""
+def _row_point_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
+    """One program in one row: the block that leaves fewest lanes idle at the row's end, the larger of nearly equal ones. Of
+    several short rows too, where there are so many that their programs could not start as fast as memory is."""
     if not tiling.y.symbols:
         return []
     row = tiling.x.hint
@@ -190,10 +211,19 @@ def _row_point_configs(tiling: Tiling) -> list[TritonConfig]:
         return block * -(-row // block) / row + 64 / block
 
     block = min((1024, 2048, 512, 256), key=idle)
-    warps = max(1, min(4, block // 256), block // (32 * min(16, _even(tiling))))
-    first = TritonConfig(block, num_warps=warps, rows=True)
-    crowded = block // (32 * warps) * _pressure(tiling) > 2 * _VALUES_PER_THREAD  # windows of a pool, all loaded at once
-    return [first, replace(first, num_warps=2 * warps)] if crowded and warps < 16 else [first]
+    pieces = tiling.y.hint * -(-row // block)
+    together = min(_enough(pieces, block, _bytes_each(tiling), target), 1 << (tiling.y.hint.bit_length() - 1))
+    found = [_row_points(tiling, block, count) for count in dict.fromkeys((together, 1))]
+    one = found[-1]
+    crowded = block // (32 * one.num_warps) * _pressure(tiling) > 2 * _VALUES_PER_THREAD  # a pool's windows, loaded at once
+    return [*found, replace(one, num_warps=2 * one.num_warps)] if crowded and one.num_warps < 16 else found
+
+
+def _row_points(tiling: Tiling, block: int, rows: int) -> TritonConfig:
+    """`block` points of `rows` rows each."""
+    points = block * rows
+    warps = max(1, min(4, points // 256), points // (32 * min(16, _even(tiling))))
+    return TritonConfig(block, y_block=rows, num_warps=min(16, warps), rows=True)
 
 
 def _tile_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
@@ -262,7 +292,10 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     values = min(even, max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling)))
     found = []
     other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
-    for per_thread, count in ((min(16, values), together), (min(8, values), together), other):
+    shapes = [(min(16, values), together), (min(8, values), together), other]
+    if (enough := _enough(rows, row, _bytes_each(tiling), target, together)) > together:
+        shapes = [(min(16, values), enough), (min(32, values), enough), *shapes]
+    for per_thread, count in shapes:
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
     if once and together == 1 and rows >= 4 * target.sm_count and _shares_rows(tiling):
         found.insert(2, replace(found[0], x_block=2))  # twice the bytes in flight, and half the reads of what is shared
@@ -288,9 +321,12 @@ def _group_configs(tiling: Tiling, size: int, target: Target) -> list[TritonConf
         together = max(1, 32 * warps * per_thread // (size * block))
         while together > 1 and -(-tiling.x.hint // (size * together)) < 2 * target.sm_count:
             together //= 2
-        held = size * together * block // (32 * warps) * streams
-        crowded = 1.5 * held + 32 > min(255, target.registers_per_sm // (32 * warps))
-        found.append((crowded, TritonConfig(size * together, r_block=block, num_warps=warps)))
+        enough = _enough(tiling.x.hint // size, size * block, _bytes_each(tiling), target, together)
+        for count in dict.fromkeys((enough, together)):
+            own = min(32, warps * count // together)
+            held = size * count * block // (32 * own) * streams
+            crowded = 1.5 * held + 32 > min(255, target.registers_per_sm // (32 * own))
+            found.append((crowded, TritonConfig(size * count, r_block=block, num_warps=own)))
     whole = [c for _, c in sorted(found, key=lambda t: t[0])]
     if size * block <= _LOOPED_GROUP:
         return whole

@@ -25,6 +25,7 @@ from fxopt.codegen.triton_values import (
     exact_reciprocal,
     is_clamped,
     is_narrow_comparison,
+    is_share,
     is_within,
     reduced_dtype,
     rounded_soon,
@@ -273,6 +274,9 @@ class Emitter:
         reciprocal = exact_reciprocal(node.args[1]) if node.name == "truediv" else None
         if reciprocal is not None:  # the same value without a division's slow path
             return f"({args[0]} * {reciprocal!r})"
+        if is_share(node):
+            share = "share_before_rounding" if self._may_be_fast(node) else "share"
+            return f"h.{share}({', '.join(args)})"
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
         return ops.apply(node.name, args, source, node.dtype, self._may_be_fast(node))
@@ -322,6 +326,8 @@ class Emitter:
         """What persistent softmax statistics take exp with: the function that the row's other exponentials use, so that the
         compiler finds them equal; alone, the fast one, whose error vanishes in a sum that is at least 1."""
         nodes = [n for n in postorder(self.frame.tiling.nest.roots) if isinstance(n, Op) and n.name == "exp"]
+        if not nodes:
+            return "h.exp_in_sum"
         return "libdevice.exp" if any(n not in self._rounded and n.dtype not in ops.HALF for n in nodes) else "tl.exp"
 
     def _narrow_text(self, node: Scalar) -> str:

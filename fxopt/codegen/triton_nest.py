@@ -429,26 +429,35 @@ def _reduction_pass(kernel: _Kernel, level: list[Instance], loop: _Loop, early: 
     emitter = kernel.emitter
     fresh = []
     emitter.open_loop(loop.eviction)
-    shape = f"[{', '.join(kernel.frame.blocks.values())}]"
+    block = replace(emitter.block(), together=_neighbours(kernel))
     for node, guards in level:
         assert isinstance(node, Reduce)
         names, new = emitter.state_names(node, guards, looped=True)
         if new:
             dtype = working_dtype(reduced_dtype(node))
-            emitter.outer += open_accumulators(node.kind, names, dtype, shape)
+            emitter.outer += open_accumulators(node.kind, names, dtype, block)
             operands = emitter.reduce_operands(node, guards)
             assert emitter.inner is not None
-            emitter.inner += accumulate(node.kind, names, operands, dtype, emitter.block())
+            emitter.inner += accumulate(node.kind, names, operands, dtype, block)
             fresh.append((node.kind, names, dtype))
     statements = _prepare(kernel, early)
     body = [*emitter.close_loop(), *(_barrier(kernel.tiling.nest) if early else []), *statements]
     emitter.outer += _loop(kernel, loop, body)
     for kind, names, dtype in fresh:
-        emitter.outer += close_accumulators(kind, names, dtype, emitter.block())
+        emitter.outer += close_accumulators(kind, names, dtype, block)
     for node, guards in level:
         assert isinstance(node, Reduce)
         names, _ = emitter.state_names(node, guards, looped=True)
         emitter.define((node, guards), emitter.result(node, names))
+
+
+def _neighbours(kernel: _Kernel) -> int:
+    """How many neighbours of a contiguous row a thread takes in one access of the narrowest type; 1 down columns, where they
+    are other threads'."""
+    if not kernel.tiling.inner_reduction:
+        return 1
+    own = kernel.config.x_block * kernel.config.r_block // (32 * kernel.config.num_warps)
+    return max(1, min(own, kernel.config.r_block, 16 // min(a.itemsize for a in kernel.tiling.accesses)))
 
 
 # the finished kernel

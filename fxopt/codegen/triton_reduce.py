@@ -45,12 +45,14 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 @dataclass(frozen=True)
 class BlockInfo:
     """The block a reduction sees: tile shape, the mask of its r lanes (None when all are valid), the row's length and, where
-    that is a power of two, its reciprocal."""
+    that is a power of two, its reciprocal. In a loop along a contiguous row, a thread has `together` neighbours of each
+    block."""
 
     shape: str
     mask: str | None
     count: str
     share: str | None = None
+    together: int = 1
 
     def average(self, total: str, own: str) -> str:
         """`total`, of type `own`, over the row's length: correctly rounded."""
@@ -105,9 +107,12 @@ def persistent(
     return [f"{', '.join(names)} = tl.reduce(({', '.join(filled)}), 1, {combine(kind)}, keep_dims=True)"]
 
 
-def open_accumulators(kind: str, names: list[str], dtype: torch.dtype, shape: str) -> list[str]:
+def open_accumulators(kind: str, names: list[str], dtype: torch.dtype, block: BlockInfo) -> list[str]:
     """Lines before the loop."""
     states = zip(names, neutral_states(kind, dtype), strict=True)
+    shape = block.shape
+    if kind == "softmax_stats" and block.together > 1:
+        shape = f"{shape.removesuffix(']')} // {block.together}]"
     lines = [f"{n}_a = tl.full({shape}, {v}, {t})" for n, (v, t) in states]
     return lines[:2] if kind == "welford" else lines
 
@@ -122,6 +127,8 @@ def accumulate(kind: str, names: list[str], operands: list[str], dtype: torch.dt
         return [f"{states[0]}, {states[1]} = {step}"]
     if kind == "softmax_stats":
         low = literal(float("-inf"))
+        if block.together > 1:
+            return [f"{', '.join(states)} = h.softmax_step({', '.join(states)}, {block.fill(operands[0], low)})"]
         values = [block.fill(operands[0], low), block.fill(f"tl.full([], 1.0, {own})", "0.0")]
     else:
         values = [block.fill(v, n) for v, (n, _) in zip(operands, neutral_states(kind, dtype), strict=True)]

@@ -103,6 +103,20 @@ def counts_index(node: Scalar) -> bool:
     return isinstance(node, Op) and node.name == "rand" and isinstance(node.args[1], IndexValue)
 
 
+def is_share(node: Scalar) -> bool:
+    """A softmax in float32: exp(x - maximum) over the row's sum of these, which is at least 1 or NaN."""
+    if not (isinstance(node, Op) and node.name == "truediv" and node.dtype == torch.float32):
+        return False
+    part, total = node.args
+    if not (isinstance(total, Reduce) and total.kind == "softmax_stats" and total.output == 1):
+        return False
+    distance = part.args[0] if isinstance(part, Op) and part.name == "exp" else None
+    if not (isinstance(distance, Op) and distance.name == "sub"):
+        return False
+    top = distance.args[1]
+    return isinstance(top, Reduce) and top.output == 0 and (top.kind, top.operands) == (total.kind, total.operands)
+
+
 def exact_reciprocal(node: Scalar) -> float | None:
     """1 / `node` if that is a known power of two, far from the ends of float32."""
     node = uncast(node)
