@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, coefficient, free_symbols, prod, substitute
 from fxopt.ir.graph import Graph
@@ -72,17 +73,13 @@ def assemble(graph: Graph, lowered: Lowered, chosen: dict[str, Choice], journal:
 
 
 def _launches(region: Work, choice: Choice, early: bool, before: PlanStep | None) -> list[PlanStep]:
-    """One launch per kernel of the choice (a split reduction has two), after the step `before`.
-
-    Tiles of a product are not launched early beside a kernel of many programs: several of them would go where that has none,
-    and the last would end later than if each had found a multiprocessor of its own (BERT-base at batch 1: 1 %).
-    """
+    """One launch per kernel of the choice (a split reduction has two), after the step `before`."""
     out: list[PlanStep] = []
     parts = region.members if isinstance(region, Batch) else (region,)
     written = {*(n for part in parts for n in part.writes()), *(spec.name for spec in choice.scratch)}
     pairs = tuple(pair for part in parts if isinstance(part, Region) for pair in in_place_pairs(part))
     for number, (source, artifact) in enumerate(choice.kernels):
-        spreads = number > 0 or not isinstance(region, Contraction | SideBySide) or _leaves_room(before)
+        spreads = number > 0 or spreads_beside(region, source, before)
         out.append(
             Launch(
                 kernel=artifact.key,
@@ -103,6 +100,17 @@ def _launches(region: Work, choice: Choice, early: bool, before: PlanStep | None
             )
         )
     return out
+
+
+def spreads_beside(work: Work, source: KernelSource, before: PlanStep | None) -> bool:
+    """Whether the first kernel of `work` may start beside the step `before`.
+
+    Tiles of a product may not beside a kernel of many programs: several of them would go where that has none, and the last
+    would end later than if each had found a multiprocessor of its own (BERT-base at batch 1: 1 %). But one that loads its
+    weights before it waits may: the memory would be idle then.
+    """
+    loads_first = OTHERS_END in source.text
+    return loads_first or not isinstance(work, Contraction | SideBySide) or _leaves_room(before)
 
 
 def _leaves_room(step: PlanStep | None) -> bool:

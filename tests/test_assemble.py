@@ -11,17 +11,21 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt import passes, tune
-from fxopt.assemble import assemble, in_place_pairs
+from fxopt.assemble import assemble, in_place_pairs, spreads_beside
 from fxopt.capture.symbols import to_int
+from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.compiler import compile_graph
 from fxopt.errors import UnsupportedError
 from fxopt.ir.graph import Graph, Input, Phase, Role
+from fxopt.ir.kernel import KernelSource
+from fxopt.ir.region import Alternatives, Contraction
 from fxopt.journal import Journal
 from fxopt.lower import lower_graph
 from fxopt.lower.schedule import schedule
 from fxopt.options import Options
 from fxopt.runtime.artifacts import default_store
-from fxopt.runtime.plan import Plan
+from fxopt.runtime.plan import Launch, Plan
+from tests.lower.contracting import searched
 from tests.lower.test_schedule import lowered, rand, regions
 
 
@@ -147,3 +151,17 @@ def test_a_size_that_no_input_tells_is_named() -> None:
 
     with pytest.raises(UnsupportedError, match="no input tells the size s"):
         planned(captured(flat, torch.randn(5, 3), start=torch.ops.aten.view.default))
+
+
+def test_tiles_start_early_beside_few_programs_or_if_their_weights_are_loaded_first() -> None:
+    low = searched(lambda x, w: torch.relu(x @ w), torch.rand(64, 64).half(), torch.rand(64, 64).half())
+    ways = (way for step in low.steps if isinstance(step, Alternatives) for way in step.ways)
+    (product,) = (s for way in ways for s in way.steps if isinstance(s, Contraction))
+    tile, loading = (KernelSource("triton", "fx", text, ()) for text in ("", OTHERS_END))
+
+    def before(programs: int) -> Launch:
+        return Launch("key", "triton", "fx", (), (), product.device, grid=(programs, 1, 1))
+
+    assert [spreads_beside(product, kernel, before(2048)) for kernel in (tile, loading)] == [False, True]
+    assert spreads_beside(product, tile, before(1))
+    assert spreads_beside(product.region, tile, before(2048))

@@ -15,6 +15,7 @@ from fxopt.codegen.templates.gemm_entry import GemmCall
 from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction
+from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.codegen.triton_contraction import in_parts, print_epilogue, source_of
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_ops import POINTER_TYPE
@@ -66,12 +67,20 @@ def print_vector(contraction: Contraction, config: VectorConfig, target: Target)
     a, scales = contraction.a, [kind.scale for kind in contraction.quantized if kind.scale is not None]
     assert isinstance(a, Matrix)
     operands = {f"b{k}": matrix for k, matrix in enumerate((a, *contraction.products.values(), *scales))}
-    starts = ", ".join(name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items())
+    starts = [name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items()]
     sizes = f"{problem.n}, {problem.k}, {contraction.b.column}, {scales[0].column}"
     name = "weight_vector" if problem.products == 1 else "dual_weight_vector"
     blocks = f"GROUP={problem.group}, BN={config.rows}, PARTS={config.parts}, EPILOGUE={_EPILOGUE}"
-    text = f"weight_gemm.{name}({starts}, {epilogue.extra}, {sizes}, {blocks})"
-    call = GemmCall(text, _types(contraction, operands), {}, config.programs(problem))
+    loads = [
+        f"w{k} = weight_gemm.vector_block({weight}, {scale}, 0, n, {sizes}, {problem.group}, {config.parts})"
+        for k, (weight, scale) in enumerate(zip(starts[1 : 1 + len(scales)], starts[1 + len(scales) :], strict=True))
+    ]
+    firsts = ", ".join(f"w{k}" for k in range(len(loads)))
+    lines = [f"n = weight_gemm.rows_of_program({config.rows})", *loads]
+    if all(matrix.buffer in contraction.region.steady for matrix in (*contraction.products.values(), *scales)):
+        lines.append(OTHERS_END)
+    lines.append(f"weight_gemm.{name}({', '.join(starts)}, {firsts}, {epilogue.extra}, {sizes}, {blocks})")
+    call = GemmCall("\n    ".join(lines), _types(contraction, operands), {}, config.programs(problem))
     entry = "_".join(["fx_weight_vector", *operations(contraction.region.nest)])
     return Printed((source_of(contraction, entry, call, epilogue, config.warps, 1, MODULE),))
 

@@ -289,6 +289,8 @@ class Contraction:
     `quantized` has, for each product, how its right operand is to be read, if it is of fewer bits than the left one.
 
     `tf32`: float32 operands are rounded to TF32 first, as the library does where the user allows it.
+
+    `region.steady` names operands of the product, too.
     """
 
     name: str

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from fxopt.ir.region import Alias, Alternatives, Region, Step, Way
+from fxopt.ir.region import Alias, Alternatives, Contraction, Region, Step, Way
 from fxopt.lower.lowering import Lowered
 
 S = TypeVar("S")
@@ -31,6 +31,8 @@ def _marked(step: S, steady: Collection[str]) -> S:
         return replace(step, ways=tuple(ways))
     if isinstance(step, Region) and step.device.type == "cuda":
         return replace(step, steady=frozenset(n for n in step.reads() if n in steady))
+    if isinstance(step, Contraction) and step.device.type == "cuda":
+        return replace(step, region=replace(step.region, steady=frozenset(n for n in step.reads() if n in steady)))
     return step
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fxopt.lower.contractions import APART, FUSED, LIBRARY, ROW, TWO
 from fxopt.lower.ops import quantized
 from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
 from tests.codegen.padding import padded
+from tests.codegen.test_triton_chain import around_the_wait
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import alternatives, searched
 from tests.lower.interpreter import run_lowered
@@ -23,7 +25,7 @@ from tests.lower.interpreter import run_lowered
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig
-from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem, configs
+from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem, configs, vector_configs
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
@@ -180,6 +182,26 @@ def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: in
     args = weight_only(4, 1, k, 44, group)[1][:3]
     two = lambda *given: gated(*given, 4, group)  # noqa: E731
     check(interpreter, two, args, TWO, lambda step: print_vector(step, config, TARGET))
+
+
+@pytest.mark.parametrize("fn", [partial(WEIGHT_ONLY_MM, bias=None, bits=4, group=128), partial(gated, bits=4, group=128)])
+def test_a_weight_of_4_bits_is_loaded_before_its_row_is_there(fn: Layer) -> None:
+    """The first block of each row, here the whole of it; the scales as well, if nothing writes either."""
+    args = (torch.empty(1, 2048, dtype=BF16), torch.empty(64, 1024, dtype=torch.uint8), torch.empty(64, 16))
+    low = searched(fn, *args)
+    (step,) = next(w for w in alternatives(low)[0].ways if w.label in (FUSED, TWO)).steps
+    for steady, early in ((low.inputs[1:], True), (low.inputs[1:2], False)):
+        marked = replace(step, region=replace(step.region, steady=frozenset(steady)))
+        (kernel,) = print_vector(marked, VectorConfig(4, 128), TARGET).kernels
+        before, after = around_the_wait(kernel)
+        assert bool(before) == early and after
+        assert not early or sum("ld." in line for line in after) == 2  # the row's halves
+
+
+def test_long_rows_of_4_bits_are_in_flight_at_once_or_in_parts() -> None:
+    found = vector_configs(WeightProblem(1, 2048, 8192, BF16, 4, 128), 3)
+    assert [c.parts for c in found] == [512, 128, 512]
+    assert found[0].warps == 16
 
 
 @pytest.mark.parametrize("m", [1, 24])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxopt.ir.region import Alias, Alternatives, Region
+from fxopt.ir.region import Alias, Alternatives, Contraction, Region
 from fxopt.lower.schedule import schedule
 from fxopt.lower.steady import with_steady_reads
 from tests.lower.capturing import moved
@@ -57,3 +57,5 @@ def test_ways_of_alternatives_are_marked() -> None:
     (each,) = (s for s in marked.steps if isinstance(s, Alternatives))
     rows = [s for way in each.ways for s in way.steps if isinstance(s, Region)]
     assert rows and all(s.steady == {weight} for s in rows)
+    products = [s for way in each.ways for s in way.steps if isinstance(s, Contraction)]
+    assert products and all(s.region.steady == {weight} for s in products)

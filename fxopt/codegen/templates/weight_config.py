@@ -26,7 +26,8 @@ _REGISTERS = 128
 PART = 8
 """Bytes of a weight's row that a thread loads at a time for a single row."""
 
-_MOST_PARTS = 128
+_MOST_PARTS = 512
+_FEW_PARTS = 128
 _VECTOR_ROWS = (8, 4, 16)
 
 _IN_FLIGHT = 32 << 10
@@ -103,7 +104,10 @@ def vector_configs(problem: WeightProblem, limit: int) -> list[VectorConfig]:
     if problem.m != 1 or problem.bits != 4 or not fits:
         return []
     parts = min(_MOST_PARTS, max(32, 1 << (problem.row_bytes // PART - 1).bit_length()))
-    return [VectorConfig(rows, parts) for rows in _VECTOR_ROWS][:limit]
+    found = [VectorConfig(rows, parts) for rows in _VECTOR_ROWS]
+    if parts > _FEW_PARTS:  # a long row at once is all in flight before x is there, in parts more rows are
+        found.insert(1, VectorConfig(_VECTOR_ROWS[0], _FEW_PARTS))
+    return found[:limit]
 
 
 def configs(problem: WeightProblem, target: Target, limit: int) -> list[WeightConfig]:

@@ -174,58 +174,88 @@ def weight_split_gemm(
 
 
 @triton.jit
-def vector_sums(
-    x, w, scale, n, N, K, w_row, scale_row, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """w @ x at rows n (a vector) of a 4-bit w, float32 [BN]: threads keep sums of their own over all of the inner dimension.
+def vector_block(w, scale, first, n, N, K, w_row, scale_row, GROUP: tl.constexpr, PARTS: tl.constexpr):
+    """What PARTS threads multiply at a time: bytes [PARTS, BN, 8] of rows n (a vector) of a 4-bit w, from byte `first` of
+    each on, and the scales [PARTS, BN] of what is in their low and in their high halves.
+    """
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    at = tl.full([], 0, tl.int32) + first + tl.arange(0, PARTS) * PART
+    k = at[:, None, None] + tl.arange(0, PART)[None, None, :]
+    inside = k < K // 2
+    whole: tl.constexpr = gemm.divides(PARTS * PART, K // 2)
+    # Parts are the first dimension: so Triton gives neighbours to neighbouring threads, and x the same layout.
+    weights = gemm.fetch(w + (k + rows[None, :, None] * w_row), inside, inside, not whole, False)
+    scales = scale + rows[None, :] * scale_row
+    low = tl.load(scales + tl.minimum(at, K // 2 - 1)[:, None] // GROUP)
+    high = tl.load(scales + (K // 2 + tl.minimum(at, K // 2 - 1))[:, None] // GROUP)
+    return weights, low, high
+
+
+@triton.jit
+def vector_products(x, weights, low_scale, high_scale, first, K, PARTS: tl.constexpr):
+    """Sums [PARTS, BN] of what each thread has of a block of `vector_block`, at byte `first`, times the row x.
 
     A product with 128 + q is one with q once 136 times the sum of x's elements is taken off, whose rounding is that of
     float32 times about 30: nothing beside the weight's own.
     """
-    rows = tl.minimum(n, N - 1).to(tl.int64)
-    part, byte = tl.arange(0, PARTS), tl.arange(0, PART)
+    at = tl.full([], 0, tl.int32) + first + tl.arange(0, PARTS) * PART
+    k = at[:, None] + tl.arange(0, PART)[None, :]
+    inside = k < K // 2
     whole: tl.constexpr = gemm.divides(PARTS * PART, K // 2)
+    x_low = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
+    x_high = gemm.fetch(x + K // 2 + k, inside, inside, not whole, False).to(tl.float32)
+    low, high = with_128(weights)
+    sums = tl.sum(low * x_low[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_low, 1)[:, None]
+    more = tl.sum(high * x_high[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_high, 1)[:, None]
+    return sums * low_scale + more * high_scale
+
+
+@triton.jit
+def vector_sums(
+    x, w, scale, block, n, N, K, w_row, scale_row, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """w @ x at rows n (a vector) of a 4-bit w, float32 [BN], of which `block` is the first block: threads keep sums of their
+    own over all of the inner dimension. The next block is loaded before the one before it is multiplied.
+    """
+    weights, low, high = block
+    step: tl.constexpr = PARTS * PART
     acc = tl.zeros([PARTS, BN], tl.float32)
-    for first in range(0, K // 2, PARTS * PART):
-        at = tl.full([], 0, tl.int32) + first + part * PART
-        k = at[:, None] + byte[None, :]
-        inside = k < K // 2
-        # Parts are the first dimension: so Triton gives neighbours to neighbouring threads, and x the same layout.
-        weights = gemm.fetch(
-            w + (k[:, None, :] + rows[None, :, None] * w_row), inside[:, None, :], inside[:, None, :], not whole, False
-        )
-        low, high = with_128(weights)
-        x_low = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
-        x_high = gemm.fetch(x + K // 2 + k, inside, inside, not whole, False).to(tl.float32)
-        scales = scale + rows[None, :] * scale_row
-        sums = tl.sum(low * x_low[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_low, 1)[:, None]
-        acc += sums * tl.load(scales + tl.minimum(at, K // 2 - 1)[:, None] // GROUP)
-        sums = tl.sum(high * x_high[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_high, 1)[:, None]
-        acc += sums * tl.load(scales + (K // 2 + tl.minimum(at, K // 2 - 1))[:, None] // GROUP)
+    for first in range(step, K // 2, step):
+        later, later_low, later_high = vector_block(w, scale, first, n, N, K, w_row, scale_row, GROUP, PARTS)
+        acc += vector_products(x, weights, low, high, first - step, K, PARTS)
+        weights, low, high = later, later_low, later_high
+    acc += vector_products(x, weights, low, high, (K // 2 - 1) // step * step, K, PARTS)
     return tl.sum(acc, 0)
 
 
 @triton.jit
+def rows_of_program(BN: tl.constexpr):
+    """The rows of the weight, and columns of the product, that this program computes."""
+    return tl.program_id(0) * BN + tl.arange(0, BN)
+
+
+@triton.jit
 def weight_vector(
-    x, w, scale, extra, N, K, w_row, scale_row,
+    x, w, scale, block, extra, N, K, w_row, scale_row,
     EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """`EPILOGUE(x @ w.T)` of one row x [K] by 4-bit rows of w, BN of them a program, PARTS * 8 bytes of each at a time.
 
-    Multiples of 8 are K / 2, the strides of rows, and GROUP. Strides in elements; K is a literal.
+    `block` is what `vector_block` loads of `rows_of_program` at byte 0: entries do so before they wait for x. Multiples of 8
+    are K / 2, the strides of rows, and GROUP. Strides in elements; K is a literal.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = vector_sums(x, w, scale, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    n = rows_of_program(BN)
+    acc = vector_sums(x, w, scale, block, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
     EPILOGUE(acc[None, :], tl.zeros([1, 1], tl.int32), n[None, :], 0, extra)
 
 
 @triton.jit
 def dual_weight_vector(
-    x, w, v, scale, scale_v, extra, N, K, w_row, scale_row,
+    x, w, v, scale, scale_v, block, block_v, extra, N, K, w_row, scale_row,
     EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """`EPILOGUE(x @ w.T, x @ v.T)`, else as `weight_vector`; v and its scales have the strides of w and its."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = vector_sums(x, w, scale, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
-    acc2 = vector_sums(x, v, scale_v, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    n = rows_of_program(BN)
+    acc = vector_sums(x, w, scale, block, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    acc2 = vector_sums(x, v, scale_v, block_v, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
     EPILOGUE(acc[None, :], acc2[None, :], tl.zeros([1, 1], tl.int32), n[None, :], 0, extra)
