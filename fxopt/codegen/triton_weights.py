@@ -66,20 +66,21 @@ def print_vector(contraction: Contraction, config: VectorConfig, target: Target)
     epilogue = print_epilogue(contraction, 1, config.rows)
     a, scales = contraction.a, [kind.scale for kind in contraction.quantized if kind.scale is not None]
     assert isinstance(a, Matrix)
-    operands = {f"b{k}": matrix for k, matrix in enumerate((a, *contraction.products.values(), *scales))}
-    starts = [name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items()]
-    sizes = f"{problem.n}, {problem.k}, {contraction.b.column}, {scales[0].column}"
-    name = "weight_vector" if problem.products == 1 else "dual_weight_vector"
-    blocks = f"GROUP={problem.group}, BN={config.rows}, PARTS={config.parts}, EPILOGUE={_EPILOGUE}"
-    loads = [
-        f"w{k} = weight_gemm.vector_block({weight}, {scale}, 0, n, {sizes}, {problem.group}, {config.parts})"
-        for k, (weight, scale) in enumerate(zip(starts[1 : 1 + len(scales)], starts[1 + len(scales) :], strict=True))
-    ]
-    firsts = ", ".join(f"w{k}" for k in range(len(loads)))
-    lines = [f"n = weight_gemm.rows_of_program({config.rows})", *loads]
-    if all(matrix.buffer in contraction.region.steady for matrix in (*contraction.products.values(), *scales)):
+    products = list(contraction.products.values())
+    operands = {f"b{k}": matrix for k, matrix in enumerate((a, *products, *scales))}
+    row, *starts = (name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items())
+    weights = starts[: len(products)]
+    factors = starts[len(products) :] or weights  # of 8 bits, which have theirs in the epilogue, whatever is a pointer
+    sizes = f"{problem.n}, {problem.k}, {contraction.b.column}, {scales[0].column if scales else 0}"
+    blocks = f"BITS={problem.bits}, GROUP={problem.group}, PARTS={config.parts}, STEPS={config.steps}"
+    pairs = enumerate(zip(weights, factors, strict=True))
+    lines = [f"n = weight_gemm.rows_of_program({config.rows})"]
+    lines += [f"w{k} = weight_gemm.vector_block({w}, {scale}, 0, n, {sizes}, {blocks})" for k, (w, scale) in pairs]
+    if all(matrix.buffer in contraction.region.steady for matrix in (*products, *scales)):
         lines.append(OTHERS_END)
-    lines.append(f"weight_gemm.{name}({', '.join(starts)}, {firsts}, {epilogue.extra}, {sizes}, {blocks})")
+    name = "weight_vector" if problem.products == 1 else "dual_weight_vector"
+    given = ", ".join((row, *weights, *factors, *(f"w{k}" for k in range(len(weights))), epilogue.extra, sizes))
+    lines.append(f"weight_gemm.{name}({given}, {blocks}, BN={config.rows}, EPILOGUE={_EPILOGUE})")
     call = GemmCall("\n    ".join(lines), _types(contraction, operands), {}, config.programs(problem))
     entry = "_".join(["fx_weight_vector", *operations(contraction.region.nest)])
     return Printed((source_of(contraction, entry, call, epilogue, config.warps, 1, MODULE),))

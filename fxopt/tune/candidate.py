@@ -225,7 +225,7 @@ def weight_candidates(contraction: Contraction, target: Target, mode: str) -> li
     """As `contraction_candidates`, of a product with a weight of few bits; none of many rows."""
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
     problem = weight_problem(contraction)
-    vectors = weight_config.vector_configs(problem, most)
+    vectors = weight_config.vector_configs(problem, target, most)
     found = [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in vectors]
     chosen = weight_config.configs(problem, target, most if mode == "max-autotune" else most - len(found) // 2)
     return found + [Candidate(str(c), (p := print_weights(contraction, c, target)).kernels, p.scratch) for c in chosen]

@@ -173,14 +173,22 @@ def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int,
 
 
 @pytest.mark.parametrize(
-    ("k", "group", "rows", "parts"), [(128, 32, 4, 4), (224, 32, 8, 4), (96, 0, 4, 4), (1024, 128, 4, 32)]
+    ("bits", "k", "group", "config"),
+    [
+        (4, 128, 32, VectorConfig(4, 4, 1, 4)),
+        (4, 224, 32, VectorConfig(8, 4, 2, 4)),
+        (4, 96, 0, VectorConfig(4, 2, 1, 4)),
+        (4, 1024, 128, VectorConfig(4, 8, 2, 4)),
+        (8, 144, 0, VectorConfig(4, 8, 2, 4)),
+        (8, 512, 0, VectorConfig(8, 8, 2, 4)),
+    ],
 )
-def test_values_of_one_row_by_4_bits(interpreter: Interpreter, k: int, group: int, rows: int, parts: int) -> None:
-    config = VectorConfig(rows, parts)
-    layer = weight_only(4, 1, k, 41, group)
+def test_values_of_one_row(interpreter: Interpreter, bits: int, k: int, group: int, config: VectorConfig) -> None:
+    """In one block or several, the last of which may be short."""
+    layer = weight_only(bits, 1, k, 41, group)
     check(interpreter, *layer, FUSED, lambda step: print_vector(step, config, TARGET))
-    args = weight_only(4, 1, k, 44, group)[1][:3]
-    two = lambda *given: gated(*given, 4, group)  # noqa: E731
+    args = weight_only(bits, 1, k, 44, group)[1][:3]
+    two = lambda *given: gated(*given, bits, group)  # noqa: E731
     check(interpreter, two, args, TWO, lambda step: print_vector(step, config, TARGET))
 
 
@@ -192,22 +200,25 @@ def test_a_weight_of_4_bits_is_loaded_before_its_row_is_there(fn: Layer) -> None
     (step,) = next(w for w in alternatives(low)[0].ways if w.label in (FUSED, TWO)).steps
     for steady, early in ((low.inputs[1:], True), (low.inputs[1:2], False)):
         marked = replace(step, region=replace(step.region, steady=frozenset(steady)))
-        (kernel,) = print_vector(marked, VectorConfig(4, 128), TARGET).kernels
+        (kernel,) = print_vector(marked, VectorConfig(4, 32, 2, 4), TARGET).kernels
         before, after = around_the_wait(kernel)
         assert bool(before) == early and after
         assert not early or sum("ld." in line for line in after) == 2  # the row's halves
 
 
-def test_long_rows_of_4_bits_are_in_flight_at_once_or_in_parts() -> None:
-    found = vector_configs(WeightProblem(1, 2048, 8192, BF16, 4, 128), 3)
-    assert [c.parts for c in found] == [512, 128, 512]
-    assert found[0].warps == 16
+@pytest.mark.parametrize("bits", [8, 4])
+def test_programs_of_one_row_have_the_whole_of_it_in_flight(bits: int) -> None:
+    for n, k, products in ((3072, 2048, 1), (2048, 8192, 1), (8192, 2048, 2)):
+        problem = WeightProblem(1, n, k, BF16, bits, 128 if bits == 4 else 0, products)
+        found = vector_configs(problem, TARGET, 3)
+        assert all(c.parts * c.steps * 16 == problem.row_bytes for c in found)
+        assert found[0].programs(problem) >= TARGET.sm_count
 
 
 @pytest.mark.parametrize("m", [1, 24])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int) -> None:
-    """Each product is a kernel, and the gate another; of one row by 4 bits both are one. All ways give the same values."""
+    """Each product is a kernel, and the gate another; of one row both are one. All ways give the same values."""
     args = weight_only(bits, m, 256, 48)[1][:3]
     low = searched(lambda *given: gated(*given, bits, 0), *args)
     (each,) = alternatives(low)
@@ -215,7 +226,7 @@ def test_gated_weights_of_few_bits_are_not_left_to_the_library(bits: int, m: int
     for way in each.ways:
         if any(isinstance(s, Contraction) and s.quantized for s in way.steps):
             found = contraction_candidates(way.steps[0], TARGET, "default")
-            assert bool(found) == (way.label == APART or (m, bits) == (1, 4))
+            assert bool(found) == (way.label == APART or m == 1)
             continue
         (got,) = run_lowered(replaced(low, {each.name: way}), dict(zip(low.inputs, args, strict=True)))
         want = gated(*args, bits, 0).float()

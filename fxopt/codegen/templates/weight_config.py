@@ -23,12 +23,14 @@ _SPLITS = (1, 2, 4, 8)
 _REGISTERS = 128
 """Of a thread."""
 
-PART = 8
+PART = 16
 """Bytes of a weight's row that a thread loads at a time for a single row."""
 
-_MOST_PARTS = 512
-_FEW_PARTS = 128
-_VECTOR_ROWS = (8, 4, 16)
+_MOST_PARTS, _STEPS = 256, 2
+_ROWS_OF_THREAD = (4, 8, 2)
+"""Of the weight: more share what is done to x and the sums over threads, fewer leave room for more programs."""
+
+_VECTOR_WARPS = 4
 
 _IN_FLIGHT = 32 << 10
 """Bytes of the weight that a multiprocessor should have in flight."""
@@ -82,32 +84,39 @@ class WeightConfig:
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """Of the product of a single row: `rows` of the weight a program, `parts` of 8 bytes of each at a time, one a thread."""
+    """Of the product of a single row: `rows` of the weight a program, in `steps` of `parts` times 16 bytes of each, which
+    are as many threads' if there are so many; other threads have other rows.
+    """
 
     rows: int
     parts: int
+    steps: int
+    warps: int
 
     def __str__(self) -> str:
-        return f"vector {self.rows}x{self.parts}"
-
-    @property
-    def warps(self) -> int:
-        return max(1, self.parts // 32)
+        return f"vector {self.rows}x{self.parts}x{self.steps} w{self.warps}"
 
     def programs(self, problem: WeightProblem) -> int:
         return ceil(problem.n / self.rows)
 
 
-def vector_configs(problem: WeightProblem, limit: int) -> list[VectorConfig]:
-    """At most `limit`; none for more rows than one, 8 bits, or rows of the weight that are not whole loads."""
-    fits = problem.row_bytes % PART == 0 and problem.group % PART == 0
-    if problem.m != 1 or problem.bits != 4 or not fits:
+def vector_configs(problem: WeightProblem, target: Target, limit: int) -> list[VectorConfig]:
+    """At most `limit`, those that fill the GPU first; none for more rows than one, or rows of the weight that are not whole
+    loads.
+    """
+    if problem.m != 1 or problem.row_bytes % PART or problem.group % PART:
         return []
-    parts = min(_MOST_PARTS, max(32, 1 << (problem.row_bytes // PART - 1).bit_length()))
-    found = [VectorConfig(rows, parts) for rows in _VECTOR_ROWS]
-    if parts > _FEW_PARTS:  # a long row at once is all in flight before x is there, in parts more rows are
-        found.insert(1, VectorConfig(_VECTOR_ROWS[0], _FEW_PARTS))
-    return found[:limit]
+    loads = problem.row_bytes // PART
+    parts = min(_MOST_PARTS, max(target.warp_size, _power_of_2(ceil(loads / _STEPS))))
+    steps = min(_STEPS, _power_of_2(ceil(loads / parts)))
+    warps = max(_VECTOR_WARPS, parts // target.warp_size)
+    beside = warps * target.warp_size // parts
+    found = [VectorConfig(max(1, rows // problem.products) * beside, parts, steps, warps) for rows in _ROWS_OF_THREAD]
+    return sorted(found, key=lambda c: c.programs(problem) < target.sm_count)[:limit]
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def configs(problem: WeightProblem, target: Target, limit: int) -> list[WeightConfig]:

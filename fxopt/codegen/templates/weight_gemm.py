@@ -1,7 +1,7 @@
 """Products of floating rows with a weight in few bits, which is widened in registers on its way to the tensor cores.
 
 `weight_gemm` has the epilogue of `gemm.py`; `weight_split_gemm` stores partial sums of parts of the inner dimension;
-`weight_vector` and `dual_weight_vector` multiply a single row by 4-bit weights, without tensor cores.
+`weight_vector` and `dual_weight_vector` multiply a single row, without tensor cores.
 
 Shapes: x is [M, K]; the weight is [N, K], int8 or float8, or [N, K / 2] bytes with value k in the low half and value
 k + K / 2 in the high half of byte k (uint8, 8 added; `ir/quantized_ops.py`), whose scales are [N, K / GROUP]. The tile is
@@ -61,8 +61,8 @@ WITH_128 = tl.constexpr("""{ .reg .b32 low, high;
 ZERO_WITH_128 = tl.constexpr(136.0)
 """What stands for zero, 8 as it is stored, in these."""
 
-PART = tl.constexpr(8)
-"""Bytes of a weight's row that one thread takes at a time: a load, and as many elements of x as a load brings."""
+PART = tl.constexpr(16)
+"""Bytes of a weight's row that one thread loads at a time."""
 
 
 @triton.jit
@@ -174,57 +174,77 @@ def weight_split_gemm(
 
 
 @triton.jit
-def vector_block(w, scale, first, n, N, K, w_row, scale_row, GROUP: tl.constexpr, PARTS: tl.constexpr):
-    """What PARTS threads multiply at a time: bytes [PARTS, BN, 8] of rows n (a vector) of a 4-bit w, from byte `first` of
-    each on, and the scales [PARTS, BN] of what is in their low and in their high halves.
-    """
-    rows = tl.minimum(n, N - 1).to(tl.int64)
-    at = tl.full([], 0, tl.int32) + first + tl.arange(0, PARTS) * PART
-    k = at[:, None, None] + tl.arange(0, PART)[None, None, :]
-    inside = k < K // 2
-    whole: tl.constexpr = gemm.divides(PARTS * PART, K // 2)
-    # Parts are the first dimension: so Triton gives neighbours to neighbouring threads, and x the same layout.
-    weights = gemm.fetch(w + (k + rows[None, :, None] * w_row), inside, inside, not whole, False)
-    scales = scale + rows[None, :] * scale_row
-    low = tl.load(scales + tl.minimum(at, K // 2 - 1)[:, None] // GROUP)
-    high = tl.load(scales + (K // 2 + tl.minimum(at, K // 2 - 1))[:, None] // GROUP)
-    return weights, low, high
+def places_of(first, PARTS: tl.constexpr, STEPS: tl.constexpr):
+    """Where in a row's bytes each of PARTS threads begins to load in each of STEPS steps, from byte `first` on."""
+    part, step = tl.arange(0, PARTS), tl.arange(0, STEPS)
+    return tl.full([], 0, tl.int32) + first + (step[None, :] * PARTS + part[:, None]) * PART
 
 
 @triton.jit
-def vector_products(x, weights, low_scale, high_scale, first, K, PARTS: tl.constexpr):
+def vector_block(
+    w, scale, first, n, N, K, w_row, scale_row,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """What PARTS threads multiply at a time: bytes [PARTS, BN, STEPS, 16] of rows n (a vector) of w, from byte `first` of
+    each on. Of 4 bits also the scales [PARTS, BN, STEPS] of what is in their low and in their high halves.
+    """
+    row: tl.constexpr = K * BITS // 8
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    at = places_of(first, PARTS, STEPS)
+    k = at[:, None, :, None] + tl.arange(0, PART)[None, None, None, :]
+    inside = k < row
+    whole: tl.constexpr = gemm.divides(PARTS * STEPS * PART, row)
+    # Parts are the first dimension: so Triton gives neighbours to neighbouring threads, and x the same layout.
+    weights = gemm.fetch(w + (k + rows[None, :, None, None] * w_row), inside, inside, not whole, False)
+    if BITS == 4:
+        scales = scale + rows[None, :, None] * scale_row
+        group = tl.minimum(at, row - 1)[:, None, :]
+        return weights, tl.load(scales + group // GROUP), tl.load(scales + (row + group) // GROUP)
+    else:
+        return weights, 0.0, 0.0
+
+
+@triton.jit
+def vector_products(
+    x, weights, low_scale, high_scale, first, K, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr
+):
     """Sums [PARTS, BN] of what each thread has of a block of `vector_block`, at byte `first`, times the row x.
 
     A product with 128 + q is one with q once 136 times the sum of x's elements is taken off, whose rounding is that of
     float32 times about 30: nothing beside the weight's own.
     """
-    at = tl.full([], 0, tl.int32) + first + tl.arange(0, PARTS) * PART
-    k = at[:, None] + tl.arange(0, PART)[None, :]
-    inside = k < K // 2
-    whole: tl.constexpr = gemm.divides(PARTS * PART, K // 2)
-    x_low = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
-    x_high = gemm.fetch(x + K // 2 + k, inside, inside, not whole, False).to(tl.float32)
-    low, high = with_128(weights)
-    sums = tl.sum(low * x_low[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_low, 1)[:, None]
-    more = tl.sum(high * x_high[:, None, :], 2) - ZERO_WITH_128 * tl.sum(x_high, 1)[:, None]
-    return sums * low_scale + more * high_scale
+    row: tl.constexpr = K * BITS // 8
+    k = places_of(first, PARTS, STEPS)[:, :, None] + tl.arange(0, PART)[None, None, :]
+    inside = k < row
+    whole: tl.constexpr = gemm.divides(PARTS * STEPS * PART, row)
+    values = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
+    if BITS == 4:
+        more = gemm.fetch(x + row + k, inside, inside, not whole, False).to(tl.float32)
+        low, high = with_128(weights)
+        sums = tl.sum(low * values[:, None, :, :], 3) - ZERO_WITH_128 * tl.sum(values, 2)[:, None, :]
+        others = tl.sum(high * more[:, None, :, :], 3) - ZERO_WITH_128 * tl.sum(more, 2)[:, None, :]
+        return tl.sum(sums * low_scale + others * high_scale, 2)
+    else:
+        return tl.sum(tl.sum(widened(weights, tl.float32) * values[:, None, :, :], 3), 2)
 
 
 @triton.jit
 def vector_sums(
-    x, w, scale, block, n, N, K, w_row, scale_row, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    x, w, scale, block, n, N, K, w_row, scale_row,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """w @ x at rows n (a vector) of a 4-bit w, float32 [BN], of which `block` is the first block: threads keep sums of their
-    own over all of the inner dimension. The next block is loaded before the one before it is multiplied.
+    """w @ x at rows n (a vector) of w, float32 [BN], of which `block` is the first block: threads keep sums of their own
+    over all of the inner dimension. The next block is loaded before the one before it is multiplied.
     """
     weights, low, high = block
-    step: tl.constexpr = PARTS * PART
+    size: tl.constexpr = PARTS * STEPS * PART
+    row: tl.constexpr = K * BITS // 8
     acc = tl.zeros([PARTS, BN], tl.float32)
-    for first in range(step, K // 2, step):
-        later, later_low, later_high = vector_block(w, scale, first, n, N, K, w_row, scale_row, GROUP, PARTS)
-        acc += vector_products(x, weights, low, high, first - step, K, PARTS)
+    for first in range(size, row, size):
+        later, later_low, later_high = vector_block(w, scale, first, n, N, K, w_row, scale_row, BITS, GROUP, PARTS, STEPS)
+        acc += vector_products(x, weights, low, high, first - size, K, BITS, PARTS, STEPS)
         weights, low, high = later, later_low, later_high
-    acc += vector_products(x, weights, low, high, (K // 2 - 1) // step * step, K, PARTS)
+    acc += vector_products(x, weights, low, high, (row - 1) // size * size, K, BITS, PARTS, STEPS)
     return tl.sum(acc, 0)
 
 
@@ -237,25 +257,28 @@ def rows_of_program(BN: tl.constexpr):
 @triton.jit
 def weight_vector(
     x, w, scale, block, extra, N, K, w_row, scale_row,
-    EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    EPILOGUE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
-    """`EPILOGUE(x @ w.T)` of one row x [K] by 4-bit rows of w, BN of them a program, PARTS * 8 bytes of each at a time.
+    """`EPILOGUE(x @ w.T)` of one row x [K], BN rows of w a program, PARTS * STEPS * 16 bytes of each at a time.
 
-    `block` is what `vector_block` loads of `rows_of_program` at byte 0: entries do so before they wait for x. Multiples of 8
-    are K / 2, the strides of rows, and GROUP. Strides in elements; K is a literal.
+    `block` is what `vector_block` loads of `rows_of_program` at byte 0: entries do so before they wait for x. Multiples of
+    16 are the bytes and the strides of rows, and GROUP; `scale` is used with 4 BITS only. Strides in elements; K is a
+    literal.
     """
     n = rows_of_program(BN)
-    acc = vector_sums(x, w, scale, block, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    acc = vector_sums(x, w, scale, block, n, N, K, w_row, scale_row, BITS, GROUP, BN, PARTS, STEPS)
     EPILOGUE(acc[None, :], tl.zeros([1, 1], tl.int32), n[None, :], 0, extra)
 
 
 @triton.jit
 def dual_weight_vector(
     x, w, v, scale, scale_v, block, block_v, extra, N, K, w_row, scale_row,
-    EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    EPILOGUE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """`EPILOGUE(x @ w.T, x @ v.T)`, else as `weight_vector`; v and its scales have the strides of w and its."""
     n = rows_of_program(BN)
-    acc = vector_sums(x, w, scale, block, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
-    acc2 = vector_sums(x, v, scale_v, block_v, n, N, K, w_row, scale_row, GROUP, BN, PARTS)
+    acc = vector_sums(x, w, scale, block, n, N, K, w_row, scale_row, BITS, GROUP, BN, PARTS, STEPS)
+    acc2 = vector_sums(x, v, scale_v, block_v, n, N, K, w_row, scale_row, BITS, GROUP, BN, PARTS, STEPS)
     EPILOGUE(acc[None, :], acc2[None, :], tl.zeros([1, 1], tl.int32), n[None, :], 0, extra)
