@@ -266,6 +266,8 @@ class Emitter:
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":
+            if self.registers and source == torch.int8 and node.dtype == torch.float32:  # memory does not bound epilogues
+                return f"h.int8_to_float32({args[0]})"
             return ops.cast(args[0], source, node.dtype)
         if node.name == "bitcast":
             return ops.bitcast(args[0], source, node.dtype, is_clamped(node.args[0]))

@@ -25,7 +25,7 @@ from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_narrow import with_narrow_choices
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
 from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
-from fxopt.codegen.triton_values import is_clamped, reduced_dtype
+from fxopt.codegen.triton_values import is_clamped, reduced_dtype, saturated
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
@@ -246,7 +246,11 @@ def _store_line(region: Region, frame: Frame, emitter: Emitter, store: Store, va
     pointer = emitter.pointer(text, store.index, dtype, wanted)
     mask = " & ".join(frame.masks[a] for a in frame.blocks if a in wanted and a in frame.masks)  # of one point as well
     if accumulator_dtype(dtype) != dtype:
-        value = ops.narrowed(value, dtype, is_clamped(store.value))
+        inner = saturated(store.value)
+        if inner is not None and store.value.dtype == dtype:
+            value = f"h.saturated_to_float8e4({emitter.value(inner)})"
+        else:
+            value = ops.narrowed(value, dtype, is_clamped(store.value))
     if store.value.dtype != dtype:
         raise ValueError(f"{store.buffer} holds {dtype}, not {store.value.dtype}: lowering must cast what it stores")
     if store.mode == "set":

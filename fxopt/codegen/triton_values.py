@@ -49,7 +49,23 @@ def is_clamped(value: Scalar) -> bool:
     """Whether `value`, of a narrow dtype, is within its range or NaN because it was clamped to bounds that are known."""
     if not value.dtype.is_floating_point:
         return False
-    largest, low, high = torch.finfo(value.dtype).max, -math.inf, math.inf
+    largest = torch.finfo(value.dtype).max
+    _, low, high = _bounded(value)
+    return -largest <= low and high <= largest
+
+
+def saturated(value: Scalar) -> Scalar | None:
+    """What `value`, a float8_e4m3fn, is before it is clamped to that type's range, which the GPU's conversion does itself."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    if value.dtype != torch.float8_e4m3fn:
+        return None
+    inner, low, high = _bounded(value)
+    return inner if (low, high) == (-largest, largest) and inner.dtype == torch.float32 else None
+
+
+def _bounded(value: Scalar) -> tuple[Scalar, float, float]:
+    """What `value` is made of by casts between floating types and bounds, the least and the greatest of these."""
+    low, high = -math.inf, math.inf
     while isinstance(value, Op) and value.name in ("cast", "minimum", "maximum") and value.args[0].dtype.is_floating_point:
         if value.name != "cast":
             bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
@@ -58,7 +74,7 @@ def is_clamped(value: Scalar) -> bool:
             low = max(low, bounds[0]) if value.name == "maximum" else low
             high = min(high, bounds[0]) if value.name == "minimum" else high
         value = next(a for a in value.args if not isinstance(a, Const))
-    return -largest <= low and high <= largest
+    return value, low, high
 
 
 def rounded_within_int8(node: Op) -> tuple[Scalar, float, float] | None:

@@ -5,6 +5,7 @@ Importing the module registers
     fxopt::quantize_weight(Tensor weight, ScalarType dtype, int bits=8, int group=0) -> (Tensor, Tensor)
     fxopt::scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor
     fxopt::weight_only_mm(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, int group) -> Tensor
+    fxopt::dequantize(Tensor values, Tensor scale, ScalarType dtype) -> Tensor
 
 Weights are [N, K], as a linear layer has them, so that the inner dimension is contiguous for tensor cores and for rows.
 
@@ -26,6 +27,7 @@ SCHEMAS = {
     "quantize_weight": "(Tensor weight, ScalarType dtype, int bits=8, int group=0) -> (Tensor, Tensor)",
     "scaled_mm": "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor",
     "weight_only_mm": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, int group) -> Tensor",
+    "dequantize": "(Tensor values, Tensor scale, ScalarType dtype) -> Tensor",
 }
 
 FLOAT8 = torch.float8_e4m3fn
@@ -194,6 +196,15 @@ def weight_only_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
     return (out if bias is None else out + bias).to(x.dtype)
 
 
+def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * scale in `dtype`, of the shape of `values`; within a kernel not rounded, as no arithmetic in half types is.
+
+    `values` are int8, `scale` float32 [], `dtype` floating. Raises ValueError for others.
+    """
+    _check_dequantized(values, scale, dtype)
+    return (values.to(torch.float32) * scale).to(dtype)
+
+
 # ---------------------------------------------------------------------- what is taken
 
 
@@ -248,6 +259,11 @@ def _check_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     _check_bias(bias, rows)
 
 
+def _check_dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    if values.dtype != torch.int8 or scale.dtype != torch.float32 or scale.dim() or not dtype.is_floating_point:
+        raise ValueError(f"int8 by a float32 scale into a floating type, not {values.dtype}, {scale.dtype} and {dtype}")
+
+
 def _check_bias(bias: Tensor | None, columns: int) -> None:
     if bias is not None and (tuple(bias.shape) != (columns,) or not bias.is_floating_point()):
         raise ValueError(f"a bias is floating [{columns}], not {bias.dtype} {list(bias.shape)}")
@@ -276,11 +292,17 @@ def _fake_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _fake_dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_dequantized(values, scale, dtype)
+    return torch.empty_like(values, dtype=dtype)
+
+
 _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _FORMS: dict[str, tuple[Any, Any]] = {
     "quantize_weight": (quantize_weight, _fake_quantize),
     "scaled_mm": (scaled_mm, _fake_scaled),
     "weight_only_mm": (weight_only_mm, _fake_weight_only),
+    "dequantize": (dequantize, _fake_dequantized),
 }
 for _name, (_eager, _fake) in _FORMS.items():
     _LIBRARY.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
@@ -290,3 +312,4 @@ for _name, (_eager, _fake) in _FORMS.items():
 QUANTIZE_WEIGHT = torch.ops.fxopt.quantize_weight.default
 SCALED_MM = torch.ops.fxopt.scaled_mm.default
 WEIGHT_ONLY_MM = torch.ops.fxopt.weight_only_mm.default
+DEQUANTIZE = torch.ops.fxopt.dequantize.default

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, ask, mul, prod, symbol
+from fxopt.ir.exprs import Int, Sym, add, ask, free_symbols, mul, prod, symbol
 from fxopt.ir.loops import Load, Op, Scalar, transform
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Quantized, Ref
 from fxopt.lower.values import cast
@@ -70,9 +70,15 @@ class Product:
         return product if self.addend is None else Op("add", (product, cast(self.addend, dtype)), dtype)
 
     def _scaled(self, total: Scalar, dtype: torch.dtype) -> Scalar:
-        """The call's element, of `dtype`, from the float32 sum of products."""
-        for scale in self.scales:
-            total = Op("mul", (total, scale), torch.float32)
+        """The call's element, of `dtype`, from the float32 sum of products.
+
+        One scale for all rows is multiplied into those of the columns, which a kernel does once for a tile's columns.
+        """
+        factors: tuple[Scalar, ...] = self.scales
+        if len(self.scales) == 2 and not free_symbols(self.scales[0].index):
+            factors = (Op("mul", self.scales, torch.float32),)
+        for factor in factors:
+            total = Op("mul", (total, factor), torch.float32)
         if self.addend is not None:
             total = Op("add", (total, cast(self.addend, torch.float32)), torch.float32)
         return cast(total, dtype)

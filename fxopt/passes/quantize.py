@@ -7,7 +7,8 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 
 - A calibration gives one scale for the whole operand: a 0-dimensional constant in memory, so that layers with different
   scales are one kernel (repeated for each row where the library's product wants that). Float8 saturates at L, NaN stays NaN;
-  an integer has no NaN, and stands for zero then.
+  an integer has no NaN, and stands for zero then. What a relu has made is clamped at zero from below, which changes no
+  value and lets a kernel's bound take care of NaN.
 - Attention is quantized where a rule with "@attention" in its name or pattern asks for fp8: query, key and value with the
   calibration's scales, the products of them and of the probabilities in float8 (ir/quantized_attention.py). The value is
   stored with its rows contiguous, as tensor cores read what they sum over.
@@ -383,7 +384,7 @@ class _Rewrite:
         if zero:
             shift = self._scalar(layer, "zero", torch.tensor(float(zero)).to(device))
             values = self._derive(aten.add.Tensor, (values, shift), layer)
-        least = -128.0 if zero else -precision.largest
+        least = -128.0 if zero else 0.0 if _made_by_relu(layer.x) else -precision.largest
         return self._cast(layer, precision, values, least), self._scale_of_rows(layer, precision, own.to(device))
 
     def _scale_of_rows(self, layer: Layer, precision: Precision, scale: torch.Tensor) -> fx.Node:
@@ -470,6 +471,13 @@ def scaled_rows(derive: Derive, wide: fx.Node, largest: float) -> tuple[Any, Any
 def _bits(values: torch.Tensor | None) -> bytes | None:
     """By which equal vectors are known."""
     return None if values is None else values.numpy().tobytes()
+
+
+def _made_by_relu(x: fx.Node) -> bool:
+    """Whether `x`, what a layer is given, is the result of a relu, as it is or in another shape."""
+    while ops.is_view(x.target) and len(x.all_input_nodes) == 1:
+        x = x.all_input_nodes[0]
+    return x.target is aten.relu.default
 
 
 def _same_strides(one: torch.Tensor, two: torch.Tensor) -> bool:

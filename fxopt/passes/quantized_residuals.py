@@ -10,12 +10,11 @@ done for int8 only, whose values kernels read.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
+from fxopt.ir.quantized_ops import DEQUANTIZE
 from fxopt.passes.context import Context
 from fxopt.passes.facts import escapes, tensor
 
@@ -80,22 +79,12 @@ def _is_residual(user: fx.Node, source: fx.Node) -> bool:
 
 
 def _read_quantized(context: Context, source: fx.Node, values: fx.Node, scale: fx.Node, additions: list[fx.Node]) -> None:
-    held = source.meta["val"]
     after = min(additions, key=context.nodes.index)
-    steps: list[tuple[Any, tuple[fx.Node, ...], dict[str, Any]]] = [
-        (aten._to_copy.default, (), {"dtype": torch.float32}),
-        (aten.mul.Tensor, (scale,), {}),
-    ]
-    if held.dtype != torch.float32:
-        steps.append((aten._to_copy.default, (), {"dtype": held.dtype}))
-    last = values
-    for target, more, kwargs in steps:
-        made = context.derive(target, (last, *more), after, kwargs, symbolic=True)
-        if made is None:
-            return
-        last = made
+    read = context.derive(DEQUANTIZE, (values, scale, source.meta["val"].dtype), after, symbolic=True)
+    if read is None:
+        return
     context.spend("residual", source)
     for user in additions:
-        user.replace_input_with(source, last)
+        user.replace_input_with(source, read)
     module = source.meta.get("module", "")
     context.journal.note("precision", f"{source.name} ({module}) is stored in int8 alone, for {len(additions)} residuals")

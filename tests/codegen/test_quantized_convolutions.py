@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
-from fxopt.ir.quantized_ops import FLOAT8
+from fxopt.ir.quantized_ops import DEQUANTIZE, FLOAT8
 from fxopt.ir.region import Contraction, Region
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import FUSED, IMPLICIT
@@ -53,8 +53,8 @@ def block(geometry: Geometry, narrow: torch.dtype = F16) -> Any:
 
     def fn(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         y = SCALED_CONVOLUTION(x, w, scale_x, scale_w, bias, *geometry, narrow)
-        y = torch.relu(y + (residual.float() * scale_x).to(narrow))
-        return (y.float() * 20.0).round().clamp(-127.0, 127.0).to(INT8)
+        y = torch.relu(y + DEQUANTIZE(residual, scale_x, narrow))
+        return (y.float() * 20.0).round().clamp(0.0, 127.0).to(INT8)
 
     return fn
 
@@ -129,7 +129,7 @@ def test_casts_to_int8_are_torchs(interpreter: Interpreter) -> None:
     x = torch.cat([torch.arange(-800, 801) / 4, torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -0.5])])
 
     def fn(x: Tensor) -> tuple[Tensor, ...]:
-        rounded = (x.round().clamp(*bounds).to(INT8) for bounds in ((-127.0, 127.0), (-128.0, 100.0)))
+        rounded = (x.round().clamp(*bounds).to(INT8) for bounds in ((-127.0, 127.0), (-128.0, 100.0), (0.0, 127.0)))
         return (*rounded, x.clamp(-127.0, 127.0).to(INT8))
 
     low = searched(fn, x)
@@ -138,7 +138,7 @@ def test_casts_to_int8_are_torchs(interpreter: Interpreter) -> None:
         assert isinstance(step, Region)
         memory |= {n: torch.zeros(len(x), dtype=INT8) for n in step.writes()}
         (kernel,) = print_region(step, configs(step, TARGET)[0], TARGET).kernels
-        assert kernel.text.count("rounded_to_int8") == 2
+        assert kernel.text.count("rounded_to_int8") == 3
         interpreter.run(kernel, memory)
     for output, wanted in zip(low.outputs, fn(x.nan_to_num(nan=0.0)), strict=True):
         assert torch.equal(memory[output.name], wanted)
@@ -174,6 +174,19 @@ def test_the_first_candidates_compile_without_spills(name: str, arch: int) -> No
         cubin, meta = compile_triton(kernel, target)
         assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{first.label}: {meta}"
         assert meta["shared"] <= target.shared_per_block
+
+
+def test_an_epilogue_in_8_bits_converts_one_number_an_element() -> None:
+    """The sum, by an instruction of full rate. The residual, the result and its bounds take none of a quarter's rate."""
+    args = operands(INT8, (64, 56, 56, 64), (256, 1, 1, 64))
+    residual = torch.zeros(64, 56, 56, 256, dtype=INT8).permute(0, 3, 1, 2)
+    _, step = contraction(block(((1, 1), (0, 0), (1, 1))), *args, residual)
+    first = contraction_candidates(step, TARGET, "default")[0]
+    text = compile_to_text(first.sources[0], TARGET, "ptx")
+    conversions = set(re.findall(r"cvt\.\S+", text))
+    assert {c for c in conversions if "f32" in c} == {"cvt.rn.f32.s32"}
+    assert "setp.nan" not in text and "setp.num" not in text
+    assert first.label.startswith("tma 128x128x64 "), "no zeros past 64 channels are multiplied"
 
 
 def test_patches_are_loaded_16_bytes_at_once() -> None:

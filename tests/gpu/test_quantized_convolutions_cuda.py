@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
-from fxopt.ir.quantized_ops import FLOAT8
+from fxopt.ir.quantized_ops import DEQUANTIZE, FLOAT8
 from fxopt.journal import RECENT
 from fxopt.lower.contractions import FUSED, IMPLICIT
 from fxopt.quant.calibrate import calibrate
@@ -77,6 +77,28 @@ def test_values_of_layers(name: str, dtype: torch.dtype, ours_wins: list[str]) -
     assert int(apart.max()) <= (1 if dtype == INT8 else 2) and float((apart > 0).float().mean()) < 0.02
     assert float((wanted > 0).float().mean()) > 0.2 > float((wanted == 127).float().mean())
     assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_residual_in_8_bits_is_read_exactly(ours_wins: list[str]) -> None:
+    """All 256 values, beside a product of zeros; what is beyond the bounds, and NaN, on its way out."""
+    x = torch.zeros(4, 64, 28, 28, dtype=INT8, device="cuda").to(memory_format=torch.channels_last)
+    w = torch.zeros(256, 1, 1, 64, dtype=INT8, device="cuda")
+    residual = (torch.arange(x.shape[0] * 28 * 28 * 256, device="cuda") * 7 % 256 - 128).to(INT8)
+    residual = residual.view(4, 28, 28, 256).permute(0, 3, 1, 2)
+    one, bias = torch.ones((), device="cuda"), torch.zeros(256, device="cuda")
+    bias[3], bias[5], bias[9] = float("nan"), float("inf"), -float("inf")
+
+    def layer(x: Tensor, w: Tensor, one: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        y = SCALED_CONVOLUTION(x, w, one, one, bias, [1, 1], [0, 0], [1, 1], F16) + DEQUANTIZE(residual, one, F16)
+        whole = (y.float() * 1.5).round()
+        return whole.clamp(-127.0, 127.0).to(INT8), whole.clamp(0.0, 127.0).to(INT8)
+
+    args = (x, w, one, bias, residual)
+    torch.compiler.reset()
+    both, above = torch.compile(layer, backend="fxopt", options={"strict": True})(*args)
+    assert len(ours_wins) == 1 and ours_wins[0].split()[0] == FUSED
+    wanted = (residual.double() * 1.5 + bias[:, None, None].double()).round().nan_to_num(0.0, 999.0, -999.0)
+    assert torch.equal(both.double(), wanted.clamp(-127, 127)) and torch.equal(above.double(), wanted.clamp(0, 127))
 
 
 class Bottleneck(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.ir.quantized_ops import (
+    DEQUANTIZE,
     QUANTIZE_WEIGHT,
     SCALED_MM,
     WEIGHT_ONLY_MM,
@@ -105,6 +106,7 @@ def test_torch_finds_no_fault_with_the_registration() -> None:
     torch.library.opcheck(SCALED_MM, (a, b, ones, ones, None, torch.bfloat16), test_utils=tests)
     torch.library.opcheck(QUANTIZE_WEIGHT, (torch.randn(8, 16), torch.uint8, 4, 8), test_utils=tests)
     torch.library.opcheck(WEIGHT_ONLY_MM, (torch.randn(3, 16), b, torch.ones(8), None, 8, 0), test_utils=tests)
+    torch.library.opcheck(DEQUANTIZE, (b.t(), ones, torch.bfloat16), test_utils=tests)
 
 
 def test_what_is_refused() -> None:
@@ -125,3 +127,6 @@ def test_what_is_refused() -> None:
     for bits, scale in ((4, torch.ones(8)), (8, torch.ones(8, 1)), (3, torch.ones(8))):
         with pytest.raises(ValueError):
             WEIGHT_ONLY_MM(weight, a.new_ones(8, 16), scale, None, bits, 0)
+    for values, scale, dtype in ((weight, ones, torch.float16), (a, torch.ones(3), torch.float16), (a, ones, torch.int32)):
+        with pytest.raises(ValueError):
+            DEQUANTIZE(values, scale, dtype)

@@ -132,6 +132,8 @@ def test_a_residual_is_read_in_8_bits() -> None:
     relu = next(n for n in graph.gm.graph.nodes if n.target is torch.ops.aten.relu.default)
     assert [u.target for u in relu.users] == [torch.ops.aten.mul.Tensor]  # the cast, and nothing else
     assert any("stored in int8 alone" in note for note in notes(context))
+    clamps = [n.args[1:] for n in graph.gm.graph.nodes if n.target is torch.ops.aten.clamp.default]
+    assert clamps == [(0.0, 127.0)] * 2, "what a relu makes is not below zero"
     (got,), eager = execute(graph, CHAIN), chain(*CHAIN)
     assert float((got - eager).norm() / eager.norm()) < 0.03
 

@@ -382,6 +382,8 @@ _BLOCKS = (
 )
 FEW_ROWS, _FEWEST_ROWS = 64, 16
 _SPLITS = (1, 2, 4, 8, 16)
+_SHORTEST_BLOCK = 32
+"""Of the inner dimension: what tensor cores take of 8-bit operands at a time."""
 
 
 def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
@@ -398,12 +400,16 @@ def _tiles(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
             yield from _few_rows(problem, target, tma)
         return
     inner = 128 // problem.itemsize
+    while inner > _SHORTEST_BLOCK and 2 * problem.k <= inner:  # nor zeros past the end of short rows
+        inner //= 2
     for (rows, columns, warps), tma in itertools.product(_BLOCKS, ways):
         if rows >= 2 * problem.m or columns >= 2 * max(problem.n, 64):
             continue
         for stages in (3, 4, 5):
-            # Halves of a tile with more than this of accumulator a thread leave registers to the epilogue.
-            subtile = 2 if problem.products * rows * columns >= _LARGE_ACCUMULATOR * warps * target.warp_size else 1
+            # Halves of a tile with more than this of accumulator a thread leave registers to the epilogue; after a short
+            # product, whose time that is, to the epilogue of another program.
+            large = _LARGE_ACCUMULATOR if problem.k > inner else _LARGE_ACCUMULATOR // 2
+            subtile = 2 if problem.products * rows * columns >= large * warps * target.warp_size else 1
             config = GemmConfig(tma, rows, columns, inner, warps, stages, subtile=subtile)
             yield from _persistent(problem, config, target) if tma else (config,)
             if tma:

@@ -1,6 +1,7 @@
-"""Quantized products on CPUs: the library's sums, and the rest as an expression, which fuses with what follows.
+"""Quantized products on CPUs: the library's sums, and the rest as an expression, which fuses with what follows. Quantized
+values that are read as floating ones.
 
-On GPUs they are calls, which `lower/contractions.py` makes products of.
+On GPUs products are calls, which `lower/contractions.py` makes contractions of.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from fxopt.ir.exprs import Int
 from fxopt.ir.loops import Op, Scalar
-from fxopt.ir.quantized_ops import SCALED_MM
+from fxopt.ir.quantized_ops import DEQUANTIZE, SCALED_MM
 from fxopt.ir.region import Call, Ref
 from fxopt.lower.calls import overload_name
 from fxopt.lower.lowering import Lowering
@@ -54,6 +55,14 @@ def _scaled_mm(
 
     given_values = [sums, scale_a, scale_b, *([bias] if bias is not None else [])]
     return pointwise((m, n), out_dtype, a.device, element, given_values)
+
+
+@TABLE.lowers(DEQUANTIZE)
+def _dequantize(ctx: Lowering, values: Value, scale: Value, dtype: torch.dtype) -> Any:
+    def element(indices: tuple[Int, ...]) -> Scalar:
+        return Op("mul", (cast(at(values, indices), torch.float32), at(scale, ())), torch.float32)
+
+    return pointwise(values.shape, dtype, values.device, element, [values, scale])
 
 
 def _as_column(ctx: Lowering, scale: Value) -> Stored:
