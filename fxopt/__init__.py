@@ -1,9 +1,9 @@
 """fxopt: a `torch.compile` backend that captures, fuses, measures and replays whole graphs.
 
 `torch.compile(model, backend="fxopt")` needs no import of this package. What is here is for looking inside (`explain`), for
-frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `smoothed`, `activation_aware`, `clipped`,
-`bias_corrected`, `Calibration`, `Decisions`) and for typed settings (`Options`). Every name is loaded on first use, so
-`import fxopt` is light.
+frozen models (`refreeze`), for quantization (`quantize`, `calibrate`, `smoothed`, `equalized`, `activation_aware`,
+`clipped`, `bias_corrected`, `Calibration`, `Decisions`) and for typed settings (`Options`). Every name is loaded on first
+use, so `import fxopt` is light.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxopt.quant.calibrate import calibrate
     from fxopt.quant.clip import clipped
     from fxopt.quant.correct import bias_corrected
+    from fxopt.quant.equalize import equalized
     from fxopt.quant.search import quantize
     from fxopt.quant.smooth import smoothed
     from fxopt.quant.table import Calibration
@@ -35,6 +36,7 @@ __all__ = [
     "bias_corrected",
     "calibrate",
     "clipped",
+    "equalized",
     "explain",
     "quantize",
     "refreeze",
@@ -52,6 +54,7 @@ _HOME = {
     "activation_aware": ("fxopt.quant.awq", "activation_aware"),
     "clipped": ("fxopt.quant.clip", "clipped"),
     "bias_corrected": ("fxopt.quant.correct", "bias_corrected"),
+    "equalized": ("fxopt.quant.equalize", "equalized"),
     "smoothed": ("fxopt.quant.smooth", "smoothed"),
     "refreeze": ("fxopt.capture.freeze", "refreeze"),
 }

@@ -31,22 +31,34 @@ class ChannelAffine:
     offset: torch.Tensor | None
 
 
-def channel_affine(first: fx.Node, channels: int, value_of: Callable[[fx.Node], torch.Tensor | None]) -> ChannelAffine:
+def channel_affine(first: fx.Node, channels: int, known: Callable[[fx.Node], torch.Tensor | None]) -> ChannelAffine:
     """The longest chain of additions and multiplications by channels' constants, and casts, over the result `first`.
 
-    `value_of` gives the value of a node that is a constant, None for others.
+    `known` gives the value of a node that is a constant, None for others.
     """
     found = ChannelAffine(first, None, None)
     while len(found.last.users) == 1 and not escapes(found.last):
-        following = _with(found, next(iter(found.last.users)), channels, value_of)
+        following = _with(found, next(iter(found.last.users)), channels, known)
         if following is None:
             break
         found = following
     return found
 
 
-def constants_of(graph: Graph, evaluate: Callable[[fx.Node], torch.Tensor]) -> Callable[[fx.Node], torch.Tensor | None]:
-    """`evaluate` for nodes that are computed element by element from frozen inputs and nothing else; None for others."""
+def value_of(graph: Graph, node: fx.Node) -> torch.Tensor:
+    """The value of a frozen input, or of what is computed from such and nothing else."""
+    if node.op == "placeholder":
+        given = next(i for i in graph.inputs if i.name in (node.name, node.target))
+        assert given.value is not None
+        return given.value.detach()
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: value_of(graph, n))
+    with torch.no_grad():
+        value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return value
+
+
+def constants_of(graph: Graph) -> Callable[[fx.Node], torch.Tensor | None]:
+    """`value_of` for nodes that are computed element by element from frozen inputs and nothing else; None for others."""
     placeholders = (n for n in graph.gm.graph.nodes if n.op == "placeholder")
     frozen = {n for n, given in zip(placeholders, graph.inputs, strict=True) if given.role is Role.CONSTANT}
 
@@ -55,11 +67,11 @@ def constants_of(graph: Graph, evaluate: Callable[[fx.Node], torch.Tensor]) -> C
             return node in frozen
         return ops.category(node.target) in _CONSTANT_CATEGORIES and all(map(is_constant, node.all_input_nodes))
 
-    return lambda node: evaluate(node) if is_constant(node) else None
+    return lambda node: value_of(graph, node) if is_constant(node) else None
 
 
 def _with(
-    found: ChannelAffine, user: fx.Node, channels: int, value_of: Callable[[fx.Node], torch.Tensor | None]
+    found: ChannelAffine, user: fx.Node, channels: int, known: Callable[[fx.Node], torch.Tensor | None]
 ) -> ChannelAffine | None:
     """`found` and what `user` does to it; None for anything else."""
     last, result = found.last, tensor(user)
@@ -73,7 +85,7 @@ def _with(
     other = right if left is last else left
     if not isinstance(other, fx.Node) or other is last or (user.target is aten.sub.Tensor and left is not last):
         return None
-    vector = _of_channels(other, channels, tensor(last), value_of)
+    vector = _of_channels(other, channels, tensor(last), known)
     if vector is None:
         return None
     zeros, ones = torch.zeros_like(vector), torch.ones_like(vector)
@@ -85,7 +97,7 @@ def _with(
 
 
 def _of_channels(
-    node: fx.Node, channels: int, image: torch.Tensor | None, value_of: Callable[[fx.Node], torch.Tensor | None]
+    node: fx.Node, channels: int, image: torch.Tensor | None, known: Callable[[fx.Node], torch.Tensor | None]
 ) -> torch.Tensor | None:
     """The value of a constant that has one number for each channel of `image`, float64 [channels]."""
     held = tensor(node)
@@ -95,5 +107,5 @@ def _of_channels(
     wanted = [channels if d == CHANNEL else 1 for d in range(image.dim())]
     if shape != wanted:
         return None
-    value = value_of(node)
+    value = known(node)
     return None if value is None else value.detach().double().reshape(channels)

@@ -18,6 +18,7 @@ from fxopt.ir.layers import ATTENTION, CHANNEL, Layer, attention_layers, layers
 from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.passes.context import Context
 from fxopt.passes.facts import tensor
+from fxopt.passes.producers import Producer, Producers
 
 aten = torch.ops.aten
 
@@ -34,17 +35,20 @@ Described = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Observed:
-    """Layers of one operand, and its dtype."""
+    """Layers of one operand, its dtype, and which layer makes it (None: none, or by more than scales as its input does)."""
 
     layers: Described
     dtype: torch.dtype
+    producer: Producer | None = None
 
 
 def observe(context: Context) -> None:
     if context.graph.phase is not Phase.INFERENCE:
         return
     operands: dict[fx.Node, list[Layer]] = {}
-    for layer in layers(context.graph):
+    all_layers = layers(context.graph)
+    producers = Producers(context.graph, all_layers)
+    for layer in all_layers:
         reason = _obstacle(layer.x)
         if reason is None:
             operands.setdefault(layer.x, []).append(layer)
@@ -65,7 +69,7 @@ def observe(context: Context) -> None:
             continue
         context.spend("observe", x)
         results += made
-        observed.append(Observed(described, x.meta["val"].dtype))
+        observed.append(Observed(described, x.meta["val"].dtype, producers.of(x) if x in operands else None))
     _append(context, results)
     context.graph.notes["observed"] = tuple(observed)
 

@@ -16,8 +16,8 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
   added before rounding, the limits are -128 and 127, and what z adds to the product, a constant for each column, is
   subtracted with the bias.
 - A calibration may have limits at which weights are clipped, and a correction that is added with the bias.
-- A calibration may have powers of two for the channels of a layer's input (quant/smooth.py): x is divided by them first,
-  and the weight multiplied, which changes no value of the product.
+- A calibration may have powers of two for the channels of a layer's input (quant/smooth.py, quant/equalize.py): x is
+  divided by them first, and the weight multiplied, which changes no value of the product.
 - Without a calibration, and in a dynamic precision, each row has the scale max |x| / L, at least the least normal float32:
   a row of zeros is zeros. A row with NaN or Inf has such a scale, and a result of NaN.
 
@@ -43,7 +43,7 @@ from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight, zero_point_offset
 from fxopt.ir.spec import fake_mode
 from fxopt.options import suggestion
-from fxopt.passes.channel_affine import channel_affine, constants_of
+from fxopt.passes.channel_affine import channel_affine, constants_of, value_of
 from fxopt.passes.constant_folding import add_constant
 from fxopt.passes.context import Context
 from fxopt.passes.facts import arguments, tensor
@@ -259,11 +259,16 @@ class _Rewrite:
         scale = self._scale(layer, name)
         if scale is None:
             raise _HighError("a convolution takes its scale from a calibration")
-        window, scales = self._window(layer, precision)
-        known = constants_of(self.context.graph, self._value)
+        refined = None if self.table is None else self.table.refinement(layer.name, name)
+        limits, correction = (None, None) if refined is None else (refined.limits, refined.correction)
+        window, scales = self._window(layer, precision, limits)
+        known = constants_of(self.context.graph)
         bias = None if layer.addend is None else known(layer.addend)
         if layer.addend is not None and bias is None:
             raise _HighError("its bias is no constant")
+        if correction is not None:
+            own = correction.double().to(layer.node.meta["val"].device)
+            bias = own if bias is None else bias.detach().double() + own
         after = channel_affine(layer.node, channels, known)
         factor, offset = after.factor, after.offset
         if bias is not None:
@@ -288,21 +293,24 @@ class _Rewrite:
             raise _HighError("its result shares memory with an output")
         if not alone:
             _erase_unused(before, layer.node)
-        return f", scale {scale:.4g}"
+        return f", scale {scale:.4g}" + (", refined" if refined is not None else "")
 
-    def _window(self, layer: Layer, precision: Precision) -> tuple[fx.Node, torch.Tensor]:
+    def _window(self, layer: Layer, precision: Precision, limits: torch.Tensor | None) -> tuple[fx.Node, torch.Tensor]:
         """The quantized weight [C_out, R, S, C], a constant, and its scales [C_out]."""
-        dtype = getattr(torch, str(precision.weights))
+        dtype, channels = getattr(torch, str(precision.weights)), self._channels(layer)
 
         def make() -> tuple[fx.Node, torch.Tensor]:
             try:
                 value = self._value(layer.weight).permute(0, 2, 3, 1)
-                weight, scales = quantize_weight(value.reshape(value.shape[0], -1), dtype)
+                if channels is not None:
+                    value = value.float() * channels.to(value.device)
+                weight, scales = quantize_weight(value.reshape(value.shape[0], -1), dtype, limits=limits)
             except RuntimeError as error:
                 raise _HighError(f"its weight cannot be quantized here: {str(error).partition(chr(10))[0]}") from error
             return self._constant(layer, "weight", weight.view(value.shape)), scales
 
-        made: tuple[fx.Node, torch.Tensor] = self._once(("window", layer.weight, dtype), make)
+        key = ("window", layer.weight, dtype, _bits(channels), _bits(limits))
+        made: tuple[fx.Node, torch.Tensor] = self._once(key, make)
         return made
 
     def _scale(self, layer: Layer, name: str) -> float | None:
@@ -338,14 +346,7 @@ class _Rewrite:
 
     def _value(self, node: fx.Node) -> torch.Tensor:
         """What a frozen input or a view of one is."""
-        if node.op == "placeholder":
-            given = next(i for i in self.context.graph.inputs if i.name in (node.name, node.target))
-            assert given.value is not None
-            return given.value.detach()
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._value)
-        with torch.no_grad():
-            value: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return value
+        return value_of(self.context.graph, node)
 
     def _with_offset(self, layer: Layer, bias: fx.Node | None, offset: torch.Tensor | None) -> fx.Node | None:
         """`bias` with `offset`, float32 [N], added to it."""
@@ -406,13 +407,14 @@ class _Rewrite:
         return None if self.table is None else self.table.channels(layer.name)
 
     def _divided(self, layer: Layer, x: fx.Node) -> fx.Node:
-        """`x` [M, K] by the layer's channels, exactly: these are powers of two."""
+        """`x` [M, K] or [N, C, H, W] by the layer's channels, exactly: these are powers of two."""
         channels = self._channels(layer)
         if channels is None:
             return x
         given = x.meta["val"]
-        inverse = channels.reciprocal().to(given.device, given.dtype)
-        factor = self._once((_bits(channels), given.device, given.dtype), lambda: self._constant(layer, "channels", inverse))
+        inverse = channels.reciprocal().to(given.device, given.dtype).view(-1, *[1] * (given.dim() - 2))
+        key = _bits(channels), given.device, given.dtype, given.dim()
+        factor = self._once(key, lambda: self._constant(layer, "channels", inverse))
         return self._derive(aten.mul.Tensor, (x, factor), layer)
 
     def _wide(self, layer: Layer) -> fx.Node:

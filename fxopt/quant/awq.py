@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,13 @@ from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS
 from fxopt.quant.batches import Forward, call_model, on_device
 from fxopt.quant.emulate import LayerCall, obstacle, treated, with_table
-from fxopt.quant.smooth import checked_groups, with_channels
+from fxopt.quant.equalize import equalizing_divisors
+from fxopt.quant.smooth import KINDS, checked_groups, with_channels
 from fxopt.quant.table import Calibration
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-ROWS = 256
-"""Of what a layer is given in a batch, evenly spaced."""
+ROWS, IMAGES = 256, 8
+"""Of what a linear layer or a convolution is given in a batch, evenly spaced."""
 
 
 def activation_aware(
@@ -31,14 +32,16 @@ def activation_aware(
     *,
     batches: int = 2,
     forward: Forward | None = None,
+    kinds: Collection[str] = KINDS,
 ) -> Calibration:
     """`calibration` with divisors of channels that fit `precision`: of each layer those of the least error on real data.
 
     Weights of few bits lose most in the columns that large channels are multiplied by. `fxopt.smoothed` widens these at the
     cost of the others; by how much is best differs from layer to layer (Lin et al., "AWQ", 2023). For each layer, or the
-    layers that are given the same, every strength of STRENGTHS and no divisors at all are tried on rows of `loader`'s first
-    `batches`, for static int8 with and without a zero point, and what brings their results nearest to those of the model is
-    kept.
+    layers that are given the same, every strength of STRENGTHS, what `fxopt.equalized` gives and no divisors at all are
+    tried on rows of `loader`'s first `batches`, for static int8 with and without a zero point, and what brings their results
+    nearest to those of the model is kept. `kinds` are those of layers, "linear" and "convolution": an int8 convolution
+    with divisors keeps the residual beside it from being stored in 8 bits alone.
 
     Raises OptionError for a precision that is none, CalibrationError for no batches and for a model that is not the
     calibration's.
@@ -46,14 +49,15 @@ def activation_aware(
     if precision not in PRECISIONS or precision == HIGH:
         raise OptionError(f"there is no precision {precision!r} for weights{suggestion(precision, PRECISIONS)}")
     model = getattr(model, "_orig_mod", model)
-    found = checked_groups(calibration, model)
+    found = checked_groups(calibration, model, kinds)
     rows = layer_rows(
         model, itertools.islice(loader, batches), {n for group in found for n in group.names}, forward or call_model
     )
+    equalizing = equalizing_divisors(calibration, model)
     zero_points = PRECISIONS[precision].activations == "int8" and PRECISIONS[precision].is_static
     for group in found:
         calls = [rows[name] for name in group.names if name in rows and obstacle(rows[name], precision) is None]
-        divisors = [None, *(group.divisors(strength) for strength in STRENGTHS)]
+        divisors = [None, equalizing.get(group.names[0]), *(group.divisors(strength) for strength in STRENGTHS)]
         tried = [with_channels(calibration, dict.fromkeys(group.names, d)) for d in divisors]
         if zero_points:
             tried = [_with_symmetry(table, group.names, symmetric) for table in tried for symmetric in (True, False)]
@@ -68,15 +72,15 @@ def _with_symmetry(table: Calibration, names: Iterable[str], symmetric: bool) ->
 
 
 def layer_rows(model: nn.Module, batches: Iterable[Any], names: set[str], forward: Forward) -> Mapping[str, LayerCall]:
-    """Some rows of what each of the layers `names` is given. Raises CalibrationError for no batches."""
+    """Some rows or images of what each of the layers `names` is given. Raises CalibrationError for no batches."""
     found: dict[str, LayerCall] = {}
 
     def note(call: LayerCall) -> None:
         if call.name in names:
-            rows = call.x[:: max(1, len(call.x) // ROWS)]
+            rows = call.x[:: max(1, len(call.x) // (ROWS if call.window is None else IMAGES))]
             before = found.get(call.name)
             x = rows.clone() if before is None else torch.cat([before.x, rows])
-            found[call.name] = LayerCall(call.name, x, call.weight, call.bias)
+            found[call.name] = replace(call, x=x)
 
     count = 0
     with torch.no_grad(), treated(model, note):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import OptionError
+from fxopt.ir.layers import CONVOLUTION
 from fxopt.ir.quantized_ops import dequantized, quantize_weight
 from fxopt.options import suggestion
-from fxopt.precision import HIGH, PRECISIONS, Refinement, group_of, misfit
+from fxopt.precision import HIGH, PRECISIONS, Refinement, convolution_misfit, group_of, misfit
 from fxopt.quant.smooth import checked_groups, weight_of
 from fxopt.quant.table import Calibration, LayerRange
 
@@ -19,7 +20,7 @@ SHARES = tuple(1.0 - step / 20 for step in range(11))
 
 
 def clipped(calibration: Calibration, model: nn.Module, precision: str = "int4-weight") -> Calibration:
-    """`calibration` with the limits at which the weights of `model`'s linear layers are clipped in `precision`.
+    """`calibration` with the limits at which the weights of `model`'s layers are clipped in `precision`.
 
     For each output channel, or group of neighbours in it, every share of SHARES of its largest magnitude is tried, and the
     one with the least mean squared error of the quantized weights is kept: all of it is one, so that no error grows. That
@@ -35,16 +36,22 @@ def clipped(calibration: Calibration, model: nn.Module, precision: str = "int4-w
     layers = []
     for layer in calibration.layers:
         weight = weight_of(model, layer)
-        fits = weight is not None and misfit(precision, len(weight), weight.shape[1], weight.device.type) is None
+        fits = weight is not None and _fits(layer, weight, precision)
         layers.append(_clipped(layer, weight, precision) if weight is not None and fits else layer)
     return replace(calibration, layers=tuple(layers))
+
+
+def _fits(layer: LayerRange, weight: Tensor, precision: str) -> bool:
+    if layer.kind == CONVOLUTION and convolution_misfit(precision, weight.dim(), 1, transposed=False) is not None:
+        return False
+    return misfit(precision, len(weight), weight.shape[1], weight.device.type) is None
 
 
 def _clipped(layer: LayerRange, weight: Tensor, precision: str) -> LayerRange:
     values = weight.detach().float()
     if layer.channels is not None:
-        values = values * layer.channels.to(values.device)
-    return replace(layer, refined=Refinement(precision, limits=best_limits(values, precision).cpu()))
+        values = values * layer.channels.to(values.device).view(-1, *[1] * (values.dim() - 2))
+    return replace(layer, refined=Refinement(precision, limits=best_limits(values.flatten(1), precision).cpu()))
 
 
 def best_limits(weight: Tensor, precision: str) -> Tensor:

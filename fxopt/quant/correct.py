@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import OptionError
-from fxopt.ir.layers import LINEAR
+from fxopt.ir.layers import ATTENTION, CHANNEL
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Refinement
 from fxopt.quant.awq import layer_rows
@@ -29,12 +29,13 @@ def bias_corrected(
     batches: int = 2,
     forward: Forward | None = None,
 ) -> Calibration:
-    """`calibration` with the mean error of each linear layer of `model` in `precision`, which is taken off its result.
+    """`calibration` with the mean error of each layer of `model` in `precision`, which is taken off its result.
 
     What rounding a weight changes, times what its inputs are on average, is the same for all data (Nagel et al.,
     "Data-free quantization through weight equalization and bias correction", 2019); so is what clipping takes from inputs.
-    The mean is that of rows of `loader`'s first `batches`. A layer keeps its correction only if half of the rows, which
-    the mean of the other half has not seen, get nearer to the model's own results. It is part of the bias, and costs
+    The mean is that of rows of `loader`'s first `batches`, of convolutions that of places in images. A layer keeps its
+    correction only if half of the rows or images, which the mean of the other half has not seen, get nearer to the model's
+    own results. It is part of the bias, and costs
     nothing. What was fitted to the layer's weight in this precision (`fxopt.clipped`) stays.
 
     Raises OptionError for a precision that is none, CalibrationError for no batches.
@@ -42,7 +43,7 @@ def bias_corrected(
     if precision not in PRECISIONS or precision == HIGH:
         raise OptionError(f"there is no precision {precision!r} for layers{suggestion(precision, PRECISIONS)}")
     model = getattr(model, "_orig_mod", model)
-    names = {layer.name for layer in calibration.layers if layer.kind == LINEAR and layer.obstacle is None}
+    names = {layer.name for layer in calibration.layers if layer.kind != ATTENTION and layer.obstacle is None}
     rows = layer_rows(model, itertools.islice(loader, batches), names, forward or call_model)
     layers = (_corrected(calibration, x, rows[x.name], precision) if x.name in rows else x for x in calibration.layers)
     return replace(calibration, layers=tuple(layers))
@@ -58,10 +59,15 @@ def _corrected(calibration: Calibration, layer: LayerRange, call: LayerCall, pre
         off = call.exact().double() - with_table(call, precision, table, layer.name).double()
     if not _helps(off):
         return layer if before is None else replace(layer, refined=bare)
-    return replace(layer, refined=replace(bare, correction=off.mean(0).float().cpu()))
+    return replace(layer, refined=replace(bare, correction=_mean(off).flatten().float().cpu()))
 
 
 def _helps(off: Tensor) -> bool:
-    """Whether the mean of half of the errors [M, N] makes the other half smaller, both ways."""
+    """Whether the mean of half of the errors [M, N, ...] makes the other half smaller, both ways."""
     halves = off[0::2], off[1::2]
-    return all(float((b - a.mean(0)).square().sum()) < float(b.square().sum()) for a, b in (halves, tuple(reversed(halves))))
+    return all(float((b - _mean(a)).square().sum()) < float(b.square().sum()) for a, b in (halves, tuple(reversed(halves))))
+
+
+def _mean(off: Tensor) -> Tensor:
+    """Of each channel: [1, N, ...]."""
+    return off.mean([d for d in range(off.dim()) if d != CHANNEL], keepdim=True)

@@ -205,8 +205,8 @@ def quantized(
     """The layer's result in `precision`, which is not "high", in x's dtype, as passes/quantize.py computes it.
 
     `scale`: of the quantized activations, for all rows; None for one of each row. `zero_point`: what they have for zero.
-    `channels`, float32 [K]: what x is divided by and the weight's columns multiplied by before. Raises KeyError for an
-    unknown precision, ValueError for a layer that has an `obstacle`.
+    `channels`, float32 [K], of a convolution [C_in]: what x is divided by and the weight multiplied by before. Raises
+    KeyError for an unknown precision, ValueError for a layer that has an `obstacle`.
     """
     given = PRECISIONS[precision]
     problem = obstacle(call, precision)
@@ -215,7 +215,7 @@ def quantized(
     if call.window is not None:
         if scale is None:
             raise ValueError(f"convolution {call.name!r} takes its scale from a calibration")
-        return _quantized_convolution(call, precision, scale)
+        return _quantized_convolution(call, precision, scale, channels, refinement)
     group = (group_of(call.weight.shape[1]) or 0) if given.group else 0
     x, weight = call.x.float(), call.weight
     if channels is not None:
@@ -237,16 +237,25 @@ def _shifted(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return ((x * steps.reciprocal() + zero_point).round().clamp(-128.0, 127.0) - zero_point) * steps
 
 
-def _quantized_convolution(call: LayerCall, precision: str, scale: float) -> Tensor:
+def _quantized_convolution(
+    call: LayerCall, precision: str, scale: float, channels: Tensor | None, refinement: Refinement | None
+) -> Tensor:
     """Of values on their grids, which TF32 holds exactly, and scaled afterwards, as kernels do."""
     given = PRECISIONS[precision]
-    weight, scales = quantize_weight(call.weight.flatten(1), getattr(torch, str(given.weights)))
-    steps = call.x.new_tensor(scale, dtype=torch.float32)
-    values = GRIDS[str(given.activations)].rounded(call.x.float() * steps.reciprocal()).float()
-    sums = call.product(values, weight.float().view_as(call.weight), None)
-    columns = [1, -1, *[1] * (sums.dim() - 2)]
-    result = sums * steps * scales.view(columns)
-    return (result if call.bias is None else result + call.bias.float().view(columns)).to(call.x.dtype)
+    columns = [1, -1, *[1] * (call.x.dim() - 2)]
+    x, weight = call.x.float(), call.weight
+    if channels is not None:
+        divisors = channels.to(x.device).view(columns)
+        x, weight = x / divisors, weight.float() * divisors
+    limits, correction = (None, None) if refinement is None else (refinement.limits, refinement.correction)
+    stored, scales = quantize_weight(weight.flatten(1), getattr(torch, str(given.weights)), limits=limits)
+    steps = x.new_tensor(scale)
+    values = GRIDS[str(given.activations)].rounded(x * steps.reciprocal()).float()
+    result = call.product(values, stored.float().view_as(weight), None) * steps * scales.view(columns)
+    for offset in (correction, call.bias):
+        if offset is not None:
+            result = result + offset.to(result.device, torch.float32).view(columns)
+    return result.to(call.x.dtype)
 
 
 def _on_grid(x: Tensor, grid: Grid, scale: float | None) -> Tensor:

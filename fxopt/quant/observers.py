@@ -24,13 +24,37 @@ from fxopt.ir.observer_ops import BINS, FIRST_NOT_FINITE
 Runner = Callable[[list[Any]], Sequence[Any]]
 
 
+class Producer(Protocol):
+    """Which layer makes an operand, and the factors of its channels on the way (passes/producers.py)."""
+
+    @property
+    def layer(self) -> str: ...
+    @property
+    def gains(self) -> Tensor | None: ...
+
+
 class Operand(Protocol):
-    """What a graph says of one operand: its layers (name, kind, shape of the weight) and its dtype."""
+    """What a graph says of one operand: its layers (name, kind, shape of the weight), its dtype, which layer makes it."""
 
     @property
     def layers(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def producer(self) -> Producer | None: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer as one graph has it: `shape` of its weight, `dtype` of what it is given, what was seen of that (None: nothing
+    came), and which layer makes it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    seen: Range | None
+    producer: Producer | None
 
 
 MOVING = 0.01
@@ -103,10 +127,10 @@ class Collector:
         """Whether a compiled graph has `weight` among its weights."""
         return weight.data_ptr() in self._weights
 
-    def layers(self) -> list[tuple[str, str, tuple[int, ...], torch.dtype, Range | None]]:
-        """(name, kind, shape, dtype, range) of each layer, in the order of graphs; range None where nothing was given to it.
+    def layers(self) -> list[Found]:
+        """In the order of graphs; a name stands several times if several of them have it.
 
-        A name stands several times if several graphs have it. Raises CalibrationError for NaN or Inf, naming the first
+        Raises CalibrationError for NaN or Inf, naming the first
         batch and layer that had one.
         """
         self.begin_batch()
@@ -114,7 +138,7 @@ class Collector:
         for graph in self._graphs:
             ranges = graph.ranges()
             for operand, seen, fault in zip(graph.operands, ranges, graph.faults(ranges), strict=True):
-                found += [(*layer, operand.dtype, seen) for layer in operand.layers]
+                found += [Found(*layer, operand.dtype, seen, operand.producer) for layer in operand.layers]
                 faults += [] if fault is None else [(fault, operand.layers[0][0])]
         if faults:
             (batch, what), layer = min(faults, key=lambda fault: fault[0][0])

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import OptionError
-from fxopt.ir.layers import ATTENTION, OPERANDS, attention_of
+from fxopt.ir.layers import ATTENTION, LINEAR, OPERANDS, attention_of
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Decisions
 from fxopt.quant import savings
@@ -98,8 +98,8 @@ def quantize(
     Without a metric, the budget is the relative error of the outputs on the loader's batches that quantizing may add. With
     `metric`, a callable from a model to a number of which higher is better, it is how much of that may be lost; the metric
     is called about ten times. `batches` of the loader are used at most, and kept in memory; `forward` and `method` are
-    those of `fxopt.calibrate`. With `fit`, outliers of channels are moved into weights as it suits the first of
-    `precisions` that is one of integers (`fxopt.activation_aware`). `precisions` are those to choose from; "high", the
+    those of `fxopt.calibrate`. With `fit`, outliers of linear layers' channels are moved into weights as it suits the first
+    of `precisions` that is one of integers (`fxopt.activation_aware`). `precisions` are those to choose from; "high", the
     model's own, always is one. `seconds` is the time for measuring each shape of layer. The model is in evaluation mode;
     its weights are frozen.
 
@@ -117,8 +117,8 @@ def quantize(
     observe = (ATTENTION,) if on_gpu and "fp8" in wanted else ()
     calibration = calibrate(model, kept, forward=forward, method=method, observe=observe, progress=progress, backend=backend)
     integers = next((name for name in wanted if "int" in str(PRECISIONS[name].weights)), None)
-    if fit and integers is not None and groups(calibration, model):
-        calibration = activation_aware(calibration, model, kept, integers, forward=forward)
+    if fit and integers is not None and groups(calibration, model, (LINEAR,)):
+        calibration = activation_aware(calibration, model, kept, integers, forward=forward, kinds=(LINEAR,))
     trial = Trial(model, kept, calibration, forward)
     search = _Search(trial, calibration, metric, budget, backend, seconds, progress)
     return search.run(wanted)

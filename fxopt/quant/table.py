@@ -18,7 +18,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fxopt.ir.layers import LINEAR, attention_of
 from fxopt.options import suggestion
 from fxopt.precision import PRECISIONS, KnownLayer, Refinement
 from fxopt.quant import ranges
-from fxopt.quant.observers import Range
+from fxopt.quant.observers import Found, Range
 
 FORMAT = 1
 
@@ -48,6 +48,8 @@ MORE_PARTS = ("rows", "average")
 CHANNELS = "channels"
 FITTED = ("limits", "correction")
 """Of refinements, where they were made."""
+
+GAINS = "gains"
 
 ROWS, AVERAGE = "rows", "average"
 METHODS = (*ranges.METHODS, ROWS, AVERAGE)
@@ -68,7 +70,9 @@ class LayerRange:
     `precision` and `scale` are the user's: they go before what options and ranges say; so does `symmetric`, which says
     whether zero is the middle of int8's range (None: as the range suggests). `channels`, float32 [K] on the CPU, are powers
     of two by which what a linear layer is given is divided, and its weight multiplied, before both are quantized.
-    `refined` was fitted to the layer as it is then.
+    `refined` was fitted to the layer as it is then. `after` is the layer whose result it is given, through nothing but what
+    scales as that does, such as relu (None: none, or several); its output channels were multiplied by `gains`, float32, on
+    the CPU (None: one).
     """
 
     name: str
@@ -81,6 +85,8 @@ class LayerRange:
     channels: Tensor | None = None
     symmetric: bool | None = None
     refined: Refinement | None = None
+    after: str | None = None
+    gains: Tensor | None = None
 
     @functools.cached_property
     def amax(self) -> float:
@@ -319,7 +325,13 @@ class Calibration:
             for part in FITTED
             if getattr(layer.refined, part, None) is not None
         }
-        return seen | fitted | {f"{x.name}.{CHANNELS}": x.channels.clone() for x in self.layers if x.channels is not None}
+        vectors = {
+            f"{layer.name}.{part}": getattr(layer, part).clone()
+            for layer in self.layers
+            for part in (CHANNELS, GAINS)
+            if getattr(layer, part) is not None
+        }
+        return seen | fitted | vectors
 
     def _joined(self, other: Calibration) -> Calibration:
         if self.method != other.method:
@@ -347,6 +359,7 @@ def _layer_document(layer: LayerRange) -> dict[str, Any]:
         "scale": layer.scale,
         "symmetric": layer.symmetric,
         "refined": None if layer.refined is None else layer.refined.precision,
+        "after": layer.after,
         "amax": layer.amax,
         "elements": layer.elements,
     }
@@ -367,8 +380,9 @@ def _joined_layer(a: LayerRange, b: LayerRange) -> LayerRange:
     seen = b.seen if a.seen is None else a.seen if b.seen is None else a.seen.joined(b.seen)
     channels = b.channels if a.channels is None else a.channels
     symmetric = b.symmetric if a.symmetric is None else a.symmetric
+    one_maker = a.after == b.after and _same(a.gains, b.gains)
     return replace(
-        a,
+        a if one_maker else replace(a, after=None, gains=None),
         seen=seen,
         precision=a.precision or b.precision,
         scale=a.scale or b.scale,
@@ -376,6 +390,10 @@ def _joined_layer(a: LayerRange, b: LayerRange) -> LayerRange:
         symmetric=symmetric,
         refined=None,
     )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _bounds(layer: LayerRange, seen: Range, method: str, grid: ranges.Grid) -> tuple[float, float]:
@@ -458,19 +476,22 @@ def check_method(method: str, layers: Iterable[LayerRange] = ()) -> None:
             )
 
 
-def joined_layers(found: Sequence[tuple[str, str, tuple[int, ...], torch.dtype, Range | None]]) -> tuple[LayerRange, ...]:
+def joined_layers(found: Iterable[Found]) -> tuple[LayerRange, ...]:
     """Layers by name, in the order in which they come first: a module that several graphs call is one layer.
 
     Where they are different layers that share a name, that one has no shape and no range, and stays high.
     """
     layers: dict[str, LayerRange] = {}
-    for name, kind, shape, dtype, seen in found:
-        layer = LayerRange(name, kind, shape, str(dtype).removeprefix("torch."), seen)
-        before = layers.setdefault(name, layer)
+    for each in found:
+        dtype, maker = str(each.dtype).removeprefix("torch."), each.producer
+        layer = LayerRange(each.name, each.kind, each.shape, dtype, each.seen)
+        if maker is not None:
+            layer = replace(layer, after=maker.layer, gains=maker.gains)
+        before = layers.setdefault(each.name, layer)
         if before is layer:
             continue
-        if (before.kind, before.shape, before.dtype) != (kind, shape, layer.dtype):
-            layers[name] = replace(before, shape=(), seen=None)
+        if (before.kind, before.shape, before.dtype) != (layer.kind, layer.shape, layer.dtype):
+            layers[each.name] = replace(before, shape=(), seen=None, after=None, gains=None)
         else:
-            layers[name] = _joined_layer(before, layer)
+            layers[each.name] = _joined_layer(before, layer)
     return tuple(layers.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fxopt.quant.table import (
     DTYPES,
     FITTED,
     FORMAT,
+    GAINS,
     MORE_PARTS,
     PARTS,
     Calibration,
@@ -56,6 +57,7 @@ class Reader:
             )
         tensors = self.tensors()
         layers = tuple(self.with_range(*pair, tensors) for pair in zip(described, listed, strict=True))
+        self.check_producers(layers)
         if tensors:
             raise self.fail("tensors", f"{min(tensors)!r} belongs to no layer")
         method = self.get(self.document, "method", str, "method")
@@ -95,7 +97,10 @@ class Reader:
         channels = self.channels(where, described, tensors)
         refined = self.refined(where, described, given.get("refined"), tensors)
         seen = self.range(where, described.name, tensors)
-        layer = replace(described, seen=seen, channels=channels, refined=refined)
+        after, gains = given.get("after"), tensors.pop(f"{described.name}.{GAINS}", None)
+        if after is not None and not isinstance(after, str):
+            raise self.fail(where, f"it comes after {after!r}, which is no layer's name")
+        layer = replace(described, seen=seen, channels=channels, refined=refined, after=after, gains=gains)
         for what, value in (("amax", layer.amax), ("elements", layer.elements)):
             if given.get(what) != value:
                 raise self.fail(
@@ -103,13 +108,26 @@ class Reader:
                 )
         return layer
 
+    def check_producers(self, layers: Sequence[LayerRange]) -> None:
+        shapes = {layer.name: layer.shape for layer in layers}
+        for layer in layers:
+            where, gains = f"layer {layer.name!r}", layer.gains
+            if layer.after is not None and layer.after not in shapes:
+                raise self.fail(where, f"it comes after {layer.after!r}, which is no layer")
+            if gains is None:
+                continue
+            if layer.after is None or gains.dtype != torch.float32 or tuple(gains.shape) != shapes[layer.after][:1]:
+                raise self.fail(where, "its gains are no float32 vector for the output channels of the layer before it")
+            if not bool((gains.isfinite() & (gains >= 0)).all()):
+                raise self.fail(where, "its gains are not finite, or negative")
+
     def channels(self, where: str, layer: LayerRange, tensors: dict[str, Tensor]) -> Tensor | None:
         """Takes the layer's own out of `tensors`."""
         found = tensors.pop(f"{layer.name}.{CHANNELS}", None)
         if found is None:
             return None
-        if layer.kind != LINEAR or found.dtype != torch.float32 or tuple(found.shape) != layer.shape[1:]:
-            raise self.fail(where, "its channels are no float32 vector for the columns of a linear layer's weight")
+        if layer.kind == ATTENTION or found.dtype != torch.float32 or tuple(found.shape) != layer.shape[1:2]:
+            raise self.fail(where, "its channels are no float32 vector for the input channels of its weight")
         if not bool((found.isfinite() & (found > 0)).all()) or bool((found.frexp().mantissa != 0.5).any()):
             raise self.fail(where, "its channels are not scaled by powers of two")
         return found
@@ -119,10 +137,10 @@ class Reader:
         limits, correction = (tensors.pop(f"{layer.name}.{part}", None) for part in FITTED)
         if precision is None and limits is None and correction is None:
             return None
-        if precision not in PRECISIONS or layer.kind != LINEAR:
-            raise self.fail(where, f"it is refined for {precision!r}, which is no precision of a linear layer")
+        if precision not in PRECISIONS or layer.kind == ATTENTION:
+            raise self.fail(where, f"it is refined for {precision!r}, which is no precision of such a layer")
         for what, found in (("limits", limits), ("correction", correction)):
-            dims = (1, 2) if what == "limits" else (1,)
+            dims = (1, 2) if what == "limits" and layer.kind == LINEAR else (1,)
             if found is None:
                 continue
             if found.dtype != torch.float32 or found.dim() not in dims or found.shape[0] != layer.shape[0]:

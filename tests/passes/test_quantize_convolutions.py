@@ -43,6 +43,9 @@ class Ranges:
     def channels(self, layer: str) -> None:
         return None
 
+    def refinement(self, layer: str, precision: str) -> None:
+        return None
+
 
 def quantized(
     fn: Any, args: tuple[Tensor, ...], frozen: tuple[int, ...], precision: Any = "int8", table: Any = None, **options: Any

@@ -14,7 +14,7 @@ from torch import Tensor
 from fxopt.errors import CalibrationError
 from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.quant import ranges
-from fxopt.quant.observers import Range
+from fxopt.quant.observers import Found, Range
 from fxopt.quant.table import AMBIGUOUS, NEVER, ZERO, Calibration, LayerRange, joined_layers
 
 LINEAR = "linear"
@@ -91,7 +91,7 @@ def test_scales_come_from_limits(precision: str) -> None:
 def test_what_stands_in_the_way() -> None:
     zero = LayerRange("z", LINEAR, (4, 8), "float32", seen(torch.zeros(3, 8)))
     one, other = (LayerRange("a", LINEAR, shape, "float32", None) for shape in ((4, 8), (4, 9)))
-    found = [(x.name, x.kind, x.shape, torch.float32, seen(torch.randn(3, 8))) for x in (one, other)]
+    found = [Found(x.name, x.kind, x.shape, torch.float32, seen(torch.randn(3, 8)), None) for x in (one, other)]
     (ambiguous,) = joined_layers(found)
     assert (zero.obstacle, one.obstacle, ambiguous.obstacle) == (ZERO, NEVER, AMBIGUOUS)
     with pytest.raises(CalibrationError, match="'z' has no scale"):
@@ -100,7 +100,7 @@ def test_what_stands_in_the_way() -> None:
 
 def test_a_name_in_several_graphs_is_one_layer() -> None:
     parts = torch.randn(4, 8), torch.randn(5, 8)
-    (layer,) = joined_layers([("a", LINEAR, (4, 8), torch.float32, seen(x)) for x in parts])
+    (layer,) = joined_layers([Found("a", LINEAR, (4, 8), torch.float32, seen(x), None) for x in parts])
     whole = seen(torch.cat(parts))
     assert layer.seen is not None
     assert torch.equal(layer.seen.maximum, whole.maximum) and torch.equal(layer.seen.histogram, whole.histogram)
