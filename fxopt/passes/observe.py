@@ -9,13 +9,14 @@ magnitudes (of an image, of its places'). `graph.notes["observed"]` says in whic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt.ir.graph import Phase
 from fxopt.ir.layers import ATTENTION, CHANNEL, Layer, attention_layers, layers
-from fxopt.ir.observer_ops import exponent_histogram
+from fxopt.ir.observer_ops import exponent_histogram, sampling_step
 from fxopt.passes.context import Context
 from fxopt.passes.facts import tensor
 from fxopt.passes.producers import Producer, Producers
@@ -100,22 +101,41 @@ def _of_attention(context: Context) -> list[tuple[fx.Node, fx.Node, Described]]:
 
 def _observers(context: Context, x: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
     """The least, the largest and the histogram of x, and that of its rows."""
-    others = [d for d in range(x.meta["val"].dim()) if d != CHANNEL]
-    made = []
-    for target, args in ((aten.amin.default, (x, others)), (aten.amax.default, (x, others)), (exponent_histogram, (x,))):
-        node = context.derive(target, args, reader, symbolic=True)
-        if node is None:
-            return None
-        made.append(node)
-    if context.graph.notes.get(ROWS):
-        node = x
-        for target, more in ((aten.abs.default, ()), (aten.amax.default, ([CHANNEL],)), (exponent_histogram, ())):
-            derived = context.derive(target, (node, *more), reader, symbolic=True)
-            if derived is None:
-                return None
-            node = derived
-        made.append(node)
+    try:
+        least, largest = (_made(context, reader, target, x, _places(x)) for target in (aten.amin.default, aten.amax.default))
+        made = [least, largest, _made(context, reader, exponent_histogram, x, *_ends(context, reader, x, least, largest))]
+        if context.graph.notes.get(ROWS):
+            magnitudes = _made(context, reader, aten.abs.default, x)
+            rows = _made(context, reader, aten.amax.default, magnitudes, [CHANNEL])
+            made.append(_made(context, reader, exponent_histogram, rows))
+    except _NotPropagatedError:
+        return None
     return made
+
+
+class _NotPropagatedError(Exception):
+    """A node has no value for its sizes."""
+
+
+def _made(context: Context, reader: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A call in front of `reader`. Raises _NotPropagatedError."""
+    node = context.derive(target, args, reader, symbolic=True)
+    if node is None:
+        raise _NotPropagatedError
+    return node
+
+
+def _places(x: fx.Node) -> list[int]:
+    """All dimensions but that of channels."""
+    return [d for d in range(x.meta["val"].dim()) if d != CHANNEL]
+
+
+def _ends(context: Context, reader: fx.Node, x: fx.Node, least: fx.Node, largest: fx.Node) -> tuple[fx.Node, ...]:
+    """What a histogram of a sample of x needs besides: the least and the largest element, from those of channels."""
+    shape = x.meta["val"].shape
+    if all(isinstance(size, int) for size in shape) and sampling_step(shape) == 1:
+        return ()
+    return _made(context, reader, aten.amin.default, least), _made(context, reader, aten.amax.default, largest)
 
 
 def _append(context: Context, results: list[fx.Node]) -> None:

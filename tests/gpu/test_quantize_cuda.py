@@ -44,6 +44,24 @@ def test_histograms_are_the_cpus() -> None:
     assert torch.equal(exponent_histogram(x).cpu(), exponent_histogram(x.cpu()))
 
 
+@pytest.mark.parametrize("shape", [(257, 1031), (12608, 768), (16, 24, 14, 14), (70_000,)])
+def test_histograms_of_a_graph_are_those_of_the_op(shape: tuple[int, ...]) -> None:
+    """Kernels of ours count there; of twelve thousand rows they count a sample, and both ends."""
+    x = torch.randn(shape, device="cuda").mul(50).bfloat16()
+    x.view(-1)[:4] = torch.tensor([0.0, float("inf"), float("nan"), -1e20])
+    x.view(-1)[-1] = -float("inf")
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def counted(x: Tensor) -> Tensor:
+        return exponent_histogram(x, x.amin(), x.amax())
+
+    torch.compiler.reset()
+    for options in ({"tuning_seconds": 0, "cuda_graphs": False}, {}):
+        with torch.no_grad():
+            got = torch.compile(counted, backend=resolve_backend("fxopt"), options=options)(x)
+        assert torch.equal(got, counted(x)) and torch.equal(got, exponent_histogram(x))
+
+
 def test_calibrating_twice_gives_the_same() -> None:
     model, data = network(), [torch.randn(2, 64, 256, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     first, second = (calibrate(model, data, progress=False, backend=resolve_backend("fxopt")) for _ in range(2))

@@ -9,6 +9,7 @@ from fxopt.lower.ops import (
     indexing,
     joins,
     linear_cross_entropy,
+    observers,
     pointwise,
     pooling,
     quantized,
@@ -44,4 +45,5 @@ TABLES = (
     upsampling.TABLE,
     linear_cross_entropy.TABLE,
     quantized.TABLE,
+    observers.TABLE,
 )
