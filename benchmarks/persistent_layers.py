@@ -129,7 +129,7 @@ def block_of(w, scale, n, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constex
 
 @triton.jit
 def sums_of(low, high, block, BITS: tl.constexpr):
-    """The row times a block, float32 [BN]: low and high [PARTS, STEPS, PART] are its halves; but of 4 bits low is all of it."""
+    """The row times a block, float32 [BN]. Of 4 bits low and high [PARTS, STEPS, PART] are its halves, else low is all."""
     weights, scale, other_scale = block
     if BITS == 4:
         w_low, w_high = with_128(weights)
