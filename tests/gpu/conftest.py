@@ -16,8 +16,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[GraphedExecutor]:
     found: list[GraphedExecutor] = []
 
     class Watched(GraphedExecutor):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             found.append(self)
 
     monkeypatch.setattr(cuda_graph, "GraphedExecutor", Watched)
