@@ -225,6 +225,28 @@ def test_softmax(interpreter: Interpreter, config: TritonConfig, dtype: torch.dt
     check(interpreter, case, config, a=x)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("log", [False, True])
+def test_softmax_of_neighbours_together(interpreter: Interpreter, dtype: torch.dtype, log: bool) -> None:
+    """A thread's neighbours share an accumulator; rows end within a block, and some hold nothing but one infinity."""
+    config = TritonConfig(2, r_block=256, persistent=False, num_warps=1)
+    case = nests.softmax(7, 1000, dtype, log=log)
+    (printed,) = print_region(case.region, config, TARGET).kernels
+    assert "h.softmax_step" in printed.text and "RB // " in printed.text
+    x = sample(case, "a")
+    x[0], x[1, 300:], x[2, 0], x[3, 999], x[4, :900] = -torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
+    x[5] *= 80
+    check(interpreter, case, config, a=x)
+
+
+def test_many_short_rows_share_programs() -> None:
+    """Programs of 2 KiB would start more slowly than memory moves so much; few of them do not matter."""
+    for case in (nests.softmax(1 << 20, 64, BF16), nests.softmax(1 << 16, 1024, BF16)):
+        first = every_config(case)[0]
+        assert first.x_block * first.r_block * 4 >= 8192
+    assert every_config(nests.softmax(1 << 12, 1024, BF16))[0].x_block == 1
+
+
 def test_symbolic_softmax(interpreter: Interpreter) -> None:
     s0, s1 = Sym("s0", lo=1), Sym("s1", lo=1)
     check(interpreter, nests.softmax(symbol(s0), symbol(s1), F32, log=True, s0=5, s1=37), LOOPED)
