@@ -314,7 +314,10 @@ def test_parts_of_whole_images_are_read_along_their_pixels() -> None:
     assert part.compile_options["constexprs"]["XB"] == 1
 
 
-@pytest.mark.parametrize("config", [TritonConfig(128, rows=True), TritonConfig(256, rows=True), TritonConfig(128)])
+@pytest.mark.parametrize(
+    "config",
+    [TritonConfig(128, rows=True), TritonConfig(256, rows=True), TritonConfig(128, y_block=4, rows=True), TritonConfig(128)],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_programs_of_one_row(interpreter: Interpreter, config: TritonConfig, dtype: torch.dtype) -> None:
     images = symbol(Sym("s0", lo=1))

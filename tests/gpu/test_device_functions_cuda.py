@@ -21,3 +21,17 @@ def test_a_normal_distribution_at_its_ends() -> None:
     x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 100.0, -100.0], device="cuda").repeat(300)
     actual = torch.compile(lambda x: 1 + torch.erf(x), backend="fxopt")(x)
     torch.testing.assert_close(actual, 1 + torch.erf(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("row", [64, 1024, 40000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_and_its_logarithm(row: int, dtype: torch.dtype) -> None:
+    """Rows of infinities, of NaN and far apart; eager's values to a few units, those that are zero there exactly."""
+    x = torch.randn(512, row, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 20
+    x[0], x[1, 3:], x[2, 1], x[3, 2], x[4, :40] = -torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
+    x = x.to(dtype)
+    for function in (torch.softmax, torch.log_softmax):
+        actual = torch.compile(lambda x, f=function: f(x, -1), backend="fxopt")(x)
+        expected = function(x.double(), -1)
+        tolerance = 4e-6 if dtype == torch.float32 else 8e-3
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=1e-37, equal_nan=True)
