@@ -26,12 +26,12 @@ def test_a_normal_distribution_at_its_ends() -> None:
 @pytest.mark.parametrize("row", [64, 1024, 40000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_softmax_and_its_logarithm(row: int, dtype: torch.dtype) -> None:
-    """Rows of infinities, of NaN and far apart; eager's values to a few units, those that are zero there exactly."""
+    """Rows of infinities, of NaN and far apart. A difference of 100 has a rounding error of 4e-6, which exp makes relative."""
     x = torch.randn(512, row, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 20
     x[0], x[1, 3:], x[2, 1], x[3, 2], x[4, :40] = -torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
     x = x.to(dtype)
-    for function in (torch.softmax, torch.log_softmax):
+    for function, least in ((torch.softmax, 1e-37), (torch.log_softmax, 2e-5)):
         actual = torch.compile(lambda x, f=function: f(x, -1), backend="fxopt")(x)
         expected = function(x.double(), -1)
-        tolerance = 4e-6 if dtype == torch.float32 else 8e-3
-        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=1e-37, equal_nan=True)
+        tolerance = 2e-5 if dtype == torch.float32 else 8e-3
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=least, equal_nan=True)
