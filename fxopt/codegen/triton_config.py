@@ -154,7 +154,7 @@ def _fill(points: int, block: int, target: Target) -> float:
 def _bytes_each(tiling: Tiling) -> int:
     """Bytes that an iteration reads and writes in memory, about: what is read twice comes out of a cache."""
     streams = set(_streams(tiling))
-    names = [n.buffer for n in (*tiling.merged.loads(), *tiling.merged.stores)]
+    names = [*(load.buffer for load in tiling.merged.loads()), *(store.buffer for store in tiling.merged.stores)]
     return sum({n: a.itemsize for n, a in zip(names, tiling.accesses, strict=True) if a in streams}.values()) or 1
 
 
@@ -291,11 +291,11 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         together //= 2
     values = min(even, max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling)))
     found = []
-    other = (min(32, values), together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
-    shapes = [(min(16, values), together), (min(8, values), together), other]
+    other = (32, together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
+    sharing = [(min(16, values), together), (min(8, values), together), other]
     if (enough := _enough(rows, row, _bytes_each(tiling), target, together)) > together:
-        shapes = [(min(16, values), enough), (min(32, values), enough), *shapes]
-    for per_thread, count in shapes:
+        sharing = [(min(16, values), enough), (min(32, values), enough), *sharing]
+    for per_thread, count in sharing:
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
     if once and together == 1 and rows >= 4 * target.sm_count and _shares_rows(tiling):
         found.insert(2, replace(found[0], x_block=2))  # twice the bytes in flight, and half the reads of what is shared

@@ -26,7 +26,7 @@ def test_a_normal_distribution_at_its_ends() -> None:
 @pytest.mark.parametrize("row", [64, 1024, 40000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_softmax_and_its_logarithm(row: int, dtype: torch.dtype) -> None:
-    """Rows of infinities, of NaN and far apart. A difference of 100 has a rounding error of 4e-6, which exp makes relative."""
+    """Rows of infinities, of NaN and far apart. A difference of 100 has an error of 4e-6, which exp makes relative."""
     x = torch.randn(512, row, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 20
     x[0], x[1, 3:], x[2, 1], x[3, 2], x[4, :40] = -torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
     x = x.to(dtype)
@@ -35,3 +35,10 @@ def test_softmax_and_its_logarithm(row: int, dtype: torch.dtype) -> None:
         expected = function(x.double(), -1)
         tolerance = 2e-5 if dtype == torch.float32 else 8e-3
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=least, equal_nan=True)
+
+
+def test_a_sigmoid_before_rounding() -> None:
+    x = torch.linspace(-90, 90, 4096, device="cuda").to(torch.bfloat16)
+    x[:3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    actual = torch.compile(torch.sigmoid, backend="fxopt")(x)
+    torch.testing.assert_close(actual, torch.sigmoid(x), rtol=8e-3, atol=1.2e-38, equal_nan=True)
