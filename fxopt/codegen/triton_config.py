@@ -48,6 +48,7 @@ _WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from w
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
 _PROGRAM_BYTES = 8 << 10  # read and written, in whose time a GPU starts a program: an H200 one in 1.28 ns, which moves 5 KB
 _MANY_PROGRAMS = 32  # for each SM, from which on the rate at which they start may decide
+_TURNING_WARPS = 32  # of an SM, for programs that load their next rows while they reduce one
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -73,6 +74,7 @@ class TritonConfig:
     aligned: bool = True
     rows: bool = False
     statistics: bool = False
+    programs: int = 0
 
     def __str__(self) -> str:
         shape = f"{'statistics ' if self.statistics else ''}x{self.x_block}"
@@ -80,6 +82,7 @@ class TritonConfig:
         shape += " rows" if self.rows else ""
         shape += f" r{self.r_block}{'' if self.persistent else ' looped'}" if self.r_block > 1 else ""
         ahead = f" stages{self.stages}" if self.stages > 1 else ""
+        ahead += f" programs{self.programs}" if self.programs else ""
         return f"{shape} w{self.num_warps}{ahead}" + (f" split{self.split}" if self.split > 1 else "")
 
 
@@ -301,13 +304,30 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         found.insert(2, replace(found[0], x_block=2))  # twice the bytes in flight, and half the reads of what is shared
     if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
+    turning = _turning(tiling, rows, found[0], target)
     roomy = [c for c in found if _fits_registers(tiling, c, target)]
     if not roomy and not looped:
         looped = [TritonConfig(1, r_block=block, persistent=False, num_warps=4)]
     crowded = rows >= target.sm_count  # else no program is kept out, and all loads at once are the fastest
     if once and crowded and block > (_LONG_BLOCK if _has_welford(tiling) else _LONG_BLOCK // 2):
-        return [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
-    return [*roomy, *looped, *(c for c in found if c not in roomy)]
+        ranked = [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
+    else:
+        ranked = [*roomy, *looped, *(c for c in found if c not in roomy)]
+    return [*ranked[:1], *turning, *ranked[1:]]
+
+
+def _turning(tiling: Tiling, rows: int, config: TritonConfig, target: Target) -> list[TritonConfig]:
+    """As many programs of `config` as run at once, each loading its next rows while it reduces one: else a program's loads
+    all wait, and its sums then wait for each other while nothing is loaded."""
+    nest = tiling.nest
+    along = frozenset(tiling.r.symbols)
+    gathers = any(n.indirect and along & n.symbols() for n in tiling.merged.loads())
+    plain = not gathers and all(s.mode == "set" for s in nest.stores)
+    programs = target.sm_count * max(1, min(8, _TURNING_WARPS // config.num_warps))
+    turning = replace(config, stages=3, programs=programs)
+    long = config.r_block >= _ROW_WORTH_FETCHING and rows >= 8 * programs * config.x_block
+    each = turning.x_block * turning.r_block * _bytes_each(tiling) * 2
+    return [turning] if plain and long and programs // target.sm_count * each <= target.shared_per_block else []
 
 
 def _group_configs(tiling: Tiling, size: int, target: Target) -> list[TritonConfig]:
@@ -496,10 +516,10 @@ def join_config(region: Region, target: Target) -> TritonConfig:
 
 
 def part_count(rows: Int, config: TritonConfig) -> Int:
-    """How many programs, about `config.split`, take `rows` points in turns of `config.x_block` so that all take equally many
-    turns, or one less."""
-    turn = config.x_block
-    each = mul(floordiv(rows + (config.split * turn - 1), config.split * turn), turn)
+    """How many programs, about `config.programs` or `config.split`, take `rows` points in turns of `config.x_block` so that
+    all take equally many turns, or one less."""
+    turn, wanted = config.x_block, config.programs or config.split
+    each = mul(floordiv(rows + (wanted * turn - 1), wanted * turn), turn)
     return floordiv(rows + each - 1, each)
 
 

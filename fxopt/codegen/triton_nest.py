@@ -92,7 +92,7 @@ def _tiling(region: Region, config: TritonConfig) -> Tiling:
 
 def _print(region: Region, config: TritonConfig, stage: str | None, names: Names, index64: bool) -> _Kernel:
     kernel = _open(region, config, stage, names, index64)
-    if _sums_parts(kernel):
+    if _takes_turns(kernel):
         _print_parts(kernel)
     elif kernel.tiling.reduces and not config.persistent:
         _print_looped(kernel)
@@ -109,7 +109,9 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
     elif tiling.y.symbols:
         blocks = {"y": "YB", "x": "XB"}
     single = (a for a, size in (("x", config.x_block), ("y", config.y_block)) if a in blocks and size == 1)
-    in_parts = any(s.mode == "part" for s in tiling.nest.stores)  # whose loop fetches blocks ahead, and no scalars
+    in_parts = config.programs > 0 or any(
+        s.mode == "part" for s in tiling.nest.stores
+    )  # whose loop fetches blocks ahead, and no scalars
     sizes = {"x": config.x_block, "y": config.y_block, "r": config.r_block}
     run = byte_run(tiling) if all(sizes[a] == 1 or sizes[a] >= BYTE_RUN for a in blocks) else 0
     frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else frozenset(single), run)
@@ -358,12 +360,12 @@ def _print_looped(kernel: _Kernel) -> None:
     emitter.outer += [*_barrier(kernel.tiling.nest), *at_end]
 
 
-def _sums_parts(kernel: _Kernel) -> bool:
-    return any(s.mode == "part" for s in kernel.tiling.nest.stores)
+def _takes_turns(kernel: _Kernel) -> bool:
+    return kernel.config.programs > 0 or any(s.mode == "part" for s in kernel.tiling.nest.stores)
 
 
 def _print_parts(kernel: _Kernel) -> None:
-    """One loop over a part of the points, whole rows at a time, with sums over those points in registers.
+    """One loop over a part of the points, whole rows at a time, with the sums over those points, if any, in registers.
 
     The programs take turns, so that all of them together walk through memory in order, and not as many streams as there are
     programs, far from each other.
@@ -493,7 +495,7 @@ def _finish(kernels: list[_Kernel], limits: tuple[Int, ...] = ()) -> KernelSourc
         text=text,
         buffers=tuple(names.buffers),
         sizes=tuple(size_expressions(names)),
-        grid=(part_count(kernel.tiling.x.extent, kernel.config) if _sums_parts(kernel) else _grid(kernel), 1, 1),
+        grid=(part_count(kernel.tiling.x.extent, kernel.config) if _takes_turns(kernel) else _grid(kernel), 1, 1),
         compile_options=options,
         errors=tuple(names.errors),
     )

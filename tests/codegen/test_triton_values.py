@@ -211,6 +211,7 @@ def test_transposed(interpreter: Interpreter, config: TritonConfig) -> None:
         replace(LOOPED, stages=3),
         TritonConfig(1, split=4),
         TritonConfig(1, split=3),
+        TritonConfig(4, stages=3, programs=2),
     ],
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -252,7 +253,9 @@ def test_symbolic_softmax(interpreter: Interpreter) -> None:
     check(interpreter, nests.softmax(symbol(s0), symbol(s1), F32, log=True, s0=5, s1=37), LOOPED)
 
 
-@pytest.mark.parametrize("config", [TritonConfig(1), TritonConfig(4), LOOPED, TritonConfig(1, split=3)])
+@pytest.mark.parametrize(
+    "config", [TritonConfig(1), TritonConfig(4), LOOPED, TritonConfig(1, split=3), TritonConfig(2, stages=3, programs=2)]
+)
 @pytest.mark.parametrize("row", [96, 100])
 def test_layer_norm(interpreter: Interpreter, config: TritonConfig, row: int) -> None:
     case = nests.layer_norm(7, row, F32)
