@@ -147,6 +147,14 @@ def _pressure(tiling: Tiling) -> int:
     return max(1, (len(tiling.accesses) + heavy // 4) * wide)
 
 
+def _block_values(tiling: Tiling) -> int:
+    """Elements for each thread that stay clear of spilling, where what is one value for a row counts for nothing."""
+    along = frozenset(tiling.r.symbols)
+    blocks = [a for a in tiling.accesses if along & free_symbols(a.index)] if along else _streams(tiling)
+    heavy = sum(isinstance(n, Op) and n.name not in _CHEAP for n in postorder(tiling.nest.roots))
+    return 2 * _VALUES_PER_THREAD // max(1, len(blocks) + heavy // 4)
+
+
 def _fill(points: int, block: int, target: Target) -> float:
     """Share of the GPU's SMs that a grid of `points / block` programs keeps busy (several programs fit on one SM)."""
     programs = -(-points // block)
@@ -216,8 +224,9 @@ def _row_point_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     block = min((1024, 2048, 512, 256), key=idle)
     pieces = tiling.y.hint * -(-row // block)
     together = min(_enough(pieces, block, _bytes_each(tiling), target), 1 << (tiling.y.hint.bit_length() - 1))
-    found = [_row_points(tiling, block, count) for count in dict.fromkeys((together, 1))]
-    one = found[-1]
+    several, one = (_row_points(tiling, block, count) for count in (together, 1))
+    fits = block * together // (32 * several.num_warps) <= _block_values(tiling)  # a pool's windows are many values
+    found = [several, one] if fits and together > 1 else [one]
     crowded = block // (32 * one.num_warps) * _pressure(tiling) > 2 * _VALUES_PER_THREAD  # a pool's windows, loaded at once
     return [*found, replace(one, num_warps=2 * one.num_warps)] if crowded and one.num_warps < 16 else found
 
@@ -297,7 +306,8 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     other = (32, together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
     sharing = [(min(16, values), together), (min(8, values), together), other]
     if (enough := _enough(rows, row, _bytes_each(tiling), target, together)) > together:
-        sharing = [(min(16, values), enough), (min(32, values), enough), *sharing]
+        room = min(even, max(8, _block_values(tiling)))
+        sharing = [(min(16, room), enough), (min(32, room), enough), *sharing]
     for per_thread, count in sharing:
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
     if once and together == 1 and rows >= 4 * target.sm_count and _shares_rows(tiling):

@@ -23,6 +23,7 @@ from fxopt.codegen.triton_values import (
     ARITHMETIC,
     counts_index,
     exact_reciprocal,
+    is_bell,
     is_clamped,
     is_narrow_comparison,
     is_share,
@@ -279,6 +280,8 @@ class Emitter:
         if is_share(node):
             share = "share_before_rounding" if self._may_be_fast(node) else "share"
             return f"h.{share}({', '.join(args)})"
+        if is_bell(node) and node in self._rounded_later:
+            return f"h.flushing_exp({args[0]})"
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
         return ops.apply(node.name, args, source, node.dtype, self._may_be_fast(node))
@@ -329,7 +332,7 @@ class Emitter:
         compiler finds them equal; alone, the fast one, whose error vanishes in a sum that is at least 1."""
         nodes = [n for n in postorder(self.frame.tiling.nest.roots) if isinstance(n, Op) and n.name == "exp"]
         if not nodes:
-            return "h.exp_in_sum"
+            return "h.flushing_exp"
         return "libdevice.exp" if any(n not in self._rounded and n.dtype not in ops.HALF for n in nodes) else "tl.exp"
 
     def _narrow_text(self, node: Scalar) -> str:

@@ -133,6 +133,18 @@ def is_share(node: Scalar) -> bool:
     return isinstance(top, Reduce) and top.output == 0 and (top.kind, top.operands) == (total.kind, total.operands)
 
 
+def is_bell(node: Scalar) -> bool:
+    """exp(-c * x * x), whose value is at most 1 and falls faster than a relative error of its exponent grows."""
+    if not (isinstance(node, Op) and node.name == "exp" and node.dtype == torch.float32):
+        return False
+    product = node.args[0]
+    if not (isinstance(product, Op) and product.name == "mul"):
+        return False
+    square, factor = product.args
+    negative = isinstance(factor, Const) and factor.value < 0
+    return negative and isinstance(square, Op) and square.name == "mul" and square.args[0] is square.args[1]
+
+
 def exact_reciprocal(node: Scalar) -> float | None:
     """1 / `node` if that is a known power of two, far from the ends of float32."""
     node = uncast(node)
