@@ -179,8 +179,8 @@ def _value(case: GemmCase, bias: str) -> str:
 def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     extra = "b3" if result == "partial" else "(b2, b3)"
     gated = case.epilogue == "gated"
-    call = gemm_call(case.problem, config, c="b4", extra=extra)
-    third = ["gate"] if gated else []
+    call = gemm_call(case.problem, config, c="b4", narrow="b4", extra=extra)
+    third = ["gate"] if gated else ["w"] if config.classes > 1 else []
     blocks, parameter = "acc, gate" if gated else "acc", ", b4" * len(third)
     place, below = f"b3 + (y * {case.n} + x)", f"x < {case.n}"
 

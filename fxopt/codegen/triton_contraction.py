@@ -193,7 +193,10 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
     module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE
     if config.classes > 1:
         module = gemm_entry.ALIGNED_MODULE
-    return source_of(contraction, entry, call, epilogue, config.warps, config.stages, module)
+    source = source_of(contraction, entry, call, epilogue, config.warps, config.stages, module)
+    if config.classes > 1:  # b has a second descriptor
+        return replace(source, buffers=(*_operands(contraction), contraction.b.buffer, *epilogue.buffers))
+    return source
 
 
 def _rows(contraction: Contraction) -> str:
@@ -334,8 +337,9 @@ def _print_aligned_epilogues(contraction: Contraction, problem: GemmProblem, con
     """The functions of `aligned_gemm.py`: for blocks within the columns, in whole vectors, and at their ends."""
     ragged = problem.m % (config.classes * config.block_m) != 0
     vectors = (_VECTORS, config.loaded > config.block_n) if config.vectors else None
-    inside = _print_epilogue(contraction, _EPILOGUE, ragged, False, run=problem.run, vectors=vectors)
-    edge = _print_epilogue(contraction, _EDGE, ragged, True, below=True)
+    reserved = len(_operands(contraction)) + 1
+    inside = _print_epilogue(contraction, _EPILOGUE, ragged, False, reserved, run=problem.run, vectors=vectors)
+    edge = _print_epilogue(contraction, _EDGE, ragged, True, reserved, below=True)
     assert (inside.buffers, inside.sizes) == (edge.buffers, edge.sizes), "one tuple of parameters serves both"
     return replace(inside, text=f"{inside.text}\n\n\n{edge.text}")
 

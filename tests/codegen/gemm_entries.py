@@ -36,12 +36,14 @@ def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSourc
     """
     m, n, k = (name if name in run_time else str(getattr(p, name)) for name in "mnk")
     split = config.split > 1
-    call = gemm_call(p, config, c="b3", extra="b2" if split else f"(b2, {m}, {n})", sizes=(str(p.batch), m, n, k))
+    call = gemm_call(
+        p, config, c="b3", narrow="b3", extra="b2" if split else f"(b2, {m}, {n})", sizes=(str(p.batch), m, n, k)
+    )
     sizes = list(run_time)
     place, inside = "b2 + (z * (m * n) + y * n + x)", "(y < m) & (x >= 0) & (x < n)"
     vectors = f"tl.multiple_of({place}, [1, 16])"
     blocks, value = ("acc", "") if p.c is None else ("one, two", "    acc = one * (two + 1.0)\n")
-    third = ["b3"] if p.c is not None else []
+    third = ["b3"] if p.c is not None or config.classes > 1 else []
 
     def function(name: str, pointer: str, mask: str) -> str:
         head = f"@triton.jit\ndef {name}({blocks}, y, x, z, extra):\n    b2, m, n = extra\n{value}"
@@ -65,7 +67,7 @@ def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSourc
         "tensor_maps": call.tensor_maps,
     }
     values = tuple(symbol(Sym(name)) for name in sizes)
-    buffers = ("a", "b", "result", *("c" for _ in third))
+    buffers = ("a", "b", "result", *("c" if p.c is not None else "b" for _ in third))
     return KernelSource("triton", "product", text, buffers, values, (call.grid, 1, 1), options)
 
 

@@ -262,7 +262,7 @@ def test_a_bias_is_loaded_once_for_a_tile(columns: int) -> None:
     _, meta = compile_triton(kernel, TARGET)
     assert meta["n_spills"] == 0
     inside, *edge = kernel.text.split("def edge")
-    text = "def edge".join([inside, *(e.replace("tl.load(b2 + x, x_mask)", "0.0 * x") for e in edge)])
+    text = "def edge".join([inside, *(e.replace("tl.load(b3 + x, x_mask)", "0.0 * x") for e in edge)])
     assert compile_to_text(replace(kernel, text=text), TARGET, "ptx").count("ld.global") == 1
 
 

@@ -273,6 +273,18 @@ class GemmConfig:
         return max(self.block_n, 32 * self.warps)
 
     @property
+    def narrow(self) -> int:
+        """Columns of the tiles at the ends of rows, where `classes` is above 1."""
+        return max(self.block_n // 4, 16)
+
+    def narrow_tiles(self, problem: GemmProblem) -> int:
+        """Such tiles of a row: one before its whole ones, and those for what is left after these, which begin up to
+        a vector earlier.
+        """
+        left = (problem.n - self.narrow) % self.block_n + problem.run - gcd(problem.pitch, problem.run)
+        return 1 + ceil(left / self.narrow)
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """What makes a difference that a model can hardly predict."""
         tile = (self.block_m, self.block_n, self.block_k, self.warps)
@@ -432,7 +444,7 @@ def _persistent(problem: GemmProblem, config: GemmConfig, target: Target) -> Ite
 def _aligned(problem: GemmProblem, config: GemmConfig, target: Target) -> Iterator[GemmConfig]:
     """Rows of equal alignment in a tile, where rows of the result begin anywhere."""
     classes = problem.classes
-    whole = problem.k % config.block_k == 0 and problem.m % classes == 0 and config.block_n <= problem.n
+    whole = problem.k % config.block_k == 0 and problem.m % classes == 0 and config.block_n + config.narrow <= problem.n
     one = problem.batch == 1 and problem.c is None and not problem.rows and problem.a.columns_last
     if classes == 1 or not whole or not one or 2 * config.block_m > problem.m // classes * 3:
         return

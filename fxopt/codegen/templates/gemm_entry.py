@@ -50,6 +50,7 @@ def gemm_call(
     epilogue: str = "epilogue",
     edge: str = "edge",
     vectors: str = "vectors",
+    narrow: str = "b2",
     sizes: tuple[str, str, str, str] | None = None,
 ) -> GemmCall:
     """The call of the template that `config` means.
@@ -57,13 +58,13 @@ def gemm_call(
     `a`, `b` and, of a dual product, `c` name the operands' parameters, `ends` that of a grouped product's ends. `extra` is
     the text of the epilogue's tuple, and `epilogue` its name; of a split product, `extra` is the name of the parameter for
     the partial sums and there is no epilogue. `edge` is the epilogue of tiles that go beyond the columns, of a call with
-    `config.classes`, and `vectors` what loads for whole tiles, of one with `config.vectors`. `sizes` are the texts of batch,
-    m, n and k (default: the problem's numbers).
+    `config.classes`, and `narrow` the parameter for a second descriptor of b there; `vectors` loads for whole tiles, in a
+    call with `config.vectors`. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
     """
     if problem.rows:
         return _grouped_call(problem, config, dict(zip((a, b, c), problem.matrices, strict=False)), ends, extra, epilogue)
     if config.classes > 1:
-        return _aligned_call(problem, config, {a: problem.a, b: problem.b}, extra, epilogue, edge, vectors)
+        return _aligned_call(problem, config, (a, b, narrow), extra, epilogue, edge, vectors)
     batch, m, n, k = sizes or tuple(str(s) for s in (problem.batch, problem.m, problem.n, problem.k))
     grid = config.programs or config.tiles(problem)
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
@@ -94,22 +95,25 @@ def gemm_call(
 def _aligned_call(
     problem: GemmProblem,
     config: GemmConfig,
-    operands: dict[str, Matrix],
+    names: tuple[str, str, str],
     extra: str,
     epilogue: str,
     edge: str,
     vectors: str,
 ) -> GemmCall:
     """The call of the template for tiles of rows of equal alignment: `classes` rows of a are one of its descriptor's."""
-    (p, a), classes = next(iter(operands.items())), config.classes
+    (p, q, edges), a, classes = names, problem.a, config.classes
     rows = replace(a, rows=problem.m // classes, columns=(classes - 1) * a.row + a.columns, row=classes * a.row)
-    signature, maps = _descriptors(problem, config, operands | {p: rows})
+    signature, maps = _descriptors(problem, config, {p: rows, q: problem.b})
+    kinds, geometries = _descriptors(problem, replace(config, block_n=config.narrow), {p: rows, edges: problem.b})
+    signature[edges], maps[edges] = kinds[edges], geometries[edges]
     way = f"EPILOGUE={epilogue}, EDGE={edge}, BM={config.block_m}, BN={config.block_n}, BK={config.block_k}"
+    way += f", NARROW={config.narrow}, ENDS={config.narrow_tiles(problem)}"
     way += f", GROUP={config.group}, SUBTILE={config.subtile}, PROGRAMS={config.programs}, FLATTEN={config.flatten}"
     way += f', B_K_LAST={not problem.b.columns_last}, PRECISION="{"promoted" if config.promote else problem.precision}"'
     way += f", CLASSES={classes}, RUN={problem.run}, PITCH={problem.pitch}"
     way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
-    given = f"{', '.join(operands)}, {extra}, {problem.m}, {problem.n}, {problem.k}, {a.row}"
+    given = f"{', '.join(names)}, {extra}, {problem.m}, {problem.n}, {problem.k}, {a.row}"
     return GemmCall(f"aligned_gemm.tma_aligned_gemm({given}, {way})", signature, maps, config.programs)
 
 
