@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, plausible
 from fxopt.codegen.triton_build import compile_triton
-from fxopt.ir.region import SideBySide
+from fxopt.codegen.triton_contraction import print_contraction, problem_of
+from fxopt.ir.region import Contraction, SideBySide
 from fxopt.journal import RECENT
-from fxopt.lower.contractions import BESIDE
+from fxopt.lower.contractions import BESIDE, FUSED
 from fxopt.runtime.launch import load_cubin
 from fxopt.target import Target
 from fxopt.tune.candidate import side_by_side_candidates
@@ -60,7 +61,7 @@ def check(p: GemmProblem, config: GemmConfig, folder: Path) -> None:
         memory, views = zip(*(operand(x) for x in p.matrices), strict=True)
         dtype = torch.float32 if config.split > 1 else p.dtype
         result = torch.full(result_shape(p, config), float("nan"), device="cuda", dtype=dtype)
-        buffers = [memory[0], memory[1], result, *memory[2:]]
+        buffers = [memory[0], memory[1], result, *(memory[1:] if config.classes > 1 else memory[2:])]
         launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *(b.data_ptr() for b in buffers))
         a, b, *others = (v.double() for v in views)
         expected = a @ b * (a @ others[0] + 1) if others else a @ b
@@ -146,6 +147,39 @@ def test_products_side_by_side(tmp_path: Path) -> None:
         pointers = (memory[name].data_ptr() for name in source.buffers)
         launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *pointers)
         assert_closer(tuple(memory[o.name] for o in low.outputs), want, exact)
+
+
+@pytest.mark.parametrize("columns", [768, 1002])
+def test_a_bias_that_is_loaded_for_whole_tiles(columns: int, tmp_path: Path) -> None:
+    """Rows that begin anywhere too; one load is bit for bit what several are."""
+
+    def biased(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return x @ w.T + b
+
+    target = Target.current("cuda")
+    if not target.has_tensor_maps:
+        pytest.skip("this GPU has no tensor maps")
+    args = [torch.randn(640, 768, dtype=BF16), torch.randn(columns, 768, dtype=BF16) / 28, torch.randn(columns, dtype=BF16)]
+    low = kept(searched(biased, *args), FUSED)
+    (contraction,) = [s for s in low.steps if isinstance(s, Contraction)]
+    given = [a.cuda() for a in args]
+    classes = problem_of(contraction).classes
+    config = replace(BLOCKS, subtile=2, programs=7, flatten=True, classes=classes)
+    results = []
+    for vectors in (False, True):
+        (source,) = print_contraction(contraction, replace(config, vectors=vectors), target).kernels
+        code, meta = compile_triton(source, target)
+        (tmp_path / "kernel.cubin").write_bytes(code)
+        (name,) = contraction.writes()
+        result = torch.full((640, columns), float("nan"), device="cuda", dtype=BF16)
+        memory = dict(zip(low.inputs, given, strict=True)) | {name: result}
+        torch.cuda.synchronize()
+        launch = load_cubin(tmp_path / "kernel.cubin", meta, 0).bind()
+        pointers = (memory[name].data_ptr() for name in source.buffers)
+        launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *pointers)
+        results.append(result)
+    assert torch.equal(*results)
+    assert_closer(results[0], biased(*given), biased(*(a.double() for a in given)))
 
 
 class Gated(torch.nn.Module):
