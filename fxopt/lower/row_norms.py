@@ -3,7 +3,8 @@
 In the second way the product before, if there is one, adds the residual to each element that it stores, and each program of
 the product after computes the norm of the whole row, which is as short as the row of its weight that it reads. That is one
 kernel and one dependence fewer for each norm. Which way is the faster is measured, after it is known which kernels the
-products are.
+products are. What a row is computed by element by element (a cast, a scale, an activation) may go into the product after it
+in the same way.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ NAME = "row-norms"
 """What `Options.disable` calls them."""
 
 APART, WITHIN, SUMMED = "norm apart", "norm within products", "norm of parts"
+ELEMENTS = "elements within the product"
 _HALF = (torch.float16, torch.bfloat16)
 LARGEST_ROW = 8192
 """Elements of a row that a program of the product after still holds beside its weight's."""
@@ -77,6 +79,7 @@ def with_row_norms(lowered: Lowered) -> Lowered:
         if first in taken or second in taken or not views.isdisjoint(_reads(steps[second])):
             continue
         found = _alternatives_without_product_before(steps[first], steps[second], uses)
+        found = found or _alternatives_of_elements(steps[first], steps[second], uses)
         found = found or _alternatives_of_parts(steps[first], steps[second], uses, lowered)
         if found is not None:
             taken |= {first: found, second: None}
@@ -137,6 +140,31 @@ def _alternatives_without_product_before(middle: Step, after: Step, uses: Counte
         return None
     ways = (Way(APART, (middle, after)), Way(WITHIN, (one,)))
     return Alternatives(f"{middle.name}.norm", ways, {**middle.buffers, **after.buffers})
+
+
+def _alternatives_of_elements(before: Step, after: Step, uses: Counter[str]) -> Alternatives | None:
+    """A row that is computed element by element and the product that alone reads it, and both as one."""
+    if not (isinstance(before, Region) and isinstance(after, Region)) or before.device.type != "cuda":
+        return None
+    own, product = without_points_of_one(before), without_points_of_one(after)
+    if before.across is not None or after.across is not None or own.nest.reduced or len(product.nest.reduced) != 1:
+        return None
+    size = product.nest.reduced[0].size
+    if len(own.nest.points) != 1 or len(own.nest.stores) != 1 or own.nest.points[0].size != size:
+        return None
+    if not isinstance(size, int) or size > LARGEST_ROW:
+        return None
+    (store,) = own.nest.stores
+    loads = [n for n in product.nest.loads() if n.buffer == store.buffer]
+    if uses[store.buffer] != 1 or not is_repeatable(store) or store.index != symbol(own.nest.points[0]):
+        return None
+    if len(loads) != 1 or loads[0].index != symbol(product.nest.reduced[0]) or set(own.reads()) & set(after.writes()):
+        return None
+    both = with_value(product, store, own)
+    if both is None:
+        return None
+    ways = (Way(APART, (before, after)), Way(ELEMENTS, (replace(both, name=f"{after.name}.{before.name}"),)))
+    return Alternatives(f"{before.name}.elements", ways, {**before.buffers, **after.buffers})
 
 
 def _norm(region: Region, made: Sequence[str]) -> _Norm | None:

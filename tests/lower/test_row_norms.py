@@ -12,7 +12,7 @@ from torch import Tensor
 from fxopt.ir.region import Alternatives, Region, Way
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import LIBRARY, ROW, replaced
-from fxopt.lower.row_norms import APART, LARGEST_ROW, SUMMED, WITHIN, kept, with_row_norms
+from fxopt.lower.row_norms import APART, ELEMENTS, LARGEST_ROW, SUMMED, WITHIN, kept, with_row_norms
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept as kept_ways
 from tests.lower.contracting import searched
@@ -97,6 +97,44 @@ def test_a_norm_of_what_no_product_makes(interpreter: Interpreter, columns: tupl
     interpreter.run(kernel, memory)
     found = torch.cat([memory[name] for name in region.writes()])
     assert_closer(found, torch.cat([x.flatten() for x in eager]), torch.cat([x.flatten() for x in exact]))
+
+
+@pytest.mark.parametrize("name", ["cast", "scale", "activation"])
+def test_a_row_that_is_computed_element_by_element(interpreter: Interpreter, name: str) -> None:
+    """By the product's kernel, where nobody else reads the row."""
+    prologues: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "cast": lambda x, w: F.linear(x.to(w.dtype), w),
+        "scale": lambda x, w: F.linear((x * w[0]).to(w.dtype), w),
+        "activation": lambda x, w: F.linear(F.gelu(x).to(w.dtype), w),
+    }
+    fn, args = prologues[name], [torch.randn(1, WIDTH), torch.randn(32, WIDTH).to(HALF)]
+    both = with_row_norms(low := chosen(fn, args))
+    (each,) = norms(both)
+    assert [(way.label, len(way.steps)) for way in each.ways] == [(APART, 2), (ELEMENTS, 1)]
+    exact, eager = fn(*to_float64(args)), fn(*args)
+    for way in each.ways:
+        got = run_lowered(replaced(both, {each.name: way}), dict(zip(low.inputs, args, strict=True)))
+        assert_closer(got[0], eager, exact)
+    (region,) = each.ways[1].steps
+    assert isinstance(region, Region)
+    memory = {n: x.flatten().clone() for n, x in zip(low.inputs, args, strict=True)}
+    (written,) = region.writes()
+    memory[written] = torch.full((32,), torch.nan, dtype=HALF)
+    (kernel,) = print_region(region, configs(region, TARGET)[0], TARGET).kernels
+    interpreter.run(kernel, memory)
+    assert_closer(memory[written].view(1, 32), eager, exact)
+
+
+def test_a_row_that_others_read_or_that_varies_is_stored() -> None:
+    x, w = torch.randn(1, WIDTH), torch.randn(32, WIDTH).to(HALF)
+
+    def read_twice(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        row = x.to(w.dtype)
+        return row, F.linear(row, w)
+
+    for fn, args in ((read_twice, [x, w]), (lambda x, w: F.linear(x.to(w.dtype), w), [torch.randn(2, WIDTH), w])):
+        low = searched(fn, *args)
+        assert not norms(with_row_norms(kept_ways(low, ROW if args[0].shape[0] == 1 else LIBRARY)))
 
 
 def test_kernels_have_eagers_values(interpreter: Interpreter) -> None:
