@@ -32,8 +32,9 @@ from fxopt.codegen.templates.gemm_config import (
     estimate,
     library_seconds,
     ranked,
+    with_tail,
 )
-from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, gemm_call, partial_shape
+from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, TAILED_MODULE, gemm_call, partial_shape
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
 from fxopt.runtime.artifacts import ArtifactStore
@@ -180,7 +181,7 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
     extra = "b3" if result == "partial" else "(b2, b3)"
     gated = case.epilogue == "gated"
     call = gemm_call(case.problem, config, c="b4", narrow="b4", extra=extra)
-    third = ["gate"] if gated else ["w"] if config.classes > 1 else []
+    third = ["gate"] if gated else ["w"] if config.has_narrow_tiles else []
     blocks, parameter = "acc, gate" if gated else "acc", ", b4" * len(third)
     place, below = f"b3 + (y * {case.n} + x)", f"x < {case.n}"
 
@@ -198,6 +199,7 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
         functions = function("epilogue", place, f"({below})")
     if config.vectors:
         functions += f"\n\n@triton.jit\ndef vectors(y, x, z, extra):\n    return (tl.load(extra[0] + x, {below}),)\n"
+    functions = f"{TAILED_MODULE}\n{functions}" if config.tail > 1 else functions
     text = f"{_PREAMBLE}{functions}\n\n@triton.jit\ndef product(b0, b1, b2, b3{parameter}):\n    {call.text}\n"
     results = "*fp32" if result == "partial" else _TYPES[case.dtype]
     types = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
@@ -234,10 +236,13 @@ def _options(signature: dict[str, str]) -> dict[str, Any]:
 
 
 def _configs_of(case: GemmCase, target: Target, count: int) -> list[GemmConfig]:
-    """`choose_configs`, and with a bias the first of them that take it also with that loaded for whole tiles."""
+    """`choose_configs`; with a bias the first of them that take it also with that loaded for whole tiles; and the first that
+    may have narrow tiles at the end.
+    """
     chosen = choose_configs(case.problem, target, count)
     whole = [replace(c, vectors=True) for c in chosen if c.split == 1] if case.epilogue in _BIASED else []
-    return [*chosen, *whole[: count // 3]]
+    tailed = [t for c in (whole or chosen) if (t := with_tail(case.problem, c, target)).tail > 1]
+    return [*chosen, *whole[: count // 3], *tailed[: count // 3]]
 
 
 Built = list[tuple[GemmConfig, Choice | str]]

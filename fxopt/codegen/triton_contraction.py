@@ -181,8 +181,14 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
     if config.classes > 1:
         epilogue = _print_aligned_epilogues(contraction, problem, config)
     else:
-        loaded = config.loaded if config.vectors else None
-        epilogue = print_epilogue(contraction, config.block_m, config.block_n, loaded=loaded)
+        beyond = config.tail > 1 or problem.n % config.loaded != 0  # a narrow tile begins anywhere within a wide one
+        epilogue = print_epilogue(
+            contraction,
+            config.block_m,
+            config.block_n,
+            reserved=len(_operands(contraction)) + config.has_narrow_tiles,
+            vectors=(_VECTORS, beyond) if config.vectors else None,
+        )
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
     ends = f"b{len(contraction.products) + 1}"
@@ -193,8 +199,10 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
     module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE
     if config.classes > 1:
         module = gemm_entry.ALIGNED_MODULE
+    elif config.tail > 1:
+        module = gemm_entry.TAILED_MODULE
     source = source_of(contraction, entry, call, epilogue, config.warps, config.stages, module)
-    if config.classes > 1:  # b has a second descriptor
+    if config.has_narrow_tiles:  # b has a second descriptor
         return replace(source, buffers=(*_operands(contraction), contraction.b.buffer, *epilogue.buffers))
     return source
 
@@ -321,14 +329,13 @@ def print_epilogue(
     columns: int,
     name: str = _EPILOGUE,
     reserved: int | None = None,
-    loaded: int | None = None,
+    vectors: tuple[str, bool] | None = None,
 ) -> BlockFunction:
     """The nest of `contraction` on one block of so many rows (None: some of them may be none) and columns of the product, as
     the function `name` that a template calls. The entry's first `reserved` buffers (None: the operands) are not its own.
-    Before it a function that loads for whole tiles, of `loaded` columns, if that is given.
+    `vectors` as `print_block` takes it.
     """
     _, m, _, n = contraction.sizes
-    vectors = None if loaded is None else (_VECTORS, n % loaded != 0)
     whole = rows is not None and isinstance(m, int) and m % rows == 0 and not contraction.ends
     return _print_epilogue(contraction, name, not whole, n % columns != 0, reserved, vectors=vectors)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
-from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, gemm_call, partial_shape
+from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, TAILED_MODULE, gemm_call, partial_shape
 from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.kernel import KernelSource
 
@@ -43,15 +43,16 @@ def entry(p: GemmProblem, config: GemmConfig, run_time: str = "") -> KernelSourc
     place, inside = "b2 + (z * (m * n) + y * n + x)", "(y < m) & (x >= 0) & (x < n)"
     vectors = f"tl.multiple_of({place}, [1, 16])"
     blocks, value = ("acc", "") if p.c is None else ("one, two", "    acc = one * (two + 1.0)\n")
-    third = ["b3"] if p.c is not None or config.classes > 1 else []
+    third = ["b3"] if p.c is not None or config.has_narrow_tiles else []
 
     def function(name: str, pointer: str, mask: str) -> str:
         head = f"@triton.jit\ndef {name}({blocks}, y, x, z, extra):\n    b2, m, n = extra\n{value}"
         return f"{head}    tl.store({pointer}, acc.to(b2.dtype.element_ty), {mask})\n\n\n"
 
     whole = function("epilogue", vectors, "y < m") if config.classes > 1 else ""
+    module = ALIGNED_MODULE if config.classes > 1 else TAILED_MODULE if config.tail > 1 else MODULE
     text = (
-        f"import triton\nimport triton.language as tl\n\n{ALIGNED_MODULE if config.classes > 1 else MODULE}\n\n\n"
+        f"import triton\nimport triton.language as tl\n\n{module}\n\n\n"
         f"{whole}{function('edge' if config.classes > 1 else 'epilogue', place, inside)}"
         f"@triton.jit\ndef product({', '.join(['b0', 'b1', 'b2', *third, *sizes])}):\n    {call.text}\n"
     )

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, configs
+from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, configs, estimate, with_tail
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.ir.kernel import KernelSource
 from fxopt.target import Target
@@ -67,6 +67,27 @@ def test_descriptors_take_any_layout(interpreter: Interpreter, layout: str) -> N
 def test_forms(interpreter: Interpreter, config: GemmConfig) -> None:
     for layout in ("nt", "nn"):
         check(interpreter, problem(70, 72, 48, layout, batch=2), config)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_last_round_of_narrow_tiles(interpreter: Interpreter, layout: str) -> None:
+    """After one round, several, or none; in some the last columns are beyond the matrix."""
+    config = replace(TMA, subtile=2, programs=4, flatten=True)
+    for tail, whole in ((2, 12), (4, 3), (2, 0)):
+        check(interpreter, problem(40, 72, 48, layout, batch=2), replace(config, tail=tail, whole=whole))
+
+
+def test_narrow_tiles_are_for_a_last_round_that_leaves_most_of_the_gpu_idle() -> None:
+    target = Target.cuda(90)
+    wide = GemmConfig(True, 128, 256, 64, 8, 4, subtile=2, programs=132, flatten=True)
+    products = {n: problem(4096, n, 768, dtype=BF16) for n in (2304, 3072, 768)}  # 24 and 120 tiles are left; 96 in all
+    assert {n: with_tail(p, wide, target).tail for n, p in products.items()} == {2304: 4, 3072: 1, 768: 1}
+    assert with_tail(products[2304], replace(wide, flatten=False, programs=0), target).tail == 1
+    found = with_tail(products[2304], wide, target)
+    assert found.whole == 2 * 132
+    assert estimate(products[2304], found, target) < estimate(products[2304], wide, target)
+    _, meta = compile_triton(entry(products[2304], found), target)
+    assert meta["n_spills"] == 0 and meta["shared"] <= wide.shared_bytes(products[2304])
 
 
 @pytest.mark.parametrize(

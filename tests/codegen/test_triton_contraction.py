@@ -241,6 +241,7 @@ def test_values_of_vectors_that_are_loaded_for_whole_tiles(interpreter: Interpre
     for config in (
         replace(POINTER, subtile=4, swap=True, vectors=True),
         replace(TMA, subtile=2, programs=3, flatten=True, vectors=True),
+        replace(TMA, subtile=2, programs=3, flatten=True, vectors=True, tail=2, whole=2),
     ):
         check(interpreter, *VECTORS[name], config)
 

@@ -61,7 +61,7 @@ def check(p: GemmProblem, config: GemmConfig, folder: Path) -> None:
         memory, views = zip(*(operand(x) for x in p.matrices), strict=True)
         dtype = torch.float32 if config.split > 1 else p.dtype
         result = torch.full(result_shape(p, config), float("nan"), device="cuda", dtype=dtype)
-        buffers = [memory[0], memory[1], result, *(memory[1:] if config.classes > 1 else memory[2:])]
+        buffers = [memory[0], memory[1], result, *(memory[1:] if config.has_narrow_tiles else memory[2:])]
         launch(torch.cuda.current_stream().cuda_stream, *map(int, source.grid), *(b.data_ptr() for b in buffers))
         a, b, *others = (v.double() for v in views)
         expected = a @ b * (a @ others[0] + 1) if others else a @ b
@@ -93,6 +93,13 @@ def test_rows_of_equal_alignment(columns: int, tmp_path: Path) -> None:
         replace(config, programs=132, flatten=False),
     ):
         check(p, changed, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
+def test_a_last_round_of_narrow_tiles(layout: str, tmp_path: Path) -> None:
+    config = replace(BLOCKS, subtile=2, programs=7, flatten=True)
+    for tail, whole in ((2, 14), (4, 5), (2, 0)):
+        check(problem(200, 328, 192, layout, batch=2, dtype=BF16), replace(config, tail=tail, whole=whole), tmp_path)
 
 
 def test_an_inner_size_within_a_block(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ _MOST_REGISTERS = 255
 _LARGE_ACCUMULATOR = 128
 _THREADS_PER_SM = 2048
 _LARGEST_BOX = 256
+_NARROWEST = 64
 POINTER_SHARE = 0.85
 """Of the rate of tiles that arrive through tensor maps."""
 
@@ -238,7 +239,8 @@ class GemmConfig:
     number of parts in which the epilogue goes over a tile's columns. `promote` sums 8-bit floats in float32 from block to
     block, for which a tile has a second accumulator. Tiles of `classes` above 1 have every so-manieth row, those whose
     vectors begin at the same columns (`aligned_gemm.py`). `vectors` loads what the epilogue wants of a bias once for a tile
-    (`gemm.py`: VECTORS).
+    (`gemm.py`: VECTORS). With `tail` above 1, so many narrow tiles stand for each of those that do not fill a round
+    (`tailed_gemm.py`), and `whole` tiles do.
     """
 
     tma: bool
@@ -256,6 +258,8 @@ class GemmConfig:
     promote: bool = False
     classes: int = 1
     vectors: bool = False
+    tail: int = 1
+    whole: int = 0
 
     def __str__(self) -> str:
         words = [
@@ -265,6 +269,7 @@ class GemmConfig:
         words += [f"split{self.split}"] * (self.split > 1) + [f"sub{self.subtile}"] * (self.subtile > 1)
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
         words += ["promote"] * self.promote + [f"aligned{self.classes}"] * (self.classes > 1) + ["vectors"] * self.vectors
+        words += [f"tail{self.tail}"] * (self.tail > 1)
         return " ".join(words)
 
     @property
@@ -274,8 +279,12 @@ class GemmConfig:
 
     @property
     def narrow(self) -> int:
-        """Columns of the tiles at the ends of rows, where `classes` is above 1."""
-        return max(self.block_n // 4, 16)
+        """Columns of the narrow tiles: of the last ones, or where `classes` is above 1 those at the ends of rows."""
+        return self.block_n // self.tail if self.tail > 1 else max(self.block_n // 4, 16)
+
+    @property
+    def has_narrow_tiles(self) -> bool:
+        return self.classes > 1 or self.tail > 1
 
     def narrow_tiles(self, problem: GemmProblem) -> int:
         """Such tiles of a row: one before its whole ones, and those for what is left after these, which begin up to
@@ -327,6 +336,21 @@ class GemmConfig:
         if shared > target.shared_per_block:
             return 0
         return min(target.shared_per_block // shared, target.registers_per_sm // registers, _THREADS_PER_SM // threads)
+
+
+def with_tail(problem: GemmProblem, config: GemmConfig, target: Target) -> GemmConfig:
+    """`config` with narrow tiles for a last round that leaves at least half of the multiprocessors idle, if the template
+    can: of so many for each tile that a multiprocessor has one narrow tile at most.
+    """
+    plain = config.flatten and config.classes == 1 and not config.swap and config.subtile <= 2
+    if not plain or problem.c is not None or problem.rows or not problem.static:
+        return config
+    tiles, programs = config.tiles(problem), target.sm_count * config.per_sm(problem, target)
+    left = tiles % target.sm_count
+    parts = [p for p in (2, 4) if left * p <= target.sm_count and config.block_n // p >= _NARROWEST]
+    if not left or not parts or tiles < target.sm_count:
+        return config
+    return replace(config, tail=parts[-1], whole=tiles - left, programs=programs)
 
 
 def configs(problem: GemmProblem, target: Target, limit: int = 6) -> list[GemmConfig]:
@@ -482,7 +506,7 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     if per_sm == 0:
         return float("inf")
     tiles = config.tiles(problem)
-    rounds = ceil(tiles / target.sm_count)
+    rounds = ceil((config.whole or tiles) / target.sm_count)
     resident = min(per_sm, rounds)
     inner = ceil(problem.k / config.split)
     blocks = ceil(inner / config.block_k)
@@ -495,7 +519,17 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     seconds = (cold + warm) / 2 if problem.operand_bytes <= CACHE_BYTES else cold
     seconds += LAUNCH_SECONDS + _not_hidden(problem, config, rounds, resident)
     seconds += _ops(problem, config, rounds, resident, target)
+    seconds += _narrow_round(problem, config, target, blocks) if config.tail > 1 else 0.0
     return seconds + (_joining(problem, config, target) if config.split > 1 else 0.0)
+
+
+def _narrow_round(problem: GemmProblem, config: GemmConfig, target: Target, blocks: int) -> float:
+    """A last round of narrow tiles, one on a multiprocessor, with so many blocks of the inner dimension."""
+    narrow = replace(config, block_n=config.narrow, subtile=1)
+    flops = 2.0 * narrow.block_m * narrow.block_n * narrow.block_k
+    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(problem, narrow, target))
+    seconds = blocks * max(block + BLOCK_SECONDS, LATENCY_SECONDS / (config.stages - 1))
+    return seconds + _not_hidden(problem, replace(narrow, flatten=False), 1, 1) + _ops(problem, narrow, 1, 1, target)
 
 
 def _pointer_seconds(problem: GemmProblem, config: GemmConfig) -> float:

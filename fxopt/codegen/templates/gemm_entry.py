@@ -13,6 +13,7 @@ from fxopt.ir.exprs import Int
 MODULE = "from fxopt.codegen.templates import gemm"
 GROUPED_MODULE = "from fxopt.codegen.templates import grouped_gemm"
 ALIGNED_MODULE = "from fxopt.codegen.templates import aligned_gemm"
+TAILED_MODULE = "from fxopt.codegen.templates import tailed_gemm"
 """The imports that an entry's text needs."""
 
 _TYPES = {
@@ -58,8 +59,8 @@ def gemm_call(
     `a`, `b` and, of a dual product, `c` name the operands' parameters, `ends` that of a grouped product's ends. `extra` is
     the text of the epilogue's tuple, and `epilogue` its name; of a split product, `extra` is the name of the parameter for
     the partial sums and there is no epilogue. `edge` is the epilogue of tiles that go beyond the columns, of a call with
-    `config.classes`, and `narrow` the parameter for a second descriptor of b there; `vectors` loads for whole tiles, in a
-    call with `config.vectors`. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
+    `config.classes`. Where `config.has_narrow_tiles`, `narrow` is the parameter for a second descriptor of b; `vectors`
+    loads for whole tiles, where `config.vectors`. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
     """
     if problem.rows:
         return _grouped_call(problem, config, dict(zip((a, b, c), problem.matrices, strict=False)), ends, extra, epilogue)
@@ -77,6 +78,8 @@ def gemm_call(
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name
     kind = _TYPES[problem.dtype]
+    if config.tail > 1:
+        return _tailed_call(problem, config, (a, b, narrow), extra, epilogue, vectors)
     if config.tma:
         a_batch, b_batch = (x.batch_rows(problem.batch) for x in (problem.a, problem.b))
         way += f", A_K_LAST={problem.a.columns_last}, B_K_LAST={not problem.b.columns_last}"
@@ -104,9 +107,7 @@ def _aligned_call(
     """The call of the template for tiles of rows of equal alignment: `classes` rows of a are one of its descriptor's."""
     (p, q, edges), a, classes = names, problem.a, config.classes
     rows = replace(a, rows=problem.m // classes, columns=(classes - 1) * a.row + a.columns, row=classes * a.row)
-    signature, maps = _descriptors(problem, config, {p: rows, q: problem.b})
-    kinds, geometries = _descriptors(problem, replace(config, block_n=config.narrow), {p: rows, edges: problem.b})
-    signature[edges], maps[edges] = kinds[edges], geometries[edges]
+    signature, maps = _with_narrow(problem, config, {p: rows, q: problem.b}, edges)
     way = f"EPILOGUE={epilogue}, EDGE={edge}, BM={config.block_m}, BN={config.block_n}, BK={config.block_k}"
     way += f", NARROW={config.narrow}, ENDS={config.narrow_tiles(problem)}"
     way += f", GROUP={config.group}, SUBTILE={config.subtile}, PROGRAMS={config.programs}, FLATTEN={config.flatten}"
@@ -137,6 +138,32 @@ def _grouped_call(
     given = f"{', '.join(starts)}, {ends}, {extra}, {sizes}, {', '.join(map(str, strides))}"
     signature = dict.fromkeys(operands, f"*{_TYPES[problem.dtype]}") | {ends: "*i32"}
     return GemmCall(f"grouped_gemm.{name}({given}, {way}, WIDE={problem.wide})", signature, {}, grid)
+
+
+def _tailed_call(
+    problem: GemmProblem, config: GemmConfig, names: tuple[str, str, str], extra: str, epilogue: str, vectors: str
+) -> GemmCall:
+    """The call of the template whose last tiles are narrow."""
+    a, b, narrow = names
+    signature, maps = _with_narrow(problem, config, {a: problem.a, b: problem.b}, narrow)
+    a_batch, b_batch = (x.batch_rows(problem.batch) for x in (problem.a, problem.b))
+    given = f"{', '.join(names)}, {extra}, {problem.batch}, {problem.m}, {problem.n}, {problem.k}, {a_batch}, {b_batch}"
+    way = f"EPILOGUE={epilogue}, BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, NARROW={config.narrow}"
+    way += f", WHOLE={config.whole}, GROUP={config.group}, SUBTILE={config.subtile}, PROGRAMS={config.programs}"
+    way += f", FLATTEN={config.flatten}, A_K_LAST={problem.a.columns_last}, B_K_LAST={not problem.b.columns_last}"
+    way += f', PRECISION="{"promoted" if config.promote else problem.precision}"'
+    way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
+    return GemmCall(f"tailed_gemm.tma_tailed_gemm({given}, {way})", signature, maps, config.programs)
+
+
+def _with_narrow(
+    problem: GemmProblem, config: GemmConfig, operands: dict[str, Matrix], narrow: str
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """`_descriptors`, and one more of the right operand, `narrow`, for narrow tiles."""
+    signature, maps = _descriptors(problem, config, operands)
+    a, b = operands.items()
+    kinds, geometries = _descriptors(problem, replace(config, block_n=config.narrow), {a[0]: a[1], narrow: b[1]})
+    return signature | {narrow: kinds[narrow]}, maps | {narrow: geometries[narrow]}
 
 
 def _descriptors(
