@@ -60,7 +60,8 @@ def gemm_call(
     the text of the epilogue's tuple, and `epilogue` its name; of a split product, `extra` is the name of the parameter for
     the partial sums and there is no epilogue. `edge` is the epilogue of tiles that go beyond the columns, of a call with
     `config.classes`. Where `config.has_narrow_tiles`, `narrow` is the parameter for a second descriptor of b; `vectors`
-    loads for whole tiles, where `config.vectors`. `sizes` are the texts of batch, m, n and k (default: the problem's numbers).
+    loads for whole tiles, where `config.vectors`. `sizes` are the texts of batch, m, n and k (default: the problem's
+    numbers).
     """
     if problem.rows:
         return _grouped_call(problem, config, dict(zip((a, b, c), problem.matrices, strict=False)), ends, extra, epilogue)
