@@ -16,7 +16,7 @@ import torch
 
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.templates import gemm_config, gemm_entry
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem
+from fxopt.codegen.templates.gemm_config import FEW_ROWS, GemmConfig, GemmProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction, loads_for_tiles, print_block
 from fxopt.codegen.triton_emit import VECTOR_BYTES
@@ -47,6 +47,9 @@ _ROWS = "rows"
 _OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
 _CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
 """What one op, any other function of a floating argument and a random number cost, in error functions."""
+
+_MANY_OPS = 0.5
+"""Error functions an element beside which four warps hold no vectors (`benchmarks/results/gemm_biases_h200.json`)."""
 
 _RANDOM_AT_ONCE = 16
 """Elements of one thread: 32 spill beside an accumulator of 128 registers, on sm_80 as on sm_90 and sm_100."""
@@ -168,10 +171,13 @@ def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> G
 
 
 def with_vectors(contraction: Contraction, config: GemmConfig) -> GemmConfig:
-    """`config` with what the epilogue loads along one dimension loaded once for a tile, if there is such an operand and the
-    template can.
+    """`config` with what the epilogue loads along one dimension loaded once for a tile, if there is such an operand, the
+    template can and it pays: not for few rows, nor beside functions of each element that four warps have no registers for.
     """
-    if config.split > 1 or contraction.c is not None or contraction.ends:
+    rows = contraction.sizes[1]
+    if config.split > 1 or contraction.c is not None or contraction.ends or not isinstance(rows, int):
+        return config
+    if rows <= FEW_ROWS or (config.warps < 8 and epilogue_ops(contraction) >= _MANY_OPS):
         return config
     found = loads_for_tiles(contraction.region, contraction.axes, contraction.products)
     return replace(config, vectors=True) if found else config

@@ -173,23 +173,14 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
         ranked, wins = _for_any_rows(contraction, target, most)
     if mode != "max-autotune":
         ranked = _close(problem, ranked, target) if wins else []
-    chosen = dict.fromkeys(with_room(contraction, config, target) for config in ranked)
-    early = [c for c in (with_vectors(contraction, config) for config in chosen) if c.vectors]
-    chosen |= dict.fromkeys([*early[:1], *(_tailed(contraction, problem, target) if chosen else ())])
+    chosen = [with_vectors(contraction, with_room(contraction, config, target)) for config in ranked]
+    tailed = [t for c in chosen if (t := gemm_config.with_tail(problem, c, target)) != c]
+    chosen += tailed if mode == "max-autotune" else tailed[:1]
     return [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
-        for c in chosen
+        for c in dict.fromkeys(chosen)
         for unrolled in _joins(c.split)
     ]
-
-
-def _tailed(contraction: Contraction, problem: gemm_config.GemmProblem, target: Target) -> list[gemm_config.GemmConfig]:
-    """The best configuration with narrow tiles in its last round, if any is about as good as those without."""
-    kinds = gemm_config.configs(problem, target, limit=FAR_ENOUGH) if problem.static else []
-    found = [gemm_config.with_tail(problem, with_vectors(contraction, c), target) for c in kinds]
-    seconds = {c: gemm_config.estimate(problem, c, target) for c in found if c.tail > 1}
-    most = MODEL_ERROR**2 * min((gemm_config.estimate(problem, c, target) for c in kinds), default=0.0)
-    return sorted((c for c in seconds if seconds[c] <= most), key=seconds.__getitem__)[:1]
 
 
 def _joins(split: int) -> tuple[bool, ...]:
