@@ -40,7 +40,12 @@ def is_alone(device: int) -> bool:
         see_backward()
         quiet = me in _autograds and _is_in_backward() and _waits(main) and _is_only_device(device)
     others = (t for t in threading.enumerate() if t.ident not in (me, main) and t.ident not in _autograds)
-    return quiet and all(t.name.startswith("fxopt") for t in others)
+    return quiet and all(map(_calls_no_library, others))
+
+
+def _calls_no_library(thread: threading.Thread) -> bool:
+    """One of fxopt's own, or the one by which tqdm redraws progress bars, which is there once anybody has shown one."""
+    return thread.name.startswith("fxopt") or type(thread).__module__ == "tqdm._monitor"
 
 
 def _is_in_backward() -> bool:

@@ -76,6 +76,15 @@ def test_another_thread(task: Task, name: str, alone: bool) -> None:
         other.join()
 
 
+def test_the_thread_that_redraws_progress_bars(task: Task) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    monitor = tqdm.TMonitor(tqdm.tqdm, 60)
+    try:
+        assert monitor in threading.enumerate() and is_alone(0)
+    finally:
+        monitor.exit()
+
+
 def test_autograds_thread_while_the_main_one_waits(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     assert task.backward(lambda: is_alone(0), monkeypatch)
     assert not task.backward(lambda: is_alone(1), monkeypatch), "device 0 is in use, too"
