@@ -248,8 +248,8 @@ class GraphDriver:
         generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or the allocator refuses.
         Afterwards all is as before.
 
-        A pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by piece,
-        memory is left over wherever a larger piece follows. With `products` cuBLAS's workspace gets its place first.
+        The shared pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by
+        piece, memory is left over wherever a larger piece follows. With `products` cuBLAS's workspace gets its place first.
         """
         _workspaces.drop_before(self.index)
         torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
@@ -261,7 +261,7 @@ class GraphDriver:
         if pool is None:
             pool = self.new_pool()
             self._pool = weakref.ref(pool)
-        if pool.snapshot():
+        else:
             peak = 0
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
