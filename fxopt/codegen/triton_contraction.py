@@ -271,10 +271,12 @@ def _grid(contraction: Contraction, config: GemmConfig, call: gemm_entry.GemmCal
 
 
 def _operands(contraction: Contraction) -> tuple[str, ...]:
-    """The buffers of the operands' parameters: b0, b1, of two products b2, and then the ends of groups or scales."""
+    """The buffers of the operands' parameters: b0 unless it is a computed row, b1, of two products b2, and then the ends of
+    groups or scales."""
     more = [contraction.ends] if contraction.ends else []
     more += [kind.scale.buffer for kind in contraction.quantized if kind.scale is not None]
-    return (contraction.a.buffer, *(m.buffer for m in contraction.products.values()), *more)
+    left = [contraction.a.buffer] if contraction.row is None else []
+    return (*left, *(m.buffer for m in contraction.products.values()), *more)
 
 
 def problem_of_all(step: SideBySide) -> GemmProblem:

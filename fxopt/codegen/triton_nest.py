@@ -156,6 +156,18 @@ def _block_size(kernel: _Kernel, axis: str) -> int:
     return {"x": config.x_block, "y": config.y_block, "r": config.r_block}[axis]
 
 
+def row_value(region: Region, length: int, names: Names) -> tuple[list[str], str]:
+    """(statements, the value that they compute, [1, RB]) of what the only store of `region`, over one row of `length`
+    elements, a power of two, stores. They name that RB and 1 XB; accesses are 32 bits wide."""
+    kernel = _open(region, TritonConfig(1, r_block=length), None, names, index64=False)
+    if int32_limits(region, kernel.tiling) != ():
+        raise UnsupportedError("a row that may be far away")
+    outer = kernel.emitter.outer
+    outer += [f"r = {_lanes(kernel, 'r')}", *_axis_lines(kernel, "r")]
+    value = kernel.emitter.value(kernel.tiling.nest.stores[0].value)
+    return outer, value
+
+
 # index computation
 
 

@@ -17,15 +17,17 @@ from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_ty
 from fxopt.codegen.triton_block import BlockFunction
 from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.codegen.triton_contraction import in_parts, print_epilogue, source_of
+from fxopt.codegen.triton_emit import Names
 from fxopt.codegen.triton_names import operations
-from fxopt.codegen.triton_ops import POINTER_TYPE
+from fxopt.codegen.triton_nest import row_value
+from fxopt.codegen.triton_ops import POINTER_TYPE, narrowed
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int
-from fxopt.ir.region import Contraction, Matrix
+from fxopt.ir.region import Contraction, Matrix, Region
 from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import weight_gemm"
-_EPILOGUE = "epilogue"
+_EPILOGUE, _ROW = "epilogue", "row_of"
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -40,7 +42,8 @@ def weight_problem(contraction: Contraction) -> WeightProblem:
     if not alike or not isinstance(contraction.a, Matrix):
         raise UnsupportedError("products with weights of different forms")
     batch, m, k, n = contraction.sizes
-    dtype = contraction.buffers[contraction.a.buffer].dtype
+    left = contraction.buffers if contraction.row is None else contraction.row.buffers
+    dtype = left[contraction.a.buffer].dtype
     if not (isinstance(m, int) and isinstance(k, int) and isinstance(n, int)) or batch != 1:
         raise UnsupportedError("a product of unknown size")
     matrices = [contraction.a, contraction.b, *([] if kind.scale is None else [kind.scale])]
@@ -63,27 +66,58 @@ def print_vector(contraction: Contraction, config: VectorConfig, target: Target)
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
     refuse_unknown_types(contraction.buffers, target)
     problem = weight_problem(contraction)
-    epilogue = print_epilogue(contraction, 1, config.rows)
-    a, scales = contraction.a, [kind.scale for kind in contraction.quantized if kind.scale is not None]
-    assert isinstance(a, Matrix)
+    scales = [kind.scale for kind in contraction.quantized if kind.scale is not None]
     products = list(contraction.products.values())
-    operands = {f"b{k}": matrix for k, matrix in enumerate((a, *products, *scales))}
-    row, *starts = (name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items())
-    weights = starts[: len(products)]
-    factors = starts[len(products) :] or weights  # of 8 bits, which have theirs in the epilogue, whatever is a pointer
+    assert isinstance(contraction.a, Matrix)
+    left = [] if contraction.row is not None else [contraction.a]
+    operands = {f"b{k}": matrix for k, matrix in enumerate((*left, *products, *scales))}
+    row = None if contraction.row is None else _print_row(contraction.row, problem.k, len(operands))
+    reserved = len(operands) + (0 if row is None else len(row.buffers))
+    epilogue = print_epilogue(contraction, 1, config.rows, reserved=reserved)
+    starts = [name + (f" + {matrix.offset}" if matrix.offset else "") for name, matrix in operands.items()]
+    *x, weights = (*starts[: len(left)], starts[len(left) : len(left) + len(products)])
+    factors = starts[len(left) + len(products) :] or weights  # of 8 bits, theirs are the epilogue's: whatever is a pointer
     sizes = f"{problem.n}, {problem.k}, {contraction.b.column}, {scales[0].column if scales else 0}"
-    blocks = f"BITS={problem.bits}, GROUP={problem.group}, PARTS={config.parts}, STEPS={config.steps}"
+    parts = f"PARTS={config.parts}, STEPS={config.steps}"
     pairs = enumerate(zip(weights, factors, strict=True))
+    block = f"BITS={problem.bits}, GROUP={problem.group}, {parts}"
     lines = [f"n = weight_gemm.rows_of_program({config.rows})"]
-    lines += [f"w{k} = weight_gemm.vector_block({w}, {scale}, 0, n, {sizes}, {blocks})" for k, (w, scale) in pairs]
+    lines += [f"w{k} = weight_gemm.vector_block({w}, {scale}, 0, n, {sizes}, {block})" for k, (w, scale) in pairs]
     if all(matrix.buffer in contraction.region.steady for matrix in (*products, *scales)):
         lines.append(OTHERS_END)
     name = "weight_vector" if problem.products == 1 else "dual_weight_vector"
-    given = ", ".join((row, *weights, *factors, *(f"w{k}" for k in range(len(weights))), epilogue.extra, sizes))
-    lines.append(f"weight_gemm.{name}({given}, {blocks}, BN={config.rows}, EPILOGUE={_EPILOGUE})")
+    firsts = [f"w{k}" for k in range(len(weights))]
+    if row is None:
+        given = ", ".join((*x, *weights, *factors, *firsts, epilogue.extra, sizes, f"GROUP={problem.group}"))
+    else:
+        lines.append(f"row = {_ROW}({row.extra})")
+        name, given = f"{name}_of_row", ", ".join(("row", *firsts, epilogue.extra))
+    lines.append(f"weight_gemm.{name}({given}, BITS={problem.bits}, {parts}, BN={config.rows}, EPILOGUE={_EPILOGUE})")
     call = GemmCall("\n    ".join(lines), _types(contraction, operands), {}, config.programs(problem))
     entry = "_".join(["fx_weight_vector", *operations(contraction.region.nest)])
-    return Printed((source_of(contraction, entry, call, epilogue, config.warps, 1, MODULE),))
+    functions = epilogue if row is None else _both(row, epilogue)
+    return Printed((source_of(contraction, entry, call, functions, config.warps, 1, MODULE),))
+
+
+def _both(one: BlockFunction, other: BlockFunction) -> BlockFunction:
+    """What an entry needs that calls both."""
+    text = "\n\n\n".join((one.text, other.text))
+    parameters, buffers = one.parameters | other.parameters, (*one.buffers, *other.buffers)
+    return BlockFunction(text, parameters, buffers, (*one.sizes, *other.sizes))
+
+
+def _print_row(region: Region, length: int, reserved: int) -> BlockFunction:
+    """The function that gives the row which `region` stores, [1, length]; the first `reserved` buffers are others'."""
+    names = Names(reserved=reserved)
+    body, value = row_value(region, length, names)
+    dtype = region.buffers[region.nest.stores[0].buffer].dtype
+    kinds = {p: POINTER_TYPE[region.buffers[b].dtype] for b, p in names.buffers.items()}
+    if names.sizes:
+        raise UnsupportedError("a row whose values depend on sizes")
+    sizes = [f"{block}: tl.constexpr = {size}" for block, size in (("XB", 1), ("RB", length))]
+    lines = [f"{', '.join(kinds)}, = extra", *sizes, *body, f"return {narrowed(value, dtype)}"]
+    text = "\n".join(["@triton.jit", f"def {_ROW}(extra):", *(f"    {line}" for line in lines)])
+    return BlockFunction(text, kinds, tuple(names.buffers), ())
 
 
 def _types(contraction: Contraction, operands: Mapping[str, Matrix]) -> dict[str, str]:

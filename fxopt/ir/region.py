@@ -290,6 +290,8 @@ class Contraction:
 
     `tf32`: float32 operands are rounded to TF32 first, as the library does where the user allows it.
 
+    With `row`, a region over one row whose only store is `a`, that is nowhere in memory: each program computes it.
+
     `region.steady` names operands of the product, too.
     """
 
@@ -306,6 +308,7 @@ class Contraction:
     tf32: bool = False
     ends: str = ""
     quantized: tuple[Quantized, ...] = ()
+    row: Region | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -348,7 +351,8 @@ class Contraction:
 
     def reads(self) -> tuple[str, ...]:
         """Buffers read, operands first."""
-        operands = [self.a.buffer, *(m.buffer for m in self.products.values()), *([self.ends] if self.ends else [])]
+        left = (self.a.buffer,) if self.row is None else self.row.reads()
+        operands = [*left, *(m.buffer for m in self.products.values()), *([self.ends] if self.ends else [])]
         operands += [q.scale.buffer for q in self.quantized if q.scale is not None]
         return tuple(dict.fromkeys((*operands, *(n for n in self.region.reads() if n not in self.products))))
 

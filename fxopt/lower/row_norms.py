@@ -3,8 +3,8 @@
 In the second way the product before, if there is one, adds the residual to each element that it stores, and each program of
 the product after computes the norm of the whole row, which is as short as the row of its weight that it reads. That is one
 kernel and one dependence fewer for each norm. Which way is the faster is measured, after it is known which kernels the
-products are. What a row is computed by element by element (a cast, a scale, an activation) may go into the product after it
-in the same way.
+products are: reductions, or contractions by weights of few bits, which read several rows of these in a program. What a row
+is computed by element by element (a cast, a scale, an activation) may go into a reduction after it in the same way.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 
-from fxopt.ir.exprs import Sym, symbol
+from fxopt.ir.exprs import Sym, substitute, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
-from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, Way, refs
+from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Matrix, Ref, Region, Step, Way, Work, refs
 from fxopt.ir.rounding import rounded
 from fxopt.lower.contractions import replaced
 from fxopt.lower.epilogues import Epilogues
@@ -90,9 +91,9 @@ def with_row_norms(lowered: Lowered) -> Lowered:
 
 def kept(lowered: Lowered, settled: Lowered) -> Lowered:
     """`lowered`, of `with_row_norms`, with the ways whose regions `settled` has."""
-    names = {step.name for step in settled.steps if isinstance(step, Region)}
+    names = {step.name for step in settled.steps if isinstance(step, Work)}
     ways = {
-        each.name: next(way for way in each.ways if all(s.name in names for s in way.steps if isinstance(s, Region)))
+        each.name: next(way for way in each.ways if all(s.name in names for s in way.steps if isinstance(s, Work)))
         for each in lowered.steps
         if isinstance(each, Alternatives)
     }
@@ -114,14 +115,14 @@ def _reads(step: Step) -> Iterator[str]:
 
 def _alternatives(steps: list[Step], uses: Counter[str]) -> Alternatives | None:
     before, middle, after = steps
-    if not (isinstance(before, Region) and isinstance(middle, Region) and isinstance(after, Region)):
+    if not (_may_be_product(before) and isinstance(middle, Region) and _may_be_product(after)):
         return None
-    if middle.device.type != "cuda" or any(s.across is not None for s in (before, middle, after)):
+    if middle.device.type != "cuda" or middle.across is not None:
         return None
     norm = _norm(middle, before.writes())
     if norm is None or uses[norm.added] != 1 or uses[norm.normed.buffer] != 1:
         return None
-    one, other = _with_residual(without_points_of_one(before), norm), _with_norm(without_points_of_one(after), norm)
+    one, other = _with_residual(before, norm), _with_norm(after, norm)
     if one is None or other is None or any(set(r.reads()) & set(r.writes()) for r in (one, other)):
         return None
     ways = (Way(APART, (before, middle, after)), Way(WITHIN, (one, other)))
@@ -130,12 +131,12 @@ def _alternatives(steps: list[Step], uses: Counter[str]) -> Alternatives | None:
 
 
 def _alternatives_without_product_before(middle: Step, after: Step, uses: Counter[str]) -> Alternatives | None:
-    if not (isinstance(middle, Region) and isinstance(after, Region)) or middle.device.type != "cuda":
+    if not (isinstance(middle, Region) and _may_be_product(after)) or middle.device.type != "cuda":
         return None
     norm = _lone_norm(middle)
-    if norm is None or middle.across is not None or after.across is not None or uses[norm.normed.buffer] != 1:
+    if norm is None or middle.across is not None or uses[norm.normed.buffer] != 1:
         return None
-    one = _with_norm(without_points_of_one(after), norm)
+    one = _with_norm(after, norm)
     if one is None or set(one.reads()) & set(one.writes()):
         return None
     ways = (Way(APART, (middle, after)), Way(WITHIN, (one,)))
@@ -165,6 +166,10 @@ def _alternatives_of_elements(before: Step, after: Step, uses: Counter[str]) -> 
         return None
     ways = (Way(APART, (before, after)), Way(ELEMENTS, (replace(both, name=f"{after.name}.{before.name}"),)))
     return Alternatives(f"{before.name}.elements", ways, {**before.buffers, **after.buffers})
+
+
+def _may_be_product(step: Step) -> TypeGuard[Region | Contraction]:
+    return isinstance(step, Contraction) or (isinstance(step, Region) and step.across is None)
 
 
 def _norm(region: Region, made: Sequence[str]) -> _Norm | None:
@@ -257,8 +262,11 @@ def _through_memory(region: Region, total: Store) -> Nest:
     return replace(region.nest, stores=tuple(stores))
 
 
-def _with_residual(product: Region, norm: _Norm) -> Region | None:
-    """`product` that stores the norm's operand instead of what is added to it."""
+def _with_residual(step: Region | Contraction, norm: _Norm) -> Region | Contraction | None:
+    """`step`, a product, that stores the norm's operand instead of what is added to it."""
+    if isinstance(step, Contraction):
+        return _contraction_with_residual(step, norm)
+    product = without_points_of_one(step)
     nest, total = product.nest, norm.total
     assert total is not None
     if len(nest.points) != 1 or len(nest.stores) != 1 or not nest.reduced:
@@ -268,19 +276,67 @@ def _with_residual(product: Region, norm: _Norm) -> Region | None:
         return None
     if point.size != norm.axis.size or total.buffer in product.reads():
         return None
+    new = replace(store, buffer=total.buffer, value=_total_at(norm, store, point))
+    buffers = {**product.buffers, **norm.region.buffers}
+    return _named(with_nests(replace(product, buffers=buffers), replace(nest, stores=(new,)), None), product, norm)
+
+
+def _total_at(norm: _Norm, store: Store, point: Sym) -> Scalar:
+    """What the norm's operand is at `point`, where a product would have its `store`."""
+    assert norm.total is not None
     value = rounded(store.value)
 
     def computed(load: Load) -> Scalar | None:
         return cast(value, load.dtype) if load.buffer == norm.added else None
 
-    value_of_total = transform(total.value, {norm.axis: symbol(point)}, computed)
-    new = replace(store, buffer=total.buffer, value=value_of_total)
-    buffers = {**product.buffers, **norm.region.buffers}
-    return _named(with_nests(replace(product, buffers=buffers), replace(nest, stores=(new,)), None), product, norm)
+    return transform(norm.total.value, {norm.axis: symbol(point)}, computed)
 
 
-def _with_norm(product: Region, norm: _Norm) -> Region | None:
-    """`product` that computes the norm from its operand; None unless it reduces exactly along the row."""
+def _contraction_with_residual(product: Contraction, norm: _Norm) -> Contraction | None:
+    nest, total, (batch, row, column) = product.region.nest, norm.total, product.axes
+    assert total is not None
+    if batch is not None or row.size != 1 or len(nest.stores) != 1 or not product.quantized:
+        return None
+    (store,) = nest.stores
+    place = substitute(store.index, {row: 0})
+    if (store.buffer, store.mode, store.indirect, place) != (norm.added, "set", (), symbol(column)):
+        return None
+    if column.size != norm.axis.size or total.buffer in product.reads():
+        return None
+    new = replace(store, buffer=total.buffer, value=_total_at(norm, store, column))
+    region = replace(product.region, nest=replace(nest, stores=(new,)))
+    return _contraction_named(replace(product, region=region), norm)
+
+
+def _contraction_with_norm(product: Contraction, norm: _Norm) -> Contraction | None:
+    """`product` whose programs compute the norm for themselves, if they may hold its row in registers: a power of two."""
+    a, length = product.a, norm.axis.size
+    assert isinstance(length, int)
+    if not isinstance(a, Matrix) or not product.quantized or product.row is not None or length & (length - 1):
+        return None
+    if a.buffer != norm.normed.buffer or a.buffer in product.region.reads() or product.sizes[:3] != (1, 1, length):
+        return None
+    if (a.offset, a.column) != (0, 1) or set(norm.rest.reads()) & set(product.writes()):
+        return None
+    return _contraction_named(replace(product, row=norm.rest), norm)
+
+
+def _contraction_named(product: Contraction, norm: _Norm) -> Contraction:
+    """`product`, changed to have part of the norm, with what it touches and its origins."""
+    specs = {**norm.region.buffers, **product.buffers, **product.region.buffers}
+    nodes, origins = (tuple(dict.fromkeys(a + b)) for a, b in _parts(norm.region, product.region))
+    own = {*product.region.reads(), *product.region.writes()}
+    region = replace(product.region, buffers={n: s for n, s in specs.items() if n in own}, nodes=nodes, origins=origins)
+    touched = {*product.reads(), *product.writes()}
+    buffers = {n: s for n, s in specs.items() if n in touched}
+    return replace(product, name=f"{product.name}.{norm.region.name}", region=region, buffers=buffers)
+
+
+def _with_norm(step: Region | Contraction, norm: _Norm) -> Region | Contraction | None:
+    """`step`, a product, that computes the norm from its operand; None unless it sums exactly along the row."""
+    if isinstance(step, Contraction):
+        return _contraction_with_norm(step, norm)
+    product = without_points_of_one(step)
     loads = [n for n in product.nest.loads() if n.buffer == norm.normed.buffer]
     if len(product.nest.reduced) != 1 or product.nest.reduced[0].size != norm.axis.size or len(loads) != 1:
         return None

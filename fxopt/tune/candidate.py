@@ -226,6 +226,9 @@ def weight_candidates(contraction: Contraction, target: Target, mode: str) -> li
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
     problem = weight_problem(contraction)
     vectors = weight_config.vector_configs(problem, target, most)
+    if contraction.row is not None:  # which is as long as a block
+        whole = (c for c in vectors if c.block_bytes == problem.row_bytes)
+        return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in whole]
     found = [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in vectors]
     chosen = weight_config.configs(problem, target, most if mode == "max-autotune" else most - len(found) // 2)
     return found + [Candidate(str(c), (p := print_weights(contraction, c, target)).kernels, p.scratch) for c in chosen]

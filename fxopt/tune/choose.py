@@ -17,7 +17,7 @@ from fxopt.codegen import triton_batch
 from fxopt.codegen.compile import compile_kernels
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
-from fxopt.ir.region import Alternatives, Batch, Call, Region, ScoredAttention, Work
+from fxopt.ir.region import Alternatives, Batch, Call, Contraction, Region, ScoredAttention, Work
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import replaced
@@ -124,7 +124,8 @@ class _Tuning:
         """As `choose`."""
         first = [s for each in self._alternatives() for s in each.ways[0].steps]
         others = [s for each in self._alternatives() for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
-        needed = [s for s in (*self.lowered.steps, *first) if isinstance(s, Region | Batch)]
+        needed: list[Work] = [s for s in (*self.lowered.steps, *first) if isinstance(s, Region | Batch)]
+        needed += [s for s in first if isinstance(s, Contraction)]
         for device in dict.fromkeys(work.device for work in (*others, *needed)):
             self._build(device, [w for w in others if w.device == device], [w for w in needed if w.device == device])
         self._decide_calls()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.ir.region import Alternatives, Region, Way
+from fxopt.ir.quantized_ops import QUANTIZE_WEIGHT, WEIGHT_ONLY_MM
+from fxopt.ir.region import Alternatives, Contraction, Region, Way
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import LIBRARY, ROW, replaced
+from fxopt.lower.contractions import FUSED, LIBRARY, ROW, TWO, replaced
 from fxopt.lower.row_norms import APART, ELEMENTS, LARGEST_ROW, SUMMED, WITHIN, kept, with_row_norms
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept as kept_ways
@@ -21,7 +23,9 @@ from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
 
+from fxopt.codegen.templates.weight_config import VectorConfig
 from fxopt.codegen.triton import configs, print_region
+from fxopt.codegen.triton_weights import print_vector, weight_problem
 from fxopt.target import Target
 
 TARGET = Target.cuda(90)
@@ -248,3 +252,52 @@ def test_no_parts_of_rows_of_a_weight_or_for_others() -> None:
     assert not norms(with_row_norms(kept_ways(searched(product_too, x, residual, w, bias, weight), ROW)))
     two = (torch.cat([x, x]), torch.cat([residual, residual]), w, bias, weight)
     assert not norms(with_row_norms(kept_ways(searched(down, *two), LIBRARY)))
+
+
+def of_few_bits(
+    bits: int, gated: bool, x: Tensor, residual: Tensor, weight: Tensor, *quantized: Tensor
+) -> tuple[Tensor, ...]:
+    w, scale, v, factor = quantized
+    group = 32 if bits == 4 else 0
+    total = residual + WEIGHT_ONLY_MM(x, w, scale, None, bits, group)
+    out = WEIGHT_ONLY_MM(rms_norm(total, weight), v, factor, None, bits, group)
+    if gated:
+        gate, up = out.chunk(2, -1)
+        out = F.silu(gate) * up
+    return total, out
+
+
+@pytest.mark.parametrize(("bits", "gated"), [(4, False), (4, True), (8, True)])
+def test_norms_within_products_by_weights_of_few_bits(interpreter: Interpreter, bits: int, gated: bool) -> None:
+    """Their kernels, of whatever kind, have eagers' values: residual, weights and norm."""
+    stored = torch.uint8 if bits == 4 else torch.int8
+    pairs = [QUANTIZE_WEIGHT(torch.randn(n, k), stored, bits, 32 if bits == 4 else 0) for n, k in ((64, 128), (48, 64))]
+    args = [torch.randn(1, 128).to(HALF), torch.randn(1, 64).to(HALF), torch.randn(64).to(HALF), *pairs[0], *pairs[1]]
+    fn = partial(of_few_bits, bits, gated)
+    low = searched(fn, *args)
+    ways = {e.name: next(w for w in e.ways if w.label in (TWO, FUSED)) for e in norms(low)}
+    if gated:
+        ways |= {e.name: w for e in norms(low) for w in e.ways if w.label == TWO}
+    (each,) = norms(with_row_norms(replaced(low, ways)))
+    apart, within = each.ways
+    assert [(way.label, len(way.steps)) for way in each.ways] == [(APART, 3), (WITHIN, 2)]
+    memory = {name: x.flatten().clone() for name, x in zip(low.inputs, args, strict=True)}
+    for step in within.steps:
+        assert isinstance(step, Contraction) and set(step.buffers) == {*step.reads(), *step.writes()}
+        loads = weight_problem(step).row_bytes // 16
+        (kernel,) = print_vector(step, VectorConfig(4, loads // 2, 2, 4), TARGET).kernels
+        memory |= {n: torch.full((step.buffers[n].extent,), torch.nan, dtype=HALF) for n in step.writes()}
+        interpreter.run(kernel, memory)
+    found = [memory[name] for step in within.steps for name in step.writes()]
+    for got, want in zip(found, fn(*args), strict=True):
+        torch.testing.assert_close(got, want.flatten(), rtol=2**-7, atol=2**-6)
+    assert {n for s in apart.steps for n in s.writes()} > {n for s in within.steps for n in s.writes()}
+
+
+def test_rows_that_registers_cannot_hold_stay_in_memory() -> None:
+    """Of a length that is no power of two."""
+    w, scale = QUANTIZE_WEIGHT(torch.randn(48, 96), torch.int8, 8, 0)
+    args = (torch.randn(1, 96).to(HALF), torch.randn(96).to(HALF), w, scale)
+    low = searched(lambda x, weight, w, scale: WEIGHT_ONLY_MM(rms_norm(x, weight), w, scale, None, 8, 0), *args)
+    ways = {e.name: next(w for w in e.ways if w.label == FUSED) for e in norms(low)}
+    assert not norms(with_row_norms(replaced(low, ways)))

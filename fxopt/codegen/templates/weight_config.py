@@ -96,6 +96,11 @@ class VectorConfig:
     def __str__(self) -> str:
         return f"vector {self.rows}x{self.parts}x{self.steps} w{self.warps}"
 
+    @property
+    def block_bytes(self) -> int:
+        """Of each row."""
+        return self.parts * self.steps * PART
+
     def programs(self, problem: WeightProblem) -> int:
         return ceil(problem.n / self.rows)
 

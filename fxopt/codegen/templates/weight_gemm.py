@@ -205,13 +205,9 @@ def vector_block(
 
 
 @triton.jit
-def vector_products(
-    x, weights, low_scale, high_scale, first, K, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr
-):
-    """Sums [PARTS, BN] of what each thread has of a block of `vector_block`, at byte `first`, times the row x.
-
-    A product with 128 + q is one with q once 136 times the sum of x's elements is taken off, whose rounding is that of
-    float32 times about 30: nothing beside the weight's own.
+def vector_values(x, first, K, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr):
+    """Elements of the row x, float32 [PARTS, STEPS, 16], for what `vector_block` has at byte `first`: by 4 bits those of the
+    low halves and those of the high ones.
     """
     row: tl.constexpr = K * BITS // 8
     k = places_of(first, PARTS, STEPS)[:, :, None] + tl.arange(0, PART)[None, None, :]
@@ -219,7 +215,29 @@ def vector_products(
     whole: tl.constexpr = gemm.divides(PARTS * STEPS * PART, row)
     values = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
     if BITS == 4:
-        more = gemm.fetch(x + row + k, inside, inside, not whole, False).to(tl.float32)
+        return values, gemm.fetch(x + row + k, inside, inside, not whole, False).to(tl.float32)
+    else:
+        return values, values
+
+
+@triton.jit
+def values_of_row(row, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr):
+    """As `vector_values`, of a whole row that is in registers, [1, K], and as long as the block."""
+    if BITS == 4:
+        return tl.split(tl.permute(tl.reshape(row.to(tl.float32), [2, STEPS, PARTS, PART]), (2, 1, 3, 0)))
+    else:
+        values = tl.permute(tl.reshape(row.to(tl.float32), [STEPS, PARTS, PART]), (1, 0, 2))
+        return values, values
+
+
+@triton.jit
+def vector_products(values, more, weights, low_scale, high_scale, BITS: tl.constexpr):
+    """Sums [PARTS, BN] of what each thread has of a block of `vector_block` times the row's `vector_values`.
+
+    A product with 128 + q is one with q once 136 times the sum of x's elements is taken off, whose rounding is that of
+    float32 times about 30: nothing beside the weight's own.
+    """
+    if BITS == 4:
         low, high = with_128(weights)
         sums = tl.sum(low * values[:, None, :, :], 3) - ZERO_WITH_128 * tl.sum(values, 2)[:, None, :]
         others = tl.sum(high * more[:, None, :, :], 3) - ZERO_WITH_128 * tl.sum(more, 2)[:, None, :]
@@ -242,9 +260,11 @@ def vector_sums(
     acc = tl.zeros([PARTS, BN], tl.float32)
     for first in range(size, row, size):
         later, later_low, later_high = vector_block(w, scale, first, n, N, K, w_row, scale_row, BITS, GROUP, PARTS, STEPS)
-        acc += vector_products(x, weights, low, high, first - size, K, BITS, PARTS, STEPS)
+        values, more = vector_values(x, first - size, K, BITS, PARTS, STEPS)
+        acc += vector_products(values, more, weights, low, high, BITS)
         weights, low, high = later, later_low, later_high
-    acc += vector_products(x, weights, low, high, (row - 1) // size * size, K, BITS, PARTS, STEPS)
+    values, more = vector_values(x, (row - 1) // size * size, K, BITS, PARTS, STEPS)
+    acc += vector_products(values, more, weights, low, high, BITS)
     return tl.sum(acc, 0)
 
 
@@ -282,3 +302,29 @@ def dual_weight_vector(
     acc = vector_sums(x, w, scale, block, n, N, K, w_row, scale_row, BITS, GROUP, BN, PARTS, STEPS)
     acc2 = vector_sums(x, v, scale_v, block_v, n, N, K, w_row, scale_row, BITS, GROUP, BN, PARTS, STEPS)
     EPILOGUE(acc[None, :], acc2[None, :], tl.zeros([1, 1], tl.int32), n[None, :], 0, extra)
+
+
+@triton.jit
+def weight_vector_of_row(
+    row, block, extra,
+    EPILOGUE: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """As `weight_vector`, of a row in registers, [1, K], for all of which `block` has the weights."""
+    values, more = values_of_row(row, BITS, PARTS, STEPS)
+    weights, low, high = block
+    acc = tl.sum(vector_products(values, more, weights, low, high, BITS), 0)
+    EPILOGUE(acc[None, :], tl.zeros([1, 1], tl.int32), rows_of_program(BN)[None, :], 0, extra)
+
+
+@triton.jit
+def dual_weight_vector_of_row(
+    row, block, block_v, extra,
+    EPILOGUE: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """As `dual_weight_vector`, of a row in registers."""
+    values, more = values_of_row(row, BITS, PARTS, STEPS)
+    weights, low, high = block
+    acc = tl.sum(vector_products(values, more, weights, low, high, BITS), 0)
+    weights, low, high = block_v
+    acc2 = tl.sum(vector_products(values, more, weights, low, high, BITS), 0)
+    EPILOGUE(acc[None, :], acc2[None, :], tl.zeros([1, 1], tl.int32), rows_of_program(BN)[None, :], 0, extra)
