@@ -20,8 +20,9 @@ NAME = "backward-pieces"
 MOST_PIECES = 6
 """Each takes the host another replay, and with twice as many a sixteenth of the gradients would be saved at most."""
 SMALLEST = 1 << 30
-"""Bytes of results from which on it is worth the time. Of BERT-base, which has 210 MiB of them, a step took 10.5 ms in pieces
-(H200, a busy host), where 8.9 had been measured whole, and reserved no less: the piece with the most scratch memory decides."""
+"""Bytes of results from which on it is worth the time. Of BERT-base, which has 210 MiB of them, a step took 10.5 ms in
+pieces (H200, a busy host), where 8.9 had been measured whole, and reserved no less: the piece with the most scratch memory
+decides."""
 PASSING_SHARE = 1 / 8
 """How much of the results' bytes may pass between two pieces."""
 
