@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt.codegen.replay_build import ReplayCode
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, Call, Ref, Size
 from fxopt.runtime import capturable
@@ -119,17 +120,21 @@ class Binder:
         return self.driver.function
 
 
-def acted(made: Plan, parts: Parts, found: Traits) -> tuple[GraphedExecutor, FakeDriver, list[str]]:
+def acted(
+    made: Plan, parts: Parts, found: Traits, code: ReplayCode | None = None
+) -> tuple[GraphedExecutor, FakeDriver, list[str]]:
     driver = FakeDriver(Function(lambda: ()), found.seeds)
     binder: Any = Binder(made, parts, driver)
     notes = list[str]()
     way = functools.partial(InParts, parts, binder)
-    return GraphedExecutor(binder, found, Turns(driver), 4, lambda _, text: notes.append(text), way), driver, notes
+    return GraphedExecutor(binder, found, Turns(driver), 4, lambda _, text: notes.append(text), way, code), driver, notes
 
 
-def graphed(begin: int, end: int | None, lends: bool) -> tuple[GraphedExecutor, FakeDriver, list[str]]:
+def graphed(
+    begin: int, end: int | None, lends: bool, code: ReplayCode | None = None
+) -> tuple[GraphedExecutor, FakeDriver, list[str]]:
     parts = split(network(), begin, end, lends)
-    return acted(network(), parts, on_the_cpu(traits(on_a_gpu(parts.captured))))
+    return acted(network(), parts, on_the_cpu(traits(on_a_gpu(parts.captured))), code)
 
 
 def on_a_gpu(part: Part) -> Part:
@@ -158,6 +163,15 @@ def test_the_part_in_the_middle_is_replayed(begin: int, end: int | None, lends: 
     run, driver, notes = graphed(begin, end, lends)
     alike(run, bound(network()))
     assert driver.captures == 1 and sum(what == "replay" for what, _ in driver.log) == 3 and not notes
+
+
+@pytest.mark.parametrize("lends", [True, False])
+@pytest.mark.parametrize(("begin", "end"), [(0, 6), (2, 8), (1, None)])
+def test_compiled_code_replays_it(begin: int, end: int | None, lends: bool, compiled_code: ReplayCode) -> None:
+    run, driver, notes = graphed(begin, end, lends, compiled_code)
+    alike(run, bound(network()))
+    assert driver.captures == 1 and sum(what == "replay" for what, _ in driver.log) == 3 and not notes
+    assert run._latest is not None and run._latest.play_within is not None and run._play is None
 
 
 def alike(run: Any, plain: Executor, *more: torch.Tensor) -> None:
