@@ -64,7 +64,7 @@ class Shape:
 SHAPES = {
     16: [Shape(8, 8, 2, 128 << 10), Shape(8, 8, 2, 0), Shape(8, 16, 4, 128 << 10, 16)],
     8: [Shape(8, 8, 2, 128 << 10), Shape(8, 8, 2, 0)],
-    4: [Shape(8, 8, 2, 128 << 10), Shape(8, 8, 2, 0), Shape(16, 16, 8, 128 << 10, 16)],
+    4: [Shape(8, 8, 2, 128 << 10), Shape(8, 8, 2, 0), Shape(8, 16, 8, 128 << 10, 16)],
 }
 
 
@@ -161,6 +161,9 @@ class Persistent:
 
         splits = min(16, cached // 16)
         rows = (group + 2) * heads * features
+        blocks = [rows // shape.rows, hidden // shape.rows, hidden // shape.rows_down, heads * splits]
+        if min(*blocks[:3], 2 * config.intermediate_size // shape.rows_up) < programs or blocks[3] > programs:
+            raise ValueError("a program without a block, or a part of attention without a program")
         self.hidden = empty(hidden)
         parts = empty(heads * group, splits, features, dtype=torch.float32)
         stats = empty(heads * group, splits, 2, dtype=torch.float32)

@@ -225,7 +225,7 @@ def weight_candidates(contraction: Contraction, target: Target, mode: str) -> li
     """As `contraction_candidates`, of a product with a weight of few bits; none of many rows."""
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
     problem = weight_problem(contraction)
-    vectors = weight_config.vector_configs(problem, target, most)
+    vectors = weight_config.vector_configs(problem, target, most + 1)
     if contraction.row is not None:  # which is as long as a block
         whole = (c for c in vectors if c.block_bytes == problem.row_bytes)
         return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in whole]

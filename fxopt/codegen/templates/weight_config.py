@@ -7,6 +7,7 @@ by the bytes in flight and the rounds that programs need.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from math import ceil
 
@@ -26,11 +27,16 @@ _REGISTERS = 128
 PART = 16
 """Bytes of a weight's row that a thread loads at a time for a single row."""
 
-_MOST_PARTS, _STEPS = 256, 2
-_ROWS_OF_THREAD = (4, 8, 2)
-"""Of the weight: more share what is done to x and the sums over threads, fewer leave room for more programs."""
+_MOST_PARTS = 512
+_ROWS_AND_STEPS = tuple(itertools.product((8, 4, 2, 1), (1, 2)))
+"""Rows of the weight that a thread has, and loads of each: more rows share what is done to x."""
 
 _VECTOR_WARPS = 4
+_THREADS = 768
+"""Of a multiprocessor: with fewer, each has more values than the others' loads hide."""
+
+_VALUES = (64, 256)
+"""Fewest of a thread, beside which sums over threads cost little, and most, which fit into registers."""
 
 _IN_FLIGHT = 32 << 10
 """Bytes of the weight that a multiprocessor should have in flight."""
@@ -106,18 +112,34 @@ class VectorConfig:
 
 
 def vector_configs(problem: WeightProblem, target: Target, limit: int) -> list[VectorConfig]:
-    """At most `limit`, those that fill the GPU first; none for more rows than one, or rows of the weight that are not whole
-    loads.
+    """At most `limit`, those first whose threads have as many values as fill the GPU once; none for more rows than one, or
+    rows of the weight that are not whole loads.
+
+    A multiprocessor computes when its loads are there: of a small weight few warps with many values each take longer for
+    that than the weight's bytes.
     """
     if problem.m != 1 or problem.row_bytes % PART or problem.group % PART:
         return []
+    fewest, most = _VALUES
+    values = problem.products * problem.n * problem.k / (target.sm_count * _THREADS)
+    wanted = math.log2(min(max(values, fewest), most))
+    per_load = PART * 8 // problem.bits * problem.products
+    found: dict[VectorConfig, float] = {}
+    for rows, steps in _ROWS_AND_STEPS:
+        config = _vector(problem, rows, steps, target)
+        own = rows * config.steps * per_load
+        if own <= most:
+            found.setdefault(config, abs(math.log2(own) - wanted))
+    return sorted(found, key=lambda c: found[c])[:limit]
+
+
+def _vector(problem: WeightProblem, rows: int, steps: int, target: Target) -> VectorConfig:
+    """With so many rows, and at least so many steps, of a thread: of a long row a thread needs more."""
     loads = problem.row_bytes // PART
-    parts = min(_MOST_PARTS, max(target.warp_size, _power_of_2(ceil(loads / _STEPS))))
-    steps = min(_STEPS, _power_of_2(ceil(loads / parts)))
+    parts = min(_MOST_PARTS, max(target.warp_size, _power_of_2(ceil(loads / steps))))
+    steps = min(2, _power_of_2(ceil(loads / parts)))
     warps = max(_VECTOR_WARPS, parts // target.warp_size)
-    beside = warps * target.warp_size // parts
-    found = [VectorConfig(max(1, rows // problem.products) * beside, parts, steps, warps) for rows in _ROWS_OF_THREAD]
-    return sorted(found, key=lambda c: c.programs(problem) < target.sm_count)[:limit]
+    return VectorConfig(rows * (warps * target.warp_size // parts), parts, steps, warps)
 
 
 def _power_of_2(least: int) -> int:
