@@ -43,6 +43,8 @@ Kernel = tuple[str, float]
 LOOK_AHEAD = 8
 """Steps among which a kernel is looked for: another one of its name may be at the end."""
 
+_CONVOLUTION = "aten::convolution.default"
+
 PROFILED = 5
 """Calls, of which each kernel's median counts."""
 
@@ -86,11 +88,21 @@ def steps_of(plan: Plan) -> list[Step]:
         else:
             continue
         touched = [specs[n] for n in dict.fromkeys(map(root, names)) if n in specs]
-        own = Step(what, label, sum(map(_nbytes, touched)))
-        if what.startswith(("fx_gemm", "fx_weight_gemm")) or "mm" in what.partition("::")[2]:
+        own = Step(what, label, _moved(touched, "gather" in what))
+        if what.startswith("fx_conv") or what == _CONVOLUTION:
+            own.products = _convolution([specs[n] for n in map(root, names) if n in specs])
+        elif what.startswith(("fx_gemm", "fx_weight_gemm")) or "mm" in what.partition("::")[2]:
             own.products = _products([specs[n] for n in map(root, names) if n in specs], what)
         found.append(own)
     return found
+
+
+def _moved(touched: Sequence[BufferSpec], gathers: bool) -> int:
+    """Bytes of `touched`; of a table that a step gathers from, no more than the largest of the others."""
+    sizes = sorted(map(_nbytes, touched))
+    if gathers and len(sizes) > 1:
+        sizes[-1] = min(sizes[-1], sizes[-2])
+    return sum(sizes)
 
 
 def _nbytes(spec: BufferSpec) -> int:
@@ -100,6 +112,17 @@ def _nbytes(spec: BufferSpec) -> int:
 def _elements(spec: BufferSpec) -> int:
     sizes = (evaluate(n, {}) for n, stride in zip(spec.shape, spec.strides, strict=True) if stride != 0)
     return math.prod(sizes)
+
+
+def _convolution(buffers: Sequence[BufferSpec]) -> list[tuple[int, int, int, torch.dtype]]:
+    """The product of patches that a convolution is: of images, the first buffer, by a weight, the second one; the result is
+    the last one of four sizes, [N, C, H, W].
+    """
+    images = [[evaluate(n, {}) for n in b.shape] for b in buffers if len(b.shape) == 4]
+    if len(images) < 2:
+        return []
+    count, channels, height, width = images[-1]
+    return [(count * height * width, _elements(buffers[1]) // channels, channels, buffers[0].dtype)]
 
 
 def _products(buffers: Sequence[BufferSpec], what: str) -> list[tuple[int, int, int, torch.dtype]]:

@@ -55,7 +55,7 @@ def is_clamped(value: Scalar) -> bool:
 
 
 def saturated(value: Scalar) -> Scalar | None:
-    """What `value`, a float8_e4m3fn, is before it is clamped to that type's range, which the GPU's conversion does itself."""
+    """What `value`, a float8_e4m3fn, is before a clamp to that type's range, which the GPU's conversion does itself."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     if value.dtype != torch.float8_e4m3fn:
         return None

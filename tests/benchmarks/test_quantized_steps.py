@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quantized_steps import Step, grouped, shown, timed
+from benchmarks.quantized_steps import Step, grouped, shown, steps_of, timed
+from fxopt.ir.exprs import contiguous_strides
+from fxopt.ir.region import BufferSpec
+from fxopt.runtime.plan import Launch, Plan
 from fxopt.target import Target
 
 H100 = Target.cuda(90)
@@ -28,3 +31,22 @@ def test_a_limit_is_the_longer_time_of_bytes_and_products() -> None:
 
 def test_waiting_for_the_kernel_before_is_not_counted() -> None:
     assert shown([("a", 0.0, 10.0), ("b", 2.0, 9.0), ("c", 12.0, 1.0)]) == [("a", 10.0), ("b", 1.0), ("c", 1.0)]
+
+
+def test_what_convolutions_multiply_and_gathers_read() -> None:
+    device = torch.device("cuda", 0)
+
+    def spec(name: str, dtype: torch.dtype, *shape: int) -> BufferSpec:
+        return BufferSpec(name, dtype, device, shape, contiguous_strides(shape))
+
+    image, weight = spec("x", torch.int8, 64, 32, 28, 28), spec("w", torch.int8, 64, 3, 3, 32)
+    result, residual = spec("y", torch.int8, 64, 64, 14, 14), spec("r", torch.int8, 64, 64, 14, 14)
+    table, rows, ids = spec("t", torch.float32, 30000, 8), spec("e", torch.float32, 16, 8), spec("i", torch.int64, 16)
+    launches = (
+        Launch("k", "triton", "fx_conv_max", ("x", "w", "r", "y"), ("y",), device),
+        Launch("k", "triton", "fx_point_gather", ("t", "i", "e"), ("e",), device),
+    )
+    plan = Plan("test", (), (), (), (image, weight, result, residual, table, rows, ids), launches, ())
+    convolution, gather = steps_of(plan)
+    assert convolution.products == [(64 * 14 * 14, 9 * 32, 64, torch.int8)]
+    assert gather.nbytes == 2 * 16 * 8 * 4 + 16 * 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.ir.observer_ops import BINS
+from fxopt.ir.observer_ops import BINS, FIRST_NOT_FINITE
 from fxopt.ir.observer_ops import exponent_histogram as histogram
 from fxopt.quant.ranges import FP8, INT4, INT8, Grid, clipping_limit, divergence, edges
 
@@ -55,6 +55,19 @@ def test_bins_hold_what_their_edges_say(dtype: torch.dtype) -> None:
 def test_histograms_add_up_to_that_of_all_data() -> None:
     x = _heavy()
     assert torch.equal(histogram(x[:7000]) + histogram(x[7000:]), histogram(x.flip(0)))
+
+
+def test_a_sample_holds_the_ends_of_all_elements() -> None:
+    """Whether they are known or not; Inf and NaN outside of the sample are seen."""
+    x = torch.randn(4096, 768, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[1, 5], x[3, 7] = -77.0, 99.0
+    for value, last in ((99.0, None), (float("inf"), FIRST_NOT_FINITE), (float("nan"), FIRST_NOT_FINITE + 1)):
+        x[3, 7] = value
+        counts = histogram(x)
+        assert torch.equal(counts, histogram(x, x.amin(), x.amax()))
+        assert int(counts.sum()) < x.numel() / 2
+        top = int(counts.nonzero().max())
+        assert top == last if last else edges()[top] <= 99.0 < edges()[top + 1]
 
 
 def test_integers_beyond_one_batch_stay_exact() -> None:
