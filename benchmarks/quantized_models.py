@@ -95,7 +95,9 @@ def main(
         str, typer.Option(help="the workload's on a GPU (most: bfloat16) and float32 on a CPU by default")
     ] = "",
     workloads: Annotated[str, typer.Option(help="names, by commas")] = "",
-    precisions: Annotated[str, typer.Option(help="names, by commas")] = ",".join(p for p in PRECISIONS if p != HIGH),
+    precisions: Annotated[str, typer.Option(help="names, by commas")] = ",".join(
+        name for name, given in PRECISIONS.items() if name != HIGH and not given.has_groups
+    ),
     seconds: Annotated[float, typer.Option(help="of timing, each workload")] = 3.0,
     budget: Annotated[float, typer.Option(help="also what fxopt.quantize finds within this relative error; 0: not")] = 0.0,
     minutes: Annotated[float, typer.Option(help="no workload is begun after these")] = 9.0,

@@ -19,8 +19,8 @@ class Precision:
     """How the operands of a layer's product are stored. Types are names of torch dtypes, None: the model's own.
 
     `largest` is the magnitude that a scale brings the largest activation to. `group` is how many neighbours along the inner
-    dimension share a weight's scale, 0: a whole output channel. `dynamic`: each row of activations has a scale of its own,
-    whatever a calibration says.
+    dimension share a weight's scale, 0: a whole output channel; activations in few bits have scales of the same groups then.
+    `dynamic`: each row of activations has scales of its own, whatever a calibration says.
     """
 
     doc: str
@@ -36,6 +36,11 @@ class Precision:
         """Whether activations have the scale that a calibration gives, where there is one."""
         return self.activations is not None and not self.dynamic
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether activations have scales of groups."""
+        return self.activations is not None and self.group > 0
+
 
 HIGH = "high"
 PRECISIONS: dict[str, Precision] = {
@@ -43,6 +48,14 @@ PRECISIONS: dict[str, Precision] = {
     "int8": Precision("weights and activations in int8", "int8", "int8", 127.0),
     "fp8-dynamic": Precision("fp8 with a scale for each row", "float8_e4m3fn", "float8_e4m3fn", 448.0, dynamic=True),
     "int8-dynamic": Precision("int8 with a scale for each row", "int8", "int8", 127.0, dynamic=True),
+    "fp8-group": Precision("fp8 with scales of groups", "float8_e4m3fn", "float8_e4m3fn", 448.0, group=128),
+    "int8-group": Precision("int8 with scales of groups", "int8", "int8", 127.0, group=128),
+    "fp8-group-dynamic": Precision(
+        "fp8 with a scale for each row's groups", "float8_e4m3fn", "float8_e4m3fn", 448.0, group=128, dynamic=True
+    ),
+    "int8-group-dynamic": Precision(
+        "int8 with a scale for each row's groups", "int8", "int8", 127.0, group=128, dynamic=True
+    ),
     "int8-weight": Precision("weights in int8, activations as they are", "int8"),
     "int4-weight": Precision("weights in 4 bits, activations as they are", "uint8", bits=4, group=128),
     HIGH: Precision("as the model has it"),
@@ -52,11 +65,11 @@ TRAINED = ("fp8", "fp8-dynamic")
 """The precisions that training has, without a calibration; the same then."""
 
 GROUPS = (128, 64, 32)
-"""How many neighbours of a 4-bit weight may share a scale: the first that divides its inner dimension."""
+"""How many neighbours along the inner dimension may share a scale: the first that divides it."""
 
 
 def group_of(inner: int) -> int | None:
-    """The group of a 4-bit weight with this inner dimension; None where it cannot have one."""
+    """How many neighbours along this inner dimension share a scale; None where it cannot have groups."""
     return next((group for group in GROUPS if inner % group == 0), None)
 
 
@@ -98,7 +111,7 @@ def convolution_misfit(precision: str, dims: int, groups: int, transposed: bool)
         return f"it is a {'transposed' if transposed else 'grouped'} convolution"
     if dims != 4:
         return "of convolutions, those of images are quantized"
-    if not PRECISIONS[precision].is_static:
+    if not PRECISIONS[precision].is_static or PRECISIONS[precision].group:
         return "convolutions are quantized to fp8 or int8, with scales from a calibration"
     return None
 
@@ -204,6 +217,9 @@ class Table(Protocol):
 
     def scale(self, layer: str, precision: str) -> float:
         """What a quantized activation of the layer is to be multiplied by: positive, finite."""
+
+    def group_scales(self, layer: str, precision: str) -> Any:
+        """The same for each group of neighbours, in a precision that has groups: float32 [groups] on the CPU."""
 
     def zero_point(self, layer: str, precision: str) -> int:
         """The integer that stands for zero, from -128 to 127: what is added to a quantized activation of the layer."""

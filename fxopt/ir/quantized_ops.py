@@ -64,19 +64,20 @@ def quantize_weight(
 ) -> tuple[Tensor, Tensor]:
     """`weight` [N, K], floating, in few bits, and the float32 scales by which its values are to be multiplied.
 
-    8 bits: float8_e4m3fn or int8 [N, K], a scale for each output channel, [N]. 4 bits: uint8 [N, K / 2], packed as the
-    module says, and a scale for each `group` of neighbours along K (0: all of K), [N, K / group]. A scale brings the largest
-    magnitude to the type's; it is 1 where all are zero, and NaN where one is NaN or infinite. `limits`, positive, shaped as
-    the scales, are magnitudes that scales bring to the type's instead where they are smaller: what is beyond is clipped.
+    8 bits: float8_e4m3fn or int8 [N, K], a scale for each output channel, [N], or with a `group` one for each so many
+    neighbours along K, [N, K / group]. 4 bits: uint8 [N, K / 2], packed as the module says, and scales [N, K / group] (0:
+    all of K are one group). A scale brings the largest magnitude to the type's; it is 1 where all are zero, and NaN where
+    one is NaN or infinite. `limits`, positive, shaped as the scales, are magnitudes that scales bring to the type's instead
+    where they are smaller: what is beyond is clipped.
 
-    Raises ValueError for another dtype or number of bits, K that is odd (4 bits) or no multiple of `group`, and groups of
-    8-bit values.
+    Raises ValueError for another dtype or number of bits, and K that is odd (4 bits) or no multiple of `group`.
     """
     rows, inner = _checked_weight(weight, dtype, bits, group)
     wide = weight.detach().to(torch.float32)
     if bits == 8:
-        scale = _scales(wide, LARGEST[dtype], limits)
-        values = wide / scale[:, None]
+        grouped = wide.reshape(rows, -1, group) if group else wide
+        scale = _scales(grouped, LARGEST[dtype], limits)
+        values = (grouped / scale[..., None]).reshape(rows, inner)
         if dtype == torch.int8:
             values = values.round()
         largest = LARGEST[dtype]
@@ -118,9 +119,9 @@ def unpacked(weight: Tensor) -> Tensor:
 
 def dequantized(weight: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
     """The float32 [N, K] that `weight` and `scale`, as `quantize_weight` makes them, stand for."""
-    if bits == 8:
-        return weight.to(torch.float32) * scale[:, None]
-    values = unpacked(weight).to(torch.float32)
+    values = (weight if bits == 8 else unpacked(weight)).to(torch.float32)
+    if scale.dim() == 1:
+        return values * scale[:, None]
     rows, inner = values.shape
     return (values.reshape(rows, -1, group or inner) * scale[..., None]).reshape(rows, inner)
 
@@ -132,10 +133,10 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tens
     do it) or both int8 (in int32, which K up to 2**17 cannot overflow). Scales are float32: scale_a [] or [M], scale_b [] or
     [N]. The bias [N] is floating. Raises ValueError for others.
     """
-    _check_scaled(a, b, scale_a, scale_b, bias, out_dtype)
-    if a.dtype == FLOAT8 and _has_float8_call(a, b, out_dtype):
+    check_scaled(a, b, scale_a, scale_b, bias, out_dtype)
+    if a.dtype == FLOAT8 and has_float8_call(a, b, out_dtype):
         return _float8_call(a, b, scale_a, scale_b, bias, out_dtype)
-    sums = _int_sums(a, b) if a.dtype == torch.int8 else a.to(torch.float32) @ b.to(torch.float32).t()
+    sums = int_sums(a, b) if a.dtype == torch.int8 else a.to(torch.float32) @ b.to(torch.float32).t()
     out = sums.to(torch.float32) * _column(scale_a) * scale_b
     return (out if bias is None else out + bias).to(out_dtype)
 
@@ -144,7 +145,7 @@ def _column(scale: Tensor) -> Tensor:
     return scale[:, None] if scale.dim() == 1 else scale
 
 
-def _has_float8_call(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> bool:
+def has_float8_call(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> bool:
     if a.device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
     contiguous = a.stride(-1) == b.stride(-1) == 1
@@ -174,7 +175,7 @@ def _float8_call(
     return (out if bias is None else out + bias).to(out_dtype)
 
 
-def _int_sums(a: Tensor, b: Tensor) -> Tensor:
+def int_sums(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T of int8 matrices, exactly, in int32 or float64."""
     fits = a.shape[0] >= _FEWEST_ROWS_OF_INT_MM and _fits(a, b, _MULTIPLE_OF_INT_MM)
     if a.device.type == "cpu" or fits:
@@ -215,8 +216,8 @@ def _checked_weight(weight: Tensor, dtype: torch.dtype, bits: int, group: int) -
     rows, inner = weight.shape
     if (bits, dtype) not in ((8, FLOAT8), (8, torch.int8), (4, torch.uint8)):
         raise ValueError(f"{bits} bits in {dtype}: known are 8 in float8_e4m3fn or int8, and 4 in uint8")
-    if bits == 8 and group:
-        raise ValueError("8-bit weights have one scale for each output channel, not for groups")
+    if bits == 8 and (group < 0 or (group and inner % group)):
+        raise ValueError(f"the inner dimension {inner} is no multiple of the group {group}")
     if bits == 4:
         _check_groups(inner, group)
     return rows, inner
@@ -227,7 +228,7 @@ def _check_groups(inner: int, group: int) -> None:
         raise ValueError(f"4-bit weights need an even inner dimension, a multiple of the group: {inner}, {group}")
 
 
-def _check_scaled(
+def check_scaled(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> None:
     if a.dtype != b.dtype or a.dtype not in LARGEST:
@@ -275,7 +276,8 @@ def _check_bias(bias: Tensor | None, columns: int) -> None:
 def _fake_quantize(weight: Tensor, dtype: torch.dtype, bits: int = 8, group: int = 0) -> tuple[Tensor, Tensor]:
     rows, inner = _checked_weight(weight, dtype, bits, group)
     if bits == 8:
-        return weight.new_empty((rows, inner), dtype=dtype), weight.new_empty((rows,), dtype=torch.float32)
+        scales = (rows, inner // group) if group else (rows,)
+        return weight.new_empty((rows, inner), dtype=dtype), weight.new_empty(scales, dtype=torch.float32)
     scale = weight.new_empty((rows, inner // (group or inner)), dtype=torch.float32)
     return weight.new_empty((rows, inner // 2), dtype=dtype), scale
 
@@ -283,7 +285,7 @@ def _fake_quantize(weight: Tensor, dtype: torch.dtype, bits: int = 8, group: int
 def _fake_scaled(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    _check_scaled(a, b, scale_a, scale_b, bias, out_dtype)
+    check_scaled(a, b, scale_a, scale_b, bias, out_dtype)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 

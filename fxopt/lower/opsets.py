@@ -6,6 +6,7 @@ import torch
 
 import fxopt.ir.random_ops  # noqa: F401  (defines torch.ops.fxopt.seed)
 from fxopt.ir.attention_op import attention, attention_backward, attention_forward
+from fxopt.ir.group_scaled_op import GROUP_SCALED_MM
 from fxopt.ir.linear_cross_entropy_op import linear_cross_entropy_backward, linear_cross_entropy_op
 from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.ir.quantized_attention import SCALED_ATTENTION
@@ -87,6 +88,7 @@ LIBRARY_OPS = frozenset(
         linear_cross_entropy_backward,
         exponent_histogram,
         QUANTIZE_WEIGHT,
+        GROUP_SCALED_MM,
         SCALED_CONVOLUTION,
         SCALED_MM,
         WEIGHT_ONLY_MM,

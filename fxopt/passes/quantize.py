@@ -12,6 +12,8 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
 - Attention is quantized where a rule with "@attention" in its name or pattern asks for fp8: query, key and value with the
   calibration's scales, the products of them and of the probabilities in float8 (ir/quantized_attention.py). The value is
   stored with its rows contiguous, as tensor cores read what they sum over.
+- In a precision of groups, each so many neighbours along the inner dimension have a scale of their own, in the weight and in
+  what it multiplies: from the calibration's ranges of channels for all rows, or each row's own.
 - Where a calibration's range lies mostly on one side of zero (after an activation), an int8 operand has a zero point z: z is
   added before rounding, the limits are -128 and 127, and what z adds to the product, a constant for each column, is
   subtracted with the bias.
@@ -37,6 +39,7 @@ from torch import fx
 from fxopt.errors import CalibrationError
 from fxopt.ir import ops
 from fxopt.ir.graph import Phase, Role
+from fxopt.ir.group_scaled_op import GROUP_SCALED_MM
 from fxopt.ir.layers import AT_ATTENTION, CONVOLUTION, LINEAR, AttentionLayer, Layer, attention_layers, layers
 from fxopt.ir.quantized_attention import SCALED_ATTENTION
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
@@ -191,6 +194,13 @@ class _Rewrite:
             x = self._divided(layer, layer.x)
             product = self._derive(WEIGHT_ONLY_MM, (x, weight, scales, bias, precision.bits, group), layer)
             how = f", groups of {group}" if group else ""
+        elif precision.has_groups:
+            group = group_of(layer.shape[1]) or 0
+            weight, scales = self._weight(layer, precision, group, limits)
+            bias = self._with_offset(layer, bias, offset)
+            x, scale_x, how = self._grouped_activation(layer, name, group)
+            out = layer.node.meta["val"].dtype
+            product = self._derive(GROUP_SCALED_MM, (x, weight, scale_x, scales, bias, out), layer)
         else:
             scale = self._scale(layer, name)
             zero = 0 if scale is None or self.table is None else self.table.zero_point(layer.name, name)
@@ -377,6 +387,31 @@ class _Rewrite:
         )
         return made
 
+    def _grouped_activation(self, layer: Layer, name: str, group: int) -> tuple[fx.Node, fx.Node, str]:
+        """The quantized input [M, K], its scales, [1, K / group] or [M, K / group], and how, for people."""
+        precision = PRECISIONS[name]
+        _check_device(layer, precision)
+        known = self.table is not None and precision.is_static and self._scale(layer, name) is not None
+        scales = self.table.group_scales(layer.name, name) if known and self.table is not None else None
+        key = ("groups", layer.x, precision.activations, group, _bits(scales), _bits(self._channels(layer)))
+        values, scale_x = self._once(key, functools.partial(self._by_group, layer, precision, group, scales))
+        return values, scale_x, f", groups of {group}" + (", scaled row by row" if scales is None else "")
+
+    def _by_group(
+        self, layer: Layer, precision: Precision, group: int, scales: torch.Tensor | None
+    ) -> tuple[fx.Node, fx.Node]:
+        wide, inner = self._divided(layer, self._wide(layer)), layer.shape[1]
+        grouped = self._derive(aten.view.default, (wide, [-1, inner // group, group]), layer)
+        if scales is None:
+            values, scale_x = scaled_rows(lambda op, args: self._derive(op, args, layer), grouped, precision.largest)
+        else:
+            own = scales.to(layer.x.meta["val"].device)
+            factors = self._constant(layer, "inverse", own.reciprocal()[:, None])
+            values = self._derive(aten.mul.Tensor, (grouped, factors), layer)
+            scale_x = self._constant(layer, "scale", own[None])
+        values = self._derive(aten.view.default, (values, [-1, inner]), layer)
+        return self._cast(layer, precision, values, -precision.largest), scale_x
+
     def _by_tensor(self, layer: Layer, precision: Precision, scale: float, zero: int) -> tuple[fx.Node, fx.Node]:
         device = layer.x.meta["val"].device
         own = torch.tensor(scale, dtype=torch.float32)
@@ -462,11 +497,11 @@ Derive = Callable[[Any, tuple[Any, ...]], Any]
 
 
 def scaled_rows(derive: Derive, wide: fx.Node, largest: float) -> tuple[Any, Any]:
-    """`wide` [M, K], float32, with each row's largest magnitude brought to `largest`, and the scales [M]; nodes that
-    `derive(op, arguments)` makes."""
-    amax = derive(aten.amax.default, (derive(aten.abs.default, (wide,)), [1]))
+    """`wide` [M, K] or [M, groups, group], float32, with the largest magnitude along the last dimension brought to
+    `largest`, and the scales without that dimension; nodes that `derive(op, arguments)` makes."""
+    amax = derive(aten.amax.default, (derive(aten.abs.default, (wide,)), [-1]))
     scale = derive(aten.clamp_min.default, (derive(aten.mul.Tensor, (amax, 1.0 / largest)), LEAST_SCALE))
-    column = derive(aten.unsqueeze.default, (derive(aten.reciprocal.default, (scale,)), 1))
+    column = derive(aten.unsqueeze.default, (derive(aten.reciprocal.default, (scale,)), -1))
     return derive(aten.mul.Tensor, (wide, column)), scale
 
 

@@ -189,22 +189,26 @@ def obstacle(call: LayerCall, precision: str) -> str | None:
 
 def with_table(call: LayerCall, precision: str, table: Table, name: str) -> Tensor:
     """`quantized` with what `table` says of its layer `name`."""
-    scale = table.scale(name, precision) if PRECISIONS[precision].is_static else None
+    given = PRECISIONS[precision]
+    scale: float | Tensor | None = table.scale(name, precision) if given.is_static else None
     zero = 0 if scale is None else table.zero_point(name, precision)
+    if scale is not None and given.has_groups and call.window is None:
+        scale = table.group_scales(name, precision)
     return quantized(call, precision, scale, table.channels(name), zero, table.refinement(name, precision))
 
 
 def quantized(
     call: LayerCall,
     precision: str,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     channels: Tensor | None = None,
     zero_point: int = 0,
     refinement: Refinement | None = None,
 ) -> Tensor:
     """The layer's result in `precision`, which is not "high", in x's dtype, as passes/quantize.py computes it.
 
-    `scale`: of the quantized activations, for all rows; None for one of each row. `zero_point`: what they have for zero.
+    `scale`: of the quantized activations, for all rows, in a precision of groups float32 [groups]; None for those of each
+    row. `zero_point`: what they have for zero.
     `channels`, float32 [K], of a convolution [C_in]: what x is divided by and the weight multiplied by before. Raises
     KeyError for an unknown precision, ValueError for a layer that has an `obstacle`.
     """
@@ -215,7 +219,7 @@ def quantized(
     if call.window is not None:
         if scale is None:
             raise ValueError(f"convolution {call.name!r} takes its scale from a calibration")
-        return _quantized_convolution(call, precision, scale, channels, refinement)
+        return _quantized_convolution(call, precision, float(scale), channels, refinement)
     group = (group_of(call.weight.shape[1]) or 0) if given.group else 0
     x, weight = call.x.float(), call.weight
     if channels is not None:
@@ -224,16 +228,16 @@ def quantized(
     limits, correction = (None, None) if refinement is None else (refinement.limits, refinement.correction)
     parts = quantize_weight(weight, getattr(torch, str(given.weights)), given.bits, group, limits)
     if given.activations is not None:
-        x = _on_grid(x, GRIDS[given.activations], scale) if not zero_point else _shifted(x, scale or 0.0, zero_point)
+        x = _on_grid(x, GRIDS[given.activations], scale, group) if not zero_point else _shifted(x, scale or 0.0, zero_point)
     result = x @ dequantized(*parts, given.bits, group).t()
     if correction is not None:
         result = result + correction.to(result.device)
     return (result if call.bias is None else result + call.bias.float()).to(call.x.dtype)
 
 
-def _shifted(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def _shifted(x: Tensor, scale: float | Tensor, zero_point: int) -> Tensor:
     """What int8 with a zero point stands for."""
-    steps = x.new_tensor(scale)
+    steps = x.new_tensor(float(scale))
     return ((x * steps.reciprocal() + zero_point).round().clamp(-128.0, 127.0) - zero_point) * steps
 
 
@@ -258,9 +262,10 @@ def _quantized_convolution(
     return result.to(call.x.dtype)
 
 
-def _on_grid(x: Tensor, grid: Grid, scale: float | None) -> Tensor:
+def _on_grid(x: Tensor, grid: Grid, scale: float | Tensor | None, group: int) -> Tensor:
+    parts = x.unflatten(1, (-1, group)) if group else x
     if scale is None:
-        steps = (x.abs().amax(1, keepdim=True) / grid.largest).clamp_min(torch.finfo(torch.float32).tiny)
+        steps = (parts.abs().amax(-1, keepdim=True) / grid.largest).clamp_min(torch.finfo(torch.float32).tiny)
     else:
-        steps = x.new_tensor(scale)
-    return grid.rounded(x * steps.reciprocal()).to(x.dtype) * steps
+        steps = scale.to(x.device)[:, None] if isinstance(scale, Tensor) else x.new_tensor(scale)
+    return (grid.rounded(parts * steps.reciprocal()).to(x.dtype) * steps).view_as(x)

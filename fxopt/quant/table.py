@@ -29,7 +29,7 @@ from torch import Tensor
 from fxopt.errors import CalibrationError
 from fxopt.ir.layers import LINEAR, attention_of
 from fxopt.options import suggestion
-from fxopt.precision import PRECISIONS, KnownLayer, Refinement
+from fxopt.precision import PRECISIONS, KnownLayer, Refinement, group_of
 from fxopt.quant import ranges
 from fxopt.quant.observers import Found, Range
 
@@ -145,6 +145,18 @@ class Calibration:
         if key not in self._scales:
             self._scales[key] = self._scale(self[layer], precision)
         return self._scales[key]
+
+    def group_scales(self, layer: str, precision: str) -> Tensor:
+        """What each group of neighbours along the inner dimension is multiplied by, in a precision that has groups: from the
+        largest magnitudes of its channels, which the layer's own scale limits. Float32 [K / group]. Raises CalibrationError
+        as `scale` does."""
+        given, found = PRECISIONS[precision], self[layer]
+        whole = torch.tensor(self.scale(layer, precision))
+        if found.scale is not None:
+            return whole.expand(found.shape[1] // (group_of(found.shape[1]) or 1)).clone()
+        largest = found.channel_amax() if found.channels is None else found.channel_amax() / found.channels
+        own = largest.view(-1, group_of(found.shape[1]) or 1).amax(1) / given.largest
+        return torch.minimum(own, whole).clamp_min(_LEAST_SCALE)
 
     def zero_point(self, layer: str, precision: str) -> int:
         """0 where zero is the middle of the range: always but for integers whose range lies mostly on one side."""
@@ -295,7 +307,7 @@ class Calibration:
             low, high = _bounds(layer, layer.seen, self.method, ranges.GRIDS[given.activations])
         low, high = min(low, 0.0), max(high, 0.0)
         limit = max(-low, high)
-        if given.activations != "int8" or layer.kind != LINEAR or layer.symmetric:
+        if given.activations != "int8" or layer.kind != LINEAR or layer.symmetric or given.group:
             return -limit, limit
         saved = (high - low) / 255.0 <= _WORTH_A_ZERO_POINT * limit / given.largest
         return (low, high) if saved or layer.symmetric is False else (-limit, limit)

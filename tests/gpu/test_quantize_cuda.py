@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxopt.ir.group_scaled_op import GROUP_SCALED_MM
 from fxopt.ir.observer_ops import exponent_histogram
 from fxopt.journal import RECENT
 from fxopt.quant.calibrate import calibrate
@@ -60,6 +61,18 @@ def test_histograms_of_a_graph_are_those_of_the_op(shape: tuple[int, ...]) -> No
         with torch.no_grad():
             got = torch.compile(counted, backend=resolve_backend("fxopt"), options=options)(x)
         assert torch.equal(got, counted(x)) and torch.equal(got, exponent_histogram(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("rows", "groups"), [(64, 4), (64, 1), (48, 6), (7, 2)])
+def test_scales_of_groups_are_the_cpus(dtype: torch.dtype, rows: int, groups: int) -> None:
+    """cuBLAS has a call for 8-bit floats by 128 neighbours; others are added up group by group."""
+    a, b = (torch.randn(n, groups * 128).mul(30).clamp(-100, 100).to(dtype) for n in (rows, 96))
+    scale_a, scale_b, bias = torch.rand(rows, groups) + 0.1, torch.rand(96, groups) + 0.1, torch.randn(96)
+    for scale in (scale_a, scale_a[:1]):
+        want = GROUP_SCALED_MM(a, b, scale, scale_b, bias, torch.float32)
+        got = GROUP_SCALED_MM(a.cuda(), b.cuda(), scale.cuda(), scale_b.cuda(), bias.cuda(), torch.float32)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
 
 
 def test_calibrating_twice_gives_the_same() -> None:

@@ -6,6 +6,7 @@ from fxopt.lower.ops import (
     bessel,
     comparisons,
     creation,
+    group_scaled,
     indexing,
     joins,
     linear_cross_entropy,
@@ -45,5 +46,6 @@ TABLES = (
     upsampling.TABLE,
     linear_cross_entropy.TABLE,
     quantized.TABLE,
+    group_scaled.TABLE,
     observers.TABLE,
 )

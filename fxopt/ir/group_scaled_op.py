@@ -1,0 +1,96 @@
+"""Products of 8-bit operands with scales of groups along what is summed over, as an op. Importing the module registers
+
+    fxopt::group_scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor
+
+A scale for each group of neighbours keeps what is large in a row from taking the steps of what is small; but sums have to be
+scaled group by group, so that no library's product of 8-bit integers does it in one call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxopt.ir.quantized_ops import FLOAT8, check_scaled, has_float8_call, int_sums
+
+_SCHEMA = "group_scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor"
+
+_BLOCK, _MULTIPLE_OF_ROWS = 128, 16
+"""Neighbours of one scale, and rows, that `aten::_scaled_mm` takes on Hopper."""
+
+
+def group_scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """The sum over groups g of neighbours along K of a_g @ b_g.T * scale_a[:, g] * scale_b[:, g], + bias: [M, N] in
+    `out_dtype`, added up in float32 and rounded once.
+
+    a [M, K] and b [N, K] are both float8_e4m3fn or both int8, whose sums within a group are int32. scale_a, float32
+    [M, groups], or [1, groups] for all rows; scale_b, float32 [N, groups]. The bias [N] is floating. Raises ValueError for
+    others.
+    """
+    group = _check(a, b, scale_a, scale_b, bias, out_dtype)
+    if _has_block_call(a, b, group):
+        out = _block_call(a, b, scale_a, scale_b)
+        return (out if bias is None else out + bias).to(out_dtype)
+    out = torch.zeros((), device=a.device)
+    for index in range(scale_b.shape[1]):
+        part = slice(index * group, (index + 1) * group)
+        out = out + _sums(a[:, part], b[:, part]).to(torch.float32) * scale_a[:, index, None] * scale_b[:, index]
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def _sums(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T of 8-bit matrices: exactly, of int8, else in float32."""
+    if a.dtype == torch.int8:
+        return int_sums(a, b)
+    if has_float8_call(a, b, torch.float32):
+        one = torch.ones((), device=a.device)
+        return torch._scaled_mm(a.contiguous(), b.contiguous().t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
+    return a.to(torch.float32) @ b.to(torch.float32).t()
+
+
+def _has_block_call(a: Tensor, b: Tensor, group: int) -> bool:
+    """Whether `aten::_scaled_mm` takes scales of groups: of 8-bit floats, by cuBLAS from CUDA 12.9 on, on Hopper."""
+    if a.dtype != FLOAT8 or group != _BLOCK or not has_float8_call(a, b, torch.float32) or a.shape[0] % _MULTIPLE_OF_ROWS:
+        return False
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return version >= (12, 9) and torch.cuda.get_device_capability(a.device) == (9, 0)
+
+
+def _block_call(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """Float32 [M, N]. Scales lie with rows next to each other."""
+    rows = scale_a.expand(a.shape[0], -1).t().contiguous().t()
+    columns = scale_b.t().contiguous()
+    return torch._scaled_mm(a, b.t(), rows, columns, out_dtype=torch.float32, use_fast_accum=False)
+
+
+def _check(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> int:
+    """The number of neighbours in a group."""
+    one = torch.ones((), dtype=torch.float32, device="meta")
+    check_scaled(a, b, one, one, bias, out_dtype)
+    groups = scale_b.shape[1] if scale_b.dim() == 2 else 0
+    if not groups or a.shape[1] % groups or scale_b.dtype != torch.float32 or scale_b.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"the weight's scales are float32 [{b.shape[0]}, groups] of {a.shape[1]} neighbours, not {scale_b.dtype}"
+            f" {list(scale_b.shape)}"
+        )
+    rows = scale_a.shape[0] if scale_a.dim() == 2 else 0
+    if scale_a.dtype != torch.float32 or scale_a.dim() != 2 or scale_a.shape[1] != groups or rows not in (1, a.shape[0]):
+        raise ValueError(
+            f"scales of rows are float32 [1 or {a.shape[0]}, {groups}], not {scale_a.dtype} {list(scale_a.shape)}"
+        )
+    return a.shape[1] // groups
+
+
+def _fake(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    _check(a, b, scale_a, scale_b, bias, out_dtype)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+_LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
+_LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("group_scaled_mm", group_scaled_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("fxopt::group_scaled_mm", _fake, lib=_LIBRARY)
+
+GROUP_SCALED_MM = torch.ops.fxopt.group_scaled_mm.default
