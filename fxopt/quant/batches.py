@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+from fxopt.errors import CalibrationError
 
 Forward = Callable[[Any, Any], Any]
 T = TypeVar("T")
 
 _fresh = itertools.count()
+
+
+def checked_loader(loader: Any) -> Iterable[Any]:
+    """`loader`, if it is one. Raises CalibrationError for what is a batch by itself, or cannot be gone through."""
+    if isinstance(loader, (torch.Tensor, Mapping, str)):
+        what = "tensor" if isinstance(loader, torch.Tensor) else "mapping" if isinstance(loader, Mapping) else "string"
+        raise CalibrationError(f"a loader gives batches, and this one is a {what} itself: put a batch into a list")
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise CalibrationError(f"a loader is gone through batch by batch, which a {type(loader).__name__} is not")
+    return cast(Iterable[Any], loader)
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:

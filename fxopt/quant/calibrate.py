@@ -15,7 +15,7 @@ from fxopt.errors import CalibrationError
 from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
 from fxopt.journal import RECENT
 from fxopt.options import suggestion
-from fxopt.quant.batches import Forward, call_model, on_device, shown
+from fxopt.quant.batches import Forward, call_model, checked_loader, on_device, shown
 from fxopt.quant.observers import Collector
 from fxopt.quant.table import AMBIGUOUS, AVERAGE, NEVER, ROWS, ZERO, Calibration, LayerRange, check_method, joined_layers
 
@@ -47,10 +47,10 @@ def calibrate(
     "attention" in `observe`, so is what attention on a GPU is given.
     `backend` is what torch.compile takes for fxopt where its package is not installed.
 
-    Raises CalibrationError, naming layer and batch where there is one: for a model in training mode, no batches, NaN or Inf
-    among activations, a batch that torch.compile did not run compiled, and a model without layers. Warns of layers that no
-    batch reached, of such that were given only zeros, and of input channels that were always zero. What the model itself
-    raises is raised as it is.
+    Raises CalibrationError, naming layer and batch where there is one: for a model in training mode, what is no loader, no
+    batches, NaN or Inf among activations, a batch that torch.compile did not run compiled, and a model without layers. Warns
+    of layers that no batch reached, of such that were given only zeros, and of input channels that were always zero. What
+    the model itself raises is raised as it is.
     """
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
@@ -61,7 +61,7 @@ def calibrate(
     compiled = _observed(model, collector, backend)
     count = 0
     with torch.no_grad():
-        for batch in shown(itertools.islice(loader, batches), "calibrating", progress):
+        for batch in shown(itertools.islice(checked_loader(loader), batches), "calibrating", progress):
             collector.begin_batch()
             (forward or call_model)(compiled, on_device(batch, model))
             count += 1
@@ -113,6 +113,14 @@ def _retreats() -> str:
     reasons = [f"{what}: {why}" for journal in list(RECENT)[-4:] for what, why in journal.retreats]
     if reasons:
         return f": fxopt could not compile the model ({reasons[-1]})"
+    unobserved = [
+        text
+        for journal in list(RECENT)[-4:]
+        for topic, text in journal.notes
+        if topic == "precision" and "is not observed" in text
+    ]
+    if unobserved:
+        return f": {unobserved[0]}"
     return ": torch.compile captured no product or convolution whose weight is a parameter or buffer of the model"
 
 

@@ -29,7 +29,7 @@ from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Decisions
 from fxopt.quant import savings
 from fxopt.quant.awq import activation_aware
-from fxopt.quant.batches import Forward, compiled_apart, on_device, shown
+from fxopt.quant.batches import Forward, checked_loader, compiled_apart, on_device, shown
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.choice import Offer, decisions, in_order
 from fxopt.quant.emulate import LayerCall, obstacle
@@ -112,7 +112,8 @@ def quantize(
     wanted = _checked_precisions(precisions)
     _check_budget(budget)
     model = getattr(model, "_orig_mod", model)
-    kept = [on_device(batch, model) for batch in itertools.islice(loader, batches)] if isinstance(model, nn.Module) else []
+    given = itertools.islice(checked_loader(loader), batches) if isinstance(model, nn.Module) else []
+    kept = [on_device(batch, model) for batch in given]
     on_gpu = any(t.is_cuda for t in itertools.chain(model.parameters(), model.buffers())) if kept else False
     observe = (ATTENTION,) if on_gpu and "fp8" in wanted else ()
     calibration = calibrate(model, kept, forward=forward, method=method, observe=observe, progress=progress, backend=backend)

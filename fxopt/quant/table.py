@@ -51,6 +51,10 @@ FITTED = ("limits", "correction")
 
 GAINS = "gains"
 
+DOCUMENT_FIELDS = ("format", "made by", "batches", "method", "graph", "layers", "tensors")
+LAYER_FIELDS = tuple("name kind shape dtype precision scale symmetric refined after amax elements".split())
+"""Of the JSON."""
+
 ROWS, AVERAGE = "rows", "average"
 METHODS = (*ranges.METHODS, ROWS, AVERAGE)
 """How ranges become scales. The last two need observers of their own: the first looks at the largest magnitudes of rows, of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from torch import Tensor
 from fxopt.errors import CalibrationError
 from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
 from fxopt.ir.observer_ops import BINS, FIRST_NOT_FINITE
+from fxopt.options import suggestion
 from fxopt.precision import PRECISIONS, Refinement
 from fxopt.quant.observers import Range
 from fxopt.quant.table import (
     CHANNELS,
+    DOCUMENT_FIELDS,
     DTYPES,
     FITTED,
     FORMAT,
     GAINS,
+    LAYER_FIELDS,
     MORE_PARTS,
     PARTS,
     Calibration,
@@ -45,18 +48,19 @@ class Reader:
     def calibration(self) -> Calibration:
         if not isinstance(self.document, dict):
             raise self.fail("the document", "it is no object")
+        self.check_fields(self.document, DOCUMENT_FIELDS, "the document")
         if self.get(self.document, "format", int, "format") != FORMAT:
             raise self.fail("format", f"it is {self.document['format']}, this version of fxopt reads {FORMAT}")
         listed = self.get(self.document, "layers", list, "layers")
         described = [self.layer(given, index) for index, given in enumerate(listed)]
         if len({layer.name for layer in described}) != len(described):
             raise self.fail("layers", "two have one name")
-        if self.get(self.document, "graph", str, "graph") != graph_digest(described):
+        digest, tensors = self.get(self.document, "graph", str, "graph"), self.tensors()
+        layers = tuple(self.with_range(*pair, tensors) for pair in zip(described, listed, strict=True))
+        if digest != graph_digest(described):
             raise self.fail(
                 "graph", "it is not the digest of the layers' names, kinds and shapes, which are not to be edited"
             )
-        tensors = self.tensors()
-        layers = tuple(self.with_range(*pair, tensors) for pair in zip(described, listed, strict=True))
         self.check_producers(layers)
         if tensors:
             raise self.fail("tensors", f"{min(tensors)!r} belongs to no layer")
@@ -78,6 +82,7 @@ class Reader:
             raise self.fail(where, "it is no object")
         name = self.get(given, "name", str, where)
         where = f"layer {name!r}"
+        self.check_fields(given, LAYER_FIELDS, where)
         kind = self.get(given, "kind", str, where)
         if kind not in (LINEAR, CONVOLUTION, ATTENTION):
             raise self.fail(where, f"its kind is {kind!r}, not {LINEAR!r}, {CONVOLUTION!r} or {ATTENTION!r}")
@@ -97,6 +102,7 @@ class Reader:
         channels = self.channels(where, described, tensors)
         refined = self.refined(where, described, given.get("refined"), tensors)
         seen = self.range(where, described.name, tensors)
+        self.check_shape(where, described, given.get("elements"), seen)
         after, gains = given.get("after"), tensors.pop(f"{described.name}.{GAINS}", None)
         if after is not None and not isinstance(after, str):
             raise self.fail(where, f"it comes after {after!r}, which is no layer's name")
@@ -107,6 +113,22 @@ class Reader:
                     where, f"its {what} is {given.get(what)!r}, but {value!r} in the tensors; to clip, set scale"
                 )
         return layer
+
+    def check_fields(self, given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+        """A field that nobody reads is a misspelt edit."""
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            raise self.fail(where, f"there is no field {unknown!r}{suggestion(unknown, known)}")
+
+    def check_shape(self, where: str, layer: LayerRange, elements: Any, seen: Range | None) -> None:
+        if seen is None:
+            if elements:
+                raise self.fail(where, "the tensors have no ranges of a layer of this name; names are not to be edited")
+            return
+        channels, known = seen.minimum.numel(), layer.shape[1] if len(layer.shape) > 1 else 0
+        if (layer.kind == LINEAR and channels != known) or (layer.kind == CONVOLUTION and known and channels % known):
+            told = f"its shape is {list(layer.shape)}, but what it was given has {channels} channels"
+            raise self.fail(where, f"{told}; shapes are not to be edited")
 
     def check_producers(self, layers: Sequence[LayerRange]) -> None:
         shapes = {layer.name: layer.shape for layer in layers}

@@ -163,8 +163,22 @@ def test_an_empty_loader_and_an_unknown_method() -> None:
 
 
 def test_a_model_without_layers() -> None:
-    with pytest.raises(CalibrationError, match="no layer was observed"):
+    with pytest.raises(CalibrationError, match=r"no layer was observed: torch\.compile captured no product"):
         quiet(nn.Sequential(nn.ReLU()).eval(), batches(1))
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (torch.randn(4, 5, 16), "this one is a tensor itself: put a batch into a list"),
+        ({"x": torch.randn(4, 16)}, "this one is a mapping itself"),
+        (None, "which a NoneType is not"),
+        ([torch.randn(0, 16)], "a is not observed: its input is empty"),
+    ],
+)
+def test_what_is_no_loader_of_batches(loader: Any, words: str) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        quiet(Broken().eval(), loader)
 
 
 @pytest.mark.parametrize(("bad", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
