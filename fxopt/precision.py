@@ -221,6 +221,9 @@ class Table(Protocol):
     def group_scales(self, layer: str, precision: str) -> Any:
         """The same for each group of neighbours, in a precision that has groups: float32 [groups] on the CPU."""
 
+    def head_scales(self, operand: str, precision: str) -> Any:
+        """The same for each head of an operand of attention, float32 [heads] on the CPU; None where one scale does."""
+
     def zero_point(self, layer: str, precision: str) -> int:
         """The integer that stands for zero, from -128 to 127: what is added to a quantized activation of the layer."""
 

@@ -49,6 +49,12 @@ def scaled_attention(
     return attend(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
+def steps_by_groups(steps: Tensor, groups: int) -> Tensor:
+    """`steps` [H] of a query's heads as those that are given the same key share them, the largest of each group: they can be
+    multiplied into the key's scales, since the op has one number for the query."""
+    return steps.view(groups, -1).amax(1).repeat_interleave(len(steps) // groups)
+
+
 def _widened(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if scale is None else (x.to(torch.float32) * scale.to(torch.float32)).to(dtype)
 

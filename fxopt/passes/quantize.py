@@ -10,8 +10,8 @@ a weight-only layer becomes `fxopt::weight_only_mm`. With s the activations' sca
   an integer has no NaN, and stands for zero then. What a relu has made is clamped at zero from below, which changes no
   value and lets a kernel's bound take care of NaN.
 - Attention is quantized where a rule with "@attention" in its name or pattern asks for fp8: query, key and value with the
-  calibration's scales, the products of them and of the probabilities in float8 (ir/quantized_attention.py). The value is
-  stored with its rows contiguous, as tensor cores read what they sum over.
+  calibration's scales (of heads, where their ranges are far apart), the products of them and of the probabilities in float8
+  (ir/quantized_attention.py). The value is stored with its rows contiguous, as tensor cores read what they sum over.
 - In a precision of groups, each so many neighbours along the inner dimension have a scale of their own, in the weight and in
   what it multiplies: from the calibration's ranges of channels for all rows, or each row's own.
 - Where a calibration's range lies mostly on one side of zero (after an activation), an int8 operand has a zero point z: z is
@@ -41,7 +41,7 @@ from fxopt.ir import ops
 from fxopt.ir.graph import Phase, Role
 from fxopt.ir.group_scaled_op import GROUP_SCALED_MM
 from fxopt.ir.layers import AT_ATTENTION, CONVOLUTION, LINEAR, AttentionLayer, Layer, attention_layers, layers
-from fxopt.ir.quantized_attention import SCALED_ATTENTION
+from fxopt.ir.quantized_attention import SCALED_ATTENTION, steps_by_groups
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM, quantize_weight, zero_point_offset
 from fxopt.ir.spec import fake_mode
@@ -229,17 +229,24 @@ class _Rewrite:
             raise _HighError(problem)
         if self.table is None:
             raise _HighError("its scales come from a calibration, and there is none")
-        scales = {}
+        scales: dict[str, Any] = {}
         for operand in layer.operands:
             known = self.table.known(layer.operand_name(operand))
             if known is None or known.obstacle is not None:
                 reason = "calibration did not observe attention" if known is None else str(known.obstacle)
                 self.without_range.setdefault(reason, []).append(layer.name)
                 raise _HighError(reason)
-            scales[operand] = self.table.scale(layer.operand_name(operand), name)
-        query, key, value = (self._narrow(layer, PRECISIONS[name], operand, scales[operand]) for operand in layer.operands)
+            own = self.table.head_scales(layer.operand_name(operand), name)
+            whole = torch.tensor(self.table.scale(layer.operand_name(operand), name))
+            scales[operand] = whole if own is None else own
+        factors = dict(scales)
+        if scales["query"].dim():
+            groups = layer.operands["key"].meta["val"].shape[1]
+            scales["query"] = steps_by_groups(scales["query"], groups)
+            factors |= {"query": None, "key": scales["key"] * scales["query"].view(groups, -1)[:, 0]}
+        narrow = [self._narrow(layer, PRECISIONS[name], operand, scales[operand]) for operand in layer.operands]
         mask, settings = given["attn_mask"], (given["is_causal"], given["scale"], given["enable_gqa"])
-        operands = (query[0], key[0], value[0], query[1], key[1], value[1], mask)
+        operands = (*narrow, *(self._factor_of_heads(layer, factors[operand]) for operand in layer.operands), mask)
         dtype = layer.node.meta["val"].dtype
         new = self._derive(SCALED_ATTENTION, (*operands, *settings, dtype), layer)
         if self.context.exhausted:
@@ -247,20 +254,30 @@ class _Rewrite:
         if not self.context.replace(name, layer.node, new):
             raise _HighError("its result shares memory with an output")
 
-    def _narrow(self, layer: AttentionLayer, precision: Precision, operand: str, scale: float) -> tuple[fx.Node, fx.Node]:
-        """An operand of attention in float8, and its scale []."""
+    def _factor_of_heads(self, layer: AttentionLayer, scale: torch.Tensor | None) -> fx.Node | None:
+        """`scale`, [] or [heads], as `fxopt::scaled_attention` takes it."""
+        if scale is None:
+            return None
+        own = scale.to(layer.node.meta["val"].device)
+        return self._constant(layer, "scale", own.view(1, -1, 1, 1)) if own.dim() else self._scalar(layer, "scale", own)
+
+    def _narrow(self, layer: AttentionLayer, precision: Precision, operand: str, scale: torch.Tensor) -> fx.Node:
+        """An operand of attention in float8, with this scale, [] or [heads]."""
         x = layer.operands[operand]
         rows = x.meta["val"].shape[2]
         x = rows_last(functools.partial(self._derive, layer=layer), x) if operand == "value" else x
-        own = torch.tensor(scale, dtype=torch.float32)
-        device = x.meta["val"].device
         wide = self._derive(aten._to_copy.default, (x,), layer, {"dtype": torch.float32})
-        factor = self._scalar(layer, "inverse", own.reciprocal().to(device))
+        inverse = scale.reciprocal().to(x.meta["val"].device)
+        factor = (
+            self._constant(layer, "inverse", inverse[:, None, None])
+            if inverse.dim()
+            else self._scalar(layer, "inverse", inverse)
+        )
         cast = self._cast(layer, precision, self._derive(aten.mul.Tensor, (wide, factor), layer), -precision.largest)
         if operand == "value":
             cast = self._derive(aten.slice.Tensor, (cast, 3, 0, rows), layer)
             cast = self._derive(aten.transpose.int, (cast, 2, 3), layer)
-        return cast, self._scalar(layer, "scale", own.to(device))
+        return cast
 
     def _convolution(self, layer: Layer, name: str) -> str:
         """`layer` for a convolution, with what scales and shifts its channels after it."""

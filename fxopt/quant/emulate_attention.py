@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fxopt.ir.quantized_attention import steps_by_groups
 from fxopt.precision import misfit_of_attention
 from fxopt.quant.ranges import FP8
 
@@ -73,16 +74,20 @@ class Attentions(TorchFunctionMode):
         return AttentionCall(name, query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
-def quantized_attention(call: AttentionCall, scales: Mapping[str, float]) -> Tensor:
+def quantized_attention(call: AttentionCall, scales: Mapping[str, float | Tensor]) -> Tensor:
     """The result in fp8, in the query's dtype, as passes/quantize.py and the kernel compute it.
 
-    `scales`: of "query", "key" and "value". Samples are computed one by one, since all scores are there at once.
+    `scales`: of "query", "key" and "value", for all heads or float32 [heads]. Samples are computed one by one, since all
+    scores are there at once.
     """
+    query = scales["query"]
+    if isinstance(query, Tensor):
+        scales = {**scales, "query": steps_by_groups(query, call.key.shape[1])}
     parts = [_of_sample(call, index, scales) for index in range(len(call.query))]
     return torch.cat(parts).to(call.query.dtype)
 
 
-def _of_sample(call: AttentionCall, index: int, scales: Mapping[str, float]) -> Tensor:
+def _of_sample(call: AttentionCall, index: int, scales: Mapping[str, float | Tensor]) -> Tensor:
     query, key, value = (
         _on_grid(x[index : index + 1].float(), scales[name])
         for name, x in (("query", call.query), ("key", call.key), ("value", call.value))
@@ -106,8 +111,8 @@ def _of_sample(call: AttentionCall, index: int, scales: Mapping[str, float]) -> 
     return rounded @ value / torch.where(total == 0, 1.0, total)
 
 
-def _on_grid(x: Tensor, scale: float) -> Tensor:
-    steps = x.new_tensor(scale)
+def _on_grid(x: Tensor, scale: float | Tensor) -> Tensor:
+    steps = scale.to(x.device)[:, None, None] if isinstance(scale, Tensor) else x.new_tensor(scale)
     return FP8.rounded((x * steps.reciprocal()).double()).float() * steps
 
 

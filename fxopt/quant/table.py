@@ -10,14 +10,11 @@ it. Each file is written aside and renamed, the JSON last, so that a reader find
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
-import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +29,7 @@ from fxopt.options import suggestion
 from fxopt.precision import PRECISIONS, KnownLayer, Refinement, group_of
 from fxopt.quant import ranges
 from fxopt.quant.observers import Found, Range
+from fxopt.quant.table_files import tensor_file_of, write_atomically
 
 FORMAT = 1
 
@@ -62,6 +60,10 @@ which a hundredth is clipped, the second at moving averages of the least and the
 
 _ROWS_WITHIN = 99.0
 """Of all rows, in %: those that ROWS does not clip."""
+
+_HEADS_APART = 64.0
+"""Largest magnitudes of heads so far apart need scales of their own: with one for all, a hundredth of the smaller one's
+largest would be no normal number of float8."""
 
 _WORTH_A_ZERO_POINT = 0.8
 """Steps of int8 that are this much smaller with a zero point are worth the sum that it costs."""
@@ -162,6 +164,17 @@ class Calibration:
         own = largest.view(-1, group_of(found.shape[1]) or 1).amax(1) / given.largest
         return torch.minimum(own, whole).clamp_min(_LEAST_SCALE)
 
+    def head_scales(self, operand: str, precision: str) -> Tensor | None:
+        """Of each head of an operand of attention, if their ranges are far apart: float32 [heads], which the operand's own
+        scale limits; None where that does for all. Raises CalibrationError as `scale` does."""
+        whole, found = torch.tensor(self.scale(operand, precision)), self[operand]
+        largest = found.channel_amax()
+        used = largest[largest > 0]
+        if found.scale is not None or not used.numel() or float(used.max()) < _HEADS_APART * float(used.min()):
+            return None
+        own = torch.minimum(largest / PRECISIONS[precision].largest, whole).clamp_min(_LEAST_SCALE)
+        return torch.where(largest > 0, own, whole)
+
     def zero_point(self, layer: str, precision: str) -> int:
         """0 where zero is the middle of the range: always but for integers whose range lies mostly on one side."""
         low, high = self._span(self[layer], precision)
@@ -231,10 +244,10 @@ class Calibration:
         content = safetensors.torch.save(self._tensors())
         digest = hashlib.sha256(content).hexdigest()
         file = f"{path.name}.{digest[:8]}.tensors"
-        before = _tensor_file_of(path)
-        _write(path.with_name(file), content)
+        before = tensor_file_of(path)
+        write_atomically(path.with_name(file), content)
         document = self._document() | {"tensors": {"file": file, "sha256": digest}}
-        _write(path, (json.dumps(document, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
         if before is not None and before != file:
             path.with_name(before).unlink(missing_ok=True)
 
@@ -424,45 +437,6 @@ def _bounds(layer: LayerRange, seen: Range, method: str, grid: ranges.Grid) -> t
     else:
         limit = ranges.clipping_limit(seen.histogram, layer.amax, method, grid)
     return max(float(seen.minimum.min()), -limit), min(float(seen.maximum.max()), limit)
-
-
-# ---------------------------------------------------------------------- files
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _tensor_file_of(path: Path) -> str | None:
-    """The name of the tensors' file that the calibration at `path` has so far."""
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    tensors = document.get("tensors") if isinstance(document, dict) else None
-    file = tensors.get("file") if isinstance(tensors, dict) else None
-    return file if isinstance(file, str) and _is_tensor_file(file, path) else None
-
-
-def _is_tensor_file(file: str, path: Path) -> bool:
-    return re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{8}\.tensors", file) is not None
 
 
 def check_edits(precision: Any, scale: Any, symmetric: Any, where: str) -> None:

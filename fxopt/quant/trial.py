@@ -28,6 +28,15 @@ def floating_outputs(result: Any) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 
 
+def attention_scales(table: Calibration, layer: str, precision: str) -> dict[str, float | Tensor]:
+    """Of the operands of attention: one for all heads, or one for each."""
+    found: dict[str, float | Tensor] = {}
+    for operand in OPERANDS:
+        own = table.head_scales(f"{layer}.{operand}", precision)
+        found[operand] = table.scale(f"{layer}.{operand}", precision) if own is None else own
+    return found
+
+
 class Trial:
     """`model` in eager on `batches` (on its device): its outputs there are what errors are relative to."""
 
@@ -98,8 +107,7 @@ class Trial:
             precision = decisions.get(call.name, HIGH)
             if call.name not in self._names or precision == HIGH:
                 return None
-            scales = {operand: self.calibration.scale(f"{call.name}.{operand}", precision) for operand in OPERANDS}
-            return quantized_attention(call, scales)
+            return quantized_attention(call, attention_scales(self.calibration, call.name, precision))
 
         return treated(self.model, treat, attend)
 

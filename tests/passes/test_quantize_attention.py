@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxopt.ir.attention_op import attention
 from fxopt.precision import KnownLayer
+from fxopt.quant.emulate_attention import AttentionCall, quantized_attention
 from tests.passes.graphs import calls, execute
 from tests.passes.test_quantize import notes, quantized
 
@@ -23,8 +24,13 @@ SCALES = {"@attention.query": 0.01, "@attention.key": 0.02, "@attention.value": 
 class Table:
     """Of one attention in the model itself."""
 
-    def __init__(self, obstacle: str | None = None, names: tuple[str, ...] = tuple(SCALES)) -> None:
-        self.obstacle, self._names = obstacle, names
+    def __init__(
+        self,
+        obstacle: str | None = None,
+        names: tuple[str, ...] = tuple(SCALES),
+        heads: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.obstacle, self._names, self.heads = obstacle, names, heads or {}
 
     def digest(self) -> str:
         return ""
@@ -37,6 +43,9 @@ class Table:
 
     def scale(self, layer: str, precision: str) -> float:
         return SCALES[layer]
+
+    def head_scales(self, operand: str, precision: str) -> Tensor | None:
+        return self.heads.get(operand)
 
     def zero_point(self, layer: str, precision: str) -> int:
         return 0
@@ -69,6 +78,24 @@ def test_values_are_those_of_operands_on_the_grid(keys: int, causal: bool) -> No
     (node,) = (n for n in graph.gm.graph.nodes if str(n.target).startswith("fxopt.scaled_attention"))
     value = node.args[2].meta["val"]
     assert value.dtype == FP8 and value.stride(2) == 1 and value.stride(3) == 48
+
+
+@pytest.mark.parametrize("kept", ["query", "key", "value", "all"])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_heads_may_have_scales_of_their_own(kept: str, groups: int) -> None:
+    """As emulated; those of a query's heads that share a key are one."""
+    q, k, v = operands()
+    k, v = k[:, :groups], v[:, :groups]
+    heads = {
+        f"@attention.{name}": torch.rand(n) * 0.02 + 0.005 for name, n in (("query", 4), ("key", groups), ("value", groups))
+    }
+    own = heads if kept == "all" else {f"@attention.{kept}": heads[f"@attention.{kept}"]}
+    graph, _ = quantized(lambda q, k, v: attention(q, k, v, enable_gqa=groups < 4), (q, k, v), (), RULE, Table(heads=own))
+    (got,) = execute(graph, (q, k, v))
+    assert OP in calls(graph)
+    call = AttentionCall("", q, k, v, None, False, None, groups < 4)
+    scales = {name.partition(".")[2]: own.get(name, scale) for name, scale in SCALES.items()}
+    torch.testing.assert_close(got.float(), quantized_attention(call, scales).float(), rtol=3e-2, atol=2e-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

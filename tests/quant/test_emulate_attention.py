@@ -14,7 +14,7 @@ from fxopt.quant.emulate import treated
 from fxopt.quant.emulate_attention import AttentionCall, quantized_attention, unfit
 from fxopt.quant.observers import Range
 from fxopt.quant.table import Calibration, LayerRange
-from fxopt.quant.trial import Trial
+from fxopt.quant.trial import Trial, attention_scales
 
 FP8 = torch.float8_e4m3fn
 SCALES = {"query": 0.02, "key": 0.03, "value": 0.01}
@@ -110,3 +110,28 @@ def test_a_trial_speaks_of_the_calibrations_attention() -> None:
     assert list(trial.attention_calls(0)) == table.names() == ["inner@attention"]
     assert trial.emulated_error({}) == 0.0 and trial.emulated_error({"@attention": "fp8"}) == 0.0
     assert 1e-4 < trial.emulated_error({"inner@attention": "fp8"}) < 0.1
+
+
+def test_heads_far_apart_have_scales_of_their_own() -> None:
+    """A head ten thousand times as small as the others is next to nothing with their scale."""
+    x = given(20).float()
+    x[:, 1] *= 1e-4
+    near = Range(given(20).float().amin((0, 2, 3)), given(20).float().amax((0, 2, 3)), exponent_histogram(given(20)))
+    seen = Range(x.amin((0, 2, 3)), x.amax((0, 2, 3)), exponent_histogram(x))
+    layers = [
+        LayerRange(f"@attention.{operand}", "attention", (4, 32), "bfloat16", seen if operand == "value" else near)
+        for operand in ("query", "key", "value")
+    ]
+    table = Calibration(tuple(layers), 1)
+    assert table.head_scales("@attention.query", "fp8") is None
+    assert table.with_layer("@attention.value", scale=0.5).head_scales("@attention.value", "fp8") is None
+    own = attention_scales(table, "@attention", "fp8")
+    torch.testing.assert_close(own["value"], table["@attention.value"].channel_amax() / 448)
+    query, value = given(20), x.bfloat16()
+    call = AttentionCall("@attention", query, query, value, None, False, None, False)
+    exact = F.scaled_dot_product_attention(query.double(), query.double(), value.double())[:, 1]
+    errors = [
+        float((quantized_attention(call, scales)[:, 1].double() - exact).norm() / exact.norm())
+        for scales in (own, {**own, "value": table.scale("@attention.value", "fp8")})
+    ]
+    assert errors[0] < 0.05 < errors[1]
