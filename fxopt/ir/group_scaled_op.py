@@ -15,9 +15,6 @@ from fxopt.ir.quantized_ops import FLOAT8, check_scaled, has_float8_call, int_su
 
 _SCHEMA = "group_scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor"
 
-_BLOCK, _MULTIPLE_OF_ROWS = 128, 16
-"""Neighbours of one scale, and rows, that `aten::_scaled_mm` takes on Hopper."""
-
 
 def group_scaled_mm(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
@@ -30,9 +27,6 @@ def group_scaled_mm(
     others.
     """
     group = _check(a, b, scale_a, scale_b, bias, out_dtype)
-    if _has_block_call(a, b, group):
-        out = _block_call(a, b, scale_a, scale_b)
-        return (out if bias is None else out + bias).to(out_dtype)
     out = torch.zeros((), device=a.device)
     for index in range(scale_b.shape[1]):
         part = slice(index * group, (index + 1) * group)
@@ -42,27 +36,14 @@ def group_scaled_mm(
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T of 8-bit matrices: exactly, of int8, else in float32."""
+    if a.device.type == "cuda":  # where not every library takes rows that lie apart
+        a, b = a.contiguous(), b.contiguous()
     if a.dtype == torch.int8:
         return int_sums(a, b)
     if has_float8_call(a, b, torch.float32):
         one = torch.ones((), device=a.device)
-        return torch._scaled_mm(a.contiguous(), b.contiguous().t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
     return a.to(torch.float32) @ b.to(torch.float32).t()
-
-
-def _has_block_call(a: Tensor, b: Tensor, group: int) -> bool:
-    """Whether `aten::_scaled_mm` takes scales of groups: of 8-bit floats, by cuBLAS from CUDA 12.9 on, on Hopper."""
-    if a.dtype != FLOAT8 or group != _BLOCK or not has_float8_call(a, b, torch.float32) or a.shape[0] % _MULTIPLE_OF_ROWS:
-        return False
-    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    return version >= (12, 9) and torch.cuda.get_device_capability(a.device) == (9, 0)
-
-
-def _block_call(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
-    """Float32 [M, N]. Scales lie with rows next to each other."""
-    rows = scale_a.expand(a.shape[0], -1).t().contiguous().t()
-    columns = scale_b.t().contiguous()
-    return torch._scaled_mm(a, b.t(), rows, columns, out_dtype=torch.float32, use_fast_accum=False)
 
 
 def _check(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> int:

@@ -66,7 +66,6 @@ def test_histograms_of_a_graph_are_those_of_the_op(shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("rows", "groups"), [(64, 4), (64, 1), (48, 6), (7, 2)])
 def test_scales_of_groups_are_the_cpus(dtype: torch.dtype, rows: int, groups: int) -> None:
-    """cuBLAS has a call for 8-bit floats by 128 neighbours; others are added up group by group."""
     a, b = (torch.randn(n, groups * 128).mul(30).clamp(-100, 100).to(dtype) for n in (rows, 96))
     scale_a, scale_b, bias = torch.rand(rows, groups) + 0.1, torch.rand(96, groups) + 0.1, torch.randn(96)
     for scale in (scale_a, scale_a[:1]):
