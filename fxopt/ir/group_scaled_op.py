@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxopt.ir.quantized_ops import FLOAT8, check_scaled, has_float8_call, int_sums
+from fxopt.ir.quantized_ops import check_scaled, has_float8_call, int_sums
 
 _SCHEMA = "group_scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor"
 
