@@ -7,6 +7,7 @@ each precision. Emulated rows have errors and no times. The file is written afte
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import fxopt
 from benchmarks.real_models import TASKS, Batch, Run, Task, load, prepare
 from benchmarks.results import revision, target_facts, versions
+from fxopt.errors import CalibrationError
 from fxopt.precision import PRECISIONS as KNOWN
 from fxopt.quant.batches import compiled_apart
 from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated, with_table
@@ -31,7 +33,7 @@ from fxopt.report.measure import interleaved
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
-PRECISIONS = ("fp8", "int8", "int8-weight", "int4-weight")
+PRECISIONS = ("fp8", "int8", "int8-group", "int8-weight", "int4-weight")
 
 
 def relative_error(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
@@ -87,6 +89,8 @@ def _ways(task: Task) -> Iterator[tuple[str, Callable[[], Run]]]:
     yield "eager", lambda: lambda batch: model(*batch)
     tables = {f", {method}": calibration.with_method(method) for method in METHODS}
     tables[", smoothed"] = smoothed = fxopt.smoothed(calibration, model)
+    with contextlib.suppress(CalibrationError):  # raised where no two layers follow each other
+        tables[", equalized"] = fxopt.equalized(calibration, model)
     for precision in PRECISIONS:
         scaled = {"": None} | (tables if KNOWN[precision].activations else {})
         for how, table in scaled.items():
