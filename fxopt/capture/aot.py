@@ -18,6 +18,7 @@ from torch import fx
 
 from fxopt.capture import autograd_cache, private
 from fxopt.capture.decompositions import Decompositions
+from fxopt.capture.foreach import is_symbolic, take_lists_apart
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
 from fxopt.capture.normalize import copy_module, normalize
 from fxopt.capture.passage import Passage, through_passage
@@ -101,7 +102,7 @@ class Capture:
             fw_compiler=forward if self._session is None else autograd_cache.serializable(forward),
             bw_compiler=functools.partial(self.compile, phase=Phase.BACKWARD),
             partition_fn=self.partition,
-            decompositions=Decompositions(),
+            decompositions=Decompositions(lists=any(map(is_symbolic, inputs))),
             keep_inference_input_mutations=True,
             around=self._around if isinstance(gm, fx.GraphModule) else _unchanged,  # else inputs come in one list
         )
@@ -123,6 +124,7 @@ class Capture:
     def partition(self, joint: fx.GraphModule, inputs: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split the joint graph where the fewest bytes need saving; random values can be recomputed from their seed."""
         self._user_outputs = settings.get("num_fwd_outputs")
+        take_lists_apart(joint, Decompositions())
         if not self.options.fallback_random:
             functionalize_random(joint)
         save_pool_offsets(joint)
@@ -142,8 +144,10 @@ class Capture:
         self.facts.observe(gm, phase)
         if phase is Phase.FORWARD:
             private.keep_saved_values(private.TracingContext.try_get())
-        if phase is Phase.INFERENCE and not self.options.fallback_random:
-            gm = _with_pure_random(gm)
+        if phase is Phase.INFERENCE:
+            take_lists_apart(gm, Decompositions())
+            if not self.options.fallback_random:
+                gm = _with_pure_random(gm)
         build = functools.partial(self._build, gm, example_inputs, phase, private.TracingContext.try_get())
         notes = []
         if self.options.freeze and phase is Phase.INFERENCE:

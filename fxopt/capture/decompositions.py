@@ -12,7 +12,7 @@ The op set that remains (`ir/ops.py` sorts it into categories):
 - layer, group, batch and RMS norm, forward and backward: in pieces (var_mean, rsqrt, multiply), so that what stands around
   them fuses. Their decompositions compute in float32 for float16 and bfloat16, as do those of gelu, silu and embedding's
   backward; between pointwise pieces nothing is rounded, because a kernel computes in float32 and rounds what it stores;
-- list ops (`_foreach_*`): one op per tensor (capture/foreach.py);
+- list ops (`_foreach_*`): one op per tensor (capture/foreach.py), where sizes are static not before they are traced;
 - pooling, sorting and other ops that torch has good kernels for: whole.
 """
 
@@ -79,11 +79,16 @@ class Decompositions(Mapping[Any, Callable[..., Any]]):
     """The table for AOTAutograd, OpOverload to a Python function of fewer kinds of op, made when it is first looked at.
 
     A warm start never looks: what core ATen decomposes is all ops of all libraries sorted through, a tenth of a second.
+    Without `lists`, list ops stay whole, for `foreach.take_lists_apart`.
     """
+
+    def __init__(self, *, lists: bool = True) -> None:
+        self._lists = lists
 
     @functools.cached_property
     def _made(self) -> dict[Any, Callable[..., Any]]:
-        return decompositions()
+        table = decompositions()
+        return table if self._lists else {op: f for op, f in table.items() if op not in FOREACH}
 
     def __getitem__(self, op: Any) -> Callable[..., Any]:
         return self._made[op]

@@ -29,6 +29,7 @@ from torch.fx.graph import _BoxedCodeGen
 from torch.fx.node import _get_qualified_name as qualified_name
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxopt.capture.foreach import values_by_layout
 from fxopt.capture.joint_graph import remove_duplicates, without_unread_logs
 from fxopt.errors import CalibrationError, HungKernelError, RetreatError
 
@@ -89,7 +90,14 @@ def through_aot(
     counters["aot_autograd"]["total"] += 1
     try:
         # Lazy: the graphs on the way are not run, so their Python code need not be written.
-        with _aot_logs(), _PATCHING, gradients_as_outputs(), without_unread_logs(), _use_lazy_graph_module(True):
+        with (
+            _aot_logs(),
+            _PATCHING,
+            gradients_as_outputs(),
+            without_unread_logs(),
+            values_by_layout(),
+            _use_lazy_graph_module(True),
+        ):
             compiled = aot_module_simplified(gm, list(inputs), bw_compiler=compile_backward, **settings)
     except dynamo_errors.TensorifyScalarRestartAnalysis:
         raise

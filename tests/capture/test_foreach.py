@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.common_methods_invocations import (
     foreach_binary_op_db,
     foreach_other_op_db,
@@ -16,7 +22,9 @@ from torch.testing._internal.common_methods_invocations import (
 )
 from torch.utils._pytree import tree_map
 
-from fxopt.capture.foreach import FOREACH
+from fxopt.capture import foreach
+from fxopt.capture.decompositions import decompositions
+from fxopt.capture.foreach import FOREACH, take_lists_apart, values_by_layout
 from fxopt.journal import RECENT
 from tests.numerics import assert_closer, to_float64
 
@@ -95,3 +103,61 @@ def test_optimizers_fuse_each_parameter_and_step_as_eager_does(name: str) -> Non
     assert max(len(j.kernels) for j in graphs) <= 3 * len(SHAPES)  # one or two of numbers that all elements share
     eager, exact = (trained(make, dtype, compiled=False) for dtype in (torch.float32, torch.float64))
     assert_closer(got, eager, to_float64(exact))
+
+
+LAYOUTS = [
+    *(torch.empty(3, 4), torch.empty(4, 3).t(), torch.empty(3, 4)),
+    *(torch.empty(2), torch.empty(2).double(), torch.empty(3, 4)),
+]
+
+
+def list_ops(x: list[torch.Tensor], y: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Ops with factors of each kind, some of which are taken apart further, and an item that nobody reads."""
+    moved = torch._foreach_lerp(torch._foreach_add(x, y, alpha=3), x, 0.25)
+    root = torch._foreach_sqrt(torch._foreach_addcmul(moved, x, y, [1.0, 2, 3.0, 4.0, 5.0, 6.0]))
+    lowest = torch._foreach_maximum(torch._foreach_pow(2.0, root), 1.5)
+    return torch._foreach_addcdiv(torch._foreach_mul(moved, torch.tensor(0.5)), lowest, root, value=2.0)[1:]
+
+
+def described(gm: fx.GraphModule) -> list[Any]:
+    """Each node: what is called, of which nodes, and the layout of the result."""
+    numbers = {node: k for k, node in enumerate(gm.graph.nodes)}
+    lines = []
+    for node in gm.graph.nodes:
+        given = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"node {numbers[n]}")
+        val = node.meta.get("val")
+        layout = (val.shape, val.stride(), val.dtype) if isinstance(val, torch.Tensor) else None
+        lines.append((node.op, node.target if node.op == "call_function" else "", given, layout))
+    return lines
+
+
+def test_list_ops_taken_apart_are_what_tracing_their_decompositions_gives() -> None:
+    table, others = decompositions(), [t.clone() for t in LAYOUTS]
+    with FakeTensorMode() as mode:
+        x, y = ([mode.from_tensor(t) for t in tensors] for tensors in (LAYOUTS, others))
+        traced = make_fx(list_ops, decomposition_table=table)(x, y)
+        apart = make_fx(list_ops, decomposition_table={op: f for op, f in table.items() if op not in FOREACH})(x, y)
+    assert any("_foreach" in str(node.target) for node in apart.graph.nodes)
+    take_lists_apart(apart, table)
+    for gm in (apart, traced):
+        gm.graph.eliminate_dead_code()
+    assert described(apart) == described(traced)
+    made = [
+        n.meta["val"] for n in apart.graph.nodes if n.op == "call_function" and n.target is not torch.ops.aten.expand.default
+    ]
+    storages = [StorageWeakRef(value.untyped_storage()) for value in made]
+    assert len(set(storages)) == len(storages) > 30
+
+
+def test_fakes_of_list_ops_are_computed_once_a_layout_and_are_torchs() -> None:
+    with FakeTensorMode() as mode:
+        x = [mode.from_tensor(t) for t in LAYOUTS]
+        want = [torch._foreach_add(x, x), torch._foreach_mul(x, [1.0, 2, 3.0, 4.0, 5.0, 6.0]), torch._foreach_norm(x)]
+        with values_by_layout(), mock.patch.object(foreach, "_like", wraps=foreach._like) as made:
+            got = [torch._foreach_add(x, x), torch._foreach_mul(x, [1.0, 2, 3.0, 4.0, 5.0, 6.0]), torch._foreach_norm(x)]
+        assert made.call_count == 3 * len(LAYOUTS)
+        for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
+            assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+        storages = {StorageWeakRef(t.untyped_storage()) for t in itertools.chain(*got)}
+        assert len(storages) == 3 * len(LAYOUTS)
+        assert torch._foreach_add(x[3:5], x[3:5])[1].dtype == torch.float64
