@@ -277,6 +277,11 @@ def _native_dropout(emit: _Emitter, x: fx.Node, p: float, train: bool | None) ->
     return emit(aten.mul.Tensor, kept, 1.0 / (1.0 - p)), mask
 
 
+def _own_seed(emit: _Emitter, device: torch.device) -> fx.Node:
+    """A seed that a pass before autograd has asked for."""
+    return emit.seed()
+
+
 _RULES: dict[Any, Callable[..., fx.Node | tuple[fx.Node, ...]]] = {
     aten.rand.default: _rand,
     aten.rand_like.default: _rand_like,
@@ -294,5 +299,6 @@ _RULES: dict[Any, Callable[..., fx.Node | tuple[fx.Node, ...]]] = {
     aten.bernoulli.p: _bernoulli_p,
     aten.bernoulli.Tensor: _bernoulli_tensor,
     aten.native_dropout.default: _native_dropout,
+    random_ops.seed: _own_seed,
 }
 """Rules take the op's positional arguments; keyword ones (dtype, device, layout) already show in meta["val"]."""

@@ -13,12 +13,13 @@ from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import ScoredAttention, Strided
+from fxopt.ir.scored_attention_op import dropped_below
 from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import scored_attention"
 
 _NONE = Strided("", (1, 1, 1, 1), (0, 0, 0, 0))
-_OPTIONAL = ("bias", "mask")
+_OPTIONAL = ("bias", "mask", "seed")
 
 
 def print_scored(attention: ScoredAttention, config: ScoredConfig, target: Target) -> KernelSource:
@@ -31,19 +32,20 @@ def print_scored(attention: ScoredAttention, config: ScoredConfig, target: Targe
     pointers = dict(zip(attention.operands, names, strict=False))
     given = [_at(pointers[n], x) if (x := attention.operands.get(n)) else "b0" for n in _parameters(attention)]
     given += [_at(n, x) for n, x in zip(names[len(pointers) :], attention.results, strict=True)]
-    bias, mask = (attention.operands.get(n, _NONE) for n in _OPTIONAL)
+    bias, mask = (attention.operands.get(n, _NONE) for n in ("bias", "mask"))
     query, key, value = (attention.operands[n] for n in ("query", "key", "value"))
     (batch, heads, rows, width), (groups, keys), values = query.shape, key.shape[1:3], value.shape[3]
     strides = [x.strides for n in _parameters(attention) if n not in _OPTIONAL and (x := attention.operands[n])]
     layouts = [*strides, *(x.strides for x in attention.results)] if template != "bias_gradient" else [*strides, ()]
     least, most = attention.band or (0, 0)
+    drop = (dropped_below(attention.drop), 1 / (1 - attention.drop)) if "seed" in attention.operands else (0, 1.0)
     number = f'float("{attention.fill!r}")' if attention.fill == -float("inf") else repr(attention.fill)
     arguments = [
         ", ".join(given),
         f"{heads}, {rows}, {keys}, {width}, {values}, {heads // groups}",
         ", ".join(map(str, layouts)),
         f'{"bias" in attention.operands}, {bias.strides}, {bias.shape[0]}, "{kind}", {mask.strides}, {mask.shape[0]}',
-        f"{attention.scale!r}, {attention.cap!r}, {number}, {attention.band is not None}, {least}, {most}",
+        f"{attention.scale!r}, {attention.cap!r}, {number}, {attention.band is not None}, {least}, {most}, {drop}",
         f"BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(values)}",
     ]
     if template == "bias_gradient":
@@ -73,8 +75,12 @@ def print_scored(attention: ScoredAttention, config: ScoredConfig, target: Targe
 
 def _parameters(attention: ScoredAttention) -> tuple[str, ...]:
     """The tensors that the template takes, in order."""
-    operands = ("query", "key", "value", *_OPTIONAL)
-    return operands if attention.op == "scored_attention" else ("grad", *operands, "most", "inverse", "total")
+    operands = ("query", "key", "value", "bias", "mask")
+    return (
+        (*operands, "seed")
+        if attention.op == "scored_attention"
+        else ("grad", *operands, "most", "inverse", "total", "seed")
+    )
 
 
 def _at(name: str, x: Strided) -> str:

@@ -525,6 +525,7 @@ class ScoredAttention:
     buffers: dict[str, BufferSpec]
     parts: int = 1
     origins: tuple[str, ...] = ()
+    drop: float = 0.0
 
     def __hash__(self) -> int:
         return hash(self.name)

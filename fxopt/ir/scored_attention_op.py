@@ -2,10 +2,11 @@
 
 Importing the module registers
 
-    fxopt::scored_attention(query, key, value, bias, mask, *, scale, cap, fill, band) -> (out, exact, most, inverse)
-    fxopt::scored_attention_query(grad, query, key, value, bias, mask, most, inverse, total, *, scale, cap, fill, band)
+    fxopt::scored_attention(query, key, value, bias, mask, seed=None, *, scale, cap, fill, band, drop=0.0)
+        -> (out, exact, most, inverse)
+    fxopt::scored_attention_query(grad, query, key, value, bias, mask, most, inverse, total, seed=None, *, ...) -> Tensor
     fxopt::scored_attention_key_value(...the same...) -> (Tensor, Tensor)
-    fxopt::scored_attention_bias(..., parts, *, scale, cap, fill, band) -> Tensor
+    fxopt::scored_attention_bias(..., total, parts, seed=None, *, ...) -> Tensor
 
 over query [B, H, S, E], key [B, G, T, E] and value [B, G, T, Ev] of one floating dtype, H a multiple of G. A score is made
 in float32, in this order:
@@ -16,6 +17,10 @@ in float32, in this order:
 
 `bias` and `mask`, both optional, are [b, 1 or H, 1 or S, 1 or T] with b a divisor of B: batch n has number n % b of them (so
 windows of an image follow each other). Of these only the bias is differentiable, if it has all of S and T.
+
+With a `seed`, an int64 scalar, each probability becomes zero with probability `drop`, and is otherwise divided by 1 - drop:
+`keeps` says which, a pure function of the seed and of what the score is of. So the backward drops the same, and nothing of
+it is saved.
 
 `most` and `inverse`, float32 [B, H, S] (float64 for float64), are each row's greatest score and the inverse of its sum of
 exp(s - most): apart, since in a logarithm of their product scores as low as the least float would absorb the sum, and rows
@@ -40,10 +45,11 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import GradientError
+from fxopt.ir.random_ops import philox
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask"
 _BACKWARD = f"Tensor grad, {_OPERANDS}, Tensor most, Tensor inverse, Tensor total"
-_RULE = "*, float scale, float cap, float fill, int[]? band"
+_RULE = "Tensor? seed=None, *, float scale, float cap, float fill, int[]? band, float drop=0.0"
 SCHEMAS = {
     "scored_attention": f"({_OPERANDS}, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
     "scored_attention_query": f"({_BACKWARD}, {_RULE}) -> Tensor",
@@ -103,6 +109,37 @@ def _scored(
     return _Scored(scores, slope, kept)
 
 
+def dropped_below(drop: float) -> int:
+    """A probability is dropped if its 32 random bits are below this number."""
+    return min(round(drop * 2**32), 2**32 - 1)
+
+
+_MIXING = (0x7FEB352D, 0x846CA68B - 2**32)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The bits of int32 `x`, which it overwrites, so that each depends on all: "lowbias32" (Wellons, "Prospecting for hash
+    functions", 2018)."""
+    for shift, factor in zip((16, 15), _MIXING, strict=True):
+        x = x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def keeps(seed: Tensor, drop: float, numbers: Tensor, rows: int, keys: int) -> Tensor:
+    """Where dropout keeps something, boolean [*numbers.shape, rows, keys], of the heads with these numbers (batch * H +
+    head, int64).
+
+    Philox makes two words for each head; with these, numbers of rows and of keys are hashed, and both together once more. So
+    a kernel has the bits of a block in any order for ten instructions each, where Philox itself takes sixty.
+    """
+    of_rows, of_keys = (
+        _mixed(torch.arange(count, device=seed.device, dtype=torch.int32) ^ word.to(torch.int32).unsqueeze(-1))
+        for count, word in zip((rows, keys), philox(seed.reshape(()), numbers)[:2], strict=True)
+    )
+    least = -(2**31)
+    return _mixed(of_rows.unsqueeze(-1) ^ of_keys.unsqueeze(-2)).bitwise_xor_(least) >= dropped_below(drop) + least
+
+
 MOST_SCORES = 1 << 26
 """Of the eager forms at a time."""
 
@@ -132,8 +169,26 @@ def _of_piece(x: Tensor | None, batches: slice, heads: slice) -> Tensor | None:
     return x[number : number + 1, heads if x.shape[1] > 1 else _Whole]
 
 
+def _kept_share(piece: _Piece, query: Tensor, key: Tensor, seed: Tensor | None, drop: float) -> Tensor | None:
+    """By what dropout multiplies the probabilities of a piece; None where nothing is dropped."""
+    if seed is None:
+        return None
+    (batch, heads, rows, _), keys = query.shape, key.shape[2]
+    numbers = torch.arange(batch * heads, device=query.device).view(batch, heads)[piece[:2]]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return keeps(seed, drop, numbers, rows, keys).to(wide).div_(1 - drop)
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, **rule: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None = None,
+    *,
+    drop: float = 0.0,
+    **rule: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `fxopt::scored_attention` computes, with stored scores."""
     results = _fake(query, key, value)
@@ -143,6 +198,8 @@ def attend(
         most = scores.amax(-1)
         p = scores.sub_(most.unsqueeze(-1)).exp_()
         inverse = p.sum(-1).reciprocal_()
+        share = _kept_share((batches, heads, groups), query, key, seed, drop)
+        p = p if share is None else p.mul_(share)
         exact = p.mul_(inverse.unsqueeze(-1)) @ _ungrouped(q, v).to(p.dtype)
         for whole, part in zip(results, (exact, exact, most, inverse), strict=True):
             whole[batches, heads] = part
@@ -151,7 +208,8 @@ def attend(
 
 @dataclass(frozen=True)
 class _Slopes:
-    """Of a piece, [B, H, S, T]: probabilities, the gradients of scores before a mask fills them, and of products."""
+    """Of a piece, [B, H, S, T]: probabilities after dropout, the gradients of scores before a mask fills them, and of
+    products."""
 
     p: Tensor
     of_scores: Tensor
@@ -169,15 +227,21 @@ def _slopes(
     most: Tensor,
     inverse: Tensor,
     total: Tensor,
+    seed: Tensor | None = None,
+    *,
+    drop: float = 0.0,
     **rule: Any,
 ) -> _Slopes:
     batches, heads, groups = piece
+    share = _kept_share(piece, query, key, seed, drop)
     grad, query, most, inverse, total = (x[batches, heads] for x in (grad, query, most, inverse, total))
     key, value = key[batches, groups], value[batches, groups]
     found = _scored(query, key, _of_piece(bias, batches, heads), _of_piece(mask, batches, heads), **rule)
     p = found.scores.sub_(most.unsqueeze(-1)).exp_().mul_(inverse.unsqueeze(-1))
     of_p = grad.to(p.dtype) @ _ungrouped(query, value).to(p.dtype).mT
+    of_p = of_p if share is None else of_p.mul_(share)
     of_scores = of_p.sub_(total.unsqueeze(-1)).mul_(p)
+    p = p if share is None else p.mul_(share)
     if found.kept is not None:
         of_scores = torch.where(found.kept, of_scores, 0.0)
     return _Slopes(p, of_scores, of_scores * found.slope)
@@ -217,6 +281,7 @@ def bias_gradient(
     inverse: Tensor,
     total: Tensor,
     parts: int,
+    seed: Tensor | None = None,
     **rule: Any,
 ) -> Tensor:
     """What `fxopt::scored_attention_bias` computes: [parts, b, 1 or H, S, T].
@@ -228,7 +293,7 @@ def bias_gradient(
     each = math.ceil(repeats * (query.shape[1] // own_heads) / parts)
     out = most.new_zeros((parts, count, own_heads, query.shape[2], key.shape[2]))
     for piece in _pieces(query, key):
-        found = _slopes(piece, grad, query, key, value, bias, mask, most, inverse, total, **rule).of_scores
+        found = _slopes(piece, grad, query, key, value, bias, mask, most, inverse, total, seed, **rule).of_scores
         batches, heads, _ = piece
         if batches == _Whole:
             turns = found.unflatten(0, (repeats, count))
@@ -299,6 +364,7 @@ def _fake_bias(
     inverse: Tensor,
     total: Tensor,
     parts: int,
+    seed: Tensor | None = None,
     **rule: Any,
 ) -> Tensor:
     return most.new_empty((parts, *bias.shape[:2], query.shape[2], key.shape[2]))
@@ -313,7 +379,7 @@ def _save_for_backward(
     ctx.rule = dict(keyword_only_inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.save_for_backward(*inputs[:5], inputs[5] if len(inputs) > 5 else None, *output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -322,16 +388,17 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
         raise GradientError("fxopt::scored_attention has no gradient for its mask; its bias has one")
     if grad is None:
         return (None,) * len(wanted)
-    query, key, value, bias, mask, exact, most, inverse = ctx.saved_tensors
+    query, key, value, bias, mask, seed, exact, most, inverse = ctx.saved_tensors
     total = (grad.to(most.dtype) * exact).sum(-1)
     given = (grad, query, key, value, bias, mask, most, inverse, total)
-    of_query = scored_attention_query(*given, **ctx.rule) if wanted[0] else None
-    of_key, of_value = scored_attention_key_value(*given, **ctx.rule) if wanted[1] or wanted[2] else (None, None)
+    of_query = scored_attention_query(*given, seed, **ctx.rule) if wanted[0] else None
+    of_key, of_value = scored_attention_key_value(*given, seed, **ctx.rule) if wanted[1] or wanted[2] else (None, None)
     of_bias = None
     if wanted[3]:
-        summands = scored_attention_bias(*given, parts_of(query, key, bias), **ctx.rule)
+        summands = scored_attention_bias(*given, parts_of(query, key, bias), seed, **ctx.rule)
         of_bias = summands.sum(0).to(bias.dtype)
-    return of_query, of_key if wanted[1] else None, of_value if wanted[2] else None, of_bias, None
+    found = (of_query, of_key if wanted[1] else None, of_value if wanted[2] else None, of_bias)
+    return *found, *(None,) * (len(wanted) - len(found))
 
 
 def _no_second_derivative(*_: Any) -> Any:

@@ -39,7 +39,7 @@ def scored_step(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> Sco
     known = {n: _broadcast(x) if n in ("bias", "mask") else x for n, x in operands.items() if x is not None}
     stored = tuple(x for x in results if x is not None)
     band = given["band"]
-    literals = (*(given[n] for n in ("scale", "cap", "fill")), *(band or ()), given.get("parts", 1))
+    literals = (*(given[n] for n in ("scale", "cap", "fill")), *(band or ()), given.get("parts", 1), given.get("drop", 0.0))
     if len(known) < len(operands) or len(stored) < len(results) or not stored:
         return None
     if not all(isinstance(x, int | float) for x in literals):
@@ -56,6 +56,7 @@ def scored_step(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> Sco
         buffers={x.buffer: lowered.buffers[x.buffer] for x in (*known.values(), *stored)},
         parts=int(given.get("parts", 1)),
         origins=(call.origin,),
+        drop=float(given.get("drop", 0.0)),
     )
     return own if _is_eligible(own) else None
 

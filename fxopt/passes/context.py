@@ -35,6 +35,8 @@ class PassOptions(Protocol):
     def precision(self) -> Decisions | None: ...
     @property
     def calibration(self) -> Table | str | None: ...
+    @property
+    def fallback_random(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class DefaultOptions:
     tuning_seconds: float | None = None
     precision: Decisions | None = None
     calibration: Table | None = None
+    fallback_random: bool = False
 
 
 @dataclass(frozen=True)

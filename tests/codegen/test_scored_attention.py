@@ -37,6 +37,10 @@ class Problem:
     def operands(self) -> list[Tensor | None]:
         return [self.tensors.get(n) for n in ("query", "key", "value", "bias", "mask")]
 
+    @property
+    def seed(self) -> Tensor | None:
+        return self.tensors.get("seed")
+
     def exact(self) -> Problem:
         wide = {n: x.double() if x.is_floating_point() else x for n, x in self.tensors.items()}
         return Problem(wide, self.rule)
@@ -59,6 +63,7 @@ def problem(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
     **rule: Any,
 ) -> Problem:
     given = {
@@ -66,7 +71,8 @@ def problem(
         "key": rand(batch, groups, keys, width, seed=1, dtype=dtype),
     }
     given |= {"value": rand(batch, groups, keys, width, seed=2, dtype=dtype)}
-    given |= {n: x for n, x in (("bias", bias), ("mask", mask)) if x is not None}
+    drawn = None if seed is None else torch.tensor(seed)
+    given |= {n: x for n, x in (("bias", bias), ("mask", mask), ("seed", drawn)) if x is not None}
     return Problem(given, {"scale": width**-0.5, "cap": 0.0, "fill": -math.inf, "band": None} | rule)
 
 
@@ -99,7 +105,7 @@ def check(interpreter: Interpreter, x: Problem, config: ScoredConfig = SMALL, pa
     out, unrounded = (torch.empty_like(query) for _ in range(2))
     run(interpreter, "scored_attention", x, [out, unrounded, most, inverse], config)
     exact = x.exact()
-    want, _, want_most, want_inverse = attend(*exact.operands, **x.rule)
+    want, _, want_most, want_inverse = attend(*exact.operands, x.seed, **x.rule)
     close(out, want)
     close(unrounded, want)
     hidden = want_most == -math.inf
@@ -109,19 +115,19 @@ def check(interpreter: Interpreter, x: Problem, config: ScoredConfig = SMALL, pa
     grad = rand(*out.shape, seed=3)
     total = (grad * out).sum(-1)
     tensors = {"grad": grad, **x.tensors, "most": most, "inverse": inverse, "total": total}
-    order = ("grad", "query", "key", "value", "bias", "mask", "most", "inverse", "total")
+    order = ("grad", "query", "key", "value", "bias", "mask", "most", "inverse", "total", "seed")
     back = replace(x, tensors={n: tensors[n] for n in order if n in tensors})
     wide = [grad.double(), *exact.operands, want_most, want_inverse, (grad * want).sum(-1)]
     of_query, of_key, of_value = (torch.empty_like(t) for t in (query, key, value))
     run(interpreter, "scored_attention_query", back, [of_query], config)
-    close(of_query, query_gradient(*wide, **x.rule))  # type: ignore[arg-type]
+    close(of_query, query_gradient(*wide, x.seed, **x.rule))  # type: ignore[arg-type]
     run(interpreter, "scored_attention_key_value", back, [of_key, of_value], config)
-    for got, expected in zip((of_key, of_value), key_value_gradients(*wide, **x.rule), strict=True):  # type: ignore[arg-type]
+    for got, expected in zip((of_key, of_value), key_value_gradients(*wide, x.seed, **x.rule), strict=True):  # type: ignore[arg-type]
         close(got, expected)
     if bias is not None and bias.shape[2:] == (query.shape[2], key.shape[2]):
         summands = torch.empty(parts, *bias.shape)
         run(interpreter, "scored_attention_bias", back, [summands], config, parts)
-        close(summands, bias_gradient(*wide, parts, **x.rule))  # type: ignore[arg-type]
+        close(summands, bias_gradient(*wide, parts, x.seed, **x.rule))  # type: ignore[arg-type]
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -147,6 +153,7 @@ CASES = {
     "groups": problem(19, 37, heads=4, groups=2, cap=2.0, bias=addend(1, 4, 19, 37), band=[-37, 18]),
     "more rows": problem(50, 5, bias=addend(1, 2, 50, 5), band=[-50, 0]),
     "features": problem(9, 20, width=24),
+    "dropout": problem(9, 19, batch=2, bias=addend(1, 2, 9, 19), band=[-37, 9], seed=-(2**62) + 5, drop=0.3),
 }
 
 

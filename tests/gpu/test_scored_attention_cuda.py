@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.attention_training import CASES, Case, compiling, outcome
+from benchmarks.attention_training import CASES, DROPPING, Case, compiling, outcome
+from fxopt.ir.scored_attention_op import scored_attention
 from fxopt.lower.attention_kernels import KERNEL
 from fxopt.passes.hand_attention.scored import MOST_FEATURES
 from tests.numerics import assert_closer, to_float64
@@ -21,6 +23,47 @@ SMALL = {
     "window b4 s2048": {"length": 700, "heads": 2, "groups": 2},
     "gemma2-2b b2 s2048": {"length": 200},
 }
+
+
+def test_dropout() -> None:
+    """Kernels drop what the eager forms do, forward and backward."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((3, 4, 200, 64), (3, 2, 130, 64), (3, 2, 130, 64), (1, 4, 200, 130), (3, 4, 200, 64))
+    made = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in shapes]
+    inputs, weight = tuple(x.requires_grad_() for x in made[:4]), made[4]
+    seed = torch.tensor(2**40 + 1, device="cuda")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return scored_attention(q, k, v, bias, None, seed, scale=0.125, cap=0.0, fill=0.0, band=[-200, 40], drop=0.2)[0]
+
+    torch.compiler.reset()
+    with compiling(KERNEL) as contests:
+        results = outcome(torch.compile(attend, backend="fxopt", dynamic=False, options={"strict": True}), inputs, weight)
+    own = [figures for figures in contests.values() if any(label.startswith(KERNEL) for label in figures)]
+    assert len(own) == 4, contests
+    assert_closer(results, outcome(attend, inputs, weight), outcome(attend, to_float64(inputs), weight.double()))
+
+
+@pytest.mark.parametrize("case", DROPPING, ids=lambda c: c.name)
+def test_written_out_with_dropout(case: Case) -> None:
+    """Results are linear in the values: gradients drop what the forward has dropped, and the generator decides what."""
+    torch.compiler.reset()
+    q, k, v, *masks = replace(case, batch=2, addends=tuple(((2, *s[1:]), no) for s, no in case.addends)).inputs(  # type: ignore[misc]
+        torch.device("cuda")
+    )
+    compiled = torch.compile(case.attend, backend="fxopt", dynamic=False, options={"strict": True})
+    weight = torch.randn_like(case.attend(q, k, v, *masks))
+    drawn = []
+    for number in (1, 2, 1):
+        torch.manual_seed(number)
+        out = compiled(q, k, v, *masks)
+        drawn.append(out.detach().clone())
+        total = (out.double() * weight).sum()
+        (slope,) = torch.autograd.grad(out, [v], weight)
+        expected = (slope.double() * v).sum()
+        scale = float((out.double() * weight).abs().sum())
+        assert abs(float(total - expected)) < 1e-3 * scale, "of about as many terms, each rounded to 2 ** -9"
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxopt.errors import GradientError
 from fxopt.ir import scored_attention_op
-from fxopt.ir.scored_attention_op import scored_attention
+from fxopt.ir.scored_attention_op import keeps, scored_attention
 
 B, H, G, S, T, E = 4, 4, 2, 2, 3, 2
 
@@ -28,6 +28,29 @@ def test_gradients(sizes: tuple[int, int], most: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(scored_attention_op, "MOST_SCORES", most)
     bias = rand(*sizes, S, T)
     assert torch.autograd.gradcheck(lambda *x: scored_attention(*x, SEEN, **RULE)[0], (*OPERANDS, bias), fast_mode=True)
+
+
+def test_gradients_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same is dropped in each call, in pieces too."""
+    bias, seed = rand(1, H, S, T), torch.tensor(2**40 + 3)
+    whole = scored_attention(*OPERANDS, bias, SEEN, seed, **RULE, drop=0.4)[0]
+    monkeypatch.setattr(scored_attention_op, "MOST_SCORES", 1)
+    assert torch.equal(whole, scored_attention(*OPERANDS, bias, SEEN, seed, **RULE, drop=0.4)[0])
+    fn = lambda *x: scored_attention(*x, SEEN, seed, **RULE, drop=0.4)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(fn, (*OPERANDS, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("drop", [0.1, 0.5])
+def test_dropout_is_independent_of_place(drop: float) -> None:
+    """Shares, and those of pairs: of neighbours, of heads, of the corners of a rectangle."""
+    count, size = 8, 512
+    kept = keeps(torch.tensor(-7), drop, torch.arange(count), size, size).double()
+    along = [kept.roll(1, d) for d in range(3)]
+    corners = along[1] * along[2] * kept.roll((1, 1), (1, 2))
+    error = 5 / (count * size * size) ** 0.5
+    for product, share in ((1.0, 1 - drop), *((x, (1 - drop) ** 2) for x in along), (corners, (1 - drop) ** 4)):
+        assert abs(float((kept * product).mean()) - share) < error
+    assert float(kept.mean((0, 1)).std()) < 2 * (drop / (count * size)) ** 0.5, "columns"
 
 
 def test_a_mask_has_no_gradient() -> None:

@@ -500,7 +500,10 @@ def test_dropout_that_drops_stays() -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
         return F.dropout(torch.softmax(q @ k.mT / 4, -1), 0.5, training) @ v
 
-    assert compiled(call, *operands(), True)[1:] == (0, ["hand_attention: dropout x1"])
+    assert compiled(call, *operands(), True)[1:] == (
+        0,
+        ["hand_attention: dropout, on a device without a fused kernel for it x1"],
+    )
     assert compiled(call, *operands(), False)[1] == 1
 
 

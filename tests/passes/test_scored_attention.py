@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxopt.ir.scored_attention_op import SCORED, scored_attention
+from fxopt.ir import random_ops
+from fxopt.ir.scored_attention_op import SCORED, keeps, scored_attention
 from fxopt.journal import RECENT, Journal
 from fxopt.options import Options
 from fxopt.passes import run_early
@@ -24,7 +25,8 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written, "MIN_CPU_SCORES", 0)
-    monkeypatch.setattr(scored, "chooses_late", lambda device: True)
+    for module in (scored, written):
+        monkeypatch.setattr(module, "chooses_late", lambda device: True)
 
 
 def rand(*shape: int, seed: int = 0, learns: bool = True) -> Tensor:
@@ -138,13 +140,15 @@ def outcome(fn: Callable[..., Tensor], given: tuple[Tensor, ...]) -> list[Tensor
     return [out.detach(), *(x.grad for x in given if x.grad is not None)]
 
 
-def rewritten(fn: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[list[Tensor], list[fx.Node], list[str]]:
+def rewritten(
+    fn: Callable[..., Tensor], given: tuple[Tensor, ...], options: Options | None = None
+) -> tuple[list[Tensor], list[fx.Node], list[str]]:
     """`outcome` of the graph that early passes leave, run as it is; our calls in it, and why attentions were left."""
     graphs: list[fx.GraphModule] = []
     journal = Journal("test", strict=True)
 
     def early(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        run_early(gm, Options(), journal)
+        run_early(gm, options or Options(), journal)
         graphs.append(gm)
         return gm.forward
 
@@ -176,6 +180,48 @@ def test_compiled() -> None:
     assert sorted(ops) == sorted(f"{op.name()}.default" for op in SCORED)
 
 
+def dropped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.dropout(torch.softmax(q @ k.mT * 0.25 + bias, -1), 0.3, True) @ v
+
+
+def test_dropout_is_that_of_the_seed() -> None:
+    given = (Q, K, V, rand(1, H, S, T, seed=3))
+    torch.manual_seed(5)
+    results, calls, reasons = rewritten(dropped, given)
+    assert len(calls) == 1 and calls[0].kwargs["drop"] == 0.3, reasons
+    torch.manual_seed(5)
+    kept = keeps(random_ops.seed(torch.device("cpu")), 0.3, torch.arange(B * H).view(B, H), S, T)
+
+    def as_written(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (torch.softmax(q @ k.mT * 0.25 + bias, -1) * kept / 0.7).to(q.dtype) @ v
+
+    assert_closer(results, outcome(as_written, given), outcome(as_written, to_float64(given)))
+
+
+def test_compiled_dropout_follows_the_generator() -> None:
+    """The backward drops what the forward did: a result is linear in the values. Two attentions of a graph drop apart."""
+    bias = rand(1, H, S, T, seed=3)
+    q, k, v = (x.detach().clone().requires_grad_() for x in (Q, K, V))
+    weight = rand(B, H, S, E, seed=8, learns=False)
+    torch.compiler.reset()
+    fn = torch.compile(lambda *x: (dropped(*x), dropped(*x)), backend="fxopt", options={"strict": True}, dynamic=False)
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        one, two = fn(q, k, v, bias)
+        (slope,) = torch.autograd.grad((one * weight).sum(), (v,))
+        torch.testing.assert_close(
+            (slope * v).sum(dtype=torch.float64), (one * weight).sum(dtype=torch.float64), rtol=2e-2, atol=0.5
+        )
+        drawn.append(one.detach())
+        assert not torch.equal(one, two)
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_eagers_own_bits_are_left_to_eager() -> None:
+    assert rewritten(dropped, (Q, K, V, rand(1, H, S, T, seed=3)), Options(fallback_random=True))[1] == []
+
+
 def added_to_a_fill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Rows that both hide have other values than with the two exchanged."""
     seen = torch.ones(S, T, dtype=torch.bool).tril()
@@ -186,10 +232,10 @@ def bias_before_the_cap(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
     return torch.softmax(torch.tanh(q @ k.mT + bias), -1) @ v
 
 
-def dropped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    return F.dropout(torch.softmax(q @ k.mT + bias, -1), 0.1) @ v
+def dropped_twice(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.dropout(F.dropout(torch.softmax(q @ k.mT + bias, -1), 0.1), 0.1) @ v
 
 
-@pytest.mark.parametrize("fn", [added_to_a_fill, bias_before_the_cap, dropped])
+@pytest.mark.parametrize("fn", [added_to_a_fill, bias_before_the_cap, dropped_twice])
 def test_the_rest_stays(fn: Callable[..., Tensor]) -> None:
     assert rewritten(fn, (Q, K, V, ADDED if fn is added_to_a_fill else rand(1, H, S, T, seed=3)))[1] == []

@@ -107,6 +107,39 @@ def scores_of(
 
 
 @triton.jit
+def mixed(x):
+    """`_mixed` of scored_attention_op.py, of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def words_of(seed, number, DROP: tl.constexpr):
+    """Two words of Philox for head `number`, with the seed at `seed`; two zeros if nothing is dropped."""
+    counter = number.to(tl.uint32)
+    zero = counter * 0
+    if DROP[0] == 0:
+        return zero, zero
+    else:
+        first, second, _, _ = tl.philox(tl.load(seed), counter, zero, zero, zero)
+        return first, second
+
+
+@triton.jit
+def dropped(value, y, x, words, DROP: tl.constexpr):
+    """`value`, of rows `y` and keys `x`, after dropout, but for its factor 1 / (1 - p).
+
+    DROP is (`dropped_below`, that factor); the first is 0 if nothing is dropped.
+    """
+    if DROP[0] == 0:
+        return value
+    else:
+        bits = mixed(mixed(y.to(tl.uint32) ^ words[0]) ^ mixed(x.to(tl.uint32) ^ words[1]))
+        return tl.where(bits >= DROP[0], value, 0.0)
+
+
+@triton.jit
 def slopes_of(p, of_p, total, kept, KIND: tl.constexpr):
     """The gradient of the scores before they are filled, from probabilities and their gradient."""
     of_scores = p * (of_p - total)
@@ -125,13 +158,13 @@ def of_product(of_scores, slope, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def forward(
-    query, key, value, bias, mask, out, unrounded, most_of, inverse_of,
+    query, key, value, bias, mask, seed, out, unrounded, most_of, inverse_of,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
     QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, OUT: tl.constexpr, UNROUNDED: tl.constexpr,
     MOST_OF: tl.constexpr, INVERSE_OF: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
     MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """The result, the same in float32, and each row's greatest score and inverse sum.
@@ -150,6 +183,7 @@ def forward(
     if BANDED:
         first = tl.minimum(tl.maximum(tile * BM + LEAST, 0) // BN * BN, T)
         end = tl.maximum(tl.minimum(tl.minimum(tile * BM + BM, S) + MOST, T), 0)
+    words = words_of(seed, heads, DROP)
     most, sums = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, EVB], tl.float32)
     ragged: tl.constexpr = T % BN != 0
@@ -165,12 +199,13 @@ def forward(
         p, shrink = tl.exp2((scores - base[:, None]) * LOG2_E), tl.exp2((most - base) * LOG2_E)
         v = rows_of(values, column, VALUE[2], VALUE[3], T, EV, ragged, EVB)
         weights = p.to(v.dtype)
-        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
         sums = sums * shrink + tl.sum(weights.to(tl.float32), 1)
+        weights = dropped(weights, row[:, None], column[None, :], words, DROP)
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
         most = higher
 
     inverse = 1.0 / sums
-    exact = acc * inverse[:, None]
+    exact = acc * (inverse * DROP[1])[:, None]
     store_rows(head_of(out, batch, head, OUT), exact, row, OUT[2], OUT[3], S, EV, EVB)
     store_rows(head_of(unrounded, batch, head, UNROUNDED), exact, row, UNROUNDED[2], UNROUNDED[3], S, EV, EVB)
     tl.store(head_of(most_of, batch, head, MOST_OF) + row * MOST_OF[2], most, mask=row < S)
@@ -179,13 +214,13 @@ def forward(
 
 @triton.jit
 def query_gradient(
-    grad, query, key, value, bias, mask, most_of, inverse_of, total_of, out,
+    grad, query, key, value, bias, mask, most_of, inverse_of, total_of, seed, out,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
     GRAD: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MOST_OF: tl.constexpr,
     INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr, OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
     MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the query [B, H, S, E]."""
@@ -205,6 +240,7 @@ def query_gradient(
     if BANDED:
         first = tl.minimum(tl.maximum(tile * BM + LEAST, 0) // BN * BN, T)
         end = tl.maximum(tl.minimum(tl.minimum(tile * BM + BM, S) + MOST, T), 0)
+    words = words_of(seed, heads, DROP)
     acc = tl.zeros([BM, EB], tl.float32)
     ragged: tl.constexpr = T % BN != 0
     for block in range(first, end, BN):
@@ -216,7 +252,8 @@ def query_gradient(
             BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED, LEAST, MOST, ragged,
         )  # fmt: skip
         p = tl.exp2((scores - most[:, None]) * LOG2_E) * inverse[:, None]
-        of_scores = slopes_of(p, tl.dot(g, tl.trans(v), input_precision="ieee"), total[:, None], kept, KIND)
+        of_p = dropped(tl.dot(g, tl.trans(v), input_precision="ieee") * DROP[1], row[:, None], column[None, :], words, DROP)
+        of_scores = slopes_of(p, of_p, total[:, None], kept, KIND)
         if ragged:  # of a row hidden throughout they are NaN there, too
             of_scores = tl.where((column < T)[None, :], of_scores, 0.0)
         acc = tl.dot(of_product(of_scores, slope, SCALE, CAP).to(k.dtype), k, acc, input_precision="ieee")
@@ -225,12 +262,12 @@ def query_gradient(
 
 @triton.jit
 def over_rows(
-    of_key, of_value, k, v, column, queries, grads, mosts, inverses, totals, biases, masks, first, end,
+    of_key, of_value, k, v, column, queries, grads, mosts, inverses, totals, biases, masks, words, first, end,
     S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
     GRAD: tl.constexpr, QUERY: tl.constexpr, MOST_OF: tl.constexpr, INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr,
     SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr, BANDED: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
+    MOST: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """(of_key, of_value) after the rows from `first` to `end` of one head."""
     ragged: tl.constexpr = S % BM != 0
@@ -246,21 +283,23 @@ def over_rows(
             BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED, LEAST, MOST, T % BN != 0,
         )  # fmt: skip
         p = tl.exp2((scores - most[None, :]) * LOG2_E) * inverse[None, :]
-        of_value = tl.dot(p.to(g.dtype), g, of_value, input_precision="ieee")
-        of_scores = slopes_of(p, tl.dot(v, tl.trans(g), input_precision="ieee"), total[None, :], kept, KIND)
+        weights = dropped(p * DROP[1], row[None, :], column[:, None], words, DROP)
+        of_value = tl.dot(weights.to(g.dtype), g, of_value, input_precision="ieee")
+        of_p = dropped(tl.dot(v, tl.trans(g), input_precision="ieee") * DROP[1], row[None, :], column[:, None], words, DROP)
+        of_scores = slopes_of(p, of_p, total[None, :], kept, KIND)
         of_key = tl.dot(of_product(of_scores, slope, SCALE, CAP).to(q.dtype), q, of_key, input_precision="ieee")
     return of_key, of_value
 
 
 @triton.jit
 def key_value_gradients(
-    grad, query, key, value, bias, mask, most_of, inverse_of, total_of, out_key, out_value,
+    grad, query, key, value, bias, mask, most_of, inverse_of, total_of, seed, out_key, out_value,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
     GRAD: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MOST_OF: tl.constexpr,
     INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr, OUT_KEY: tl.constexpr, OUT_VALUE: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
     MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key [B, H / GROUP, T, E] and value [B, H / GROUP, T, EV]."""
@@ -282,8 +321,9 @@ def key_value_gradients(
             of_key, of_value, k, v, column, head_of(query, batch, head, QUERY), head_of(grad, batch, head, GRAD),
             head_of(most_of, batch, head, MOST_OF), head_of(inverse_of, batch, head, INVERSE_OF),
             head_of(total_of, batch, head, TOTAL_OF), head_of(bias, batch % BIASES, head, BIAS),
-            head_of(mask, batch % MASKS, head, MASK), first, end, S, T, E, EV, GRAD, QUERY, MOST_OF, INVERSE_OF, TOTAL_OF,
-            HAS_BIAS, BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED, LEAST, MOST, BM, BN, EB, EVB,
+            head_of(mask, batch % MASKS, head, MASK), words_of(seed, batch * H + head, DROP), first, end,
+            S, T, E, EV, GRAD, QUERY, MOST_OF, INVERSE_OF, TOTAL_OF, HAS_BIAS, BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED,
+            LEAST, MOST, DROP, BM, BN, EB, EVB,
         )  # fmt: skip
     store_rows(head_of(out_key, batch, group, OUT_KEY), of_key, column, OUT_KEY[2], OUT_KEY[3], T, E, EB)
     store_rows(head_of(out_value, batch, group, OUT_VALUE), of_value, column, OUT_VALUE[2], OUT_VALUE[3], T, EV, EVB)
@@ -291,13 +331,13 @@ def key_value_gradients(
 
 @triton.jit
 def bias_gradient(
-    grad, query, key, value, bias, mask, most_of, inverse_of, total_of, out,
+    grad, query, key, value, bias, mask, most_of, inverse_of, total_of, seed, out,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
     GRAD: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MOST_OF: tl.constexpr,
     INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr, OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
     MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
     B: tl.constexpr, BIAS_HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -334,7 +374,9 @@ def bias_gradient(
             MOST, T % BN != 0,
         )  # fmt: skip
         p = tl.exp2((scores - most[:, None]) * LOG2_E) * inverse[:, None]
-        acc += slopes_of(p, tl.dot(g, tl.trans(v), input_precision="ieee"), total[:, None], kept, KIND)
+        words = words_of(seed, batch * H + head, DROP)
+        of_p = dropped(tl.dot(g, tl.trans(v), input_precision="ieee") * DROP[1], row[:, None], column[None, :], words, DROP)
+        acc += slopes_of(p, of_p, total[:, None], kept, KIND)
     place = ((part * BIASES + number) * BIAS_HEADS + bias_head).to(tl.int64) * (S * T)
     inside = (row < S)[:, None] & (column < T)[None, :]
     tl.store(out + place + ((row * T)[:, None] + column[None, :]), acc, mask=inside)

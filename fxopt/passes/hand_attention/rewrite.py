@@ -39,17 +39,27 @@ def hand_attention(context: Context) -> None:
         if first is None or second is None:
             continue
         written = WrittenAttention(node, first, second)
-        form = obstacle(written) or plan_mask(written.scores, sizes)
-        if not isinstance(form, str):
-            context.spend("written_out", written.result)
-            _replace(context, written, form)
-            continue
-        scored = plan_scored(written, sizes)
-        if isinstance(scored, str):
+        form = _form_of(written, sizes, context.options.fallback_random)
+        if isinstance(form, str):
             context.reject("hand_attention", form)
         else:
-            context.spend("scored", written.result)
-            _replace(context, written, scored)
+            context.spend("scored" if isinstance(form, ScoredForm) else "written_out", written.result)
+            _replace(context, written, form)
+
+
+def _form_of(written: WrittenAttention, sizes: Sizes, fallback_random: bool) -> MaskForm | ScoredForm | str:
+    """What an attention becomes, or why it stays as it is written.
+
+    What the library computes is its call. With dropout and a mask an op of ours comes first: of the library's backends only
+    the memory-efficient one takes both, and its generator keeps it out of CUDA graphs.
+    """
+    if written.after.drop and fallback_random:
+        return "dropout with eager's own bits"
+    form = obstacle(written) or plan_mask(written.scores, sizes)
+    if isinstance(form, str) or (written.after.drop and form not in (MaskForm.NONE, MaskForm.CAUSAL)):
+        scored = plan_scored(written, sizes)
+        return form if isinstance(scored, str) else scored
+    return form
 
 
 def _replace(context: Context, written: WrittenAttention, form: MaskForm | ScoredForm) -> None:
@@ -91,7 +101,7 @@ def _fused(call: Call, written: WrittenAttention, form: MaskForm, operands: tupl
     mask = emit_mask(call, written.scores, form)
     if mask.hidden is not None:
         query = call(without_hidden_rows, query, mask.hidden)
-    options = {"dropout_p": 0.0, "is_causal": form is MaskForm.CAUSAL, "scale": written.before.scale}
+    options = {"dropout_p": written.after.drop, "is_causal": form is MaskForm.CAUSAL, "scale": written.before.scale}
     out = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask.mask, **options)
     return call(with_nan_results, out, value, mask.hidden) if form is MaskForm.NAN_RESULTS else out
 

@@ -1,7 +1,7 @@
 """The spellings of what lies between the two products of written-out attention, in Dynamo's graph after canonical_calls.
 
-Before the softmax: scales, additive masks, fills, casts and views of the scores. After it: casts, views, and a dropout that
-does nothing. `before` and `after` read these chains; each returns None where there is no attention.
+Before the softmax: scales, additive masks, fills, casts and views of the scores. After it: casts, views and a dropout.
+`before` and `after` read these chains; each returns None where there is no attention.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ class Before:
 
 @dataclass(frozen=True)
 class After:
-    """What is done to the probabilities up to the second product, in order, that product last."""
+    """What is done to the probabilities up to the second product, in order, that product last; each becomes zero with
+    probability `drop`."""
 
     nodes: tuple[fx.Node, ...]
     product: Product
-    dropout: bool
+    drop: float
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def after(softmax: fx.Node) -> After | None:
     for user in softmax.users:
         for product in products(user):
             if product.first == Operand(softmax) and product.added is None and product.scale == 1:
-                return After((user,), product, dropout=False)
+                return After((user,), product, drop=0.0)
         drops = _drops(user, softmax)
         if drops is None and not _is_transparent(user, softmax):
             continue
         rest = after(user)
-        if rest is not None:
-            return After((user, *rest.nodes), rest.product, rest.dropout or bool(drops))
+        if rest is not None and not (rest.drop and drops):
+            return After((user, *rest.nodes), rest.product, rest.drop or drops or 0.0)
     return None
 
 
@@ -233,12 +234,12 @@ def _is_transparent(node: fx.Node, operand: Any) -> bool:
     return node.target != "view" or not isinstance(node.args[1], torch.dtype)  # that reinterprets the bytes
 
 
-def _drops(node: fx.Node, operand: fx.Node) -> bool | None:
-    """Whether a dropout of `operand` drops anything; None for other calls, and where it is not known."""
+def _drops(node: fx.Node, operand: fx.Node) -> float | None:
+    """With which probability a dropout of `operand` drops; None for other calls, and where it is not known."""
     if node.target not in DROPOUT:
         return None
     given = bind(node, DROPOUT[node.target])
     probability, training = given.get("p", 0.5), given.get("training", given.get("train", True))
     if given.get("input") is not operand or not isinstance(probability, int | float):
         return None
-    return bool(training) and probability > 0
+    return float(probability) if training else 0.0

@@ -1,6 +1,7 @@
 """Attention that is written out and trained, with scores that no library's backward takes, as `fxopt::scored_attention`.
 
-That is what mask_plan.py leaves: capped scores, a bias that learns, masks that are added and may hide whole rows. The op
+That is what mask_plan.py leaves: capped scores, a bias that learns, masks that are added and may hide whole rows; and what
+has a mask and dropout. The op
 does to the scores what is written, fills as fills, so every value stays what it was. Masks whose values follow from sizes
 and which hide all but a band around a diagonal (causal ones, windows) become that band: nothing outside is visited.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxopt.ir import random_ops
 from fxopt.ir.scored_attention_op import scored_attention
 from fxopt.passes.attention import chooses_late
 from fxopt.passes.dynamo_facts import example
@@ -175,7 +177,10 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
         "fill": form.fills[0].value if form.fills else -math.inf,
         "band": None if form.band is None else list(form.band),
     }
-    return call(operator.getitem, call(scored_attention, *operands, addend(form.bias), mask, **rule), 0)
+    drop = written.after.drop
+    seed = call(random_ops.seed, written.operands[0].device) if drop else None
+    pair = call(scored_attention, *operands, addend(form.bias), mask, seed, **rule, drop=drop)
+    return call(operator.getitem, pair, 0)
 
 
 def by_head(x: Tensor, lead: Lead, heads: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxopt.ir.spec import known_different, known_equal
-from fxopt.passes.attention import DTYPES
+from fxopt.passes.attention import DTYPES, chooses_late
 from fxopt.passes.dynamo_facts import example, is_special
 from fxopt.passes.hand_attention.mask_plan import MaskedScores
 from fxopt.passes.hand_attention.products import Operand
@@ -90,7 +90,12 @@ def obstacle_to_scoring(written: WrittenAttention) -> str | None:
 
 
 def _dropout(written: WrittenAttention) -> str | None:
-    return "dropout" if written.after.dropout else None
+    drop, result = written.after.drop, example(written.result)
+    if not drop:
+        return None
+    if result is None or not chooses_late(result.device):
+        return "dropout, on a device without a fused kernel for it"
+    return None if drop < 1 else "dropout of everything"
 
 
 def _other_use(written: WrittenAttention) -> str | None:
