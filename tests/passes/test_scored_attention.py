@@ -106,6 +106,31 @@ def filled_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, seen: Tensor) -> 
     return torch.softmax(torch.masked_fill(scores, ~seen, torch.finfo(BF16).min), -1) @ v
 
 
+def two_biases(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, row: Tensor, seen: Tensor) -> Tensor:
+    """A relative bias and one of keys, both of which learn, and a fill."""
+    scores = q @ k.mT * 0.25 + bias + row
+    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ v
+
+
+def one_head(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor, mask: Tensor) -> Tensor:
+    """Falcon's: keys and values of one head, ALiBi scaled with the scores."""
+    scores = (torch.matmul(q, k[:, :1].transpose(-1, -2)) + alibi) * 0.25
+    return torch.matmul(F.softmax(scores + mask, dim=-1), v[:, :1])
+
+
+def widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """GPT-J's: a product in float32 of half operands."""
+    scores = torch.matmul(q.to(torch.float32), k.float().transpose(-1, -2)) / 4 + mask
+    return torch.matmul(F.softmax(scores, dim=-1).to(v.dtype), v)
+
+
+def tempered(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, bias: Tensor) -> Tensor:
+    """Swin 2's: normalized operands, and a factor of heads that learns."""
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    scores = scores * torch.clamp(temperature, max=4.0).exp() + bias
+    return F.softmax(scores, dim=-1) @ v
+
+
 def padding(*shape: int) -> Tensor:
     """True where a key is seen; of one row, nothing."""
     seen = torch.rand(shape, generator=torch.Generator().manual_seed(7)) < 0.7
@@ -127,6 +152,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[int] | No
     "windows": (windows, (rand(H, S, T, seed=3), ADDED[:, 0]), None),
     "distances": (distances, (rand(B * H, 1, T, seed=3, learns=False), ADDED), None),
     "filled bias": (filled_bias, (rand(1, H, S, T, seed=3), padding(B, 1, 1, T)), None),
+    "two biases": (two_biases, (rand(1, H, S, T, seed=3), rand(B, 1, 1, T, seed=4), padding(B, 1, 1, T)), None),
+    "tempered": (tempered, (rand(H, 1, 1, seed=3), rand(H, S, T, seed=4)), None),
+    "one head": (one_head, (rand(B, H, 1, T, seed=3, learns=False), ADDED), None),
+    "widened": (widened, (ADDED,), None),
 }
 """Name -> the spelling, what it is given beside query, key and value, and the band that it leaves open."""
 
@@ -165,7 +194,9 @@ def test_spellings(name: str) -> None:
     results, calls, reasons = rewritten(fn, given)
     assert len(calls) == 1, reasons
     assert calls[0].kwargs["band"] == band
-    assert {x.meta["example_value"].shape[1] for x in calls[0].args[1:3]} == {2 if "grouped" in name else H}  # type: ignore[union-attr]
+    assert {x.meta["example_value"].shape[1] for x in calls[0].args[1:3]} == {
+        {"grouped": 2, "one": 1}.get(name.split()[0], H)
+    }  # type: ignore[union-attr]
     assert_closer(results, outcome(fn, given), outcome(fn, to_float64(given)))
 
 

@@ -78,7 +78,13 @@ def _replace(context: Context, written: WrittenAttention, form: MaskForm | Score
             x = call(torch.Tensor.to, x, scores.dtype)  # as autocast has it
         return x if x.meta["example_value"].stride(-1) == 1 else call(torch.Tensor.contiguous, x)
 
-    query, key = operand(written.before.product.first), operand(written.before.product.second, transposed=True)
+    first = written.before.product.first
+    if written.before.factors:
+        x = first.node if first.order is None else call(torch.permute, first.node, first.order)
+        for factor in written.before.factors:
+            x = call(torch.mul, x, factor)
+        first = Operand(x)
+    query, key = operand(first), operand(written.before.product.second, transposed=True)
     value = operand(written.after.product.second)
     if isinstance(form, ScoredForm):
         shared = shared_heads(written.before.product.second, transposed=True), shared_heads(written.after.product.second)
@@ -87,6 +93,11 @@ def _replace(context: Context, written: WrittenAttention, form: MaskForm | Score
             key, value = (operand(Operand(x)) for x in shared if x is not None)
         out = emit_scored(call, written, form, (query, key, value))
     else:
+        if written.one_for_all_heads:
+            heads = query.meta["example_value"].shape[1]
+            key, value = (
+                call(torch.Tensor.contiguous, call(torch.Tensor.expand, x, -1, heads, -1, -1)) for x in (key, value)
+            )
         out = _fused(call, written, form, (query, key, value))
     new = _as_result(call, written, out)
     new.meta["example_value"] = result.meta["example_value"]

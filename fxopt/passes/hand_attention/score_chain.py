@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxopt.ir.spec import known_equal
 from fxopt.passes.dynamo_facts import example
 from fxopt.passes.hand_attention.products import Operand, Product, bind, products
 from fxopt.passes.hand_attention.score_mask import Added, Filled, Lead
@@ -42,13 +43,15 @@ TRANSPARENT = frozenset(
 @dataclass(frozen=True)
 class Before:
     """A product and what is done to it, in order, up to the softmax; `scale` is the product's own, all of it. With a `cap`
-    the scaled product is replaced by `cap` times its tanh, before any mask."""
+    the scaled product is replaced by `cap` times its tanh, before any mask. `factors` [.., 1, 1], of heads, multiply the
+    product, too."""
 
     product: Product
     nodes: tuple[fx.Node, ...]
     scale: float
     masks: tuple[Added | Filled, ...]
     cap: float | None = None
+    factors: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,14 @@ class _Bent:
     """By tanh."""
 
 
-_Effect = Added | Filled | _Scaled | _Bent | None
+@dataclass(frozen=True)
+class _ScaledByHead:
+    """By a tensor [.., 1, 1], such as Swin 2's learned temperature."""
+
+    factor: fx.Node
+
+
+_Effect = Added | Filled | _Scaled | _ScaledByHead | _Bent | None
 
 
 def after(softmax: fx.Node) -> After | None:
@@ -100,10 +110,14 @@ def before(softmax: fx.Node, sizes: Sizes) -> Before | None:
     if traced is None:
         return None
     product, steps = traced
-    scale, masks, cap = 1.0, list[Added | Filled](), None
+    scale, masks, cap, factors = 1.0, list[Added | Filled](), None, list[fx.Node]()
     for _, effect in reversed(steps):  # what is done later scales what was done before
         if cap is not None and isinstance(effect, Added | Filled | _Bent):
             return None
+        if factors and isinstance(effect, Added | Filled | _Bent):
+            return None  # a factor is that of the product alone
+        if isinstance(effect, _ScaledByHead):
+            factors.append(effect.factor)
         if isinstance(effect, _Bent):
             scale, cap = 1.0, scale
         elif isinstance(effect, Added):
@@ -112,7 +126,18 @@ def before(softmax: fx.Node, sizes: Sizes) -> Before | None:
             masks.insert(0, replace(effect, value=effect.value * scale))
         elif isinstance(effect, _Scaled):
             scale *= effect.factor
-    return Before(product, tuple(node for node, _ in steps), product.scale * scale, tuple(masks), cap)
+    if not all(_fits(factor, steps[0][0]) for factor in factors):
+        return None
+    return Before(product, tuple(node for node, _ in steps), product.scale * scale, tuple(masks), cap, tuple(factors))
+
+
+def _fits(factor: fx.Node, product: fx.Node) -> bool:
+    """Whether a factor of heads broadcasts to the product itself, which views may have changed before it was applied."""
+    one, all_ = example(factor), example(product)
+    if one is None or all_ is None or one.dim() > all_.dim():
+        return False
+    pairs = zip(one.shape[:-2][::-1], all_.shape[:-2][::-1], strict=False)
+    return all(known_equal(n, 1) or known_equal(n, size) for n, size in pairs)
 
 
 def _trace(node: Any, sizes: Sizes, seen: set[fx.Node]) -> tuple[Product, list[tuple[fx.Node, _Effect]]] | None:
@@ -151,6 +176,16 @@ def _scaled(node: fx.Node, lead: Lead, number: _Number) -> Iterator[tuple[Any, _
     for scores, factor in ((given["input"], given["other"]), (given["other"], given["input"])):
         if example(factor) is None or number(factor) is not None:
             yield scores, _Scaled(_factor(factor, number))
+        elif isinstance(factor, fx.Node) and _is_of_heads(factor, scores):
+            yield scores, _ScaledByHead(factor)
+
+
+def _is_of_heads(factor: fx.Node, scores: Any) -> bool:
+    """Whether a factor is one number for all scores of a head, as a product's query can have it instead."""
+    one, all_ = example(factor), example(scores)
+    if one is None or all_ is None or one.dim() < 2 or one.dim() > all_.dim() or not one.is_floating_point():
+        return False
+    return all(known_equal(n, 1) for n in one.shape[-2:]) and not all(known_equal(n, 1) for n in all_.shape[-2:])
 
 
 def _divided(node: fx.Node, lead: Lead, number: _Number) -> Iterator[tuple[Any, _Effect]]:

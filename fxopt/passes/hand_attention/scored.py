@@ -27,6 +27,9 @@ from fxopt.passes.sizes import Sizes
 
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_FEATURES = 128
+MOST_SUMMED = 1 << 22
+"""Elements of a sum of masks that is larger than each of them."""
+
 LEAST_KEYS = 16
 """With fewer keys or rows, what is saved is less than a block of a kernel."""
 
@@ -35,10 +38,10 @@ Mask = Added | Filled
 
 @dataclass(frozen=True)
 class ScoredForm:
-    """How scores are made: what is added with or without a gradient, what is filled (all with one value), and a band."""
+    """How scores are made: what is added with and without a gradient, what is filled (all with one value), and a band."""
 
-    bias: Added | None
-    mask: Added | None
+    biases: tuple[Added, ...]
+    added: tuple[Added, ...]
     fills: tuple[Filled, ...]
     band: tuple[int, int] | None
 
@@ -60,11 +63,22 @@ def plan_scored(written: WrittenAttention, sizes: Sizes) -> ScoredForm | str:
         return "a mask added to a fill"
     learned = [mask for mask in added if _learns(mask)]
     others = [mask for mask in added if not _learns(mask)]
-    if not learned and (fills or len(others) > 1):
+    if fills:
+        learned, others = added, []
+    elif not learned and len(others) > 1:
         learned, others = others[:1], others[1:]
-    if len(learned) > 1 or len(others) + bool(fills) > 1:
+    if not all(_can_be_summed(masks, written) for masks in (learned, others)):
         return "more masks than a kernel takes"
-    return ScoredForm(learned[0] if learned else None, others[0] if others else None, fills, band)
+    return ScoredForm(tuple(learned), tuple(others), fills, band)
+
+
+def _can_be_summed(masks: Sequence[Added], written: WrittenAttention) -> bool:
+    """Whether a kernel may read one tensor in the place of `masks`: their sum is no larger than the largest, or small."""
+    if len(masks) < 2:
+        return True
+    shapes = [shown.shape for mask in masks if (shown := example(mask.mask)) is not None]
+    together = math.prod(torch.broadcast_shapes(*shapes))
+    return written.heads is None and together <= max(*map(math.prod, shapes), MOST_SUMMED)
 
 
 def _unsuitable(written: WrittenAttention) -> str | None:
@@ -156,16 +170,21 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
         missing = 4 - mask.mask.meta["example_value"].dim()
         return call(operator.getitem, mask.mask, (None,) * missing) if missing else mask.mask
 
-    def addend(mask: Added | None) -> fx.Node | None:
-        if mask is None:
+    def addend(masks: tuple[Added, ...]) -> fx.Node | None:
+        """Their sum, in the type that adding them one by one to the scores has."""
+        total: fx.Node | None = None
+        for mask in masks:
+            x = placed(mask)
+            x = x if mask.factor == 1 else call(torch.mul, call(torch.Tensor.float, x), mask.factor)
+            total = x if total is None else call(torch.add, total, x)
+        if total is None:
             return None
-        x = placed(mask)
-        x = x if mask.factor == 1 else call(torch.mul, call(torch.Tensor.float, x), mask.factor)
-        shape = x.meta["example_value"].shape
-        return call(torch.Tensor.expand, x, *shape[:2], rows, keys) if _learns(mask) and shape[2:] != (rows, keys) else x
+        shape = total.meta["example_value"].shape
+        expands = any(map(_learns, masks)) and shape[2:] != (rows, keys)
+        return call(torch.Tensor.expand, total, *shape[:2], rows, keys) if expands else total
 
     hidden = [placed(fill) if not fill.inverted else call(torch.logical_not, placed(fill)) for fill in form.fills]
-    mask = addend(form.mask)
+    mask = addend(form.added)
     if hidden:
         total = hidden[0]
         for more in hidden[1:]:
@@ -179,7 +198,7 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
     }
     drop = written.after.drop
     seed = call(random_ops.seed, written.operands[0].device) if drop else None
-    pair = call(scored_attention, *operands, addend(form.bias), mask, seed, **rule, drop=drop)
+    pair = call(scored_attention, *operands, addend(form.biases), mask, seed, **rule, drop=drop)
     return call(operator.getitem, pair, 0)
 
 

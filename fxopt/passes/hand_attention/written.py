@@ -51,6 +51,14 @@ class WrittenAttention:
         return _shown(product.first), _shown(product.second).mT, _shown(self.after.product.second)
 
     @cached_property
+    def one_for_all_heads(self) -> bool:
+        """Whether all heads of a batch broadcast one head of keys and one of values (multi-query attention)."""
+        query, key, value = self.operands
+        if query.dim() != 4 or self.reshaped or self.before.product.order is not None or known_equal(query.shape[1], 1):
+            return False
+        return all(known_equal(x.shape[0], query.shape[0]) and known_equal(x.shape[1], 1) for x in (key, value))
+
+    @cached_property
     def leads(self) -> list[Lead]:
         """The leading sizes of the scores and probabilities, step by step."""
         return [tuple(shown.shape[:-2]) for node in self.inner if (shown := example(node)) is not None]
@@ -130,18 +138,37 @@ def _types(written: WrittenAttention) -> str | None:
     """The products have one type, autocast's or the operands'; in between float32 is as good."""
     shown = [example(node) for node in (*written.inner, written.result)]
     scores, result = shown[0], shown[-1]
-    if scores is None or result is None or result.dtype not in DTYPES or scores.dtype != result.dtype:
+    if scores is None or result is None or result.dtype not in DTYPES:
+        return "element types without a fused kernel"
+    if scores.dtype != result.dtype and not all(_widened(x, result.dtype) for x in written.before.product.operands):
         return "element types without a fused kernel"
     if any(x is None or x.dtype not in (result.dtype, torch.float32) or x.device != result.device for x in shown):
         return "element types or devices that change on the way"
     return None
 
 
+def _widened(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a float32 tensor has values of `dtype`, which a fused kernel multiplies as exactly (as GPT-J has it)."""
+    while node.op in ("call_method", "call_function") and node.target in REARRANGING and node.args:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return False
+        node = source
+    if node.op != "call_method" or node.target not in CASTS:
+        return False
+    shown, source = example(node), example(node.args[0])
+    return shown is not None and source is not None and shown.dtype == torch.float32 and source.dtype == dtype
+
+
+REARRANGING = frozenset({torch.transpose, torch.permute, "transpose", "permute", "contiguous", "view", "reshape"})
+CASTS = frozenset({"to", "float", "type"})
+
+
 def _shapes(written: WrittenAttention) -> str | None:
     query, key, value = written.operands
     if not (query.dim() == key.dim() == value.dim()):
         return "operands of different dimensions"
-    if not all(_same(x.shape[:-2], query.shape[:-2]) for x in (key, value)):
+    if not all(_same(x.shape[:-2], query.shape[:-2]) for x in (key, value)) and not written.one_for_all_heads:
         return "batch or heads that broadcast"
     if not known_equal(query.shape[-1], value.shape[-1]):
         return "values of another size than keys"
