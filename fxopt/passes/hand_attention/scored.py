@@ -78,7 +78,8 @@ def _can_be_summed(masks: Sequence[Added], written: WrittenAttention) -> bool:
         return True
     shapes = [shown.shape for mask in masks if (shown := example(mask.mask)) is not None]
     together = math.prod(torch.broadcast_shapes(*shapes))
-    return written.heads is None and together <= max(*map(math.prod, shapes), MOST_SUMMED)
+    in_step = written.heads is None or len({mask.lead for mask in masks}) == 1
+    return in_step and together <= max(*map(math.prod, shapes), MOST_SUMMED)
 
 
 def _unsuitable(written: WrittenAttention) -> str | None:
@@ -164,26 +165,27 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
     heads, before = written.heads, written.before
     rows, keys = written.operands[0].shape[-2], written.operands[1].shape[-2]
 
-    def placed(mask: Mask) -> fx.Node:
+    def placed(x: fx.Node, lead: Lead) -> fx.Node:
         if heads is not None:
-            return call(by_head, mask.mask, mask.lead, heads)
-        missing = 4 - mask.mask.meta["example_value"].dim()
-        return call(operator.getitem, mask.mask, (None,) * missing) if missing else mask.mask
+            return call(by_head, x, lead, heads)
+        missing = 4 - x.meta["example_value"].dim()
+        return call(operator.getitem, x, (None,) * missing) if missing else x
 
     def addend(masks: tuple[Added, ...]) -> fx.Node | None:
         """Their sum, in the type that adding them one by one to the scores has."""
         total: fx.Node | None = None
         for mask in masks:
-            x = placed(mask)
-            x = x if mask.factor == 1 else call(torch.mul, call(torch.Tensor.float, x), mask.factor)
+            x = mask.mask if mask.factor == 1 else call(torch.mul, call(torch.Tensor.float, mask.mask), mask.factor)
             total = x if total is None else call(torch.add, total, x)
         if total is None:
             return None
+        total = placed(total, masks[0].lead)
         shape = total.meta["example_value"].shape
         expands = any(map(_learns, masks)) and shape[2:] != (rows, keys)
         return call(torch.Tensor.expand, total, *shape[:2], rows, keys) if expands else total
 
-    hidden = [placed(fill) if not fill.inverted else call(torch.logical_not, placed(fill)) for fill in form.fills]
+    hidden = [placed(fill.mask, fill.lead) for fill in form.fills]
+    hidden = [call(torch.logical_not, x) if fill.inverted else x for x, fill in zip(hidden, form.fills, strict=True)]
     mask = addend(form.added)
     if hidden:
         total = hidden[0]
