@@ -51,6 +51,8 @@ _BLOCKS_BEFORE_HOPPER = _BLOCKS | {
 
 _BLOCKS_AFTER_HOPPER = _BLOCKS | {
     (FORWARD, 64): ((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+    (KEY_VALUE, 64): ((32, 64, 4, 2), (64, 64, 4, 2)),
+    (KEY_VALUE, 128): ((32, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)),
 }
 
 
