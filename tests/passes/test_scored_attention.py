@@ -131,6 +131,10 @@ def tempered(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, bias: Tensor)
     return F.softmax(scores, dim=-1) @ v
 
 
+def narrow_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * 0.25, -1) @ v[..., :8]
+
+
 def padding(*shape: int) -> Tensor:
     """True where a key is seen; of one row, nothing."""
     seen = torch.rand(shape, generator=torch.Generator().manual_seed(7)) < 0.7
@@ -154,6 +158,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[int] | No
     "filled bias": (filled_bias, (rand(1, H, S, T, seed=3), padding(B, 1, 1, T)), None),
     "two biases": (two_biases, (rand(1, H, S, T, seed=3), rand(B, 1, 1, T, seed=4), padding(B, 1, 1, T)), None),
     "tempered": (tempered, (rand(H, 1, 1, seed=3), rand(H, S, T, seed=4)), None),
+    "narrow values": (narrow_values, (), None),
     "one head": (one_head, (rand(B, H, 1, T, seed=3, learns=False), ADDED), None),
     "widened": (widened, (ADDED,), None),
 }

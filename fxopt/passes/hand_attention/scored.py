@@ -22,7 +22,7 @@ from fxopt.passes.attention import chooses_late
 from fxopt.passes.dynamo_facts import example
 from fxopt.passes.hand_attention.mask_plan import Call, known_mask
 from fxopt.passes.hand_attention.score_mask import FILL_BOUND, Added, Filled, Lead, in_heads
-from fxopt.passes.hand_attention.written import WrittenAttention, obstacle_to_scoring
+from fxopt.passes.hand_attention.written import CUDA_HEAD_MULTIPLE, WrittenAttention, obstacle_to_scoring
 from fxopt.passes.sizes import Sizes
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -94,6 +94,8 @@ def _unsuitable(written: WrittenAttention) -> str | None:
         return "symbolic sizes"
     if max(query.shape[-1], value.shape[-1]) > MOST_FEATURES:
         return "more features than kernels for scores keep in registers"
+    if value.shape[-1] % CUDA_HEAD_MULTIPLE:
+        return "a size of values without a fused kernel"
     if min(query.shape[-2], key.shape[-2]) < LEAST_KEYS:
         return "few rows or keys"
     return "deterministic algorithms are asked for" if torch.are_deterministic_algorithms_enabled() else None

@@ -92,8 +92,8 @@ def obstacle(written: WrittenAttention) -> str | None:
 
 
 def obstacle_to_scoring(written: WrittenAttention) -> str | None:
-    """As `obstacle`, for an op that caps scores and has a gradient for what is added to them."""
-    lifted = (_cap, _mask_gradients)
+    """As `obstacle`, for an op that caps scores, has a gradient for what is added to them, and values of any size."""
+    lifted = (_cap, _mask_gradients, _value_size)
     return next((reason for check in CHECKS if check not in lifted and (reason := check(written))), None)
 
 
@@ -170,11 +170,14 @@ def _shapes(written: WrittenAttention) -> str | None:
         return "operands of different dimensions"
     if not all(_same(x.shape[:-2], query.shape[:-2]) for x in (key, value)) and not written.one_for_all_heads:
         return "batch or heads that broadcast"
-    if not known_equal(query.shape[-1], value.shape[-1]):
-        return "values of another size than keys"
     if any(not known_different(size, 0) for x in (query, key, value) for size in x.shape):
         return "sizes that may be zero"
     return _views(written) if written.reshaped else None
+
+
+def _value_size(written: WrittenAttention) -> str | None:
+    query, _, value = written.operands
+    return None if known_equal(query.shape[-1], value.shape[-1]) else "values of another size than keys"
 
 
 def _views(written: WrittenAttention) -> str | None:
@@ -257,7 +260,7 @@ def _scale(written: WrittenAttention) -> str | None:
 
 
 CHECKS: tuple[Callable[[WrittenAttention], str | None], ...] = (
-    *(_dropout, _cap, _scale, _other_use, _special, _axes, _types, _shapes, _gradients, _mask_gradients),
+    *(_dropout, _cap, _scale, _other_use, _special, _axes, _types, _shapes, _value_size, _gradients, _mask_gradients),
     *(_write_between, _layout, _kernel),
 )
 """Each says why an attention stays as it is written, or None."""
