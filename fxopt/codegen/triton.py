@@ -79,7 +79,8 @@ def _piece_config(region: Region, piece: Region, config: TritonConfig, target: T
     whole, proposed = ([c for c in configs(r, target) if c.split == 1] for r in (region, piece))
     shape = replace(config, split=1, aligned=True)
     place = whole.index(shape) if shape in whole else 0
-    return proposed[min(place, len(proposed) - 1)]
+    best = proposed[min(place, len(proposed) - 1)]
+    return best if shape in whole or best.persistent else replace(best, stages=config.stages)
 
 
 def _print_across(region: Region, config: TritonConfig, target: Target) -> Printed:

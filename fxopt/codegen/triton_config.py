@@ -264,12 +264,18 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     if parts:
         others = [c for c in found[1:] if not c.persistent][: 2 if found[0].x_block < tiling.x.hint else 1]
         cut = [replace(found[0], split=p) for p in parts] + [replace(c, split=parts[0]) for c in others]
-        return [*cut[:1], *cut[len(parts) :], *cut[1 : len(parts)], *found]
+        ranked = [*cut[:1], *cut[len(parts) :], *cut[1 : len(parts)]]
+        return [*ranked[:3], *_fetching(tiling, ranked[0]), *ranked[3:], *found]
     if not static:
         return found
     at = 1 if tiling.inner_reduction and not _reads_once(tiling) else 2
     cut = [replace(found[0], split=p) for p in _more_parts(tiling, rows, row, found[0], target)]
     return [*found[:at], *cut, *found[at:]]
+
+
+def _fetching(tiling: Tiling, config: TritonConfig) -> list[TritonConfig]:
+    """`config` of a loop down columns that loads its next rows while it adds up one block of them."""
+    return [] if tiling.inner_reduction or config.persistent else [replace(config, stages=3)]
 
 
 def _warps_for(elements: int, per_thread: int) -> int:

@@ -39,7 +39,7 @@ CANDIDATES_AT_MOST = 8
 WORTH_MEASURING = 1 << 20
 """Bytes: what moves less is bound by its launch, whatever the configuration."""
 
-WORTH_MORE = 256 << 20
+WORTH_MORE = 128 << 20
 """Bytes: a region that moves more is worth two more candidates."""
 
 GEMM_CANDIDATES = {"default": 3, "max-autotune": 12}

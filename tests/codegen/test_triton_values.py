@@ -287,7 +287,7 @@ def test_integer_reductions(interpreter: Interpreter, kind: str, dtype: torch.dt
     assert torch.equal(result, case.reference(x)[0].to(result.dtype))
 
 
-@pytest.mark.parametrize("config", [TritonConfig(4), LOOPED, TritonConfig(4, split=5)])
+@pytest.mark.parametrize("config", [TritonConfig(4), LOOPED, TritonConfig(4, split=5), replace(LOOPED, stages=3, split=5)])
 def test_column_variance(interpreter: Interpreter, config: TritonConfig) -> None:
     check(interpreter, nests.variance(6, 130), config)
 
