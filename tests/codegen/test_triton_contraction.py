@@ -259,8 +259,6 @@ def test_a_bias_is_loaded_once_for_a_tile(columns: int) -> None:
     proposed = contraction_candidates(contraction, TARGET, "default")
     assert proposed and all("vectors" in c.label for c in proposed)
     (kernel,) = proposed[0].sources
-    _, meta = compile_triton(kernel, TARGET)
-    assert meta["n_spills"] == 0
     inside, *edge = kernel.text.split("def edge")
     text = "def edge".join([inside, *(e.replace("tl.load(b3 + x, x_mask)", "0.0 * x") for e in edge)])
     assert compile_to_text(replace(kernel, text=text), TARGET, "ptx").count("ld.global") == 1
@@ -585,7 +583,7 @@ def test_the_first_candidates_compile_without_spills(epilogue: str, arch: int) -
         case _:
             contraction = both_products(kept_too, x, w, w.clone())
     for config in configs(problem_of(contraction), target, limit=1):
-        config = with_room(contraction, config, target)
+        config = with_vectors(contraction, with_room(contraction, config, target))
         for kernel in print_contraction(contraction, config, target).kernels:
             cubin, meta = compile_triton(kernel, target)
             assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{config}: {meta}"
