@@ -32,6 +32,7 @@ from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_size
 from fxopt.tune.records import RecordKey
 from fxopt.tune.suspects import Suspects
 from fxopt.tune.twins import Printer
+from fxopt.tune.values import unlike_the_first
 
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
@@ -274,7 +275,7 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
         return usable[0]
     region = contest.region
     key = RecordKey("region", _facts(region, usable, Target.current(region.device)))
-    found = decide(key, region.name, *_measurable(region, usable), store, measurements)
+    found = decide(key, region.name, *_measurable(region, usable), store, measurements, unlike_the_first)
     return usable[0] if found is None else next(c for c in usable if c.label == found[0])
 
 

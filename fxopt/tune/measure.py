@@ -30,7 +30,7 @@ from fxopt.runtime.graph_driver import GraphDriver
 from fxopt.runtime.launch import CudaError, load_cubin
 from fxopt.tune.suspects import Suspects
 
-METHOD = 7
+METHOD = 8
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -152,7 +152,7 @@ class Measurements:
         finally:
             self.left -= time.perf_counter() - start
         for label in sorted(wrong):
-            self.journal.note("tuning", f"{name}: {label} is no candidate, its values are not the library's")
+            self.journal.note("tuning", f"{name}: {label} is no candidate, its values are not those of {trials[0].label}")
         seconds_of = {t.label: s for t, s in zip(right, timed, strict=True)}
         seconds = [seconds_of.get(t.label, math.inf) for t in trials]
         figures = ", ".join(f"{t.label}: {s * 1e6:.1f} us" for t, s in zip(trials, seconds, strict=True))

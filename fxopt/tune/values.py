@@ -2,7 +2,8 @@
 
 Kernels are tested, but compilers are not: Triton 3.6 makes a convolution of 128 x 128 tiles on four warps, stored in two
 halves, whose results are 8 % off on an H100, without a word and without a spilled register, where 64 rows, eight warps or
-one half are right. So what is kept has shown the values of the library's way on this GPU.
+one half are right. So what is kept has shown the values of the library's way on this GPU, or those of the cost model's
+first configuration where all ways are configurations of one kernel.
 """
 
 from __future__ import annotations

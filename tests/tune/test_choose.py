@@ -29,6 +29,7 @@ from fxopt.tune.candidate import CANDIDATES_AT_MOST, Choice, candidate_count, tr
 from fxopt.tune.choose import choose
 from fxopt.tune.measure import Trial
 from fxopt.tune.suspects import FOLDER
+from fxopt.tune.values import unlike_the_first
 
 tuner = importlib.import_module("fxopt.tune.choose")  # the package has the function under that name
 CUDA = torch.device("cuda", 0)
@@ -109,6 +110,21 @@ def test_equal_regions_are_measured_once_and_keep_their_own_buffers(bench: Bench
     assert [k.buffers for k, _ in chosen["region_a"].kernels] == [("x", "a")]
     assert [k.buffers for k, _ in chosen["region_b"].kernels] == [("y", "b")]
     assert chosen["region_a"].kernels[0][1] == chosen["region_b"].kernels[0][1]
+
+
+def test_configurations_must_have_the_values_of_the_first(
+    bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler's mistake in one of them is found before that one is timed."""
+    checks = []
+
+    def compare(own: Any, name: str, memory: Any, device: Any, trials: Sequence[Trial], check: Any) -> list[float]:
+        checks.append(check)
+        return [1.0 for _ in trials]
+
+    monkeypatch.setattr(tuner.Measurements, "compare", compare)
+    choices([row_sum("a", "x")], store)
+    assert checks == [unlike_the_first]
 
 
 def test_what_is_built_is_measured_while_the_rest_is_compiled(
