@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks.quantized_products import FORMS, Case, error, exact
+from fxopt.codegen.templates.weight_config import vector_configs
+from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_weights import print_vector, weight_problem
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM
+from fxopt.ir.region import Contraction
+from fxopt.runtime.launch import load_cubin
+from fxopt.target import Target
+from tests.lower.test_row_norms import layer_of_few_bits, norm_of_few_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -95,3 +104,26 @@ def test_casts_have_torchs_bits(dtype: torch.dtype, clamped: bool) -> None:
     assert torch.equal(alone.view(torch.uint8), got[0].view(torch.uint8))
     assert torch.equal(got[0].float().nan_to_num(1e9, 2e9, -2e9), want[0].float().nan_to_num(1e9, 2e9, -2e9))
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("bits", "gated"), [(4, False), (4, True), (8, False), (8, True)])
+def test_every_kernel_of_one_row_has_the_values_of_a_norm_between_products(bits: int, gated: bool, tmp_path: Path) -> None:
+    """Each configuration that is proposed, of a product with its residual and of one that computes the norm."""
+    fn, args = layer_of_few_bits(bits, gated, 2048, 1024, 1536)
+    low, each = norm_of_few_bits(fn, args, gated)
+    args = [x.to(CUDA) for x in args]
+    memory = {name: x.flatten().contiguous() for name, x in zip(low.inputs, args, strict=True)}
+    target, stream = Target.current(CUDA), torch.cuda.current_stream().cuda_stream
+    for step, want in zip(each.ways[1].steps, fn(*args), strict=True):
+        assert isinstance(step, Contraction)
+        (name,) = step.writes()
+        configs = vector_configs(weight_problem(step), target, 8)
+        assert len(configs) > 2
+        for config in configs:
+            (source,) = print_vector(step, config, target).kernels
+            code, meta = compile_triton(source, target)
+            (tmp_path / "kernel.cubin").write_bytes(code)
+            launch = load_cubin(tmp_path / "kernel.cubin", meta, 0).bind()
+            memory[name] = torch.full((step.buffers[name].extent,), torch.nan, dtype=torch.float16, device=CUDA)
+            launch(stream, *map(int, source.grid), *(memory[b].data_ptr() for b in source.buffers))
+            assert error(memory[name], want.flatten().float()) < 0.01, config

@@ -267,20 +267,35 @@ def of_few_bits(
     return total, out
 
 
-@pytest.mark.parametrize(("bits", "gated"), [(4, False), (4, True), (8, True)])
-def test_norms_within_products_by_weights_of_few_bits(interpreter: Interpreter, bits: int, gated: bool) -> None:
-    """Their kernels, of whatever kind, have eagers' values: residual, weights and norm."""
+Layer = Callable[..., tuple[Tensor, ...]]
+
+
+def layer_of_few_bits(bits: int, gated: bool, depth: int, width: int, columns: int) -> tuple[Layer, list[Tensor]]:
+    """`of_few_bits` and its arguments: products from `depth` to `width`, and from there to `columns`."""
     stored = torch.uint8 if bits == 4 else torch.int8
-    pairs = [QUANTIZE_WEIGHT(torch.randn(n, k), stored, bits, 32 if bits == 4 else 0) for n, k in ((64, 128), (48, 64))]
-    args = [torch.randn(1, 128).to(HALF), torch.randn(1, 64).to(HALF), torch.randn(64).to(HALF), *pairs[0], *pairs[1]]
-    fn = partial(of_few_bits, bits, gated)
+    sizes = ((width, depth), (columns, width))
+    pairs = [QUANTIZE_WEIGHT(torch.randn(n, k), stored, bits, 32 if bits == 4 else 0) for n, k in sizes]
+    x, residual, weight = (torch.randn(*shape).to(HALF) for shape in ((1, depth), (1, width), (width,)))
+    return partial(of_few_bits, bits, gated), [x, residual, weight, *pairs[0], *pairs[1]]
+
+
+def norm_of_few_bits(fn: Layer, args: list[Tensor], gated: bool) -> tuple[Lowered, Alternatives]:
+    """`fn` with its products as contractions, both of them in the second as one kernel, and the ways of its norm."""
     low = searched(fn, *args)
     ways = {e.name: next(w for w in e.ways if w.label in (TWO, FUSED)) for e in norms(low)}
     if gated:
         ways |= {e.name: w for e in norms(low) for w in e.ways if w.label == TWO}
     (each,) = norms(with_row_norms(replaced(low, ways)))
-    apart, within = each.ways
     assert [(way.label, len(way.steps)) for way in each.ways] == [(APART, 3), (WITHIN, 2)]
+    return low, each
+
+
+@pytest.mark.parametrize(("bits", "gated"), [(4, False), (4, True), (8, True)])
+def test_norms_within_products_by_weights_of_few_bits(interpreter: Interpreter, bits: int, gated: bool) -> None:
+    """Their kernels, of whatever kind, have eager's values: residual, weights and norm."""
+    fn, args = layer_of_few_bits(bits, gated, 128, 64, 48)
+    low, each = norm_of_few_bits(fn, args, gated)
+    apart, within = each.ways
     memory = {name: x.flatten().clone() for name, x in zip(low.inputs, args, strict=True)}
     for step in within.steps:
         assert isinstance(step, Contraction) and set(step.buffers) == {*step.reads(), *step.writes()}
