@@ -30,6 +30,7 @@ from fxopt.codegen.triton_values import (
     is_within,
     reduced_dtype,
     rounded_soon,
+    rounded_to_8_bits,
     rounded_within_int8,
     uncast,
 )
@@ -113,6 +114,7 @@ class Emitter:
         self._reduced = frozenset(frame.tiling.nest.reduced)
         self._rounded = rounded_soon(frame.tiling.nest)
         self._rounded_later = rounded_soon(frame.tiling.nest, ARITHMETIC)
+        self._rounded_to_8_bits = rounded_to_8_bits(frame.tiling.nest)
         roots = frame.tiling.nest.roots
         self._uses = Counter([*roots, *(a for node in postorder(roots) for a in node.args)])
         self._count = 0
@@ -256,7 +258,8 @@ class Emitter:
             return self._group_sum(node, guards)
         beside = self._beside_one(node)
         if beside is not None:
-            return f"h.{beside.name}_plus_one({self.arg(beside.args[0], guards)})"
+            coarse = "coarse_" if beside.name == "erf" and node in self._rounded_to_8_bits else ""
+            return f"h.{coarse}{beside.name}_plus_one({self.arg(beside.args[0], guards)})"
         root = self._root_below(node)
         if root is not None:
             return ops.apply("rsqrt", [self.arg(root.args[0], guards)], torch.float32, torch.float32, fast=True)

@@ -23,26 +23,39 @@ def rounded_soon(nest: Nest, between: Sequence[str] = RELATIVE) -> frozenset[Sca
     rounding. Where sums lie between too (`ARITHMETIC`) they may cancel, and show of an error what they show of roundings of
     float32 themselves: functions that are off by as little (`ops.FEW_UNITS`) may be fast there.
     """
+    return _rounded_by_casts(nest, between, ops.HALF)
+
+
+def rounded_to_8_bits(nest: Nest) -> frozenset[Scalar]:
+    """Values that only products, selections, bounds and wider casts lie between and a cast to float8_e4m3fn."""
+    between = (*RELATIVE, "maximum", "minimum", "cast")
+    return _rounded_by_casts(nest, between, (torch.float8_e4m3fn,), (*ops.HALF, torch.float32))
+
+
+def _rounded_by_casts(
+    nest: Nest, between: Sequence[str], dtypes: Sequence[torch.dtype], held: Sequence[torch.dtype] = (torch.float32,)
+) -> frozenset[Scalar]:
+    """Values of the types `held` that only ops named in `between` lie between and casts to `dtypes`."""
     users: dict[Scalar, list[Scalar]] = {}
     nodes = list(postorder(nest.roots))
     for node in nodes:
         for arg in node.args:
             users.setdefault(arg, []).append(node)
-    exact = {v for v in nest.roots if v.dtype not in ops.HALF}
+    exact = {v for v in nest.roots if v.dtype not in dtypes}
     rounded: set[Scalar] = set()
     for node in reversed(nodes):
         own = users.get(node, [])
-        if node.dtype != torch.float32 or not own or node in exact:
+        if node.dtype not in held or not own or node in exact:
             continue
-        if all(_leads_to_half(u, rounded, between) for u in own):
+        if all(_leads_to(u, rounded, between, dtypes) for u in own):
             rounded.add(node)
     return frozenset(rounded)
 
 
-def _leads_to_half(user: Scalar, rounded: set[Scalar], between: Sequence[str]) -> bool:
+def _leads_to(user: Scalar, rounded: set[Scalar], between: Sequence[str], dtypes: Sequence[torch.dtype]) -> bool:
     if not isinstance(user, Op):
         return isinstance(user, Masked) and user in rounded
-    return (user.name == "cast" and user.dtype in ops.HALF) or (user.name in between and user in rounded)
+    return (user.name == "cast" and user.dtype in dtypes) or (user.name in between and user in rounded)
 
 
 def is_clamped(value: Scalar) -> bool:

@@ -386,6 +386,33 @@ def test_a_normal_distribution(interpreter: Interpreter) -> None:
     )
 
 
+def test_a_normal_distribution_that_is_rounded_to_8_bits(interpreter: Interpreter) -> None:
+    """A GELU by a shorter polynomial, as near to the exact one as float8 is; not where a wider type holds it as well."""
+    float8, x = torch.float8_e4m3fn, Sym("x", size=4096)
+    a = Load("a", symbol(x), F32)
+    total = Op("add", (Const(1.0, F32), Op("erf", (Op("mul", (a, Const(0.5**0.5, F32)), F32),), F32)), F32)
+    gelu = Op("mul", (a, total), F32)
+    scaled = Op("mul", (Op("cast", (Op("cast", (gelu,), BF16),), F32), Const(32.0, F32)), F32)
+    bounded = Op("minimum", (Op("maximum", (scaled, Const(-448.0, F32)), F32), Const(448.0, F32)), F32)
+    store = Store("o", symbol(x), Op("cast", (bounded,), float8))
+
+    def expected(a: torch.Tensor) -> torch.Tensor:
+        exact = 32 * a.double() * torch.special.erfc(-a.double() * 0.5**0.5)
+        return exact.clamp(-448.0, 448.0).float()
+
+    buffers = [nests.buffer("a", F32, (4096,)), nests.buffer("o", float8, (4096,))]
+    case = nests.make(Nest((x,), (), (store,)), buffers, "a", "o", expected)
+    (kernel,) = print_region(case.region, TritonConfig(1024), TARGET).kernels
+    assert "h.coarse_erf_plus_one" in kernel.text and "h.saturated_to_float8e4" in kernel.text
+    inputs = torch.linspace(-6, 8, 4096)
+    (actual,) = run(interpreter, case, TritonConfig(1024), {"a": inputs})
+    torch.testing.assert_close(actual.float(), expected(inputs), rtol=0.0635, atol=2.0**-9)
+    both = Nest((x,), (), (store, Store("p", symbol(x), Op("cast", (gelu,), BF16))))
+    wider = nests.make(both, [*buffers, nests.buffer("p", BF16, (4096,))], "a", "o", expected)
+    (kernel,) = print_region(wider.region, TritonConfig(1024), TARGET).kernels
+    assert "coarse" not in kernel.text
+
+
 @pytest.mark.parametrize("reduces", [False, True])
 def test_halves_in_each_others_place_are_loaded_once(interpreter: Interpreter, reduces: bool) -> None:
     case = nests.turned_halves(5, 32, 16, reduces)
