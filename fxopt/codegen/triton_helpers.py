@@ -138,7 +138,7 @@ COARSE_LOG2_ERFC = (
     -9.32370054e-01,
     -1.62434946e00,
 )
-"""The same with a relative error of erfc of at most 2e-4 up to 3.6, for results that are rounded to 8 bits: theirs is 6e-2."""
+"""The same with a relative error of erfc of 2e-4 at most up to 3.6, for results rounded to 8 bits, whose own is 6e-2."""
 
 
 def _erf_plus_one(coefficients: tuple[float, ...]) -> str:

@@ -176,6 +176,9 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     chosen = [with_vectors(contraction, with_room(contraction, config, target)) for config in ranked]
     tailed = [t for c in chosen if (t := gemm_config.with_tail(problem, c, target)) != c]
     chosen += tailed if mode == "max-autotune" else tailed[:1]
+    if problem.itemsize == 1:
+        more = (gemm_config.with_more_programs(problem, config, target) for config in chosen)
+        chosen += [c for c in more if c is not None][:1]
     return [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)

@@ -181,12 +181,15 @@ def test_an_epilogue_in_8_bits_converts_one_number_an_element() -> None:
     args = operands(INT8, (64, 56, 56, 64), (256, 1, 1, 64))
     residual = torch.zeros(64, 56, 56, 256, dtype=INT8).permute(0, 3, 1, 2)
     _, step = contraction(block(((1, 1), (0, 0), (1, 1))), *args, residual)
-    first = contraction_candidates(step, TARGET, "default")[0]
+    first, *others = contraction_candidates(step, TARGET, "default")
     text = compile_to_text(first.sources[0], TARGET, "ptx")
     conversions = set(re.findall(r"cvt\.\S+", text))
     assert {c for c in conversions if "f32" in c} == {"cvt.rn.f32.s32"}
     assert "setp.nan" not in text and "setp.num" not in text
     assert first.label.startswith("tma 128x128x64 "), "no zeros past 64 channels are multiplied"
+    (more,) = (c for c in others if " s2 " in c.label)  # of two stages and so more programs, since epilogues wait for loads
+    _, meta = compile_triton(more.sources[0], TARGET)
+    assert " p528 " in more.label and meta["n_spills"] == 0 and meta["n_regs"] <= 65536 // (4 * 128)
 
 
 def test_patches_are_loaded_16_bytes_at_once() -> None:

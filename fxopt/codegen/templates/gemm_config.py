@@ -366,6 +366,19 @@ def _of_each_kind(problem: GemmProblem, target: Target) -> tuple[GemmConfig, ...
     return tuple(kinds.values())
 
 
+def with_more_programs(problem: GemmProblem, config: GemmConfig, target: Target) -> GemmConfig | None:
+    """`config` with fewer stages and so more persistent programs on a multiprocessor; None if that gives no more.
+
+    Where one block is the whole inner dimension, tiles are mostly epilogues, whose loads wait for memory; what hides that is
+    other programs, and not operands of many tiles ahead.
+    """
+    if not config.flatten or config.split > 1 or config.classes > 1 or problem.k > config.block_k:
+        return None
+    fewer = replace(config, stages=2)
+    programs = target.sm_count * fewer.per_sm(problem, target)
+    return replace(fewer, programs=programs) if config.programs < programs < config.tiles(problem) else None
+
+
 def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
     """All `plausible` ones, best first; of equals, that with more in flight, but in few stages."""
 
