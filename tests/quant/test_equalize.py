@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def calibrated(model: nn.Module, data: list[Tensor]) -> Calibration:
     return fxopt.calibrate(model, data, progress=False)
 
 
+@functools.cache
+def table_of_network() -> Calibration:
+    return calibrated(Network().eval(), [images(1)])
+
+
 def compiled(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
     torch.compiler.reset()
     with torch.no_grad():
@@ -58,7 +64,7 @@ def compiled(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
 
 def test_layers_that_follow_each_other_lose_less_in_int8() -> None:
     model = Network().eval()
-    plain = calibrated(model, [images(1)])
+    plain = table_of_network()
     assert {layer.name: layer.after for layer in plain.layers} == {
         "first": None,
         "second": "first",
@@ -79,7 +85,7 @@ def test_layers_that_follow_each_other_lose_less_in_int8() -> None:
 
 def test_ranges_are_equal_to_a_power_of_two() -> None:
     model = Network().eval()
-    table = fxopt.equalized(calibrated(model, [images(1)]), model)
+    table = fxopt.equalized(table_of_network(), model)
     channels = {name: table.channels(name) for name in table.names()}
     second, third, last = (channels[name] for name in ("second", "third", "last"))
     assert channels["first"] is None and second is not None and third is not None and last is not None
@@ -133,7 +139,7 @@ def test_what_does_not_follow_is_refused() -> None:
 
 def test_tables_keep_who_follows_whom(tmp_path: Path) -> None:
     model = Network().eval()
-    one, other = calibrated(model, [images(1)]), calibrated(model, [images(2)])
+    one, other = table_of_network(), calibrated(model, [images(2)])
     one.save(tmp_path / "a.fxcal")
     read = Calibration.load(tmp_path / "a.fxcal")
     assert read.digest() == one.digest() and read["second"].after == "first"
@@ -152,7 +158,7 @@ def test_tables_keep_who_follows_whom(tmp_path: Path) -> None:
     ],
 )
 def test_tables_with_nonsense_are_refused(wrong: dict[str, Any], words: str, tmp_path: Path) -> None:
-    table = calibrated(Network().eval(), [images(1)])
+    table = table_of_network()
     layers = tuple(replace(x, **wrong) if x.name == "second" else x for x in table.layers)
     replace(table, layers=layers).save(tmp_path / "a.fxcal")
     with pytest.raises(CalibrationError, match=f"layer 'second': .*{words}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -28,9 +29,10 @@ def _data(seed: int) -> Tensor:
     return torch.cat([torch.randn(40, 128), torch.randn(40, 128) * 50.0], 1)
 
 
-def _calibrated(model: nn.Module) -> Calibration:
+@functools.cache
+def _table() -> Calibration:
     torch.compiler.reset()
-    return fxopt.calibrate(model, [_data(1)], progress=False)
+    return fxopt.calibrate(_model(), [_data(1)], progress=False)
 
 
 def _compiled(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
@@ -81,7 +83,7 @@ def test_weights_have_scales_of_groups(dtype: torch.dtype) -> None:
 
 
 def test_a_tables_scales_are_those_of_its_channels() -> None:
-    table = _calibrated(_model())
+    table = _table()
     found, x = table.group_scales("0", "int8-group"), _data(1)
     torch.testing.assert_close(found, x.view(40, 2, 128).abs().amax((0, 2)) / 127)
     assert table.zero_point("2", "int8-group") == 0  # although GELU leaves next to nothing below zero
@@ -92,8 +94,7 @@ def test_a_tables_scales_are_those_of_its_channels() -> None:
 
 @pytest.mark.parametrize("precision", NAMES)
 def test_a_compiled_model_is_the_emulated_one(precision: str) -> None:
-    model, x = _model(), _data(2)
-    table = _calibrated(model)
+    model, x, table = _model(), _data(2), _table()
     got = _compiled(model, x, precision=precision, calibration=table)
     with torch.no_grad(), treated(model, lambda call: with_table(call, precision, table, call.name)):
         emulated = model(x)
@@ -109,7 +110,8 @@ def test_small_groups_keep_their_steps() -> None:
     model, x = _model(), _data(2)
     with torch.no_grad():
         model[0].weight[:, 128:] *= 1e-3
-    table = _calibrated(model)
+    torch.compiler.reset()
+    table = fxopt.calibrate(model, [_data(1)], progress=False)
     with torch.no_grad():
         exact = model.double()(x.double())
     model.float()
