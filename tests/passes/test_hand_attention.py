@@ -193,9 +193,25 @@ def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return operators(q, k[:, :1].repeat_interleave(H, 1), v[:, :1, None].expand(B, 1, H, T, E).reshape(B, H, T, E))
 
 
+def keys_of_one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multi-query attention by broadcasting."""
+    return plain(q, k[:, :1], v[:, :1])
+
+
 UNMASKED = (
     *(plain, operators, query_scaled, both_scaled, literal_first, unscaled, einsum, einsum_heads_last, einsum_values_first),
-    *(merged_heads, one_head, windows, viewed_afterwards, baddbmm, idle_dropout, upcast, upcast_before, grouped),
+    *(
+        merged_heads,
+        one_head,
+        windows,
+        viewed_afterwards,
+        baddbmm,
+        idle_dropout,
+        upcast,
+        upcast_before,
+        grouped,
+        keys_of_one_head,
+    ),
 )
 MASKED_BY_SIZES = (causal_built, causal_added, causal_least, in_place, mask_built_in_place, constant_bias)
 
@@ -410,8 +426,8 @@ def values_of_another_size(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain(q, k, v[..., :8])
 
 
-def broadcast_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return plain(q, k[:, :1], v[:, :1])
+def broadcast_batches(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain(q, k[:1], v[:1])
 
 
 def written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -454,7 +470,7 @@ LEFT: dict[Callable[..., Any], str | None] = {
     small_fill: "a fill that may not hide",
     fill_and_bias: "a finite fill beside another mask",
     values_of_another_size: "values of another size than keys",
-    broadcast_heads: "batch or heads that broadcast",
+    broadcast_batches: "batch or heads that broadcast",
     written_between: "an operand is written in place between the products",
     broadcast_by_its_mask: "scores that are broadcast",
     times_a_vector: None,
