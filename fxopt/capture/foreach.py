@@ -165,8 +165,9 @@ class _Apart:
             given = iter(tensors)
             return _ELEMENTS[node.target](*(next(given) if isinstance(a, fx.Node) else a for a in args), **node.kwargs)
 
+        plain = [_like(self.mode, v) if v._has_symbolic_sizes_strides else v for v in values]
         with self.mode:
-            return make_fx(element, decomposition_table=dict(self.table))(*values)
+            return make_fx(element, decomposition_table=dict(self.table))(*plain)
 
     def _copied(self, node: fx.Node, step: fx.Node, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """A copy of `step` for `node`, with a value of its own: shared ones would look like shared memory."""
@@ -213,16 +214,28 @@ def _by_layout(mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _like(mode: Any, value: Tensor) -> Tensor:
     """A new fake of `value`'s layout. No mode may be active."""
-    memory = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    memory = torch.empty_strided(*_sizes(value), dtype=value.dtype, device="meta")
     return FakeTensor(mode, memory, value.device)
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
-    return value.dtype, value.device, value.shape, value.stride(), value.is_conj(), value.is_neg()
+    return value.dtype, value.device, *_sizes(value), value.is_conj(), value.is_neg()
+
+
+def _sizes(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides, all of which are known."""
+    return tuple(map(int, value.shape)), tuple(map(int, value.stride()))
 
 
 def is_symbolic(value: Any) -> bool:
-    """Whether `value` is a symbolic number, or a tensor of symbolic sizes or strides."""
+    """Whether `value` is a symbolic number, or a tensor of symbolic sizes or strides.
+
+    Not symbolic is a SymInt that is known: torch has such sizes for views whose storage alone is of symbolic size.
+    """
     if isinstance(value, Tensor):
-        return value._has_symbolic_sizes_strides
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+        if not value._has_symbolic_sizes_strides or value.is_conj() or value.is_neg():
+            return value._has_symbolic_sizes_strides
+        return any(map(is_symbolic, (*value.shape, *value.stride())))
+    if isinstance(value, torch.SymInt):
+        return value.node.maybe_as_int() is None
+    return isinstance(value, torch.SymFloat | torch.SymBool)

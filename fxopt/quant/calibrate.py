@@ -13,7 +13,7 @@ from torch import nn
 import fxopt
 from fxopt.errors import CalibrationError
 from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
-from fxopt.journal import RECENT
+from fxopt.journal import RECENT, Journal
 from fxopt.options import suggestion
 from fxopt.quant.batches import Forward, call_model, checked_loader, on_device, shown
 from fxopt.quant.observers import Collector
@@ -58,6 +58,7 @@ def calibrate(
     _check_observers(observe)
     wanted = {method, *observe}
     collector = Collector(rows=ROWS in wanted, averages=AVERAGE in wanted, attention=ATTENTION in wanted)
+    before = tuple(RECENT)
     compiled = _observed(model, collector, backend)
     count = 0
     with torch.no_grad():
@@ -69,7 +70,7 @@ def calibrate(
         raise CalibrationError("the loader gave no batch: there is nothing to calibrate with")
     layers = joined_layers(collector.layers())
     if not layers:
-        raise CalibrationError(f"no layer was observed{_retreats()}")
+        raise CalibrationError(f"no layer was observed{_retreats(before)}")
     layers = (*layers, *_unreached(model, collector, layers))
     _warn(layers)
     return Calibration(layers, count, method, {"fxopt": fxopt.__version__, "torch": torch.__version__})
@@ -108,16 +109,15 @@ def _observed(model: nn.Module, collector: Collector, backend: Any) -> Callable[
     return compiled
 
 
-def _retreats() -> str:
-    """Why the latest compilations came to nothing, for a message."""
-    reasons = [f"{what}: {why}" for journal in list(RECENT)[-4:] for what, why in journal.retreats]
+def _retreats(before: Collection[Journal]) -> str:
+    """Why the compilations since those of `before` came to nothing, for a message."""
+    known = set(map(id, before))
+    since = [journal for journal in RECENT if id(journal) not in known]
+    reasons = [f"{what}: {why}" for journal in since for what, why in journal.retreats]
     if reasons:
         return f": fxopt could not compile the model ({reasons[-1]})"
     unobserved = [
-        text
-        for journal in list(RECENT)[-4:]
-        for topic, text in journal.notes
-        if topic == "precision" and "is not observed" in text
+        text for journal in since for topic, text in journal.notes if topic == "precision" and "is not observed" in text
     ]
     if unobserved:
         return f": {unobserved[0]}"

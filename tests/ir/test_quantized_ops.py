@@ -111,7 +111,7 @@ def test_torch_finds_no_fault_with_the_registration() -> None:
 
 def test_what_is_refused() -> None:
     weight, ones = torch.randn(8, 16), torch.ones(())
-    for dtype, bits, group in ((torch.int8, 4, 0), (torch.int8, 8, 8), (torch.uint8, 4, 5), (torch.int16, 8, 0)):
+    for dtype, bits, group in ((torch.int8, 4, 0), (torch.int8, 8, 5), (torch.uint8, 4, 5), (torch.int16, 8, 0)):
         with pytest.raises(ValueError):
             QUANTIZE_WEIGHT(weight, dtype, bits, group)
     a = torch.ones(3, 16, dtype=torch.int8)
