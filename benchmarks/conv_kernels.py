@@ -32,7 +32,7 @@ from fxopt.capture.symbols import to_int
 from fxopt.codegen.compile import compile_kernels
 from fxopt.codegen.templates import conv_config
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig
-from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton_contraction import with_room
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.ir.graph import Graph, Input, Phase, Role

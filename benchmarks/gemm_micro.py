@@ -24,17 +24,10 @@ from torch.nn import functional
 from benchmarks.kernels_micro import excess
 from benchmarks.results import target_facts, versions
 from fxopt.codegen.compile import compile_kernels
-from fxopt.codegen.templates.gemm_config import (
-    GemmConfig,
-    GemmProblem,
-    Matrix,
-    configs,
-    estimate,
-    library_seconds,
-    ranked,
-    with_tail,
-)
+from fxopt.codegen.templates.gemm_config import configs, library_seconds, ranked, with_tail
 from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, TAILED_MODULE, gemm_call, partial_shape
+from fxopt.codegen.templates.gemm_estimate import estimate
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
 from fxopt.runtime.artifacts import ArtifactStore

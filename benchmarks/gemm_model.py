@@ -18,7 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.gemm_micro import GemmCase, cases
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs, estimate, plausible
+from fxopt.codegen.templates.gemm_config import configs, plausible
+from fxopt.codegen.templates.gemm_estimate import estimate
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.target import Target
 from fxopt.tune.candidate import GEMM_CANDIDATES
 

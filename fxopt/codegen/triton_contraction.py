@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.templates import gemm_config, gemm_entry
-from fxopt.codegen.templates.gemm_config import FEW_ROWS, GemmConfig, GemmProblem
+from fxopt.codegen.templates import gemm_entry, gemm_problem
+from fxopt.codegen.templates.gemm_config import FEW_ROWS
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction, loads_for_tiles, print_block
 from fxopt.codegen.triton_emit import VECTOR_BYTES
@@ -130,11 +131,11 @@ def _cost(op: Op) -> float:
     return _OPS.get(op.name, _FUNCTION if op.name in FLOAT_UNARY else _CHEAP_OP)
 
 
-def _operand(matrix: Matrix, rows: Int, columns: Int) -> gemm_config.Matrix:
+def _operand(matrix: Matrix, rows: Int, columns: Int) -> gemm_problem.Matrix:
     given = (rows, columns, matrix.row, matrix.column, matrix.batch, matrix.offset)
     if not all(isinstance(x, int) for x in given):
         raise UnsupportedError("a matrix of unknown layout")
-    return gemm_config.Matrix(*given)  # type: ignore[arg-type]
+    return gemm_problem.Matrix(*given)  # type: ignore[arg-type]
 
 
 def _bytes(spec: BufferSpec, sizes: Mapping[str, int]) -> int:

@@ -6,8 +6,8 @@ As in `triton_contraction`, b0 and b1 are the image and the weight, and the geom
 from __future__ import annotations
 
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, SumsConfig
-from fxopt.codegen.templates.gemm_config import GemmConfig
 from fxopt.codegen.templates.gemm_entry import GemmCall, partial_shape
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_block import BlockFunction
 from fxopt.codegen.triton_contraction import epilogue_ops, moved_by_epilogue, print_epilogue, print_join, source_of

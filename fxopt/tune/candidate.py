@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
-from fxopt.codegen.templates import attention_config, conv_config, gemm_config, scored_config, weight_config
+from fxopt.codegen.templates import (
+    attention_config,
+    conv_config,
+    gemm_config,
+    gemm_estimate,
+    gemm_problem,
+    scored_config,
+    weight_config,
+)
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import (
     print_contraction,
@@ -196,8 +204,8 @@ def _candidate(label: str, printed: triton.Printed, unrolled: bool) -> Candidate
 
 
 def _close(
-    problem: gemm_config.GemmProblem, ranked: Sequence[gemm_config.GemmConfig], target: Target
-) -> list[gemm_config.GemmConfig]:
+    problem: gemm_problem.GemmProblem, ranked: Sequence[gemm_problem.GemmConfig], target: Target
+) -> list[gemm_problem.GemmConfig]:
     """The first two of `ranked`, best first, and those that the model may have behind the best by mistake. Few rows, whose
     loads it knows less well, keep all.
     """
@@ -205,8 +213,8 @@ def _close(
         return list(ranked)
     if ranked and ranked[0].classes > 1:  # one of each way to store
         return [ranked[0], *(c for c in gemm_config.configs(problem, target, limit=FAR_ENOUGH) if c.classes == 1)][:2]
-    most = MODEL_ERROR * min((gemm_config.estimate(problem, c, target) for c in ranked), default=0.0)
-    return [c for k, c in enumerate(ranked) if k < 2 or gemm_config.estimate(problem, c, target) <= most]
+    most = MODEL_ERROR * min((gemm_estimate.estimate(problem, c, target) for c in ranked), default=0.0)
+    return [c for k, c in enumerate(ranked) if k < 2 or gemm_estimate.estimate(problem, c, target) <= most]
 
 
 def side_by_side_candidates(step: SideBySide, target: Target, mode: str) -> list[Candidate]:
@@ -219,7 +227,7 @@ def side_by_side_candidates(step: SideBySide, target: Target, mode: str) -> list
         return []
     found = [c for c in gemm_config.configs(together, target, 4 * most) if c.split == 1 and not c.programs][:most]
     apart = len(step.parts) * gemm_config.library_seconds(problem, target)
-    if mode != "max-autotune" and not any(gemm_config.estimate(together, c, target) < MODEL_ERROR * apart for c in found):
+    if mode != "max-autotune" and not any(gemm_estimate.estimate(together, c, target) < MODEL_ERROR * apart for c in found):
         return []
     return [Candidate(str(c), print_side_by_side(step, c, target).kernels) for c in found]
 
@@ -258,7 +266,7 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
     return [
         _candidate(str(c), print_convolution(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)
-        for unrolled in _joins(c.split if isinstance(c, gemm_config.GemmConfig) else 1)
+        for unrolled in _joins(c.split if isinstance(c, gemm_problem.GemmConfig) else 1)
     ]
 
 
@@ -283,7 +291,7 @@ def scored_candidates(attention: ScoredAttention, target: Target, mode: str) -> 
     return [Candidate(str(c), (print_scored(attention, c, target),)) for c in chosen]
 
 
-def _for_any_rows(contraction: Contraction, target: Target, most: int) -> tuple[list[gemm_config.GemmConfig], bool]:
+def _for_any_rows(contraction: Contraction, target: Target, most: int) -> tuple[list[gemm_problem.GemmConfig], bool]:
     """(configurations for a number of rows that is known only at run time, whether the first may win whatever it is).
 
     One kernel serves all sizes and is measured at one, so those come first that are never much slower than the best one at
@@ -293,16 +301,16 @@ def _for_any_rows(contraction: Contraction, target: Target, most: int) -> tuple[
     sizes = [r for r in ASSUMED_ROWS if (low or 0) <= r <= (r if high is None else high)] or [max(low or 1, 1)]
     problems = [problem_of(contraction, rows) for rows in sizes]
     found = [c for c in gemm_config.plausible(problems[-1], target) if c.split == 1]
-    best = [min((gemm_config.estimate(p, c, target) for c in found), default=0.0) for p in problems]
+    best = [min((gemm_estimate.estimate(p, c, target) for c in found), default=0.0) for p in problems]
 
-    def worst(config: gemm_config.GemmConfig) -> float:
-        return max(gemm_config.estimate(p, config, target) / b for p, b in zip(problems, best, strict=True))
+    def worst(config: gemm_problem.GemmConfig) -> float:
+        return max(gemm_estimate.estimate(p, config, target) / b for p, b in zip(problems, best, strict=True))
 
     ranked = sorted(found, key=worst)[:most]
     return ranked, all(_may_win(p, ranked[:1], target) for p in problems)
 
 
-def _may_win(problem: gemm_config.GemmProblem, proposed: Sequence[gemm_config.GemmConfig], target: Target) -> bool:
+def _may_win(problem: gemm_problem.GemmProblem, proposed: Sequence[gemm_problem.GemmConfig], target: Target) -> bool:
     """Whether one of `proposed`, with what an estimate may be wrong by, beats the library and a kernel for the rest."""
     if problem.itemsize == 1:
         return True  # the model was fitted to 16-bit operands, and the library's call is not all that its way runs
@@ -311,8 +319,8 @@ def _may_win(problem: gemm_config.GemmProblem, proposed: Sequence[gemm_config.Ge
     apart = gemm_config.library_seconds(problem, target)
     if problem.epilogue_ops:  # else the epilogue is a store, which the library does
         result = problem.products * problem.batch * problem.m * problem.n * problem.itemsize
-        apart += gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
-    return any(gemm_config.estimate(problem, c, target) < MODEL_ERROR * apart for c in proposed)
+        apart += gemm_estimate.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
+    return any(gemm_estimate.estimate(problem, c, target) < MODEL_ERROR * apart for c in proposed)
 
 
 def candidate_count(region: Work, mode: str) -> int:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gemm_micro import GemmCase, cases, choose_configs, sources
-from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.target import Target
 from tests.codegen.triton_interpreter import Interpreter
 

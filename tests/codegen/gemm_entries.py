@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
 from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, TAILED_MODULE, gemm_call, partial_shape
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.ir.exprs import Sym, symbol
 from fxopt.ir.kernel import KernelSource
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.codegen.templates import gemm_config
+from fxopt.codegen.templates import gemm_estimate
 from fxopt.codegen.templates.conv_config import LIBRARY_TILE, ConvProblem, implicit_may_win
 from fxopt.ir.region import Patches
 from fxopt.target import Target
@@ -69,7 +69,7 @@ def test_contests_that_the_library_wins_by_far_are_not_held(apart: bool) -> None
         ours = min(seconds(r) for r in rows if r["label"].startswith("implicit") and "us_hot" in r)
         library = next(seconds(r) for r in rows if r["label"] == "cudnn")
         if apart:
-            library += gemm_config.SECOND_LAUNCH_SECONDS + 2 * each.written / TARGET.memory_rate
+            library += gemm_estimate.SECOND_LAUNCH_SECONDS + 2 * each.written / TARGET.memory_rate
         held[library / ours] = implicit_may_win(each if apart else replace(each, epilogue_ops=0.0), TARGET)
     assert len(held) == len(measured) >= 12
     assert all(implicit_may_win(each, TARGET) for each, _ in CASES if not fills(each))

@@ -8,16 +8,10 @@ import pytest
 import torch
 
 from benchmarks.gemm_model import measured
-from fxopt.codegen.templates.gemm_config import (
-    GemmConfig,
-    GemmProblem,
-    configs,
-    estimate,
-    library_seconds,
-    plausible,
-    ranked,
-)
+from fxopt.codegen.templates.gemm_config import configs, library_seconds, plausible, ranked
 from fxopt.codegen.templates.gemm_entry import gemm_call
+from fxopt.codegen.templates.gemm_estimate import estimate
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.target import Target
 from fxopt.tune.candidate import GEMM_CANDIDATES, _close, _may_win
 from tests.codegen.gemm_entries import matrix, problem

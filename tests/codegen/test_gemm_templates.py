@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, configs, estimate, with_tail
+from fxopt.codegen.templates.gemm_config import configs, with_tail
+from fxopt.codegen.templates.gemm_estimate import estimate
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.ir.kernel import KernelSource
 from fxopt.target import Target

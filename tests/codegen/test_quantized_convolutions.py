@@ -21,7 +21,7 @@ from tests.lower.contracting import kept, searched
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction

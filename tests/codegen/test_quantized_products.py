@@ -24,7 +24,7 @@ from tests.lower.interpreter import run_lowered
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem, configs, vector_configs
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_build import compile_to_text, compile_triton

@@ -19,7 +19,7 @@ from tests.codegen.triton_nests import BF16, F32, Case
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates import attention_config
-from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_batch import batch_candidates, print_batch

@@ -28,7 +28,8 @@ from tests.numerics import assert_closer, to_float64
 pytest.importorskip("triton")
 
 from fxopt.codegen import triton_block
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, configs
+from fxopt.codegen.templates.gemm_config import configs
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, with_room, with_vectors
 from fxopt.errors import UnsupportedError

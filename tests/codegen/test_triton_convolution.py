@@ -24,7 +24,7 @@ from tests.numerics import assert_closer, to_float64
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.conv_config import StencilConfig, SumsConfig, implicit_configs, stencil_configs
-from fxopt.codegen.templates.gemm_config import GemmConfig
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_convolution import convolution_problem, print_convolution

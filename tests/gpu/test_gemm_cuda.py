@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix, plausible
+from fxopt.codegen.templates.gemm_config import plausible
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, problem_of
 from fxopt.ir.region import Contraction, SideBySide

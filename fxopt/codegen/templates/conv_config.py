@@ -10,8 +10,8 @@ from math import ceil
 
 import torch
 
-from fxopt.codegen.templates import gemm_config
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
+from fxopt.codegen.templates import gemm_config, gemm_estimate
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.ir.region import Patches
 from fxopt.target import Target
 
@@ -220,9 +220,9 @@ def stencil_seconds(problem: ConvProblem, config: StencilConfig, target: Target)
     overlap = (width + (patches.window[1] - 1) * patches.dilation[1]) / width
     overlap *= loads / (config.rows * min(patches.stride[0], patches.window[0]))
     overlap *= max(1.0, 32 / (config.channels * problem.dtype.itemsize))
-    cached = problem.image_bytes * overlap / (gemm_config.L2_RATE_OF_MEMORY * target.memory_rate)
+    cached = problem.image_bytes * overlap / (gemm_estimate.L2_RATE_OF_MEMORY * target.memory_rate)
     memory = (problem.image_bytes + problem.read + problem.written) / target.memory_rate
-    return gemm_config.LAUNCH_SECONDS + max(memory, cached, compute)
+    return gemm_estimate.LAUNCH_SECONDS + max(memory, cached, compute)
 
 
 def implicit_configs(problem: ConvProblem, target: Target, limit: int = 3) -> list[GemmConfig]:
@@ -274,7 +274,7 @@ def _with_block(problem: ConvProblem, config: GemmConfig) -> GemmConfig:
 
 def implicit_seconds(problem: ConvProblem, config: GemmConfig, target: Target) -> float:
     """Seconds that `config` should take: those of the product, whose patches come from memory once."""
-    return _with_patches(problem, gemm_config.estimate(problem.product, config, target), target)
+    return _with_patches(problem, gemm_estimate.estimate(problem.product, config, target), target)
 
 
 def implicit_may_win(problem: ConvProblem, target: Target) -> bool:
@@ -292,8 +292,8 @@ def implicit_may_win(problem: ConvProblem, target: Target) -> bool:
     library = LIBRARY_GATHERING * _with_patches(problem, gemm_config.library_seconds(product, target), target)
     if problem.epilogue_ops:
         result = product.m * product.n * product.itemsize
-        library += gemm_config.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
-    least = product.flops / (GATHERED_SHARE * gemm_config.product_rate(product, target))
+        library += gemm_estimate.SECOND_LAUNCH_SECONDS + (result + problem.read + problem.written) / target.memory_rate
+    least = product.flops / (GATHERED_SHARE * gemm_estimate.product_rate(product, target))
     best = (implicit_seconds(problem, config, target) for config in implicit_configs(problem, target, 1))
     return any(max(GATHERING * seconds, least) < library for seconds in best)
 
@@ -302,4 +302,4 @@ def _with_patches(problem: ConvProblem, seconds: float, target: Target) -> float
     """`seconds` of the product, less what its patches take from memory more than the images do."""
     product = problem.product
     repeated = product.m * product.k * product.itemsize - problem.image_bytes
-    return max(seconds - max(0, repeated) / target.memory_rate, product.flops / gemm_config.product_rate(product, target))
+    return max(seconds - max(0, repeated) / target.memory_rate, product.flops / gemm_estimate.product_rate(product, target))

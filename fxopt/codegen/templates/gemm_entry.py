@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxopt.codegen.templates.gemm_config import GemmConfig, GemmProblem, Matrix
+from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.ir.exprs import Int
 
 MODULE = "from fxopt.codegen.templates import gemm"
