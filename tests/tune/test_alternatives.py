@@ -87,11 +87,6 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(monkeypatch)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ArtifactStore:
-    return ArtifactStore(tmp_path)
-
-
 def rand(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=BF16)
 

@@ -97,11 +97,6 @@ def choices(regions: Sequence[Region | Batch], store: ArtifactStore, **options: 
     return choose(lowered(*regions), Options(**options), store, Journal("test"))[1:]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ArtifactStore:
-    return ArtifactStore(tmp_path)
-
-
 def test_equal_regions_are_measured_once_and_keep_their_own_buffers(bench: Bench, store: ArtifactStore) -> None:
     regions = [row_sum("a", "x"), row_sum("b", "y"), row_sum("c", "z", row=2048)]
     chosen, failed = choices(regions, store)
