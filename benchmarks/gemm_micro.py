@@ -30,6 +30,7 @@ from fxopt.codegen.templates.gemm_estimate import estimate
 from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
+from fxopt.ir.rounding import FLOAT8
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice
@@ -65,13 +66,18 @@ class GemmCase:
         return f"{self.name} {self.m}x{self.n}x{self.k} {self.layout} {self.epilogue}".rstrip()
 
     @property
+    def out_dtype(self) -> torch.dtype:
+        """Of bias and result."""
+        return torch.bfloat16 if self.dtype in FLOAT8 else self.dtype
+
+    @property
     def problem(self) -> GemmProblem:
         b = (1, self.k) if self.layout == "nt" else (self.n, 1)
-        written = self.m * self.n * self.dtype.itemsize
-        read = self.n * self.dtype.itemsize if self.epilogue in _BIASED else 0
+        written = self.m * self.n * self.out_dtype.itemsize
+        read = self.n * self.out_dtype.itemsize if self.epilogue in _BIASED else 0
         x, w = Matrix(self.m, self.k, self.k, 1), Matrix(self.k, self.n, *b)
         gate = w if self.epilogue == "gated" else None
-        ops, run = OPS[self.epilogue], 16 // self.dtype.itemsize
+        ops, run = OPS[self.epilogue], 16 // self.out_dtype.itemsize
         return GemmProblem(
             1, self.m, self.n, self.k, self.dtype, x, w, read, written, c=gate, epilogue_ops=ops, pitch=self.n, run=run
         )
@@ -81,23 +87,35 @@ class GemmCase:
         generator = torch.Generator(device).manual_seed(0)
 
         def made(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.empty(shape, device=device, dtype=self.dtype).normal_(0, scale, generator=generator)
+            return torch.empty(shape, device=device, dtype=self.out_dtype).normal_(0, scale, generator=generator)
 
         scale = self.k**-0.5
 
         def weight() -> Tensor:
-            return made(self.n, self.k, scale=scale).t() if self.layout == "nt" else made(self.k, self.n, scale=scale)
+            shape = (self.n, self.k) if self.layout == "nt" else (self.k, self.n)
+            values = made(*shape, scale=scale).to(self.dtype)
+            return values.t() if self.layout == "nt" else values
 
-        return {"x": made(self.m, self.k), "w": weight(), "bias": made(self.n), "gate": weight()}
+        return {"x": made(self.m, self.k).to(self.dtype), "w": weight(), "bias": made(self.n), "gate": weight()}
 
     def reference(self, x: Tensor, w: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
         if self.epilogue == "gated":
             return functional.silu(x @ w) * (x @ gate)
-        result = torch.addmm(bias, x, w) if self.epilogue in _BIASED else x @ w
+        if x.dtype in FLOAT8:
+            result = self._float8_product(x, w) + bias if self.epilogue in _BIASED else self._float8_product(x, w)
+        else:
+            result = torch.addmm(bias, x, w) if self.epilogue in _BIASED else x @ w
         return functional.gelu(result) if self.epilogue == "gelu" else result
+
+    def _float8_product(self, x: Tensor, w: Tensor) -> Tensor:
+        one = torch.ones((), device=x.device)
+        return torch._scaled_mm(x, w, one, one, out_dtype=self.out_dtype, use_fast_accum=True)
 
     def products(self, x: Tensor, w: Tensor, gate: Tensor) -> None:
         """What the library has to do: the products alone."""
+        if x.dtype in FLOAT8:
+            self._float8_product(x, w)
+            return
         torch.mm(x, w)
         if self.epilogue == "gated":
             torch.mm(x, gate)
@@ -125,6 +143,7 @@ _SHAPES = (
 )
 
 
+_IN_8_BITS = ("bert-b32", "vit-b64", "llama-prefill")
 _WITH_BIAS = ("bert-b32", "vit-b64", "gpt2-head", "bert-head")
 
 
@@ -134,6 +153,8 @@ def cases() -> Iterator[GemmCase]:
         for n, k in weights:
             for epilogue in ("", "gelu", *(("bias",) if name in _WITH_BIAS else ())):
                 yield GemmCase(name, m, n, k, layout, epilogue)
+                if name in _IN_8_BITS:
+                    yield GemmCase(f"{name} fp8", m, n, k, layout, epilogue, torch.float8_e4m3fn)
         if name in ("decode", "llama-prefill") and layout == "nt":
             yield GemmCase(name, m, 14336, 4096, layout, "gated")
 
@@ -194,8 +215,8 @@ def _product(case: GemmCase, config: GemmConfig, result: str) -> KernelSource:
         functions += f"\n\n@triton.jit\ndef vectors(y, x, z, extra):\n    return (tl.load(extra[0] + x, {below}),)\n"
     functions = f"{TAILED_MODULE}\n{functions}" if config.tail > 1 else functions
     text = f"{_PREAMBLE}{functions}\n\n@triton.jit\ndef product(b0, b1, b2, b3{parameter}):\n    {call.text}\n"
-    results = "*fp32" if result == "partial" else _TYPES[case.dtype]
-    types = call.signature | {"b2": _TYPES[case.dtype], "b3": results}
+    results = "*fp32" if result == "partial" else _TYPES[case.out_dtype]
+    types = call.signature | {"b2": _TYPES[case.out_dtype], "b3": results}
     signature = {name: types[name] for name in sorted(types)}
     buffers = ("x", "w", "bias", result, *third)
     options = {
@@ -218,7 +239,7 @@ def _join(case: GemmCase, config: GemmConfig) -> KernelSource:
         f"        acc += tl.load(b4 + (part * {numel} + i), mask=i < {numel}, other=0.0)\n{_value(case, 'tl.load(b2 + x)')}"
         f"    tl.store(b3 + i, v.to(b3.dtype.element_ty), i < {numel})\n"
     )
-    signature = {"b2": _TYPES[case.dtype], "b3": _TYPES[case.dtype], "b4": "*fp32"}
+    signature = {"b2": _TYPES[case.out_dtype], "b3": _TYPES[case.out_dtype], "b4": "*fp32"}
     options = {**_options(signature), "num_warps": 4, "num_stages": 1}
     grid = (ceil(numel / JOIN_BLOCK), 1, 1)
     return KernelSource("triton", "join", text, ("bias", "out", "partial"), (), grid, options)
