@@ -41,6 +41,9 @@ Progress = Callable[[str, float], None]
 PATIENCE = 4.0
 """By how much timing may take longer where other processes, whose first steps run beside it, have disturbed it."""
 
+LONGEST_STEP = 2.0
+"""Seconds of a step beyond which another implementation is out: it would take the time of all others."""
+
 EAGER_SHARE, ROUNDINGS = 4.0, 16.0
 """A value may be this many times as far from float64 as eager's, plus so many of its dtype's rounding errors."""
 
@@ -102,9 +105,10 @@ class Plan:
     """How to compare: `seconds` of timing per case, a limit for one compilation, and whether caches start empty.
 
     `split` times forward and backward each alone, and only of contenders whose values are right by EAGER_SHARE (eager has to
-    be among them). `flush` and `ahead` are those of `interleaved`. `turn` makes what is held while values are judged and
-    contenders timed: a lock, where several processes share the device. Without `replay` fxopt makes no CUDA graphs in its
-    default mode: where the device's time alone counts, copies of inputs and outputs are no part of a kernel.
+    be among them). `flush` and `ahead` are those of `interleaved`. `turn` makes what is held while values are judged,
+    contenders timed and those that compile nothing run: a lock, where several processes share the device. Without `replay`
+    fxopt makes no CUDA graphs in its default mode: where the device's time alone counts, copies of inputs and outputs are no
+    part of a kernel.
     """
 
     device: torch.device
@@ -120,6 +124,10 @@ class Plan:
     keep_outputs: bool = False
     skip: Callable[[Contender], str] = lambda contender: ""
     turn: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class SlowStepError(Exception):
+    """An implementation takes too long to be timed beside others."""
 
 
 class CompileTimeout(Exception):
@@ -230,8 +238,10 @@ def compare(
             row = Row(contender.name, contender.mode_label, contender.frozen)
             row.skipped = _why_not(contender, case, plan) or plan.skip(contender)
             entrants.append(_Entrant(contender, row, f"{root}/{number}"))
-            if _is_compiled(contender):
-                _attempt(entrants[-1], lambda entrant: _compile(subject, entrant))
+            if _compiles(contender):
+                # Steps of somebody else's implementation may keep the device for long, and compile little.
+                with plan.turn() if contender.alternative else nullcontext():
+                    _attempt(entrants[-1], lambda entrant: _compile(subject, entrant))
         subject.rough = None
         release_memory(plan.device)  # before waiting: others need it
         with plan.turn():
@@ -241,7 +251,7 @@ def compare(
     return rows
 
 
-def _is_compiled(contender: Contender) -> bool:
+def _compiles(contender: Contender) -> bool:
     """Whether its first step compiles something; eager's needs much memory and no time."""
     return contender.backend is not None or bool(contender.alternative)
 
@@ -322,12 +332,12 @@ def _compile(subject: _Subject, entrant: _Entrant) -> None:
     """Compile and run the first steps, and see which kernels they launch."""
     contender, row, plan = entrant.contender, entrant.row, subject.plan
     row.cache = _cache_state(contender, plan.cold)
-    case = subject.case_for(contender, judged=not _is_compiled(contender))
+    case = subject.case_for(contender, judged=not _compiles(contender))
     base, taken = memory_in_use(plan.device), memory_taken(plan.device)
     compiled = contender.compile(case.module, plan.device, plan.replay)
     with _own_caches(entrant, plan):
         row.compile_seconds = _first_step(case, compiled, plan)
-        case.drive(compiled)  # which compiles again where the first step has changed its inputs' kind
+        _second_step(case, compiled, contender, plan)
     _inspect(case, compiled, row, plan, entrant.graphs)
     row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device, base)
     row.reserved_bytes = peak_taken(lambda: case.drive(compiled), plan.device, taken)
@@ -400,6 +410,18 @@ def _first_step(case: Case, compiled: Callable[..., Any], plan: Plan) -> float:
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
     return time.perf_counter() - seconds_waited() - start
+
+
+def _second_step(case: Case, compiled: Callable[..., Any], contender: Contender, plan: Plan) -> None:
+    """It compiles again where the first step has changed its inputs' kind. Raises SlowStepError for an implementation of
+    somebody else's, which has nothing to compile, that takes longer than LONGEST_STEP."""
+    start = time.perf_counter()
+    case.drive(compiled)
+    if contender.alternative:
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize(plan.device)
+        if (took := time.perf_counter() - start) > LONGEST_STEP:
+            raise SlowStepError(f"one step takes {took:.0f} s")
 
 
 def _inspect(case: Case, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal]) -> None:

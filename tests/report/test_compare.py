@@ -209,16 +209,32 @@ def test_values_are_judged_and_timed_in_turn_and_compiled_before() -> None:
 
     compare(
         scaled_case(),
-        [CONTENDERS["eager"], COPY, PASS_THROUGH],
+        [CONTENDERS["eager"], COPY, PASS_THROUGH, CONTENDERS["liger"]],
         Plan(CPU, seconds=0.0, split=True, turn=turn),
         report,
         rebuild=scaled_case,
     )
     assert order[: order.index("timing")] == [
-        *("compiling eager", "compiling copy", "compiling aot", "turn"),
-        *("checking eager", "checking copy", "checking aot"),
+        *("compiling eager", "compiling copy", "compiling aot"),
+        *("compiling liger", "turn", "over", "turn"),  # what compiles nothing of ours may keep the device
+        *("checking eager", "checking copy", "checking aot", "checking liger"),
     ]
     assert order[-1] == "over"
+
+
+def test_an_implementation_of_long_steps_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.report.compare.LONGEST_STEP", 0.05)
+
+    def slow_case() -> Case:
+        made = scaled_case()
+        made.alternatives["fused"] = lambda: replace(made, module=lambda x, y: (time.sleep(0.1), x * y)[1])
+        return made
+
+    plan = Plan(CPU, seconds=0.0, split=True)
+    rows = compare(slow_case(), [CONTENDERS[n] for n in ("eager", "liger", "fused")], plan, rebuild=slow_case)
+    assert all(row.seconds is not None for row in rows if row.contender in ("eager", "liger"))
+    (slow,) = (row for row in rows if row.contender == "fused")
+    assert slow.seconds is None and "SlowStepError: one step takes" in slow.skipped
 
 
 def test_who_spoils_its_inputs_is_wrong() -> None:
