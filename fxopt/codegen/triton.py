@@ -91,7 +91,9 @@ def _print_across(region: Region, config: TritonConfig, target: Target) -> Print
             raise UnsupportedError("the sums over the rows need nothing that the rows reduce to")
         return _in_turn(region, pieces, (None, replace(config, statistics=False)), config.aligned, target)
     if config.split == 1:
-        return _in_turn(region, apart(region), (None, None), config.aligned, target)
+        pieces = apart(region)
+        turning = (c for c in configs(pieces[0], target) if c.programs and config.stages > 1)
+        return _in_turn(region, pieces, (next(turning, None), None), config.aligned, target)
     rows, join = together(region, config)
     refuse_unknown_types(rows.buffers, target)
     first = print_kernel(rows, config, "rows")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fxopt.codegen.triton_apart import statistics_first
+from fxopt.codegen.triton_apart import apart, statistics_first
 from fxopt.codegen.triton_groups import group_size, with_group_sums
 from fxopt.codegen.triton_tiling import Access, Axis, Tiling, tile
 from fxopt.ir.exprs import Int, coefficient, floordiv, free_symbols, mul
@@ -58,7 +58,8 @@ class TritonConfig:
 
     `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
     row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own, or, for a region
-    with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead.
+    with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead, or,
+    for such a region whose nests are kernels apart, the next rows.
     With `rows` the points of a program all lie in one row. With `statistics` a region with sums over its rows first has what
     the rows reduce to in a kernel of their own; the rest of the configuration is that of all else. `aligned` assumes that
     every pointer is 16-byte aligned.
@@ -162,11 +163,12 @@ def _fill(points: int, block: int, target: Target) -> float:
     return programs / (waves * target.sm_count)
 
 
-def _bytes_each(tiling: Tiling) -> int:
-    """Bytes that an iteration reads and writes in memory, about: what is read twice comes out of a cache."""
+def _bytes_each(tiling: Tiling, writes: bool = True) -> int:
+    """Bytes that an iteration reads (and, with `writes`, writes) in memory, about: what is read twice comes out of a cache."""
     streams = set(_streams(tiling))
     names = [*(load.buffer for load in tiling.merged.loads()), *(store.buffer for store in tiling.merged.stores)]
-    return sum({n: a.itemsize for n, a in zip(names, tiling.accesses, strict=True) if a in streams}.values()) or 1
+    own = (t for t in zip(names, tiling.accesses, strict=True) if t[1] in streams and (writes or not t[1].writes))
+    return sum({n: a.itemsize for n, a in own}.values()) or 1
 
 
 def _enough(rows: int, row: int, each: int, target: Target, least: int = 1) -> int:
@@ -339,11 +341,16 @@ def _turning(tiling: Tiling, rows: int, config: TritonConfig, target: Target) ->
     along = frozenset(tiling.r.symbols)
     gathers = any(n.indirect and along & n.symbols() for n in tiling.merged.loads())
     plain = not gathers and all(s.mode == "set" for s in nest.stores)
-    programs = target.sm_count * max(1, min(8, _TURNING_WARPS // config.num_warps))
-    turning = replace(config, stages=3, programs=programs)
-    long = config.r_block >= _ROW_WORTH_FETCHING and rows >= 8 * programs * config.x_block
-    each = turning.x_block * turning.r_block * _bytes_each(tiling) * 2
-    return [turning] if plain and long and programs // target.sm_count * each <= target.shared_per_block else []
+    long = config.r_block >= _ROW_WORTH_FETCHING
+    read = config.x_block * config.r_block * _bytes_each(tiling, writes=False)
+    most = max(1, min(8, _TURNING_WARPS // config.num_warps))
+    for each, stages in dict.fromkeys(((most, 3), (1, 3), (1, 2))):
+        programs = target.sm_count * each
+        if rows < 8 * programs * config.x_block:
+            continue
+        if each * (stages - 1) * read <= target.shared_per_block:
+            return [replace(config, stages=stages, programs=programs)] if plain and long else []
+    return []
 
 
 def _group_configs(tiling: Tiling, size: int, target: Target) -> list[TritonConfig]:
@@ -555,7 +562,16 @@ def _across_configs(region: Region, tiling: Tiling, target: Target) -> list[Trit
         return [*down[:2], alone, *down[2:]] if tiling.r.hint > PERSISTENT_LIMIT else [alone, *down]
     ahead = replace(found[0], stages=3)
     first = [ahead, found[0]] if found[0].r_block >= _ROW_WORTH_FETCHING else [found[0], ahead]
+    if _is_crowded(found[0]):
+        first.insert(1, replace(found[0], num_warps=2 * found[0].num_warps, stages=2))
+        found[1:1] = [replace(alone, stages=2)] * any(c.programs for c in configs(apart(region)[0], target))
     return [*first, *found[1:2], alone, *found[2:]]
+
+
+def _is_crowded(config: TritonConfig) -> bool:
+    """Whether a program holds so much in each thread that its few warps, alone on their multiprocessor, wait for each other.
+    Twice as many, with half the registers, may spill a few words, which cost less."""
+    return config.x_block * config.r_block >= 32 * 32 * config.num_warps
 
 
 def _down_long_rows(columns: Region, target: Target) -> list[TritonConfig]:

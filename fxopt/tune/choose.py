@@ -37,6 +37,9 @@ from fxopt.tune.values import unlike_the_first
 BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 """Time for measuring in one graph, by mode; contests past it take the cost model's first candidate."""
 
+FEW_SPILLED = 32
+"""Bytes of a thread's stack frame that may cost less than what another layout reads again or waits for."""
+
 SAMPLE_BYTES = 256 << 20
 """As much of a batch is measured."""
 
@@ -308,10 +311,13 @@ def _facts(region: Work, usable: Sequence[Choice], target: Target) -> dict[str, 
 
 
 def _usable(contest: _Contest) -> list[Choice]:
-    """The built choices whose kernels keep their values in registers; if none does all, unless a library has some."""
-    kept = [c for c in contest.built if not _spills(c)]
+    """The built choices whose kernels keep their values in registers, then, of loop nests, those that spill a few words; if
+    there are none, unless a library has some, all."""
+    by_size = sorted(contest.built, key=_spilled)
+    kept = [c for c in by_size if _spilled(c) <= (FEW_SPILLED if isinstance(contest.region, Region) else 0)]
     return kept if kept or not isinstance(contest.region, Region | Batch | ScoredAttention) else contest.built
 
 
-def _spills(choice: Choice) -> bool:
-    return any(int(artifact.meta.get("n_spills", 0)) > 0 for _, artifact in choice.kernels)
+def _spilled(choice: Choice) -> int:
+    """Bytes of a thread's stack frame."""
+    return max((int(artifact.meta.get("n_spills", 0)) for _, artifact in choice.kernels), default=0)

@@ -22,6 +22,7 @@ from fxopt.ir.exprs import Sym, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store
 from fxopt.ir.region import Call, Region
 from fxopt.target import Target
+from fxopt.tune.choose import FEW_SPILLED
 
 TARGET = Target.cuda(90)
 LOOPED = TritonConfig(2, r_block=16, persistent=False)
@@ -171,6 +172,19 @@ def test_long_rows_are_reduced_first() -> None:
     entries = [k.entry for k in print_region(case.region, found[0], TARGET).kernels]
     assert sum("column" in e for e in entries) == 1 and "column" in entries[-1]
     assert not any(c.statistics for c in every_config(nests.norm_gradients(8192, 1024, F32)))
+
+
+def test_rows_that_crowd_registers_may_have_more_warps_or_be_apart_in_turns() -> None:
+    case = nests.norm_gradients(8192, 8192, F32)
+    found = every_config(case)
+    more = next(c for c in found if c.split > 1 and c.stages == 2)
+    assert more == replace(found[0], num_warps=2 * found[0].num_warps, stages=2)
+    assert compile_triton(print_region(case.region, more, TARGET).kernels[0], TARGET)[1]["n_spills"] <= FEW_SPILLED
+    in_turns, one_by_one = (c for c in found if c.split == 1)
+    assert (in_turns, one_by_one) == (TritonConfig(1, stages=2), TritonConfig(1))
+    rows, alone = (print_region(case.region, c, TARGET).kernels[0] for c in (in_turns, one_by_one))
+    assert int(rows.grid[0]) <= TARGET.sm_count and "num_stages=3" in rows.text and int(alone.grid[0]) == 8192
+    assert not any(c.stages == 2 for c in every_config(nests.norm_gradients(8192, 1024, F32)))
 
 
 def test_what_only_the_sums_read_is_not_stored(interpreter: Interpreter) -> None:

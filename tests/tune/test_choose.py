@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Bench:
         self.compiled: list[KernelSource] = []
         self.measured: list[str] = []
         self.failing: tuple[str, ...] = ()
+        self.spilled: Callable[[KernelSource], int] = lambda source: 0
         monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
         monkeypatch.setattr(tuner, "compile_kernels", self.compile)
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
@@ -76,7 +77,7 @@ class Bench:
     def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
         if source.entry in self.failing:
             return CompileFailure("key", f"no {source.entry}")
-        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": 0})
+        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": self.spilled(source)})
 
     def compare(self, name: str, trials: Sequence[Trial]) -> list[float]:
         self.measured.append(name)
@@ -105,6 +106,25 @@ def test_equal_regions_are_measured_once_and_keep_their_own_buffers(bench: Bench
     assert [k.buffers for k, _ in chosen["region_a"].kernels] == [("x", "a")]
     assert [k.buffers for k, _ in chosen["region_b"].kernels] == [("y", "b")]
     assert chosen["region_a"].kernels[0][1] == chosen["region_b"].kernels[0][1]
+
+
+def test_what_spills_a_few_words_is_measured_after_what_spills_nothing(
+    bench: Bench, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region, trials = row_sum("a", "x"), list[str]()
+
+    def compare(name: str, given: Sequence[Trial]) -> list[float]:
+        trials.extend(t.label for t in given)
+        return [1.0 for _ in given]
+
+    monkeypatch.setattr(bench, "compare", compare)
+    offered = triton_candidates(region, TARGET, "default")
+    labels = [c.label for c in offered]
+    assert len(labels) > 2
+    spilled = {s.key("toolchain"): n for c, n in zip(offered, (8, 64), strict=False) for s in c.sources}
+    bench.spilled = lambda source: spilled.get(source.key("toolchain"), 0)
+    choices([region], store)
+    assert trials == [*labels[2:], labels[0]]
 
 
 def test_configurations_must_have_the_values_of_the_first(
