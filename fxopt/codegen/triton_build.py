@@ -32,6 +32,7 @@ _DEVICE_FILES = ("triton_helpers.py", "triton_chain.py", "templates/*.py")
 """Device functions that printed kernels import, and what is done to their text."""
 
 _DESCRIPTOR = "tensordesc"
+_FIRST_PACKING_ARCH = 80  # with an instruction that rounds two values to half precision
 """What the type of a parameter that is a tensor descriptor begins with."""
 
 _HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}
@@ -145,6 +146,8 @@ def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) 
     from triton.compiler import ASTSource
 
     text = triton_chain.chained(source.text, source.entry) if _is_chained(source, arch) else source.text
+    if arch < _FIRST_PACKING_ARCH:
+        text = text.replace("h.rounded_to_half(", "h.each_rounded_to_half(")
     function = _load(text, source.entry, scratch)
     options = source.compile_options
     signature = options["signature"] | dict.fromkeys(options["constexprs"], "constexpr")

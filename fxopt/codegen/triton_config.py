@@ -58,11 +58,10 @@ class TritonConfig:
 
     `x_block` points (times `y_block` for two-dimensional tiles) per program; `r_block` reduced elements per step, the whole
     row when `persistent`; `split` > 1 cuts the reduced axis into that many parts in a kernel of their own, or, for a region
-    with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead, or,
-    for such a region whose nests are kernels apart, the next rows.
-    With `rows` the points of a program all lie in one row. With `statistics` a region with sums over its rows first has what
-    the rows reduce to in a kernel of their own; the rest of the configuration is that of all else. `aligned` assumes that
-    every pointer is 16-byte aligned.
+    with sums over its rows, the rows into parts for one program each. `stages` > 1 loads that many steps of a loop ahead, or
+    the next rows, for such a region whose nests are kernels apart. With `rows` the points of a program all lie in one row.
+    With `statistics` a region with sums over its rows first has what the rows reduce to in a kernel of its own; the rest
+    of the configuration is that of all else. `aligned` assumes that every pointer is 16-byte aligned.
     """
 
     x_block: int
@@ -164,7 +163,7 @@ def _fill(points: int, block: int, target: Target) -> float:
 
 
 def _bytes_each(tiling: Tiling, writes: bool = True) -> int:
-    """Bytes that an iteration reads (and, with `writes`, writes) in memory, about: what is read twice comes out of a cache."""
+    """Bytes that an iteration reads (and `writes`) in memory, about: what is read twice comes out of a cache."""
     streams = set(_streams(tiling))
     names = [*(load.buffer for load in tiling.merged.loads()), *(store.buffer for store in tiling.merged.stores)]
     own = (t for t in zip(names, tiling.accesses, strict=True) if t[1] in streams and (writes or not t[1].writes))

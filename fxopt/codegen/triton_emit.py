@@ -37,6 +37,7 @@ from fxopt.codegen.triton_values import (
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Atom, Int, Sym, bounds, floordiv, free_symbols, mod, substitute, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Op, Reduce, Scalar, Scan, postorder
+from fxopt.ir.rounding import HALVES, unrounded
 
 Guards = tuple[Scalar, ...]
 Instance = tuple[Scalar, Guards]
@@ -179,6 +180,8 @@ class Emitter:
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
         inner = self._beside_one(node) or self._root_below(node)  # one function computes both
+        if unrounded(node) is not node and node.dtype in HALVES:
+            return [*conditions, self.instance(unrounded(node), guards)]
         alone = counts_index(node) or (isinstance(node, Op) and node.name == GROUP_SUM)
         args = node.args[:1] if alone else inner.args if inner is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
@@ -267,6 +270,9 @@ class Emitter:
         if within is not None:
             value, low, high = within
             return f"h.rounded_to_int8({self.arg(value, guards)}, {low!r}, {high!r})"
+        inner = unrounded(node)
+        if inner is not node and node.dtype in HALVES:
+            return f"h.rounded_to_half({self.arg(inner, guards)}, {ops.tl_type(node.dtype)})"
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":

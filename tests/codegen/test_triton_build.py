@@ -90,6 +90,17 @@ def test_accesses_are_sixteen_bytes_wide(dtype: torch.dtype) -> None:
         assert re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(BF16, "bf16"), (torch.float16, "f16")])
+def test_rounding_takes_two_values_where_the_gpu_can(dtype: torch.dtype, name: str) -> None:
+    """The conversion of one has the rate of an exponential."""
+    case = nests.rounded_product(1 << 20, dtype)
+    for arch in (75, 80, 90):
+        target = Target.cuda(arch)
+        ptx = compile_to_text(kernels(case, target)[0], target, "ptx")
+        assert (f"cvt.rn.{name}x2.f32" in ptx) == (arch >= 80)
+        assert arch < 80 or f"cvt.rn.{name}.f32" not in ptx
+
+
 @pytest.mark.parametrize("row", [4096, 65536])
 def test_bytes_do_not_spread_what_lies_beside_them(row: int) -> None:
     """Each thread takes 16 bytes of float32 and the 4 bytes of the mask that belong to them; no layout is converted."""

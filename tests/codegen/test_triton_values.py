@@ -82,6 +82,11 @@ def test_pointwise(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, nests.pointwise(1000, dtype), TritonConfig(128))
 
 
+@pytest.mark.parametrize(("dtype", "slack"), [(BF16, 1.0), (torch.float16, 0.51)])  # the interpreter cuts bfloat16 off
+def test_what_is_rounded_before_it_is_used(interpreter: Interpreter, dtype: torch.dtype, slack: float) -> None:
+    check(interpreter, nests.rounded_product(300, dtype), TritonConfig(128), slack)
+
+
 def test_products_of_one_row(interpreter: Interpreter) -> None:
     """One kernel for several, which loads everything before its first sum."""
     width, columns = 40, (96, 32, 64)

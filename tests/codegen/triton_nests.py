@@ -10,6 +10,7 @@ import torch
 from fxopt.ir.exprs import Int, Sym, contiguous_strides, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, indirect_symbol
 from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.rounding import rounded
 
 CPU = torch.device("cpu")
 F32, BF16, I64, BOOL = torch.float32, torch.bfloat16, torch.int64, torch.bool
@@ -161,6 +162,18 @@ def pointwise(n: int, dtype: torch.dtype) -> Case:
     nest = Nest((x,), (), (Store("o", symbol(x), op("mul", op("add", a, b), op("sigmoid", a))),))
     buffers = [buffer(name, dtype, (n,)) for name in "abo"]
     return make(nest, buffers, "a b", "o", lambda a, b: (a + b) * torch.sigmoid(a))
+
+
+def rounded_product(n: int, dtype: torch.dtype) -> Case:
+    """A product that is rounded before it is added to."""
+    x = Sym("x0", size=n)
+    a, b = (Load(name, symbol(x), dtype) for name in "ab")
+    nest = Nest((x,), (), (Store("out", symbol(x), Op("add", (rounded(Op("mul", (a, b), dtype)), a), dtype)),))
+
+    def reference(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((a * b).to(dtype).double() + a,)
+
+    return make(nest, [buffer(name, dtype, (n,)) for name in ("a", "b", "out")], "a b", "out", reference)
 
 
 def broadcast_symbolic() -> Case:

@@ -77,7 +77,8 @@ class Bench:
     def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
         if source.entry in self.failing:
             return CompileFailure("key", f"no {source.entry}")
-        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), {"n_spills": self.spilled(source)})
+        meta = {"n_spills": self.spilled(source)}
+        return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), meta)
 
     def compare(self, name: str, trials: Sequence[Trial]) -> list[float]:
         self.measured.append(name)
