@@ -16,12 +16,17 @@ from fxopt.codegen.triton_apart import apart, statistics_first
 from fxopt.codegen.triton_config import TritonConfig, configs, join_config
 from fxopt.codegen.triton_nest import print_kernel
 from fxopt.codegen.triton_split import split_region, turning
+from fxopt.codegen.triton_tiling import tile
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.target import Target
 
 __all__ = ["Printed", "TritonConfig", "configs", "print_nest", "print_region"]
+
+
+_LONG_LOOP = 4
+"""Steps of a loop from which on it is worth one, rather than all loads at once."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,12 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
 
 
 def _piece_config(region: Region, piece: Region, config: TritonConfig, target: Target) -> TritonConfig:
-    """What the cost model proposes for `piece` at the place that the shape of `config`, a split of `region`, has among its
-    proposals for the whole."""
-    whole, proposed = ([c for c in configs(r, target) if c.split == 1] for r in (region, piece))
-    shape = replace(config, split=1, aligned=True)
+    """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well. For others what the cost
+    model proposes for them at the place that this shape has among its proposals for the whole."""
+    shape, tiling = replace(config, split=1, aligned=True), tile(piece, "flat")
+    if shape.x_block == 1 and tiling.inner_reduction and tiling.r.hint >= _LONG_LOOP * shape.r_block and not shape.persistent:
+        return shape
+    whole, proposed = ([c for c in configs(r, target) if c.split == 1 and not c.programs] for r in (region, piece))
     place = whole.index(shape) if shape in whole else 0
     best = proposed[min(place, len(proposed) - 1)]
     return best if shape in whole or best.persistent else replace(best, stages=config.stages)

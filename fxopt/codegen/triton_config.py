@@ -35,6 +35,8 @@ _SECTOR_BYTES = 32  # the smallest piece that is read from memory
 _SPLIT_ROW = 16384  # a row shorter than this is not worth a second kernel
 _LINE = 128  # bytes of a cache line
 _LONG_BLOCK = 8192  # elements of a row that take many warps to hold, all waiting for each other; half where looping is cheap
+_LIGHT_WARPS = 8  # of a loop along a row with one access each thread and step: few registers, so that an SM holds many
+_ROW_OF_ONE_WARP = 512  # elements of a row from which on one warp has enough of them to load at once
 _FEW_WARPS = 4096  # elements of a row from which on a program has warps enough with 32 elements each thread
 _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
 _PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in flight or more
@@ -47,7 +49,9 @@ _LONG_PART = 1 << 15  # elements of a part beside which starting it and joining 
 _WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from which on the last ones do not count
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
 _PROGRAM_BYTES = 8 << 10  # read and written, in whose time a GPU starts a program: an H200 one in 1.28 ns, which moves 5 KB
-_MANY_PROGRAMS = 32  # for each SM, from which on the rate at which they start may decide
+_LONG_ROW = 256  # elements of a row that are worth a program
+_SHORT_ROWS_POINTS = 1024  # of shorter rows, in one program
+_MANY_PROGRAMS = 16  # for each SM, from which on the rate at which they start may decide
 _TURNING_WARPS = 32  # of an SM, for programs that load their next rows while they reduce one
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
@@ -90,6 +94,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _power_of_2_within(n: int) -> int:
+    return 1 << max(n.bit_length() - 1, 0)
+
+
 def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig]:
     """Up to `limit` distinct configurations of `region` for `target`, best first by the cost model. Never empty."""
     region = with_group_sums(region)
@@ -103,12 +111,19 @@ def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig
     elif two_dimensional.reduces:
         found = _reduction_configs(two_dimensional, target)
     else:
-        found = _row_point_configs(tile(region, "rows"), target) + _pointwise_configs(two_dimensional, target)
+        rows, points = tile(region, "rows"), _pointwise_configs(two_dimensional, target)
+        found = [*points[:1], *_short_row_points(rows), *points[1:]]
+        found = _row_point_configs(rows, target) + found
     return list(dict.fromkeys(found))[:limit]
 
 
 def _narrowest(tiling: Tiling) -> int:
     return min((a.itemsize for a in tiling.accesses), default=4)
+
+
+def _one_access(tiling: Tiling) -> int:
+    """Elements of one 16-byte access of the widest type."""
+    return max(1, 16 // max((a.itemsize for a in _streams(tiling)), default=4))
 
 
 def byte_run(tiling: Tiling) -> int:
@@ -184,7 +199,7 @@ def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     points = max(1, tiling.x.hint)
     even = _even(tiling)
     vector = min(8, even, max(1, 16 // _narrowest(tiling)))
-    room = max(vector, _VALUES_PER_THREAD // _pressure(tiling))
+    room = max(vector, _power_of_2_within(_VALUES_PER_THREAD // _pressure(tiling)))
     first, each = min(room, even, 8), _bytes_each(tiling)
     scored = []
     for warps in (4, 8, 2):
@@ -194,7 +209,8 @@ def _pointwise_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
             crowd = points >= block * _MANY_PROGRAMS * target.sm_count
             odd += max(0.0, 1 - block * each / _PROGRAM_BYTES) if crowd else 0.0
             cost = odd + (1 - _fill(points, block, target)) + (0.0 if warps == 4 else 0.25)
-            scored.append((cost + (1.0 if per_thread > room else 0.0), TritonConfig(block, num_warps=warps)))
+            crowded = 0.0 if per_thread <= room else 0.3 if per_thread <= 2 * room else 1.0
+            scored.append((cost + crowded, TritonConfig(block, num_warps=warps)))
     return [c for _, c in sorted(scored, key=lambda t: t[0])]
 
 
@@ -215,9 +231,9 @@ def batch_configs(tiling: Tiling, elements: Sequence[int], target: Target) -> li
 def _row_point_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     """One program in one row: the block that leaves fewest lanes idle at the row's end, the larger of nearly equal ones. Of
     several short rows too, where there are so many that their programs could not start as fast as memory is."""
-    if not tiling.y.symbols:
-        return []
     row = tiling.x.hint
+    if not tiling.y.symbols or row < _LONG_ROW:
+        return []
 
     def idle(block: int) -> float:
         return block * -(-row // block) / row + 64 / block
@@ -228,8 +244,17 @@ def _row_point_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     several, one = (_row_points(tiling, block, count) for count in (together, 1))
     fits = block * together // (32 * several.num_warps) <= _block_values(tiling)  # a pool's windows are many values
     found = [several, one] if fits and together > 1 else [one]
+    if block > 1024:
+        found.append(_row_points(tiling, block // 2, 1))
     crowded = block // (32 * one.num_warps) * _pressure(tiling) > 2 * _VALUES_PER_THREAD  # a pool's windows, loaded at once
     return [*found, replace(one, num_warps=2 * one.num_warps)] if crowded and one.num_warps < 16 else found
+
+
+def _short_row_points(tiling: Tiling) -> list[TritonConfig]:
+    """Whole short rows: what is the same along one has one index for all its points, and its quotients one divisor."""
+    row = tiling.x.hint
+    fits = tiling.y.symbols and row < _LONG_ROW and row == next_power_of_2(row) and tiling.y.hint >= _SHORT_ROWS_POINTS // row
+    return [_row_points(tiling, row, _SHORT_ROWS_POINTS // row)] if fits else []
 
 
 def _row_points(tiling: Tiling, block: int, rows: int) -> TritonConfig:
@@ -264,9 +289,9 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     parts = _split_parts(tiling, rows, row, found[0], target)
     if parts:
         others = [c for c in found[1:] if not c.persistent][: 2 if found[0].x_block < tiling.x.hint else 1]
-        cut = [replace(found[0], split=p) for p in parts] + [replace(c, split=parts[0]) for c in others]
-        ranked = [*cut[:1], *cut[len(parts) :], *cut[1 : len(parts)]]
-        return [*ranked[:3], *_fetching(tiling, ranked[0]), *ranked[3:], *found]
+        cut = [replace(c, split=parts[0]) for c in (found[0], *others)]
+        fewer = [replace(found[0], split=p) for p in parts[1:]]
+        return [*cut[:2], *_fetching(tiling, cut[0]), *cut[2:], *fewer, *found]
     if not static:
         return found
     at = 1 if tiling.inner_reduction and not _reads_once(tiling) else 2
@@ -297,6 +322,11 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     if even < 16 and looped:  # one access of the wider type for each thread, not two that each touch every sector
         looped.insert(1, replace(looped[0], num_warps=min(16, 2 * looped[0].num_warps)))
         looped = list(dict.fromkeys(looped))
+    step = _LIGHT_WARPS * 32 * _one_access(tiling)
+    light = [TritonConfig(1, r_block=step, persistent=False, num_warps=_LIGHT_WARPS)] if step < block or not static else []
+    if once or block > PERSISTENT_LIMIT:
+        looped[1:1] = light
+        looped, light = list(dict.fromkeys(looped)), []
     if not static or block > PERSISTENT_LIMIT:
         read = row * sum(a.itemsize for a in _streams(tiling) if not a.writes)
         if not once and rows >= target.sm_count and read * target.sm_count < 2 * _KEPT_IN_CACHE:
@@ -310,8 +340,9 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         together //= 2
     values = min(even, max(8, _VALUES_PER_THREAD * 2 // _pressure(tiling)))
     found = []
-    other = (32, together) if block >= _FEW_WARPS else (min(16, values), 2 * together)
-    sharing = [(min(16, values), together), (min(8, values), together), other]
+    wide, twice = (32, together), (min(16, values), 2 * together)
+    others = [wide] if block >= _FEW_WARPS else [wide, twice] if block >= _ROW_OF_ONE_WARP and together == 1 else [twice]
+    sharing = [(min(16, values), together), (min(8, values), together), *others]
     if (enough := _enough(rows, row, _bytes_each(tiling), target, together)) > together:
         room = min(even, max(8, _block_values(tiling)))
         sharing = [(min(16, room), enough), (min(32, room), enough), *sharing]
@@ -330,7 +361,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
         ranked = [*looped[:2], *roomy, *looped[2:], *(c for c in found if c not in roomy)]
     else:
         ranked = [*roomy, *looped, *(c for c in found if c not in roomy)]
-    return [*ranked[:1], *turning, *ranked[1:]]
+    return [*ranked[:1], *turning, *(light if block >= _FEW_WARPS else []), *ranked[1:]]
 
 
 def _turning(tiling: Tiling, rows: int, config: TritonConfig, target: Target) -> list[TritonConfig]:
@@ -428,8 +459,8 @@ def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list
             width //= 2
     values = min(_column_values(tiling), _even(tiling))
     found = []
-    shapes = [(width, values, 4), (width, values, 8), (2 * width, values, 4), (4 * width, values, 8)]
-    shapes.append((width, values // 2, 4))
+    light = min(values, _one_access(tiling))
+    shapes = [(width, values, 4), (width, light, 4), (width, values, 8), (2 * width, values, 4), (4 * width, values, 8)]
     if not _aligned_rows(tiling):  # element by element: more threads, each with fewer
         shapes = [(width, min(16, values), 8), (width // 2, min(16, values), 8), *shapes]
     for bx, per_thread, warps in shapes:

@@ -291,6 +291,8 @@ class Emitter:
             return f"h.{share}({', '.join(args)})"
         if is_bell(node) and node in self._rounded_later:
             return f"h.flushing_exp({args[0]})"
+        if self._divides_many(node):
+            return f"h.divide_many({', '.join(args)})"
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
         return ops.apply(node.name, args, source, node.dtype, self._may_be_fast(node))
@@ -310,6 +312,14 @@ class Emitter:
             return True
         by_number = node.name == "truediv" and isinstance(uncast(node.args[1]), Const)  # as a mean has it
         return (by_number or node.name in ops.FEW_UNITS) and node in self._rounded_later
+
+    def _divides_many(self, node: Op) -> bool:
+        """Whether `node` is an exact float32 quotient whose divisor is the same for neighbours in the block."""
+        if node.name != "truediv" or node.dtype != torch.float32 or self._may_be_fast(node):
+            return False
+        along = list(self.frame.blocks)[-1]
+        whole, divisor = (self.frame.axes(n.symbols()) - self.frame.scalars for n in (node, node.args[1]))
+        return len(self.frame.blocks) > 1 and along in whole - divisor
 
     def _root_below(self, node: Scalar) -> Op | None:
         """The square root of which `node` is the reciprocal, if one instruction may compute both."""

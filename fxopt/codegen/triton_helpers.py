@@ -67,6 +67,22 @@ def divide(a, b):
 
 
 @triton.jit
+def divide_many(a, b):
+    """a / b in float32 for a `b` that many elements of `a` share: its inverse is taken once, and two corrections (Markstein
+    1990) make each quotient the correctly rounded one. One division has as many instructions and a branch, so that those of
+    a thread wait for each other. Where |a| < 2**-60, or the result below 2**-126, it is within two units of the last place.
+    """
+    scale = tl.where(tl.abs(b) < 2.0**-100, 2.0**64, tl.where(tl.abs(b) > 2.0**100, 2.0**-64, 1.0))
+    near_one = b * scale
+    inverse = tl.div_rn(tl.full([], 1.0, tl.float32), near_one)
+    rough = a * inverse
+    quotient = tl.fma(tl.fma(-rough, near_one, a), inverse, rough)
+    quotient = tl.fma(tl.fma(-quotient, near_one, a), inverse, quotient)
+    exact = (tl.abs(a) >= 2.0**-60) & (tl.abs(quotient) < float("inf"))  # what is infinite or NaN has no corrections
+    return tl.where(exact, quotient, rough) * scale
+
+
+@triton.jit
 def share(a, total):
     """a / total in float32 for 0 <= a <= 1 <= total, correctly rounded but for results below 2**-126 (Markstein 1990): three
     instructions, where a division has eight and a slow path that every zero takes."""

@@ -42,7 +42,7 @@ _TYPICAL = 1024
 """More than `ASSUMED_SIZE`: this decides whether a grid fills the GPU, and small blocks or a split chosen for a size taken
 too small cost more at large sizes than large blocks do at small ones."""
 _SIDE_SHARE = 8  # what moves less than one part in so many has no say in the order of loops
-_ROW_MIN = 256  # a program for each row is no use with shorter ones
+_ROW_MIN = 32  # rows of fewer elements are no use as an axis of their own
 _TILE_MIN = 8  # a second tile axis shorter than this cannot coalesce anything
 
 

@@ -47,8 +47,8 @@ CANDIDATES_AT_MOST = 8
 WORTH_MEASURING = 1 << 20
 """Bytes: what moves less is bound by its launch, whatever the configuration."""
 
-WORTH_MORE = 128 << 20
-"""Bytes: a region that moves more is worth two more candidates."""
+WORTH_MORE = (32 << 20, 128 << 20)
+"""Bytes: a region that moves more than each of these is worth one more candidate, and a second one."""
 
 GEMM_CANDIDATES = {"default": 3, "max-autotune": 12}
 """How many configurations of a product are compiled at most, by mode: each takes half a second of a core. In the cases of
@@ -330,7 +330,7 @@ def candidate_count(region: Work, mode: str) -> int:
     moved = sum(nbytes(spec) for spec in region.buffers.values())
     if 0 < moved < WORTH_MEASURING:
         return 1
-    more = 0 if moved < WORTH_MORE else 2
+    more = sum(moved >= worth for worth in WORTH_MORE)
     if isinstance(region, Region) and region.across is not None:
         return more + 4
     return more + (3 if isinstance(region, Region) and region.nest.reduced else 2)

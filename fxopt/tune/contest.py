@@ -12,7 +12,7 @@ from fxopt.target import Target
 from fxopt.tune.measure import Check, Measurements, Memory, Trial
 from fxopt.tune.records import RecordKey, Records
 
-NOISE = 0.03
+NOISE = 0.015
 """A later trial must beat the first by more than this: ties go to the first, choices are stable."""
 
 Outcome = tuple[str, dict[str, float]]

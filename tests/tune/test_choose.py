@@ -167,8 +167,9 @@ def test_what_is_built_is_measured_while_the_rest_is_compiled(
     regions = lowered(row_sum("a", "x"), row_sum("b", "y", row=2048))
     _, chosen, failed = choose(regions, Options(), store, Journal("test"), decide_calls)
     assert not failed and set(chosen) == {"region_a", "region_b"}
-    assert log[0] == "calls" and sorted(log)[-2:] == ["measured 3"] * 2
-    assert log.index("measured 3") < len(log) - 1 - log[::-1].index("built")
+    measured = [k for k, entry in enumerate(log) if entry.startswith("measured")]
+    assert log[0] == "calls" and sorted(log[k] for k in measured) == ["measured 3", "measured 4"]  # one moves 32 MiB
+    assert measured[0] < len(log) - 1 - log[::-1].index("built")
 
 
 def test_equal_split_regions_have_scratch_of_their_own(bench: Bench, store: ArtifactStore) -> None:
@@ -238,7 +239,7 @@ def test_records_hold_for_the_sizes_that_were_assumed(
     assert bench.measured == ["region_a", "region_a"]
 
 
-@pytest.mark.parametrize(("second", "winner"), [(0.98, 0), (0.96, 1), (1.5, 0)])
+@pytest.mark.parametrize(("second", "winner"), [(0.99, 0), (0.98, 1), (1.5, 0)])
 def test_ties_go_to_the_cost_model(bench: Bench, store: ArtifactStore, second: float, winner: int) -> None:
     labels = [c.label for c in triton_candidates(row_sum("a", "x"), TARGET, "default")]
     bench.seconds = {labels[1]: second}
