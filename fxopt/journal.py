@@ -40,6 +40,7 @@ class Journal:
     seconds: dict[str, float] = field(default_factory=dict)
     kernels: list[KernelEntry] = field(default_factory=list)
     library: list[tuple[str, str]] = field(default_factory=list)  # (op, origin)
+    contests: dict[str, dict[str, float]] = field(default_factory=dict)  # region -> seconds of each configuration measured
     notes: list[tuple[str, str]] = field(default_factory=list)  # (topic, text)
     memory: dict[str, int] = field(default_factory=dict)  # bytes at the plan's peak, in all and by part, beside the inputs
     provisional: bool = False  # compiled as far as time and tools allowed today: not to be remembered

@@ -82,7 +82,8 @@ def _piece_config(region: Region, piece: Region, config: TritonConfig, target: T
     """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well. For others what the cost
     model proposes for them at the place that this shape has among its proposals for the whole."""
     shape, tiling = replace(config, split=1, aligned=True), tile(piece, "flat")
-    if shape.x_block == 1 and tiling.inner_reduction and tiling.r.hint >= _LONG_LOOP * shape.r_block and not shape.persistent:
+    loops = shape.x_block == 1 and not shape.persistent and tiling.inner_reduction
+    if loops and tiling.r.hint >= _LONG_LOOP * shape.r_block:
         return shape
     whole, proposed = ([c for c in configs(r, target) if c.split == 1 and not c.programs] for r in (region, piece))
     place = whole.index(shape) if shape in whole else 0

@@ -253,8 +253,9 @@ def _row_point_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
 def _short_row_points(tiling: Tiling) -> list[TritonConfig]:
     """Whole short rows: what is the same along one has one index for all its points, and its quotients one divisor."""
     row = tiling.x.hint
-    fits = tiling.y.symbols and row < _LONG_ROW and row == next_power_of_2(row) and tiling.y.hint >= _SHORT_ROWS_POINTS // row
-    return [_row_points(tiling, row, _SHORT_ROWS_POINTS // row)] if fits else []
+    several = _SHORT_ROWS_POINTS // row
+    fits = tiling.y.hint >= several and row < _LONG_ROW and row == next_power_of_2(row)
+    return [_row_points(tiling, row, several)] if tiling.y.symbols and fits else []
 
 
 def _row_points(tiling: Tiling, block: int, rows: int) -> TritonConfig:

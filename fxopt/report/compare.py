@@ -28,6 +28,7 @@ from fxopt.report.measure import (
     Call,
     Timing,
     interleaved,
+    kernel_seconds,
     kernels_seen,
     memory_in_use,
     memory_taken,
@@ -57,8 +58,10 @@ class Row:
     error of an output against float64. `kernels` counts launches of one call by name; on CPU, fxopt's own kernels come from
     its record, since they are no operators of torch. `peak_bytes` is beyond what was in use before this one was compiled
     (weights, inputs, other contenders); `reserved_bytes` is the same in what torch's allocator had from the device, which
-    counts the pools of CUDA graphs between calls. `choices` are the tuner's decisions and `retreats` what fxopt ran as
-    ATen. `skipped` is why there is no measurement. `outputs`, the tensors of one step, are kept when the Plan asks for it.
+    counts the pools of CUDA graphs between calls. `kernel_seconds` are the launches' times by name, where the Plan asks for
+    them. `choices` are the tuner's decisions, `contests` the seconds of what it measured for each region, `retreats` what
+    fxopt ran as ATen. `skipped` is why there is no measurement. `outputs`, the tensors of one step, are kept when the Plan
+    asks for it.
 
     `part` is "" for a whole step; where a Plan splits passes it is "forward" or "backward", and `seconds`, `kernels`,
     `bytes_moved` (at least, see `Case.bytes_moved`) and `copy_share` (of the bandwidth of COPY with as many bytes) are
@@ -76,6 +79,8 @@ class Row:
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
     kernels: dict[str, int] | None = None
+    kernel_seconds: dict[str, float] = field(default_factory=dict)
+    contests: dict[str, dict[str, float]] = field(default_factory=dict)
     choices: dict[str, int] = field(default_factory=dict)
     retreats: list[tuple[str, str]] = field(default_factory=list)
     skipped: str = ""
@@ -108,7 +113,7 @@ class Plan:
     be among them). `flush` and `ahead` are those of `interleaved`. `turn` makes what is held while values are judged,
     contenders timed and those that compile nothing run: a lock, where several processes share the device. Without `replay`
     fxopt makes no CUDA graphs in its default mode: where the device's time alone counts, copies of inputs and outputs are no
-    part of a kernel.
+    part of a kernel. With `kernel_times` the profiler times each kernel of a pass.
     """
 
     device: torch.device
@@ -119,6 +124,7 @@ class Plan:
     ahead: bool = False
     split: bool = False
     replay: bool = True
+    kernel_times: bool = False
     max_rounds: int = 100
     profile: bool = True
     keep_outputs: bool = False
@@ -297,6 +303,9 @@ def _judge_and_time(subject: _Subject, entrants: Sequence[_Entrant], progress: P
             rows.append(row)
             calls[row.contender, row.part] = call
     _time(calls, rows, plan, progress)
+    for row in rows if plan.kernel_times else ():
+        if (row.contender, row.part) in calls and row.contender != COPY.name:
+            row.kernel_seconds = kernel_seconds(calls[row.contender, row.part], plan.device)
     return rows
 
 
@@ -429,6 +438,7 @@ def _inspect(case: Case, compiled: Callable[..., Any], row: Row, plan: Plan, gra
         case.drive(compiled)
     row.choices = dict(Counter(f"{k.language} {k.choice}".strip() for j in graphs for k in j.kernels))
     row.retreats = [r for j in graphs for r in j.retreats]
+    row.contests = {f"{j.graph} {name}": seconds for j in graphs for name, seconds in j.contests.items()}
 
 
 def _kernels(call: Call, part: str, device: torch.device, graphs: list[Journal]) -> dict[str, int]:

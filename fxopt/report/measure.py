@@ -212,6 +212,24 @@ def kernels_seen(call: Call, device: torch.device) -> dict[str, int]:
     return dict(Counter(n for e in events if e.cpu_parent is None for n in _computing(e)))
 
 
+def kernel_seconds(call: Call, device: torch.device, rounds: int = 5) -> dict[str, float]:
+    """Name -> median seconds of all launches of that kernel in one call, of `rounds`, each after the L2 cache was written
+    over. {} on CPU."""
+    if device.type != "cuda":
+        return {}
+    scratch = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    taken: dict[str, list[float]] = {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            scratch.zero_()
+            call()
+        torch.cuda.synchronize(device)
+    for event in profile.events() or []:
+        if str(event.device_type).endswith("CUDA") and not event.name.startswith(("Memcpy", "Memset")):
+            taken.setdefault(str(event.name), []).append(event.time_range.elapsed_us() * 1e-6)
+    return {name: statistics.median(times) * len(times) / rounds for name, times in taken.items()}
+
+
 # Operators that compute nothing: views, metadata and allocation.
 _FREE = frozenset(
     """view reshape _reshape_alias as_strided expand expand_as permute transpose t unsqueeze squeeze slice select

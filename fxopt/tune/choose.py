@@ -279,6 +279,8 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     region = contest.region
     key = RecordKey("region", _facts(region, usable, Target.current(region.device)))
     found = decide(key, region.name, *_measurable(region, usable), store, measurements, unlike_the_first)
+    if found is not None:
+        measurements.journal.contests[region.name] = found[1]
     return usable[0] if found is None else next(c for c in usable if c.label == found[0])
 
 

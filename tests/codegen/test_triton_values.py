@@ -354,6 +354,8 @@ def test_what_is_the_same_along_a_row_is_loaded_once() -> None:
     (kernel,) = print_region(region, first, TARGET).kernels
     assert "tl.load(b1 + (y % 32))" in kernel.text
     assert not any(c.rows for c in configs(nests.channel_scale(64, 32, 49, BF16).region, TARGET)), "too short"
+    short = [c for c in configs(nests.channel_scale(64, 32, 64, BF16).region, TARGET) if c.rows]
+    assert [(c.x_block, c.y_block) for c in short] == [(64, 16)], "as wide as the rows"
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -492,6 +494,28 @@ def test_powers_of_two_divide_by_their_reciprocal() -> None:
     }
     assert "h.divide" in texts[48].kernels[0].text
     assert "h.divide" not in texts[64].kernels[0].text and f"* {1 / 64})" in texts[64].kernels[0].text
+
+
+@pytest.mark.parametrize("divisor", [3.0, -7.0, 0.0, float("inf"), float("nan"), 1e-45, -1e-39, 3e38])
+def test_a_divisor_that_neighbours_share_is_inverted_once(interpreter: Interpreter, divisor: float) -> None:
+    """Quotients are a division's: of zeros, infinities and NaN too, and whatever the size of the divisor."""
+    y, x = Sym("x0", size=2), Sym("x1", size=256)
+    at = symbol(y) * 256 + symbol(x)
+    value = nests.op("truediv", Load("a", at, F32), Load("b", symbol(y), F32))
+    nest = Nest((y, x), (), (Store("o", at, value),))
+    buffers = [nests.buffer("a", F32, (2, 256)), nests.buffer("b", F32, (2,)), nests.buffer("o", F32, (2, 256))]
+    case = nests.make(nest, buffers, "a b", "o", lambda a, b: a.view(2, 256) / b[:, None])
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-18, 1e18, -3e38])
+    given = {"a": torch.cat((torch.randn(504), special)), "b": torch.tensor([divisor, 1.25])}
+    config = TritonConfig(256, rows=True)
+    (kernel,) = print_region(case.region, config, TARGET).kernels
+    assert "h.divide_many" in kernel.text
+    assert "h.divide(" in print_region(case.region, TritonConfig(256), TARGET).kernels[0].text, "one index for both"
+    (actual,) = run(interpreter, case, config, given)
+    (expected,) = case.reference(given["a"], given["b"])
+    torch.testing.assert_close(actual.flatten(), expected.flatten(), rtol=3e-7, atol=3e-45, equal_nan=True)
+    finite = expected.flatten().isfinite()
+    assert torch.equal(actual.flatten()[finite].signbit(), expected.flatten()[finite].signbit())
 
 
 def test_what_parts_have_stored_is_loaded_again(interpreter: Interpreter) -> None:
