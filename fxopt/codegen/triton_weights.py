@@ -1,4 +1,5 @@
-"""A product with a weight of few bits as a Triton kernel: the template of `weight_gemm.py` with the printed epilogue.
+"""A product with a weight of few bits, or of a single row, as a Triton kernel: a template of `weight_gemm.py` or
+`weight_dot.py` with the printed epilogue.
 
 As in `triton_contraction`, b0 and b1 are the operands (of two products b2 too), and sizes and strides are literals of the
 entry; next come the scales of 4-bit weights.
@@ -12,7 +13,7 @@ from math import ceil
 import torch
 
 from fxopt.codegen.templates.gemm_entry import GemmCall
-from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem
+from fxopt.codegen.templates.weight_config import DotConfig, VectorConfig, WeightConfig, WeightProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction
 from fxopt.codegen.triton_chain import OTHERS_END
@@ -23,23 +24,33 @@ from fxopt.codegen.triton_nest import row_value
 from fxopt.codegen.triton_ops import POINTER_TYPE, narrowed
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int
-from fxopt.ir.region import Contraction, Matrix, Region
+from fxopt.ir.region import Contraction, Matrix, Quantized, Region
 from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import weight_gemm"
+DOT_MODULE = "from fxopt.codegen.templates import weight_dot, weight_gemm"
 _EPILOGUE, _ROW = "epilogue", "row_of"
 _HALVES = (torch.float16, torch.bfloat16)
+_HALF_WEIGHT = Quantized(16, 0, None)
+
+
+def takes_vectors(contraction: Contraction) -> bool:
+    """Whether `contraction` is of a single row and a weight, both in half precision, whose rows are contiguous."""
+    batch, rows, *_ = contraction.sizes
+    plain = isinstance(contraction.a, Matrix) and not contraction.ends and not contraction.quantized
+    weight = contraction.b
+    return plain and (batch, rows, weight.row) == (1, 1, 1) and contraction.buffers[weight.buffer].dtype in _HALVES
 
 
 def weight_problem(contraction: Contraction) -> WeightProblem:
     """The product of `contraction`, for the choice of configurations and the template.
 
-    Raises UnsupportedError for what the templates have no form for: sizes or layouts that are unknown or not by rows, rows
+    Of operands that are both in half precision only a single row has such a template. Raises UnsupportedError for what the templates have no form for: sizes or layouts that are unknown or not by rows, rows
     that are not in half precision, two products by weights of different forms.
     """
-    kind, *others = contraction.quantized
+    kind, *others = contraction.quantized or (_HALF_WEIGHT,) * len(contraction.products)
     alike = all((o.bits, o.group, _strides(o.scale)) == (kind.bits, kind.group, _strides(kind.scale)) for o in others)
-    if not alike or not isinstance(contraction.a, Matrix):
+    if not alike or not isinstance(contraction.a, Matrix) or contraction.ends:
         raise UnsupportedError("products with weights of different forms")
     batch, m, k, n = contraction.sizes
     left = contraction.buffers if contraction.row is None else contraction.row.buffers
@@ -53,14 +64,14 @@ def weight_problem(contraction: Contraction) -> WeightProblem:
         raise UnsupportedError(f"a product of {dtype} by a weight of few bits whose rows are not contiguous")
     if kind.scale is not None and kind.scale.row != 1:
         raise UnsupportedError("scales of groups that are not contiguous")
-    return WeightProblem(m, n, k, dtype, kind.bits, kind.group, len(contraction.quantized))
+    return WeightProblem(m, n, k, dtype, kind.bits, kind.group, len(contraction.products))
 
 
 def _strides(matrix: Matrix | None) -> tuple[Int, Int] | None:
     return None if matrix is None else (matrix.row, matrix.column)
 
 
-def print_vector(contraction: Contraction, config: VectorConfig, target: Target) -> Printed:
+def print_vector(contraction: Contraction, config: VectorConfig | DotConfig, target: Target) -> Printed:
     """`contraction` of a single row in configuration `config`; raises as `print_weights` does."""
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
@@ -78,25 +89,34 @@ def print_vector(contraction: Contraction, config: VectorConfig, target: Target)
     *x, weights = (*starts[: len(left)], starts[len(left) : len(left) + len(products)])
     factors = starts[len(left) + len(products) :] or weights  # of 8 bits, theirs are the epilogue's: whatever is a pointer
     sizes = f"{problem.n}, {problem.k}, {contraction.b.column}, {scales[0].column if scales else 0}"
-    parts = f"PARTS={config.parts}, STEPS={config.steps}"
-    pairs = enumerate(zip(weights, factors, strict=True))
-    block = f"BITS={problem.bits}, GROUP={problem.group}, {parts}"
+    firsts = [f"w{k}" for k in range(len(weights))]
     lines = [f"n = weight_gemm.rows_of_program({config.rows})"]
-    lines += [f"w{k} = weight_gemm.vector_block({w}, {scale}, 0, n, {sizes}, {block})" for k, (w, scale) in pairs]
+    for name, w, scale in zip(firsts, weights, factors, strict=True):
+        given = f"{w}, {scale}, n, {sizes}, BITS={problem.bits}, GROUP={problem.group}, {config.literals}"
+        lines.append(f"{name} = {_loads(config)}({given})")
     if all(matrix.buffer in contraction.region.steady for matrix in (*products, *scales)):
         lines.append(OTHERS_END)
-    name = "weight_vector" if problem.products == 1 else "dual_weight_vector"
-    firsts = [f"w{k}" for k in range(len(weights))]
-    if row is None:
-        given = ", ".join((*x, *weights, *factors, *firsts, epilogue.extra, sizes, f"GROUP={problem.group}"))
-    else:
+    dual = "" if problem.products == 1 else "dual_"
+    template = f"weight_dot.{dual}weight_dot" if isinstance(config, DotConfig) else f"weight_gemm.{dual}weight_vector"
+    if row is not None:
         lines.append(f"row = {_ROW}({row.extra})")
-        name, given = f"{name}_of_row", ", ".join(("row", *firsts, epilogue.extra))
-    lines.append(f"weight_gemm.{name}({given}, BITS={problem.bits}, {parts}, BN={config.rows}, EPILOGUE={_EPILOGUE})")
+        template, given = f"{template}_of_row", ", ".join(("row", *firsts, epilogue.extra))
+    elif isinstance(config, DotConfig):
+        given = ", ".join((*x, *firsts, epilogue.extra, str(problem.k)))
+    else:
+        given = ", ".join((*x, *weights, *factors, *firsts, epilogue.extra, sizes, f"GROUP={problem.group}"))
+    literals = f"BITS={problem.bits}, {config.literals}, BN={config.rows}, EPILOGUE={_EPILOGUE}"
+    lines.append(f"{template}({given}, {literals})")
     call = GemmCall("\n    ".join(lines), _types(contraction, operands), {}, config.programs(problem))
-    entry = "_".join(["fx_weight_vector", *operations(contraction.region.nest)])
+    kind, module = ("dot", DOT_MODULE) if isinstance(config, DotConfig) else ("vector", MODULE)
+    entry = "_".join([f"fx_weight_{kind}", *operations(contraction.region.nest)])
     functions = epilogue if row is None else _both(row, epilogue)
-    return Printed((source_of(contraction, entry, call, functions, config.warps, 1, MODULE),))
+    return Printed((source_of(contraction, entry, call, functions, config.warps, 1, module),))
+
+
+def _loads(config: VectorConfig | DotConfig) -> str:
+    """The function that loads what a program has of the weight before anything else."""
+    return "weight_dot.chunks_of" if isinstance(config, DotConfig) else "weight_gemm.first_block"
 
 
 def _both(one: BlockFunction, other: BlockFunction) -> BlockFunction:

@@ -295,7 +295,7 @@ def _total_at(norm: _Norm, store: Store, point: Sym) -> Scalar:
 def _contraction_with_residual(product: Contraction, norm: _Norm) -> Contraction | None:
     nest, total, (batch, row, column) = product.region.nest, norm.total, product.axes
     assert total is not None
-    if batch is not None or row.size != 1 or len(nest.stores) != 1 or not product.quantized:
+    if batch is not None or row.size != 1 or len(nest.stores) != 1 or product.ends:
         return None
     (store,) = nest.stores
     place = substitute(store.index, {row: 0})
@@ -312,7 +312,7 @@ def _contraction_with_norm(product: Contraction, norm: _Norm) -> Contraction | N
     """`product` whose programs compute the norm for themselves, if they may hold its row in registers: a power of two."""
     a, length = product.a, norm.axis.size
     assert isinstance(length, int)
-    if not isinstance(a, Matrix) or not product.quantized or product.row is not None or length & (length - 1):
+    if not isinstance(a, Matrix) or product.b.row != 1 or product.row is not None or length & (length - 1):
         return None
     if a.buffer != norm.normed.buffer or a.buffer in product.region.reads() or product.sizes[:3] != (1, 1, length):
         return None

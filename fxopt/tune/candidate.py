@@ -18,6 +18,7 @@ from fxopt.codegen.templates import (
     scored_config,
     weight_config,
 )
+from fxopt.codegen.templates.weight_config import DotConfig, VectorConfig
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import (
     print_contraction,
@@ -29,7 +30,7 @@ from fxopt.codegen.triton_contraction import (
 )
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
 from fxopt.codegen.triton_scored import print_scored
-from fxopt.codegen.triton_weights import print_vector, print_weights, weight_problem
+from fxopt.codegen.triton_weights import print_vector, print_weights, takes_vectors, weight_problem
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import bounds
 from fxopt.ir.kernel import Artifact, KernelSource
@@ -53,6 +54,9 @@ WORTH_MORE = (32 << 20, 128 << 20)
 GEMM_CANDIDATES = {"default": 3, "max-autotune": 12}
 """How many configurations of a product are compiled at most, by mode: each takes half a second of a core. In the cases of
 `benchmarks/gemm_model.py` a fourth brought nothing, nor any that the model has further behind than its error."""
+
+ROW_CANDIDATES = {"default": 2, "max-autotune": 4}
+"""The same of a product of one row: with and without tensor cores."""
 
 CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 """The same of a convolution."""
@@ -172,8 +176,11 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
         return convolution_candidates(contraction, target, mode)
     if contraction.quantized:
         return weight_candidates(contraction, target, mode)
+    own = row_candidates(contraction, target, mode) if takes_vectors(contraction) else []
+    if contraction.row is not None:
+        return own
     problem = problem_of(contraction)
-    most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
+    most = 1 if own else GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
     if problem.static:
         ranked = gemm_config.configs(problem, target, limit=most)
         wins = _may_win(problem, ranked[:1], target)
@@ -187,7 +194,7 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     if problem.itemsize == 1:
         more = (gemm_config.with_more_programs(problem, config, target) for config in chosen)
         chosen += [c for c in more if c is not None][:1]
-    return [
+    return own + [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)
         for unrolled in _joins(c.split)
@@ -234,15 +241,26 @@ def side_by_side_candidates(step: SideBySide, target: Target, mode: str) -> list
 
 def weight_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
     """As `contraction_candidates`, of a product with a weight of few bits; none of many rows."""
+    found = row_candidates(contraction, target, mode)
+    if contraction.row is not None:
+        return found
     most = GEMM_CANDIDATES.get(mode, GEMM_CANDIDATES["default"])
-    problem = weight_problem(contraction)
-    vectors = weight_config.vector_configs(problem, target, most + 1)
-    if contraction.row is not None:  # which is as long as a block
-        whole = (c for c in vectors if c.block_bytes == problem.row_bytes)
-        return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in whole]
-    found = [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in vectors]
-    chosen = weight_config.configs(problem, target, most if mode == "max-autotune" else most - len(found) // 2)
+    count = most if mode == "max-autotune" else max(0, most - len(found))
+    chosen = weight_config.configs(weight_problem(contraction), target, count)
     return found + [Candidate(str(c), (p := print_weights(contraction, c, target)).kernels, p.scratch) for c in chosen]
+
+
+def row_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
+    """The candidates of a product of a single row that share what they read of it among rows of the weight; none for more
+    rows. A row that is computed has to be in one block.
+    """
+    problem, most = weight_problem(contraction), ROW_CANDIDATES.get(mode, ROW_CANDIDATES["default"])
+    vectors: list[VectorConfig | DotConfig] = [*weight_config.vector_configs(problem, target, 2 * most)]
+    dots: list[VectorConfig | DotConfig] = [*weight_config.dot_configs(problem, target, 4 * most)]
+    chosen = []
+    for configs in (vectors, dots):
+        chosen += [c for c in configs if contraction.row is None or c.holds_row(problem)][:most]
+    return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in chosen]
 
 
 def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:

@@ -25,7 +25,15 @@ from tests.lower.interpreter import run_lowered
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.gemm_problem import GemmConfig
-from fxopt.codegen.templates.weight_config import VectorConfig, WeightConfig, WeightProblem, configs, vector_configs
+from fxopt.codegen.templates.weight_config import (
+    DotConfig,
+    VectorConfig,
+    WeightConfig,
+    WeightProblem,
+    configs,
+    dot_configs,
+    vector_configs,
+)
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
@@ -168,7 +176,11 @@ def test_every_way_has_the_same_values(m: int) -> None:
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    gate, up = WEIGHT_ONLY_MM(x, weight, scale, None, bits, group).chunk(2, -1)
+    return halves(WEIGHT_ONLY_MM(x, weight, scale, None, bits, group))
+
+
+def halves(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, -1)
     return F.silu(gate) * up
 
 
@@ -181,15 +193,32 @@ def gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int,
         (4, 1024, 128, VectorConfig(4, 8, 2, 4)),
         (8, 144, 0, VectorConfig(4, 8, 2, 4)),
         (8, 512, 0, VectorConfig(8, 8, 2, 4)),
+        (16, 144, 0, VectorConfig(4, 16, 2, 4)),
+        (16, 256, 0, VectorConfig(8, 8, 2, 4)),
+        (4, 384, 32, DotConfig(16, 2, 3, 32, 2)),
+        (4, 512, 128, DotConfig(16, 4, 1, 64, 4)),
+        (8, 384, 0, DotConfig(16, 2, 3, 64, 2)),
+        (16, 128, 0, DotConfig(32, 2, 1, 64, 2)),
     ],
+    ids=str,
 )
-def test_values_of_one_row(interpreter: Interpreter, bits: int, k: int, group: int, config: VectorConfig) -> None:
+def test_values_of_one_row(
+    interpreter: Interpreter, bits: int, k: int, group: int, config: VectorConfig | DotConfig
+) -> None:
     """In one block or several, the last of which may be short."""
-    layer = weight_only(bits, 1, k, 41, group)
+    layer = of_one_row(bits, k, 41, group)
     check(interpreter, *layer, FUSED, lambda step: print_vector(step, config, TARGET))
-    args = weight_only(bits, 1, k, 44, group)[1][:3]
-    two = lambda *given: gated(*given, bits, group)  # noqa: E731
+    args = of_one_row(bits, k, 44, group)[1][: 2 if bits == 16 else 3]
+    two = (lambda x, w: halves(F.linear(x, w))) if bits == 16 else lambda *given: gated(*given, bits, group)  # noqa: E731
     check(interpreter, two, args, TWO, lambda step: print_vector(step, config, TARGET))
+
+
+def of_one_row(bits: int, k: int, n: int, group: int) -> tuple[Layer, Operands]:
+    if bits != 16:
+        return weight_only(bits, 1, k, n, group)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator).to(BF16) for s in ((1, k), (n, k), (n,)))
+    return lambda *given: torch.relu(F.linear(*given)), (x, weight, bias)
 
 
 @pytest.mark.parametrize("fn", [partial(WEIGHT_ONLY_MM, bias=None, bits=4, group=128), partial(gated, bits=4, group=128)])

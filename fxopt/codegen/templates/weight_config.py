@@ -1,4 +1,5 @@
-"""Configurations of products with weights of few bits (`weight_gemm.py`), best first.
+"""Configurations of products with weights of few bits, and of single rows with any weight (`weight_gemm.py`,
+`weight_dot.py`), best first.
 
 Memory decides: what is wanted is that all multiprocessors have loads in flight from the first microsecond on. The order is
 by the bytes in flight and the rounds that programs need.
@@ -27,6 +28,17 @@ _REGISTERS = 128
 PART = 16
 """Bytes of a weight's row that a thread loads at a time for a single row."""
 
+_WIDTH = 128
+"""Bytes of a slice: loads of neighbouring threads are those of whole lines."""
+
+_LEAST_WIDTH = 32
+"""Elements that tensor cores sum over at a time, twice."""
+
+_MOST_IN_FLIGHT = 64
+"""Registers of a thread for what it loads at once."""
+
+_OTHER_REGISTERS = 72
+
 _MOST_PARTS = 512
 _ROWS_AND_STEPS = tuple(itertools.product((8, 4, 2, 1), (1, 2)))
 """Rows of the weight that a thread has, and loads of each: more rows share what is done to x."""
@@ -48,7 +60,7 @@ _LAUNCH_BYTES = 10 << 20
 @dataclass(frozen=True)
 class WeightProblem:
     """x [m, k] of `dtype` (float16 or bfloat16) by a weight [n, k] of so many `bits`, with a scale for each `group` of 4-bit
-    values; by as many such weights as `products` says.
+    values; by as many such weights as `products` says. Of 16 bits the weight has x's dtype.
     """
 
     m: int
@@ -63,6 +75,11 @@ class WeightProblem:
     def row_bytes(self) -> int:
         """Of the weight."""
         return self.k * self.bits // 8
+
+    @property
+    def row_elements(self) -> int:
+        """Of the weight, as they lie in memory: bytes, or values of 16 bits."""
+        return self.k if self.bits == 16 else self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -103,12 +120,89 @@ class VectorConfig:
         return f"vector {self.rows}x{self.parts}x{self.steps} w{self.warps}"
 
     @property
+    def literals(self) -> str:
+        """As its template takes them."""
+        return f"PARTS={self.parts}, STEPS={self.steps}"
+
+    @property
     def block_bytes(self) -> int:
         """Of each row."""
         return self.parts * self.steps * PART
 
+    def holds_row(self, problem: WeightProblem) -> bool:
+        """Whether a block is as long as a row: then this may be in registers."""
+        return self.block_bytes == problem.row_bytes
+
     def programs(self, problem: WeightProblem) -> int:
         return ceil(problem.n / self.rows)
+
+
+@dataclass(frozen=True)
+class DotConfig:
+    """Of the product of a single row on tensor cores (`weight_dot.py`): `rows` of the weight a program, each in `chunks` of
+    `slices` of `width` elements.
+    """
+
+    rows: int
+    slices: int
+    chunks: int
+    width: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"dot {self.rows}x{self.chunks}x{self.slices}x{self.width} w{self.warps}"
+
+    @property
+    def literals(self) -> str:
+        """As its template takes them."""
+        return f"SLICES={self.slices}, WIDTH={self.width}, CHUNKS={self.chunks}"
+
+    def holds_row(self, problem: WeightProblem) -> bool:
+        """Whether the row may be in registers: as one chunk."""
+        return self.chunks == 1 and problem.k & (problem.k - 1) == 0
+
+    def programs(self, problem: WeightProblem) -> int:
+        return ceil(problem.n / self.rows)
+
+
+def dot_configs(problem: WeightProblem, target: Target, limit: int) -> list[DotConfig]:
+    """At most `limit`, those first whose programs, each with all it reads in flight, fill the GPU without a second round;
+    none for more rows than one, or rows of the weight that are not whole slices.
+
+    Warps share the slices of a chunk, so that none has fewer of them than warps. Of a row in one chunk the operand may be
+    in registers; in several, what has arrived is multiplied while the rest is on its way.
+    """
+    if problem.m != 1:
+        return []
+    width = math.gcd(problem.group, _WIDTH) if problem.bits == 4 else _WIDTH * 8 // max(problem.bits, 8)
+    slices, rest = divmod(problem.row_elements, width)
+    if rest or width < _LEAST_WIDTH:
+        return []
+    found = []
+    for rows, warps, chunks in itertools.product((16, 32), (4, 8, 16), (1, 2, 4, 8)):
+        each, left = divmod(slices, chunks)
+        config = DotConfig(rows, each, chunks, width, warps)
+        if left or each & (each - 1) or each < warps or _registers_in_flight(problem, config, target) > _MOST_IN_FLIGHT:
+            continue
+        found.append(config)
+    return sorted(found, key=lambda c: _dot_cost(problem, c, target))[:limit]
+
+
+def _registers_in_flight(problem: WeightProblem, config: DotConfig, target: Target) -> int:
+    """Of a thread, for what is in flight to it."""
+    return problem.products * config.rows * problem.row_bytes // (4 * config.warps * target.warp_size)
+
+
+def _dot_cost(problem: WeightProblem, config: DotConfig, target: Target) -> float:
+    """What the busiest multiprocessor takes, in times of an even share: few warps hide little of each other's latency, and
+    one program alone on a multiprocessor loads, then computes, unless it has several chunks.
+    """
+    programs = ceil(config.programs(problem) / target.sm_count)
+    busiest = programs * config.rows * target.sm_count / problem.n
+    registers = _OTHER_REGISTERS + _registers_in_flight(problem, config, target)
+    resident = max(1, min(programs, target.registers_per_sm // (config.warps * target.warp_size * registers)))
+    alone = 1.15 if resident == 1 and config.chunks == 1 else 1.0
+    return busiest * (1 + 6 / (resident * config.warps)) * alone * (1 + 0.02 * config.chunks)
 
 
 def vector_configs(problem: WeightProblem, target: Target, limit: int) -> list[VectorConfig]:

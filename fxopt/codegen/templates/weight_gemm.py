@@ -1,7 +1,7 @@
 """Products of floating rows with a weight in few bits, which is widened in registers on its way to the tensor cores.
 
 `weight_gemm` has the epilogue of `gemm.py`; `weight_split_gemm` stores partial sums of parts of the inner dimension;
-`weight_vector` and `dual_weight_vector` multiply a single row, without tensor cores.
+`weight_vector` and `dual_weight_vector` multiply a single row, without tensor cores, also by a weight of 16 bits.
 
 Shapes: x is [M, K]; the weight is [N, K], int8 or float8, or [N, K / 2] bytes with value k in the low half and value
 k + K / 2 in the high half of byte k (uint8, 8 added; `ir/quantized_ops.py`), whose scales are [N, K / GROUP]. The tile is
@@ -61,8 +61,29 @@ WITH_128 = tl.constexpr("""{ .reg .b32 low, high;
 ZERO_WITH_128 = tl.constexpr(136.0)
 """What stands for zero, 8 as it is stored, in these."""
 
-PART = tl.constexpr(16)
-"""Bytes of a weight's row that one thread loads at a time."""
+FROM_INT8 = tl.constexpr("""{ .reg .b32 bytes;
+    xor.b32 bytes, $4, 0x80808080;
+    prmt.b32 $0, bytes, 0x4B, 0x4550;
+    prmt.b32 $1, bytes, 0x4B, 0x4551;
+    prmt.b32 $2, bytes, 0x4B, 0x4552;
+    prmt.b32 $3, bytes, 0x4B, 0x4553;
+    add.f32 $0, $0, 0fCB000080;
+    add.f32 $1, $1, 0fCB000080;
+    add.f32 $2, $2, 0fCB000080;
+    add.f32 $3, $3, 0fCB000080; }""")
+"""Four int8 to four float32, by way of 2**23 + 128 + q: a conversion instruction has a quarter of the rate of these."""
+
+
+@triton.constexpr_function
+def part_of(bits):
+    """Elements of a weight's row that one thread loads at a time: 16 bytes."""
+    return 8 if bits == 16 else 16
+
+
+@triton.constexpr_function
+def elements_of(k, bits):
+    """Of a weight's row of `k` values, as they lie in memory: bytes, or values of 16 bits."""
+    return k if bits == 16 else k * bits // 8
 
 
 @triton.jit
@@ -83,6 +104,15 @@ def widened(values, DTYPE: tl.constexpr):
         return values.to(tl.float32).to(DTYPE)
     else:
         return values.to(DTYPE)
+
+
+@triton.jit
+def as_float32(values):
+    """`values` of 8 or 16 bits as float32."""
+    if INTERPRETED or values.dtype != tl.int8:
+        return values.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(FROM_INT8, "=f,=f,=f,=f,r", [values], dtype=tl.float32, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -174,10 +204,10 @@ def weight_split_gemm(
 
 
 @triton.jit
-def places_of(first, PARTS: tl.constexpr, STEPS: tl.constexpr):
-    """Where in a row's bytes each of PARTS threads begins to load in each of STEPS steps, from byte `first` on."""
+def places_of(first, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr):
+    """Where in a row each of PARTS threads begins to load in each of STEPS steps, from element `first` on."""
     part, step = tl.arange(0, PARTS), tl.arange(0, STEPS)
-    return tl.full([], 0, tl.int32) + first + (step[None, :] * PARTS + part[:, None]) * PART
+    return tl.full([], 0, tl.int32) + first + (step[None, :] * PARTS + part[:, None]) * part_of(BITS)
 
 
 @triton.jit
@@ -185,15 +215,17 @@ def vector_block(
     w, scale, first, n, N, K, w_row, scale_row,
     BITS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """What PARTS threads multiply at a time: bytes [PARTS, BN, STEPS, 16] of rows n (a vector) of w, from byte `first` of
-    each on. Of 4 bits also the scales [PARTS, BN, STEPS] of what is in their low and in their high halves.
+    """What PARTS threads multiply at a time: elements [PARTS, BN, STEPS, 16 (bytes; of 16 bits 8)] of rows n (a vector) of
+    w, from element `first` of each on. Of 4 bits also the scales [PARTS, BN, STEPS] of what is in their low and in their
+    high halves.
     """
-    row: tl.constexpr = K * BITS // 8
+    part: tl.constexpr = part_of(BITS)
+    row: tl.constexpr = elements_of(K, BITS)
     rows = tl.minimum(n, N - 1).to(tl.int64)
-    at = places_of(first, PARTS, STEPS)
-    k = at[:, None, :, None] + tl.arange(0, PART)[None, None, None, :]
+    at = places_of(first, BITS, PARTS, STEPS)
+    k = at[:, None, :, None] + tl.arange(0, part)[None, None, None, :]
     inside = k < row
-    whole: tl.constexpr = gemm.divides(PARTS * STEPS * PART, row)
+    whole: tl.constexpr = gemm.divides(PARTS * STEPS * part, row)
     # Parts are the first dimension: so Triton gives neighbours to neighbouring threads, and x the same layout.
     weights = gemm.fetch(w + (k + rows[None, :, None, None] * w_row), inside, inside, not whole, False)
     if BITS == 4:
@@ -205,14 +237,24 @@ def vector_block(
 
 
 @triton.jit
+def first_block(
+    w, scale, n, N, K, w_row, scale_row,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """`vector_block` at the beginning of rows n of w."""
+    return vector_block(w, scale, 0, n, N, K, w_row, scale_row, BITS, GROUP, PARTS, STEPS)
+
+
+@triton.jit
 def vector_values(x, first, K, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr):
-    """Elements of the row x, float32 [PARTS, STEPS, 16], for what `vector_block` has at byte `first`: by 4 bits those of the
-    low halves and those of the high ones.
+    """Elements of the row x, float32 [PARTS, STEPS, 16 or 8], for what `vector_block` has at element `first`: by 4 bits
+    those of the low halves and those of the high ones.
     """
-    row: tl.constexpr = K * BITS // 8
-    k = places_of(first, PARTS, STEPS)[:, :, None] + tl.arange(0, PART)[None, None, :]
+    part: tl.constexpr = part_of(BITS)
+    row: tl.constexpr = elements_of(K, BITS)
+    k = places_of(first, BITS, PARTS, STEPS)[:, :, None] + tl.arange(0, part)[None, None, :]
     inside = k < row
-    whole: tl.constexpr = gemm.divides(PARTS * STEPS * PART, row)
+    whole: tl.constexpr = gemm.divides(PARTS * STEPS * part, row)
     values = gemm.fetch(x + k, inside, inside, not whole, False).to(tl.float32)
     if BITS == 4:
         return values, gemm.fetch(x + row + k, inside, inside, not whole, False).to(tl.float32)
@@ -223,10 +265,11 @@ def vector_values(x, first, K, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: t
 @triton.jit
 def values_of_row(row, BITS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr):
     """As `vector_values`, of a whole row that is in registers, [1, K], and as long as the block."""
+    part: tl.constexpr = part_of(BITS)
     if BITS == 4:
-        return tl.split(tl.permute(tl.reshape(row.to(tl.float32), [2, STEPS, PARTS, PART]), (2, 1, 3, 0)))
+        return tl.split(tl.permute(tl.reshape(row.to(tl.float32), [2, STEPS, PARTS, part]), (2, 1, 3, 0)))
     else:
-        values = tl.permute(tl.reshape(row.to(tl.float32), [STEPS, PARTS, PART]), (1, 0, 2))
+        values = tl.permute(tl.reshape(row.to(tl.float32), [STEPS, PARTS, part]), (1, 0, 2))
         return values, values
 
 
@@ -243,7 +286,7 @@ def vector_products(values, more, weights, low_scale, high_scale, BITS: tl.const
         others = tl.sum(high * more[:, None, :, :], 3) - ZERO_WITH_128 * tl.sum(more, 2)[:, None, :]
         return tl.sum(sums * low_scale + others * high_scale, 2)
     else:
-        return tl.sum(tl.sum(widened(weights, tl.float32) * values[:, None, :, :], 3), 2)
+        return tl.sum(tl.sum(as_float32(weights) * values[:, None, :, :], 3), 2)
 
 
 @triton.jit
@@ -255,8 +298,8 @@ def vector_sums(
     over all of the inner dimension. The next block is loaded before the one before it is multiplied.
     """
     weights, low, high = block
-    size: tl.constexpr = PARTS * STEPS * PART
-    row: tl.constexpr = K * BITS // 8
+    size: tl.constexpr = PARTS * STEPS * part_of(BITS)
+    row: tl.constexpr = elements_of(K, BITS)
     acc = tl.zeros([PARTS, BN], tl.float32)
     for first in range(size, row, size):
         later, later_low, later_high = vector_block(w, scale, first, n, N, K, w_row, scale_row, BITS, GROUP, PARTS, STEPS)
@@ -282,7 +325,7 @@ def weight_vector(
 ):  # fmt: skip
     """`EPILOGUE(x @ w.T)` of one row x [K], BN rows of w a program, PARTS * STEPS * 16 bytes of each at a time.
 
-    `block` is what `vector_block` loads of `rows_of_program` at byte 0: entries do so before they wait for x. Multiples of
+    `block` is the `first_block` of `rows_of_program`: entries load it before they wait for x. Multiples of
     16 are the bytes and the strides of rows, and GROUP; `scale` is used with 4 BITS only. Strides in elements; K is a
     literal.
     """
