@@ -233,12 +233,17 @@ def test_a_weight_of_4_bits_is_loaded_before_its_row_is_there(fn: Layer) -> None
         before, after = around_the_wait(kernel)
         assert bool(before) == early and after
         assert not early or sum("ld." in line for line in after) == 2  # the row's halves
+    (kernel,) = print_vector(replace(step, region=marked.region), DotConfig(16, 4, 2, 128, 4), TARGET).kernels
+    assert not around_the_wait(kernel)[0]  # its scales may be written
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_programs_of_one_row_have_the_whole_of_it_in_flight(bits: int) -> None:
     for n, k, products in ((3072, 2048, 1), (2048, 8192, 1), (8192, 2048, 2)):
         problem = WeightProblem(1, n, k, BF16, bits, 128 if bits == 4 else 0, products)
+        (first, *_) = dots = dot_configs(problem, TARGET, 4)
+        assert all(c.slices * c.chunks * c.width * 8 == k * bits and c.warps <= c.slices for c in dots)
+        assert any(c.holds_row(problem) for c in dots) and first.programs(problem) >= 0.9 * TARGET.sm_count
         found = vector_configs(problem, TARGET, 4)
         assert len(found) == 4 and all(c.block_bytes == problem.row_bytes for c in found)
         values = [c.rows * k * products / (32 * c.warps) for c in found]
@@ -300,8 +305,8 @@ def test_the_first_candidate_of_weights_of_few_bits_compiles_without_spills(bits
     stored = (torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // 128)) if bits == 4 else None
     weight, scale = stored or (torch.empty(n, k, dtype=torch.int8), torch.empty(n))
     _, way = way_of(lambda *a: WEIGHT_ONLY_MM(*a, None, bits, group), (torch.empty(m, k, dtype=BF16), weight, scale), FUSED)
-    (first, *_) = contraction_candidates(way.steps[0], Target.cuda(arch), "default")
-    compiled(first.sources, arch)
+    found = contraction_candidates(way.steps[0], Target.cuda(arch), "default")
+    compiled(next(c for c in found if m > 1 or c.label.startswith("dot")).sources, arch)
 
 
 def test_what_has_no_float8_is_refused() -> None:

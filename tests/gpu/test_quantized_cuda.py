@@ -11,14 +11,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks.quantized_products import FORMS, Case, error, exact
-from fxopt.codegen.templates.weight_config import vector_configs
+from fxopt.codegen.templates.weight_config import dot_configs, vector_configs
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_weights import print_vector, weight_problem
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM
 from fxopt.ir.region import Contraction
 from fxopt.runtime.launch import load_cubin
 from fxopt.target import Target
-from tests.lower.test_row_norms import layer_of_few_bits, norm_of_few_bits
+from tests.lower.test_row_norms import layer_of_one_row, norm_of_one_row
 
 pytestmark = pytest.mark.gpu
 
@@ -106,18 +106,20 @@ def test_casts_have_torchs_bits(dtype: torch.dtype, clamped: bool) -> None:
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("bits", "gated"), [(4, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize(("bits", "gated"), [(4, False), (4, True), (8, False), (8, True), (16, False), (16, True)])
 def test_every_kernel_of_one_row_has_the_values_of_a_norm_between_products(bits: int, gated: bool, tmp_path: Path) -> None:
     """Each configuration that is proposed, of a product with its residual and of one that computes the norm."""
-    fn, args = layer_of_few_bits(bits, gated, 2048, 1024, 1536)
-    low, each = norm_of_few_bits(fn, args, gated)
+    fn, args = layer_of_one_row(bits, gated, 2048, 1024, 1536)
+    low, each = norm_of_one_row(fn, args, gated)
     args = [x.to(CUDA) for x in args]
     memory = {name: x.flatten().contiguous() for name, x in zip(low.inputs, args, strict=True)}
     target, stream = Target.current(CUDA), torch.cuda.current_stream().cuda_stream
     for step, want in zip(each.ways[1].steps, fn(*args), strict=True):
         assert isinstance(step, Contraction)
         (name,) = step.writes()
-        configs = vector_configs(weight_problem(step), target, 8)
+        problem = weight_problem(step)
+        configs = [*vector_configs(problem, target, 8), *dot_configs(problem, target, 8)]
+        configs = [c for c in configs if step.row is None or c.holds_row(problem)]
         assert len(configs) > 2
         for config in configs:
             (source,) = print_vector(step, config, target).kernels

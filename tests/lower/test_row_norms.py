@@ -23,7 +23,7 @@ from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
 
-from fxopt.codegen.templates.weight_config import VectorConfig
+from fxopt.codegen.templates.weight_config import DotConfig, VectorConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_weights import print_vector, weight_problem
 from fxopt.target import Target
@@ -254,13 +254,15 @@ def test_no_parts_of_rows_of_a_weight_or_for_others() -> None:
     assert not norms(with_row_norms(kept_ways(searched(down, *two), LIBRARY)))
 
 
-def of_few_bits(
+def of_one_row(
     bits: int, gated: bool, x: Tensor, residual: Tensor, weight: Tensor, *quantized: Tensor
 ) -> tuple[Tensor, ...]:
-    w, scale, v, factor = quantized
-    group = 32 if bits == 4 else 0
-    total = residual + WEIGHT_ONLY_MM(x, w, scale, None, bits, group)
-    out = WEIGHT_ONLY_MM(rms_norm(total, weight), v, factor, None, bits, group)
+    def product(x: Tensor, *given: Tensor) -> Tensor:
+        return F.linear(x, *given) if bits == 16 else WEIGHT_ONLY_MM(x, *given, None, bits, 32 if bits == 4 else 0)
+
+    half = len(quantized) // 2
+    total = residual + product(x, *quantized[:half])
+    out = product(rms_norm(total, weight), *quantized[half:])
     if gated:
         gate, up = out.chunk(2, -1)
         out = F.silu(gate) * up
@@ -270,16 +272,17 @@ def of_few_bits(
 Layer = Callable[..., tuple[Tensor, ...]]
 
 
-def layer_of_few_bits(bits: int, gated: bool, depth: int, width: int, columns: int) -> tuple[Layer, list[Tensor]]:
-    """`of_few_bits` and its arguments: products from `depth` to `width`, and from there to `columns`."""
+def layer_of_one_row(bits: int, gated: bool, depth: int, width: int, columns: int) -> tuple[Layer, list[Tensor]]:
+    """`of_one_row` and its arguments: products from `depth` to `width`, and from there to `columns`."""
     stored = torch.uint8 if bits == 4 else torch.int8
     sizes = ((width, depth), (columns, width))
-    pairs = [QUANTIZE_WEIGHT(torch.randn(n, k), stored, bits, 32 if bits == 4 else 0) for n, k in sizes]
+    weights = [torch.randn(n, k) for n, k in sizes]
+    quantized = [(w.to(HALF),) if bits == 16 else QUANTIZE_WEIGHT(w, stored, bits, 32 * (bits == 4)) for w in weights]
     x, residual, weight = (torch.randn(*shape).to(HALF) for shape in ((1, depth), (1, width), (width,)))
-    return partial(of_few_bits, bits, gated), [x, residual, weight, *pairs[0], *pairs[1]]
+    return partial(of_one_row, bits, gated), [x, residual, weight, *quantized[0], *quantized[1]]
 
 
-def norm_of_few_bits(fn: Layer, args: list[Tensor], gated: bool) -> tuple[Lowered, Alternatives]:
+def norm_of_one_row(fn: Layer, args: list[Tensor], gated: bool) -> tuple[Lowered, Alternatives]:
     """`fn` with its products as contractions, both of them in the second as one kernel, and the ways of its norm."""
     low = searched(fn, *args)
     ways = {e.name: next(w for w in e.ways if w.label in (TWO, FUSED)) for e in norms(low)}
@@ -290,17 +293,21 @@ def norm_of_few_bits(fn: Layer, args: list[Tensor], gated: bool) -> tuple[Lowere
     return low, each
 
 
-@pytest.mark.parametrize(("bits", "gated"), [(4, False), (4, True), (8, True)])
-def test_norms_within_products_by_weights_of_few_bits(interpreter: Interpreter, bits: int, gated: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "gated", "dots"), [(4, False, False), (4, True, True), (8, True, False), (16, False, True), (16, True, False)]
+)
+def test_norms_within_products_of_one_row(interpreter: Interpreter, bits: int, gated: bool, dots: bool) -> None:
     """Their kernels, of whatever kind, have eager's values: residual, weights and norm."""
-    fn, args = layer_of_few_bits(bits, gated, 128, 64, 48)
-    low, each = norm_of_few_bits(fn, args, gated)
+    fn, args = layer_of_one_row(bits, gated, 128, 64, 48)
+    low, each = norm_of_one_row(fn, args, gated)
     apart, within = each.ways
     memory = {name: x.flatten().clone() for name, x in zip(low.inputs, args, strict=True)}
     for step in within.steps:
         assert isinstance(step, Contraction) and set(step.buffers) == {*step.reads(), *step.writes()}
-        loads = weight_problem(step).row_bytes // 16
-        (kernel,) = print_vector(step, VectorConfig(4, loads // 2, 2, 4), TARGET).kernels
+        problem = weight_problem(step)
+        vector = VectorConfig(4, problem.row_bytes // 32, 2, 4)
+        config = DotConfig(16, 2, 1, problem.row_elements // 2, 2) if dots else vector
+        (kernel,) = print_vector(step, config, TARGET).kernels
         memory |= {n: torch.full((step.buffers[n].extent,), torch.nan, dtype=HALF) for n in step.writes()}
         interpreter.run(kernel, memory)
     found = [memory[name] for step in within.steps for name in step.writes()]

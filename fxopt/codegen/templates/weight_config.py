@@ -34,6 +34,7 @@ _WIDTH = 128
 _LEAST_WIDTH = 32
 """Elements that tensor cores sum over at a time, twice."""
 
+_MOST_CHUNKS = 8
 _MOST_IN_FLIGHT = 64
 """Registers of a thread for what it loads at once."""
 
@@ -179,7 +180,7 @@ def dot_configs(problem: WeightProblem, target: Target, limit: int) -> list[DotC
     if rest or width < _LEAST_WIDTH:
         return []
     found = []
-    for rows, warps, chunks in itertools.product((16, 32), (4, 8, 16), (1, 2, 4, 8)):
+    for rows, warps, chunks in itertools.product((16, 32), (4, 8, 16), range(1, _MOST_CHUNKS + 1)):
         each, left = divmod(slices, chunks)
         config = DotConfig(rows, each, chunks, width, warps)
         if left or each & (each - 1) or each < warps or _registers_in_flight(problem, config, target) > _MOST_IN_FLIGHT:
@@ -214,7 +215,7 @@ def vector_configs(problem: WeightProblem, target: Target, limit: int) -> list[V
     """
     if problem.m != 1 or problem.row_bytes % PART or problem.group % PART:
         return []
-    fewest, most = _VALUES
+    fewest, most = _VALUES[0], min(_VALUES[1], 32 * _MOST_IN_FLIGHT // problem.bits)
     values = problem.products * problem.n * problem.k / (target.sm_count * _THREADS)
     wanted = math.log2(min(max(values, fewest), most))
     per_load = PART * 8 // problem.bits * problem.products
