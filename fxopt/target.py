@@ -23,6 +23,7 @@ _SHARED_PER_BLOCK = {
 _SM_COUNT = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
 _HALF_TERAFLOPS = {75: 50, 80: 260, 86: 110, 87: 50, 89: 280, 90: 770, 100: 1600, 103: 1600, 120: 380}
 _MEMORY_GIGABYTES = {75: 280, 80: 1700, 86: 700, 87: 180, 89: 850, 90: 3000, 100: 6800, 103: 6800, 120: 1500}
+_L2_MEGABYTES = {75: 4, 80: 40, 86: 6, 87: 4, 89: 72, 90: 50, 100: 126, 103: 126, 120: 96}
 _OLDEST_KNOWN = 75
 
 
@@ -31,7 +32,7 @@ class Target:
     """A device that kernels are compiled for.
 
     `kind` is "cuda" or "cpu". CUDA: `arch` is major*10 + minor, `shared_per_block` the opt-in limit in bytes,
-    `registers_per_sm` 32-bit registers. CPU: `cpu_capability` is torch's name for the instruction set ("AVX512", "AVX2",
+    `registers_per_sm` 32-bit registers, `l2_bytes` those of the cache that all multiprocessors share. CPU: `cpu_capability` is torch's name for the instruction set ("AVX512", "AVX2",
     "DEFAULT").
     """
 
@@ -43,6 +44,7 @@ class Target:
     warp_size: int = 32
     cpu_capability: str = ""
     name: str = ""
+    l2_bytes: int = 0
 
     @staticmethod
     def current(device: torch.device | str) -> Target:
@@ -64,6 +66,7 @@ class Target:
             sm_count=_SM_COUNT[known],
             shared_per_block=_SHARED_PER_BLOCK[known],
             name=f"sm_{arch}",
+            l2_bytes=_L2_MEGABYTES[known] << 20,
         )
 
     @staticmethod
@@ -141,4 +144,5 @@ def _from_cuda_device(index: int) -> Target:
         shared_per_block=getattr(properties, "shared_memory_per_block_optin", typical.shared_per_block),
         registers_per_sm=getattr(properties, "regs_per_multiprocessor", typical.registers_per_sm),
         name=properties.name,
+        l2_bytes=getattr(properties, "L2_cache_size", typical.l2_bytes),
     )

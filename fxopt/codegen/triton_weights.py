@@ -45,8 +45,9 @@ def takes_vectors(contraction: Contraction) -> bool:
 def weight_problem(contraction: Contraction) -> WeightProblem:
     """The product of `contraction`, for the choice of configurations and the template.
 
-    Of operands that are both in half precision only a single row has such a template. Raises UnsupportedError for what the templates have no form for: sizes or layouts that are unknown or not by rows, rows
-    that are not in half precision, two products by weights of different forms.
+    Of operands that are both in half precision only a single row has such a template. Raises UnsupportedError for what the
+    templates have no form for: sizes or layouts that are unknown or not by rows, rows that are not in half precision, two
+    products by weights of different forms.
     """
     kind, *others = contraction.quantized or (_HALF_WEIGHT,) * len(contraction.products)
     alike = all((o.bits, o.group, _strides(o.scale)) == (kind.bits, kind.group, _strides(kind.scale)) for o in others)

@@ -44,7 +44,8 @@ class Lowered:
     step.
 
     `outputs` are Ref, Size, None or plain constants, in the order of the graph's outputs. `local_ops` holds the callables
-    behind "local:KEY" calls.
+    behind "local:KEY" calls. `steady_bytes` are those of weights that steps read: of more than the L2 cache has, none are
+    there when a step begins.
     """
 
     steps: list[Step]
@@ -53,6 +54,7 @@ class Lowered:
     constants: dict[str, torch.Tensor]
     outputs: tuple[Any, ...]
     local_ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    steady_bytes: int = 0
 
 
 def lower_graph(graph: Graph, journal: Journal, library_nodes: frozenset[str] = frozenset()) -> Lowered:

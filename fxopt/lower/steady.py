@@ -9,20 +9,24 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from fxopt.ir.region import Alias, Alternatives, Contraction, Region, Step, Way
+from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, Step, Way, refs
+from fxopt.lower.cost import nbytes
 from fxopt.lower.lowering import Lowered
 
 S = TypeVar("S")
 
 
 def with_steady_reads(lowered: Lowered, parameters: Collection[str]) -> Lowered:
-    """`lowered` with `Region.steady` set on the regions for GPUs. `parameters` names inputs that are weights: they share no
-    memory with what another input's name writes."""
+    """`lowered` with `Region.steady` set on the regions for GPUs, and with `steady_bytes`, unless it has these already.
+    `parameters` names inputs that are weights: they share no memory with what another input's name writes."""
     base = {s.name: s.of for s in lowered.steps if isinstance(s, Alias)}
     written = {_root(name, base) for step in lowered.steps for name in _writes(step)}
     steady = {*parameters, *lowered.constants} - written
     names = steady | {name for name in base if _root(name, base) in steady}
-    return replace(lowered, steps=[_marked(step, names) for step in lowered.steps])
+    steps = [_marked(step, names) for step in lowered.steps]
+    read = {_root(name, base) for step in lowered.steps for name in _reads(step)}
+    found = sum(nbytes(lowered.buffers[name]) for name in steady & read)
+    return replace(lowered, steps=steps, steady_bytes=lowered.steady_bytes or found)
 
 
 def _marked(step: S, steady: Collection[str]) -> S:
@@ -44,6 +48,20 @@ def _writes(step: Step) -> Iterator[str]:
             pass
         case _:
             yield from step.writes if isinstance(step.writes, tuple) else step.writes()
+
+
+def _reads(step: Step) -> Iterator[str]:
+    match step:
+        case Alternatives():
+            for way in step.ways:
+                for each in way.steps:
+                    yield from _reads(each)
+        case Alias():
+            pass
+        case Call():
+            yield from refs((step.args, step.kwargs))
+        case _:
+            yield from step.reads()
 
 
 def _all_writes(steps: Iterable[Step]) -> Iterator[str]:

@@ -14,14 +14,14 @@ import torch
 
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
-from fxopt.ir.region import Alternatives, Call, Contraction, Ref, ScoredAttention, Way
+from fxopt.ir.region import Alternatives, Call, Contraction, Ref, Region, ScoredAttention, Step, Way
 from fxopt.journal import Journal
 from fxopt.lower.contractions import NAME
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice, sizes_of
 from fxopt.tune.contest import decide
-from fxopt.tune.measure import METHOD, BoundCall, Measurements, Memory, Trial, assumed_sizes
+from fxopt.tune.measure import METHOD, BoundCall, Measurements, Memory, Trial, assumed_sizes, with_cold_weights
 from fxopt.tune.records import RecordKey
 from fxopt.tune.values import unlike_the_first
 
@@ -37,8 +37,8 @@ class Settled:
 class Settler:
     """Decides between the ways of alternatives; equal ones are one contest."""
 
-    def __init__(self, store: ArtifactStore, measurements: Measurements, journal: Journal) -> None:
-        self.store, self.measurements, self.journal = store, measurements, journal
+    def __init__(self, store: ArtifactStore, measurements: Measurements, journal: Journal, steady_bytes: int = 0) -> None:
+        self.store, self.measurements, self.journal, self.steady_bytes = store, measurements, journal, steady_bytes
         self._known: dict[str, str] = {}
 
     def settle(self, each: Alternatives, chosen: Mapping[str, Choice], built: Mapping[str, Sequence[Choice]]) -> Settled:
@@ -50,10 +50,11 @@ class Settler:
         contenders = _settled(each.ways[0], {name: [choice] for name, choice in chosen.items()})
         contenders += [s for way in each.ways[1:] for s in _settled(way, built)]
         trials = [_trial(each, contender) for contender in contenders]
-        facts = _facts(each, trials)
+        memory = _memory(each, self.steady_bytes)
+        facts = _facts(each, memory, trials)
         label = self._known.get(key := repr(facts))
         if label is None:
-            label = _fastest(each, trials, facts, self.store, self.measurements, self.journal)
+            label = _fastest(each, memory, trials, facts, self.store, self.measurements, self.journal)
             self._known[key] = label
         return contenders[[t.label for t in trials].index(label)]
 
@@ -84,6 +85,7 @@ def _trial(alternatives: Alternatives, settled: Settled) -> Trial:
 
 def _fastest(
     alternatives: Alternatives,
+    memory: Memory,
     trials: Sequence[Trial],
     facts: dict[str, object],
     store: ArtifactStore,
@@ -96,7 +98,6 @@ def _fastest(
         return first
     unmeasured = trials[1].label if isinstance(alternatives.ways[-1].steps[0], ScoredAttention) else first
     key = RecordKey("alternatives", facts)
-    memory = _memory(alternatives)
     found = decide(key, alternatives.name, memory, alternatives.device, trials, store, measurements, unlike_the_first)
     if found is None:
         return unmeasured  # the eager forms of attention in training store scores, which costs more than any kernel
@@ -106,22 +107,29 @@ def _fastest(
     return winner
 
 
-def _memory(alternatives: Alternatives) -> Memory:
-    steps = (step for way in alternatives.ways for step in way.steps)
+def _memory(alternatives: Alternatives, steady_bytes: int) -> Memory:
+    steps = [step for way in alternatives.ways for step in way.steps]
     grouped = (c for c in steps if isinstance(c, Contraction) and c.ends)
     rows = {c.ends: m for c in grouped if isinstance(m := c.sizes[1], int)}
-    return Memory(alternatives.buffers, ends=rows)
+    memory = Memory(alternatives.buffers, ends=rows)
+    steady = {n for s in steps if (r := _region(s)) is not None for n in r.steady}
+    return with_cold_weights(memory, steady, steady_bytes, alternatives.device)
 
 
-def _facts(alternatives: Alternatives, trials: Sequence[Trial]) -> dict[str, object]:
+def _region(step: Step) -> Region | None:
+    return step.region if isinstance(step, Contraction) else step if isinstance(step, Region) else None
+
+
+def _facts(alternatives: Alternatives, memory: Memory, trials: Sequence[Trial]) -> dict[str, object]:
     """Everything that a contest's result depends on."""
     target = Target.current(alternatives.device)
     return {
         "trials": [[t.label, *(_part_facts(p) for p in t.parts)] for t in trials],
-        "assumed": assumed_sizes(_memory(alternatives), trials),
+        "assumed": assumed_sizes(memory, trials),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,
+        "cold": bool(memory.cold),
     }
 
 

@@ -28,7 +28,7 @@ from fxopt.tune.alternatives import Settled, Settler
 from fxopt.tune.candidate import Candidate, Choice, candidates, sizes_of
 from fxopt.tune.contest import decide
 from fxopt.tune.made_up import index_bounds
-from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes
+from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes, with_cold_weights
 from fxopt.tune.records import RecordKey
 from fxopt.tune.suspects import Suspects
 from fxopt.tune.twins import Printer
@@ -117,7 +117,7 @@ class _Tuning:
         self.suspects = Suspects(store.cache)
         budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
         measurements = Measurements(journal, budget, self.suspects)
-        self.measurements, self.settler = measurements, Settler(store, measurements, journal)
+        self.measurements, self.settler = measurements, Settler(store, measurements, journal, lowered.steady_bytes)
         self.needed = _Contests(lambda work: candidates(work, options), journal)
         self.optional = _Contests(lambda work: candidates(work, options), journal)
         self.printed: set[torch.device] = set()
@@ -181,7 +181,7 @@ class _Tuning:
         """Measure what is built and has not been measured."""
         with self.journal.timed(MEASURING):
             for contest in self.needed.take_open():
-                self.winners[id(contest)] = _fastest(contest, self.store, self.measurements)
+                self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered.steady_bytes)
             for each in self._alternatives():
                 if each.name not in self.settled and each.device in self.printed and self._is_built(each):
                     chosen = {s.name: self._winner(s.name) for s in each.ways[0].steps if not isinstance(s, Call)}
@@ -271,14 +271,17 @@ def _unsuspected(made: Artifact | CompileFailure, suspects: Suspects) -> Artifac
     return made if reason is None else CompileFailure(made.key, reason)
 
 
-def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements) -> Choice:
+def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements, steady_bytes: int) -> Choice:
     """The fastest built choice: from the records, or measured now. One choice alone needs no measuring."""
     usable = _usable(contest)
     if len(usable) == 1 or contest.region.device.type != "cuda":
         return usable[0]
     region = contest.region
-    key = RecordKey("region", _facts(region, usable, Target.current(region.device)))
-    found = decide(key, region.name, *_measurable(region, usable), store, measurements, unlike_the_first)
+    memory, device, trials = _measurable(region, usable)
+    if isinstance(region, Region):
+        memory = with_cold_weights(memory, region.steady, steady_bytes, device)
+    key = RecordKey("region", _facts(region, usable, Target.current(region.device)) | {"cold": bool(memory.cold)})
+    found = decide(key, region.name, memory, device, trials, store, measurements, unlike_the_first)
     if found is not None:
         measurements.journal.contests[region.name] = found[1]
     return usable[0] if found is None else next(c for c in usable if c.label == found[0])

@@ -8,8 +8,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fxopt.runtime.binding import resolve_op
 from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.graph_driver import GraphDriver
 from fxopt.runtime.launch import CudaError, load_cubin
+from fxopt.target import Target
 from fxopt.tune.suspects import Suspects
 
 METHOD = 8
@@ -51,6 +52,9 @@ MOST_FILLS = 32
 REPEATS = 8
 """Runs in a CUDA graph that is measured."""
 
+MOST_COPIES = 64
+"""Of buffers that are to be cold: what is smaller is bound by its launch."""
+
 PATIENCE_SECONDS = 60.0
 """How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
 
@@ -60,12 +64,13 @@ Run = Callable[[], object]
 @dataclass(frozen=True)
 class Memory:
     """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below, `ends` how many rows the
-    groups have whose ends a buffer holds.
+    groups have whose ends a buffer holds. Those in `cold` are never in the L2 cache when what is measured runs.
     """
 
     buffers: Mapping[str, BufferSpec]
     bounds: Mapping[str, Int] = field(default_factory=dict)
     ends: Mapping[str, int] = field(default_factory=dict)
+    cold: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class Measurements:
     that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits
     the L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what was saved
     are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
-    cache serves well enough look good.
+    cache serves well enough look good. Where weights are most of what is read, and known not to be there (`Memory.cold`),
+    only such launches count (`rotated_seconds`).
     """
 
     def __init__(self, journal: Journal, budget: float, suspects: Suspects | None = None) -> None:
@@ -141,8 +147,9 @@ class Measurements:
             with torch.cuda.device(device):
                 wrong = check(memory, device, trials, self.suspects) if check is not None else frozenset()
                 right = [t for t in trials if t.label not in wrong]
-                timed = time_trials(memory, device, right, self.suspects)
-                if _may_stay_in_cache(memory.buffers, device):
+                rotated = rotated_seconds(memory, device, right, self.suspects) if memory.cold else None
+                timed = time_trials(memory, device, right, self.suspects) if rotated is None else rotated
+                if rotated is None and _may_stay_in_cache(memory.buffers, device):
                     cold = time_trials(memory, device, right, self.suspects, cold=True)
                     timed = [(a + b) / 2 for a, b in zip(timed, cold, strict=True)]
         except torch.cuda.OutOfMemoryError:
@@ -160,6 +167,17 @@ class Measurements:
         return seconds
 
 
+def with_cold_weights(memory: Memory, steady: Collection[str], steady_bytes: int, device: torch.device) -> Memory:
+    """`memory` with its `steady` buffers, a plan's weights, as cold, if these are more than half of what is touched, and
+    the plan's `steady_bytes` more than the L2 cache holds: by the time that they are read again, others have taken it.
+    """
+    if device.type != "cuda" or not steady or steady_bytes <= Target.current(device).l2_bytes:
+        return memory
+    cold = frozenset(steady) & memory.buffers.keys()
+    whole = sum(map(nbytes, memory.buffers.values()))
+    return replace(memory, cold=cold) if 2 * sum(nbytes(memory.buffers[n]) for n in cold) > whole else memory
+
+
 def turn_on(device: torch.device, cache: Path, patience: float) -> contextlib.AbstractContextManager[bool]:
     """A turn on `device` among the processes with one `cache` (or FXOPT_LOCK_DIR), as `device_lock.turn` gives it."""
     return turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience)
@@ -167,8 +185,7 @@ def turn_on(device: torch.device, cache: Path, patience: float) -> contextlib.Ab
 
 def _may_stay_in_cache(buffers: Mapping[str, BufferSpec], device: torch.device) -> bool:
     """Whether one launch leaves part of what the next one reads in the L2 cache."""
-    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    return sum(map(nbytes, buffers.values())) < 2 * cache
+    return sum(map(nbytes, buffers.values())) < 2 * Target.current(device).l2_bytes
 
 
 def time_trials(
@@ -192,13 +209,62 @@ def made_up(memory: Memory, device: torch.device, sizes: dict[str, int]) -> dict
     return tensors
 
 
+def rotated_seconds(memory: Memory, device: torch.device, trials: Sequence[Trial], suspects: Suspects) -> list[float] | None:
+    """Median seconds of one run of each trial as a CUDA graph replays it among others, each run with buffers `memory.cold`
+    of its own, of which nothing is left in the L2 cache by the time of the next replay; the other buffers are shared, as
+    activations that have just been written. Kernels start early where they may, which tells what they load before they wait.
+
+    None where one cannot be captured, or so many copies were needed that launches alone would be measured.
+    """
+    copies = -(-2 * Target.current(device).l2_bytes // max(1, sum(nbytes(memory.buffers[n]) for n in memory.cold)))
+    if copies > MOST_COPIES:
+        return None
+    sizes = assumed_sizes(memory, trials)
+    first = made_up(memory, device, sizes)
+    others = [first | {n: first[n].clone() for n in memory.cold} for _ in range(1, copies)]
+    ready = [runner(trial, first, sizes, suspects) is not None for trial in trials]
+    repeats = -(-REPEATS // copies)
+    runs = [in_turn(trial, [first, *others], sizes) for trial, able in zip(trials, ready, strict=True) if able]
+    replays = replayed(runs, device, repeats)
+    if replays is None:
+        return None
+    taken = iter(interleaved(replays, device, cold=True))
+    return [next(taken) / (repeats * copies) if able else math.inf for able in ready]
+
+
+def in_turn(trial: Trial, sets: Sequence[dict[str, torch.Tensor]], sizes: dict[str, int]) -> Run:
+    """A function that runs `trial`, of kernels and calls that have run before, on each of `sets` of tensors in turn, on what
+    is the current stream then."""
+    scratch = {spec.name: zeros(spec, sizes) for spec in trial.scratch}
+    runs: list[Run] = []
+    kernels = [None if isinstance(p, BoundCall) else _early(*p) for p in trial.parts]
+    for tensors in sets:
+        for part, kernel in zip(trial.parts, kernels, strict=True):
+            if isinstance(part, BoundCall):
+                op, args, kwargs = bound_arguments(part, tensors, sizes)
+                runs.append(functools.partial(op, *args, **kwargs))
+            else:
+                assert kernel is not None
+                runs.append(functools.partial(_on_current, kernel, arguments_of(part[0], tensors | scratch, sizes)))
+    return functools.partial(_run_all, runs, (sets, scratch))
+
+
+def _early(source: KernelSource, artifact: Artifact) -> Callable[..., None]:
+    kernel = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device())
+    return kernel.bind(artifact.entry, early=True)
+
+
+def _on_current(launcher: Callable[..., None], arguments: Sequence[int]) -> None:
+    launcher(torch.cuda.current_stream().cuda_stream, *arguments)
+
+
 def eager_seconds(run: Run, device: torch.device) -> float:
     """Median seconds of `run`, which puts any work on the current stream, timed like a candidate with a cold cache."""
     return interleaved([run], device, cold=True)[0]
 
 
-def replayed(runs: Sequence[Run], device: torch.device) -> list[Run] | None:
-    """For each of `runs`, which have run before, a replay of a CUDA graph that has it REPEATS times; None where one cannot
+def replayed(runs: Sequence[Run], device: torch.device, repeats: int = REPEATS) -> list[Run] | None:
+    """For each of `runs`, which have run before, a replay of a CUDA graph that has it `repeats` times; None where one cannot
     be captured.
 
     A call that fills memory before its kernel (cuDNN's attention) is 6 us longer in a graph than its kernel on an H100,
@@ -206,7 +272,7 @@ def replayed(runs: Sequence[Run], device: torch.device) -> list[Run] | None:
     """
     try:
         graphs = _graph_driver(torch.cuda.current_device() if device.index is None else device.index)
-        captured = [graphs.capture(functools.partial(_repeated, run), graphs.new_pool())[0] for run in runs]
+        captured = [graphs.capture(functools.partial(_repeated, run, repeats), graphs.new_pool())[0] for run in runs]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, FxoptError, OSError) as error:
@@ -220,8 +286,8 @@ def _graph_driver(index: int) -> GraphDriver:
     return GraphDriver(index)
 
 
-def _repeated(run: Run) -> None:
-    for _ in range(REPEATS):
+def _repeated(run: Run, repeats: int) -> None:
+    for _ in range(repeats):
         run()
 
 
@@ -287,14 +353,13 @@ def runner(
         if run is None:
             return None
         parts.append(run)
-    if len(parts) == 1:
-        return parts[0]
+    return functools.partial(_run_all, parts, tensors) if len(parts) > 1 or trial.scratch else parts[0]
 
-    def run_all() -> None:
-        for run in parts:
-            run()
 
-    return run_all
+def _run_all(runs: Sequence[Run], held: object) -> None:
+    """All of `runs`, which know the memory that is `held` by addresses only."""
+    for run in runs:
+        run()
 
 
 def launched(
@@ -304,16 +369,21 @@ def launched(
         launcher = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device()).bind(artifact.entry)
     except (CudaError, OSError):  # OSError: another process has just evicted its file
         return None
-    stream = torch.cuda.current_stream().cuda_stream
-    pointers = [tensors[name].data_ptr() for name in source.buffers]
     if source.members:
         device, width = tensors[source.buffers[0]].device, len(source.buffers) // len(source.members)
         batch = BatchLauncher(launcher, source.members, source.block, width, device)
-        run: Run = functools.partial(batch, stream, tuple(pointers))
+        pointers = tuple(tensors[name].data_ptr() for name in source.buffers)
+        run: Run = functools.partial(batch, torch.cuda.current_stream().cuda_stream, pointers)
     else:
-        grid = [evaluate(g, sizes) for g in source.grid]
-        run = functools.partial(launcher, stream, *grid, *pointers, *(evaluate(s, sizes) for s in source.sizes))
+        stream = torch.cuda.current_stream().cuda_stream
+        run = functools.partial(launcher, stream, *arguments_of(source, tensors, sizes))
     return run if _runs(run, artifact, suspects) else None
+
+
+def arguments_of(source: KernelSource, tensors: Mapping[str, torch.Tensor], sizes: dict[str, int]) -> list[int]:
+    """What a launch of the kernel of `source` on `tensors` takes after the stream."""
+    pointers = (tensors[name].data_ptr() for name in source.buffers)
+    return [*(evaluate(g, sizes) for g in source.grid), *pointers, *(evaluate(s, sizes) for s in source.sizes)]
 
 
 def _runs(run: Run, artifact: Artifact, suspects: Suspects) -> bool:

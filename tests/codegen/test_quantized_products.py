@@ -209,7 +209,7 @@ def test_values_of_one_row(
     layer = of_one_row(bits, k, 41, group)
     check(interpreter, *layer, FUSED, lambda step: print_vector(step, config, TARGET))
     args = of_one_row(bits, k, 44, group)[1][: 2 if bits == 16 else 3]
-    two = (lambda x, w: halves(F.linear(x, w))) if bits == 16 else lambda *given: gated(*given, bits, group)  # noqa: E731
+    two = (lambda x, w: halves(F.linear(x, w))) if bits == 16 else lambda *given: gated(*given, bits, group)
     check(interpreter, two, args, TWO, lambda step: print_vector(step, config, TARGET))
 
 

@@ -1,14 +1,27 @@
-"""How many samples candidates get: those that are clearly behind after a few get no more."""
+"""How many samples candidates get (those that are clearly behind after a few get no more) and what the cache has of them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from fxopt.ir.region import BufferSpec
+from fxopt.target import Target
 from fxopt.tune import measure
-from fxopt.tune.measure import BEHIND, FIRST_ROUNDS, ROUNDS, interleaved
+from fxopt.tune.measure import (
+    BEHIND,
+    FIRST_ROUNDS,
+    ROUNDS,
+    Memory,
+    Trial,
+    interleaved,
+    rotated_seconds,
+    with_cold_weights,
+)
+from fxopt.tune.suspects import Suspects
 
 FILLS = 7
 
@@ -45,3 +58,51 @@ def test_one_that_is_alone_gets_all_rounds(sampled: list[Any]) -> None:
 
 def test_nothing_that_runs(sampled: list[Any]) -> None:
     assert interleaved([None, None], torch.device("cpu"), cold=False) == [float("inf")] * 2
+
+
+MIB = 1 << 20
+
+
+def memory(**mib: int) -> Memory:
+    shapes = {name: (count * MIB,) for name, count in mib.items()}
+    cuda = torch.device("cuda")
+    return Memory({n: BufferSpec(n, torch.uint8, cuda, shape, (1,)) for n, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "plan", "cold"),
+    [(16, 1, 100, True), (16, 1, 50, False), (16, 17, 100, False), (200, 1, 200, True)],
+    ids=["a large model", "one that the cache holds", "activations above all", "one large weight"],
+)
+def test_weights_of_large_models_are_cold(
+    monkeypatch: pytest.MonkeyPatch, weight: int, activation: int, plan: int, cold: bool
+) -> None:
+    monkeypatch.setattr(Target, "current", staticmethod(lambda device: Target.cuda(90)))
+    given = memory(weight=weight, x=activation)
+    found = with_cold_weights(given, {"weight", "another"}, plan * MIB, torch.device("cuda"))
+    assert found.cold == (frozenset({"weight"}) if cold else frozenset())
+    assert with_cold_weights(given, set(), plan * MIB, torch.device("cuda")) is given
+
+
+@pytest.mark.parametrize(("weight", "copies", "repeats"), [(16, 7, 2), (50, 2, 4), (200, 1, 8), (1, None, 0)])
+def test_cold_weights_are_measured_on_copies(
+    monkeypatch: pytest.MonkeyPatch, weight: int, copies: int | None, repeats: int
+) -> None:
+    """So many that the L2 cache has nothing of one when it is that one's turn again; other buffers are shared."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(Target, "current", staticmethod(lambda device: Target.cuda(90)))
+    monkeypatch.setattr(measure, "made_up", lambda memory, device, sizes: {n: torch.zeros(4) for n in memory.buffers})
+    monkeypatch.setattr(measure, "runner", lambda trial, *rest: None if trial.label == "broken" else trial)
+    monkeypatch.setattr(measure, "in_turn", lambda trial, sets, sizes: seen.setdefault(trial.label, sets))
+    monkeypatch.setattr(measure, "replayed", lambda runs, device, count: seen.update(repeats=count) or runs)
+    monkeypatch.setattr(measure, "interleaved", lambda runs, device, cold: [float(len(s) * repeats) for s in runs])
+    trials = [Trial(label, ()) for label in ("one", "broken", "two")]
+    given = replace(memory(weight=weight, x=1), cold=frozenset({"weight"}))
+    found = rotated_seconds(given, torch.device("cuda"), trials, Suspects(None))
+    if copies is None:
+        assert found is None and not seen
+        return
+    assert found == [1.0, float("inf"), 1.0] and seen["repeats"] == repeats
+    for label in ("one", "two"):
+        assert len({id(s["weight"]) for s in seen[label]}) == len(seen[label]) == copies
+        assert len({id(s["x"]) for s in seen[label]}) == 1

@@ -1,13 +1,14 @@
 """One row times a weight of few bits, or 16, on tensor cores: nothing but the widening of a value takes instructions.
 
 A program has BN rows of the weight, all of which it loads at once. A row is cut into CHUNKS of SLICES of WIDTH elements
-(bytes, or values of 16 bits): slices are the batch of a product [SLICES, BN, WIDTH] x [SLICES, WIDTH, COLUMNS], so that warps share the inner dimension of
-few rows, and chunks are multiplied one after the other as they arrive. The right operand has the row x in each of its
-COLUMNS, which are as few as tensor cores take; the first one counts. Of 4 bits (`weight_gemm.py` has the format) a slice
-lies within one group of values that have a scale, by which its sums are multiplied in float32.
+(bytes, or values of 16 bits): slices are the batch of a product [SLICES, BN, WIDTH] x [SLICES, WIDTH, COLUMNS], so that
+warps share the inner dimension of few rows, and chunks are multiplied one after the other as they arrive. The right operand
+has the row x in each of its COLUMNS, which are as few as tensor cores take; the first one counts. Of 4 bits (the format is
+that of `weight_gemm.py`) a slice lies within one group of values that have a scale, by which its sums are multiplied in
+float32.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,assignment"
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def chunks_of(
     """All chunks of rows n of w, each as `chunk_of` has it. K is a literal, CHUNKS * SLICES * WIDTH its elements."""
     chunks = (chunk_of(w, scale, n, N, K, w_row, scale_row, 0, BITS, GROUP, SLICES, WIDTH),)
     for k in tl.static_range(1, CHUNKS):
-        chunks = chunks + (chunk_of(w, scale, n, N, K, w_row, scale_row, k, BITS, GROUP, SLICES, WIDTH),)
+        chunks += (chunk_of(w, scale, n, N, K, w_row, scale_row, k, BITS, GROUP, SLICES, WIDTH),)
     return chunks
 
 
