@@ -19,6 +19,7 @@ from fxopt.ir.quantized_ops import LARGEST
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Pair, Patches, Ref, Region
 from fxopt.ir.rounding import HALVES
 from fxopt.lower import products
+from fxopt.lower.padded_images import PaddedImage, padded_image
 from fxopt.lower.products import Product, as_view, broadcast, loads_of, places_of
 from fxopt.lower.values import cast, symbols_of
 
@@ -41,7 +42,8 @@ class Gathered:
     Where no memory has the weight as kernels read it, `weight` is a buffer for that: [window's rows, window's columns,
     channels] in float32 of a depthwise convolution, else [result's channels, window's rows, window's columns, channels].
     `filling` is the region that computes it; None if it is a constant, whose value is `constant`. `rest` is what is left of
-    the call, if it has other results. `direct` is the weight of a depthwise convolution where it lies, evenly spaced.
+    the call, if it has other results. `direct` is the weight of a depthwise convolution where it lies, evenly spaced;
+    `given` is that of any other as the call has it, [N, C, R, S].
     """
 
     product: Product
@@ -50,6 +52,7 @@ class Gathered:
     constant: torch.Tensor | None = None
     rest: Call | None = None
     direct: Matrix | None = None
+    given: Alias | None = None
 
     @property
     def patches(self) -> Patches:
@@ -129,7 +132,8 @@ class PatchSearch:
         if loads is None:
             return None
         sizes = (1, patches.rows, patches.columns, channels)
-        return Gathered(Product(call, patches, matrix, result, sizes, axes, (*loads[2:], None)[0], loads[:2]))
+        product = Product(call, patches, matrix, result, sizes, axes, (*loads[2:], None)[0], loads[:2])
+        return Gathered(product, given=window)
 
     def _input_gradient(self, call: Call) -> Gathered | None:
         """That of a depthwise convolution without stride: one of the gradient, with the window turned around."""
@@ -149,6 +153,15 @@ class PatchSearch:
         turned = replace(window, strides=(*window.strides[:2], *(-s for s in steps)), offset=add(window.offset, last))
         found = self._gathered(call, image, turned, made, None, (stride, around, dilation), groups)
         return None if found is None else replace(found, rest=without(call, 0))
+
+    def padded(self, found: Gathered) -> PaddedImage | None:
+        """`found` as a product of a padded copy of its image, if that has few channels."""
+        if found.given is None:
+            return None
+        image, weight = self.buffers[found.patches.buffer], self.buffers[found.given.of]
+        call, known = found.product.call, self.constants.get(found.given.of)
+        copy = padded_image(str(call.outputs[0]), found.patches, image, found.given, weight, known, call.origin)
+        return copy if copy is not None and _count(copy.image.shape) < LARGEST_OFFSET else None
 
     def weight_gradient(self, call: Call) -> Product | None:
         """That of a depthwise convolution's weight, if `call` is its backward: each of its elements is a sum over places."""
@@ -204,7 +217,8 @@ class PatchSearch:
         sizes = (1, patches.rows, patches.columns, channels)
         product = Product(call, patches, weight.matrix, result, sizes, axes, addend)  # type: ignore[arg-type]  # known
         direct = _weight_matrix(window) if depthwise and weight.filling is not None else None
-        return Gathered(product, weight.spec, weight.filling, weight.constant, direct=direct)
+        given = None if depthwise else window
+        return Gathered(product, weight.spec, weight.filling, weight.constant, direct=direct, given=given)
 
     def _is_computable(self, *tensors: Alias) -> bool:
         """Whether the tensors are on one GPU, of one dtype that kernels take, neither empty nor too large."""

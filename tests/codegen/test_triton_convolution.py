@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.ir.region import Contraction
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import DIRECT, IMPLICIT, STENCIL, STENCIL_SUMS, SUMS
+from fxopt.lower.contractions import DIRECT, IMPLICIT, PADDED, STENCIL, STENCIL_SUMS, SUMS
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept, searched
@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 from fxopt.codegen.templates.conv_config import StencilConfig, SumsConfig, implicit_configs, stencil_configs
 from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import configs, print_region
-from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
@@ -169,6 +169,33 @@ def test_values_of_stencils(interpreter: Interpreter, name: str) -> None:
     check(interpreter, *DEPTHWISE[name], STENCILS[1])
 
 
+FEW_CHANNELS: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "first layer": (dense(2, 3), (image(2, 3, 13, 11), weight(16, 3, 7), column(16))),
+    "a weight and images by rows": (
+        lambda x, w: F.relu(F.conv2d(x[1:], w.contiguous(), None, (1, 2), (0, 2), (2, 1))),
+        (image(2, 7, 9, 8), weight(24, 7, 3)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW_CHANNELS)
+def test_values_of_padded_images(interpreter: Interpreter, name: str) -> None:
+    check(interpreter, *FEW_CHANNELS[name], GEMMS[1], PADDED)
+
+
+def test_pixels_of_a_padded_image_are_loaded_at_once() -> None:
+    """Asynchronously, where single elements would be loaded into registers."""
+    low = searched(dense(2, 3), *shapes((16, 3, 112, 112), (64, 3, 7))[:2])
+    (step,) = (s for s in kept(low, PADDED).steps if isinstance(s, Contraction))
+    for arch in (80, 90, 100):
+        target = Target.cuda(arch)
+        first = contraction_candidates(step, target, "default")[0]
+        _, meta = compile_triton(first.sources[0], target)
+        assert meta["n_spills"] == 0, f"{first.label}: {meta}"
+    text = compile_to_text(contraction_candidates(step, TARGET, "default")[0].sources[0], TARGET, "ptx")
+    assert "cp.async.ca" in text and "ld.global" not in text
+
+
 @pytest.mark.parametrize(("name", "config"), [*((n, GEMMS[0]) for n in DENSE), ("first layer", GEMMS[1]), ("3x3", GEMMS[1])])
 def test_values_of_implicit_products(interpreter: Interpreter, name: str, config: GemmConfig) -> None:
     check(interpreter, *DENSE[name], config)
@@ -219,6 +246,9 @@ def test_nan_is_kept(interpreter: Interpreter) -> None:
     w = weight(32, 16, 3)
     (got,) = run(interpreter, dense(1, 1), (x, w), GEMMS[0])
     assert torch.equal(got.isnan(), dense(1, 1)(x, w).isnan())
+    x, w = x[:, 2:5].contiguous(memory_format=torch.channels_last), weight(16, 3, 3)
+    (got,) = run(interpreter, dense(2, 1), (x, w), GEMMS[0], PADDED)
+    assert torch.equal(got.isnan(), dense(2, 1)(x, w).isnan()) and got.isnan().any()
 
 
 def shapes(x: tuple[int, ...], w: tuple[int, ...]) -> tuple[Tensor, ...]:

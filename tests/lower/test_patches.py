@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.capture.decompositions import decompositions
+from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.region import Alternatives, Call, Contraction, Patches, Region
 from fxopt.lower import Lowered, patches
-from fxopt.lower.contractions import DIRECT, IMPLICIT, LIBRARY, STENCIL, STENCIL_SUMS, SUMS, with_contractions
+from fxopt.lower.contractions import DIRECT, IMPLICIT, LIBRARY, PADDED, STENCIL, STENCIL_SUMS, SUMS, with_contractions
 from fxopt.lower.convolutions import CUDNN
 from fxopt.lower.schedule import schedule
 from tests.lower.capturing import moved
@@ -48,6 +49,10 @@ def dense(x: Tensor, w: Tensor, *bias: Tensor) -> Tensor:
     return F.conv2d(x, w, bias[0] if bias else None, 2, w.shape[2] // 2)
 
 
+def stem(x: Tensor, w: Tensor, *bias: Tensor) -> Tensor:
+    return F.conv2d(x, w, bias[0] if bias else None, 2, 3)
+
+
 def batch_norm(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Of known statistics, which are multiplied and added channel by channel."""
     return F.hardswish(depthwise(x, w) * scale[:, None, None] + shift[:, None, None])
@@ -76,7 +81,30 @@ COMPUTED: dict[str, tuple[Function, tuple[Tensor, ...], list[list[str]]]] = {
     ),
     "dense": (lambda *a: F.gelu(dense(*a)), (image(2, 16, 7, 5), weight(24, 16)), [[LIBRARY, IMPLICIT]]),
     "strided 1x1": (lambda *a: F.gelu(dense(*a)), (image(2, 16, 7, 5), weight(24, 16, 1)), [[LIBRARY, IMPLICIT]]),
-    "result kept": (kept_too, (image(1, 3, 9, 7), weight(24, 3)), [[LIBRARY, IMPLICIT]]),
+    "result kept": (kept_too, (image(1, 3, 9, 7), weight(24, 3)), [[LIBRARY, IMPLICIT, PADDED]]),
+    "few channels": (lambda *a: F.silu(stem(*a)), (image(2, 3, 18, 13), weight(24, 3, 7)), [[LIBRARY, IMPLICIT, PADDED]]),
+    "few channels, alone": (
+        stem, (image(1, 3, 12, 9), weight(24, 3, 6).contiguous(), torch.randn(24).to(BF16)), [[LIBRARY, IMPLICIT, PADDED]],
+    ),
+    "few channels, one by one": (
+        lambda x, w: F.silu(F.conv2d(x, w, None, 1, (0, 2))), (image(2, 3, 7, 5), weight(24, 3)),
+        [[LIBRARY, IMPLICIT, PADDED]],
+    ),
+    "few channels, side by side": (
+        lambda x, w: F.silu(F.conv2d(x, w, None, 3)), (image(2, 5, 12, 9), weight(24, 5)),
+        [[LIBRARY, IMPLICIT, PADDED]],
+    ),
+    "few channels, strides apart": (
+        lambda x, w: F.silu(F.conv2d(x, w, None, (1, 3), (1, 0))), (image(2, 2, 6, 14), weight(24, 2, 4)),
+        [[LIBRARY, IMPLICIT, PADDED]],
+    ),
+    "a vector as they are": (
+        lambda x, w: F.silu(F.conv2d(x, w)), (image(2, 4, 7, 5), weight(24, 4)), [[LIBRARY, IMPLICIT]],
+    ),
+    "few channels, dilated": (
+        lambda x, w: F.silu(F.conv2d(x, w, None, 2, 1, 2)), (image(2, 3, 7, 7), weight(24, 3)),
+        [[LIBRARY, IMPLICIT, PADDED]],
+    ),
     "a weight by rows": (
         lambda *a: F.gelu(dense(*a)), (image(2, 16, 7, 5), weight(24, 16).contiguous()), [[LIBRARY, IMPLICIT]],
     ),
@@ -154,8 +182,8 @@ def test_where_a_call_of_cudnns_does_all_of_it_common_convolutions_are_left_to_t
     with torch.backends.cudnn.flags(enabled=True):
         assert ways(searched(relu, x, weight(24, 16))) == [[LIBRARY, CUDNN]]
         assert ways(searched(relu, x, weight(24, 16), every=True)) == [[LIBRARY, IMPLICIT, CUDNN]]
-        for args in ((x, weight(24, 16, 1)), (colours, weight(24, 3))):
-            assert ways(searched(relu, *args)) == [[LIBRARY, IMPLICIT, CUDNN]]
+        assert ways(searched(relu, x, weight(24, 16, 1))) == [[LIBRARY, IMPLICIT, CUDNN]]
+        assert ways(searched(relu, colours, weight(24, 3))) == [[LIBRARY, IMPLICIT, PADDED, CUDNN]]
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -196,6 +224,31 @@ def test_a_frozen_weight_is_laid_out_once() -> None:
     assert torch.equal(known, args[1][:, 0].permute(1, 2, 0).float())
     (got,) = run_lowered(moved(own, "cpu"), {own.inputs[0]: args[0]})
     assert_closer(got, depthwise(*args), depthwise(*to_float64(args)), k=0)
+
+
+def test_a_frozen_weight_of_a_padded_image_is_laid_out_once() -> None:
+    args = (image(2, 3, 9, 6), weight(24, 3, 7).contiguous())
+    own = kept(frozen(stem, args, (1,)), PADDED)
+    assert [type(s) for s in own.steps] == [Region, Contraction]
+    known = own.constants[own.steps[1].b.buffer]  # type: ignore[union-attr]
+    assert torch.equal(known, F.pad(args[1].permute(0, 2, 3, 1), (0, 1)))
+    (got,) = run_lowered(moved(own, "cpu"), {own.inputs[0]: args[0]})
+    assert_closer(got, stem(*args), stem(*to_float64(args)), k=0)
+
+
+def test_images_of_8_bits_are_padded_too() -> None:
+    x, w = (torch.randint(-100, 101, shape).to(torch.int8) for shape in ((2, 9, 7, 3), (24, 7, 7, 3)))
+    args = (x.permute(0, 3, 1, 2), w, torch.tensor(0.01), torch.rand(24) * 0.01, torch.randn(24))
+
+    def fn(*given: Tensor) -> Tensor:
+        return torch.relu(SCALED_CONVOLUTION(*given, [2, 2], [3, 3], [1, 1], F16))
+
+    low = searched(fn, *args)
+    assert ways(low) == [[LIBRARY, IMPLICIT, PADDED]]
+    own = kept(low, PADDED)
+    assert {own.buffers[step.writes()[0]].dtype for step in own.steps[:2]} == {torch.int8}  # type: ignore[union-attr]
+    (got,) = run_lowered(own, dict(zip(low.inputs, args, strict=True)))
+    torch.testing.assert_close(got, fn(*args), rtol=1e-3, atol=0.0)
 
 
 def test_a_weight_that_lies_as_kernels_read_it_is_no_copy() -> None:
