@@ -7,7 +7,7 @@ convolutions that a call of cuDNN's computes together with the region over their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import gcd
 
@@ -32,6 +32,7 @@ from fxopt.ir.region import (
     Way,
     refs,
 )
+from fxopt.lower.before_windows import before_windows
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.cut_products import cut_to, padding_of
 from fxopt.lower.epilogues import Epilogues
@@ -191,12 +192,14 @@ class _Search:
             if isinstance(region, Region) and name in self.accesses[j][0]:
                 place = self._place((k, j))
                 if place is not None:
+                    wanted = self._is_wanted(name, (k, j)) if name else True
+                    first, after = (region, ()) if wanted else self._parted(region, name)
                     ways = [Way(LIBRARY, (call, region))]
-                    fused = self.epilogues.of(own.product, region, self._is_wanted(name, (k, j))) if own and name else None
+                    fused = self.epilogues.of(own.product, first, wanted) if own and name else None
                     if own is not None and fused is not None:
-                        ways += self._gathering(call, own, fused, gradient)
+                        ways += _followed(self._gathering(call, own, fused, gradient), after)
                     apart = self._among(region.name, (call,), region, ways)
-                    found = self._with_fused_calls(apart, (k, j), call, region)
+                    found = self._with_fused_calls(apart, (k, j), call, first, after)
                     if found is not apart and own is not None and is_common(own.patches) and not self.every:
                         found = replace(found, ways=tuple(w for w in found.ways if w.label != IMPLICIT))
                     if len(found.ways) > 1:
@@ -272,15 +275,29 @@ class _Search:
                 return True
         return False
 
-    def _with_fused_calls(self, found: Alternatives, steps: tuple[int, int], call: Call, region: Region) -> Alternatives:
-        """`found` for `call` and `region`, at `steps`, with the ways in which a single call computes both."""
+    def _with_fused_calls(
+        self, found: Alternatives, steps: tuple[int, int], call: Call, region: Region, after: tuple[Region, ...] = ()
+    ) -> Alternatives:
+        """`found` for `call` and `region`, at `steps`, with the ways in which a single call computes both, then `after`."""
         if call.outputs[0] is None or self._is_wanted(call.outputs[0], steps):
             return found
-        return self._with_ways(found, self.convolutions.ways(call, region))
+        return self._with_ways(found, tuple(_followed(self.convolutions.ways(call, region), after)))
+
+    def _parted(self, region: Region, name: str) -> tuple[Region, tuple[Region, ...]]:
+        """What may follow convolution `name` as its epilogue, and what comes after that: `region` in two parts, if windows
+        of it overlap over the convolution's elements.
+        """
+        parts = before_windows(region, self.lowered.buffers[name])
+        if parts is None:
+            return region, ()
+        first, after, between = parts
+        self.convolutions.buffers[between.name] = between
+        return first, (after,)
 
     def _with_ways(self, found: Alternatives, ways: Sequence[Way]) -> Alternatives:
         """`found` with `ways` that are library calls."""
-        names = [n for way in ways for step in way.steps if isinstance(step, Call) for n in refs(step.args)]
+        named = (s for way in ways for s in way.steps if isinstance(s, Call))
+        names = [n for call in named for n in (*refs(call.args), *call.outputs) if n is not None]
         more = {n: self.convolutions.buffers[n] for n in names if n not in self.views}
         return replace(found, ways=(*found.ways, *ways), buffers={**found.buffers, **more}) if ways else found
 
@@ -509,6 +526,10 @@ class _Search:
                 reads |= {self._root(n) for n in refs((step.args, step.kwargs))}
                 writes |= {self._root(n) for n in (*step.outputs, *step.writes) if n is not None}
         return frozenset(reads), frozenset(writes)
+
+
+def _followed(ways: Iterable[Way], after: tuple[Region, ...]) -> Iterator[Way]:
+    return (Way(way.label, (*way.steps, *after)) for way in ways)
 
 
 def _may_stand_beside_others(product: Product) -> bool:

@@ -105,7 +105,7 @@ class FusedConvolutions:
             return False
         if groups != 1 and int(window.shape[1]) < FEWEST_CHANNELS:  # type: ignore[arg-type]  # moderate: known
             return False
-        return _is_channels_last(image.shape, image.strides) and _is_channels_last(result.shape, result.strides)
+        return is_channels_last(image.shape, image.strides) and is_channels_last(result.shape, result.strides)
 
     def _is_laid_out(self, found: ChannelSum, region: Region, result: BufferSpec) -> bool:
         """Whether residual and region's result have dtype and layout of `result`, and the latter has memory of its own."""
@@ -186,7 +186,8 @@ def _is_moderate(shape: Sequence[Int]) -> bool:
     return all(isinstance(n, int) for n in shape) and isinstance(count, int) and 0 < count <= MOST_ELEMENTS
 
 
-def _is_channels_last(shape: Sequence[Int], strides: Sequence[Int]) -> bool:
+def is_channels_last(shape: Sequence[Int], strides: Sequence[Int]) -> bool:
+    """Whether an image [N, C, H, W] is dense, with its channels side by side."""
     batch, channels, height, width = shape
     rows = contiguous_strides((batch, height, width, channels))
     wanted = (rows[0], rows[3], rows[1], rows[2])

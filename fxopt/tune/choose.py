@@ -197,7 +197,19 @@ class _Tuning:
         """Every choice for the steps of other ways than the first, by name."""
         names = [s.name for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
         known = {name: self.optional.of[name] for name in names if name in self.optional.of}
-        return {n: [_adopted(c, self.optional.own[n]) for c in _usable(contest)] for n, contest in known.items()}
+        alone = {s.name for way in each.ways[1:] if len(way.steps) == 1 for s in way.steps if not isinstance(s, Call)}
+        tried = {name: self._contenders(contest, name in alone) for name, contest in known.items()}
+        return {name: [_adopted(c, self.optional.own[name]) for c in choices] for name, choices in tried.items()}
+
+    def _contenders(self, contest: _Contest, alone: bool) -> list[Choice]:
+        """What is tried for a step of a way: of a region that is not `alone` in it, its own winner: every configuration of
+        each step with every one of the others would be many.
+        """
+        if alone or not isinstance(contest.region, Region | Batch) or not contest.built:
+            return _usable(contest)
+        if id(contest) not in self.winners:
+            self.winners[id(contest)] = _fastest(contest, self.store, self.measurements)
+        return [self.winners[id(contest)]]
 
     def _winner(self, name: str) -> Choice:
         return _adopted(self.winners[id(self.needed.of[name])], self.needed.own[name])

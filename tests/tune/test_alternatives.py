@@ -19,7 +19,7 @@ from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Ref, Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, row_norms
-from fxopt.lower.contractions import FUSED, LIBRARY, ROW
+from fxopt.lower.contractions import FUSED, LIBRARY, PADDED, ROW
 from fxopt.lower.convolutions import ADD_RELU, BIAS_OF, CUDNN, RELU
 from fxopt.options import Options
 from fxopt.report.render import journal_to_text
@@ -352,6 +352,23 @@ def test_a_convolution_with_its_activation_is_one_call(bench: Bench, store: Arti
     assert call.op == RELU and not chosen
     plan = planned(low, chosen)
     assert plan.steps[0] == call and set(allocated(plan)) <= {low.outputs[0].name}
+
+
+def test_regions_beside_a_convolution_take_their_own_winners(bench: Bench, store: ArtifactStore) -> None:
+    """Of a padded copy before it and a pooling after it one configuration each is in the contest."""
+
+    def first_layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(F.silu(F.conv2d(x, w, None, 2, 3)), 3, 2, 1)
+
+    bench.seconds = {PADDED: 0.5}
+    images = rand(16, 3, 112, 112).contiguous(memory_format=torch.channels_last), rand(64, 3, 7, 7)
+    low, chosen, failed, _ = tuned(captured(first_layer, images), store, mode="default")
+    *copies, product, pooling = steps_of(low)
+    assert not failed and [type(s) for s in (*copies, product, pooling)] == [Region, Region, Contraction, Region]
+    labels = [label for name, found in bench.measured if found[0] == LIBRARY for label in found if label.startswith(PADDED)]
+    assert len(labels) == len(contraction_candidates(product, TARGET, "default")) > 1
+    launches = [s for s in planned(low, chosen).steps if isinstance(s, Launch)]
+    assert len(launches) == 4
 
 
 @pytest.mark.parametrize("op", [RELU, ADD_RELU])
