@@ -40,6 +40,7 @@ from fxopt.passes.open_mask import open_mask
 from fxopt.passes.pad_gemm import pad_gemm
 from fxopt.passes.product_bias import product_bias
 from fxopt.passes.quantize import quantize
+from fxopt.passes.quantized_pools import quantized_pools
 from fxopt.passes.quantized_residuals import quantized_residuals
 from fxopt.passes.stored_attention import stored_attention
 from fxopt.passes.views import views
@@ -79,6 +80,7 @@ PASSES: tuple[Pass, ...] = (
     *_UP_TO_LAYERS,
     Pass("quantize", quantize),
     Pass("quantized_residuals", quantized_residuals),
+    Pass("quantized_pools", quantized_pools),  # what was a residual besides is read in 8 bits now
     Pass("stored_attention", stored_attention),
     Pass("merged_products", merged_products),
     Pass("product_bias", product_bias),  # biases are merged by now; a padded product would want a padded one

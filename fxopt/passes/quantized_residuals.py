@@ -35,7 +35,7 @@ def quantized_residuals(context: Context) -> None:
         if values in done:
             continue
         done.add(values)
-        chain = _cast_chain(values)
+        chain = cast_chain(values)
         if chain is None or escapes(chain[-1]):
             continue
         source = chain[-1]
@@ -44,7 +44,7 @@ def quantized_residuals(context: Context) -> None:
             _read_quantized(context, source, values, scale, additions)
 
 
-def _cast_chain(values: fx.Node) -> list[fx.Node] | None:
+def cast_chain(values: fx.Node) -> list[fx.Node] | None:
     """The nodes between int8 `values` and the floating ones that they are made of, which come last."""
     held = tensor(values)
     if held is None or held.dtype != torch.int8:

@@ -13,6 +13,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION, scaled_convolution
 from fxopt.ir.quantized_ops import FLOAT8, quantize_weight
 from fxopt.journal import Journal
+from fxopt.passes import quantized_pools
 from fxopt.passes.context import Context, DefaultOptions
 from fxopt.passes.pipeline import run
 from fxopt.precision import Decisions, KnownLayer
@@ -153,6 +154,53 @@ def test_a_residual_is_read_in_8_bits() -> None:
 def test_a_residual_stays_as_it_is(fn: Any, precision: str, options: Any) -> None:
     graph, context = quantized(fn, CHAIN, (1, 2), precision, TABLE, **options)
     assert calls(graph).count(NAME) == 2 and not any("alone" in note for note in notes(context))
+
+
+def stem(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """A first layer, a pooling and the next convolution."""
+    y = torch.relu(F.conv2d(x, w, None, 1, 1) * 2.0)
+    return F.conv2d(F.max_pool2d(y, 3, 2, 1), v, None, 1, 1)
+
+
+POOLS: dict[str, tuple[Any, str, bool]] = {
+    "largest": (stem, "int8", True),
+    "a residual besides": (
+        lambda x, w, v: torch.relu(F.conv2d(y := F.max_pool2d(F.conv2d(x, w), 3, 1, 1), v, None, 1, 1) + y), "int8", True,
+    ),
+    "float8": (stem, "fp8", False),
+    "windows that do not overlap": (lambda x, w, v: F.conv2d(F.max_pool2d(F.conv2d(x, w), 2), v), "int8", False),
+    "read by others": (lambda x, w, v: (F.conv2d(y := F.max_pool2d(F.conv2d(x, w), 3, 1), v), y), "int8", False),
+    "of an input": (lambda x, w, v: F.conv2d(F.max_pool2d(x, 3, 1), w) + F.conv2d(x, v).sum(), "int8", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_what_is_pooled_is_quantized_before_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_pools, "pools_on", lambda device: True)
+    fn, precision, expected = POOLS[name]
+    args = image(2, 16, 9, 8), torch.randn(16, 16, 3, 3) / 12, torch.randn(16, 16, 3, 3) / 12
+    graph, _ = quantized(fn, args, (1, 2), precision, TABLE)
+    apart, _ = quantized(fn, args, (1, 2), precision, TABLE, disable=("quantized_pools",))
+    pools = [n for n in graph.gm.graph.nodes if n.target is torch.ops.aten.max_pool2d_with_indices.default]
+    assert [n.args[0].meta["val"].dtype == torch.int8 for n in pools] == [expected]
+    for got, wanted in zip(execute(graph, args), execute(apart, args), strict=True):
+        assert torch.equal(got, wanted) and got.stride() == wanted.stride()
+
+
+def test_casts_that_may_turn_order_around_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a negative scale, or one that is not known."""
+    monkeypatch.setattr(quantized_pools, "pools_on", lambda device: True)
+
+    def fn(x: Tensor, w: Tensor, factor: Tensor) -> Tensor:
+        return (F.max_pool2d(F.conv2d(x, w), 3, 2) * factor).round().clamp(-127.0, 127.0).to(torch.int8).float()
+
+    args = image(1, 8, 9, 8), torch.randn(8, 8, 3, 3)
+    for factor, frozen, expected in ((3.0, (1, 2), True), (-3.0, (1, 2), False), (3.0, (1,), False)):
+        given = (*args, torch.tensor(factor))
+        graph = capture(fn, given, frozen=frozen)
+        context = run(graph, DefaultOptions(check=True), Journal("test"))
+        assert any(r.rule == "quantized_pools.max_pool" for r in context.log) == expected
+        assert torch.equal(execute(graph, given)[0], fn(*given))
 
 
 LEFT: list[tuple[Any, tuple[int, ...], tuple[int, ...], str, Any, str]] = [
