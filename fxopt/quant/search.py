@@ -8,6 +8,8 @@
 4. That is compiled, its error or metric measured on real batches, and layers are taken back until the budget holds.
 5. It is timed beside the compiled model that is not quantized, which is the result if it is as fast.
 
+Steps 1 and 2 are the same for every budget: a `Search` does them once, and decides for as many budgets as it is asked.
+
 Errors are deterministic, times are not: two searches may differ in layers that save about as much.
 """
 
@@ -46,7 +48,7 @@ PROBES = 2
 """Batches on which each layer alone is tried; decisions are tried on all."""
 
 MOST_TRIED = 128
-"""Layers and precisions that are tried one by one; of more, gradients tell which come first."""
+"""Layers and precisions that are tried one by one if no other number is given; of more, gradients tell which come first."""
 
 MOST_COMPILATIONS = 4
 """Of the quantized model, each with fewer layers than the one before."""
@@ -90,6 +92,7 @@ def quantize(
     method: str = "amax",
     fit: bool = True,
     seconds: float = 0.5,
+    trials: int = MOST_TRIED,
     progress: bool = True,
     backend: Any = "fxopt",
 ) -> Result:
@@ -100,29 +103,32 @@ def quantize(
     is called about ten times. `batches` of the loader are used at most, and kept in memory; `forward` and `method` are
     those of `fxopt.calibrate`. With `fit`, outliers of linear layers' channels are moved into weights as it suits the first
     of `precisions` that is one of integers (`fxopt.activation_aware`). `precisions` are those to choose from; "high", the
-    model's own, always is one. `seconds` is the time for measuring each shape of layer. The model is in evaluation mode;
+    model's own, always is one. `seconds` is the time for measuring each shape of layer, `trials` how many layers and
+    precisions are tried one by one at most: of the others, gradients estimate the error. The model is in evaluation mode;
     its weights are frozen.
 
     What is returned was measured: the budget holds on these batches, and the model is faster than the compiled model that
     is not quantized. If there is no such, that one is returned, with a warning, and `refused` says why.
 
-    Raises OptionError for a budget or precisions that are none, CalibrationError for a model, batches or a metric that
-    cannot be used (see `fxopt.calibrate`).
+    Raises OptionError for a budget, precisions or trials that are none, CalibrationError for a model, batches or a metric
+    that cannot be used (see `fxopt.calibrate`).
     """
-    wanted = _checked_precisions(precisions)
     _check_budget(budget)
-    model = getattr(model, "_orig_mod", model)
-    given = itertools.islice(checked_loader(loader), batches) if isinstance(model, nn.Module) else []
-    kept = [on_device(batch, model) for batch in given]
-    on_gpu = any(t.is_cuda for t in itertools.chain(model.parameters(), model.buffers())) if kept else False
-    observe = (ATTENTION,) if on_gpu and "fp8" in wanted else ()
-    calibration = calibrate(model, kept, forward=forward, method=method, observe=observe, progress=progress, backend=backend)
-    integers = next((name for name in wanted if "int" in str(PRECISIONS[name].weights)), None)
-    if fit and integers is not None and groups(calibration, model, (LINEAR,)):
-        calibration = activation_aware(calibration, model, kept, integers, forward=forward, kinds=(LINEAR,))
-    trial = Trial(model, kept, calibration, forward)
-    search = _Search(trial, calibration, metric, budget, backend, seconds, progress)
-    return search.run(wanted)
+    search = Search(
+        model,
+        loader,
+        metric=metric,
+        precisions=precisions,
+        batches=batches,
+        forward=forward,
+        method=method,
+        fit=fit,
+        seconds=seconds,
+        trials=trials,
+        progress=progress,
+        backend=backend,
+    )
+    return search.within(budget)
 
 
 def _checked_precisions(precisions: Sequence[str]) -> list[str]:
@@ -139,58 +145,88 @@ def _checked_precisions(precisions: Sequence[str]) -> list[str]:
     return wanted
 
 
+def _check_trials(trials: int) -> None:
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
+        raise OptionError(f"a number of trials is an integer of 1 or more, not {trials!r}")
+
+
 def _check_budget(budget: float) -> None:
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if not number or not (math.isfinite(budget) and budget >= 0.0):
         raise OptionError(f"a budget is a number of 0 or more, not {budget!r}")
 
 
-class _Search:
+class Search:
+    """What `quantize` measures of a model and its layers, once, and what it decides from that for a budget.
+
+    The arguments are those of `quantize`.
+    """
+
     def __init__(
         self,
-        trial: Trial,
-        calibration: Calibration,
-        metric: Metric | None,
-        budget: float,
-        backend: Any,
-        seconds: float,
-        progress: bool,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        metric: Metric | None = None,
+        precisions: Sequence[str] = ("fp8", "int8", "int8-dynamic", HIGH),
+        batches: int = 8,
+        forward: Forward | None = None,
+        method: str = "amax",
+        fit: bool = True,
+        seconds: float = 0.5,
+        trials: int = MOST_TRIED,
+        progress: bool = True,
+        backend: Any = "fxopt",
     ) -> None:
-        self.trial, self.calibration, self.budget = trial, calibration, budget
+        wanted = _checked_precisions(precisions)
+        _check_trials(trials)
+        model = getattr(model, "_orig_mod", model)
+        given = itertools.islice(checked_loader(loader), batches) if isinstance(model, nn.Module) else []
+        kept = [on_device(batch, model) for batch in given]
+        on_gpu = any(t.is_cuda for t in itertools.chain(model.parameters(), model.buffers())) if kept else False
+        observe = (ATTENTION,) if on_gpu and "fp8" in wanted else ()
+        table = calibrate(model, kept, forward=forward, method=method, observe=observe, progress=progress, backend=backend)
+        integers = next((name for name in wanted if "int" in str(PRECISIONS[name].weights)), None)
+        if fit and integers is not None and groups(table, model, (LINEAR,)):
+            table = activation_aware(table, model, kept, integers, forward=forward, kinds=(LINEAR,))
+        self.calibration, self.trial = table, Trial(model, kept, table, forward)
         self.metric, self.backend, self.seconds, self.progress = metric, backend, seconds, progress
+        self.device = next(itertools.chain(model.parameters(), model.buffers())).device
         self.rows: dict[str, LayerReport] = {}
         self._emulated: dict[int, float] = {}
-        self.device = next(itertools.chain(trial.model.parameters(), trial.model.buffers())).device
-
-    def run(self, precisions: Sequence[str]) -> Result:
+        self._reached: dict[Decisions, tuple[Callable[..., Any], float]] = {}
         per_batch = self.trial.calls()
         self.at = longest(per_batch)
-        self.timed, calls = self.trial.batches[self.at], per_batch[self.at]
+        self.timed = kept[self.at]
         self.high = self._compiled({})
-        self.loss = Loss(self.trial, self.metric, self.high)
-        offers = self._offers(calls, precisions)
-        self.order = in_order(offers)
+        self.loss = Loss(self.trial, metric, self.high)
+        self.order = in_order(self._offers(per_batch[self.at], wanted, trials))
+
+    def within(self, budget: float) -> Result:
+        """The model with the layers quantized that save the most time within `budget`. Raises OptionError for a budget that
+        is none."""
+        _check_budget(budget)
+        self.budget = budget
         if not self.order:
             return self._refused("no layer is faster in another precision on this device")
-        count = self._most_within(self.budget)
+        count = self._most_within(budget)
         for _ in range(MOST_COMPILATIONS):
             if not count:
                 break
             chosen = decisions(self.order[:count])
-            quantized = self._compiled(chosen)
-            reached = self.loss.of(quantized)
-            if reached <= self.budget:
+            quantized, reached = self._compiled_and_judged(chosen)
+            if reached <= budget:
                 return self._if_faster(quantized, chosen, reached)
-            aim = self.budget * BACK_OFF * (self.budget / reached if math.isfinite(reached) else 0.0)
+            aim = budget * BACK_OFF * (budget / reached if math.isfinite(reached) else 0.0)
             count = min(count - 1, self._most_within(aim))
-        return self._refused(f"no layer that is faster leaves {self._what()} within the budget of {self.budget:g}")
+        return self._refused(f"no layer that is faster leaves {self._what()} within the budget of {budget:g}")
 
     def _what(self) -> str:
         return "the error" if self.metric is None else "the metric's loss"
 
     # ------------------------------------------------------------------ measurements of layers
 
-    def _offers(self, calls: Mapping[str, LayerCall], precisions: Sequence[str]) -> list[Offer]:
+    def _offers(self, calls: Mapping[str, LayerCall], precisions: Sequence[str], trials: int) -> list[Offer]:
         possible: dict[str, list[str]] = {}
         for layer in self.calibration.layers:
             if layer.kind == ATTENTION:
@@ -208,11 +244,11 @@ class _Search:
         self._time(calls, possible)
         self._time_attention(precisions)
         pairs = [(name, p) for name, row in self.rows.items() for p in row.saved if row.saved[p] > 0.0]
-        errors = estimated_errors(self.trial, pairs, PROBES) if len(pairs) > MOST_TRIED else {}
+        errors = estimated_errors(self.trial, pairs, PROBES) if len(pairs) > trials else {}
         offers = [Offer(name, p, errors.get((name, p), 0.0), self.rows[name].saved[p]) for name, p in pairs]
         # Those that would go first, or of which gradients tell nothing, are tried.
         ahead = [(offer.layer, offer.precision) for offer in in_order(offers)] if errors else pairs
-        tried = {pair for pair in pairs if pair not in errors} | set(ahead[:MOST_TRIED] if errors else pairs)
+        tried = {pair for pair in pairs if pair not in errors} | set(ahead[:trials] if errors else pairs)
         for name, precision in shown([pair for pair in pairs if pair in tried], "errors of layers", self.progress):
             errors[name, precision] = self.trial.emulated_error({name: precision}, PROBES)
         for name, precision in pairs:
@@ -281,6 +317,14 @@ class _Search:
             self._emulated[count] = self.loss.emulated(decisions(self.order[:count]))
         return self._emulated[count]
 
+    def _compiled_and_judged(self, chosen: Mapping[str, str]) -> tuple[Callable[..., Any], float]:
+        """The model with `chosen` layers quantized, and what of a budget it takes; each is compiled once."""
+        key = Decisions.of(chosen)
+        if key not in self._reached:
+            quantized = self._compiled(chosen)
+            self._reached[key] = quantized, self.loss.of(quantized)
+        return self._reached[key]
+
     def _compiled(self, chosen: Mapping[str, str]) -> Callable[..., Any]:
         """`chosen` layers quantized, compiled as the user would; run once on each batch."""
         options: dict[str, Any] = {"freeze": True}
@@ -300,36 +344,38 @@ class _Search:
         before, after = timings[HIGH].median, timings["quantized"].median
         if after > (1.0 - NOISE_OF_MODEL) * before:
             return self._refused("quantized, the whole model is not faster", reached, before, after)
-        self._explain(chosen, "beyond the budget")
-        return self._result(quantized, chosen, None, reached, before, after)
+        return self._result(quantized, chosen, "beyond the budget", None, reached, before, after)
 
     def _refused(
         self, why: str, reached: float | None = None, before: float | None = None, after: float | None = None
     ) -> Result:
-        self._explain({}, why)
         warnings.warn(f"fxopt.quantize: {why}; the model stays as it is", stacklevel=4)
-        return self._result(self.high, {}, why, reached, before, after)
+        return self._result(self.high, {}, why, why, reached, before, after)
 
-    def _explain(self, chosen: Mapping[str, str], left_out: str) -> None:
-        """Decisions and reasons; `left_out` is that of layers which would be faster."""
+    def _explained(self, chosen: Mapping[str, str], left_out: str) -> tuple[LayerReport, ...]:
+        """The rows with decisions and reasons; `left_out` is that of layers which would be faster."""
+        rows = []
         for name, row in self.rows.items():
-            row.decision = chosen.get(name, HIGH)
-            if row.decision != HIGH:
-                row.why = "saves the most for its error"
-            elif not row.why:
-                row.why = left_out if any(gain > 0.0 for gain in row.saved.values()) else "no precision is faster"
+            decision, why = chosen.get(name, HIGH), row.why
+            if decision != HIGH:
+                why = "saves the most for its error"
+            elif not why:
+                why = left_out if any(gain > 0.0 for gain in row.saved.values()) else "no precision is faster"
+            rows.append(replace(row, decision=decision, why=why))
+        return tuple(rows)
 
     def _result(
         self,
         model: Any,
         chosen: Mapping[str, str],
+        left_out: str,
         refused: str | None,
         reached: float | None,
         before: float | None,
         after: float | None,
     ) -> Result:
         report = Report(
-            layers=tuple(self.rows.values()),
+            layers=self._explained(chosen, left_out),
             measure="relative error" if self.metric is None else "metric's loss",
             budget=self.budget,
             reached=reached,

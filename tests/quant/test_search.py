@@ -99,6 +99,21 @@ def test_fitted_channels_let_more_layers_keep_the_budget(times: dict[str, float]
     assert _chosen(result) == ["calm", "wild"] and _error(result.model, model) <= 0.02
 
 
+def test_one_search_decides_for_several_budgets(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `quantize` does for each, without measuring layers again; what a budget has compiled serves the next."""
+    model, judged = _Model().eval(), []
+    monkeypatch.setattr(search.Loss, "of", lambda self, run: judged.append(run) or self._added(self._trial.error(run)))
+    several = search.Search(model, _loader(), precisions=("int8", HIGH), fit=False, progress=False)
+    monkeypatch.setattr(search.Trial, "emulated_error", lambda *args: pytest.fail("a layer was tried again"))
+    monkeypatch.setattr(several.loss, "emulated", lambda decisions: 0.02 * len(decisions))
+    small, large, again = (several.within(budget) for budget in (0.02, 1.0, 0.025))
+    assert [_chosen(r) for r in (small, large, again)] == [["calm"], ["calm", "wild"], ["calm"]]
+    assert [r.report().budget for r in (small, large, again)] == [0.02, 1.0, 0.025]
+    assert again.model is small.model and len(judged) == 2
+    rows = {layer.name: layer for layer in small.report().layers}
+    assert rows["wild"].why == "beyond the budget"  # which a later budget has not written over
+
+
 def test_what_is_not_faster_is_refused(times: dict[str, float]) -> None:
     model = _Model().eval()
     times["quantized"] = 2.0
@@ -139,10 +154,9 @@ def test_the_budget_may_be_that_of_a_metric(times: dict[str, float]) -> None:
         _quantize(model, 1.0, metric=lambda run: "good")
 
 
-def test_of_many_layers_those_that_go_first_are_tried(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "MOST_TRIED", 1)
+def test_of_many_layers_those_that_go_first_are_tried(times: dict[str, float]) -> None:
     model = _Model().eval()
-    result = _quantize(model, 0.02)
+    result = _quantize(model, 0.02, trials=1)
     layers = {layer.name: layer for layer in result.report().layers}
     assert (layers["calm"].estimated, layers["wild"].estimated) == ([], ["int8"])
     assert _chosen(result) == ["calm"] and _error(result.model, model) <= 0.02
@@ -178,6 +192,12 @@ def test_a_budget_is_a_number(budget: Any) -> None:
 def test_precisions_are_known_names(precisions: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         fxopt.quantize(_Model().eval(), _loader(), precisions=precisions, progress=False)
+
+
+@pytest.mark.parametrize("trials", [0, 1.5, True])
+def test_trials_are_a_number_of_one_or_more(trials: Any) -> None:
+    with pytest.raises(OptionError, match="trials"):
+        _quantize(_Model().eval(), 0.1, trials=trials)
 
 
 def test_no_batches_and_training_mode_are_errors() -> None:
