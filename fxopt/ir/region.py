@@ -560,13 +560,15 @@ class Way:
 class Alternatives:
     """The same values in several ways, of which the tuner keeps the fastest. The first is what runs when nothing is known.
 
-    `buffers` describes every buffer that a way reads or writes, `views` what calls name beside buffers.
+    `buffers` describes every buffer that a way reads or writes, `views` what calls name beside buffers. Of the buffers in
+    `uniform` all elements are equal, and a way may read one for all: the others need not give its values for other data.
     """
 
     name: str
     ways: tuple[Way, ...]
     buffers: dict[str, BufferSpec]
     views: tuple[Alias, ...] = ()
+    uniform: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
         return hash(self.name)

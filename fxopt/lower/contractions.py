@@ -13,7 +13,8 @@ from math import gcd
 
 import torch
 
-from fxopt.ir.exprs import Int, ask
+from fxopt.ir.exprs import Int, ask, free_symbols
+from fxopt.ir.loops import Load
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.quantized_ops import LARGEST
 from fxopt.ir.region import (
@@ -91,13 +92,32 @@ class _Search:
         self.epilogues = Epilogues(lowered.buffers, self.convolutions.buffers)
         self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
         self.views_of: dict[str, tuple[Alias, ...]] = {}
+        self.uniform: dict[str, bool] = {}
+
+    def _product(self, call: Call) -> Product | None:
+        """`call` as a product. A constant scale that is the same for all rows, repeated because the library wants it so, is
+        read once by kernels of ours; their contests are told that it is (`Alternatives.uniform`)."""
+        product = find_product(call, self.lowered.buffers, self.views)
+        if product is None or not product.scales or not free_symbols(product.scales[0].index):
+            return product
+        first, *others = product.scales
+        if not self._is_uniform(first.buffer):
+            return product
+        return replace(product, scales=(Load(first.buffer, 0, first.dtype), *others))
+
+    def _is_uniform(self, name: str) -> bool:
+        """Whether `name` is a constant of equal elements."""
+        if name not in self.uniform:
+            value = self.lowered.constants.get(name)
+            self.uniform[name] = value is not None and value.numel() > 0 and bool((value == value.reshape(-1)[0]).all())
+        return self.uniform[name]
 
     def run(self) -> Lowered:
         alone: dict[int, Product] = {}
         beside: dict[int, Product] = {}
         for k in range(len(self.steps)):
             step = self.steps[k]  # which a product before may have taken
-            product = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
+            product = self._product(step) if isinstance(step, Call) else None
             if product is not None and not self._is_eligible(product):
                 product = None
             convolution = step if isinstance(step, Call) and step.op == CONVOLUTION else None
@@ -391,7 +411,7 @@ class _Search:
         """What region `j` may read beside product `k`: (the step that computes it, the two products)."""
         for i in range(k + 1, j):
             step = self.steps[i]
-            other = find_product(step, self.lowered.buffers, self.views) if isinstance(step, Call) else None
+            other = self._product(step) if isinstance(step, Call) else None
             if other is None or not self._is_eligible(other) or other.result.buffer not in self.accesses[j][0]:
                 continue
             if (other.a, other.sizes, other.ends) == (product.a, product.sizes, product.ends) and _strides(
@@ -500,7 +520,9 @@ class _Search:
             *(n for call in calls for n in call.outputs if n is not None),
             *map(self._root, named),
         ]
-        return Alternatives(name, tuple(ways), {n: self.convolutions.buffers[n] for n in dict.fromkeys(names)}, views)
+        buffers = {n: self.convolutions.buffers[n] for n in dict.fromkeys(names)}
+        uniform = frozenset(n for n in buffers if self.uniform.get(n))
+        return Alternatives(name, tuple(ways), buffers, views, uniform)
 
     # ------------------------------------------------------------------ which step touches what
 

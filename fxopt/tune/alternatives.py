@@ -50,7 +50,7 @@ class Settler:
         contenders = _settled(each.ways[0], {name: [choice] for name, choice in chosen.items()})
         contenders += [s for way in each.ways[1:] for s in _settled(way, built)]
         trials = [_trial(each, contender) for contender in contenders]
-        memory = _memory(each, self.steady_bytes)
+        memory = memory_of(each, self.steady_bytes)
         facts = _facts(each, memory, trials)
         label = self._known.get(key := repr(facts))
         if label is None:
@@ -107,11 +107,12 @@ def _fastest(
     return winner
 
 
-def _memory(alternatives: Alternatives, steady_bytes: int) -> Memory:
+def memory_of(alternatives: Alternatives, steady_bytes: int = 0) -> Memory:
+    """What the trials of `alternatives` share."""
     steps = [step for way in alternatives.ways for step in way.steps]
     grouped = (c for c in steps if isinstance(c, Contraction) and c.ends)
     rows = {c.ends: m for c in grouped if isinstance(m := c.sizes[1], int)}
-    memory = Memory(alternatives.buffers, ends=rows)
+    memory = Memory(alternatives.buffers, ends=rows, uniform=alternatives.uniform)
     steady = {n for s in steps if (r := _region(s)) is not None for n in r.steady}
     return with_cold_weights(memory, steady, steady_bytes, alternatives.device)
 
@@ -126,6 +127,9 @@ def _facts(alternatives: Alternatives, memory: Memory, trials: Sequence[Trial]) 
     return {
         "trials": [[t.label, *(_part_facts(p) for p in t.parts)] for t in trials],
         "assumed": assumed_sizes(memory, trials),
+        "uniform": sorted(
+            repr((b.dtype, b.shape)) for name, b in alternatives.buffers.items() if name in alternatives.uniform
+        ),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,

@@ -55,6 +55,9 @@ REPEATS = 8
 MOST_COPIES = 64
 """Of buffers that are to be cold: what is smaller is bound by its launch."""
 
+OF_EQUAL_ELEMENTS = 0.75
+"""What made-up buffers of equal elements hold: not 1, which a kernel that forgets to multiply by it would get away with."""
+
 PATIENCE_SECONDS = 60.0
 """How long one compilation waits in all while other processes measure on its GPU; then it measures beside them."""
 
@@ -64,12 +67,14 @@ Run = Callable[[], object]
 @dataclass(frozen=True)
 class Memory:
     """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below, `ends` how many rows the
-    groups have whose ends a buffer holds. Those in `cold` are never in the L2 cache when what is measured runs.
+    groups have whose ends a buffer holds, `uniform` which floating buffers have equal elements, of which a trial may read one.
+    Those in `cold` are never in the L2 cache when what is measured runs.
     """
 
     buffers: Mapping[str, BufferSpec]
     bounds: Mapping[str, Int] = field(default_factory=dict)
     ends: Mapping[str, int] = field(default_factory=dict)
+    uniform: frozenset[str] = frozenset()
     cold: frozenset[str] = frozenset()
 
 
@@ -206,6 +211,8 @@ def made_up(memory: Memory, device: torch.device, sizes: dict[str, int]) -> dict
     tensors = {name: _made_up(spec, memory.bounds.get(name), sizes, generator) for name, spec in memory.buffers.items()}
     for name, rows in memory.ends.items():
         tensors[name].copy_(_even_ends(len(tensors[name]), rows))
+    for name in memory.uniform:
+        tensors[name].fill_(OF_EQUAL_ELEMENTS)
     return tensors
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxopt.capture.decompositions import decompositions
 from fxopt.capture.symbols import to_int
 from fxopt.ir.graph import Graph, Input, Phase, Role
+from fxopt.ir.loops import Load, postorder
 from fxopt.ir.quantized_ops import FLOAT8, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Alternatives, Call, Contraction, Region
 from fxopt.journal import Journal
@@ -17,6 +20,7 @@ from fxopt.lower import Lowered, lower_graph
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW, TWO, with_contractions
 from fxopt.lower.ops import quantized
 from fxopt.lower.schedule import schedule
+from tests.lower.capturing import moved
 from tests.lower.contracting import alternatives, labels, searched
 from tests.lower.harness import lower
 from tests.lower.interpreter import run_lowered
@@ -70,6 +74,22 @@ def test_the_library_reads_a_value_rounded_to_8_bits() -> None:
     stored, read, doubled = low.steps
     assert isinstance(stored, Region) and isinstance(doubled, Region)
     assert isinstance(read, Call) and read.op == "aten::_to_copy.default"
+
+
+@pytest.mark.parametrize("scale", ["one for all", "one for each", "not known"])
+def test_a_scale_repeated_for_each_row_is_read_once(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "sums_apart", lambda device: False)
+    a, b = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((80, 32), (48, 32)))
+    rows = torch.full((80,), 0.25) if scale != "one for each" else torch.arange(80) / 16
+    args = (a, b, rows, torch.rand(48), torch.randn(48))
+    low = schedule(moved(lower(layer, args), "cuda"))
+    name = low.inputs[2]
+    known = {} if scale == "not known" else {name: rows}
+    low = with_contractions(replace(low, inputs=tuple(n for n in low.inputs if n not in known), constants=known))
+    (product,) = (s for w in alternatives(low)[0].ways for s in w.steps if w.label == FUSED)
+    assert isinstance(product, Contraction)
+    (factor,) = (n for n in postorder(product.region.nest.roots) if isinstance(n, Load) and n.buffer == name)
+    assert (factor.index == 0) == (scale == "one for all")
 
 
 def test_halves_of_a_quantized_product_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

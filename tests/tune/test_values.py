@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fxopt.ir.quantized_ops import SCALED_MM
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref
-from fxopt.tune.measure import BoundCall, Memory, Trial
+from fxopt.lower.contractions import FUSED, LIBRARY, with_contractions
+from fxopt.lower.ops import quantized
+from fxopt.lower.schedule import schedule
+from fxopt.tune.alternatives import memory_of
+from fxopt.tune.measure import BoundCall, Memory, Trial, made_up
 from fxopt.tune.suspects import Suspects
 from fxopt.tune.values import agree, unlike_the_first
+from tests.lower.capturing import moved
+from tests.lower.contracting import alternatives, kept
+from tests.lower.harness import lower
+from tests.lower.interpreter import run_lowered
 
 CPU = torch.device("cpu")
 
@@ -43,6 +54,27 @@ def test_what_cannot_be_compared_is_not_wrong() -> None:
     refused = trial("refused", "aten::mm.default", "a", "mask")
     assert wrong(product, unknown, elsewhere, refused) == frozenset()
     assert wrong(refused, product, trial("other", "aten::add.Tensor", "a", "b")) == frozenset()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_reads_a_repeated_scale_once_has_the_librarys_values_on_made_up_ones(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would not if the contest were not told that all elements are equal."""
+    monkeypatch.setattr(quantized, "sums_apart", lambda device: False)
+    a, b = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((80, 32), (48, 32)))
+    args = (a, b, torch.full((80,), 0.25), torch.rand(48), torch.randn(48))
+    low = schedule(moved(lower(lambda *t: torch.relu(SCALED_MM(*t, torch.float32)), args), "cuda"))
+    scale = low.inputs[2]
+    low = with_contractions(replace(low, constants={scale: args[2]}))
+    (each,) = alternatives(low)
+    memory = memory_of(each)
+    assert memory.uniform == {scale}
+    on_cpu = {name: replace(spec, device=CPU) for name, spec in memory.buffers.items()}
+    tensors = made_up(replace(memory, buffers=on_cpu, uniform=memory.uniform if told else frozenset()), CPU, {})
+    given = {name: tensors[name].as_strided(on_cpu[name].shape, on_cpu[name].strides) for name in low.inputs}
+    (library,), (fused,) = (run_lowered(kept(low, label), given) for label in (LIBRARY, FUSED))
+    assert agree(fused, library) == told
 
 
 def test_masks_hide_some() -> None:
