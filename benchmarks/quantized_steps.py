@@ -4,7 +4,8 @@ Each workload (a model of `fxopt bench`) is compiled in its own dtype and in eac
 plan are timed by the profiler and put beside the plan's steps. A step's `limit` is the longer of two times: that of its
 bytes (each buffer it names, once) at the rate of a copy, and that of its products at the rate of large products of their
 dtype (twice that of 16 bits for 8). Equal steps (the layers) are one line: how often, microseconds of one, limit, and what
-is lost in all. The sum of limits is a floor under this plan, not under the model: other plans may have fewer steps.
+is lost in all. The sum of limits is a floor under this plan, not under the model: other plans may have fewer steps. Beside
+them stand the contests that the tuner held, in microseconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import typer
 
 from benchmarks.early_launch import timeline
+from benchmarks.fused_products import BEST, kept
 from benchmarks.models import MODELS
 from benchmarks.quantized_models import contenders
 from benchmarks.results import revision, target_facts, versions
@@ -211,8 +213,9 @@ def measured(case: Case, device: torch.device, wanted: list[str]) -> dict[str, A
         compiled = torch.compile(
             unshared(case.module), backend=backend, options={k: v for k, v in options.items() if v is not None}
         )
-        for _ in range(4):
-            case.drive(compiled)
+        with kept(BEST) as contests:
+            for _ in range(4):
+                case.drive(compiled)
         executor = executed(known)
         if executor is None:
             continue
@@ -227,6 +230,7 @@ def measured(case: Case, device: torch.device, wanted: list[str]) -> dict[str, A
             "limit us": round(sum(s.limit(target) for s in steps), 1),
             "steps": lines,
             "kernels": kernels,
+            "contests": contests,
         }
         typer.echo(f"  {name}: {found[name]['kernels us']} us in {len(kernels)} kernels, floor {found[name]['limit us']} us")
         for line in lines[:14]:

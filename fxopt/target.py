@@ -32,8 +32,8 @@ class Target:
     """A device that kernels are compiled for.
 
     `kind` is "cuda" or "cpu". CUDA: `arch` is major*10 + minor, `shared_per_block` the opt-in limit in bytes,
-    `registers_per_sm` 32-bit registers, `l2_bytes` those of the cache that all multiprocessors share. CPU: `cpu_capability` is torch's name for the instruction set ("AVX512", "AVX2",
-    "DEFAULT").
+    `registers_per_sm` 32-bit registers, `l2_bytes` those of the cache that all multiprocessors share. CPU:
+    `cpu_capability` is torch's name for the instruction set ("AVX512", "AVX2", "DEFAULT").
     """
 
     kind: str

@@ -118,9 +118,9 @@ def test_every_kernel_of_one_row_has_the_values_of_a_norm_between_products(bits:
         assert isinstance(step, Contraction)
         (name,) = step.writes()
         problem = weight_problem(step)
-        configs = [*vector_configs(problem, target, 8), *dot_configs(problem, target, 8)]
+        configs = [*vector_configs(problem, target, 4), *dot_configs(problem, target, 4)]
         configs = [c for c in configs if step.row is None or c.holds_row(problem)]
-        assert len(configs) > 2
+        assert len(configs) > 1
         for config in configs:
             (source,) = print_vector(step, config, target).kernels
             code, meta = compile_triton(source, target)

@@ -21,6 +21,7 @@ from fxopt.journal import Journal
 from fxopt.lower import Lowered, row_norms
 from fxopt.lower.contractions import FUSED, LIBRARY, PADDED, ROW
 from fxopt.lower.convolutions import ADD_RELU, BIAS_OF, CUDNN, RELU
+from fxopt.lower.steady import with_steady_reads
 from fxopt.options import Options
 from fxopt.report.render import journal_to_text
 from fxopt.runtime.artifacts import ArtifactStore
@@ -52,6 +53,7 @@ class Bench:
         self.compiled: list[KernelSource] = []
         self.measured: list[tuple[str, list[str]]] = []
         self.buffers: list[dict[str, BufferSpec]] = []
+        self.cold: list[frozenset[str]] = []
         self.failing: Callable[[KernelSource], bool] = lambda source: False
         self.spilling: Callable[[KernelSource], bool] = lambda source: False
         monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
@@ -74,6 +76,7 @@ class Bench:
     def compare(self, name: str, memory: measure.Memory, device: torch.device, trials: Sequence[Trial]) -> list[float]:
         self.measured.append((name, [t.label for t in trials]))
         self.buffers.append(dict(memory.buffers))
+        self.cold.append(memory.cold)
         return [min((s for k, s in self.seconds.items() if t.label.startswith(k)), default=1.0) for t in trials]
 
     @property
@@ -406,6 +409,16 @@ def test_groups_of_made_up_rows_are_even(monkeypatch: pytest.MonkeyPatch) -> Non
     on_cpu = {n: replace(s, device=torch.device("cpu")) for n, s in memory.buffers.items()}
     measure.time_trials(replace(memory, buffers=on_cpu), torch.device("cpu"), [Trial("one", ())], Suspects(None))
     assert [t.tolist() for t in seen] == [[15, 30, 45, 60, 75]]
+
+
+@pytest.mark.parametrize(("steady_bytes", "cold"), [(1 << 20, False), (1 << 30, True)])
+def test_weights_of_a_large_model_are_cold(bench: Bench, store: ArtifactStore, steady_bytes: int, cold: bool) -> None:
+    """Where a product of one row reads little else, in its ways' contest and in that of a region's configurations."""
+    low = captured(layer, (rand(1, 2048), rand(2048, 2048), rand(2048)))
+    marked = with_steady_reads(low, low.inputs[1:])
+    assert marked.steady_bytes == 2 * (2048 * 2048 + 2048)
+    tuned(replace(marked, steady_bytes=steady_bytes), store)
+    assert bench.cold[-1] == (frozenset(low.inputs[1:]) if cold else frozenset())
 
 
 def test_other_settings_of_cudnn_are_another_contest(bench: Bench, store: ArtifactStore) -> None:
