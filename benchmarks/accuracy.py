@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +21,10 @@ import typer
 from torch import Tensor, nn
 
 import fxopt
+from benchmarks.outputs import cosines, outputs_of, relative_error
+from benchmarks.precision_search import BudgetRun, Limits, missing, row_line, table
 from benchmarks.real_models import TASKS, Batch, Run, Task, load, prepare
-from benchmarks.results import revision, target_facts, versions
+from benchmarks.results import folded, revision, rounded, target_facts, versions
 from fxopt.errors import CalibrationError
 from fxopt.precision import PRECISIONS as KNOWN
 from fxopt.quant.batches import compiled_apart
@@ -34,24 +35,6 @@ from fxopt.report.measure import interleaved
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 PRECISIONS = ("fp8", "int8", "int8-group", "int8-weight", "int4-weight")
-
-
-def relative_error(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    """The norm of all differences over that of all exact values."""
-    pairs = [(a.double(), b.double()) for a, b in zip(outputs, exact, strict=True)]
-    off = sum(float((a - b).square().sum()) for a, b in pairs)
-    return (off / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
-
-
-def cosines(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> Tensor:
-    """Of each row along the last dimension with what it should be."""
-    pairs = zip(outputs, exact, strict=True)
-    return torch.cat([torch.cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs])
-
-
-def outputs_of(run: Run, batches: Iterable[Batch]) -> list[Tensor]:
-    with torch.no_grad():
-        return [run(batch).float().cpu() for batch in batches]
 
 
 def emulated(model: nn.Module, precision: str, layers: frozenset[str], calibration: fxopt.Calibration | None) -> Run:
@@ -93,14 +76,14 @@ def _ways(task: Task) -> Iterator[tuple[str, Callable[[], Run]]]:
         tables[", equalized"] = fxopt.equalized(calibration, model)
     for precision in PRECISIONS:
         scaled = {"": None} | (tables if KNOWN[precision].activations else {})
-        for how, table in scaled.items():
-            yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, layers, table)
+        for how, scales in scaled.items():
+            yield f"emulated {precision}{how}", functools.partial(emulated, model, precision, layers, scales)
         yield f"emulated {precision}, activation-aware", functools.partial(_fitted, task, precision, layers, calibration)
     yield "fxopt", lambda: compiled(model, {"freeze": True})
     for precision in PRECISIONS:
         static = KNOWN[precision].activations is not None
-        for how, table in ({"": None} | ({", amax": calibration, ", smoothed": smoothed} if static else {})).items():
-            options = {"precision": precision} | ({} if table is None else {"calibration": table})
+        for how, scales in ({"": None} | ({", amax": calibration, ", smoothed": smoothed} if static else {})).items():
+            options = {"precision": precision} | ({} if scales is None else {"calibration": scales})
             yield f"fxopt {precision}{how}", functools.partial(compiled, model, options)
 
 
@@ -140,11 +123,12 @@ def measured(
 @app.command("prepare")
 def prepare_command(
     data: Annotated[Path, typer.Option(help="folder for the tasks' files, 55 MB in all")],
-    only: Annotated[str, typer.Option(help="one task")] = "",
+    only: Annotated[str, typer.Option(help="tasks, by commas")] = ",".join(TASKS),
+    half: Annotated[bool, typer.Option("--half", help="weights rounded to float16: files of half the size")] = False,
 ) -> None:
     """Write the tasks' files: needs the packages of the extra `accuracy`, and minutes of training."""
-    for name in [only] if only else TASKS:
-        typer.echo(prepare(name, data))
+    for name in only.split(","):
+        typer.echo(prepare(name, data, half))
 
 
 def _begun(device: str, dtype: str, out: Path, what: str) -> tuple[torch.device, torch.dtype, dict[str, Any]]:
@@ -187,37 +171,54 @@ def search(
     out: Annotated[Path, typer.Option(help="folder for precision_search_<device>.json")],
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help="of the models; float32 on a CPU and bfloat16 on a GPU if not given")] = "",
-    only: Annotated[str, typer.Option(help="one task")] = "",
-    budgets: Annotated[str, typer.Option(help="relative errors that quantizing may add")] = "0.005,0.01,0.03",
+    only: Annotated[str, typer.Option(help="tasks, by commas")] = ",".join(TASKS),
+    budgets: Annotated[str, typer.Option(help="relative errors that quantizing may add")] = "0.01,0.02,0.05,0.1",
     precisions: Annotated[str, typer.Option(help="to choose from")] = "fp8,int8,int8-dynamic",
+    rows: Annotated[int, typer.Option(help="of each batch to search with; 0 for all")] = 16,
+    trials: Annotated[int, typer.Option(help="layers and precisions tried one by one; gradients rank the others")] = 32,
+    layer_seconds: Annotated[float, typer.Option(help="of timing, each shape of layer")] = 0.5,
+    seconds: Annotated[float, typer.Option(help="of timing whole models, each budget")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="time budget; what does not fit is left for --resume")] = 9.0,
+    resume: Annotated[bool, typer.Option("--resume", help="keep the budgets already in the results file")] = False,
 ) -> None:
-    """Budget against reached error, figures and speed of what `fxopt.quantize` returns, on data it has not seen."""
+    """Budget against reached error, figures and speed of what `fxopt.quantize` returns, on data it has not seen.
+
+    Layers are measured once for each task; the file is written after each budget.
+    """
+    start = time.monotonic()
     where, own, document = _begun(device, dtype, out, "searches")
-    for name, budget in itertools.product([only] if only else TASKS, map(float, budgets.split(","))):
+    path = out / f"precision_search_{where.type}.json"
+    entries: list[dict[str, Any]] = document["searches"]
+    if resume and path.exists():
+        entries += json.loads(path.read_text())["searches"]
+    limits, longest = Limits(rows, trials, layer_seconds, seconds), 0.0
+    for name in only.split(","):
+        todo = missing(entries, name, own, [float(x) for x in budgets.split(",")])
+        if not todo or _left(start, minutes) < longest:
+            continue
         torch.compiler.reset()
-        reference, task = load(name, data, where, torch.float32), load(name, data, where, own)
-        exact = outputs_of(lambda batch, model=reference.model: model(*batch), reference.evaluation)
-        start = time.perf_counter()
-        result = fxopt.quantize(task.model, task.calibration, budget, precisions=precisions.split(","), progress=False)
-        took = time.perf_counter() - start
-        outputs = outputs_of(lambda batch, model=result.model: model(*batch), task.evaluation)
-        document["searches"].append(
-            {
-                "task": name,
-                "dtype": str(own),
-                "budget": budget,
-                "search_seconds": took,
-                "report": result.report().to_dict(),
-                "error_on_other_data": relative_error(outputs, exact),
-                "mean_cosine": float(cosines(outputs, exact).mean()),
-                "least_cosine": float(cosines(outputs, exact).min()),
-                "figures": task.judge(outputs),
-                "float32": reference.judge(exact),
-            }
+        typer.echo(f"{name}, {own}: layers are measured")
+        tried = BudgetRun(
+            load(name, data, where, own), load(name, data, where, torch.float32), precisions.split(","), limits
         )
-        typer.echo(f"{name}, {own}, budget {budget}, searched for {took:.0f} s\n{result.report()}")
-        typer.echo(f"on other data: error {relative_error(outputs, exact):.4f}, {task.judge(outputs)}\n")
-        (out / f"precision_search_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+        entry, longest = tried.entry(own), max(longest, tried.took)
+        typer.echo(table(entry)[1] + f"; searched for {tried.took:.0f} s")
+        entries.append(entry)
+        slowest = 0.0
+        for budget in todo:
+            if _left(start, minutes) < slowest:
+                typer.echo(f"  budget {budget:g} does not fit into {minutes:g} minutes")
+                continue
+            begun = time.monotonic()
+            entry["budgets"].append(tried.within(budget))
+            typer.echo(row_line(entry["budgets"][-1], len(entry["layers"])))
+            path.write_text(folded(rounded(document)) + "\n")
+            slowest = max(slowest, time.monotonic() - begun)
+    typer.echo("\n".join(line for entry in entries for line in table(entry)))
+
+
+def _left(start: float, minutes: float) -> float:
+    return start + 60 * minutes - time.monotonic()
 
 
 if __name__ == "__main__":

@@ -284,12 +284,18 @@ _TASKS: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]],
 TASKS = tuple(_TASKS)
 
 
-def prepare(name: str, folder: Path) -> Path:
-    """Makes a task's file in `folder`, or leaves the one that is there. Raises MissingModelError without its package."""
+def prepare(name: str, folder: Path, half: bool = False) -> Path:
+    """Makes a task's file in `folder`, or leaves the one that is there; with `half`, of weights rounded to float16.
+
+    Raises MissingModelError without its package.
+    """
     path = folder / f"{name}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(_TASKS[name][0](), path)
+        held = _TASKS[name][0]()
+        if half:
+            held["weights"] = {k: t.half() if t.dtype == torch.float32 else t for k, t in held["weights"].items()}
+        torch.save(held, path)
     return path
 
 

@@ -172,8 +172,8 @@ def _completed(rows: Sequence[dict[str, Any]], usual: dict[str, Any]) -> list[di
 
 def compacted(data: dict[str, Any]) -> dict[str, Any]:
     """`data` of comparison rows as a compact file has it."""
-    rounded: dict[str, Any] = _rounded({**data, "usual": _USUAL})
-    for case in rounded["cases"]:
+    short: dict[str, Any] = rounded({**data, "usual": _USUAL})
+    for case in short["cases"]:
         for row in case["rows"]:
             names = Counter[str]()
             for name, count in (row["kernels"] or {}).items():
@@ -181,7 +181,7 @@ def compacted(data: dict[str, Any]) -> dict[str, Any]:
             row["kernels"] = None if row["kernels"] is None else dict(names)
         bases = [_USUAL, *case["rows"]]
         case["rows"] = [_unlike(row, base) for row, base in zip(case["rows"], bases, strict=False)]
-    return rounded
+    return short
 
 
 def _unlike(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
@@ -197,12 +197,13 @@ def short_name(kernel: str) -> str:
     return (name if own == name else own.rsplit("::", 1)[-1].rsplit(" ", 1)[-1])[:MOST_NAME]
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """`value` with numbers as a compact file has them."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def folded(value: Any, margin: str = "") -> str:

@@ -124,12 +124,11 @@ def _region(step: Step) -> Region | None:
 def _facts(alternatives: Alternatives, memory: Memory, trials: Sequence[Trial]) -> dict[str, object]:
     """Everything that a contest's result depends on."""
     target = Target.current(alternatives.device)
+    uniform = [alternatives.buffers[name] for name in alternatives.uniform]
     return {
         "trials": [[t.label, *(_part_facts(p) for p in t.parts)] for t in trials],
         "assumed": assumed_sizes(memory, trials),
-        "uniform": sorted(
-            repr((b.dtype, b.shape)) for name, b in alternatives.buffers.items() if name in alternatives.uniform
-        ),
+        "uniform": sorted(repr((spec.dtype, spec.shape)) for spec in uniform),
         "device": target.name,
         "torch": torch.__version__,
         "method": METHOD,

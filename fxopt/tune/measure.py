@@ -67,8 +67,8 @@ Run = Callable[[], object]
 @dataclass(frozen=True)
 class Memory:
     """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below, `ends` how many rows the
-    groups have whose ends a buffer holds, `uniform` which floating buffers have equal elements, of which a trial may read one.
-    Those in `cold` are never in the L2 cache when what is measured runs.
+    groups have whose ends a buffer holds, `uniform` which floating buffers have equal elements, so that one may be read for
+    all. Those in `cold` are never in the L2 cache when what is measured runs.
     """
 
     buffers: Mapping[str, BufferSpec]

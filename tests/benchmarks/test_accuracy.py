@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import accuracy, real_models
-from benchmarks.real_models import Digits, spearman
+from benchmarks import accuracy, precision_search, real_models
+from benchmarks.real_models import Digits, Task, spearman
+from fxopt.precision import HIGH
+from fxopt.quant import savings, search
+from fxopt.report.measure import Timing
 from fxopt.report.minilm import MissingModelError
 
 
@@ -33,6 +38,33 @@ def test_rows_are_written_with_errors_and_figures(tmp_path: Path) -> None:
     assert eager["error"] == 0.0 and task["float32"]["accuracy"] == eager["accuracy"]
     assert 0.0 < emulated["error"] < 0.05 and 0.0 < compiled["error"] < 0.05 and emulated["least_cosine"] < 1.0
     assert "seconds" not in emulated and compiled["seconds"] > 0.0
+    torch.compiler.reset()
+
+
+def test_a_search_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 48).eval(), torch.randn(64, 32)
+    task = Task("layer", model, [(x,)], [(x + 1,)], lambda outputs: {"mean": float(outputs[0].mean())}, (x,))
+    monkeypatch.setattr(accuracy, "load", lambda *args: task)
+    monkeypatch.setattr(savings, "measured", lambda *args: {HIGH: 2e-3, "int8": 1e-3})
+
+    def timed(calls: dict[str, Any], *rest: Any, **settings: Any) -> dict[str, Timing]:
+        return {name: Timing([1.0 if name == "quantized" else 2.0]) for name in calls}
+
+    monkeypatch.setattr(search, "interleaved", timed)
+    monkeypatch.setattr(precision_search, "interleaved", timed)
+    settings: dict[str, Any] = {"only": "layer", "precisions": "int8", "rows": 16, "resume": True}
+    accuracy.search(tmp_path, tmp_path, budgets="0.5", **settings)
+    path = tmp_path / "precision_search_cpu.json"
+    (entry,) = json.loads(path.read_text())["searches"]
+    (row,) = entry["budgets"]
+    assert row["budget"] == 0.5 and 0.0 < row["reached"] < 0.5 and row["refused"] is None
+    assert row["decisions"] == {"": "int8"}
+    assert 0.0 < row["error"] < 0.5 and row["seconds"] == {"eager": 2.0, "fxopt": 2.0, "quantized": 1.0}
+    assert entry["layers"][0]["rows"] == 16
+    monkeypatch.setattr(accuracy, "BudgetRun", lambda *args: pytest.fail("measured again"))
+    accuracy.search(tmp_path, tmp_path, budgets="0.5", **settings)
+    assert len(json.loads(path.read_text())["searches"]) == 1
     torch.compiler.reset()
 
 
