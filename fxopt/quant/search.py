@@ -156,6 +156,15 @@ def _check_budget(budget: float) -> None:
         raise OptionError(f"a budget is a number of 0 or more, not {budget!r}")
 
 
+@dataclass
+class _Tried:
+    """A compiled model, what it takes of a budget and, once timed, the seconds of a call unquantized and quantized."""
+
+    model: Callable[..., Any]
+    reached: float
+    seconds: tuple[float, float] | None = None
+
+
 class Search:
     """What `quantize` measures of a model and its layers, once, and what it decides from that for a budget.
 
@@ -194,7 +203,7 @@ class Search:
         self.device = next(itertools.chain(model.parameters(), model.buffers())).device
         self.rows: dict[str, LayerReport] = {}
         self._emulated: dict[int, float] = {}
-        self._reached: dict[Decisions, tuple[Callable[..., Any], float]] = {}
+        self._tried: dict[Decisions, _Tried] = {}
         per_batch = self.trial.calls()
         self.at = longest(per_batch)
         self.timed = kept[self.at]
@@ -214,10 +223,10 @@ class Search:
             if not count:
                 break
             chosen = decisions(self.order[:count])
-            quantized, reached = self._compiled_and_judged(chosen)
-            if reached <= budget:
-                return self._if_faster(quantized, chosen, reached)
-            aim = budget * BACK_OFF * (budget / reached if math.isfinite(reached) else 0.0)
+            tried = self._compiled_and_judged(chosen)
+            if tried.reached <= budget:
+                return self._if_faster(tried, chosen)
+            aim = budget * BACK_OFF * (budget / tried.reached if math.isfinite(tried.reached) else 0.0)
             count = min(count - 1, self._most_within(aim))
         return self._refused(f"no layer that is faster leaves {self._what()} within the budget of {budget:g}")
 
@@ -317,13 +326,13 @@ class Search:
             self._emulated[count] = self.loss.emulated(decisions(self.order[:count]))
         return self._emulated[count]
 
-    def _compiled_and_judged(self, chosen: Mapping[str, str]) -> tuple[Callable[..., Any], float]:
-        """The model with `chosen` layers quantized, and what of a budget it takes; each is compiled once."""
+    def _compiled_and_judged(self, chosen: Mapping[str, str]) -> _Tried:
+        """The model with `chosen` layers quantized. What one budget has compiled and timed serves the next."""
         key = Decisions.of(chosen)
-        if key not in self._reached:
+        if key not in self._tried:
             quantized = self._compiled(chosen)
-            self._reached[key] = quantized, self.loss.of(quantized)
-        return self._reached[key]
+            self._tried[key] = _Tried(quantized, self.loss.of(quantized))
+        return self._tried[key]
 
     def _compiled(self, chosen: Mapping[str, str]) -> Callable[..., Any]:
         """`chosen` layers quantized, compiled as the user would; run once on each batch."""
@@ -336,15 +345,17 @@ class Search:
 
     # ------------------------------------------------------------------ results
 
-    def _if_faster(self, quantized: Callable[..., Any], chosen: Mapping[str, str], reached: float) -> Result:
+    def _if_faster(self, tried: _Tried, chosen: Mapping[str, str]) -> Result:
         forward, batch = self.trial.forward, self.timed
-        calls = {HIGH: lambda: forward(self.high, batch), "quantized": lambda: forward(quantized, batch)}
-        with torch.no_grad():
-            timings = interleaved(calls, self.device, seconds=4 * self.seconds)
-        before, after = timings[HIGH].median, timings["quantized"].median
+        if tried.seconds is None:
+            calls = {HIGH: lambda: forward(self.high, batch), "quantized": lambda: forward(tried.model, batch)}
+            with torch.no_grad():
+                timings = interleaved(calls, self.device, seconds=4 * self.seconds)
+            tried.seconds = timings[HIGH].median, timings["quantized"].median
+        before, after = tried.seconds
         if after > (1.0 - NOISE_OF_MODEL) * before:
-            return self._refused("quantized, the whole model is not faster", reached, before, after)
-        return self._result(quantized, chosen, "beyond the budget", None, reached, before, after)
+            return self._refused("quantized, the whole model is not faster", tried.reached, before, after)
+        return self._result(tried.model, chosen, "beyond the budget", None, tried.reached, before, after)
 
     def _refused(
         self, why: str, reached: float | None = None, before: float | None = None, after: float | None = None

@@ -401,7 +401,7 @@ def test_groups_of_made_up_rows_are_even(monkeypatch: pytest.MonkeyPatch) -> Non
     """Made-up ends of zero would be no rows at all, and nothing to measure."""
     low = captured(activated, (rand(75, 64), rand(5, 96, 64), torch.zeros(5, dtype=torch.int32)))
     (each,) = alternatives(low)
-    memory = ways._memory(each, 0)
+    memory = ways.memory_of(each)
     assert list(memory.ends.values()) == [75]
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(measure, "runner", lambda trial, tensors, *rest: seen.extend(tensors[n] for n in memory.ends))
