@@ -10,12 +10,14 @@ import importlib
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from benchmarks.models import MODELS
+from benchmarks.stacks import sampled
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.journal import Journal
 from fxopt.report.backends import resolve_backend
@@ -58,8 +60,11 @@ def _torch_phases() -> dict[str, float]:
     return {name: sum(times) for name, times in compilation_time_metrics.items()}
 
 
-def first_call(case: Case, contender: str, device: torch.device) -> dict[str, Any]:
-    """Compile `case` under `contender`: seconds of the first and the second step, phases, distance from eager's results."""
+def first_call(case: Case, contender: str, device: torch.device, stacks: Path | None = None) -> dict[str, Any]:
+    """Compile `case` under `contender`: seconds of the first and the second step, phases, distance from eager's results.
+
+    `stacks` is where samples of the first step are written (see stacks.py), which makes it a few per cent longer.
+    """
     chosen = CONTENDERS[contender]
     assert chosen.backend is not None, "eager compiles nothing"
     _, eager = _timed_step(case, case.module, device)
@@ -69,7 +74,7 @@ def first_call(case: Case, contender: str, device: torch.device) -> dict[str, An
     imports = time.perf_counter() - start
     backend, options = resolve_backend(chosen.backend), dict(chosen.options) or None
     compiled = torch.compile(case.module, backend=backend, mode=chosen.mode, options=options)
-    with journals() as graphs:
+    with journals() as graphs, sampled(stacks):
         seconds, outputs = _timed_step(case, compiled, device)
     phases = phases_of(graphs)
     return {
@@ -87,14 +92,16 @@ def first_call(case: Case, contender: str, device: torch.device) -> dict[str, An
 def main(
     workload: str,
     contender: str,
-    sizes: Annotated[str, typer.Option(help="JSON")],
+    sizes: Annotated[str, typer.Option(help="JSON; default: the workload's")] = "",
     device: str = "cpu",
     dtype: str = "float32",
+    stacks: Annotated[Path | None, typer.Option(help="write where the time goes to this file")] = None,
 ) -> None:
     """Print the record of one first call."""
     where = pick_device(device)
-    case = next(w for w in MODELS if w.name == workload).build(json.loads(sizes), where, pick_dtype(dtype))
-    print(json.dumps(first_call(case, contender, where)))
+    found = next(w for w in MODELS if w.name == workload)
+    case = found.build(json.loads(sizes) if sizes else found.sizes(tiny=False), where, pick_dtype(dtype))
+    print(json.dumps(first_call(case, contender, where, stacks)))
 
 
 if __name__ == "__main__":

@@ -31,13 +31,17 @@ from fxopt.runtime.launch import CudaError, load_cubin
 from fxopt.target import Target
 from fxopt.tune.suspects import Suspects
 
-METHOD = 8
+METHOD = 9
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
 FIRST_ROUNDS = 2
 BEHIND = 1.25
 """After FIRST_ROUNDS, what takes this many times as long as the fastest is not measured further."""
+
+SURE_ROUNDS = 3
+APART = 1.03
+"""After SURE_ROUNDS, nor is what took, in its best round, this many times as long as the fastest took in its worst."""
 
 MOST_LAUNCHES = 8
 SAMPLE_SECONDS = 200e-6
@@ -310,11 +314,21 @@ def interleaved(runs: Sequence[Run | None], device: torch.device, cold: bool) ->
     fills = [_fills(run, launches) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for done in range(ROUNDS):
-        most = BEHIND * min(map(min, times)) if done >= FIRST_ROUNDS else math.inf
-        for k, run in enumerate(runs):
-            if done < FIRST_ROUNDS or min(times[k]) <= most:
-                times[k].append(_seconds(run, filler, fills[k], launches, cold))
+        most = _most(times, done)
+        left = [k for k in range(len(runs)) if done < FIRST_ROUNDS or min(times[k]) <= most]
+        if len(left) == 1 < len(runs):
+            break  # more rounds would not change who is the fastest
+        for k in left:
+            times[k].append(_seconds(runs[k], filler, fills[k], launches, cold))
     return [statistics.median(t) for t in times]
+
+
+def _most(times: Sequence[Sequence[float]], done: int) -> float:
+    """How long the best round of a run may have taken that is measured further, after `done` rounds."""
+    if done < FIRST_ROUNDS:
+        return math.inf
+    behind = BEHIND * min(map(min, times))
+    return behind if done < SURE_ROUNDS else min(behind, APART * max(min(times, key=statistics.median)))
 
 
 def _fills(run: Run | None, launches: int) -> int:

@@ -24,11 +24,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.usefixtures("fresh_cache")  # a warm call has other phases
-def test_a_first_call_knows_its_phases() -> None:
+def test_a_first_call_knows_its_phases(tmp_path: Path) -> None:
     torch.compiler.reset()
     x = torch.randn(8, 8, requires_grad=True)
     case = Case(lambda x: F.gelu(x), (x,), True, torch.randn(8, 8))
-    record = first_call(case, "fxopt", CPU)
+    record = first_call(case, "fxopt", CPU, tmp_path / "stacks")
     torch.compiler.reset()
     json.dumps(record)
     assert record["seconds"] > record["own_seconds"] > 0
@@ -38,6 +38,9 @@ def test_a_first_call_knows_its_phases() -> None:
     assert record["torch_phases"]
     assert record["from_eager"] < 1e-5
     assert record["retreats"] == []
+    stacks = dict(line.rsplit(" ", 1) for line in (tmp_path / "stacks").read_text().splitlines())
+    assert any("compiler.compile_graph;" in stack for stack in stacks)
+    assert 0 < sum(map(float, stacks.values())) < 2000 * record["seconds"]
 
 
 def test_phases_add_up_without_their_parts() -> None:

@@ -12,9 +12,11 @@ from fxopt.ir.region import BufferSpec
 from fxopt.target import Target
 from fxopt.tune import measure
 from fxopt.tune.measure import (
+    APART,
     BEHIND,
     FIRST_ROUNDS,
     ROUNDS,
+    SURE_ROUNDS,
     Memory,
     Trial,
     interleaved,
@@ -44,10 +46,25 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_what_is_behind_is_dropped(sampled: list[Any]) -> None:
-    fast, near, slow = 1.0, BEHIND - 0.01, BEHIND + 0.01
-    runs: list[Any] = [slow, fast, None, near]
-    assert interleaved(runs, torch.device("cpu"), cold=False) == [slow, fast, float("inf"), near]
-    assert {run: sampled.count(run) for run in runs} == {slow: FIRST_ROUNDS, fast: ROUNDS, None: FIRST_ROUNDS, near: ROUNDS}
+    fast, near, apart, slow = 1.0, APART - 0.01, BEHIND - 0.01, BEHIND + 0.01
+    runs: list[Any] = [slow, fast, None, apart, near]
+    assert interleaved(runs, torch.device("cpu"), cold=False) == [slow, fast, float("inf"), apart, near]
+    rounds = {slow: FIRST_ROUNDS, fast: ROUNDS, None: FIRST_ROUNDS, apart: SURE_ROUNDS, near: ROUNDS}
+    assert {run: sampled.count(run) for run in runs} == rounds
+
+
+def test_the_last_one_left_has_won(sampled: list[Any]) -> None:
+    runs: list[Any] = [BEHIND + 0.01, 1.0]
+    assert interleaved(runs, torch.device("cpu"), cold=False) == runs
+    assert sampled == runs * FIRST_ROUNDS
+
+
+def test_rounds_that_differ_tell_nothing_apart(monkeypatch: pytest.MonkeyPatch, sampled: list[Any]) -> None:
+    rounds = {"a": [1.0, 1.1, 1.0, 1.0, 1.0, 1.0], "b": [1.05, 1.05, 1.05, 1.05, 1.05, 1.05]}  # the first is a rough one
+    taken = {run: iter(seconds) for run, seconds in rounds.items()}
+    monkeypatch.setattr(measure, "_seconds", lambda run, *_, **__: next(taken[run]))
+    assert interleaved(list("ab"), torch.device("cpu"), cold=False) == [1.0, 1.05]  # type: ignore[list-item]
+    assert not any(list(rest) for rest in taken.values()), "each was measured in all rounds"
 
 
 def test_one_that_is_alone_gets_all_rounds(sampled: list[Any]) -> None:
