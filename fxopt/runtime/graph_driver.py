@@ -102,9 +102,11 @@ def _after(lib: Any, ended: ctypes.c_void_p) -> Iterator[None]:
 
 
 class _Bytes:
-    """Memory in the protocol by which libraries hand each other what is on a GPU."""
+    """Memory in the protocol by which libraries hand each other what is on a GPU. A tensor made of it keeps it, and so
+    `keeps`, as long as anybody has the tensor's storage."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, keeps: Any) -> None:
+        self._keeps = keeps
         layout = {"shape": (nbytes,), "typestr": "|u1", "strides": None, "version": 3}
         self.__cuda_array_interface__ = {"data": (address, False), **layout}
 
@@ -209,9 +211,9 @@ class GraphDriver:
         """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
 
-    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
-        """Memory of the device as a tensor (uint8) that does not own it."""
-        return torch.as_tensor(_Bytes(address, nbytes), device=f"cuda:{self.index}")
+    def bytes_at(self, address: int, nbytes: int, keeps: Any = None) -> torch.Tensor:
+        """Memory of the device as a tensor (uint8) that does not own it. `keeps` lives as long as the tensor's storage."""
+        return torch.as_tensor(_Bytes(address, nbytes, keeps), device=f"cuda:{self.index}")
 
     def side_stream(self) -> SideStream:
         """A second stream for captures, which torch hands out to nobody else."""

@@ -23,10 +23,23 @@ from fxopt.runtime.backward_pieces import choose_backward_pieces
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.recording import record
-from fxopt.runtime.training_graph import GraphedBackward, GraphedForward, SavedMemory
-from tests.runtime.fake_graphs import FakeDriver, Function
+from fxopt.runtime.training_graph import BackwardRecording, GraphedBackward, GraphedForward, SavedMemory
+from tests.runtime.fake_graphs import FakeDriver, Function, address_of
 
 CPU = torch.device("cpu")
+
+
+class ActedBackward(GraphedBackward):
+    """Once it may overwrite what it has read, it does."""
+
+    def _record(self, values: list[Any], signature: tuple[Any, ...]) -> recording.Recording:
+        driver: Any = self._turns.driver
+        driver.memory += [owner for memory in training_graph._memories for owner in memory._owners]  # the pool has it
+        made = super()._record(values, signature)
+        if isinstance(made, BackwardRecording):
+            replay: Any = made.replay
+            replay.overwritten += [address_of(values[loan.at]) for loan in made.loans]
+        return made
 
 
 class Stage:
@@ -56,7 +69,7 @@ class Stage:
         function = Function(lambda *values: executor(list(values)))
         function.plan = plan
         turns = Turns(FakeDriver(function, found.seeds, plan.saved))
-        kind = GraphedForward if phase is Phase.FORWARD else GraphedBackward
+        kind = GraphedForward if phase is Phase.FORWARD else ActedBackward
         made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text), extension=self.code)  # type: ignore[arg-type]
         (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
         return made
@@ -151,7 +164,7 @@ def test_compiled_code_replays_forwards_and_backwards(stage: Stage, compiled_cod
     assert stage.counts() == (4, 3)
     (forward,), (backward,) = stage.forwards, stage.backwards
     assert forward._play is None and forward._latest is not None and forward._latest.play_within is not None
-    assert backward._play is not None
+    assert backward._play is None and backward._latest is not None and backward._latest.play_within is not None
 
 
 @pytest.fixture
@@ -174,6 +187,8 @@ def test_a_backward_in_pieces(pieces: Stage, set_to_none: bool) -> None:
                 model.zero_grad(set_to_none=set_to_none)
     replayed = [_replayed(piece) for piece in pieces.backwards]
     assert replayed.count(4) > 1 and replayed.count(4) + replayed.count(0) == len(replayed), "4, or nothing saved is read"
+    ends = [made._latest for made in pieces.backwards if isinstance(made._latest, BackwardRecording)]
+    assert sum(len(each.loans) for each in ends) == len(ends[-1].memory.tensors), "each is overwritten after its last piece"
 
 
 def test_pieces_whose_forward_ran_plainly(pieces: Stage) -> None:
@@ -256,11 +271,56 @@ def test_the_graph_of_autograd_is_retained(stage: Stage) -> None:
         pair.agree()
         pair.step(6)  # plainly: what the first forward has saved is still wanted
         pair.agree()
-    assert stage.counts() == (before[0] + 1, before[1] + 2)
+    assert stage.counts() == (before[0] + 1, before[1]), "its replay would destroy what is retained"
     del loss, losses
     pair.step(7)
     pair.agree()
-    assert stage.counts() == (before[0] + 2, before[1] + 3)
+    assert stage.counts() == (before[0] + 2, before[1] + 1)
+
+
+def test_a_graph_that_is_retained_in_each_step(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_graph, "RETAINED_CALLS", 2)
+    pair = Pair()
+    replays = []
+    for k in range(7):
+        losses = pair.losses(k)
+        for loss in losses:
+            loss.backward(retain_graph=True)
+            loss.backward()
+        del loss, losses
+        pair.agree()
+        pair.clear()
+        replays.append(stage.counts()[1])
+    assert replays == [0, 1, 2, 3, 5, 7, 9], "in the end both of a step's backwards are replayed"
+
+
+def test_a_backward_overwrites_what_only_it_can_read(stage: Stage) -> None:
+    pair = Pair().warm()
+    (forward,), (backward,) = stage.forwards, stage.backwards
+    recording: Any = backward._latest
+    memory = forward._latest.memory  # type: ignore[union-attr]
+    assert recording.overwritten == memory.given_up() == memory.idle() and len(recording.loans) == len(memory.tensors)
+    losses = pair.losses(5)
+    for loss in losses:
+        loss.backward()
+    pair.agree()
+    assert all(bool((x == -77).all()) for x in memory.tensors)
+
+
+def test_what_has_been_given_up_is_captured_elsewhere(stage: Stage) -> None:
+    """A second capture in the pool could lie over what it reads; and it must not destroy anything."""
+    pair = Pair().warm()
+    (backward,) = stage.backwards
+    backward._kept.clear()
+    backward._use(None)
+    before = stage.counts()
+    losses = pair.losses(5)
+    for _ in range(2):
+        for loss in losses:
+            loss.backward(retain_graph=True)
+        pair.agree()
+    assert stage.counts() == (before[0] + 1, before[1] + 2)
+    assert backward._turns.driver.pools[-1] is None  # type: ignore[attr-defined]
 
 
 def test_a_forward_without_backward(stage: Stage) -> None:
@@ -445,9 +505,10 @@ def test_another_stream_is_waited_for_and_then_left_alone(stage: Stage) -> None:
 
 
 def test_who_uses_a_storage() -> None:
-    tensors = [torch.randn(4), torch.randn(6)]
-    tensors.append(tensors[1][2:])
-    memory = SavedMemory(tensors)
+    results = [torch.randn(4), torch.randn(6)]
+    results.append(results[1][2:])
+    memory = SavedMemory(results, (), object(), FakeDriver(Function(tuple), 0))
+    tensors = memory.tensors
     assert memory.is_idle() and memory.nbytes == 16 + 24 + 16
     for alias in (lambda: tensors[0].detach(), lambda: tensors[1].untyped_storage(), lambda: tensors[2].view(2, 2)):
         held = alias()
@@ -503,7 +564,7 @@ def test_what_only_the_host_reads_is_saved_as_it_is() -> None:
     made = record(function, [], (), on_a_gpu(), FakeDriver(function, 0, saved=1), saved=1, pool=object())
     assert (made.results.kept, [x.tensor for x in made.results.host]) == ([], [number])
     assert made.play([], 7)[0].data_ptr() == number.data_ptr()
-    memory = SavedMemory([], [x.tensor for x in made.results.host])
+    memory = SavedMemory([], [x.tensor for x in made.results.host], object(), FakeDriver(function, 0))
     view = number.view(1)
     assert memory.is_idle() and view.data_ptr() in memory.addresses
 
