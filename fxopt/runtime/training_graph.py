@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,14 +26,14 @@ from fxopt.ir.region import Call, refs
 from fxopt.runtime.capturable import Traits, too_dear
 from fxopt.runtime.cuda_graph import NAME, GraphedExecutor, Note, Turns, _comparison
 from fxopt.runtime.executor import Executor
+from fxopt.runtime.in_parts import Way
 from fxopt.runtime.lifetimes import Lifetimes
 from fxopt.runtime.native_replay import Extension
 from fxopt.runtime.plan import Launch, Plan, defined
 from fxopt.runtime.recording import CaptureRefused, Driver, Kept, Recording, record, span
 from fxopt.runtime.solitude import see_backward
+from fxopt.runtime.training_window import COPY_SHARE
 
-COPY_SHARE = 1.0
-"""How much of the host time that a replay saves may go into copies: whoever asks for graphs here is short of it."""
 SIZES_KEPT = 4
 """How many forwards of a graph with symbolic sizes are kept captured; each keeps the memory of its activations."""
 STALE_REPLAYS = 256
@@ -234,17 +234,17 @@ class GraphedForward(GraphedExecutor):
         turns: Turns,
         limit: int,
         note: Note,
+        make_way: Callable[[], Way] | None = None,
         extension: Extension | None = None,
     ) -> None:
         most = min(limit, SIZES_KEPT) if found.varying else limit
-        super().__init__(executor, found, turns, most, note, extension=extension)
+        super().__init__(executor, found, turns, most, note, make_way, extension)
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         self._drop_stale()
-        saved = self.plan.saved
-        driver = self._turns.driver
-        pool = driver.new_pool()
-        made = record(self._executor, values, signature, self._traits, driver, saved=saved, pool=pool)
+        way, driver = self._way, self._turns.driver
+        saved, pool = way.captured_plan.saved, driver.new_pool()
+        made = record(way.captured, values, signature, self._traits, driver, way.lent, saved, pool)
         results = made.results
         memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool, driver)
         results.kept = [Kept(kept.at, tensor) for kept, tensor in zip(results.kept, memory.tensors, strict=True)]
@@ -280,19 +280,20 @@ class GraphedForward(GraphedExecutor):
             return found  # let go of meanwhile, by another thread
         one = kept[0]
         layout = f"{str(one.tensor.dtype).removeprefix('torch.')} {list(one.tensor.shape)}"
-        return f"{found}, the first of them result {one.at}, {layout}, of {_maker(self.plan, one.at)}"
+        return f"{found}, the first of them result {one.at}, {layout}, of {_maker(self._way.captured_plan, one.at)}"
 
     def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
-        def work(stream: int) -> tuple[Any, ...] | None:
-            assert isinstance(recording, ForwardRecording)
-            if _may_be_read_unseen() or not recording.memory.take(stream, self._turns):
-                return None
-            self._replays += 1
-            recording.memory.taken_at = self._replays
-            return recording.play(values, stream)
+        assert isinstance(recording, ForwardRecording)
+        memory = recording.memory
 
-        result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
-        return self._executor(values) if result is None else result
+        def may_write(stream: int) -> bool:
+            if _may_be_read_unseen() or not memory.take(stream, self._turns):
+                return False
+            memory.taken_at = self._replays + 1
+            return True
+
+        results = self._replay_if(may_write, recording, values)
+        return self._rest(values) if results is None else results
 
 
 def _maker(plan: Plan, at: int) -> str:
@@ -330,7 +331,8 @@ class GraphedBackward(GraphedExecutor):
             with _lock:
                 places = [memory.addresses for memory in _memories]
             known = frozenset[int]().union(*places)
-            saved = [i for i in self._traits.moved if inputs[i].data_ptr() in known] if known else []
+            given = [i for i in self._traits.moved if i < len(inputs)] if known else []  # further ones are made in the call
+            saved = [i for i in given if inputs[i].data_ptr() in known]
             if not saved:
                 return False
             fixed = tuple(sorted({*self._traits.fixed, *saved}))
@@ -342,20 +344,22 @@ class GraphedBackward(GraphedExecutor):
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         """Captured with the memory that the forward has used and not saved, and that of what only this call can read."""
-        run, found, driver = self._executor, self._traits, self._turns.driver
+        way, found, driver = self._way, self._traits, self._turns.driver
+        kept = {*found.written, *way.later}
         places = {values[i].data_ptr() for i in found.fixed}
         with _lock:
             memory = next((memory for memory in _memories if not places.isdisjoint(memory.addresses)), None)
         if memory is None:
-            return record(run, values, signature, found, driver)
-        loans = memory.loans(values, [i for i in found.fixed if i not in found.written])
+            return record(way.captured, values, signature, found, driver, way.lent)
+        loans = memory.loans(values, [i for i in found.fixed if i not in kept])
         if not memory.is_owned(loans):  # an earlier capture takes its place: one that reads it cannot be in the same pool
-            return record(run, values, signature, found, driver)
+            return record(way.captured, values, signature, found, driver, way.lent)
         _take_back(values, loans)
         idle = memory.idle()
         memory.lend(values, loans)
         loans = tuple(loan for loan in loans if loan.storage in idle)
-        made = record(run, values, signature, found, driver, pool=memory.pool, given_up=memory.give_up(loans))
+        given = memory.give_up(loans)
+        made = record(way.captured, values, signature, found, driver, way.lent, pool=memory.pool, given_up=given)
         size = sum(memory.size(k) for k in {loan.storage for loan in loans})
         self._note(NAME, f"{size / 2**20:.1f} MiB that the forward has saved are its own as soon as it has read them")
         return BackwardRecording(**vars(made), memory=memory, loans=loans, overwritten=memory.given_up())
@@ -369,21 +373,20 @@ class GraphedBackward(GraphedExecutor):
         assert isinstance(recording, BackwardRecording)
         memory, loans, overwritten = recording.memory, recording.loans, recording.overwritten
 
-        def work(stream: int) -> tuple[Any, ...] | None:
+        def may_destroy(stream: int) -> bool:
             _take_back(values, loans)
-            if not overwritten <= memory.idle():  # the graph of autograd is retained, say
-                memory.lend(values, loans)
-                return None
-            self._replays += 1
-            return recording.play(values, stream)
+            if overwritten <= memory.idle():
+                return True
+            memory.lend(values, loans)  # the graph of autograd is retained, say
+            return False
 
-        result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
-        if result is not None:
-            return result
+        results = self._replay_if(may_destroy, recording, values)
+        if results is not None:
+            return results
         recording.refusals += 1
         if recording.refusals == RETAINED_CALLS:
             self._drop(recording)
-        return self._executor(values)
+        return self._rest(values)
 
     def _drop(self, recording: BackwardRecording) -> None:
         """The next call captures one that destroys nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +19,16 @@ from fxopt import compiler, plan_cache
 from fxopt.codegen.replay_build import ReplayCode
 from fxopt.ir import attention_backends, attention_op
 from fxopt.ir.graph import Phase
-from fxopt.runtime import backward_pieces, capturable, recording, training_graph
+from fxopt.runtime import backward_pieces, capturable, recording, training_graph, training_window
 from fxopt.runtime.backward_pieces import choose_backward_pieces
+from fxopt.runtime.capturable import Choice, Facts
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
-from fxopt.runtime.in_parts import InPieces
+from fxopt.runtime.in_parts import InParts, InPieces
+from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import record
+from fxopt.runtime.split import Parts
 from fxopt.runtime.training_graph import BackwardRecording, GraphedBackward, GraphedForward, SavedMemory
+from fxopt.runtime.training_window import choose_window
 from tests.runtime.fake_graphs import FakeDriver, Function, address_of
 
 CPU = torch.device("cpu")
@@ -42,6 +47,26 @@ class ActedBackward(GraphedBackward):
         return made
 
 
+class Binder:
+    """Stands for an executor of which one part is captured."""
+
+    kept_as = None
+
+    def __init__(self, executor: Any, parts: Parts, driver: FakeDriver) -> None:
+        self.plan, self.executor, self.parts, self.driver = executor.plan, executor, parts, driver
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        return self.executor(inputs)
+
+    def part(self, made: Plan) -> Any:
+        run = self.executor.part(made)
+        if made is not self.parts.captured.plan:
+            return run
+        self.driver.function = Function(lambda *values: run(list(values)))
+        self.driver.function.plan = made
+        return self.driver.function
+
+
 class Stage:
     """Everything that has been compiled, with its acted device; plans run as if they were on a GPU."""
 
@@ -51,11 +76,15 @@ class Stage:
         self.notes: list[str] = []
         self.draws = False  # whether library ops do
         self.in_pieces = False  # whether backwards are
+        self.in_windows = False  # whether steps at the ends run plainly
+        self.windows: list[Parts] = []
         self.code: ReplayCode | None = None  # for replays
 
     def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any, extension: Any) -> Any:
         if phase is Phase.INFERENCE:
             return executor
+        if self.in_windows:
+            return self.windowed(executor, phase)
         pieces = choose_backward_pieces(executor.plan) if phase is Phase.BACKWARD and self.in_pieces else None
         if pieces is None:
             return self.graphed(executor, phase)
@@ -71,6 +100,19 @@ class Stage:
         turns = Turns(FakeDriver(function, found.seeds, plan.saved))
         kind = GraphedForward if phase is Phase.FORWARD else ActedBackward
         made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text), extension=self.code)  # type: ignore[arg-type]
+        (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
+        return made
+
+    def windowed(self, executor: Any, phase: Phase) -> Any:
+        choice = choose_window(executor.plan, phase)
+        assert isinstance(choice, Choice)
+        self.windows.append(choice.parts)
+        found = replace(capturable.traits(choice.parts.captured), device=CPU, steps=1 << 20)
+        driver = FakeDriver(Function(tuple), found.seeds, choice.parts.captured.plan.saved)
+        binder: Any = Binder(executor, choice.parts, driver)
+        kind = GraphedForward if phase is Phase.FORWARD else ActedBackward
+        way = functools.partial(InParts, choice.parts, binder)
+        made = kind(binder, found, Turns(driver), 4, lambda _, text: self.notes.append(text), way, self.code)
         (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
         return made
 
@@ -103,6 +145,17 @@ class Layers(nn.Module):
         return x + self.down(F.dropout(F.gelu(self.up(self.norm(x))), self.drop, self.training))
 
 
+class Headed(Layers):
+    """With more results than anything else in it."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__(drop)
+        self.head = nn.Linear(8, 256, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(super().forward(x).tanh())  # type: ignore[no-any-return]
+
+
 class Attended(nn.Module):
     """Attention over the rows, with two heads, as it is compiled for a GPU."""
 
@@ -127,8 +180,8 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 class Pair:
     """A compiled model and an equal one in eager; `agree` compares their gradients."""
 
-    def __init__(self, drop: float = 0.0) -> None:
-        self.mine, self.theirs = Layers(drop), Layers(drop)
+    def __init__(self, drop: float = 0.0, make: Callable[[float], nn.Module] = Layers) -> None:
+        self.mine, self.theirs = make(drop), make(drop)
         self.run: Run = torch.compile(self.mine, backend="fxopt", options={"strict": True})
 
     def losses(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,6 +252,27 @@ def test_pieces_whose_forward_ran_plainly(pieces: Stage) -> None:
         loss.backward()
     pair.agree()
     assert pieces.counts() == (replays[0] + 1, replays[1] + graphs)
+
+
+@pytest.mark.parametrize("copied", [8e7, 1e12])
+def test_ends_that_run_plainly(stage: Stage, monkeypatch: pytest.MonkeyPatch, copied: float) -> None:
+    """A large result and its gradient: where a copy takes longer than steps, those that make and read them run plainly."""
+    stage.in_windows = True
+    monkeypatch.setattr(Facts, "obstacle", lambda self, step: None)
+    monkeypatch.setattr(training_window, "COPY_BYTES_PER_SECOND", copied)
+    monkeypatch.setattr(training_window, "MIN_STEPS", 1)
+    pair = Pair(make=Headed).warm()
+    for k in range(2):
+        pair.step(k)
+        pair.agree()
+    losses = [loss for seed in (5, 6) for loss in pair.losses(seed)]  # the second forward runs plainly
+    for loss in (*losses[:2], *losses):
+        loss.backward(retain_graph=True)
+    pair.agree()
+    forward, backward = stage.windows
+    assert (forward.after is not None, backward.before is not None) == (copied < 1e9, copied < 1e9)
+    assert stage.counts() == (5, 3)
+    assert stage.forwards[0]._latest.memory.given_up()  # type: ignore[union-attr]
 
 
 def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
