@@ -108,8 +108,14 @@ class _Window:
         return [(b, e) for b in begins for e in ends if self._is_whole(b, count if e is None else e)]
 
     def _is_whole(self, begin: int, end: int) -> bool:
-        """Whether no step of the window changes what was made before it, of which a captured run would have a copy."""
-        return end - begin >= MIN_STEPS and self.facts.first_rewrite(begin, end) == end
+        """Whether no step of the window changes what was made before it, and none after it what was made up to there: one of
+        them has a copy."""
+        first, steps = self.found.first, self.found.steps
+        return (
+            end - begin >= MIN_STEPS
+            and self.facts.first_rewrite(begin, end) == end
+            and all(first[name] >= end for step in steps[end:] for name in self.facts.changed(step) if name in self.sizes)
+        )
 
     def price(self, begin: int, end: int | None) -> _Price:
         found, count = self.found, len(self.found.steps)
