@@ -19,7 +19,7 @@ from fxopt.ir.graph import Graph, Phase, Role
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Alternatives, Batch, Region, Step
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, attention_kernels, batching, contractions, group_sums, lower_graph, row_norms
+from fxopt.lower import Lowered, attention_kernels, batching, contractions, group_sums, groupings, lower_graph, row_norms
 from fxopt.lower.attention_kernels import with_attention_kernels
 from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
@@ -166,6 +166,8 @@ def _lower_and_choose(
                 lowered = with_contractions(lowered, every=options.mode == "max-autotune")
             if group_sums.NAME not in options.disable and options.tuning_seconds != 0:
                 lowered = group_sums.with_group_sums(lowered)
+            if groupings.NAME not in options.disable and options.tuning_seconds != 0:
+                lowered = groupings.with_groupings(lowered, options.mode)
             lowered = with_steady_reads(lowered, _parameters(graph))
         with journal.timed("kernels"):
             attention = functools.partial(tune.choose_attention, options=options, store=store, journal=journal)

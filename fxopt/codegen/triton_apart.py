@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec, settled
+from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of
 from fxopt.ir.exprs import ravel, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded
+from fxopt.ir.rows import settled
 
 
 def apart(region: Region) -> tuple[Region, Region]:

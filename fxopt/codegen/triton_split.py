@@ -7,7 +7,7 @@ Each part reduces its share of the row into scratch memory, a second kernel join
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,6 +45,7 @@ from fxopt.ir.loops import (
 )
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import NARROW
+from fxopt.ir.rows import settled
 
 _TURN_ROWS = 64
 """Rows that each part of a column reduction takes at a time."""
@@ -315,26 +316,6 @@ def _stage_stores(
         else:
             now.append(replace(store, value=replaced(store.value, joined)))
     return streamed, now, later, settled([v for s in later for v in s.roots], reduced, joined)
-
-
-def settled(roots: Sequence[Scalar], along: frozenset[Sym], known: Collection[Scalar]) -> list[Scalar]:
-    """The largest values below `roots` that are made of reductions in `known` and the same along `along`, in order of first
-    use: to be computed once for each point and not for each element."""
-    found: dict[Scalar, None] = {}
-    seen: set[Scalar] = set()
-    stack = list(reversed(roots))
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        reductions = [n for n in postorder((node,)) if isinstance(n, Reduce)]
-        whole = node in known or node.dtype in (torch.float32, torch.float64)
-        if whole and reductions and not along & node.symbols() and all(n in known for n in reductions):
-            found[node] = None
-        elif reductions:
-            stack += reversed(node.args)
-    return list(found)
 
 
 def _streams(split: _Split, nest: Nest, store: Store) -> bool:

@@ -555,6 +555,11 @@ class Way:
     label: str
     steps: tuple[Region | Contraction | SideBySide | Attention | ScoredAttention | Call, ...]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the steps that become kernels."""
+        return [step.name for step in self.steps if not isinstance(step, Call)]
+
 
 @dataclass(frozen=True)
 class Alternatives:
@@ -562,6 +567,7 @@ class Alternatives:
 
     `buffers` describes every buffer that a way reads or writes, `views` what calls name beside buffers. Of the buffers in
     `uniform` all elements are equal, and a way may read one for all: the others need not give its values for other data.
+    `kind` says what they are alternatives of, for reports.
     """
 
     name: str
@@ -569,6 +575,7 @@ class Alternatives:
     buffers: dict[str, BufferSpec]
     views: tuple[Alias, ...] = ()
     uniform: frozenset[str] = frozenset()
+    kind: str = "contractions"
 
     def __hash__(self) -> int:
         return hash(self.name)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from fxopt.ir.exprs import Int, assumed, free_symbols
-from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Scalar, postorder
-from fxopt.ir.region import BufferSpec
+from fxopt.ir.loops import FLOAT_UNARY, Load, Nest, Op, Scalar, postorder
+from fxopt.ir.region import BufferSpec, Region
+from fxopt.ir.rows import walks
 from fxopt.lower.values import Computed
 
 EXPENSIVE_OPS = (FLOAT_UNARY - {"sqrt", "rsqrt"}) | {"pow", "atan2", "rand", "randn", "randint"}
@@ -16,6 +17,9 @@ MAX_NODES = 192
 """An expression larger than this is stored: registers and compile time grow with it, the traffic saved does not."""
 
 MAX_LOADS = 24
+
+LONGEST_HELD = 32768
+"""Elements of a row that one program holds in registers at most."""
 
 
 def full_size_bytes(body: Scalar, rank_symbols: int) -> int:
@@ -49,6 +53,31 @@ def recomputation(value: Scalar, device: torch.device) -> float:
     expensive = sum(n.name in EXPENSIVE_OPS for n in nodes)
     each, per_operator = (2.0, 0.1) if device.type == "cuda" else (8.0, 0.5)
     return each * expensive + per_operator * len(nodes)
+
+
+def traffic(region: Region) -> float:
+    """Bytes that a kernel of `region` moves: every buffer once, and again in each further walk over a row."""
+    domain = [extent(s.size for s in (*nest.points, *nest.reduced)) for nest in region.nests]
+    again = {} if region.across is not None or not is_walked_again(region.nest) else walks(region.nest)
+    total = 0.0
+    for nest, size in zip(region.nests, domain, strict=True):
+        read: dict[str, int] = {}
+        for load in nest.loads():
+            read[load.buffer] = max(read.get(load.buffer, 0), again.get(load, 1))
+        for name, times in read.items():
+            total += times * _touched(region.buffers[name], size)
+        total += sum(_touched(region.buffers[s.buffer], size) for s in nest.stores)
+    return total
+
+
+def _touched(spec: BufferSpec, iterations: int) -> int:
+    """Bytes of the buffer that so many iterations touch at most: of a table that they pick rows of, no more than these."""
+    return min(nbytes(spec), iterations * spec.dtype.itemsize)
+
+
+def is_walked_again(nest: Nest) -> bool:
+    """Whether a kernel walks over rows of `nest` again for what needs their sums, since they are too long to be held."""
+    return bool(nest.reduced) and extent(s.size for s in nest.reduced) > LONGEST_HELD
 
 
 def extent(sizes: Iterable[Int | None]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import replace
 
 from fxopt.ir.exprs import Sym, add, coefficient, never_equal, symbol
@@ -64,6 +64,23 @@ def with_nests(region: Region, nest: Nest, across: Nest | None) -> Region:
     """`region` with other nests, its buffers cut to what they touch."""
     new = replace(region, nest=nest, across=across)
     return replace(new, buffers={n: region.buffers[n] for n in dict.fromkeys((*new.reads(), *new.writes()))})
+
+
+def with_stores(region: Region, used: Collection[str]) -> Region | None:
+    """`region` with only its stores to buffers in `used`; None if there are none."""
+    across = None if region.across is None else _filtered(region.across, used)
+    nest = _filtered(region.nest, used if across is None else {*used, *across.reads()})
+    if nest is None:
+        return None if across is None else with_nests(region, across, None)
+    unchanged = nest is region.nest and across is region.across
+    return region if unchanged else with_nests(region, nest, across)
+
+
+def _filtered(nest: Nest, used: Collection[str]) -> Nest | None:
+    stores = tuple(s for s in nest.stores if s.buffer in used)
+    if len(stores) == len(nest.stores):
+        return nest
+    return replace(nest, stores=stores) if stores else None
 
 
 def _common_domains(first: Nest, second: Nest) -> Iterator[tuple[Nest, Nest]]:

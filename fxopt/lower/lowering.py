@@ -14,7 +14,7 @@ from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, as_symbol, contiguous_strides, index
 from fxopt.ir.graph import Graph
 from fxopt.ir.loops import Nest, Reduce, Scalar, Scan, Store, loads_below, transform
-from fxopt.ir.region import Alias, BufferSpec, Ref, Region, Size, Step
+from fxopt.ir.region import Alias, Alternatives, BufferSpec, Ref, Region, Size, Step
 from fxopt.ir.rounding import FLOAT8
 from fxopt.journal import Journal
 from fxopt.lower import calls, cost, layout
@@ -45,7 +45,8 @@ class Lowered:
 
     `outputs` are Ref, Size, None or plain constants, in the order of the graph's outputs. `local_ops` holds the callables
     behind "local:KEY" calls. `steady_bytes` are those of weights that steps read: of more than the L2 cache has, none are
-    there when a step begins.
+    there when a step begins. The first way of each of `groupings` is among the steps: the tuner may prefer another one
+    (lower/groupings.py).
     """
 
     steps: list[Step]
@@ -55,6 +56,7 @@ class Lowered:
     outputs: tuple[Any, ...]
     local_ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
     steady_bytes: int = 0
+    groupings: tuple[Alternatives, ...] = ()
 
 
 def lower_graph(graph: Graph, journal: Journal, library_nodes: frozenset[str] = frozenset()) -> Lowered:

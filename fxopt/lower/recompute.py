@@ -33,7 +33,7 @@ def is_repeatable(store: Store) -> bool:
 def with_value(reader: Region, store: Store, source: Region) -> Region | None:
     """`reader` with what it loads of the buffer of `store`, a store of `source`, computed instead; None when its indices
     would need divisions for that, or its kernel would become too large."""
-    loops = _by_stride(store, source.nest)
+    loops = loops_by_stride(store, source.nest)
     if loops is None or not store.value.symbols() <= set(loops):
         return None
     value = rounded(store.value)
@@ -55,7 +55,7 @@ def with_value(reader: Region, store: Store, source: Region) -> Region | None:
     return replace(new, nodes=nodes, origins=tuple(dict.fromkeys(source.origins + reader.origins)))
 
 
-def _by_stride(store: Store, nest: Nest) -> list[Sym] | None:
+def loops_by_stride(store: Store, nest: Nest) -> list[Sym] | None:
     """The loops of `nest`, innermost in memory first, if `store` fills its buffer without gaps."""
     rest = {s: coefficient(store.index, s) for s in (*nest.points, *nest.reduced)}
     spanned: Int = 0

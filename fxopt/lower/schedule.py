@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fxopt.ir.loops import Nest, Store, loads_below
+from fxopt.ir.loops import Store, loads_below
 from fxopt.ir.region import Alias, Batch, Call, Ref, Region, Step, refs
 from fxopt.ir.rounding import unrounded
 from fxopt.lower import batching, cost, recompute
 from fxopt.lower.across import join_across, join_rows
 from fxopt.lower.align import extents
 from fxopt.lower.direction import alternate
-from fxopt.lower.joining import in_parts, join, with_nests
+from fxopt.lower.joining import in_parts, join, with_nests, with_stores
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.order import Order
 from fxopt.lower.row_terms import with_terms
@@ -172,7 +172,7 @@ class _Scheduler:
         needed = {load.buffer for load in loads_below(store.roots)}
         if not recompute.is_repeatable(store) or not all(self._is_final(n, k) for n in needed):
             return {}
-        left = _with_stores(source.step, set(source.step.writes()) - {name})
+        left = with_stores(source.step, set(source.step.writes()) - {name})
         saved: float = nbytes + sum(self.nbytes[n] for n in source.reads - set(left.reads() if left else ()))
         each = cost.recomputation(store.value, device) * nbytes / store.value.dtype.itemsize
         out: dict[int, Region] = {}
@@ -201,7 +201,7 @@ class _Scheduler:
         """Take the store to `name` from region `k`; {k} if that was all it did, and it touches nothing now."""
         group = self.groups[k]
         assert isinstance(group.step, Region)
-        left = _with_stores(group.step, set(group.step.writes()) - {name})
+        left = with_stores(group.step, set(group.step.writes()) - {name})
         if left is not None:
             self._replace(k, left)
             return set()
@@ -436,7 +436,7 @@ class _Scheduler:
         """`region`, not among the groups now, without stores to buffers that nothing reads any more."""
         own = region.reads()
         read = {name for name in region.writes() if name in self.kept or name in own or self._readers(name)}
-        return _with_stores(region, read) or region
+        return with_stores(region, read) or region
 
     def _live(self, order: list[int]) -> list[Step]:
         """The steps in `order` without stores and whole steps whose results nobody uses."""
@@ -471,7 +471,7 @@ def _cut_alike(one: Region, two: Region) -> tuple[Region, Region] | None:
 def _used_part(step: Step, used: set[str]) -> Sequence[Step]:
     """What remains of `step` without stores to buffers that are not in `used`."""
     if isinstance(step, Region):
-        wanted = _with_stores(step, used)
+        wanted = with_stores(step, used)
         if wanted is None:
             return []
         step = _without_roundings(wanted)
@@ -481,23 +481,6 @@ def _used_part(step: Step, used: set[str]) -> Sequence[Step]:
         same = all(a is b for a, b in zip(members, step.members, strict=False)) and len(members) == len(step.members)
         return [step] if same else batching.steps_of(step.name, members)
     return [step]
-
-
-def _with_stores(region: Region, used: Collection[str]) -> Region | None:
-    """`region` with only its stores to buffers in `used`; None if there are none."""
-    across = None if region.across is None else _filtered(region.across, used)
-    nest = _filtered(region.nest, used if across is None else {*used, *across.reads()})
-    if nest is None:
-        return None if across is None else with_nests(region, across, None)
-    unchanged = nest is region.nest and across is region.across
-    return region if unchanged else with_nests(region, nest, across)
-
-
-def _filtered(nest: Nest, used: Collection[str]) -> Nest | None:
-    stores = tuple(s for s in nest.stores if s.buffer in used)
-    if len(stores) == len(nest.stores):
-        return nest
-    return replace(nest, stores=stores) if stores else None
 
 
 def _without_roundings(region: Region) -> Region:

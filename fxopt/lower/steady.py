@@ -26,7 +26,8 @@ def with_steady_reads(lowered: Lowered, parameters: Collection[str]) -> Lowered:
     steps = [_marked(step, names) for step in lowered.steps]
     read = {_root(name, base) for step in lowered.steps for name in _reads(step)}
     found = sum(nbytes(lowered.buffers[name]) for name in steady & read)
-    return replace(lowered, steps=steps, steady_bytes=lowered.steady_bytes or found)
+    groupings = tuple(_marked(each, names) for each in lowered.groupings)
+    return replace(lowered, steps=steps, groupings=groupings, steady_bytes=lowered.steady_bytes or found)
 
 
 def _marked(step: S, steady: Collection[str]) -> S:

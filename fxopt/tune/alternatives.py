@@ -16,7 +16,6 @@ from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alternatives, Call, Contraction, Ref, Region, ScoredAttention, Step, Way
 from fxopt.journal import Journal
-from fxopt.lower.contractions import NAME
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice, sizes_of
@@ -103,7 +102,7 @@ def _fastest(
         return unmeasured  # the eager forms of attention in training store scores, which costs more than any kernel
     winner, figures = found
     said = ", ".join(f"{label}: {figures[label] * 1e6:.1f} us" for label in (winner, first) if label in figures)
-    journal.note(NAME, f"{alternatives.name}: {winner} ({said})")
+    journal.note(alternatives.kind, f"{alternatives.name}: {winner} ({said})")
     return winner
 
 

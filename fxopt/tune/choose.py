@@ -7,7 +7,7 @@ once and measured once, and all take the same choice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fxopt.ir.region import Alternatives, Batch, Call, Contraction, Region, Scor
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import replaced
+from fxopt.lower.groupings import regrouped
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
@@ -39,6 +40,9 @@ BUDGET_SECONDS = {"default": 5.0, "reduce-overhead": 5.0, "max-autotune": 30.0}
 
 FEW_SPILLED = 32
 """Bytes of a thread's stack frame that may cost less than what another layout reads again or waits for."""
+
+GROUPING_CANDIDATES = 2
+"""How many configurations of each region of another grouping are compiled."""
 
 SAMPLE_BYTES = 256 << 20
 """As much of a batch is measured."""
@@ -120,52 +124,62 @@ class _Tuning:
         self.measurements, self.settler = measurements, Settler(store, measurements, journal, lowered.steady_bytes)
         self.needed = _Contests(lambda work: candidates(work, options), journal)
         self.optional = _Contests(lambda work: candidates(work, options), journal)
+        self.regions = _Contests(lambda work: candidates(work, options)[:GROUPING_CANDIDATES], journal)
         self.printed: set[torch.device] = set()
         self.winners: dict[int, Choice] = {}
         self.settled: dict[str, Settled] = {}
 
     def run(self) -> tuple[Lowered, dict[str, Choice], list[tuple[Region | Batch, str]]]:
         """As `choose`."""
-        first = [s for each in self._alternatives() for s in each.ways[0].steps]
-        others = [s for each in self._alternatives() for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
+        among_steps = [s for s in self.lowered.steps if isinstance(s, Alternatives)]
+        first = [s for each in among_steps for s in each.ways[0].steps]
+        others = [s for s in _other_steps(among_steps) if not isinstance(s, Call)]
+        regions = [s for s in _other_steps(self.lowered.groupings) if isinstance(s, Region)]
         needed: list[Work] = [s for s in (*self.lowered.steps, *first) if isinstance(s, Region | Batch)]
         needed += [s for s in first if isinstance(s, Contraction)]
         for device in dict.fromkeys(work.device for work in (*others, *needed)):
-            self._build(device, [w for w in others if w.device == device], [w for w in needed if w.device == device])
+            self._build(device, *(_on(device, works) for works in (others, needed, regions)))
         self._decide_calls()
         self._advance()
         failed = [(work, reason) for work, reason in self.needed.failed() if isinstance(work, Region | Batch)]
         if failed:
             return self.lowered, {}, failed
         chosen = {name: self._winner(name) for name in self.needed.of}
+        for each in self.lowered.groupings:
+            for name in each.ways[0].names:
+                chosen.pop(name)
         for name, kept in self.settled.items():
             chosen.pop(name, None)
             chosen |= kept.choices
-        return replaced(self.lowered, {name: kept.way for name, kept in self.settled.items()}), chosen, []
+        ways = {name: kept.way for name, kept in self.settled.items()}
+        return regrouped(replaced(self.lowered, ways), ways), chosen, []
 
     def _alternatives(self) -> list[Alternatives]:
-        return [s for s in self.lowered.steps if isinstance(s, Alternatives)]
+        return [*(s for s in self.lowered.steps if isinstance(s, Alternatives)), *self.lowered.groupings]
 
-    def _build(self, device: torch.device, others: Sequence[Work], needed: Sequence[Work]) -> None:
-        """Build the steps of other ways than the first (`others`), and those that are `needed`, on one device."""
+    def _build(self, device: torch.device, others: Sequence[Work], needed: Sequence[Work], regions: Sequence[Work]) -> None:
+        """Build the steps of other ways than the first (`others`), those that are `needed`, and the `regions` of other
+        groupings, on one device."""
         sources: list[KernelSource] = []
 
         def ready(place: int, made: Artifact | CompileFailure) -> None:
             result = _unsuspected(made, self.suspects)
-            if any(contests.take(sources[place], result) for contests in (self.optional, self.needed)):
+            if any(contests.take(sources[place], result) for contests in (self.optional, self.needed, self.regions)):
                 self._advance()
 
         with self.journal.timed(COMPILING):
-            compile_kernels(self._sources(others, needed, sources), Target.current(device), self.store, ready)
+            compile_kernels(self._sources(others, needed, regions, sources), Target.current(device), self.store, ready)
         log.info("%s: %d kernels (%d texts) on %s", self.journal.graph, len(sources), len({s.text for s in sources}), device)
 
-    def _sources(self, others: Sequence[Work], needed: Sequence[Work], given: list[KernelSource]) -> Iterator[KernelSource]:
+    def _sources(
+        self, others: Sequence[Work], needed: Sequence[Work], regions: Sequence[Work], given: list[KernelSource]
+    ) -> Iterator[KernelSource]:
         """Every candidate's kernels, also noted in `given`. Those that take longest come first, lest all wait for the last:
         products, which are among `others`, take several times as long as the rest, which goes by length."""
         for contest in self.optional.printed(others):
             given += contest.sources
             yield from contest.sources
-        contests = list(self.needed.printed(needed))
+        contests = [*self.needed.printed(needed), *self.regions.printed(regions)]
         sources = sorted((s for c in contests for s in c.sources), key=lambda s: -len(s.text))
         given += sources
         yield from sources
@@ -180,26 +194,33 @@ class _Tuning:
     def _advance(self) -> None:
         """Measure what is built and has not been measured."""
         with self.journal.timed(MEASURING):
-            for contest in self.needed.take_open():
+            for contest in (*self.needed.take_open(), *self.regions.take_open()):
                 self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered.steady_bytes)
             for each in self._alternatives():
                 if each.name not in self.settled and each.device in self.printed and self._is_built(each):
-                    chosen = {s.name: self._winner(s.name) for s in each.ways[0].steps if not isinstance(s, Call)}
+                    chosen = {name: self._winner(name) for name in each.ways[0].names}
                     self.settled[each.name] = self.settler.settle(each, chosen, self._built(each))
 
     def _is_built(self, each: Alternatives) -> bool:
         """Whether all that is known of the steps of `each` is what will be known."""
-        first = all(id(self.needed.of.get(s.name)) in self.winners for s in each.ways[0].steps if not isinstance(s, Call))
-        others = [s.name for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
-        return first and all(name not in self.optional.of or self.optional.of[name].is_complete for name in others)
+        first = all(id(self.needed.of.get(name)) in self.winners for name in each.ways[0].names)
+        contests, others = self._others(each), (name for way in each.ways[1:] for name in way.names)
+        return first and all(name not in contests.of or contests.of[name].is_complete for name in others)
+
+    def _others(self, each: Alternatives) -> _Contests:
+        """Where the steps of other ways than the first of `each` have their contests."""
+        return self.regions if each in self.lowered.groupings else self.optional
 
     def _built(self, each: Alternatives) -> dict[str, list[Choice]]:
         """Every choice for the steps of other ways than the first, by name."""
-        names = [s.name for way in each.ways[1:] for s in way.steps if not isinstance(s, Call)]
-        known = {name: self.optional.of[name] for name in names if name in self.optional.of}
-        alone = {s.name for way in each.ways[1:] if len(way.steps) == 1 for s in way.steps if not isinstance(s, Call)}
+        names = [name for way in each.ways[1:] for name in way.names]
+        contests = self._others(each)
+        known = {name: contests.of[name] for name in names if name in contests.of}
+        if contests is self.regions:  # each has been measured by itself
+            return {n: [_adopted(self.winners[id(c)], contests.own[n])] for n, c in known.items() if c.built}
+        alone = {name for way in each.ways[1:] if len(way.steps) == 1 for name in way.names}
         tried = {name: self._contenders(contest, name in alone) for name, contest in known.items()}
-        return {name: [_adopted(c, self.optional.own[name]) for c in choices] for name, choices in tried.items()}
+        return {name: [_adopted(c, contests.own[name]) for c in choices] for name, choices in tried.items()}
 
     def _contenders(self, contest: _Contest, alone: bool) -> list[Choice]:
         """What is tried for a step of a way: of a region that is not `alone` in it, its own winner: every configuration of
@@ -208,11 +229,20 @@ class _Tuning:
         if alone or not isinstance(contest.region, Region | Batch) or not contest.built:
             return _usable(contest)
         if id(contest) not in self.winners:
-            self.winners[id(contest)] = _fastest(contest, self.store, self.measurements)
+            self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered.steady_bytes)
         return [self.winners[id(contest)]]
 
     def _winner(self, name: str) -> Choice:
         return _adopted(self.winners[id(self.needed.of[name])], self.needed.own[name])
+
+
+def _other_steps(each: Iterable[Alternatives]) -> Iterator[Work | Call]:
+    """The steps of other ways than the first."""
+    return (step for alternatives in each for way in alternatives.ways[1:] for step in way.steps)
+
+
+def _on(device: torch.device, works: Iterable[Work]) -> list[Work]:
+    return [work for work in works if work.device == device]
 
 
 class _Contests:
