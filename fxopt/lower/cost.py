@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fxopt.ir.exprs import Int, assumed, free_symbols
+from fxopt.ir.exprs import Int, assumed, coefficient, free_symbols
 from fxopt.ir.loops import FLOAT_UNARY, Load, Nest, Op, Scalar, postorder
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rows import walks
@@ -20,6 +20,9 @@ MAX_LOADS = 24
 
 LONGEST_HELD = 32768
 """Elements of a row that one program holds in registers at most."""
+
+LONGEST_COLUMN = 256
+"""The same where what is reduced is not contiguous, so that a program has whole cache lines of columns."""
 
 
 def full_size_bytes(body: Scalar, rank_symbols: int) -> int:
@@ -41,10 +44,15 @@ def should_store(value: Computed, readers: int) -> bool:
     if readers <= 1:
         return False
     read = full_size_bytes(value.body, len(value.body.symbols()))
-    expensive = any(isinstance(n, Op) and n.name in EXPENSIVE_OPS for n in nodes)
+    expensive = is_expensive(nodes)
     recompute = readers * read
     stored = read + readers * value.dtype.itemsize  # one reader usually joins with the producer and reads nothing
     return read > 0 and (expensive or recompute >= stored)
+
+
+def is_expensive(nodes: Iterable[Scalar]) -> bool:
+    """Whether one of `nodes` is worth more than a load."""
+    return any(isinstance(n, Op) and n.name in EXPENSIVE_OPS for n in nodes)
 
 
 def recomputation(value: Scalar, device: torch.device) -> float:
@@ -77,7 +85,8 @@ def _touched(spec: BufferSpec, iterations: int) -> int:
 
 def is_walked_again(nest: Nest) -> bool:
     """Whether a kernel walks over rows of `nest` again for what needs their sums, since they are too long to be held."""
-    return bool(nest.reduced) and extent(s.size for s in nest.reduced) > LONGEST_HELD
+    along = any(coefficient(load.index, s) == 1 for load in nest.loads() for s in nest.reduced)
+    return bool(nest.reduced) and extent(s.size for s in nest.reduced) > (LONGEST_HELD if along else LONGEST_COLUMN)
 
 
 def extent(sizes: Iterable[Int | None]) -> int:

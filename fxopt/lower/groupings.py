@@ -16,6 +16,7 @@ whose name it has, so that a grouping may span other steps. It may not keep more
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -47,23 +48,24 @@ STORED, AGAIN, BOTH, WHOLE, IN_TWO = (
 """Labels of ways."""
 
 MOST_DIFFERENT = {"default": 4, "max-autotune": 16}
-"""How many groupings of a graph are measured, those of most bytes first; equal ones count once."""
+"""How many groupings of a graph are measured, those first that by the estimate save most; equal ones count once."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A grouping, the numbers of the steps that it is about, and the buffers that its other way alone has."""
+    """A grouping, the numbers of the steps that it is about, what its other way saves by the estimate, in bytes, and the
+    buffers that this alone has."""
 
     grouping: Alternatives
     parts: tuple[int, ...]
-    nbytes: float
+    saved: float
     more: tuple[BufferSpec, ...] = ()
 
 
 def with_groupings(lowered: Lowered, mode: str = "default") -> Lowered:
     """`lowered`, already scheduled, with the groupings of its regions on GPUs that are worth measuring."""
     seams = _Seams(lowered)
-    found = sorted(seams.found(), key=lambda each: -each.nbytes)
+    found = sorted(seams.found(), key=lambda each: -each.saved)
     most = MOST_DIFFERENT.get(mode, MOST_DIFFERENT["default"])
     different: set[object] = set()
     taken: set[int] = set()
@@ -112,6 +114,8 @@ class _Seams:
     def __init__(self, lowered: Lowered) -> None:
         self.uses = Uses(lowered)
         self.nbytes = {name: cost.nbytes(spec) for name, spec in lowered.buffers.items()}
+        self.large = {name for name, size in self.nbytes.items() if size >= LAUNCH_BYTES["cuda"]}
+        self.expensive: dict[int, bool] = {}
         self.writers: dict[str, list[int]] = {}
         for k in range(len(lowered.steps)):
             for name in self.uses.writes(k):
@@ -139,7 +143,7 @@ class _Seams:
         for store in source.nest.stores:
             name, readers = store.buffer, sorted(set(self.uses.readers.get(store.buffer, ())))
             alone = self.writers[name] == [k] and sum(s.buffer == name for s in source.nest.stores) == 1
-            if self.nbytes[name] < LAUNCH_BYTES["cuda"] or not alone or not readers or readers[0] <= k:
+            if name not in self.large or not alone or not readers or readers[0] <= k:
                 continue
             steps = [self._region(r) for r in readers]
             regions = [step for step in steps if step is not None]
@@ -178,14 +182,22 @@ class _Seams:
                 yield self._grouping((k, n), *ways, -self._arithmetic(shared.own, first, 1), *([spec] if spec else []))
 
     def _later_readers(self, k: int, first: Region) -> list[int]:
-        """The regions after step k that read a large operand of it."""
-        large = [name for name in first.reads() if self.nbytes[name] >= LAUNCH_BYTES["cuda"]]
-        return sorted({n for name in large for n in self.uses.readers.get(name, ()) if n > k})
+        """The steps after step k that read several large operands of it, or one, if both do something expensive."""
+        common = Counter(n for name in first.reads() if name in self.large for n in set(self.uses.readers.get(name, ())))
+        return sorted(n for n, count in common.items() if n > k and (count > 1 or self._is_expensive(k, n)))
+
+    def _is_expensive(self, *steps: int) -> bool:
+        """Whether all these steps are regions that compute something expensive."""
+        for k in set(steps) - self.expensive.keys():
+            region = self._region(k)
+            self.expensive[k] = region is not None and cost.is_expensive(postorder(region.nest.roots))
+        return all(self.expensive[k] for k in steps)
 
     # ------------------------------------------------------------------ a row that is walked over again
 
     def _row_in_two(self, k: int, region: Region) -> Iterator[_Found | None]:
-        halves = in_two(region) if cost.is_walked_again(region.nest) else None
+        several = len(self.large.intersection(region.reads())) > 1 or self._is_expensive(k)
+        halves = in_two(region) if several and cost.is_walked_again(region.nest) else None
         for shared in shared_values(*halves) if halves is not None else ():
             assert halves is not None
             both = stored_once(*halves, shared, f"{region.name}.shared")
@@ -223,8 +235,9 @@ class _Seams:
         slower. `new` are the buffers that it alone has."""
         before, after = (sum(cost.traffic(r) for r in way.steps if isinstance(r, Region)) for way in (kept, other))
         launches = (len(other.steps) - len(kept.steps)) * LAUNCH_BYTES["cuda"]
-        if after + more + launches > (1 + MARGIN) * before:
+        saved = before - after - more - launches
+        if saved < -MARGIN * before:
             return None
         regions = [step for way in (kept, other) for step in way.steps if isinstance(step, Region)]
         buffers = {name: spec for region in regions for name, spec in region.buffers.items()}
-        return _Found(Alternatives(f"{regions[0].name}.grouping", (kept, other), buffers, kind=NAME), parts, before, new)
+        return _Found(Alternatives(f"{regions[0].name}.grouping", (kept, other), buffers, kind=NAME), parts, saved, new)

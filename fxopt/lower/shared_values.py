@@ -5,6 +5,7 @@ The opposite of `recompute`: there a value is stored and the regions that read i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Scan, Store, loads_be
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded, unrounded
 from fxopt.lower import cost
-from fxopt.lower.align import mappings
+from fxopt.lower.align import Mapping, mappings
 from fxopt.lower.joining import MAX_BUFFERS, with_nests
 from fxopt.lower.recompute import loops_by_stride
 from fxopt.lower.values import replaced_in
@@ -36,11 +37,12 @@ def shared_values(first: Region, second: Region) -> list[Shared]:
     if first.across is not None or second.across is not None:
         return []
     flat = [Nest((*r.nest.points, *r.nest.reduced), (), r.nest.stores) for r in (first, second)]
-    own = set(_plain(flat[0]))
-    for mapping in mappings(flat[1], flat[0]):
+    own, theirs = set(_plain(flat[0])), list(_plain(flat[1]))
+    same: list[Mapping] = [{}] if set(flat[0].points) == set(flat[1].points) else []
+    for mapping in itertools.chain(same, mappings(flat[1], flat[0])):
         images: dict[Scalar, Scalar] = {}
-        for node in _plain(flat[1]):
-            images[node] = node.rebuild(tuple(images[a] for a in node.args), mapping)
+        for node in theirs:
+            images[node] = node.rebuild(tuple(images[a] for a in node.args), mapping) if mapping else node
         common = {image: node for node, image in images.items() if image in own}
         below = {a for node in common for a in node.args}
         largest = dict.fromkeys(_narrowest(node) for node in common if node not in below)
@@ -99,7 +101,7 @@ def _shared(own: Scalar, other: Scalar, images: dict[Scalar, Scalar], nest: Nest
     """The value where it is worth storing and lies as one of its operands does."""
     loops = frozenset(s for s in nest.points if s.size != 1)
     whole = {n for n in loads_below((own,)) if loops <= free_symbols(n.index)}
-    expensive = any(isinstance(n, Op) and n.name in cost.EXPENSIVE_OPS for n in postorder((own,)))
+    expensive = cost.is_expensive(postorder((own,)))
     bits = not own.dtype.is_floating_point and own.dtype.itemsize > 1  # of a rounding's two casts the first
     if isinstance(own, Load) or bits or len(whole) < (1 if expensive else 2):
         return None
