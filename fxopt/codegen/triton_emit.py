@@ -21,11 +21,13 @@ from fxopt.codegen.triton_reduce import BlockInfo, persistent, scan_block, scan_
 from fxopt.codegen.triton_tiling import Tiling, accumulator_dtype
 from fxopt.codegen.triton_values import (
     ARITHMETIC,
+    asked_of_index,
     counts_index,
     exact_reciprocal,
     is_bell,
     is_clamped,
     is_narrow_comparison,
+    is_of_half,
     is_share,
     is_within,
     reduced_dtype,
@@ -180,8 +182,9 @@ class Emitter:
             return []
         conditions = [self.instance(g, guards[:i]) for i, g in enumerate(guards)]
         inner = self._beside_one(node) or self._root_below(node)  # one function computes both
-        if unrounded(node) is not node and node.dtype in HALVES:
-            return [*conditions, self.instance(unrounded(node), guards)]
+        asked = asked_of_index(node)
+        if asked is not None or (unrounded(node) is not node and node.dtype in HALVES):
+            return [*conditions, self.instance(unrounded(node) if asked is None else asked[1], guards)]
         alone = counts_index(node) or (isinstance(node, Op) and node.name == GROUP_SUM)
         args = node.args[:1] if alone else inner.args if inner is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
@@ -255,6 +258,11 @@ class Emitter:
         if is_narrow_comparison(node):
             left, right = (self._narrow_text(a) for a in node.args)
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
+        asked = asked_of_index(node)
+        if asked is not None:
+            index, wanted = asked
+            args = [self.index_text(index.expr), f"h.as_natural({self.arg(wanted, guards)})"]
+            return ops.apply(node.name, args, torch.int32, torch.bool)
         if counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
         if node.name == GROUP_SUM:
@@ -289,7 +297,7 @@ class Emitter:
         if is_share(node):
             share = "share_before_rounding" if self._may_be_fast(node) else "share"
             return f"h.{share}({', '.join(args)})"
-        if is_bell(node) and node in self._rounded_later:
+        if (is_bell(node) or is_of_half(node)) and node in self._rounded_later:
             return f"h.flushing_exp({args[0]})"
         if self._divides_many(node):
             return f"h.divide_many({', '.join(args)})"

@@ -291,6 +291,12 @@ def floor_index(a, b):
 
 
 @triton.jit
+def as_natural(x):
+    """An int64 as int32; -1 where that is not the same or negative."""
+    return tl.where((x >= 0) & (x < 2147483648), x, -1).to(tl.int32)
+
+
+@triton.jit
 def wrap_index(i, size):
     """A negative index counted from the end."""
     return tl.where(i < 0, i + size, i)

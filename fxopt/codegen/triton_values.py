@@ -9,6 +9,7 @@ import torch
 
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_index import computed_in_int32
+from fxopt.ir.exprs import Int, bounds
 from fxopt.ir.loops import Const, IndexValue, Masked, Nest, Op, Reduce, Scalar, postorder
 
 RELATIVE = ("mul", "truediv", "neg", "where")
@@ -125,6 +126,32 @@ def is_within(index: Scalar, size: Scalar) -> bool:
 def is_narrow_comparison(node: Scalar) -> bool:
     """A comparison of integers that fit the index type, which needs no int64 values."""
     return isinstance(node, Op) and node.name in _COMPARES and all(_narrow(a) for a in node.args)
+
+
+def asked_of_index(node: Scalar) -> tuple[IndexValue, Scalar] | None:
+    """(index, wanted) of a comparison of a narrow, non-negative index with an int64 that is one for many indices, as a
+    one-hot vector asks it: for equality an int32 does in its place."""
+    if not (isinstance(node, Op) and node.name in ("eq", "ne")):
+        return None
+    for index, wanted in (node.args, reversed(node.args)):
+        if not (isinstance(index, IndexValue) and _narrow(index) and _is_natural(index.expr)):
+            continue
+        if wanted.dtype == torch.int64 and not index.symbols() <= wanted.symbols():
+            return index, wanted
+    return None
+
+
+def _is_natural(x: Int) -> bool:
+    low, _ = bounds(x)
+    return low is not None and low >= 0
+
+
+def is_of_half(node: Scalar) -> bool:
+    """exp(x) of an x in half precision, to whose rounding any error of a float32's exponential is nothing."""
+    if not (isinstance(node, Op) and node.name == "exp" and node.dtype == torch.float32):
+        return False
+    inner = uncast(node.args[0])
+    return inner is not node.args[0] and inner.dtype in ops.HALF
 
 
 def counts_index(node: Scalar) -> bool:

@@ -637,6 +637,27 @@ def test_addresses_computed_within_int32_stay_narrow(interpreter: Interpreter) -
         check(interpreter, case, TritonConfig(64))
 
 
+def test_indices_are_compared_with_narrow_ones(interpreter: Interpreter) -> None:
+    """What is one for a row is narrowed there; what that would cut off or is negative equals no index."""
+    case = nests.picked(6, 2048)
+    (kernel,) = print_region(case.region, every_config(case)[0], TARGET).kernels
+    assert kernel.text.count("h.as_natural(") == 1
+    index = torch.tensor([0, 2047, 2**32 + 3, -1, -(2**40) + 5, 2**31 - 1])
+    for config in every_config(case):
+        check(interpreter, case, config, index=index)
+    flat = print_region(case.region, TritonConfig(64), TARGET).kernels[0]
+    assert "as_natural" not in flat.text, "one for each element"
+
+
+def test_exponentials_of_halves_are_short_where_the_result_is_rounded(interpreter: Interpreter) -> None:
+    for dtype in (BF16, torch.float16):
+        case = nests.exponential_gradient(300, dtype)
+        assert "h.flushing_exp" in print_region(case.region, TritonConfig(128), TARGET).kernels[0].text
+        check(interpreter, case, TritonConfig(128))
+    exact = print_region(nests.exponential_gradient(300, F32).region, TritonConfig(128), TARGET).kernels[0]
+    assert "flushing_exp" not in exact.text
+
+
 @pytest.mark.parametrize(("times", "size"), [(3, 50), (30_000_000, 100), (-30_000_000, 100), (2**40 + 1, 5)])
 def test_computed_addresses_decide_at_run_time(interpreter: Interpreter, times: int, size: int) -> None:
     case = nests.computed_gather_symbolic(times, size)

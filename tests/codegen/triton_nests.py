@@ -164,6 +164,32 @@ def pointwise(n: int, dtype: torch.dtype) -> Case:
     return make(nest, buffers, "a b", "o", lambda a, b: (a + b) * torch.sigmoid(a))
 
 
+def picked(points: int, row: int) -> Case:
+    """The element of each row at an index of its own, and zeros."""
+    p, r, at = rows(points, row)
+    hit = Op("eq", (IndexValue(symbol(r)), Load("index", symbol(p), I64)), BOOL)
+    nest = Nest((p, r), (), (Store("out", at, Op("where", (hit, Load("a", at, F32), Const(0.0, F32)), F32)),))
+    buffers = [buffer("a", F32, (points, row)), buffer("index", I64, (points,)), buffer("out", F32, (points, row))]
+
+    def reference(a: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.where(torch.arange(row) == index[:, None], a, 0.0),)
+
+    return make(nest, buffers, "a index", "out", reference)
+
+
+def exponential_gradient(n: int, dtype: torch.dtype) -> Case:
+    """What a log-softmax's gradient does to its output."""
+    x = Sym("x0", size=n)
+    grad, out = (cast(Load(name, symbol(x), dtype), F32) for name in ("grad", "out"))
+    value = op("sub", grad, op("mul", op("exp", out), grad))
+    nest = Nest((x,), (), (Store("dx", symbol(x), cast(value, dtype)),))
+
+    def reference(grad: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor]:
+        return (grad - out.exp() * grad,)
+
+    return make(nest, [buffer(name, dtype, (n,)) for name in ("grad", "out", "dx")], "grad out", "dx", reference)
+
+
 def rounded_product(n: int, dtype: torch.dtype) -> Case:
     """A product that is rounded before it is added to."""
     x = Sym("x0", size=n)
