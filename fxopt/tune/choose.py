@@ -27,7 +27,7 @@ from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.alternatives import Settled, Settler
 from fxopt.tune.candidate import Candidate, Choice, candidates, sizes_of
-from fxopt.tune.contest import decide
+from fxopt.tune.contest import NOISE, NOISE_OF_ONE_KERNEL, decide
 from fxopt.tune.made_up import index_bounds
 from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes, with_cold_weights
 from fxopt.tune.records import RecordKey
@@ -323,7 +323,8 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     if isinstance(region, Region):
         memory = with_cold_weights(memory, region.steady, steady_bytes, device)
     key = RecordKey("region", _facts(region, usable, Target.current(region.device)) | {"cold": bool(memory.cold)})
-    found = decide(key, region.name, memory, device, trials, store, measurements, unlike_the_first)
+    noise = NOISE_OF_ONE_KERNEL if isinstance(region, Region | Batch) else NOISE
+    found = decide(key, region.name, memory, device, trials, store, measurements, unlike_the_first, noise)
     if found is not None:
         measurements.journal.contests[region.name] = found[1]
     return usable[0] if found is None else next(c for c in usable if c.label == found[0])

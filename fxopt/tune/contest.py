@@ -12,8 +12,11 @@ from fxopt.target import Target
 from fxopt.tune.measure import Check, Measurements, Memory, Trial
 from fxopt.tune.records import RecordKey, Records
 
-NOISE = 0.015
+NOISE = 0.03
 """A later trial must beat the first by more than this: ties go to the first, choices are stable."""
+
+NOISE_OF_ONE_KERNEL = 0.015
+"""The same among configurations of one kernel, which differ in nothing else: the medians of two runs lie closer than this."""
 
 Outcome = tuple[str, dict[str, float]]
 """The winner's label, and the seconds of each trial by label."""
@@ -28,6 +31,7 @@ def decide(
     store: ArtifactStore,
     measurements: Measurements,
     check: Check | None = None,
+    noise: float = NOISE,
 ) -> Outcome | None:
     """The winner among `trials`: from the records under `key`, or measured now, as `Measurements.compare` does.
 
@@ -45,7 +49,7 @@ def decide(
         if seconds is None:
             return None
         figures = {label: s for label, s in zip(labels, seconds, strict=True) if s < float("inf")}
-        winner = pick_winner(labels, seconds)
+        winner = pick_winner(labels, seconds, noise)
         records.put(key, {"winner": winner, "seconds": figures})
     return winner, figures
 
@@ -56,7 +60,7 @@ def _recorded(records: Records, key: RecordKey, labels: Sequence[str]) -> Outcom
     return (winner, dict(found.get("seconds", {}))) if winner in labels else None
 
 
-def pick_winner(labels: Sequence[str], seconds: Sequence[float]) -> str:
-    """The label of the fastest, or the first if that is about as fast."""
+def pick_winner(labels: Sequence[str], seconds: Sequence[float], noise: float = NOISE) -> str:
+    """The label of the fastest, or the first if that is as fast within `noise`."""
     best = min(range(len(labels)), key=lambda k: seconds[k])
-    return labels[best] if seconds[best] < seconds[0] * (1 - NOISE) else labels[0]
+    return labels[best] if seconds[best] < seconds[0] * (1 - noise) else labels[0]
