@@ -16,7 +16,7 @@ NOISE = 0.03
 """A later trial must beat the first by more than this: ties go to the first, choices are stable."""
 
 NOISE_OF_ONE_KERNEL = 0.015
-"""The same among configurations of one kernel, which differ in nothing else: the medians of two runs lie closer than this."""
+"""The same among configurations of one kernel, which differ in nothing else: medians of two runs lie closer than this."""
 
 Outcome = tuple[str, dict[str, float]]
 """The winner's label, and the seconds of each trial by label."""
