@@ -32,8 +32,11 @@ _DEVICE_FILES = ("triton_helpers.py", "triton_chain.py", "templates/*.py")
 """Device functions that printed kernels import, and what is done to their text."""
 
 _DESCRIPTOR = "tensordesc"
-_FIRST_PACKING_ARCH = 80  # with an instruction that rounds two values to half precision
 """What the type of a parameter that is a tensor descriptor begins with."""
+
+_PACKING = {"rounded_to_half": 80, "larger_place": 90}
+"""Functions that take two values in half precision at a time, and the first GPUs that have the instructions; the others have
+those of one, by the same name after `each_`."""
 
 _HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}
 """CUtensorMapDataType of the element types that Triton's compiler numbers otherwise (as its own launcher has it)."""
@@ -146,8 +149,8 @@ def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) 
     from triton.compiler import ASTSource
 
     text = triton_chain.chained(source.text, source.entry) if _is_chained(source, arch) else source.text
-    if arch < _FIRST_PACKING_ARCH:
-        text = text.replace("h.rounded_to_half(", "h.each_rounded_to_half(")
+    for name, first in _PACKING.items():
+        text = text if arch >= first else text.replace(f"h.{name}(", f"h.each_{name}(")
     function = _load(text, source.entry, scratch)
     options = source.compile_options
     signature = options["signature"] | dict.fromkeys(options["constexprs"], "constexpr")

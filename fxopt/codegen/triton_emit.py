@@ -7,6 +7,7 @@ below the body of a `Masked` carries the conditions it stands under (`Guards`), 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from fxopt.codegen.triton_values import (
     is_of_half,
     is_share,
     is_within,
+    larger_place,
     reduced_dtype,
     rounded_soon,
     rounded_to_8_bits,
@@ -44,6 +46,7 @@ from fxopt.ir.rounding import HALVES, unrounded
 Guards = tuple[Scalar, ...]
 Instance = tuple[Scalar, Guards]
 VECTOR_BYTES = 16  # what one access of a thread takes at most
+_FILLED = (torch.float32, *HALVES)
 _WIDE_RUN = 4  # neighbours in memory that one access takes
 
 
@@ -175,7 +178,10 @@ class Emitter:
     def operands(self, instance: Instance) -> list[Instance]:
         node, guards = instance
         if isinstance(node, Masked):
-            inside = (*guards, node.cond) if node.cond not in guards else guards
+            inside = within(node, guards)
+            filled = self._filled_load(node, guards)
+            if filled is not None:
+                return [self.instance(node.cond, guards), *self.operands(filled)]
             parts = [(node.cond, guards), (node.body, inside), (node.other, guards)]
             return [self.instance(*p) for p in parts]
         if is_narrow_comparison(node):
@@ -185,6 +191,10 @@ class Emitter:
         asked = asked_of_index(node)
         if asked is not None or (unrounded(node) is not node and node.dtype in HALVES):
             return [*conditions, self.instance(unrounded(node) if asked is None else asked[1], guards)]
+        largest = larger_place(node)
+        if largest is not None:
+            value, top, _, other = largest
+            return [*conditions, *(self.instance(a, guards) for a in (value, top, other))]
         alone = counts_index(node) or (isinstance(node, Op) and node.name == GROUP_SUM)
         args = node.args[:1] if alone else inner.args if inner is not None else node.args
         return [*conditions, *(self.instance(a, guards) for a in args)]
@@ -229,6 +239,9 @@ class Emitter:
                 self.write(instance, [f"{name} = {text}"])
                 text = name
             self.define(instance, text)
+            filled = self._filled_load(*instance) if isinstance(node, Masked) else None
+            if filled is not None:  # the same where its condition holds, which is where others want it
+                self.define(filled, text)
 
     def _expression(self, instance: Instance) -> str:
         node, guards = instance
@@ -237,6 +250,10 @@ class Emitter:
                 return self.index_value(node.expr)
             case Load():
                 return self._load(node, guards)
+            case Masked() if (filled := self._filled_load(node, guards)) is not None:
+                load, inside = filled
+                assert isinstance(load, Load) and isinstance(node.other, Const)
+                return widened(load, self.loaded(load, inside, f", other={ops.literal(node.other.value)}"))
             case Masked():
                 cond, body, other = (self._text(o) for o in self.operands(instance)[-3:])
                 return f"tl.where({cond}, {body}, {other})"
@@ -263,6 +280,10 @@ class Emitter:
             index, wanted = asked
             args = [self.index_text(index.expr), f"h.as_natural({self.arg(wanted, guards)})"]
             return ops.apply(node.name, args, torch.int32, torch.bool)
+        largest = larger_place(node)
+        if largest is not None:
+            value, top, place, other = (self.arg(a, guards) if isinstance(a, Scalar) else a for a in largest)
+            return f"h.larger_place({value}, {top}, {place}, {other}, {ops.tl_type(largest[0].dtype)})"
         if counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
         if node.name == GROUP_SUM:
@@ -437,8 +458,20 @@ class Emitter:
             return self.registers[node.buffer]
         return widened(node, self.loaded(node, guards))
 
-    def loaded(self, node: Load, guards: Guards = ()) -> str:
-        """Text of what memory holds for `node`, in its dtype there."""
+    def _filled_load(self, node: Masked, guards: Guards) -> Instance | None:
+        """The load in `node` that gives its value under its condition, if one access may fill in the constant elsewhere."""
+        load, other = uncast(node.body), node.other
+        if not (isinstance(load, Load) and isinstance(other, Const) and load.dtype in _FILLED):
+            return None
+        if accumulator_dtype(load.dtype) != accumulator_dtype(node.dtype) or load.buffer in self.registers or load.indirect:
+            return None
+        if not _holds(load.dtype, other.value):
+            return None
+        filled = self.instance(load, within(node, guards))
+        return None if self._known(filled) not in (None, self._known((node, guards))) else filled
+
+    def loaded(self, node: Load, guards: Guards = (), other: str = "") -> str:
+        """Text of what memory holds for `node`, in its dtype there; `other` is an argument for where no `guards` hold."""
         self.bind(node.indirect, guards)
         symbols, index = node.symbols(), node.index
         row, eviction = self.frame.tiling.lines.get("r"), self.eviction
@@ -451,7 +484,7 @@ class Emitter:
             wanted = frozenset(self.frame.blocks)
         address = self.address(index, symbols, wanted, block=bool(guards and wanted))
         mask = self.mask(symbols, guards)
-        extra = f", {mask}" if mask else ""
+        extra = f", {mask}{other}" if mask else ""
         if eviction and self.varies(*self.instance(node, guards)):
             extra += f', eviction_policy="{eviction}"'
         pointer = self.pointer(f"{self.names.buffer(node.buffer)} + {tight(address)}", index, node.dtype, wanted)
@@ -550,6 +583,16 @@ class Emitter:
             self.outer.append(f"{name}_c = tl.full({column}, {start}, {ops.compute_type(dtype)})")
             self.inner.extend(scan_carry(name, node.kind))
         self.define(instance, ops.cast(name, dtype, node.dtype))
+
+
+def within(node: Masked, guards: Guards) -> Guards:
+    """What holds where the body of `node` is wanted."""
+    return (*guards, node.cond) if node.cond not in guards else guards
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether `dtype` has the value as it is."""
+    return math.isinf(value) or float(torch.tensor(value, dtype=dtype)) == value
 
 
 def widened(node: Load, text: str) -> str:

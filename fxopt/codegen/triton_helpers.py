@@ -398,6 +398,31 @@ def smallest(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
+_LARGER_PLACE = (
+    "{{ .reg .b32 larger, nan; set.gt.u32.{0}x2 larger, $1, $2; set.nan.u32.{0}x2 nan, $1, $1; or.b32 larger, larger, nan;"
+    " lop3.b32 $0, larger, $3, $4, 0xCA; }}"
+)
+BFLOAT16_LARGER_PLACE = tl.constexpr(_LARGER_PLACE.format("bf16"))
+FLOAT16_LARGER_PLACE = tl.constexpr(_LARGER_PLACE.format("f16"))
+
+
+@triton.jit
+def each_larger_place(value, top, PLACE: tl.constexpr, other, HALF: tl.constexpr):
+    """PLACE where `value` is larger than `top` or NaN, else `other`, an int32."""
+    return tl.where((value > top) | (value != value), PLACE, other)
+
+
+@triton.jit
+def larger_place(value, top, PLACE: tl.constexpr, other, HALF: tl.constexpr):
+    """As `each_larger_place`, two at a time, of float32 that hold values of HALF, and numbers that fit 16 bits."""
+    if INTERPRETED or value.numel % 2 != 0:
+        return each_larger_place(value, top, PLACE, other, HALF)
+    else:
+        asm: tl.constexpr = BFLOAT16_LARGER_PLACE if tl.bfloat16 == HALF else FLOAT16_LARGER_PLACE
+        args = [value.to(HALF), top.to(HALF), tl.full([], PLACE, tl.int16), other.to(tl.int16)]
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r,r", args, dtype=tl.int16, is_pure=True, pack=2).to(tl.int32)
+
+
 @triton.jit
 def flushing_exp(a):
     """exp(a) with values below 2**-126 flushed to zero, which does not show in a sum that is at least 1: two instructions

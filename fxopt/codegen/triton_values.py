@@ -10,7 +10,7 @@ import torch
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.triton_index import computed_in_int32
 from fxopt.ir.exprs import Int, bounds
-from fxopt.ir.loops import Const, IndexValue, Masked, Nest, Op, Reduce, Scalar, postorder
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, postorder
 
 RELATIVE = ("mul", "truediv", "neg", "where")
 ARITHMETIC = (*RELATIVE, "sqrt", "rsqrt", "reciprocal", "add", "sub", "maximum", "minimum", "sigmoid", "tanh", "erf")
@@ -139,6 +139,55 @@ def asked_of_index(node: Scalar) -> tuple[IndexValue, Scalar] | None:
         if wanted.dtype == torch.int64 and not index.symbols() <= wanted.symbols():
             return index, wanted
     return None
+
+
+def larger_place(node: Scalar) -> tuple[Scalar, Scalar, int, Scalar] | None:
+    """(value, top, place, other) of a choice of the number `place` where `value` is larger than `top` or NaN, else of
+    `other`, by which the largest element under a window is found: of values in half precision, and numbers of 16 bits."""
+    if not (isinstance(node, Op) and node.name == "where" and node.dtype == torch.int32 and _fits_int16(node)):
+        return None
+    condition, place, other = node.args
+    if not (isinstance(condition, Op) and condition.name == "bitwise_or" and isinstance(place, Const)):
+        return None
+    larger, invalid = condition.args
+    if not (isinstance(larger, Op) and larger.name == "gt" and isinstance(invalid, Op) and invalid.name == "isnan"):
+        return None
+    value, top = larger.args
+    if invalid.args[0] is not value or not (_is_half(value) and _is_half(top)):
+        return None
+    return value, top, int(place.value), other
+
+
+def _fits_int16(node: Scalar) -> bool:
+    """A choice among small numbers."""
+    chosen = [node]
+    while chosen:
+        match chosen.pop():
+            case Const(value=value) if -(2**15) <= value < 2**15:
+                pass
+            case Op(name="where", args=(_, one, other)) | Masked(body=one, other=other):
+                chosen += [one, other]
+            case _:
+                return False
+    return True
+
+
+def _is_half(node: Scalar) -> bool:
+    """A value in half precision that is not computed with more bits: something loaded, or the largest of such."""
+    if node.dtype not in ops.HALF:
+        return False
+    chosen = [node]
+    while chosen:
+        match chosen.pop():
+            case Load():
+                pass
+            case Const(value=value) if math.isinf(value):
+                pass
+            case Op(name="maximum", args=(one, other)) | Masked(body=one, other=other):
+                chosen += [one, other]
+            case _:
+                return False
+    return True
 
 
 def _is_natural(x: Int) -> bool:

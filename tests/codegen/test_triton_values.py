@@ -11,16 +11,19 @@ import torch
 from tests.codegen import triton_nests as nests
 from tests.codegen.triton_interpreter import Interpreter
 from tests.codegen.triton_nests import BF16, BOOL, F32, I64, Case
+from tests.lower.capturing import assert_same, lower_function, moved
 from tests.lower.contracting import alternatives, searched
 
 pytest.importorskip("triton")
 
 from fxopt.codegen.triton import TritonConfig, configs, print_region
-from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Sym, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store
+from fxopt.ir.pool_ops import max_pool_offsets
 from fxopt.ir.region import Call, Region
+from fxopt.lower.schedule import schedule
 from fxopt.target import Target
 from fxopt.tune.choose import FEW_SPILLED
 
@@ -656,6 +659,27 @@ def test_exponentials_of_halves_are_short_where_the_result_is_rounded(interprete
         check(interpreter, case, TritonConfig(128))
     exact = print_region(nests.exponential_gradient(300, F32).region, TritonConfig(128), TARGET).kernels[0]
     assert "flushing_exp" not in exact.text
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_maxima_and_their_places(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    """Padding is filled in by the loads. In half precision two are compared at a time, where the GPU can (from sm_90 on)."""
+    x = torch.randint(-2, 3, (2, 5, 6, 16)).to(dtype).permute(0, 3, 1, 2)
+    x[0, 3, 2, 1], x[0, 5, 1:4, 2:5], x[1, :4] = torch.nan, torch.nan, -torch.inf
+    low = lower_function(lambda x: max_pool_offsets(x, [3, 3], [2, 2], [1, 1], False), (x,))
+    (region,) = (step for step in schedule(moved(low, "cuda")).steps if isinstance(step, Region))
+    values, offsets = max_pool_offsets(x, [3, 3], [2, 2], [1, 1], False)
+    for config in (TritonConfig(64), TritonConfig(16, y_block=2, rows=True)):
+        (kernel,) = print_region(region, config, TARGET).kernels
+        assert kernel.text.count("-inf") == kernel.text.count("other=") > 0
+        memory = {low.inputs[0]: x.permute(0, 2, 3, 1).flatten()}
+        memory |= {name: garbage(values.numel(), region.buffers[name].dtype) for name in region.writes()}
+        interpreter.run(kernel, memory, {})
+        for want in (values, offsets):
+            (got,) = (memory[n] for n in region.writes() if memory[n].dtype == want.dtype)
+            assert_same(got.view(2, 3, 3, 16).permute(0, 3, 1, 2), want)
+    for arch in (80, 90) if dtype == BF16 else ():
+        assert ("set.gt.u32.bf16x2" in compile_to_text(kernel, Target.cuda(arch), "ptx")) == (arch == 90)
 
 
 @pytest.mark.parametrize(("times", "size"), [(3, 50), (30_000_000, 100), (-30_000_000, 100), (2**40 + 1, 5)])

@@ -53,3 +53,35 @@ def test_gradients_of_a_normal_distribution() -> None:
     torch.nn.functional.gelu(wide).sum().backward()
     assert x.grad is not None and wide.grad is not None
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=8e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_the_midst(dtype: torch.dtype) -> None:
+    """Bit for bit as eager, in blocks and rows; a product that is half way between two values, infinities and NaN."""
+    x = torch.randn(513, 1000, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype) * 3
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+
+    def twice_rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = x.float()
+        return (wide * 1.2345).to(dtype).float() - wide, (wide.amax(1) * 0.3).to(dtype).float() + 1.0
+
+    for got, expected in zip(torch.compile(twice_rounded, backend="fxopt")(x), twice_rounded(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_positions_of_maxima(dtype: torch.dtype, channels_last: bool) -> None:
+    """Ties go to the first, NaN to the last, zeros of both signs are equal; windows of infinities at the edge."""
+    x = torch.randint(-2, 3, (5, 64, 9, 11), device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
+    x[0, ::3, 2:4], x[1, :, :2, ::5], x[2], x[3, :, 1::3], x[4, 5, 3] = -0.0, torch.nan, -torch.inf, torch.inf, torch.nan
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for backend in ("fxopt", "eager"):
+        own = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = torch.compile(lambda x: torch.nn.functional.max_pool2d(x, 3, 2, 1), backend=backend)(own)
+        out.backward(torch.arange(out.numel(), device="cuda").view(out.shape).remainder(64).to(dtype))
+        results.append((out.detach(), own.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
