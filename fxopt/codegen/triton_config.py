@@ -372,15 +372,12 @@ def _turning(tiling: Tiling, rows: int, config: TritonConfig, target: Target) ->
     along = frozenset(tiling.r.symbols)
     gathers = any(n.indirect and along & n.symbols() for n in tiling.merged.loads())
     plain = not gathers and all(s.mode == "set" for s in nest.stores)
-    long = config.r_block >= _ROW_WORTH_FETCHING
     read = config.x_block * config.r_block * _bytes_each(tiling, writes=False)
     most = max(1, min(8, _TURNING_WARPS // config.num_warps))
-    for each, stages in dict.fromkeys(((most, 3), (1, 3), (1, 2))):
-        programs = target.sm_count * each
-        if rows < 8 * programs * config.x_block:
-            continue
+    long = config.r_block >= _ROW_WORTH_FETCHING and rows >= 8 * most * target.sm_count * config.x_block
+    for each, stages in ((most, 3), (1, 3), (1, 2)) if plain and long else ():
         if each * (stages - 1) * read <= target.shared_per_block:
-            return [replace(config, stages=stages, programs=programs)] if plain and long else []
+            return [replace(config, stages=stages, programs=each * target.sm_count)]
     return []
 
 

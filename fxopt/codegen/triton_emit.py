@@ -78,6 +78,7 @@ class Frame:
     masks: dict[str, str]  # axis -> mask variable, for axes that need one
     blocks: dict[str, str]  # axis -> block size name, in tile order
     scalars: frozenset[str] = frozenset()  # axes of which a program has one index, a scalar: what it loads is loaded once
+    single: frozenset[str] = frozenset()  # axes along which the block has one element
     byte_run: int = 0  # neighbouring 1-byte elements that a thread may take at most; 0 for any number
     aligned: tuple[Int, int] | None = None  # at this index each row of a block begins at a multiple of so many elements
 
@@ -444,7 +445,7 @@ class Emitter:
         if frame.aligned is not None and index == frame.aligned[0]:
             multiple = min(frame.aligned[1] * dtype.itemsize, VECTOR_BYTES)
             return f"tl.multiple_of({text}, {[multiple if a == 'x' else 1 for a in frame.blocks]})"
-        for axis in wanted - frame.scalars if frame.byte_run and dtype.itemsize == 1 else ():
+        for axis in wanted - frame.single if frame.byte_run and dtype.itemsize == 1 else ():
             if in_runs(index, frame.tiling.lines[axis], frame.byte_run):
                 return f"tl.max_contiguous({text}, {[frame.byte_run if a == axis else 1 for a in frame.blocks]})"
         return text

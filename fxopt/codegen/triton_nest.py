@@ -108,13 +108,13 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
         blocks = {"x": "XB", "r": "RB"}
     elif tiling.y.symbols:
         blocks = {"y": "YB", "x": "XB"}
-    single = (a for a, size in (("x", config.x_block), ("y", config.y_block)) if a in blocks and size == 1)
+    single = frozenset(a for a, size in (("x", config.x_block), ("y", config.y_block)) if a in blocks and size == 1)
     in_parts = config.programs > 0 or any(
         s.mode == "part" for s in tiling.nest.stores
     )  # whose loop fetches blocks ahead, and no scalars
     sizes = {"x": config.x_block, "y": config.y_block, "r": config.r_block}
     run = byte_run(tiling) if all(sizes[a] == 1 or sizes[a] >= BYTE_RUN for a in blocks) else 0
-    frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else frozenset(single), run)
+    frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else single, single, run)
     looped = tiling.reduces and not config.persistent
     along = tiling.nest.reduced if looped else tiling.nest.points
     emitter = Emitter(frame, names, config.r_block if looped else 0, along)

@@ -111,6 +111,15 @@ def test_bytes_do_not_spread_what_lies_beside_them(row: int) -> None:
     assert compile_triton(kernel, target)[1]["shared"] <= 4 * 32, "only what joins the warps' sums"
 
 
+def test_what_one_row_has_of_bytes_is_no_run() -> None:
+    """Said to be one, a row at a time in a loop, Triton ended the process."""
+    case, target = nests.kept_rows(1 << 16, 1024), Target.cuda(90)
+    turning = next(c for c in configs(case.region, target) if c.programs and c.x_block == 1)
+    (kernel,) = print_region(case.region, turning, target).kernels
+    assert "max_contiguous" not in kernel.text
+    assert compile_triton(kernel, target)[1]["n_spills"] == 0
+
+
 @pytest.mark.parametrize("name", ["triton_column_sum", "triton_column_store", "triton_variance_columns"])
 def test_column_reductions_read_whole_lines(name: str) -> None:
     """Parts of a column reduction: 128 contiguous bytes per row, 16 per thread, enough programs, every byte read once."""

@@ -266,6 +266,20 @@ def turned_halves(points: int, row: int, half: int, reduces: bool = False) -> Ca
     return make(nest, buffers, "a", "o", reference)
 
 
+def kept_rows(points: int, row: int) -> Case:
+    """The values of rows that are kept, less their mean: one byte beside each row."""
+    p, r, at = rows(points, row)
+    value = Load("a", at, F32)
+    mean = op("truediv", Reduce("sum", (value,), (r,), F32), cast(IndexValue(row), F32))
+    kept = Op("where", (Load("kept", symbol(p), BOOL), op("sub", value, mean), Const(0.0, F32)), F32)
+    buffers = [buffer("kept", BOOL, (points,)), *(buffer(n, F32, (points, row)) for n in "ao")]
+
+    def reference(kept: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.where(kept[:, None], a - a.mean(1, keepdim=True), 0.0),)
+
+    return make(Nest((p,), (r,), (Store("o", at, kept),)), buffers, "kept a", "o", reference)
+
+
 def masked_excess(points: Int, row: Int) -> Case:
     """Of values that a mask keeps, what is above the row's mean, and whether it is: bytes beside float32."""
     p, r, at = rows(points, row)
