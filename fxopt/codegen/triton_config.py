@@ -179,10 +179,17 @@ def _fill(points: int, block: int, target: Target) -> float:
 
 def _bytes_each(tiling: Tiling, writes: bool = True) -> int:
     """Bytes that an iteration reads (and `writes`) in memory, about: what is read twice comes out of a cache."""
-    streams = set(_streams(tiling))
+    streams = {*_streams(tiling), *(a for a in tiling.accesses if _is_gathered(tiling, a))}
     names = [*(load.buffer for load in tiling.merged.loads()), *(store.buffer for store in tiling.merged.stores)]
     own = (t for t in zip(names, tiling.accesses, strict=True) if t[1] in streams and (writes or not t[1].writes))
     return sum({n: a.itemsize for n, a in own}.values()) or 1
+
+
+def _is_gathered(tiling: Tiling, access: Access) -> bool:
+    """Whether it is a row at an index that was loaded, which lies in memory as rows one after the other do."""
+    axes = (*tiling.x.symbols, *tiling.y.symbols, *tiling.r.symbols)
+    used = free_symbols(access.index)
+    return bool(tiling.r.symbols) and used >= set(tiling.r.symbols) and any(s.size is not None for s in used - set(axes))
 
 
 def _enough(rows: int, row: int, each: int, target: Target, least: int = 1) -> int:

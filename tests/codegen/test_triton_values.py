@@ -128,6 +128,21 @@ def test_a_matrix_times_a_vector_takes_two_rows_a_program() -> None:
     assert isinstance(alone, Region) and not any(c.x_block == 2 for c in configs(alone, TARGET))
 
 
+def test_gathered_rows_are_shared_among_programs_as_others_are() -> None:
+    def centered(x: torch.Tensor) -> torch.Tensor:
+        return x - x.float().mean(1, keepdim=True)
+
+    found = []
+    for fn, *args in (
+        (centered, torch.empty(1 << 16, 1024, dtype=BF16)),
+        (lambda t, i: centered(t[i]), torch.empty(64, 1024, dtype=BF16), torch.zeros(1 << 16, dtype=I64)),
+    ):
+        (region,) = schedule(moved(lower_function(fn, tuple(args)), "cuda")).steps
+        assert isinstance(region, Region)
+        found.append([c for c in configs(region, TARGET) if not c.programs])  # gathers take no turns
+    assert found[0] == found[1] and found[0][0].x_block == 2
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("row", [5, 64, 200])
 def test_sums_over_rows(interpreter: Interpreter, row: int, dtype: torch.dtype) -> None:
