@@ -130,7 +130,7 @@ def _with_row_norms(
     """`lowered` with norms computed in the kernels of the products around them where that is measured to be faster."""
     if row_norms.NAME in options.disable or options.tuning_seconds == 0:
         return lowered, chosen
-    both = with_steady_reads(row_norms.with_row_norms(lowered), _parameters(graph))
+    both = with_steady_reads(row_norms.with_row_norms(lowered), _of_role(graph, Role.PARAMETER))
     contests: list[Step] = [step for step in both.steps if isinstance(step, Alternatives)]
     if not contests:
         return lowered, chosen
@@ -139,8 +139,8 @@ def _with_row_norms(
     return (lowered, chosen) if failed else (row_norms.kept(both, settled), chosen | more)
 
 
-def _parameters(graph: Graph) -> frozenset[str]:
-    return frozenset(given.name for given in graph.inputs if given.role is Role.PARAMETER)
+def _of_role(graph: Graph, role: Role) -> frozenset[str]:
+    return frozenset(given.name for given in graph.inputs if given.role is role)
 
 
 def _artifacts(chosen: dict[str, tune.Choice]) -> dict[str, Artifact]:
@@ -168,7 +168,7 @@ def _lower_and_choose(
                 lowered = group_sums.with_group_sums(lowered)
             if groupings.NAME not in options.disable and options.tuning_seconds != 0:
                 lowered = groupings.with_groupings(lowered, options.mode)
-            lowered = with_steady_reads(lowered, _parameters(graph))
+            lowered = with_steady_reads(lowered, *(_of_role(graph, role) for role in (Role.PARAMETER, Role.STATE)))
         with journal.timed("kernels"):
             attention = functools.partial(tune.choose_attention, options=options, store=store, journal=journal)
             lowered, chosen, failed = tune.choose(lowered, options, store, journal, attention)

@@ -44,9 +44,9 @@ class Lowered:
     step.
 
     `outputs` are Ref, Size, None or plain constants, in the order of the graph's outputs. `local_ops` holds the callables
-    behind "local:KEY" calls. `steady_bytes` are those of weights that steps read: of more than the L2 cache has, none are
-    there when a step begins. The first way of each of `groupings` is among the steps: the tuner may prefer another one
-    (lower/groupings.py).
+    behind "local:KEY" calls. `lasting` are weights and states, which were touched a call ago; steps read
+    `lasting_bytes` of them: of more than the L2 cache has, none are there when a step begins. The first way of each of
+    `groupings` is among the steps: the tuner may prefer another one (lower/groupings.py).
     """
 
     steps: list[Step]
@@ -55,7 +55,8 @@ class Lowered:
     constants: dict[str, torch.Tensor]
     outputs: tuple[Any, ...]
     local_ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    steady_bytes: int = 0
+    lasting: frozenset[str] = frozenset()
+    lasting_bytes: int = 0
     groupings: tuple[Alternatives, ...] = ()
 
 

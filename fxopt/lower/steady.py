@@ -1,4 +1,4 @@
-"""Which operands of a region nothing in its plan writes: weights, as a rule.
+"""Which operands of a region nothing in its plan writes (weights, as a rule), and which were there before the plan began.
 
 A kernel that is launched before the one before it has ended (`codegen/triton_chain.py`) need not wait for that to load them.
 """
@@ -16,18 +16,22 @@ from fxopt.lower.lowering import Lowered
 S = TypeVar("S")
 
 
-def with_steady_reads(lowered: Lowered, parameters: Collection[str]) -> Lowered:
-    """`lowered` with `Region.steady` set on the regions for GPUs, and with `steady_bytes`, unless it has these already.
-    `parameters` names inputs that are weights: they share no memory with what another input's name writes."""
+def with_steady_reads(lowered: Lowered, parameters: Collection[str], states: Collection[str] = ()) -> Lowered:
+    """`lowered` with `Region.steady` set on the regions for GPUs, and with `lasting`, unless it has that already.
+
+    `parameters` names inputs that are weights: they share no memory with what another input's name writes. `states` are
+    those that are written where they lie (caches).
+    """
     base = {s.name: s.of for s in lowered.steps if isinstance(s, Alias)}
     written = {_root(name, base) for step in lowered.steps for name in _writes(step)}
     steady = {*parameters, *lowered.constants} - written
     names = steady | {name for name in base if _root(name, base) in steady}
     steps = [_marked(step, names) for step in lowered.steps]
     read = {_root(name, base) for step in lowered.steps for name in _reads(step)}
-    found = sum(nbytes(lowered.buffers[name]) for name in steady & read)
     groupings = tuple(_marked(each, names) for each in lowered.groupings)
-    return replace(lowered, steps=steps, groupings=groupings, steady_bytes=lowered.steady_bytes or found)
+    lasting = lowered.lasting or frozenset((*parameters, *states, *lowered.constants)) & read
+    total = lowered.lasting_bytes or sum(nbytes(lowered.buffers[name]) for name in lasting)
+    return replace(lowered, steps=steps, groupings=groupings, lasting=lasting, lasting_bytes=total)
 
 
 def _marked(step: S, steady: Collection[str]) -> S:

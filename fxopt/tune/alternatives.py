@@ -14,13 +14,13 @@ import torch
 
 from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
-from fxopt.ir.region import Alternatives, Call, Contraction, Ref, Region, ScoredAttention, Step, Way
+from fxopt.ir.region import Alternatives, Call, Contraction, Ref, ScoredAttention, Way
 from fxopt.journal import Journal
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice, sizes_of
 from fxopt.tune.contest import decide
-from fxopt.tune.measure import METHOD, BoundCall, Measurements, Memory, Trial, assumed_sizes, with_cold_weights
+from fxopt.tune.measure import METHOD, BoundCall, Measurements, Memory, Trial, assumed_sizes, with_cold
 from fxopt.tune.records import RecordKey
 from fxopt.tune.values import unlike_the_first
 
@@ -36,8 +36,16 @@ class Settled:
 class Settler:
     """Decides between the ways of alternatives; equal ones are one contest."""
 
-    def __init__(self, store: ArtifactStore, measurements: Measurements, journal: Journal, steady_bytes: int = 0) -> None:
-        self.store, self.measurements, self.journal, self.steady_bytes = store, measurements, journal, steady_bytes
+    def __init__(
+        self,
+        store: ArtifactStore,
+        measurements: Measurements,
+        journal: Journal,
+        lasting: frozenset[str] = frozenset(),
+        lasting_bytes: int = 0,
+    ) -> None:
+        self.store, self.measurements, self.journal = store, measurements, journal
+        self.lasting, self.lasting_bytes = lasting, lasting_bytes
         self._known: dict[str, str] = {}
 
     def settle(self, each: Alternatives, chosen: Mapping[str, Choice], built: Mapping[str, Sequence[Choice]]) -> Settled:
@@ -49,7 +57,7 @@ class Settler:
         contenders = _settled(each.ways[0], {name: [choice] for name, choice in chosen.items()})
         contenders += [s for way in each.ways[1:] for s in _settled(way, built)]
         trials = [_trial(each, contender) for contender in contenders]
-        memory = memory_of(each, self.steady_bytes)
+        memory = with_cold(memory_of(each), self.lasting, self.lasting_bytes, each.device)
         facts = _facts(each, memory, trials)
         label = self._known.get(key := repr(facts))
         if label is None:
@@ -106,18 +114,12 @@ def _fastest(
     return winner
 
 
-def memory_of(alternatives: Alternatives, steady_bytes: int = 0) -> Memory:
+def memory_of(alternatives: Alternatives) -> Memory:
     """What the trials of `alternatives` share."""
-    steps = [step for way in alternatives.ways for step in way.steps]
+    steps = (step for way in alternatives.ways for step in way.steps)
     grouped = (c for c in steps if isinstance(c, Contraction) and c.ends)
     rows = {c.ends: m for c in grouped if isinstance(m := c.sizes[1], int)}
-    memory = Memory(alternatives.buffers, ends=rows, uniform=alternatives.uniform)
-    steady = {n for s in steps if (r := _region(s)) is not None for n in r.steady}
-    return with_cold_weights(memory, steady, steady_bytes, alternatives.device)
-
-
-def _region(step: Step) -> Region | None:
-    return step.region if isinstance(step, Contraction) else step if isinstance(step, Region) else None
+    return Memory(alternatives.buffers, ends=rows, uniform=alternatives.uniform)
 
 
 def _facts(alternatives: Alternatives, memory: Memory, trials: Sequence[Trial]) -> dict[str, object]:

@@ -29,7 +29,7 @@ from fxopt.tune.alternatives import Settled, Settler
 from fxopt.tune.candidate import Candidate, Choice, candidates, sizes_of
 from fxopt.tune.contest import NOISE, NOISE_OF_ONE_KERNEL, decide
 from fxopt.tune.made_up import index_bounds
-from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes, with_cold_weights
+from fxopt.tune.measure import METHOD, Measurements, Memory, Trial, assumed_sizes, with_cold
 from fxopt.tune.records import RecordKey
 from fxopt.tune.suspects import Suspects
 from fxopt.tune.twins import Printer
@@ -121,7 +121,8 @@ class _Tuning:
         self.suspects = Suspects(store.cache)
         budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
         measurements = Measurements(journal, budget, self.suspects)
-        self.measurements, self.settler = measurements, Settler(store, measurements, journal, lowered.steady_bytes)
+        self.measurements = measurements
+        self.settler = Settler(store, measurements, journal, lowered.lasting, lowered.lasting_bytes)
         self.needed = _Contests(lambda work: candidates(work, options), journal)
         self.optional = _Contests(lambda work: candidates(work, options), journal)
         self.regions = _Contests(lambda work: candidates(work, options)[:GROUPING_CANDIDATES], journal)
@@ -195,7 +196,7 @@ class _Tuning:
         """Measure what is built and has not been measured."""
         with self.journal.timed(MEASURING):
             for contest in (*self.needed.take_open(), *self.regions.take_open()):
-                self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered.steady_bytes)
+                self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered)
             for each in self._alternatives():
                 if each.name not in self.settled and each.device in self.printed and self._is_built(each):
                     chosen = {name: self._winner(name) for name in each.ways[0].names}
@@ -229,7 +230,7 @@ class _Tuning:
         if alone or not isinstance(contest.region, Region | Batch) or not contest.built:
             return _usable(contest)
         if id(contest) not in self.winners:
-            self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered.steady_bytes)
+            self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered)
         return [self.winners[id(contest)]]
 
     def _winner(self, name: str) -> Choice:
@@ -313,15 +314,15 @@ def _unsuspected(made: Artifact | CompileFailure, suspects: Suspects) -> Artifac
     return made if reason is None else CompileFailure(made.key, reason)
 
 
-def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements, steady_bytes: int) -> Choice:
+def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements, lowered: Lowered) -> Choice:
     """The fastest built choice: from the records, or measured now. One choice alone needs no measuring."""
     usable = _usable(contest)
     if len(usable) == 1 or contest.region.device.type != "cuda":
         return usable[0]
     region = contest.region
     memory, device, trials = _measurable(region, usable)
-    if isinstance(region, Region):
-        memory = with_cold_weights(memory, region.steady, steady_bytes, device)
+    if not isinstance(region, Batch):  # of which a sample is measured
+        memory = with_cold(memory, lowered.lasting, lowered.lasting_bytes, device)
     key = RecordKey("region", _facts(region, usable, Target.current(region.device)) | {"cold": bool(memory.cold)})
     noise = NOISE_OF_ONE_KERNEL if isinstance(region, Region | Batch) else NOISE
     found = decide(key, region.name, memory, device, trials, store, measurements, unlike_the_first, noise)

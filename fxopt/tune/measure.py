@@ -56,8 +56,8 @@ MOST_FILLS = 32
 REPEATS = 8
 """Runs in a CUDA graph that is measured."""
 
-MOST_COPIES = 64
-"""Of buffers that are to be cold: what is smaller is bound by its launch."""
+MOST_COPIES, FEWEST_IN_TURN = 96, 8
+"""Of buffers that are to be cold: what would need more is bound by its launch; and runs in one sample."""
 
 OF_EQUAL_ELEMENTS = 0.75
 """What made-up buffers of equal elements hold: not 1, which a kernel that forgets to multiply by it would get away with."""
@@ -113,8 +113,8 @@ class Measurements:
     that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits
     the L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what was saved
     are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
-    cache serves well enough look good. Where weights are most of what is read, and known not to be there (`Memory.cold`),
-    only such launches count (`rotated_seconds`).
+    cache serves well enough look good. Where weights and states are most of what is read, and known not to be there
+    (`Memory.cold`), only such launches count (`rotated_seconds`).
     """
 
     def __init__(self, journal: Journal, budget: float, suspects: Suspects | None = None) -> None:
@@ -176,13 +176,14 @@ class Measurements:
         return seconds
 
 
-def with_cold_weights(memory: Memory, steady: Collection[str], steady_bytes: int, device: torch.device) -> Memory:
-    """`memory` with its `steady` buffers, a plan's weights, as cold, if these are more than half of what is touched, and
-    the plan's `steady_bytes` more than the L2 cache holds: by the time that they are read again, others have taken it.
+def with_cold(memory: Memory, lasting: Collection[str], lasting_bytes: int, device: torch.device) -> Memory:
+    """`memory` with what of it is `lasting`, a plan's weights and states, as cold, if that is more than half of what is
+    touched, and the plan's `lasting_bytes` more than the L2 cache holds: by the time that they are read again, others have
+    taken it.
     """
-    if device.type != "cuda" or not steady or steady_bytes <= Target.current(device).l2_bytes:
+    cold = frozenset(lasting) & memory.buffers.keys()
+    if device.type != "cuda" or not cold or lasting_bytes <= Target.current(device).l2_bytes:
         return memory
-    cold = frozenset(steady) & memory.buffers.keys()
     whole = sum(map(nbytes, memory.buffers.values()))
     return replace(memory, cold=cold) if 2 * sum(nbytes(memory.buffers[n]) for n in cold) > whole else memory
 
@@ -221,11 +222,11 @@ def made_up(memory: Memory, device: torch.device, sizes: dict[str, int]) -> dict
 
 
 def rotated_seconds(memory: Memory, device: torch.device, trials: Sequence[Trial], suspects: Suspects) -> list[float] | None:
-    """Median seconds of one run of each trial as a CUDA graph replays it among others, each run with buffers `memory.cold`
-    of its own, of which nothing is left in the L2 cache by the time of the next replay; the other buffers are shared, as
-    activations that have just been written. Kernels start early where they may, which tells what they load before they wait.
+    """Median seconds of one run of each trial among others, each with buffers `memory.cold` of its own, of which nothing is
+    left in the L2 cache when it is that one's turn again; the other buffers are shared, as activations that have just been
+    written. Kernels start early after kernels, as a plan's do, which tells what they load before they wait.
 
-    None where one cannot be captured, or so many copies were needed that launches alone would be measured.
+    None where so many copies were needed that launches alone would be measured.
     """
     copies = -(-2 * Target.current(device).l2_bytes // max(1, sum(nbytes(memory.buffers[n]) for n in memory.cold)))
     if copies > MOST_COPIES:
@@ -233,40 +234,37 @@ def rotated_seconds(memory: Memory, device: torch.device, trials: Sequence[Trial
     sizes = assumed_sizes(memory, trials)
     first = made_up(memory, device, sizes)
     others = [first | {n: first[n].clone() for n in memory.cold} for _ in range(1, copies)]
-    ready = [runner(trial, first, sizes, suspects) is not None for trial in trials]
-    repeats = -(-REPEATS // copies)
-    runs = [in_turn(trial, [first, *others], sizes) for trial, able in zip(trials, ready, strict=True) if able]
-    replays = replayed(runs, device, repeats)
-    if replays is None:
-        return None
-    taken = iter(interleaved(replays, device, cold=True))
-    return [next(taken) / (repeats * copies) if able else math.inf for able in ready]
+    count = copies * -(-FEWEST_IN_TURN // copies)
+    sets = [(first, *others)[k % copies] for k in range(count)]
+    able = [runner(trial, first, sizes, suspects) is not None for trial in trials]
+    runs = [in_turn(trial, sets, sizes) if runs else None for trial, runs in zip(trials, able, strict=True)]
+    return [seconds / count for seconds in interleaved(runs, device, cold=True)]
 
 
 def in_turn(trial: Trial, sets: Sequence[dict[str, torch.Tensor]], sizes: dict[str, int]) -> Run:
-    """A function that runs `trial`, of kernels and calls that have run before, on each of `sets` of tensors in turn, on what
-    is the current stream then."""
+    """A function that runs `trial`, of kernels and calls that have run before, on each of `sets` of tensors in turn."""
     scratch = {spec.name: zeros(spec, sizes) for spec in trial.scratch}
+    stream = torch.cuda.current_stream().cuda_stream
+    launchers = [None if isinstance(part, BoundCall) else _launchers(*part) for part in trial.parts]
     runs: list[Run] = []
-    kernels = [None if isinstance(p, BoundCall) else _early(*p) for p in trial.parts]
+    after_kernel = False
     for tensors in sets:
-        for part, kernel in zip(trial.parts, kernels, strict=True):
+        for part, pair in zip(trial.parts, launchers, strict=True):
             if isinstance(part, BoundCall):
                 op, args, kwargs = bound_arguments(part, tensors, sizes)
                 runs.append(functools.partial(op, *args, **kwargs))
             else:
-                assert kernel is not None
-                runs.append(functools.partial(_on_current, kernel, arguments_of(part[0], tensors | scratch, sizes)))
+                assert pair is not None
+                given = arguments_of(part[0], tensors | scratch, sizes)
+                runs.append(functools.partial(pair[after_kernel], stream, *given))
+            after_kernel = pair is not None
     return functools.partial(_run_all, runs, (sets, scratch))
 
 
-def _early(source: KernelSource, artifact: Artifact) -> Callable[..., None]:
+def _launchers(source: KernelSource, artifact: Artifact) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Of a kernel when the one before it has ended, and early."""
     kernel = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device())
-    return kernel.bind(artifact.entry, early=True)
-
-
-def _on_current(launcher: Callable[..., None], arguments: Sequence[int]) -> None:
-    launcher(torch.cuda.current_stream().cuda_stream, *arguments)
+    return kernel.bind(artifact.entry), kernel.bind(artifact.entry, early=True)
 
 
 def eager_seconds(run: Run, device: torch.device) -> float:
@@ -274,8 +272,8 @@ def eager_seconds(run: Run, device: torch.device) -> float:
     return interleaved([run], device, cold=True)[0]
 
 
-def replayed(runs: Sequence[Run], device: torch.device, repeats: int = REPEATS) -> list[Run] | None:
-    """For each of `runs`, which have run before, a replay of a CUDA graph that has it `repeats` times; None where one cannot
+def replayed(runs: Sequence[Run], device: torch.device) -> list[Run] | None:
+    """For each of `runs`, which have run before, a replay of a CUDA graph that has it REPEATS times; None where one cannot
     be captured.
 
     A call that fills memory before its kernel (cuDNN's attention) is 6 us longer in a graph than its kernel on an H100,
@@ -283,7 +281,7 @@ def replayed(runs: Sequence[Run], device: torch.device, repeats: int = REPEATS) 
     """
     try:
         graphs = _graph_driver(torch.cuda.current_device() if device.index is None else device.index)
-        captured = [graphs.capture(functools.partial(_repeated, run, repeats), graphs.new_pool())[0] for run in runs]
+        captured = [graphs.capture(functools.partial(_repeated, run), graphs.new_pool())[0] for run in runs]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, FxoptError, OSError) as error:
@@ -297,8 +295,8 @@ def _graph_driver(index: int) -> GraphDriver:
     return GraphDriver(index)
 
 
-def _repeated(run: Run, repeats: int) -> None:
-    for _ in range(repeats):
+def _repeated(run: Run) -> None:
+    for _ in range(REPEATS):
         run()
 
 

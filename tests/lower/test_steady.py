@@ -45,9 +45,21 @@ def test_what_a_view_is_of_counts() -> None:
     (region,) = (s for s in low.steps if isinstance(s, Region))
     read, written = region.nest.reads()[0], region.writes()[0]
     of = {"steady": Alias(read, "parameter", (8,), (1,), 0), "written": Alias(read, written, (8,), (1,), 0)}
+    buffers = low.buffers | {"parameter": replace(low.buffers[read], name="parameter")}
     for name, expected in (("steady", {read}), ("written", set())):
-        marked = with_steady_reads(replace(low, steps=[of[name], *low.steps]), {"parameter", written})
+        viewed = replace(low, steps=[of[name], *low.steps], buffers=buffers)
+        marked = with_steady_reads(viewed, {"parameter", written})
         assert {n for s in marked.steps if isinstance(s, Region) for n in s.steady} == expected
+
+
+def test_weights_and_states_last_from_call_to_call() -> None:
+    """Those that are read, also if the plan writes them; what another round has found stays."""
+    low = schedule(moved(lower(scaled, (torch.rand(8), torch.rand(8), torch.rand(8))), "cuda"))
+    _, weight, state = low.inputs
+    marked = with_steady_reads(low, {weight, "unread"}, {state})
+    assert (marked.lasting, marked.lasting_bytes) == ({weight, state}, 2 * 8 * 4)
+    part = with_steady_reads(replace(marked, steps=[]), {weight})
+    assert (part.lasting, part.lasting_bytes) == (marked.lasting, marked.lasting_bytes)
 
 
 def test_ways_of_alternatives_are_marked() -> None:

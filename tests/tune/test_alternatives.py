@@ -411,13 +411,13 @@ def test_groups_of_made_up_rows_are_even(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [t.tolist() for t in seen] == [[15, 30, 45, 60, 75]]
 
 
-@pytest.mark.parametrize(("steady_bytes", "cold"), [(1 << 20, False), (1 << 30, True)])
-def test_weights_of_a_large_model_are_cold(bench: Bench, store: ArtifactStore, steady_bytes: int, cold: bool) -> None:
+@pytest.mark.parametrize(("total", "cold"), [(1 << 20, False), (1 << 30, True)])
+def test_weights_of_a_large_model_are_cold(bench: Bench, store: ArtifactStore, total: int, cold: bool) -> None:
     """Where a product of one row reads little else, in its ways' contest and in that of a region's configurations."""
     low = captured(layer, (rand(1, 2048), rand(2048, 2048), rand(2048)))
     marked = with_steady_reads(low, low.inputs[1:])
-    assert marked.steady_bytes == 2 * (2048 * 2048 + 2048)
-    tuned(replace(marked, steady_bytes=steady_bytes), store)
+    assert marked.lasting_bytes == 2 * (2048 * 2048 + 2048)
+    tuned(replace(marked, lasting_bytes=total), store)
     assert bench.cold[-1] == (frozenset(low.inputs[1:]) if cold else frozenset())
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fxopt.ir.region import BufferSpec
+from fxopt.ir.region import BufferSpec, Call
 from fxopt.target import Target
 from fxopt.tune import measure
 from fxopt.tune.measure import (
@@ -21,7 +22,7 @@ from fxopt.tune.measure import (
     Trial,
     interleaved,
     rotated_seconds,
-    with_cold_weights,
+    with_cold,
 )
 from fxopt.tune.suspects import Suspects
 
@@ -96,14 +97,14 @@ def test_weights_of_large_models_are_cold(
 ) -> None:
     monkeypatch.setattr(Target, "current", staticmethod(lambda device: Target.cuda(90)))
     given = memory(weight=weight, x=activation)
-    found = with_cold_weights(given, {"weight", "another"}, plan * MIB, torch.device("cuda"))
+    found = with_cold(given, {"weight", "another"}, plan * MIB, torch.device("cuda"))
     assert found.cold == (frozenset({"weight"}) if cold else frozenset())
-    assert with_cold_weights(given, set(), plan * MIB, torch.device("cuda")) is given
+    assert with_cold(given, set(), plan * MIB, torch.device("cuda")) is given
 
 
-@pytest.mark.parametrize(("weight", "copies", "repeats"), [(16, 7, 2), (50, 2, 4), (200, 1, 8), (1, None, 0)])
+@pytest.mark.parametrize(("weight", "copies", "runs"), [(16, 7, 14), (50, 2, 8), (200, 1, 8), (1, None, 0)])
 def test_cold_weights_are_measured_on_copies(
-    monkeypatch: pytest.MonkeyPatch, weight: int, copies: int | None, repeats: int
+    monkeypatch: pytest.MonkeyPatch, weight: int, copies: int | None, runs: int
 ) -> None:
     """So many that the L2 cache has nothing of one when it is that one's turn again; other buffers are shared."""
     seen: dict[str, Any] = {}
@@ -111,15 +112,33 @@ def test_cold_weights_are_measured_on_copies(
     monkeypatch.setattr(measure, "made_up", lambda memory, device, sizes: {n: torch.zeros(4) for n in memory.buffers})
     monkeypatch.setattr(measure, "runner", lambda trial, *rest: None if trial.label == "broken" else trial)
     monkeypatch.setattr(measure, "in_turn", lambda trial, sets, sizes: seen.setdefault(trial.label, sets))
-    monkeypatch.setattr(measure, "replayed", lambda runs, device, count: seen.update(repeats=count) or runs)
-    monkeypatch.setattr(measure, "interleaved", lambda runs, device, cold: [float(len(s) * repeats) for s in runs])
+    taken = lambda runs, device, cold: [float("inf") if s is None else float(len(s)) for s in runs]  # noqa: E731
+    monkeypatch.setattr(measure, "interleaved", taken)
     trials = [Trial(label, ()) for label in ("one", "broken", "two")]
     given = replace(memory(weight=weight, x=1), cold=frozenset({"weight"}))
     found = rotated_seconds(given, torch.device("cuda"), trials, Suspects(None))
     if copies is None:
         assert found is None and not seen
         return
-    assert found == [1.0, float("inf"), 1.0] and seen["repeats"] == repeats
+    assert found == [1.0, float("inf"), 1.0]
     for label in ("one", "two"):
-        assert len({id(s["weight"]) for s in seen[label]}) == len(seen[label]) == copies
-        assert len({id(s["x"]) for s in seen[label]}) == 1
+        assert len(seen[label]) == runs and len({id(s["x"]) for s in seen[label]}) == 1
+        turns = [id(s["weight"]) for s in seen[label]]
+        assert len(set(turns)) == copies and all(len(set(turns[k : k + copies])) == copies for k in range(0, runs, copies))
+
+
+def test_kernels_start_early_after_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not first, nor after a call."""
+    ran: list[str] = []
+    pair = tuple(lambda *given, kind=kind: ran.append(kind) for kind in ("late", "early"))
+    monkeypatch.setattr(measure, "_launchers", lambda source, artifact: pair)
+    monkeypatch.setattr(measure, "arguments_of", lambda source, tensors, sizes: [])
+    monkeypatch.setattr(measure, "bound_arguments", lambda part, tensors, sizes: (lambda: ran.append("call"), (), {}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    kernel: Any = (None, None)
+    call = BoundCall(Call("aten::mm", ("out",), (), {}), {}, ())
+    measure.in_turn(Trial("kernels", (kernel, kernel)), [{}, {}], {})()
+    assert ran == ["late", "early", "early", "early"]
+    ran.clear()
+    measure.in_turn(Trial("both", (call, kernel)), [{}, {}], {})()
+    assert ran == ["call", "late", "call", "late"]
