@@ -252,14 +252,20 @@ def weight_candidates(contraction: Contraction, target: Target, mode: str) -> li
 
 def row_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
     """The candidates of a product of a single row that share what they read of it among rows of the weight; none for more
-    rows. A row that is computed has to be in one block.
+    rows. A row that is computed has to be in one block, and is by each program: of different numbers of these.
     """
     problem, most = weight_problem(contraction), ROW_CANDIDATES.get(mode, ROW_CANDIDATES["default"])
-    vectors: list[VectorConfig | DotConfig] = [*weight_config.vector_configs(problem, target, 2 * most)]
-    dots: list[VectorConfig | DotConfig] = [*weight_config.dot_configs(problem, target, 4 * most)]
+    vectors: list[VectorConfig | DotConfig] = [*weight_config.vector_configs(problem, target, 4 * most)]
+    dots: list[VectorConfig | DotConfig] = [*weight_config.dot_configs(problem, target, 8 * most)]
     chosen = []
     for configs in (vectors, dots):
-        chosen += [c for c in configs if contraction.row is None or c.holds_row(problem)][:most]
+        if contraction.row is not None:
+            best: dict[int, VectorConfig | DotConfig] = {}
+            for config in configs:
+                if config.holds_row(problem):
+                    best.setdefault(config.rows, config)
+            configs = list(best.values())
+        chosen += configs[:most]
     return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in chosen]
 
 
