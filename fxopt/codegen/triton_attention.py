@@ -13,6 +13,7 @@ import torch
 from fxopt.codegen.templates.attention_config import AttentionConfig, block_of
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_block import BlockFunction, print_block
+from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
 from fxopt.codegen.triton_ops import POINTER_TYPE
@@ -68,8 +69,13 @@ def _attend(attention: Attention, config: AttentionConfig, stored: Sequence[str]
     blocks = f"BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(value_width)}"
     way = f'PACK={config.pack}, SPLIT={config.split}, PRECISION="ieee", SCORES={_SCORES if scores.text else None}'
     pointers, kinds = _factors(attention, {name: f"b{len(operands) + k}" for k, name in enumerate(factors)})
+    bringing = ""
+    if split and attention.key.strides[3] == attention.value.strides[3] == 1:
+        part = f"BM={config.block_m}, BN={config.block_n}, PACK={config.pack}, SPLIT={config.split}"
+        given_part = f"{operands[1]}, {operands[2]}, {sizes}, {attention.key.strides}, {attention.value.strides}, {part}"
+        bringing = f"attention.bring_part({given_part})\n    {OTHERS_END}\n    "
     call = (
-        f"attention.attend(\n        {', '.join(given)}, {scores.extra}, {pointers}, {sizes},\n"
+        f"{bringing}attention.attend(\n        {', '.join(given)}, {scores.extra}, {pointers}, {sizes},\n"
         f"        {layouts}, {strides}, {attention.out.strides},\n        {meaning},\n        {blocks}, {way}{kinds},\n    )"
     )
     types = [POINTER_TYPE[attention.buffers[x.buffer].dtype] for x in attention.operands]

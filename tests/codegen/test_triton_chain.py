@@ -69,6 +69,15 @@ def test_memory_is_touched_when_others_have_ended(name: str) -> None:
     assert after
 
 
+def test_parts_of_the_keys_are_brought_while_others_are_waited_for() -> None:
+    """Into the L2 cache and no further: somebody may write them."""
+    source = attention()
+    assert source.entry.endswith("split")
+    ptx = compile_to_text(source, H100, "ptx")
+    before, after = ptx[ptx.index(".entry") :].split(WAIT)
+    assert before.count("prefetch.global.L2") >= 2 and "prefetch" not in after
+
+
 def weighted_norm() -> Case:
     """A residual norm whose weight `w` and bias `c` nothing writes."""
     case = nests.layer_norm(2, 1024, BF16)

@@ -31,6 +31,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fxopt.codegen.triton_helpers import INTERPRETED
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 PROBABILITY = tl.constexpr(8.0)
 """The power of two by which probabilities of 8-bit floats are multiplied: 256 is the largest that cannot overflow e4m3."""
@@ -160,6 +162,44 @@ def over_keys(
         total = total * shrink + tl.sum(p, 1)
         most = higher
     return acc, most, total
+
+
+LINE = tl.constexpr(128)
+"""Bytes that the L2 cache takes at a time."""
+
+MOST_BROUGHT = tl.constexpr(1024)
+"""Rows of a part that are brought before it begins: the rest comes while these are computed with."""
+
+
+@triton.jit
+def bring(rows, row, T: tl.constexpr, SIZE: tl.constexpr, first, EACH: tl.constexpr):
+    """Let the L2 cache have the EACH rows of SIZE features from `first` on, those before T. That changes no memory: whoever
+    writes them meanwhile does so there.
+    """
+    length: tl.constexpr = LINE // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    lines: tl.constexpr = triton.next_power_of_2((SIZE + length - 1) // length)
+    own = tl.minimum(first + tl.arange(0, triton.next_power_of_2(EACH)), T - 1)
+    places = rows + (own[:, None] * row + tl.minimum(tl.arange(0, lines) * length, SIZE - 1)[None, :])
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def bring_part(
+    key, value, H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
+    GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Bring the keys and values of this program's part, as `attend` has them, while it waits for who writes some of them."""
+    if not INTERPRETED:
+        tiles: tl.constexpr = (S * PACK + BM - 1) // BM
+        part, heads = tl.program_id(0) % SPLIT, tl.program_id(0) // (SPLIT * tiles)
+        wide, group = (heads // (H // PACK)).to(tl.int64), (heads % (H // PACK) * PACK // GROUP).to(tl.int64)
+        each: tl.constexpr = ((T + BN - 1) // BN + SPLIT - 1) // SPLIT * BN
+        brought: tl.constexpr = MOST_BROUGHT if each > MOST_BROUGHT else each
+        bring(key + (wide * KEY[0] + group * KEY[1]), KEY[2], T, E, part * each, brought)
+        bring(value + (wide * VALUE[0] + group * VALUE[1]), VALUE[2], T, EV, part * each, brought)
 
 
 @triton.jit
