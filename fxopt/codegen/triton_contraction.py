@@ -23,6 +23,7 @@ from fxopt.codegen.triton_block import BlockFunction, loads_for_tiles, print_blo
 from fxopt.codegen.triton_emit import VECTOR_BYTES
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
+from fxopt.codegen.triton_prefetch import print_prefetch
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import (
     Int,
@@ -43,7 +44,7 @@ from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, Scalar, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region, SideBySide
 from fxopt.target import Target
 
-_EPILOGUE, _EDGE, _VECTORS = "epilogue", "edge", "vectors"
+_EPILOGUE, _EDGE, _VECTORS, _PREFETCH = "epilogue", "edge", "vectors", "prefetch"
 _ROWS = "rows"
 _OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
 _CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
@@ -201,12 +202,14 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
             reserved=len(_operands(contraction)) + config.has_narrow_tiles,
             vectors=(_VECTORS, beyond) if config.vectors else None,
         )
+    if config.prefetch:
+        ahead = print_prefetch(_PREFETCH, contraction, config, epilogue)
+        epilogue = replace(epilogue, text=f"{epilogue.text}\n\n\n{ahead}")
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
     ends = f"b{len(contraction.products) + 1}"
-    call = gemm_entry.gemm_call(
-        problem, config, ends=ends, extra=epilogue.extra, epilogue=_EPILOGUE, edge=_EDGE, vectors=_VECTORS, sizes=sizes
-    )
+    names = {"epilogue": _EPILOGUE, "edge": _EDGE, "vectors": _VECTORS, "prefetch": _PREFETCH}
+    call = gemm_entry.gemm_call(problem, config, ends=ends, extra=epilogue.extra, sizes=sizes, **names)
     call = replace(call, grid=_grid(contraction, config, call))
     module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE
     if config.classes > 1:

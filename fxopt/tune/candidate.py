@@ -29,6 +29,7 @@ from fxopt.codegen.triton_contraction import (
     with_vectors,
 )
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
+from fxopt.codegen.triton_prefetch import with_prefetch
 from fxopt.codegen.triton_scored import print_scored
 from fxopt.codegen.triton_weights import print_vector, print_weights, takes_vectors, weight_problem
 from fxopt.errors import UnsupportedError
@@ -191,9 +192,12 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     chosen = [with_vectors(contraction, with_room(contraction, config, target)) for config in ranked]
     tailed = [t for c in chosen if (t := gemm_config.with_tail(problem, c, target)) != c]
     chosen += tailed if mode == "max-autotune" else tailed[:1]
+    more: list[gemm_problem.GemmConfig] = []
     if problem.itemsize == 1:
-        more = (gemm_config.with_more_programs(problem, config, target) for config in chosen)
-        chosen += [c for c in more if c is not None][:1]
+        found = (gemm_config.with_more_programs(problem, config, target) for config in chosen)
+        more = [c for c in found if c is not None][:1]
+    ahead = (with_prefetch(contraction, config) for config in (*chosen[:1], *more))
+    chosen += [*more, *(c for c in ahead if c is not None)]
     return own + [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)
