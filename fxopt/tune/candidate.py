@@ -65,6 +65,9 @@ CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 SUMS_CANDIDATES = {"default": 1, "max-autotune": 2}
 """The same of the gradient of a depthwise weight: those take two seconds of a core each."""
 
+WORTH_PREFETCHING = 4 << 20
+"""Bytes that an epilogue reads: fewer are hardly waited for."""
+
 FEW_BYTES = 8 << 20
 """Of an image: larger ones are worth a launch that lays out the weight of their depthwise convolution."""
 
@@ -196,7 +199,8 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     if problem.itemsize == 1:
         found = (gemm_config.with_more_programs(problem, config, target) for config in chosen)
         more = [c for c in found if c is not None][:1]
-    ahead = (with_prefetch(contraction, config) for config in (*chosen[:1], *more))
+    waiting = (*chosen[:1], *more) if problem.m > gemm_config.FEW_ROWS and problem.read >= WORTH_PREFETCHING else ()
+    ahead = (with_prefetch(contraction, config) for config in waiting)
     chosen += [*more, *(c for c in ahead if c is not None)]
     return own + [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
