@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import text_reader
 from fxopt.report import minilm
 
 Batch = tuple[Tensor, ...]
@@ -276,9 +277,44 @@ def _load_gpt(held: dict[str, Any]) -> Task:
     return Task("bytes-gpt", model, calibration, evaluation, judge, evaluation[0])
 
 
+# PP-OCRv6's reader of text lines, on lines of Python's documentation (text_reader.py).
+
+_CALIBRATED_LINES, _JUDGED_LINES, _LINES_OF_A_BATCH = 64, 128, 32
+
+
+def _prepare_lines() -> dict[str, Any]:
+    path = text_reader.package_file()
+    if path is None:
+        raise _missing("rapidocr")
+    texts = text_reader.lines(_CALIBRATED_LINES + _JUDGED_LINES)
+    images = torch.stack([text_reader.drawn(text, seed) for seed, text in enumerate(texts)])
+    judged = torch.arange(len(texts)) % 3 > 0
+    return {
+        "weights": text_reader.trained(path).state_dict(),
+        "calibration": images[~judged],
+        "images": images[judged],
+        "texts": [text for text, own in zip(texts, judged, strict=True) if own],
+    }
+
+
+def _load_lines(held: dict[str, Any]) -> Task:
+    model = text_reader.TextReader().eval()
+    model.load_state_dict(held["weights"])
+    calibration, evaluation = (
+        [(text_reader.as_input(part),) for part in held[name].split(_LINES_OF_A_BATCH)] for name in ("calibration", "images")
+    )
+
+    def judge(outputs: list[Tensor]) -> dict[str, float]:
+        found = [text for logits in outputs for text in text_reader.read(logits)]
+        return {"letters right": text_reader.letters_right(found, held["texts"])}
+
+    return Task("lines", model, calibration, evaluation, judge, evaluation[0])
+
+
 _TASKS: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], Task]]] = {
     "minilm": (_prepare_minilm, _load_minilm),
     "digits": (_prepare_digits, _load_digits),
+    "lines": (_prepare_lines, _load_lines),
     "bytes-gpt": (_prepare_gpt, _load_gpt),
 }
 TASKS = tuple(_TASKS)

