@@ -56,6 +56,10 @@ MOST_COMPILATIONS = 4
 NOISE_OF_MODEL = 0.01
 """Of a call's time: less than that is no gain."""
 
+PATIENCE = 4.0
+"""How many times as long whole models are timed at most, while other jobs of the machine disturb them: what looks faster by
+chance would be slower later, and what looks slower would be refused."""
+
 BACK_OFF = 0.9
 """How much of the budget is aimed at after a compiled model was over it."""
 
@@ -350,7 +354,7 @@ class Search:
         if tried.seconds is None:
             calls = {HIGH: lambda: forward(self.high, batch), "quantized": lambda: forward(tried.model, batch)}
             with torch.no_grad():
-                timings = interleaved(calls, self.device, seconds=4 * self.seconds)
+                timings = interleaved(calls, self.device, seconds=4 * self.seconds, patience=PATIENCE)
             tried.seconds = timings[HIGH].median, timings["quantized"].median
         before, after = tried.seconds
         if after > (1.0 - NOISE_OF_MODEL) * before:
