@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fxopt.codegen import triton_chain
+from fxopt.codegen import triton_chain, triton_libdevice
 from fxopt.ir.kernel import KernelSource
 from fxopt.target import Target
 
@@ -102,6 +102,7 @@ def warm_up() -> None:
 
     triton_key()
     assert triton.compiler.compile
+    triton_libdevice.install()
 
 
 def read_device_functions() -> None:
