@@ -88,7 +88,7 @@ class ConvProblem:
         n, h, w, c = self.patches.shape
         return n * h * w * c * self.dtype.itemsize
 
-    @property
+    @functools.cached_property  # cost models ask for each configuration
     def product(self) -> GemmProblem:
         """The product that it is, as if the patches lay in memory."""
         m, k = self.patches.rows, self.patches.columns

@@ -117,8 +117,8 @@ _SHORTEST_BLOCK = 32
 
 def _forms(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
     """Everything to begin with, whether or not it fits."""
-    promote = problem.sums_imprecisely and target.is_hopper
-    return (replace(c, promote=promote) for c in _tiles(problem, target))
+    found = _tiles(problem, target)
+    return (replace(c, promote=True) for c in found) if problem.sums_imprecisely and target.is_hopper else found
 
 
 def _tiles(problem: GemmProblem, target: Target) -> Iterator[GemmConfig]:
