@@ -23,7 +23,7 @@ from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
 from fxopt.options import Options
-from fxopt.runtime import backward_pieces, branches
+from fxopt.runtime import backward_pieces, branches, training_window
 from fxopt.runtime.branch_contest import BranchContest, TimingDriver
 from fxopt.runtime.capturable import (
     Choice,
@@ -457,7 +457,8 @@ def _in_training(plan: Plan, phase: Phase, options: Options) -> Choice | Pieces 
     if reason := flaw(plan):
         return reason
     in_pieces = phase is Phase.BACKWARD and backward_pieces.NAME not in options.disable
-    return (backward_pieces.choose_backward_pieces(plan) if in_pieces else None) or choose_window(plan, phase)
+    pieces = backward_pieces.choose_backward_pieces(plan) if in_pieces else None
+    return pieces or choose_window(plan, phase, ends=training_window.NAME not in options.disable)
 
 
 def _switched_off(options: Options) -> str | None:

@@ -28,6 +28,8 @@ from fxopt.runtime.lifetimes import Lifetimes, nbytes
 from fxopt.runtime.plan import InputSpec, Plan, defined, used
 from fxopt.runtime.split import split
 
+NAME = "plain-ends"
+"""What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
 COPY_SHARE = 1.0
 """How much of the host time that a replay saves may go into copies: whoever asks for graphs here is short of it."""
 EDGE = 16
@@ -38,14 +40,17 @@ _FROM_CALLERS = ("primals", "tangents")
 """What AOTAutograd calls the inputs of a backward that its forward has not made, from their first letters on."""
 
 
-def choose_window(plan: Plan, phase: Phase) -> Choice | str:
-    """What of a forward's or backward's plan, all of whose steps can be captured, is to be; why nothing, if so."""
+def choose_window(plan: Plan, phase: Phase, ends: bool = True) -> Choice | str:
+    """What of a forward's or backward's plan, all of whose steps can be captured, is to be; why nothing, if so.
+
+    Without `ends` all of it is, or nothing.
+    """
     facts = Facts(plan, drawing=True)
     window = _Window(facts, phase)
     count = len(facts.found.steps)
     all_of_it = window.price(0, None)
     best, begin, end = all_of_it, 0, None
-    if facts.is_described() and count >= MIN_STEPS:
+    if ends and facts.is_described() and count >= MIN_STEPS:
         for b, e in window.candidates():
             price = window.price(b, e)
             if price.seconds < best.seconds:

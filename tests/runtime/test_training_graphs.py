@@ -273,6 +273,9 @@ def test_ends_that_run_plainly(stage: Stage, monkeypatch: pytest.MonkeyPatch, co
     assert (forward.after is not None, backward.before is not None) == (copied < 1e9, copied < 1e9)
     assert stage.counts() == (5, 3)
     assert stage.forwards[0]._latest.memory.given_up()  # type: ignore[union-attr]
+    for made, phase in ((stage.forwards[0], Phase.FORWARD), (stage.backwards[0], Phase.BACKWARD)):
+        whole = choose_window(made.plan, phase, ends=False)
+        assert isinstance(whole, Choice) and whole.parts.is_whole
 
 
 def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
