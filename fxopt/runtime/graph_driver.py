@@ -250,30 +250,26 @@ class GraphDriver:
         generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or the allocator refuses.
         Afterwards all is as before.
 
-        The shared pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by
-        piece, memory is left over wherever a larger piece follows. With `products` cuBLAS's workspace gets its place first.
+        A new pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by piece,
+        memory is left over wherever a larger piece follows, also where a backward takes the places of several values that it
+        has read. With `products` cuBLAS's workspace gets its place first.
         """
         _workspaces.drop_before(self.index)
         torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
-        if draws:
-            generator = torch.cuda.default_generators[self.index]
-            with _no_collections(), torch.cuda.stream(self._side):
-                return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
         pool = self._pool() if pool is None else pool
         if pool is None:
             pool = self.new_pool()
             self._pool = weakref.ref(pool)
-        else:
-            peak = 0
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
         try:
+            self._make_room(pool, peak if pool not in _begun else 0, products)
+            _begun.add(pool)
+            if draws:
+                generator = torch.cuda.default_generators[self.index]
+                with _no_collections(), torch.cuda.stream(self._side):
+                    return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
             with _no_collections(), torch.cuda.stream(self._side), torch.cuda.use_mem_pool(pool, self.index):
-                if products:
-                    torch.cuda.current_blas_handle()  # the next run's workspace finds the place of this one's
-                if peak > _SMALL_BYTES:
-                    with contextlib.suppress(torch.OutOfMemoryError):  # it may do with less at a time
-                        self.allocate(peak)
                 self._call(lib.cuStreamBeginCapture_v2, "beginning to capture", stream, _THREAD_LOCAL)
                 try:
                     probe = self.allocate(_PROBE_BYTES)
@@ -291,12 +287,22 @@ class GraphDriver:
             _workspaces.drop_after(self.index)
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
 
+    def _make_room(self, pool: Any, peak: int, products: bool) -> None:
+        """Before a capture: `peak` bytes of the pool, which nobody has afterwards, and a workspace."""
+        with torch.cuda.stream(self._side), torch.cuda.use_mem_pool(pool, self.index):
+            if products:
+                torch.cuda.current_blas_handle()  # the next run's workspace finds the place of this one's
+            if peak > _SMALL_BYTES:
+                with contextlib.suppress(torch.OutOfMemoryError):  # it may do with less at a time
+                    self.allocate(peak)
+
     def _destroy_torchs(self, graph: Any) -> None:
         with _after(self._lib, self._event):
             graph.reset()
 
 
 _pools: weakref.WeakSet[Any] = weakref.WeakSet()
+_begun: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class _Workspaces:

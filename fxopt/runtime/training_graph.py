@@ -38,6 +38,10 @@ SIZES_KEPT = 4
 """How many forwards of a graph with symbolic sizes are kept captured; each keeps the memory of its activations."""
 STALE_REPLAYS = 256
 """A captured forward goes when another one is captured and it was not among that many last replays: its weights are gone."""
+ROOM = 48
+"""One part in so many is added to what a forward holds where its pool begins: a backward makes its first values before much
+of what is saved has been read. By a model of torch's allocator ResNet-50's pool takes 5 % less with it, that of three layers
+of GPT-2 11 % less, of BERT 1 % more."""
 STREAM_CHANGES = 8
 """How often a captured forward follows its caller to another stream, which the host has to wait for."""
 
@@ -244,7 +248,8 @@ class GraphedForward(GraphedExecutor):
         self._drop_stale()
         way, driver = self._way, self._turns.driver
         saved, pool = way.captured_plan.saved, driver.new_pool()
-        made = record(way.captured, values, signature, self._traits, driver, way.lent, saved, pool)
+        room = replace(self._traits, peak=self._traits.peak + self._traits.peak // ROOM)
+        made = record(way.captured, values, signature, room, driver, way.lent, saved, pool)
         results = made.results
         memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool, driver)
         results.kept = [Kept(kept.at, tensor) for kept, tensor in zip(results.kept, memory.tensors, strict=True)]
