@@ -142,8 +142,7 @@ class _Seams:
     def _computed_again(self, k: int, source: Region) -> Iterator[_Found | None]:
         for store in source.nest.stores:
             name, readers = store.buffer, sorted(set(self.uses.readers.get(store.buffer, ())))
-            alone = self.writers[name] == [k] and sum(s.buffer == name for s in source.nest.stores) == 1
-            if name not in self.large or not alone or not readers or readers[0] <= k:
+            if name not in self.large or self.writers[name] != [k] or not readers or readers[0] <= k:
                 continue
             steps = [self._region(r) for r in readers]
             regions = [step for step in steps if step is not None]

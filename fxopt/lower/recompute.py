@@ -32,9 +32,10 @@ def is_repeatable(store: Store) -> bool:
 
 def with_value(reader: Region, store: Store, source: Region) -> Region | None:
     """`reader` with what it loads of the buffer of `store`, a store of `source`, computed instead; None when its indices
-    would need divisions for that, or its kernel would become too large."""
+    would need divisions for that, its kernel would become too large, or the store fills only a part of the buffer."""
     loops = loops_by_stride(store, source.nest)
-    if loops is None or not store.value.symbols() <= set(loops):
+    in_parts = sum(s.buffer == store.buffer for s in source.nest.stores) > 1
+    if loops is None or in_parts or not store.value.symbols() <= set(loops):
         return None
     value = rounded(store.value)
 

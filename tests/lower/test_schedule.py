@@ -18,6 +18,7 @@ from fxopt.ir.region import Region
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, cost, lower_graph
 from fxopt.lower import schedule as schedule_module
+from fxopt.lower.ops.joins import MAX_SELECTED
 from fxopt.lower.schedule import MAX_DISTANCE, schedule
 from tests.lower.capturing import moved
 from tests.lower.interpreter import run_lowered
@@ -318,6 +319,16 @@ def test_what_two_kernels_read_is_computed_in_both() -> None:
     assert sorted(len(r.nest.stores) for r in small) == [1, 2], "what one of them stores costs less than a launch"
     assert [len(r.nest.stores) for r in large] == [1, 1]
     assert len({name for r in large for name in r.reads()}) == 2
+
+
+def test_what_is_stored_in_parts_is_not_computed_from_one_of_them(recomputing: None) -> None:
+    """A cat of many inputs that read the same: one kernel with a store for each."""
+
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = torch.cat([x * (k + 1) for k in range(MAX_SELECTED + 1)])
+        return whole.sum(0), whole.softmax(1)
+
+    check(fn, rand(6, 8), device="cuda")
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
