@@ -27,7 +27,7 @@ from fxopt.lower.align import extents
 from fxopt.lower.direction import alternate
 from fxopt.lower.joining import with_stores
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.row_passes import in_two
+from fxopt.lower.row_passes import computes_again, in_two
 from fxopt.lower.schedule import LAUNCH_BYTES
 from fxopt.lower.shared_values import shared_values, stored_once
 from fxopt.lower.uses import OUTSIDE, Uses
@@ -129,8 +129,8 @@ class _Seams:
                     yield from (each for each in ways(k, region) if each is not None)
 
     def _region(self, k: int) -> Region | None:
-        """Step k, if it is a region that may be grouped: not one that picks elements by an index, of
-        which made-up data say little."""
+        """Step k, if it is a region that may be grouped: not one that picks elements by an index, of which made-up data say
+        little."""
         step = self.uses.steps[k]
         if not isinstance(step, Region) or step.device.type != "cuda" or step.across is not None:
             return None
@@ -173,12 +173,14 @@ class _Seams:
                 both = stored_once(first, second, shared, f"{first.name}.shared")
                 if both is None or not self._is_left_alone(needed, k, n):
                     continue
-                one, two, spec = both
-                freed = (name for name in set(second.reads()) - set(two.reads()) if self._is_freed(name, k, n))
-                if spec is not None and self._spans(k, n) and cost.nbytes(spec) > self._bytes(freed):
+                freed = (name for name in set(second.reads()) - set(both.second.reads()) if self._is_freed(name, k, n))
+                new = [] if both.spec is None else [both.spec]
+                if not self._is_left_alone([both.name], k + 1, n):
                     continue
-                ways = Way(BOTH, (first, second)), Way(STORED, (one, two))
-                yield self._grouping((k, n), *ways, -self._arithmetic(shared.own, first, 1), *([spec] if spec else []))
+                if self._spans(k, n) and sum(map(cost.nbytes, new)) > self._bytes(freed):
+                    continue
+                ways = Way(BOTH, (first, second)), Way(STORED, (both.first, both.second))
+                yield self._grouping((k, n), *ways, -self._arithmetic(shared.own, first, 1), *new)
 
     def _later_readers(self, k: int, first: Region) -> list[int]:
         """The steps after step k that read several large operands of it, or one, if both do something expensive."""
@@ -196,14 +198,15 @@ class _Seams:
 
     def _row_in_two(self, k: int, region: Region) -> Iterator[_Found | None]:
         several = len(self.large.intersection(region.reads())) > 1 or self._is_expensive(k)
-        halves = in_two(region) if several and cost.is_walked_again(region.nest) else None
+        halves = in_two(region) if several and computes_again(region) else None
         for shared in shared_values(*halves) if halves is not None else ():
             assert halves is not None
             both = stored_once(*halves, shared, f"{region.name}.shared")
             if both is not None:
-                own = [s for half in both[:2] for s in half.buffers.values() if s.name not in region.buffers]
+                two = both.first, both.second
+                own = [s for half in two for s in half.buffers.values() if s.name not in region.buffers]
                 sizes = self.nbytes | {spec.name: cost.nbytes(spec) for spec in own}
-                turning = alternate(both[:2], sizes)
+                turning = alternate(two, sizes)
                 ways = Way(WHOLE, (region,)), Way(IN_TWO, tuple(r for r in turning if isinstance(r, Region)))
                 yield self._grouping((k,), *ways, -self._arithmetic(shared.own, region, 1), *own)
 

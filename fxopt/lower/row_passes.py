@@ -9,12 +9,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxopt.ir.exprs import contiguous_strides, ravel, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, holds_reduction, postorder
+from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scalar, Scan, Store, holds_reduction, postorder
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import NARROW
-from fxopt.ir.rows import settled
+from fxopt.ir.rows import settled, walks
+from fxopt.lower import cost
 from fxopt.lower.joining import with_nests
 from fxopt.lower.values import replaced_in
+
+
+def computes_again(region: Region) -> bool:
+    """Whether a kernel of `region` loads several operands again for one value, or computes something expensive again."""
+    if not cost.is_walked_again(region.nest):
+        return False
+    again = {node for node, times in walks(region.nest).items() if times > 1}
+    joined = [n for n in again if sum(bool(a.symbols()) and not isinstance(a, IndexValue) for a in n.args) > 1]
+    return bool(joined) or cost.is_expensive(again)
 
 
 def in_two(region: Region) -> tuple[Region, Region] | None:

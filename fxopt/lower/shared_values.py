@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from fxopt.ir.exprs import Int, free_symbols
+from fxopt.ir.exprs import Int, free_symbols, prod
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Scan, Store, loads_below, postorder
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded, unrounded
@@ -19,6 +19,16 @@ from fxopt.lower.align import Mapping, mappings
 from fxopt.lower.joining import MAX_BUFFERS, with_nests
 from fxopt.lower.recompute import loops_by_stride
 from fxopt.lower.values import replaced_in
+
+
+class Stored(NamedTuple):
+    """`first`, which stores a value in the buffer `name`, and `second`, which reads it. `spec` is that buffer's if the first
+    region did not store the value before."""
+
+    first: Region
+    second: Region
+    name: str
+    spec: BufferSpec | None
 
 
 class Shared(NamedTuple):
@@ -52,14 +62,14 @@ def shared_values(first: Region, second: Region) -> list[Shared]:
     return []
 
 
-def stored_once(first: Region, second: Region, shared: Shared, name: str) -> tuple[Region, Region, BufferSpec | None] | None:
-    """(`first` that stores the value, `second` that reads it, the buffer for that called `name`, if `first` did not store
-    the value before); None where the first would have too many buffers."""
+def stored_once(first: Region, second: Region, shared: Shared, name: str) -> Stored | None:
+    """Both regions with the value stored once, in a buffer called `name` if it is in none; None where the first would have
+    too many buffers."""
     value, dtype = rounded(shared.own), shared.own.dtype
     known = next((s for s in first.nest.stores if _stores(s, shared, first.buffers[s.buffer])), None)
     spec = None
     if known is None:
-        size = cost.extent(s.size for s in (*first.nest.points, *first.nest.reduced))
+        size = prod(s.size for s in (*first.nest.points, *first.nest.reduced) if s.size is not None)
         spec = BufferSpec(name, dtype, first.device, (size,), (1,))
     buffer = name if known is None else known.buffer
     stores = [s.transformed({}, lambda v: replaced_in(v, {shared.own: value})) for s in first.nest.stores]
@@ -71,7 +81,7 @@ def stored_once(first: Region, second: Region, shared: Shared, name: str) -> tup
     rest = tuple(s.transformed({}, lambda v: replaced_in(v, read)) for s in second.nest.stores)
     one = with_nests(first, replace(first.nest, stores=tuple(stores)), None)
     two = with_nests(second, replace(second.nest, stores=rest), None)
-    return (one, two, spec) if len(one.buffers) <= MAX_BUFFERS else None
+    return Stored(one, two, buffer, spec) if len(one.buffers) <= MAX_BUFFERS else None
 
 
 def _stores(store: Store, shared: Shared, spec: BufferSpec) -> bool:
