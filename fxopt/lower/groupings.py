@@ -17,10 +17,11 @@ whose name it has, so that a grouping may span other steps. It may not keep more
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from fxopt.ir.loops import Scalar, loads_below, postorder
+from fxopt.ir.loops import Scalar, Store, loads_below, postorder
 from fxopt.ir.region import Alias, Alternatives, BufferSpec, Region, Step, Way
 from fxopt.lower import cost, recompute
 from fxopt.lower.align import extents
@@ -29,7 +30,7 @@ from fxopt.lower.joining import with_stores
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.row_passes import computes_again, in_two
 from fxopt.lower.schedule import LAUNCH_BYTES
-from fxopt.lower.shared_values import shared_values, stored_once
+from fxopt.lower.shared_values import Shared, shared_values, stored_once
 from fxopt.lower.uses import OUTSIDE, Uses
 
 NAME = "groupings"
@@ -53,32 +54,53 @@ MOST_DIFFERENT = {"default": 4, "max-autotune": 16}
 
 @dataclass(frozen=True)
 class _Found:
-    """A grouping, the numbers of the steps that it is about, what its other way saves by the estimate, in bytes, and the
-    buffers that this alone has."""
+    """A grouping, what its other way saves by the estimate, in bytes, and the buffers that this alone has."""
 
     grouping: Alternatives
-    parts: tuple[int, ...]
     saved: float
     more: tuple[BufferSpec, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class _Seam:
+    """Where there may be a grouping of the steps `parts`, which `build` makes. Equal layers have seams of one `kind`."""
+
+    kind: object
+    parts: tuple[int, ...]
+    build: Callable[[], _Found | None]
+
+
 def with_groupings(lowered: Lowered, mode: str = "default") -> Lowered:
     """`lowered`, already scheduled, with the groupings of its regions on GPUs that are worth measuring."""
-    seams = _Seams(lowered)
-    found = sorted(seams.found(), key=lambda each: -each.saved)
-    most = MOST_DIFFERENT.get(mode, MOST_DIFFERENT["default"])
-    different: set[object] = set()
+    alike: dict[object, list[_Seam]] = {}
+    for seam in _Seams(lowered).seams():
+        alike.setdefault(seam.kind, []).append(seam)
+    built: dict[_Seam, _Found | None] = {}
+    saved: dict[object, float] = {}
+    for kind, seams in alike.items():
+        for seam in dict.fromkeys((seams[0], seams[-1])):  # the first layer may be unlike the others, and so may the last
+            found = built[seam] = seam.build()
+            if found is not None:
+                saved[kind] = max(found.saved, saved.get(kind, found.saved))
+                break
+    kept: dict[tuple[int, ...], _Found] = {}
     taken: set[int] = set()
-    kept: list[_Found] = []
-    for each in found:
-        kind = _kind(each.grouping)
-        if taken.isdisjoint(each.parts) and (kind in different or len(different) < most):
-            different.add(kind)
-            taken |= set(each.parts)
-            kept.append(each)
-    buffers = {spec.name: spec for each in kept for spec in each.more}
-    groupings = tuple(each.grouping for each in sorted(kept, key=lambda each: each.parts))
-    return replace(lowered, groupings=groupings, buffers=lowered.buffers | buffers) if groupings else lowered
+    different = 0
+    for kind in sorted(saved, key=lambda kind: -saved[kind]):
+        before = len(kept)
+        for seam in alike[kind] if different < MOST_DIFFERENT.get(mode, MOST_DIFFERENT["default"]) else ():
+            found = None
+            if taken.isdisjoint(seam.parts):
+                found = built[seam] if seam in built else seam.build()
+            if found is not None:
+                kept[seam.parts] = found
+                taken |= set(seam.parts)
+        different += len(kept) > before
+    if not kept:
+        return lowered
+    buffers = {spec.name: spec for found in kept.values() for spec in found.more}
+    groupings = tuple(kept[parts].grouping for parts in sorted(kept))
+    return replace(lowered, groupings=groupings, buffers=lowered.buffers | buffers)
 
 
 def regrouped(lowered: Lowered, ways: dict[str, Way]) -> Lowered:
@@ -98,16 +120,6 @@ def regrouped(lowered: Lowered, ways: dict[str, Way]) -> Lowered:
     return replace(lowered, steps=steps, groupings=())
 
 
-def _kind(grouping: Alternatives) -> object:
-    """Equal for groupings of equal layers."""
-    regions = [step for way in grouping.ways for step in way.steps if isinstance(step, Region)]
-    return tuple((extents(r.nest), len(list(postorder(r.nest.roots))), _layouts(r.buffers.values())) for r in regions)
-
-
-def _layouts(specs: Iterable[BufferSpec]) -> tuple[object, ...]:
-    return tuple((spec.dtype, spec.shape, spec.strides) for spec in specs)
-
-
 class _Seams:
     """Where a schedule might be grouped in another way."""
 
@@ -116,17 +128,30 @@ class _Seams:
         self.nbytes = {name: cost.nbytes(spec) for name, spec in lowered.buffers.items()}
         self.large = {name for name, size in self.nbytes.items() if size >= LAUNCH_BYTES["cuda"]}
         self.expensive: dict[int, bool] = {}
+        self.walked: dict[object, bool] = {}
+        self.shapes: dict[int, object] = {}
         self.writers: dict[str, list[int]] = {}
         for k in range(len(lowered.steps)):
             for name in self.uses.writes(k):
                 self.writers.setdefault(name, []).append(k)
 
-    def found(self) -> Iterator[_Found]:
-        """Every grouping that may be faster than the schedule's."""
+    def seams(self) -> Iterator[_Seam]:
+        """Everywhere that another grouping may be as fast as the schedule's."""
         for k in range(len(self.uses.steps)):
             if (region := self._region(k)) is not None:
-                for ways in (self._computed_again, self._stored_between, self._row_in_two):
-                    yield from (each for each in ways(k, region) if each is not None)
+                yield from self._computed_again(k, region)
+                yield from self._stored_between(k, region)
+                if self._is_walked_again(k, region):
+                    yield _Seam((WHOLE, self._shape(k)), (k,), partial(self._row_in_two, region))
+
+    def _shape(self, k: int) -> object:
+        """Equal for the regions of equal layers."""
+        if k not in self.shapes:
+            region = self.uses.steps[k]
+            assert isinstance(region, Region)
+            layouts = tuple((spec.dtype, spec.shape, spec.strides) for spec in region.buffers.values())
+            self.shapes[k] = (extents(region.nest), len(region.nest.loads()), len(region.nest.stores), layouts)
+        return self.shapes[k]
 
     def _region(self, k: int) -> Region | None:
         """Step k, if it is a region that may be grouped: not one that picks elements by an index, of which made-up data say
@@ -139,53 +164,56 @@ class _Seams:
 
     # ------------------------------------------------------------------ a buffer that each reader might compute
 
-    def _computed_again(self, k: int, source: Region) -> Iterator[_Found | None]:
-        for store in source.nest.stores:
+    def _computed_again(self, k: int, source: Region) -> Iterator[_Seam]:
+        for number, store in enumerate(source.nest.stores):
             name, readers = store.buffer, sorted(set(self.uses.readers.get(store.buffer, ())))
             if name not in self.large or self.writers[name] != [k] or not readers or readers[0] <= k:
                 continue
-            steps = [self._region(r) for r in readers]
-            regions = [step for step in steps if step is not None]
-            needed = {load.buffer for load in loads_below(store.roots)}
-            fits = recompute.is_repeatable(store) and len(regions) == len(steps)
-            if not fits or not self._is_left_alone(needed, k, readers[-1]):
-                continue
-            held = (n for n in needed if max(self.uses.readers[n]) < readers[-1] and OUTSIDE not in self.uses.readers[n])
-            if self._spans(k, readers[-1]) and self._bytes(held) > self.nbytes[name]:
-                continue
-            again = [recompute.with_value(region, store, source) for region in regions]
-            left = with_stores(source, set(source.writes()) - {name})
-            new = [step for step in (left, *again) if step is not None]
-            if any(step is None for step in again):
-                continue
-            more = self._arithmetic(store.value, source, len(again) - (left is None))
-            ways = Way(STORED, (source, *regions)), Way(AGAIN, tuple(new))
-            yield self._grouping((k, *readers), *ways, more)
+            regions = [self._region(r) for r in readers]
+            if all(region is not None for region in regions) and recompute.is_repeatable(store):
+                kind = (STORED, number, *map(self._shape, (k, *readers)))
+                yield _Seam(kind, (k, *readers), partial(self._read_or_computed, k, readers, store))
+
+    def _read_or_computed(self, k: int, readers: Sequence[int], store: Store) -> _Found | None:
+        source, *regions = (region for n in (k, *readers) if (region := self._region(n)) is not None)
+        needed = {load.buffer for load in loads_below(store.roots)}
+        if not self._is_left_alone(needed, k, readers[-1]):
+            return None
+        held = (n for n in needed if max(self.uses.readers[n]) < readers[-1] and OUTSIDE not in self.uses.readers[n])
+        if self._spans(k, readers[-1]) and self._bytes(held) > self.nbytes[store.buffer]:
+            return None
+        left = with_stores(source, set(source.writes()) - {store.buffer})
+        again = [recompute.with_value(region, store, source) for region in regions]
+        new = [region for region in (left, *again) if region is not None]
+        if any(region is None for region in again):
+            return None
+        more = self._arithmetic(store.value, source, len(again) - (left is None))
+        return self._grouping(Way(STORED, (source, *regions)), Way(AGAIN, tuple(new)), more)
 
     # ------------------------------------------------------------------ a value that two kernels compute
 
-    def _stored_between(self, k: int, first: Region) -> Iterator[_Found | None]:
-        for n in self._later_readers(k, first):
-            second = self._region(n)
-            for shared in shared_values(first, second) if second is not None else ():
-                assert second is not None
-                needed = {load.buffer for load in loads_below((shared.own,))}
-                both = stored_once(first, second, shared, f"{first.name}.shared")
-                if both is None or not self._is_left_alone(needed, k, n):
-                    continue
-                freed = (name for name in set(second.reads()) - set(both.second.reads()) if self._is_freed(name, k, n))
-                new = [] if both.spec is None else [both.spec]
-                if not self._is_left_alone([both.name], k + 1, n):
-                    continue
-                if self._spans(k, n) and sum(map(cost.nbytes, new)) > self._bytes(freed):
-                    continue
-                ways = Way(BOTH, (first, second)), Way(STORED, (both.first, both.second))
-                yield self._grouping((k, n), *ways, -self._arithmetic(shared.own, first, 1), *new)
-
-    def _later_readers(self, k: int, first: Region) -> list[int]:
-        """The steps after step k that read several large operands of it, or one, if both do something expensive."""
+    def _stored_between(self, k: int, first: Region) -> Iterator[_Seam]:
+        """Of two regions that read several large operands, or one, if both do something expensive."""
         common = Counter(n for name in first.reads() if name in self.large for n in set(self.uses.readers.get(name, ())))
-        return sorted(n for n, count in common.items() if n > k and (count > 1 or self._is_expensive(k, n)))
+        for n, count in sorted(common.items()):
+            if n > k and (second := self._region(n)) is not None and (count > 1 or self._is_expensive(k, n)):
+                build = partial(self._computed_or_stored, k, first, n, second)
+                yield _Seam((BOTH, self._shape(k), self._shape(n)), (k, n), build)
+
+    def _computed_or_stored(self, k: int, first: Region, n: int, second: Region) -> _Found | None:
+        return _best(self._stored(k, first, n, second, shared) for shared in shared_values(first, second))
+
+    def _stored(self, k: int, first: Region, n: int, second: Region, shared: Shared) -> _Found | None:
+        needed = {load.buffer for load in loads_below((shared.own,))}
+        both = stored_once(first, second, shared, f"{first.name}.shared")
+        if both is None or not self._is_left_alone(needed, k, n) or not self._is_left_alone([both.name], k + 1, n):
+            return None
+        freed = (name for name in set(second.reads()) - set(both.second.reads()) if self._is_freed(name, k, n))
+        new = [] if both.spec is None else [both.spec]
+        if self._spans(k, n) and sum(map(cost.nbytes, new)) > self._bytes(freed):
+            return None
+        saved = self._arithmetic(shared.own, first, 1)
+        return self._grouping(Way(BOTH, (first, second)), Way(STORED, (both.first, both.second)), -saved, *new)
 
     def _is_expensive(self, *steps: int) -> bool:
         """Whether all these steps are regions that compute something expensive."""
@@ -196,19 +224,31 @@ class _Seams:
 
     # ------------------------------------------------------------------ a row that is walked over again
 
-    def _row_in_two(self, k: int, region: Region) -> Iterator[_Found | None]:
-        several = len(self.large.intersection(region.reads())) > 1 or self._is_expensive(k)
-        halves = in_two(region) if several and computes_again(region) else None
-        for shared in shared_values(*halves) if halves is not None else ():
-            assert halves is not None
-            both = stored_once(*halves, shared, f"{region.name}.shared")
-            if both is not None:
-                two = both.first, both.second
-                own = [s for half in two for s in half.buffers.values() if s.name not in region.buffers]
-                sizes = self.nbytes | {spec.name: cost.nbytes(spec) for spec in own}
-                turning = alternate(two, sizes)
-                ways = Way(WHOLE, (region,)), Way(IN_TWO, tuple(r for r in turning if isinstance(r, Region)))
-                yield self._grouping((k,), *ways, -self._arithmetic(shared.own, region, 1), *own)
+    def _is_walked_again(self, k: int, region: Region) -> bool:
+        several = len(self.large.intersection(region.reads())) > 1 or (region.nest.reduced and self._is_expensive(k))
+        if not several or not cost.is_walked_again(region.nest):
+            return False
+        shape = self._shape(k)
+        if shape not in self.walked:
+            self.walked[shape] = computes_again(region)
+        return self.walked[shape]
+
+    def _row_in_two(self, region: Region) -> _Found | None:
+        halves = in_two(region)
+        if halves is None:
+            return None
+        return _best(self._halves(region, *halves, shared) for shared in shared_values(*halves))
+
+    def _halves(self, region: Region, first: Region, second: Region, shared: Shared) -> _Found | None:
+        both = stored_once(first, second, shared, f"{region.name}.shared")
+        if both is None:
+            return None
+        two = both.first, both.second
+        new = [s for half in two for s in half.buffers.values() if s.name not in region.buffers]
+        sizes = self.nbytes | {spec.name: cost.nbytes(spec) for spec in new}
+        turning = tuple(half for half in alternate(two, sizes) if isinstance(half, Region))
+        saved = self._arithmetic(shared.own, region, 1)
+        return self._grouping(Way(WHOLE, (region,)), Way(IN_TWO, turning), -saved, *dict.fromkeys(new))
 
     # ------------------------------------------------------------------ what may be, and what may be worth it
 
@@ -232,9 +272,9 @@ class _Seams:
         elements = cost.extent(s.size for s in (*region.nest.points, *region.nest.reduced))
         return times * elements * cost.recomputation(value, region.device)
 
-    def _grouping(self, parts: tuple[int, ...], kept: Way, other: Way, more: float, *new: BufferSpec) -> _Found | None:
-        """The grouping of steps `parts`, unless its other way, whose arithmetic costs `more` bytes, is estimated to be far
-        slower. `new` are the buffers that it alone has."""
+    def _grouping(self, kept: Way, other: Way, more: float, *new: BufferSpec) -> _Found | None:
+        """Both ways, unless the other one, whose arithmetic costs `more` bytes, is estimated to be far slower. `new` are the
+        buffers that it alone has."""
         before, after = (sum(cost.traffic(r) for r in way.steps if isinstance(r, Region)) for way in (kept, other))
         launches = (len(other.steps) - len(kept.steps)) * LAUNCH_BYTES["cuda"]
         saved = before - after - more - launches
@@ -242,4 +282,8 @@ class _Seams:
             return None
         regions = [step for way in (kept, other) for step in way.steps if isinstance(step, Region)]
         buffers = {name: spec for region in regions for name, spec in region.buffers.items()}
-        return _Found(Alternatives(f"{regions[0].name}.grouping", (kept, other), buffers, kind=NAME), parts, saved, new)
+        return _Found(Alternatives(f"{regions[0].name}.grouping", (kept, other), buffers, kind=NAME), saved, new)
+
+
+def _best(found: Iterable[_Found | None]) -> _Found | None:
+    return max((each for each in found if each is not None), key=lambda each: each.saved, default=None)
