@@ -18,6 +18,7 @@ from fxopt.tune.measure import (
     FIRST_ROUNDS,
     ROUNDS,
     SURE_ROUNDS,
+    BoundCall,
     Memory,
     Trial,
     interleaved,
