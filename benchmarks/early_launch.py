@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -71,6 +72,8 @@ def timeline(call: Callable[[], Any], device: torch.device, wait: Callable[[], N
     """(name, start, duration) of each kernel of one call, in microseconds from the first one's start."""
     if device.type != "cuda":
         return []
+    # What torch itself does where it captures CUDA graphs: CUPTI crashes when it is taken down and set up again beside them.
+    os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
     wait()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()

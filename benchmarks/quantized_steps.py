@@ -10,6 +10,7 @@ them stand the contests that the tuner held, in microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -19,12 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
 
 from benchmarks.early_launch import timeline
-from benchmarks.fused_products import BEST, kept
 from benchmarks.models import MODELS
 from benchmarks.quantized_models import contenders
 from benchmarks.results import revision, target_facts, versions
@@ -38,6 +39,7 @@ from fxopt.runtime.cuda_graph import GraphedExecutor
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.plan import Launch, Plan
 from fxopt.target import Target
+from fxopt.tune import alternatives
 
 Kernel = tuple[str, float]
 """Its name, and its microseconds."""
@@ -193,6 +195,22 @@ def grouped(steps: Sequence[Step], target: Target) -> Iterator[dict[str, Any]]:
     yield from sorted(lines, key=lambda line: -line["lost us"])
 
 
+@contextlib.contextmanager
+def noted() -> Iterator[dict[str, dict[str, float]]]:
+    """Yields the contests that compilations in the block hold, or know the results of: microseconds by label."""
+    contests: dict[str, dict[str, float]] = {}
+    real = alternatives.decide
+
+    def decide(key: Any, name: str, *rest: Any) -> Any:
+        found = real(key, name, *rest)
+        if found is not None:
+            contests[f"{len(contests)} {name}"] = {label: round(s * 1e6, 2) for label, s in found[1].items()}
+        return found
+
+    with mock.patch.object(alternatives, "decide", decide):
+        yield contests
+
+
 def executed(known: set[int]) -> GraphedExecutor | Executor | None:
     """The executor with the longest plan that is not among `known` (identities)."""
     found = [x for x in gc.get_objects() if type(x) in (GraphedExecutor, Executor) and id(x) not in known]
@@ -213,7 +231,7 @@ def measured(case: Case, device: torch.device, wanted: list[str]) -> dict[str, A
         compiled = torch.compile(
             unshared(case.module), backend=backend, options={k: v for k, v in options.items() if v is not None}
         )
-        with kept(BEST) as contests:
+        with noted() as contests:
             for _ in range(4):
                 case.drive(compiled)
         executor = executed(known)

@@ -566,3 +566,18 @@ def group_sum(x, SIZE: tl.constexpr):
     groups: tl.constexpr = x.shape[0] // SIZE
     total = tl.sum(tl.reshape(x, [groups, SIZE]), 1, keep_dims=True)
     return tl.reshape(tl.broadcast_to(total, [groups, SIZE]), [groups * SIZE, 1])
+
+
+@triton.jit
+def bring(places):
+    """Let the L2 cache have the lines at `places`. That changes no memory: whoever writes them meanwhile does so there."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.constexpr_function
+def elements_of_line(dtype):
+    """Of those 128 bytes that the L2 cache takes at a time."""
+    return 1024 // dtype.primitive_bitwidth

@@ -95,6 +95,11 @@ def print_vector(contraction: Contraction, config: VectorConfig | DotConfig, tar
     for name, w, scale in zip(firsts, weights, factors, strict=True):
         given = f"{w}, {scale}, n, {sizes}, BITS={problem.bits}, GROUP={problem.group}, {config.literals}"
         lines.append(f"{name} = {_loads(config)}({given})")
+    if config.ahead:
+        counts = [problem.row_elements] * len(products) + [problem.k // problem.group for _ in scales]
+        for start, matrix, count in zip(starts[len(left) :], (*products, *scales), counts, strict=True):
+            later = f"{start}, {matrix.column}, {count}, {problem.n}, {config.rows}, {config.ahead}"
+            lines.append(f"weight_gemm.bring_later({later})")
     if all(matrix.buffer in contraction.region.steady for matrix in (*products, *scales)):
         lines.append(OTHERS_END)
     dual = "" if problem.products == 1 else "dual_"

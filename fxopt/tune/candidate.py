@@ -274,6 +274,7 @@ def row_candidates(contraction: Contraction, target: Target, mode: str) -> list[
                     best.setdefault(config.rows, config)
             configs = list(best.values())
         chosen += configs[:most]
+        chosen += [c for c in (weight_config.bringing(problem, c, target) for c in configs[:most]) if c is not None][:1]
     return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in chosen]
 
 

@@ -194,11 +194,11 @@ def halves(both: torch.Tensor) -> torch.Tensor:
         (8, 144, 0, VectorConfig(4, 8, 2, 4)),
         (8, 512, 0, VectorConfig(8, 8, 2, 4)),
         (16, 144, 0, VectorConfig(4, 16, 2, 4)),
-        (16, 256, 0, VectorConfig(8, 8, 2, 4)),
+        (16, 256, 0, VectorConfig(8, 8, 2, 4, ahead=2)),
         (4, 384, 32, DotConfig(16, 2, 3, 32, 2)),
         (4, 512, 128, DotConfig(16, 4, 1, 64, 4)),
         (8, 384, 0, DotConfig(16, 2, 3, 64, 2)),
-        (16, 128, 0, DotConfig(32, 2, 1, 64, 2)),
+        (8, 256, 0, DotConfig(16, 2, 2, 64, 2, ahead=1)),
     ],
     ids=str,
 )

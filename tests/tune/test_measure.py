@@ -137,7 +137,7 @@ def test_kernels_start_early_after_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(measure, "bound_arguments", lambda part, tensors, sizes: (lambda: ran.append("call"), (), {}))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     kernel: Any = (None, None)
-    call = BoundCall(Call("aten::mm", ("out",), (), {}), {}, ())
+    call = BoundCall(Call("aten::mm", (), {}, ("out",)), {}, ())
     measure.in_turn(Trial("kernels", (kernel, kernel)), [{}, {}], {})()
     assert ran == ["late", "early", "early", "early"]
     ran.clear()

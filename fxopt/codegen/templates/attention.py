@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxopt.codegen.triton_helpers import INTERPRETED
+from fxopt.codegen.triton_helpers import bring, elements_of_line
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PROBABILITY = tl.constexpr(8.0)
@@ -164,25 +164,17 @@ def over_keys(
     return acc, most, total
 
 
-LINE = tl.constexpr(128)
-"""Bytes that the L2 cache takes at a time."""
-
 MOST_BROUGHT = tl.constexpr(1024)
 """Rows of a part that are brought before it begins: the rest comes while these are computed with."""
 
 
 @triton.jit
-def bring(rows, row, T: tl.constexpr, SIZE: tl.constexpr, first, EACH: tl.constexpr):
-    """Let the L2 cache have the EACH rows of SIZE features from `first` on, those before T. That changes no memory: whoever
-    writes them meanwhile does so there.
-    """
-    length: tl.constexpr = LINE // (rows.dtype.element_ty.primitive_bitwidth // 8)
+def bring_rows(rows, row, T: tl.constexpr, SIZE: tl.constexpr, first, EACH: tl.constexpr):
+    """Bring the EACH rows of SIZE features from `first` on, those before T."""
+    length: tl.constexpr = elements_of_line(rows.dtype.element_ty)
     lines: tl.constexpr = triton.next_power_of_2((SIZE + length - 1) // length)
     own = tl.minimum(first + tl.arange(0, triton.next_power_of_2(EACH)), T - 1)
-    places = rows + (own[:, None] * row + tl.minimum(tl.arange(0, lines) * length, SIZE - 1)[None, :])
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
-    )
+    bring(rows + (own[:, None] * row + tl.minimum(tl.arange(0, lines) * length, SIZE - 1)[None, :]))
 
 
 @triton.jit
@@ -192,14 +184,13 @@ def bring_part(
     BM: tl.constexpr, BN: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Bring the keys and values of this program's part, as `attend` has them, while it waits for who writes some of them."""
-    if not INTERPRETED:
-        tiles: tl.constexpr = (S * PACK + BM - 1) // BM
-        part, heads = tl.program_id(0) % SPLIT, tl.program_id(0) // (SPLIT * tiles)
-        wide, group = (heads // (H // PACK)).to(tl.int64), (heads % (H // PACK) * PACK // GROUP).to(tl.int64)
-        each: tl.constexpr = ((T + BN - 1) // BN + SPLIT - 1) // SPLIT * BN
-        brought: tl.constexpr = MOST_BROUGHT if each > MOST_BROUGHT else each
-        bring(key + (wide * KEY[0] + group * KEY[1]), KEY[2], T, E, part * each, brought)
-        bring(value + (wide * VALUE[0] + group * VALUE[1]), VALUE[2], T, EV, part * each, brought)
+    tiles: tl.constexpr = (S * PACK + BM - 1) // BM
+    part, heads = tl.program_id(0) % SPLIT, tl.program_id(0) // (SPLIT * tiles)
+    wide, group = (heads // (H // PACK)).to(tl.int64), (heads % (H // PACK) * PACK // GROUP).to(tl.int64)
+    each: tl.constexpr = ((T + BN - 1) // BN + SPLIT - 1) // SPLIT * BN
+    brought: tl.constexpr = MOST_BROUGHT if each > MOST_BROUGHT else each
+    bring_rows(key + (wide * KEY[0] + group * KEY[1]), KEY[2], T, E, part * each, brought)
+    bring_rows(value + (wide * VALUE[0] + group * VALUE[1]), VALUE[2], T, EV, part * each, brought)
 
 
 @triton.jit

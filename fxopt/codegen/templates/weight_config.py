@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+from typing import TypeVar
 
 import torch
 
@@ -109,16 +110,18 @@ class WeightConfig:
 @dataclass(frozen=True)
 class VectorConfig:
     """Of the product of a single row: `rows` of the weight a program, in `steps` of `parts` times 16 bytes of each, which
-    are as many threads' if there are so many; other threads have other rows.
+    are as many threads' if there are so many; other threads have other rows. Each program brings into the L2 cache what the
+    one after `ahead` others loads, if that is not 0.
     """
 
     rows: int
     parts: int
     steps: int
     warps: int
+    ahead: int = 0
 
     def __str__(self) -> str:
-        return f"vector {self.rows}x{self.parts}x{self.steps} w{self.warps}"
+        return f"vector {self.rows}x{self.parts}x{self.steps} w{self.warps}{' ahead' * (self.ahead > 0)}"
 
     @property
     def literals(self) -> str:
@@ -141,7 +144,7 @@ class VectorConfig:
 @dataclass(frozen=True)
 class DotConfig:
     """Of the product of a single row on tensor cores (`weight_dot.py`): `rows` of the weight a program, each in `chunks` of
-    `slices` of `width` elements.
+    `slices` of `width` elements; `ahead` as in `VectorConfig`.
     """
 
     rows: int
@@ -149,9 +152,10 @@ class DotConfig:
     chunks: int
     width: int
     warps: int
+    ahead: int = 0
 
     def __str__(self) -> str:
-        return f"dot {self.rows}x{self.chunks}x{self.slices}x{self.width} w{self.warps}"
+        return f"dot {self.rows}x{self.chunks}x{self.slices}x{self.width} w{self.warps}{' ahead' * (self.ahead > 0)}"
 
     @property
     def literals(self) -> str:
@@ -168,14 +172,15 @@ class DotConfig:
 
 def dot_configs(problem: WeightProblem, target: Target, limit: int) -> list[DotConfig]:
     """At most `limit`, those first whose programs, each with all it reads in flight, fill the GPU without a second round;
-    none for more rows than one, or rows of the weight that are not whole slices.
+    none for more rows than one, rows of the weight that are not whole slices, or 16 bits: there is nothing to widen, and
+    threads wait less for each other without (`fx_weight_vector` took all contests of a Llama's on an H200).
 
     Warps share the slices of a chunk, so that none has fewer of them than warps. Of a row in one chunk the operand may be
     in registers; in several, what has arrived is multiplied while the rest is on its way.
     """
-    if problem.m != 1:
+    if problem.m != 1 or problem.bits == 16:
         return []
-    width = math.gcd(problem.group, _WIDTH) if problem.bits == 4 else _WIDTH * 8 // max(problem.bits, 8)
+    width = math.gcd(problem.group, _WIDTH) if problem.bits == 4 else _WIDTH
     slices, rest = divmod(problem.row_elements, width)
     if rest or width < _LEAST_WIDTH:
         return []
@@ -189,8 +194,23 @@ def dot_configs(problem: WeightProblem, target: Target, limit: int) -> list[DotC
     return sorted(found, key=lambda c: _dot_cost(problem, c, target))[:limit]
 
 
-def _registers_in_flight(problem: WeightProblem, config: DotConfig, target: Target) -> int:
-    """Of a thread, for what is in flight to it."""
+Config = TypeVar("Config", bound=VectorConfig | DotConfig)
+
+
+def bringing(problem: WeightProblem, config: Config, target: Target) -> Config | None:
+    """`config` with programs that bring what later ones load, if there are later ones: more than run at a time."""
+    resident = _resident(problem, config, target) * target.sm_count
+    return replace(config, ahead=resident) if config.programs(problem) > resident else None
+
+
+def _resident(problem: WeightProblem, config: VectorConfig | DotConfig, target: Target) -> int:
+    """Programs that a multiprocessor has registers for."""
+    registers = _OTHER_REGISTERS + _registers_in_flight(problem, config, target)
+    return max(1, target.registers_per_sm // (config.warps * target.warp_size * registers))
+
+
+def _registers_in_flight(problem: WeightProblem, config: VectorConfig | DotConfig, target: Target) -> int:
+    """Of a thread, for what is in flight to it if it loads whole rows."""
     return problem.products * config.rows * problem.row_bytes // (4 * config.warps * target.warp_size)
 
 
@@ -200,8 +220,7 @@ def _dot_cost(problem: WeightProblem, config: DotConfig, target: Target) -> floa
     """
     programs = ceil(config.programs(problem) / target.sm_count)
     busiest = programs * config.rows * target.sm_count / problem.n
-    registers = _OTHER_REGISTERS + _registers_in_flight(problem, config, target)
-    resident = max(1, min(programs, target.registers_per_sm // (config.warps * target.warp_size * registers)))
+    resident = min(programs, _resident(problem, config, target))
     alone = 1.15 if resident == 1 and config.chunks == 1 else 1.0
     return busiest * (1 + 6 / (resident * config.warps)) * alone * (1 + 0.02 * config.chunks)
 

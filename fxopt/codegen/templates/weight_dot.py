@@ -1,7 +1,7 @@
-"""One row times a weight of few bits, or 16, on tensor cores: nothing but the widening of a value takes instructions.
+"""One row times a weight of few bits on tensor cores: nothing but the widening of a value takes instructions.
 
-A program has BN rows of the weight, all of which it loads at once. A row is cut into CHUNKS of SLICES of WIDTH elements
-(bytes, or values of 16 bits): slices are the batch of a product [SLICES, BN, WIDTH] x [SLICES, WIDTH, COLUMNS], so that
+A program has BN rows of the weight, all of which it loads at once. A row is cut into CHUNKS of SLICES of WIDTH bytes:
+slices are the batch of a product [SLICES, BN, WIDTH] x [SLICES, WIDTH, COLUMNS], so that
 warps share the inner dimension of few rows, and chunks are multiplied one after the other as they arrive. The right operand
 has the row x in each of its COLUMNS, which are as few as tensor cores take; the first one counts. Of 4 bits (the format is
 that of `weight_gemm.py`) a slice lies within one group of values that have a scale, by which its sums are multiplied in
@@ -32,7 +32,7 @@ TO_FLOAT16 = tl.constexpr("""{ .reg .b32 bytes, zero;
 
 @triton.jit
 def places(CHUNK: tl.constexpr, SLICES: tl.constexpr, WIDTH: tl.constexpr):
-    """Elements of a row that are chunk CHUNK, [SLICES, WIDTH]."""
+    """Bytes of a row that are chunk CHUNK, [SLICES, WIDTH]."""
     return (CHUNK * SLICES + tl.arange(0, SLICES))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
@@ -59,7 +59,7 @@ def chunks_of(
     w, scale, n, N, K, w_row, scale_row,
     BITS: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of rows n of w, each as `chunk_of` has it. K is a literal, CHUNKS * SLICES * WIDTH its elements."""
+    """All chunks of rows n of w, each as `chunk_of` has it. K is a literal, CHUNKS * SLICES * WIDTH its bytes."""
     chunks = (chunk_of(w, scale, n, N, K, w_row, scale_row, 0, BITS, GROUP, SLICES, WIDTH),)
     for k in tl.static_range(1, CHUNKS):
         chunks += (chunk_of(w, scale, n, N, K, w_row, scale_row, k, BITS, GROUP, SLICES, WIDTH),)
@@ -68,7 +68,7 @@ def chunks_of(
 
 @triton.jit
 def in_half(values, DTYPE: tl.constexpr):
-    """`values` of 8 bits as DTYPE, float16 or bfloat16; of 16 bits they are that."""
+    """`values` of 8 bits as DTYPE, float16 or bfloat16."""
     if INTERPRETED or values.dtype != tl.int8 or DTYPE.is_bf16():
         return widened(values, DTYPE)
     else:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fxopt.codegen.templates import gemm
-from fxopt.codegen.triton_helpers import INTERPRETED
+from fxopt.codegen.triton_helpers import INTERPRETED, bring, elements_of_line
 
 
 def _unpacking(kind: str, exponent: str, one: str, least: str) -> str:
@@ -243,6 +243,18 @@ def first_block(
 ):  # fmt: skip
     """`vector_block` at the beginning of rows n of w."""
     return vector_block(w, scale, 0, n, N, K, w_row, scale_row, BITS, GROUP, PARTS, STEPS)
+
+
+@triton.jit
+def bring_later(w, w_row, SIZE: tl.constexpr, N, BN: tl.constexpr, AHEAD: tl.constexpr):
+    """Bring SIZE elements of each row of w that the program after AHEAD others will load into the L2 cache: it begins when
+    this one, or one like it, has ended, and the memory rests meanwhile otherwise.
+    """
+    length: tl.constexpr = elements_of_line(w.dtype.element_ty)
+    lines: tl.constexpr = triton.next_power_of_2((SIZE + length - 1) // length)
+    if tl.program_id(0) + AHEAD < tl.num_programs(0):
+        rows = tl.minimum(rows_of_program(BN) + AHEAD * BN, N - 1).to(tl.int64)
+        bring(w + (rows[:, None] * w_row + tl.minimum(tl.arange(0, lines) * length, SIZE - 1)[None, :]))
 
 
 @triton.jit
