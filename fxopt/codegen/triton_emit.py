@@ -224,7 +224,7 @@ class Emitter:
         return text
 
     def _emit(self, instance: Instance) -> None:
-        node, _ = instance
+        node, guards = instance
         if isinstance(node, Const):
             self.define(instance, ops.typed_constant(node.value, node.dtype))
         elif isinstance(node, Reduce):
@@ -240,7 +240,7 @@ class Emitter:
                 self.write(instance, [f"{name} = {text}"])
                 text = name
             self.define(instance, text)
-            filled = self._filled_load(*instance) if isinstance(node, Masked) else None
+            filled = self._filled_load(node, guards) if isinstance(node, Masked) else None
             if filled is not None:  # the same where its condition holds, which is where others want it
                 self.define(filled, text)
 
@@ -283,8 +283,9 @@ class Emitter:
             return ops.apply(node.name, args, torch.int32, torch.bool)
         largest = larger_place(node)
         if largest is not None:
-            value, top, place, other = (self.arg(a, guards) if isinstance(a, Scalar) else a for a in largest)
-            return f"h.larger_place({value}, {top}, {place}, {other}, {ops.tl_type(largest[0].dtype)})"
+            value, top, place, other = largest
+            texts = [self.arg(value, guards), self.arg(top, guards), str(place), self.arg(other, guards)]
+            return f"h.larger_place({', '.join(texts)}, {ops.tl_type(value.dtype)})"
         if counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
         if node.name == GROUP_SUM:

@@ -106,8 +106,26 @@ def square_root(a):
 
 
 @triton.jit
+def inverse(b):
+    """1 / b in float32 for b >= 1 or NaN: correctly rounded (Markstein 1990), or off by two units where below 2**-126.
+    Without a branch, where a division has a slow path."""
+    if INTERPRETED:
+        return tl.div_rn(tl.full([], 1.0, tl.float32), b)
+    else:
+        large = b >= 8.507059173023462e37  # 2**126
+        scaled = tl.where(large, b * 0.25, b)
+        near = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [scaled], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.where(large, near * 0.25, tl.fma(tl.fma(-scaled, near, 1.0), near, near))
+
+
+@triton.jit
 def sigmoid(a):
-    return divide(tl.full([], 1.0, a.dtype), 1.0 + libdevice.exp(a * -1.0))
+    if a.dtype == tl.float32:
+        return inverse(1.0 + libdevice.exp(a * -1.0))
+    else:
+        return divide(tl.full([], 1.0, a.dtype), 1.0 + libdevice.exp(a * -1.0))
 
 
 FAST_SIGMOID = tl.constexpr(

@@ -111,6 +111,12 @@ def test_bytes_do_not_spread_what_lies_beside_them(row: int) -> None:
     assert compile_triton(kernel, target)[1]["shared"] <= 4 * 32, "only what joins the warps' sums"
 
 
+def test_a_sigmoid_has_no_branch() -> None:
+    target = Target.cuda(90)
+    ptx = compile_to_text(kernels(nests.pointwise(1 << 20, F32), target)[0], target, "ptx")
+    assert "rcp.approx.ftz.f32" in ptx and "div." not in ptx and "rcp.rn" not in ptx
+
+
 def test_what_one_row_has_of_bytes_is_no_run() -> None:
     """Said to be one, a row at a time in a loop, Triton ended the process."""
     case, target = nests.kept_rows(1 << 16, 1024), Target.cuda(90)

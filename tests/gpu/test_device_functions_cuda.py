@@ -44,6 +44,14 @@ def test_a_sigmoid_before_rounding() -> None:
     torch.testing.assert_close(actual, torch.sigmoid(x), rtol=8e-3, atol=1.2e-38, equal_nan=True)
 
 
+def test_a_sigmoid() -> None:
+    """To a unit in the last place of the exponential and of the inverse; small where exp overflows, zero beyond."""
+    x = torch.linspace(-90, 90, 1 << 16, device="cuda")
+    x[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), -88.0, -88.7, -89.0])
+    actual = torch.compile(torch.sigmoid, backend="fxopt")(x)
+    torch.testing.assert_close(actual, torch.sigmoid(x), rtol=4e-7, atol=5e-45, equal_nan=True)
+
+
 def test_gradients_of_a_normal_distribution() -> None:
     """A bias before GELU: the gradient's exp(-x * x / 2) is small where its relative error is large."""
     x = torch.linspace(-14, 14, 1 << 14, device="cuda").view(256, 64).to(torch.bfloat16).requires_grad_()
