@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from fxopt.codegen.triton_apart import apart, statistics_first
 from fxopt.codegen.triton_groups import group_size, with_group_sums
+from fxopt.codegen.triton_index import same_within
 from fxopt.codegen.triton_tiling import Access, Axis, Tiling, tile
 from fxopt.ir.exprs import Int, coefficient, floordiv, free_symbols, mul
-from fxopt.ir.loops import Op, Reduce, Scan, loads_below, postorder
+from fxopt.ir.loops import IndexValue, Op, Reduce, Scan, loads_below, postorder
 from fxopt.ir.region import Region
 from fxopt.target import Target
 
@@ -50,7 +51,7 @@ _WAVES_OF_ROWS = 64  # programs for each SM, of which some run at a time, from w
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
 _PROGRAM_BYTES = 8 << 10  # read and written, in whose time a GPU starts a program: an H200 one in 1.28 ns, which moves 5 KB
 _LONG_ROW = 256  # elements of a row that are worth a program
-_SHORT_ROWS_POINTS = 1024  # of shorter rows, in one program
+_SHORT_ROWS_POINTS = 2048  # of shorter rows, in one program
 _MANY_PROGRAMS = 16  # for each SM, from which on the rate at which they start may decide
 _TURNING_WARPS = 32  # of an SM, for programs that load their next rows while they reduce one
 _VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
@@ -112,8 +113,8 @@ def configs(region: Region, target: Target, limit: int = 8) -> list[TritonConfig
         found = _reduction_configs(two_dimensional, target)
     else:
         rows, points = tile(region, "rows"), _pointwise_configs(two_dimensional, target)
-        found = [*points[:1], *_short_row_points(rows), *points[1:]]
-        found = _row_point_configs(rows, target) + found
+        own = [*_row_point_configs(rows, target), *points]
+        found = [*own[:1], *_sharing_row_points(rows), *_short_row_points(rows), *own[1:]]
     return list(dict.fromkeys(found))[:limit]
 
 
@@ -121,7 +122,7 @@ def _narrowest(tiling: Tiling) -> int:
     return min((a.itemsize for a in tiling.accesses), default=4)
 
 
-def _one_access(tiling: Tiling) -> int:
+def one_access(tiling: Tiling) -> int:
     """Elements of one 16-byte access of the widest type."""
     return max(1, 16 // max((a.itemsize for a in _streams(tiling)), default=4))
 
@@ -239,7 +240,7 @@ def _row_point_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     """One program in one row: the block that leaves fewest lanes idle at the row's end, the larger of nearly equal ones. Of
     several short rows too, where there are so many that their programs could not start as fast as memory is."""
     row = tiling.x.hint
-    if not tiling.y.symbols or row < _LONG_ROW:
+    if row < _LONG_ROW or not _same_along(tiling.x, tiling):
         return []
 
     def idle(block: int) -> float:
@@ -262,7 +263,29 @@ def _short_row_points(tiling: Tiling) -> list[TritonConfig]:
     row = tiling.x.hint
     several = _SHORT_ROWS_POINTS // row
     fits = tiling.y.hint >= several and row < _LONG_ROW and row == next_power_of_2(row)
-    return [_row_points(tiling, row, several)] if tiling.y.symbols and fits else []
+    return [_row_points(tiling, row, several)] if fits and _same_along(tiling.x, tiling) else []
+
+
+def _sharing_row_points(tiling: Tiling) -> list[TritonConfig]:
+    """As many neighbours as one access a thread takes, of several rows: what is the same for all of these, such as a
+    channel's scale or what is repeated, is loaded and computed once."""
+    block = 4 * 32 * one_access(tiling)
+    together = max(2, min(8, _block_values(tiling) // one_access(tiling)))
+    together = 1 << (together.bit_length() - 1)
+    fits = tiling.x.hint % block == 0 and tiling.y.symbols and tiling.y.hint % together == 0
+    shared = fits and any(
+        tiling.x.symbols[-1] in free_symbols(a.index) and same_within(a.index, tiling.y.symbols[-1], together)
+        for a in tiling.accesses
+    )
+    return [TritonConfig(block, y_block=together, num_warps=4, rows=True)] if shared else []
+
+
+def _same_along(axis: Axis, tiling: Tiling) -> bool:
+    """Whether something else than what is the same everywhere is the same along `axis`."""
+    own, other = frozenset(axis.symbols), frozenset((*tiling.x.symbols, *tiling.y.symbols)) - frozenset(axis.symbols)
+    integers = (n.expr for n in postorder(tiling.merged.roots) if isinstance(n, IndexValue))
+    used = [free_symbols(e) for e in (*(a.index for a in tiling.accesses), *integers)]
+    return any(not own & symbols and other & symbols for symbols in used)
 
 
 def _row_points(tiling: Tiling, block: int, rows: int) -> TritonConfig:
@@ -298,8 +321,9 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     if parts:
         others = [c for c in found[1:] if not c.persistent][: 2 if found[0].x_block < tiling.x.hint else 1]
         cut = [replace(c, split=parts[0]) for c in (found[0], *others)]
-        fewer = [replace(found[0], split=p) for p in parts[1:]]
-        return [*cut[:2], *_fetching(tiling, cut[0]), *cut[2:], *fewer, *found]
+        fewer = [replace(found[0], split=p) for p in reversed(parts[1:])]
+        ahead = [config for first in (cut[0], *fewer[:1]) for config in _fetching(tiling, first)]
+        return [cut[0], *ahead[:1], *fewer[:1], *cut[1:2], *ahead[1:], *cut[2:], *fewer[1:], *found]
     if not static:
         return found
     at = 1 if tiling.inner_reduction and not _reads_once(tiling) else 2
@@ -308,8 +332,8 @@ def _reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
 
 
 def _fetching(tiling: Tiling, config: TritonConfig) -> list[TritonConfig]:
-    """`config` of a loop down columns that loads its next rows while it adds up one block of them."""
-    return [] if tiling.inner_reduction or config.persistent else [replace(config, stages=3)]
+    """`config` of a loop that loads its next blocks while it adds up one of them, where it is the only one."""
+    return [] if config.persistent or (not _reads_once(tiling) and tiling.inner_reduction) else [replace(config, stages=3)]
 
 
 def _warps_for(elements: int, per_thread: int) -> int:
@@ -330,7 +354,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     if even < 16 and looped:  # one access of the wider type for each thread, not two that each touch every sector
         looped.insert(1, replace(looped[0], num_warps=min(16, 2 * looped[0].num_warps)))
         looped = list(dict.fromkeys(looped))
-    step = _LIGHT_WARPS * 32 * _one_access(tiling)
+    step = _LIGHT_WARPS * 32 * one_access(tiling)
     light = [TritonConfig(1, r_block=step, persistent=False, num_warps=_LIGHT_WARPS)] if step < block or not static else []
     if once or block > PERSISTENT_LIMIT:
         looped[1:1] = light
@@ -353,7 +377,7 @@ def _row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targ
     sharing = [(min(16, values), together), (min(8, values), together), *others]
     if (enough := _enough(rows, row, _bytes_each(tiling), target, together)) > together:
         room = min(even, max(8, _block_values(tiling)))
-        sharing = [(min(16, room), enough), (min(32, room), enough), *sharing]
+        sharing = [(min(16, room), enough), (min(32, room), enough), (min(16, room), 2 * enough), *sharing]
     for per_thread, count in sharing:
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
     if once and together == 1 and rows >= 4 * target.sm_count and _shares_rows(tiling):
@@ -464,7 +488,7 @@ def _column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list
             width //= 2
     values = min(_column_values(tiling), _even(tiling))
     found = []
-    light = min(values, _one_access(tiling))
+    light = min(values, one_access(tiling))
     shapes = [(width, values, 4), (width, light, 4), (width, values, 8), (2 * width, values, 4), (4 * width, values, 8)]
     if not _aligned_rows(tiling):  # element by element: more threads, each with fewer
         shapes = [(width, min(16, values), 8), (width // 2, min(16, values), 8), *shapes]

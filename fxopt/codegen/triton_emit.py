@@ -81,6 +81,7 @@ class Frame:
     single: frozenset[str] = frozenset()  # axes along which the block has one element
     byte_run: int = 0  # neighbouring 1-byte elements that a thread may take at most; 0 for any number
     aligned: tuple[Int, int] | None = None  # at this index each row of a block begins at a multiple of so many elements
+    several: int = 1  # rows of a block that begins at a multiple of so many of them, its first one called y_base
 
     def axis_of(self, sym: Sym) -> str | None:
         return next((name for name, line in self.tiling.lines.items() if line == sym), None)
@@ -427,16 +428,18 @@ class Emitter:
             return text
         return f"tl.zeros({self.frame.shape(wanted)}, tl.int32) + {text}"
 
-    def _lies_along_rows(self, index: Int) -> bool:
+    def _lies_along_rows(self, index: Int, wanted: frozenset[str]) -> bool:
         """Whether what is the same for all rows of a block is better loaded for each of them, as wide as the rows are.
 
         Triton gives [1, RB] pointers a layout of their own, with other elements for each thread, and brings the values into
         that of the block through shared memory: barriers, and a fifth of the registers of an RMS norm.
         """
         frame = self.frame
-        if self.looped or not frame.scalars.isdisjoint(frame.blocks) or not frame.tiling.inner_reduction:
+        along = list(frame.blocks)[-1]
+        rows = frame.tiling.inner_reduction if along == "r" else frame.several > 1
+        if self.looped or wanted != {along} or not frame.scalars.isdisjoint(frame.blocks) or not rows:
             return False
-        return in_runs(index, frame.tiling.lines["r"], _WIDE_RUN)
+        return in_runs(index, frame.tiling.lines[along], _WIDE_RUN)
 
     def pointer(self, text: str, index: Int, dtype: torch.dtype, wanted: frozenset[str]) -> str:
         """`text`, the pointers at `index`, with what the frame knows of them: that they are neighbours in shorter runs where
@@ -481,8 +484,13 @@ class Emitter:
             start = Sym("r_base", size=row.size)  # one load for all of a step
             self._bound[start] = f"r_base{'.to(tl.int64)' if self.frame.index64 else ''}"
             symbols, index, eviction = symbols - {row}, substitute(index, {row: symbol(start)}), ""
+        slow, several = self.frame.tiling.lines.get("y"), self.frame.several
+        if several > 1 and slow in free_symbols(index) and same_within(index, slow, several):
+            first = Sym("y_base", size=slow.size)  # one load for all rows of the block
+            self._bound[first] = "y_base"
+            symbols, index = symbols - {slow}, substitute(index, {slow: symbol(first)})
         wanted = self.frame.axes(symbols.union(*(g.symbols() for g in guards)))
-        if wanted == {"r"} and self._lies_along_rows(index):
+        if self._lies_along_rows(index, wanted):
             wanted = frozenset(self.frame.blocks)
         address = self.address(index, symbols, wanted, block=bool(guards and wanted))
         mask = self.mask(symbols, guards)

@@ -15,6 +15,7 @@ from fxopt.codegen.triton_config import (
     TritonConfig,
     byte_run,
     next_power_of_2,
+    one_access,
     part_count,
 )
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, tight
@@ -115,6 +116,8 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
     sizes = {"x": config.x_block, "y": config.y_block, "r": config.r_block}
     run = byte_run(tiling) if all(sizes[a] == 1 or sizes[a] >= BYTE_RUN for a in blocks) else 0
     frame = Frame(tiling, index64, {}, blocks, frozenset() if in_parts else single, single, run)
+    if config.rows and config.y_block > 1:
+        frame.several, frame.byte_run = config.y_block, one_access(tiling)
     looped = tiling.reduces and not config.persistent
     along = tiling.nest.reduced if looped else tiling.nest.points
     emitter = Emitter(frame, names, config.r_block if looped else 0, along)
@@ -188,6 +191,8 @@ def _point_lines(kernel: _Kernel) -> list[str]:
         return lines + _axis_lines(kernel, "x")
     columns = kernel.emitter.index_text(_blocks_along(kernel, "x"))
     lines += [_position_line(kernel, "x", f"pid % {columns}"), _position_line(kernel, "y", f"pid // {columns}")]
+    if kernel.frame.several > 1:
+        lines.append(f"y_base = pid // {columns} * YB")
     return lines + _axis_lines(kernel, "x") + _axis_lines(kernel, "y")
 
 

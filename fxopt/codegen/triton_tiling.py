@@ -320,13 +320,13 @@ def _split_points(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, 
 
 def _split_rows(nest: Nest, accesses: tuple[Access, ...]) -> tuple[tuple[Sym, ...], tuple[Sym, ...]]:
     """(x, y) symbols: x is the fastest alone when it is long and something is the same along it, which a program of one row
-    then loads and computes once."""
+    then loads and computes once, or the same for all rows, which one of several does."""
     *slow, fast = nest.points or (None,)
     if not slow or fast is None or not isinstance(fast.size, int) or fast.size < _ROW_MIN or fast.size % 16:
         return nest.points, ()
     integers = (n.expr for n in postorder(nest.roots) if isinstance(n, IndexValue))
     used = [free_symbols(e) for e in (*(a.index for a in accesses), *integers)]
-    if not any(fast not in symbols and symbols & set(slow) for symbols in used):
+    if not any((fast in symbols) != bool(symbols & set(slow)) for symbols in used):
         return nest.points, ()
     return (fast,), tuple(s for s in slow if s is not None)
 

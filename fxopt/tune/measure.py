@@ -31,7 +31,7 @@ from fxopt.runtime.launch import CudaError, load_cubin
 from fxopt.target import Target
 from fxopt.tune.suspects import Suspects
 
-METHOD = 9
+METHOD = 10
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -112,9 +112,10 @@ class Measurements:
     Every sample starts with large fills and one launch that is not timed: while they run, the timed launches are queued, so
     that what is shorter than its launch or call on the host is told apart. The launches share their buffers, so what fits
     the L2 cache is found there, as in a model where the previous kernel has just written it. Weights and what was saved
-    are not there: where that makes a difference, launches with a cold cache count as much, lest few programs that a warm
-    cache serves well enough look good. Where weights and states are most of what is read, and known not to be there
-    (`Memory.cold`), only such launches count (`rotated_seconds`).
+    are not there, and the cache is full of what others wrote, which goes to memory as new lines come (an eighth of the time
+    of 400 MB on an H200, for kernels that let all lines drive them out, and nothing for those that do not): launches with
+    such a cache count as much, also lest few programs that a warm cache serves well enough look good. Where weights and
+    states are most of what is read, and known not to be there (`Memory.cold`), only such launches count (`rotated_seconds`).
     """
 
     def __init__(self, journal: Journal, budget: float, suspects: Suspects | None = None) -> None:
@@ -158,7 +159,7 @@ class Measurements:
                 right = [t for t in trials if t.label not in wrong]
                 rotated = rotated_seconds(memory, device, right, self.suspects) if memory.cold else None
                 timed = time_trials(memory, device, right, self.suspects) if rotated is None else rotated
-                if rotated is None and _may_stay_in_cache(memory.buffers, device):
+                if rotated is None:
                     cold = time_trials(memory, device, right, self.suspects, cold=True)
                     timed = [(a + b) / 2 for a, b in zip(timed, cold, strict=True)]
         except torch.cuda.OutOfMemoryError:
@@ -193,17 +194,13 @@ def turn_on(device: torch.device, cache: Path, patience: float) -> contextlib.Ab
     return turn(knobs.LOCK_DIR.get() or cache / "locks", device_identity(device), patience)
 
 
-def _may_stay_in_cache(buffers: Mapping[str, BufferSpec], device: torch.device) -> bool:
-    """Whether one launch leaves part of what the next one reads in the L2 cache."""
-    return sum(map(nbytes, buffers.values())) < 2 * Target.current(device).l2_bytes
-
-
 def time_trials(
     memory: Memory, device: torch.device, trials: Sequence[Trial], suspects: Suspects, cold: bool = False
 ) -> list[float]:
     """Median seconds of one run of each trial on random data; infinity for one that does not run.
 
-    `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache.
+    `cold` times single launches right after the fill, which leaves nothing of the inputs in the L2 cache and its own lines
+    to be written back.
     """
     sizes = assumed_sizes(memory, trials)
     tensors = made_up(memory, device, sizes)

@@ -373,7 +373,29 @@ def test_what_is_the_same_along_a_row_is_loaded_once() -> None:
     assert "tl.load(b1 + (y % 32))" in kernel.text
     assert not any(c.rows for c in configs(nests.channel_scale(64, 32, 49, BF16).region, TARGET)), "too short"
     short = [c for c in configs(nests.channel_scale(64, 32, 64, BF16).region, TARGET) if c.rows]
-    assert [(c.x_block, c.y_block) for c in short] == [(64, 16)], "as wide as the rows"
+    assert [(c.x_block, c.y_block) for c in short] == [(64, 32)], "as wide as the rows"
+
+
+@pytest.mark.parametrize(("together", "backwards"), [(4, False), (8, True), (16, False)])
+def test_what_several_rows_share_is_loaded_once(interpreter: Interpreter, together: int, backwards: bool) -> None:
+    """A vector of columns, and rows of which each stands for eight: by a program's first row, if that tells."""
+    y, x = Sym("x0", size=40), Sym("x1", size=512)
+    repeated = Load("a", floordiv(symbol(y), 8) * 512 + symbol(x), F32)
+    value = nests.op("mul", nests.op("add", repeated, Load("b", symbol(x), F32)), Load("c", symbol(y), F32))
+    nest = Nest((y, x), (), (Store("o", symbol(y) * 512 + symbol(x), value),))
+    shapes = {"a": (5, 512), "b": (512,), "c": (40,), "o": (40, 512)}
+
+    def expected(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return (a.view(5, 512).repeat_interleave(8, 0) + b) * c[:, None]
+
+    case = nests.make(nest, [nests.buffer(n, F32, s) for n, s in shapes.items()], "a b c", "o", expected)
+    case.region = replace(case.region, backwards=backwards)
+    config = TritonConfig(256, y_block=together, num_warps=2, rows=True)
+    (kernel,) = print_region(case.region, config, TARGET).kernels
+    assert ("(y_base // 8)*512" in kernel.text) is (together <= 8)
+    check(interpreter, case, config)
+    several = [c for c in configs(case.region, TARGET) if c.rows and c.y_block > 1]
+    assert several and several[0].x_block == 512, "they are proposed"
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
