@@ -396,6 +396,8 @@ def test_what_several_rows_share_is_loaded_once(interpreter: Interpreter, togeth
     check(interpreter, case, config)
     several = [c for c in configs(case.region, TARGET) if c.rows and c.y_block > 1]
     assert several and several[0].x_block == 512, "they are proposed"
+    (proposed,) = print_region(case.region, several[0], TARGET).kernels
+    assert compile_triton(proposed, TARGET)[1]["shared"] == 0, "nothing is brought into another layout"
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
