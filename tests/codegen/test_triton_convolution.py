@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir.region import Contraction
-from fxopt.lower import Lowered
+from fxopt.lower import Lowered, padded_images
 from fxopt.lower.contractions import DIRECT, IMPLICIT, PADDED, STENCIL, STENCIL_SUMS, SUMS
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
@@ -169,8 +169,16 @@ def test_values_of_stencils(interpreter: Interpreter, name: str) -> None:
     check(interpreter, *DEPTHWISE[name], STENCILS[1])
 
 
+@pytest.fixture
+def copies_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small images and windows are."""
+    monkeypatch.setattr(padded_images, "LEAST_BYTES", 0)
+    monkeypatch.setattr(padded_images, "FEWEST_GATHERED", 0)
+
+
 FEW_CHANNELS: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "first layer": (dense(2, 3), (image(2, 3, 13, 11), weight(16, 3, 7), column(16))),
+    "in pairs": (dense(4), (image(2, 3, 12, 8), weight(40, 3, 4))),
     "a weight and images by rows": (
         lambda x, w: F.relu(F.conv2d(x[1:], w.contiguous(), None, (1, 2), (0, 2), (2, 1))),
         (image(2, 7, 9, 8), weight(24, 7, 3)),
@@ -179,7 +187,7 @@ FEW_CHANNELS: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FEW_CHANNELS)
-def test_values_of_padded_images(interpreter: Interpreter, name: str) -> None:
+def test_values_of_padded_images(interpreter: Interpreter, name: str, copies_pay: None) -> None:
     check(interpreter, *FEW_CHANNELS[name], GEMMS[1], PADDED)
 
 
@@ -194,6 +202,10 @@ def test_pixels_of_a_padded_image_are_loaded_at_once() -> None:
         assert meta["n_spills"] == 0, f"{first.label}: {meta}"
     text = compile_to_text(contraction_candidates(step, TARGET, "default")[0].sources[0], TARGET, "ptx")
     assert "cp.async.ca" in text and "ld.global" not in text
+    low = searched(dense(16), *shapes((16, 3, 224, 224), (768, 3, 16))[:2])
+    (step,) = (s for s in kept(low, PADDED).steps if isinstance(s, Contraction))
+    text = compile_to_text(contraction_candidates(step, TARGET, "default")[0].sources[0], TARGET, "ptx")
+    assert "cp.async.cg" in text and "cp.async.ca" not in text, "two pixels are 16 bytes"
 
 
 @pytest.mark.parametrize(("name", "config"), [*((n, GEMMS[0]) for n in DENSE), ("first layer", GEMMS[1]), ("3x3", GEMMS[1])])
@@ -236,7 +248,7 @@ def test_values_of_other_stencils(interpreter: Interpreter, config: StencilConfi
     check(interpreter, *DEPTHWISE["3x3, stride 2"], config)
 
 
-def test_nan_is_kept(interpreter: Interpreter) -> None:
+def test_nan_is_kept(interpreter: Interpreter, copies_pay: None) -> None:
     """In the places that see it, and nowhere else."""
     x, w = torch.ones(1, 16, 6, 6).to(F16).contiguous(memory_format=torch.channels_last), weight(16, 1, 3)
     x[0, 3, 2, 2] = float("nan")

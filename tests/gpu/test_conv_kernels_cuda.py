@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxopt.lower import padded_images
 from fxopt.lower.contractions import DIRECT, IMPLICIT, PADDED, STENCIL, STENCIL_SUMS, SUMS
 from fxopt.tune import alternatives
 from fxopt.tune.measure import Trial
@@ -63,6 +64,8 @@ def ours_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return kept[-1]
 
     monkeypatch.setattr(alternatives, "_fastest", choose)
+    for threshold in ("LEAST_BYTES", "FEWEST_GATHERED"):
+        monkeypatch.setattr(padded_images, threshold, 0)
     return kept
 
 

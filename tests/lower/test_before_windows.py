@@ -12,11 +12,19 @@ from torch import Tensor
 
 from fxopt.ir.loops import Op, postorder
 from fxopt.ir.region import Contraction, Region
+from fxopt.lower import padded_images
 from fxopt.lower.contractions import IMPLICIT, LIBRARY, PADDED
 from fxopt.lower.convolutions import CUDNN
 from tests.lower.contracting import alternatives, check_ways, kept, searched
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def copies_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small images and windows are."""
+    monkeypatch.setattr(padded_images, "LEAST_BYTES", 0)
+    monkeypatch.setattr(padded_images, "FEWEST_GATHERED", 0)
 
 
 def image(*shape: int) -> Tensor:

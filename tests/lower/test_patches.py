@@ -14,7 +14,7 @@ from torch import Tensor
 from fxopt.capture.decompositions import decompositions
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.region import Alternatives, Call, Contraction, Patches, Region
-from fxopt.lower import Lowered, patches
+from fxopt.lower import Lowered, padded_images, patches
 from fxopt.lower.contractions import DIRECT, IMPLICIT, LIBRARY, PADDED, STENCIL, STENCIL_SUMS, SUMS, with_contractions
 from fxopt.lower.convolutions import CUDNN
 from fxopt.lower.schedule import schedule
@@ -35,6 +35,13 @@ def image(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def weight(out: int, inside: int, window: int = 3, dtype: torch.dtype = BF16) -> Tensor:
     values = torch.randn(out, inside, window, window) / (inside * window**2) ** 0.5
     return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def copies_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small images and windows are."""
+    monkeypatch.setattr(padded_images, "LEAST_BYTES", 0)
+    monkeypatch.setattr(padded_images, "FEWEST_GATHERED", 0)
 
 
 def ways(low: Lowered) -> list[list[str]]:
@@ -85,6 +92,10 @@ COMPUTED: dict[str, tuple[Function, tuple[Tensor, ...], list[list[str]]]] = {
     "few channels": (lambda *a: F.silu(stem(*a)), (image(2, 3, 18, 13), weight(24, 3, 7)), [[LIBRARY, IMPLICIT, PADDED]]),
     "few channels, alone": (
         stem, (image(1, 3, 12, 9), weight(24, 3, 6).contiguous(), torch.randn(24).to(BF16)), [[LIBRARY, IMPLICIT, PADDED]],
+    ),
+    "few channels, in pairs": (
+        lambda x, w: F.silu(F.conv2d(x, w, None, 2, 1)), (image(2, 3, 9, 8), weight(24, 3, 4)),
+        [[LIBRARY, IMPLICIT, PADDED]],
     ),
     "few channels, one by one": (
         lambda x, w: F.silu(F.conv2d(x, w, None, 1, (0, 2))), (image(2, 3, 7, 5), weight(24, 3)),

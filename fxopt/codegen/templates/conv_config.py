@@ -233,11 +233,6 @@ def implicit_configs(problem: ConvProblem, target: Target, limit: int = 3) -> li
 MOST_REGISTERS = 160
 """Of 255: addresses take as many as what is gathered. At 192 one such kernel spills, and one has wrong values on an H100."""
 
-_PIXEL, _FEW_WARPS = 4, 4
-"""Channels of images that were padded, which leave a short inner dimension: tiles with twice the rows, and twice the warps
-for them, load the weight half as often for each row.
-"""
-
 _MOST_OF_8_BITS_IN_REGISTERS = 100
 """The same where tensor cores take both operands from registers: at 128, 8-bit kernels for sm_80 spill."""
 
@@ -246,8 +241,6 @@ _MOST_OF_8_BITS_IN_REGISTERS = 100
 def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     product = problem.product
     found = [_with_block(problem, c) for c in gemm_config.plausible(product, target) if _is_a_form(c)]
-    if problem.patches.shape[3] == _PIXEL:
-        found += [replace(c, block_m=2 * c.block_m, warps=2 * c.warps) for c in found if c.warps == _FEW_WARPS]
     ranked = sorted(dict.fromkeys(found), key=lambda c: (implicit_seconds(problem, c, target), c.stages, -c.warps))
     kinds: dict[object, GemmConfig] = {}
     narrow = problem.dtype.itemsize == 1 and not target.has_warpgroup_products
