@@ -56,8 +56,10 @@ STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 alone.
 """
 
-PADDED = "padded"
-"""A convolution of few channels as a product of patches of a copy, which has a border and pixels of a whole vector."""
+PADDED, PADDED_VECTORS = "padded", "padded vectors"
+"""A convolution of few channels as a product of patches of a copy, which has a border and pixels of a whole vector; with
+several pixels as one, but for the window's last column.
+"""
 
 SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
 """The gradient of a depthwise convolution's weight as sums over places, and that of its input too."""
@@ -242,12 +244,12 @@ class _Search:
             yield Way(STENCIL if own.patches.depthwise else IMPLICIT, (*own.before, contraction))
             if own.direct is not None:
                 yield Way(DIRECT, (*((own.rest,) if own.rest else ()), self._read_directly(contraction, own.direct)))
-            copy = self.patches.padded(own)
-            if copy is not None:
+            for copy in self.patches.padded(own):
                 self.convolutions.buffers |= {spec.name: spec for spec in (copy.image, copy.weight)}
                 if copy.constant is not None:
                     self.convolutions.constants[copy.weight.name] = copy.constant
-                yield Way(PADDED, (*copy.before, copy.product_of(contraction)))
+                label = PADDED_VECTORS if copy.patches.vector > 1 else PADDED
+                yield Way(label, (*copy.before, copy.product_of(contraction)))
         if gradient is None:
             return
         summed, left = self.epilogues.alone(gradient), without(call, 1)
