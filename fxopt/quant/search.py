@@ -6,7 +6,8 @@
 3. Layers are put in order, most time for their error first (choice.py). How many of them the budget allows is found by
    bisection, with all of them quantized at once in eager.
 4. That is compiled, its error or metric measured on real batches, and layers are taken back until the budget holds.
-5. It is timed beside the compiled model that is not quantized, which is the result if it is as fast.
+5. It is timed beside the compiled model that is not quantized. If that is as fast, half as many layers are tried, those that
+   save most for their error: times of single layers are not those of layers in a model. The last of them is none.
 
 Steps 1 and 2 are the same for every budget: a `Search` does them once, and decides for as many budgets as it is asked.
 
@@ -168,6 +169,12 @@ class _Tried:
     reached: float
     seconds: tuple[float, float] | None = None
 
+    @property
+    def gain(self) -> float:
+        """How many times as fast a call is quantized. It has been timed."""
+        assert self.seconds is not None
+        return self.seconds[0] / self.seconds[1]
+
 
 class Search:
     """What `quantize` measures of a model and its layers, once, and what it decides from that for a budget.
@@ -220,19 +227,32 @@ class Search:
         is none."""
         _check_budget(budget)
         self.budget = budget
-        if not self.order:
-            return self._refused("no layer is faster in another precision on this device")
         count = self._most_within(budget)
         for _ in range(MOST_COMPILATIONS):
             if not count:
                 break
             chosen = decisions(self.order[:count])
             tried = self._compiled_and_judged(chosen)
-            if tried.reached <= budget:
-                return self._if_faster(tried, chosen)
-            aim = budget * BACK_OFF * (budget / tried.reached if math.isfinite(tried.reached) else 0.0)
-            count = min(count - 1, self._most_within(aim))
-        return self._refused(f"no layer that is faster leaves {self._what()} within the budget of {budget:g}")
+            if tried.reached > budget:
+                aim = budget * BACK_OFF * (budget / tried.reached if math.isfinite(tried.reached) else 0.0)
+                count = min(count - 1, self._most_within(aim))
+            elif self._is_faster(tried):
+                return self._result(tried.model, chosen, "beyond the budget", None, tried)
+            else:
+                count //= 2  # the layers that save most for their error
+        return self._fastest_tried(budget)
+
+    def _fastest_tried(self, budget: float) -> Result:
+        """The fastest model that was timed for another budget and keeps this one, too; or the unquantized one."""
+        if not self.order:
+            return self._refused("no layer is faster in another precision on this device")
+        fitting = {key: tried for key, tried in self._tried.items() if tried.reached <= budget and tried.seconds is not None}
+        if not fitting:
+            return self._refused(f"no layer that is faster leaves {self._what()} within the budget of {budget:g}")
+        key, fastest = max(fitting.items(), key=lambda item: item[1].gain)
+        if not self._is_faster(fastest):
+            return self._refused("quantized, the whole model is not faster", fastest)
+        return self._result(fastest.model, dict(key.rules), "beyond the budget", None, fastest)
 
     def _what(self) -> str:
         return "the error" if self.metric is None else "the metric's loss"
@@ -349,23 +369,18 @@ class Search:
 
     # ------------------------------------------------------------------ results
 
-    def _if_faster(self, tried: _Tried, chosen: Mapping[str, str]) -> Result:
+    def _is_faster(self, tried: _Tried) -> bool:
         forward, batch = self.trial.forward, self.timed
         if tried.seconds is None:
             calls = {HIGH: lambda: forward(self.high, batch), "quantized": lambda: forward(tried.model, batch)}
             with torch.no_grad():
                 timings = interleaved(calls, self.device, seconds=4 * self.seconds, patience=PATIENCE)
             tried.seconds = timings[HIGH].median, timings["quantized"].median
-        before, after = tried.seconds
-        if after > (1.0 - NOISE_OF_MODEL) * before:
-            return self._refused("quantized, the whole model is not faster", tried.reached, before, after)
-        return self._result(tried.model, chosen, "beyond the budget", None, tried.reached, before, after)
+        return tried.gain > 1.0 / (1.0 - NOISE_OF_MODEL)
 
-    def _refused(
-        self, why: str, reached: float | None = None, before: float | None = None, after: float | None = None
-    ) -> Result:
-        warnings.warn(f"fxopt.quantize: {why}; the model stays as it is", stacklevel=4)
-        return self._result(self.high, {}, why, why, reached, before, after)
+    def _refused(self, why: str, tried: _Tried | None = None) -> Result:
+        warnings.warn(f"fxopt.quantize: {why}; the model stays as it is", stacklevel=5)
+        return self._result(self.high, {}, why, why, tried)
 
     def _explained(self, chosen: Mapping[str, str], left_out: str) -> tuple[LayerReport, ...]:
         """The rows with decisions and reasons; `left_out` is that of layers which would be faster."""
@@ -380,20 +395,14 @@ class Search:
         return tuple(rows)
 
     def _result(
-        self,
-        model: Any,
-        chosen: Mapping[str, str],
-        left_out: str,
-        refused: str | None,
-        reached: float | None,
-        before: float | None,
-        after: float | None,
+        self, model: Any, chosen: Mapping[str, str], left_out: str, refused: str | None, tried: _Tried | None
     ) -> Result:
+        before, after = (None, None) if tried is None or tried.seconds is None else tried.seconds
         report = Report(
             layers=self._explained(chosen, left_out),
             measure="relative error" if self.metric is None else "metric's loss",
             budget=self.budget,
-            reached=reached,
+            reached=None if tried is None else tried.reached,
             floor=self.loss.floor,
             seconds=before,
             quantized_seconds=after,

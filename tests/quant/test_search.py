@@ -116,11 +116,35 @@ def test_one_search_decides_for_several_budgets(times: dict[str, float], monkeyp
 
 def test_what_is_not_faster_is_refused(times: dict[str, float]) -> None:
     model = _Model().eval()
-    times["quantized"] = 2.0
+    times["quantized"] = 1.99  # of 2.0: no more than measuring is off by
     with pytest.warns(UserWarning, match="not faster"):
         result = _quantize(model, 1.0)
     assert result.refused is not None and not _chosen(result) and _error(result.model, model) < 1e-6
     assert "not faster" in str(result.report())
+
+
+def test_fewer_layers_are_tried_where_all_together_are_not_faster(
+    times: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a smaller budget has found faster is not refused by a larger one."""
+    model = _Model().eval()
+    sizes: dict[Any, int] = {}
+
+    def compiled(self: search.Search, chosen: dict[str, str]) -> Any:
+        sizes[run := lambda x: model(x)] = len(chosen)
+        return run
+
+    def timed(self: search.Search, tried: Any) -> bool:
+        tried.seconds = (2.0, 1.0 if sizes[tried.model] == 1 else 3.0)
+        return tried.gain > 1.0
+
+    monkeypatch.setattr(search.Search, "_compiled", compiled)
+    monkeypatch.setattr(search.Search, "_is_faster", timed)
+    several = search.Search(model, _loader(), precisions=("int8", HIGH), fit=False, progress=False)
+    monkeypatch.setattr(several.loss, "emulated", lambda decisions: 0.02 * len(decisions))
+    alone = _chosen(several.within(1.0))
+    smaller = several.within(0.02)
+    assert alone == _chosen(smaller) == _chosen(several.within(1.0)) == ["calm"] and sorted(sizes.values()) == [0, 1, 2]
 
 
 def test_a_budget_that_no_layer_keeps_is_refused(times: dict[str, float]) -> None:
