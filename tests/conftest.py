@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -25,7 +27,12 @@ import torch
 
 from tests.codegen.triton_interpreter import Interpreter
 
+gc.disable()  # until all is imported: see pytest_collection_finish
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# pytest gives handlers to loggers that do not propagate, and torch renders graphs and stacks for whoever listens to this:
+# a twentieth of the tests' time.
+logging.getLogger("torch.__trace").propagate = True
 
 if not torch.cuda.is_available():
     # torch seeds every kind of device; for one that is not there it queues the call, with the whole stack as text, for ever.
@@ -58,10 +65,14 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 def pytest_collection_finish() -> None:
-    """Spare torch's samples of ops the search for the `unittest` method that draws them.
+    """Spare the garbage collector what stays until the end, a million objects of modules and tests, and torch's samples of
+    ops the search for the `unittest` method that draws them.
 
-    It reads the source of every caller, and under pytest there is none.
+    The latter reads the source of every caller, and under pytest there is none.
     """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
     for name in ("common_utils", "opinfo.core"):
         if module := sys.modules.get(f"torch.testing._internal.{name}"):
             module.extract_test_fn = lambda: None  # type: ignore[attr-defined]

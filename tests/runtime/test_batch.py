@@ -232,24 +232,26 @@ def test_a_shared_storage_is_not_taken_while_the_batch_runs() -> None:
     assert not {placed.get(f"b{k}", f"b{k}") for k in (0, 2, 3)} & {placed.get(f"a{k}", f"a{k}") for k in range(4)}
 
 
+STEPPED = ("sgd", "sgd, kept", "adam", "adam, kept", "adamw", "adamw, lr a tensor", "lion")
+"""Which gradients stay where they are decides what is copied, whatever the optimizer computes."""
+
+
 @pytest.fixture(scope="module")
 def stepped() -> dict[str, dict[str, Any]]:
     pytest.importorskip("triton")
-    names = ["sgd", "adam", "adamw", "adamw, lr a tensor", "lion"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])}
-    job = [sys.executable, "-m", "tests.runtime.optimizer_job", *names]
+    job = [sys.executable, "-m", "tests.runtime.optimizer_job", *STEPPED]
     done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["new gradients", "gradients stay"])
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamw, lr a tensor", "lion"])
-def test_optimizers_step_as_eager_ones_do(stepped: dict[str, dict[str, Any]], name: str, keep: bool) -> None:
+@pytest.mark.parametrize("case", STEPPED)
+def test_optimizers_step_as_eager_ones_do(stepped: dict[str, dict[str, Any]], case: str) -> None:
     """Parameters of many sizes, some of one element and some not aligned; the printed kernels, interpreted."""
-    from tests.runtime.optimizer_job import STEPS
+    from tests.runtime.optimizer_job import KEPT, STEPS
 
-    result = stepped[f"{name}{', kept' if keep else ''}"]
+    name, keep, result = case.removesuffix(KEPT), case.endswith(KEPT), stepped[case]
     assert result["off"] <= 1.5 * result["eager off"] + 4 * torch.finfo(torch.float32).eps
     batches = 2 if "adam" in name else 1  # the numbers of steps are one
     assert len(result["launched"]) == batches * STEPS
