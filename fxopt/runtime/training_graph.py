@@ -94,10 +94,11 @@ class SavedMemory:
             for k, x in zip(self._in, results, strict=True)
         )
         own = Counter(self._in)
-        self._own = [own[k] + 1 for k in range(len(owners))]  # who uses it: each of the tensors, and the object held here
-        self._own_objects = self._objects()
-        counts = zip(owners.values(), self._own, strict=True)
-        self._lost = frozenset(k for k, (x, own) in enumerate(counts) if _use_count(x._cdata) != own)  # to the run itself
+        self._handles = [storage._cdata for storage in self._storages]
+        users = [own[k] + 1 for k in range(len(owners))]  # each of the tensors, and the object held here
+        self._unused = [*users, *self._users()[len(owners) :]]
+        held = enumerate(zip(owners.values(), users, strict=True))
+        self._lost = frozenset(k for k, (owner, count) in held if _use_count(owner._cdata) != count)  # to the run itself
         self.taken_at = 0  # the number of the last replay that has written it
         self.addresses = frozenset(x.data_ptr() for x in (*results, *constants))
         self._stream: int | None = None
@@ -109,28 +110,25 @@ class SavedMemory:
     def nbytes(self) -> int:
         return sum(map(span, self.tensors))
 
-    def idle(self) -> frozenset[int]:
-        """The storages, by number, that nobody else holds. Work that reads them has then been enqueued."""
+    def _users(self) -> list[int]:
+        """How many use each storage, and then, how many the object that stands for it in Python, of which there is one."""
         assert _use_count is not None
-        counts = zip(self._storages, self._own, self._objects(), self._own_objects, strict=True)
-        return frozenset(
-            k
-            for k, (storage, own, now, before) in enumerate(counts)
-            if k not in self._lost and _use_count(storage._cdata) == own and now == before
-        )
+        return [*map(_use_count, self._handles), *map(sys.getrefcount, self._storages)]
 
     def is_idle(self) -> bool:
-        """Whether nobody else holds any of it."""
-        return len(self.idle()) == len(self._storages)
+        """Whether nobody else holds any of it. Work that reads it has then been enqueued."""
+        return not self._lost and self._users() == self._unused
+
+    def idle(self) -> frozenset[int]:
+        """The storages, by number, that nobody else holds."""
+        count = len(self._storages)
+        same = [now == before for now, before in zip(self._users(), self._unused, strict=True)]
+        return frozenset(k for k in range(count) if same[k] and same[count + k] and k not in self._lost)
 
     def held(self) -> list[int]:
         """Which of the tensors lie in memory that somebody else holds, by their numbers."""
         idle = self.idle()
         return [i for i, k in enumerate(self._in) if k not in idle]
-
-    def _objects(self) -> list[int]:
-        """References to the objects that stand for the storages in Python, of which there is one each."""
-        return [sys.getrefcount(storage) for storage in self._storages]
 
     def take(self, stream: int, turns: Turns) -> bool:
         """Whether it may be written now, in the order of `stream`. Called in a turn."""
@@ -380,7 +378,7 @@ class GraphedBackward(GraphedExecutor):
 
         def may_destroy(stream: int) -> bool:
             _take_back(values, loans)
-            if overwritten <= memory.idle():
+            if memory.is_idle() or overwritten <= memory.idle():
                 return True
             memory.lend(values, loans)  # the graph of autograd is retained, say
             return False
