@@ -85,7 +85,8 @@ def _response(part: int) -> tuple[Tensor, ...]:
 
 def _residual(part: int) -> tuple[Tensor, ...]:
     n = max(1, 64 // part)
-    return _image(n, 256, 56), _image(n, 256, 56), torch.randn(256), torch.randn(256), _image(n, 256, 56)
+    residual = _image(n, 256, 56).sign() * 64  # whatever the norm is, roundings decide no sign
+    return _image(n, 256, 56), residual, torch.randn(256), torch.randn(256), _image(n, 256, 56)
 
 
 def _rows(rows: int, row: int) -> Callable[[int], tuple[Tensor, ...]]:
