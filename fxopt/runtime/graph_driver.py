@@ -219,8 +219,8 @@ class GraphDriver:
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
 
     def bytes_at(self, address: int, nbytes: int, keeps: Any = None) -> torch.Tensor:
-        """Memory of the device as a tensor (uint8) that does not own it. `keeps`, perhaps the pool it is in, lives as long as
-        the tensor's storage, and until the device has done what is enqueued then."""
+        """Memory of the device as a tensor (uint8) that does not own it. `keeps`, perhaps the pool it is in, lives as long
+        as the tensor's storage, and until the device has done what is enqueued then."""
         memory = _Bytes(address, nbytes, keeps)
         if keeps is not None:
             weakref.finalize(memory, self._settle).atexit = False
