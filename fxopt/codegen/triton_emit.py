@@ -450,7 +450,7 @@ class Emitter:
             multiple = min(frame.aligned[1] * dtype.itemsize, VECTOR_BYTES)
             return f"tl.multiple_of({text}, {[multiple if a == 'x' else 1 for a in frame.blocks]})"
         for axis in wanted - frame.single if frame.byte_run and dtype.itemsize == 1 else ():
-            if in_runs(index, frame.tiling.lines[axis], frame.byte_run):
+            if (axis != "y" or frame.several == 1) and in_runs(index, frame.tiling.lines[axis], frame.byte_run):
                 return f"tl.max_contiguous({text}, {[frame.byte_run if a == axis else 1 for a in frame.blocks]})"
         return text
 
