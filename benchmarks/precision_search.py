@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.outputs import cosines, outputs_of, relative_error
 from benchmarks.real_models import Batch, Task
+from benchmarks.results import revision
 from fxopt.precision import HIGH
 from fxopt.quant.search import Result, Search
 from fxopt.report.measure import interleaved
@@ -66,8 +67,8 @@ class BudgetRun:
             for r in self.search.rows.values()
         ]
         high = self._judged(lambda batch: self.search.high(*batch))
-        facts = {"task": self.task.name, "dtype": str(dtype), "float32": self.float32, "measured_seconds": self.took}
-        return {**facts, "unquantized": high, "layers": layers, "budgets": []}
+        facts = {"task": self.task.name, "dtype": str(dtype), "commit": revision(), "measured_seconds": self.took}
+        return {**facts, "float32": self.float32, "unquantized": high, "layers": layers, "budgets": []}
 
     def within(self, budget: float) -> dict[str, Any]:
         """The table's row for `budget`."""
