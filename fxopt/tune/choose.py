@@ -217,9 +217,8 @@ class _Tuning:
         names = [name for way in each.ways[1:] for name in way.names]
         contests = self._others(each)
         known = {name: contests.of[name] for name in names if name in contests.of}
-        if contests is self.regions:  # each has been measured by itself
-            return {n: [_adopted(self.winners[id(c)], contests.own[n])] for n, c in known.items() if c.built}
-        alone = {name for way in each.ways[1:] if len(way.steps) == 1 for name in way.names}
+        single = [way for way in each.ways[1:] if len(way.steps) == 1 and contests is self.optional]
+        alone = {name for way in single for name in way.names}
         tried = {name: self._contenders(contest, name in alone) for name, contest in known.items()}
         return {name: [_adopted(c, contests.own[name]) for c in choices] for name, choices in tried.items()}
 
