@@ -343,7 +343,7 @@ class Facts:
         """
         found, count = self.found, len(self.found.steps)
         moved = [
-            (found.first[x.name], _known(nbytes(buffer_of(x))))
+            (found.first[x.name], _known(nbytes(_buffer(x))))
             for x in self.plan.inputs
             if x.kind == "tensor" and found.last.get(x.name, -1) >= begin and not self._stays(x)
         ]
@@ -448,7 +448,7 @@ def _known(size: Int) -> int:
     return size if isinstance(size, int) else 0
 
 
-def buffer_of(x: InputSpec) -> BufferSpec:
+def _buffer(x: InputSpec) -> BufferSpec:
     assert x.dtype is not None and x.device is not None
     return BufferSpec(x.name, x.dtype, x.device, x.shape, x.strides)
 

@@ -23,9 +23,10 @@ from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
 from fxopt.options import Options
-from fxopt.runtime import backward_pieces, branches, training_window
+from fxopt.runtime import backward_pieces, branches
 from fxopt.runtime.branch_contest import BranchContest, TimingDriver
 from fxopt.runtime.capturable import (
+    CAPTURED,
     Choice,
     Pieces,
     Traits,
@@ -35,6 +36,7 @@ from fxopt.runtime.capturable import (
     gpu,
     too_dear,
     traits,
+    whole,
 )
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.in_parts import InParts, InPieces, Way, Whole
@@ -42,7 +44,6 @@ from fxopt.runtime.native_replay import NAME as NATIVE
 from fxopt.runtime.native_replay import Device, Extension, Play, plays, plays_within, replayer
 from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import Recording, record
-from fxopt.runtime.training_window import choose_window
 
 NAME = "cuda-graphs"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
@@ -118,6 +119,9 @@ class GraphedExecutor:
     before the first capture what is captured; without it, that is the whole plan. `extension` is the compiled code for
     replays, where it is wanted. `contest` is asked for a faster run after each capture of the whole plan.
     """
+
+    replays_at_once = True
+    """Whether nothing but the inputs decides about a replay of the whole plan."""
 
     def __init__(
         self,
@@ -196,12 +200,8 @@ class GraphedExecutor:
         device = self._turns.driver.native()
         if plays_within(recording, device):
             recording.play_within = recording.native.play_within
-        if self._replays_at_once(recording) and isinstance(self._way, Whole) and plays(recording, device):
+        if self.replays_at_once and isinstance(self._way, Whole) and plays(recording, device):
             self._play = recording.native
-
-    def _replays_at_once(self, recording: Recording) -> bool:
-        """Whether nothing but the inputs decides about a replay of the whole plan."""
-        return True
 
     def _fits(self, recording: Recording, inputs: list[Any]) -> bool:
         if self._traits.varying and self._signature(inputs) != recording.signature:
@@ -223,30 +223,17 @@ class GraphedExecutor:
 
     def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
         """`values` are what the captured part takes, and what is needed after it."""
-        results = self._replay_if(lambda stream: True, recording, values)
-        assert results is not None
-        return results
-
-    def _replay_if(
-        self, may_replay: Callable[[int], bool], recording: Recording, values: list[Any]
-    ) -> tuple[Any, ...] | None:
-        """The results of a call by a replay; None, and no more has happened, where `may_replay(stream)`, asked in the turn,
-        says no. Within another turn of this thread's the call runs plainly."""
-        way = self._way
-
-        def work(stream: int) -> tuple[Any, ...] | None:
-            if not may_replay(stream):
-                return None
-            self._replays += 1
-            results = recording.play(way.handed(values), stream)
-            return way.end(values, results) if way.lent else results
-
-        def nested() -> tuple[Any, ...]:
-            results = way.captured(way.handed(values))
-            return way.end(values, results) if way.lent else results
-
-        results: tuple[Any, ...] | None = self._turns.take(work, nested)
-        return results if results is None or way.lent else way.end(values, results)
+        self._replays += 1
+        way, take = self._way, self._turns.take
+        result: tuple[Any, ...]
+        if way.lent:
+            result = take(
+                lambda stream: way.end(values, recording.play(way.handed(values), stream)),
+                lambda: way.end(values, way.captured(values)),
+            )
+            return result
+        result = take(lambda stream: recording.play(way.handed(values), stream), lambda: way.captured(values))
+        return way.end(values, result)
 
     def _otherwise(self, inputs: list[Any]) -> tuple[Any, ...]:
         """A call that the latest recording does not fit."""
@@ -263,12 +250,9 @@ class GraphedExecutor:
         values = way.begin(inputs)
         if recording is None:
             recording = self._turns.take(lambda stream: self._capture(key, values), lambda: None)
-        return self._rest(values) if recording is None else self._replay(recording, values)
-
-    def _rest(self, values: list[Any]) -> tuple[Any, ...]:
-        """The results of a call that has begun its way, without a replay."""
-        way = self._way
-        return way.end(values, way.captured(way.handed(values)))
+        if recording is None:
+            return way.end(values, way.captured(way.handed(values)))
+        return self._replay(recording, values)
 
     def _plainly(self, inputs: list[Any], key: Key | None) -> tuple[Any, ...]:
         """Run without graphs; this thread may capture what has this key afterwards."""
@@ -431,13 +415,14 @@ class _Made:
 
     def graphed(self, choice: Choice, executor: Executor, phase: Phase) -> GraphedExecutor:
         parts, limit, note = choice.parts, self._options.cuda_graph_limit, self._journal.note
-        found, way = traits(parts.captured), functools.partial(InParts, parts, executor)
+        found = traits(parts.captured)
         if phase is not Phase.INFERENCE:
             from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
 
             made = GraphedForward if phase is Phase.FORWARD else GraphedBackward
-            return made(executor, found, self._turns, limit, note, None if parts.is_whole else way, self._extension)
+            return made(executor, found, self._turns, limit, note, extension=self._extension)
         if not parts.is_whole:
+            way = functools.partial(InParts, parts, executor)
             return GraphedExecutor(executor, found, self._turns, limit, note, way, self._extension)
         wanted = branches.NAME not in self._options.disable
         contest = BranchContest(executor, found, functools.partial(note, branches.NAME)) if wanted else None
@@ -453,12 +438,11 @@ class _Made:
 
 
 def _in_training(plan: Plan, phase: Phase, options: Options) -> Choice | Pieces | str:
-    """All that does not end in large values, a backward perhaps in pieces."""
+    """All or nothing, a backward perhaps in pieces."""
     if reason := flaw(plan):
         return reason
     in_pieces = phase is Phase.BACKWARD and backward_pieces.NAME not in options.disable
-    pieces = backward_pieces.choose_backward_pieces(plan) if in_pieces else None
-    return pieces or choose_window(plan, phase, ends=training_window.NAME not in options.disable)
+    return (backward_pieces.choose_backward_pieces(plan) if in_pieces else None) or Choice(whole(plan), CAPTURED)
 
 
 def _switched_off(options: Options) -> str | None:

@@ -92,28 +92,19 @@ def _after(lib: Any, ended: ctypes.c_void_p) -> Iterator[None]:
 
     May come at any time, in a thread that captures, too.
     """
-    with _relaxed(lib):
-        lib.cuEventSynchronize(ended)
-        yield
-
-
-@contextlib.contextmanager
-def _relaxed(lib: Any) -> Iterator[None]:
-    """A block in which this thread may call what a capture of its own forbids."""
     mode = ctypes.c_int(_RELAXED)
     lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
+        lib.cuEventSynchronize(ended)
         yield
     finally:
         lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 class _Bytes:
-    """Memory in the protocol by which libraries hand each other what is on a GPU. A tensor made of it keeps it, and so
-    `keeps`, as long as anybody has the tensor's storage."""
+    """Memory in the protocol by which libraries hand each other what is on a GPU."""
 
-    def __init__(self, address: int, nbytes: int, keeps: Any) -> None:
-        self._keeps = keeps
+    def __init__(self, address: int, nbytes: int) -> None:
         layout = {"shape": (nbytes,), "typestr": "|u1", "strides": None, "version": 3}
         self.__cuda_array_interface__ = {"data": (address, False), **layout}
 
@@ -218,18 +209,9 @@ class GraphDriver:
         """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
 
-    def bytes_at(self, address: int, nbytes: int, keeps: Any = None) -> torch.Tensor:
-        """Memory of the device as a tensor (uint8) that does not own it. `keeps`, perhaps the pool it is in, lives as long
-        as the tensor's storage, and until the device has done what is enqueued then."""
-        memory = _Bytes(address, nbytes, keeps)
-        if keeps is not None:
-            weakref.finalize(memory, self._settle).atexit = False
-        return torch.as_tensor(memory, device=f"cuda:{self.index}")
-
-    def _settle(self) -> None:
-        """Wait until the device has nothing to do, in whatever thread."""
-        with contextlib.suppress(FxoptError), _relaxed(self._lib):
-            self._call(self._lib.cuCtxSynchronize, "waiting for the device")
+    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
+        """Memory of the device as a tensor (uint8) that does not own it."""
+        return torch.as_tensor(_Bytes(address, nbytes), device=f"cuda:{self.index}")
 
     def side_stream(self) -> SideStream:
         """A second stream for captures, which torch hands out to nobody else."""
@@ -266,26 +248,30 @@ class GraphDriver:
         generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or the allocator refuses.
         Afterwards all is as before.
 
-        A new pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by piece,
-        memory is left over wherever a larger piece follows, also where a backward takes the places of several values that it
-        has read. With `products` cuBLAS's workspace gets its place first.
+        The shared pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by
+        piece, memory is left over wherever a larger piece follows. With `products` cuBLAS's workspace gets its place first.
         """
         _workspaces.drop_before(self.index)
         torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
+        if draws:
+            generator = torch.cuda.default_generators[self.index]
+            with _no_collections(), torch.cuda.stream(self._side):
+                return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
         pool = self._pool() if pool is None else pool
         if pool is None:
             pool = self.new_pool()
             self._pool = weakref.ref(pool)
+        else:
+            peak = 0
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
         try:
-            self._make_room(pool, peak if pool not in _begun else 0, products)
-            _begun.add(pool)
-            if draws:
-                generator = torch.cuda.default_generators[self.index]
-                with _no_collections(), torch.cuda.stream(self._side):
-                    return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
             with _no_collections(), torch.cuda.stream(self._side), torch.cuda.use_mem_pool(pool, self.index):
+                if products:
+                    torch.cuda.current_blas_handle()  # the next run's workspace finds the place of this one's
+                if peak > _SMALL_BYTES:
+                    with contextlib.suppress(torch.OutOfMemoryError):  # it may do with less at a time
+                        self.allocate(peak)
                 self._call(lib.cuStreamBeginCapture_v2, "beginning to capture", stream, _THREAD_LOCAL)
                 try:
                     probe = self.allocate(_PROBE_BYTES)
@@ -303,22 +289,12 @@ class GraphDriver:
             _workspaces.drop_after(self.index)
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
 
-    def _make_room(self, pool: Any, peak: int, products: bool) -> None:
-        """Before a capture: `peak` bytes of the pool, which nobody has afterwards, and a workspace."""
-        with torch.cuda.stream(self._side), torch.cuda.use_mem_pool(pool, self.index):
-            if products:
-                torch.cuda.current_blas_handle()  # the next run's workspace finds the place of this one's
-            if peak > _SMALL_BYTES:
-                with contextlib.suppress(torch.OutOfMemoryError):  # it may do with less at a time
-                    self.allocate(peak)
-
     def _destroy_torchs(self, graph: Any) -> None:
         with _after(self._lib, self._event):
             graph.reset()
 
 
 _pools: weakref.WeakSet[Any] = weakref.WeakSet()
-_begun: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class _Workspaces:

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 
 from fxopt.runtime.executor import Executor
-from fxopt.runtime.plan import Plan
 from fxopt.runtime.split import Part, Parts
 
 Run = Callable[[list[Any]], tuple[Any, ...]]
@@ -21,15 +20,9 @@ class Way(Protocol):
     """How a call goes: `begin`, then `captured` or a replay of it, then `end`.
 
     `lent` are positions among the results of `captured` that `end` reads where they are: it belongs to the replay then.
-    `later` are positions among the values that `end` uses.
     """
 
     lent: frozenset[int]
-    later: frozenset[int]
-
-    @property
-    def captured_plan(self) -> Plan:
-        """What `captured` runs."""
 
     def begin(self, inputs: list[Any]) -> list[Any]:
         """The values that `captured` takes; empties `inputs`, or returns it."""
@@ -47,17 +40,9 @@ class Whole:
     """A plan of which all is captured."""
 
     lent: frozenset[int] = frozenset()
-    later: frozenset[int] = frozenset()
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-
-    @property
-    def captured_plan(self) -> Plan:
-        return self._executor.plan
-
-    def captured(self, values: list[Any]) -> tuple[Any, ...]:
-        return self._executor(values)
+    def __init__(self, executor: Run) -> None:
+        self.captured = executor
 
     def begin(self, inputs: list[Any]) -> list[Any]:
         return inputs
@@ -77,8 +62,6 @@ class InParts:
             return executor.part(part.plan), part.takes
 
         self.lent = parts.lent
-        self.later = frozenset() if parts.after is None else frozenset(parts.after.takes)
-        self.captured_plan = parts.captured.plan
         self._before = None if parts.before is None else bound(parts.before)
         self._captured = bound(parts.captured)
         self._after = None if parts.after is None else bound(parts.after)

@@ -6,7 +6,7 @@ part makes those that it uses. Inputs that tell sizes are given to every part th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,13 +76,12 @@ class Mentions:
         return [n for n in self.made if begin <= self.first[n] < cut <= self.last[n]]
 
 
-def split(plan: Plan, begin: int, end: int | None, lends: bool, left: Collection[str] = ()) -> Parts:
+def split(plan: Plan, begin: int, end: int | None, lends: bool) -> Parts:
     """`plan` in parts: its steps (those that run something) from `begin` to before `end` are captured. With None for `end`
     that part has the plan's results, else one after it does.
 
     With `lends` the part after it may read values in the memory of a captured run: none of its steps keeps or returns what
-    it is given. `left` are values that the plan saves for a backward and does not return otherwise: the captured part's last
-    results. Raises KeyError when a value that passes between parts is not described in `plan.buffers`.
+    it is given. Raises KeyError when a value that passes between parts is not described in `plan.buffers`.
     """
     found = Mentions(plan)
     writer = _Writer(plan, found)
@@ -93,15 +92,13 @@ def split(plan: Plan, begin: int, end: int | None, lends: bool, left: Collection
         before = writer.part(values, found.steps[:begin], [Ref(n) for n in passed])
         values += passed
     if end is None:
-        return Parts(before, writer.part(values, found.steps[begin:], plan.outputs, plan.saved), None, frozenset())
+        return Parts(before, writer.part(values, found.steps[begin:], plan.outputs), None, frozenset())
     passed = found.crossing(begin, end)
     lent = [n for n in passed if lends and n not in found.returned]
-    saved = [n for n in passed if n in left]
-    kept = [n for n in passed if n not in lent and n not in left]
-    order = [*kept, *lent, *saved]
-    captured = writer.part(values, found.steps[begin:end], [Ref(n) for n in order], len(saved))
-    after = writer.part([*values, *order], found.steps[end:], plan.outputs, plan.saved)
-    return Parts(before, captured, after, frozenset(range(len(kept), len(kept) + len(lent))))
+    kept = [n for n in passed if n not in lent]
+    captured = writer.part(values, found.steps[begin:end], [Ref(n) for n in (*kept, *lent)])
+    after = writer.part([*values, *kept, *lent], found.steps[end:], plan.outputs)
+    return Parts(before, captured, after, frozenset(range(len(kept), len(passed))))
 
 
 def row(plan: Plan, cuts: Sequence[int]) -> tuple[Part, ...]:
@@ -119,7 +116,7 @@ def row(plan: Plan, cuts: Sequence[int]) -> tuple[Part, ...]:
         parts.append(writer.part(values, found.steps[begin:cut], [Ref(n) for n in passed]))
         values += passed
         begin = cut
-    return (*parts, writer.part(values, found.steps[begin:], plan.outputs, plan.saved))
+    return (*parts, writer.part(values, found.steps[begin:], plan.outputs))
 
 
 def with_steps(plan: Plan, steps: Sequence[PlanStep]) -> Plan:
@@ -138,9 +135,8 @@ class _Writer:
         self.inputs = {x.name: x for x in plan.inputs}
         self.constants = {x.name for x in plan.constants}
 
-    def part(self, values: Sequence[str], steps: Sequence[PlanStep], outputs: Sequence[Any], saved: int = 0) -> Part:
-        """A plan of `steps` with these outputs, the last `saved` of them for a backward; `values` are the names of what
-        exists before."""
+    def part(self, values: Sequence[str], steps: Sequence[PlanStep], outputs: Sequence[Any]) -> Part:
+        """A plan of `steps` with these outputs; `values` are the names of what exists before."""
         written = self.with_views(steps, outputs)
         mentioned = {n for step in written for n in (*used(step), *defined(step))} | set(refs(tuple(outputs)))
         buffers = tuple(b for b in self.plan.buffers if b.name in mentioned.difference(values))
@@ -156,7 +152,6 @@ class _Writer:
             buffers=buffers,
             steps=written,
             outputs=tuple(outputs),
-            saved=saved,
         )
         return Part(plan_memory(part), takes)
 

@@ -4,10 +4,10 @@ A captured forward leaves what it saves where it was captured, in memory of its 
 there. That memory is in use from a replay until nobody holds any of it: backward has run, or its autograd graph was dropped.
 A forward that finds it in use runs plainly, and so does its backward, which is given other addresses. All other results,
 gradients among them, are copied, as in inference. So whatever else the forward has used is scratch, which the backward is
-captured with, and so is what the backward has read for the last time, if nobody else can.
+captured with.
 
 So values do not depend on what the caller does between forward and backward: backward is captured by the addresses of
-living tensors, whatever they are, and neither overwrites anything that anybody can still read.
+living tensors, whatever they are, and a forward overwrites nothing that anybody can still read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,27 +26,20 @@ from fxopt.ir.region import Call, refs
 from fxopt.runtime.capturable import Traits, too_dear
 from fxopt.runtime.cuda_graph import NAME, GraphedExecutor, Note, Turns, _comparison
 from fxopt.runtime.executor import Executor
-from fxopt.runtime.in_parts import Way
 from fxopt.runtime.lifetimes import Lifetimes
 from fxopt.runtime.native_replay import Extension
 from fxopt.runtime.plan import Launch, Plan, defined
-from fxopt.runtime.recording import CaptureRefused, Driver, Kept, Recording, record, span
+from fxopt.runtime.recording import CaptureRefused, Recording, record, span
 from fxopt.runtime.solitude import see_backward
-from fxopt.runtime.training_window import COPY_SHARE
 
+COPY_SHARE = 1.0
+"""How much of the host time that a replay saves may go into copies: whoever asks for graphs here is short of it."""
 SIZES_KEPT = 4
 """How many forwards of a graph with symbolic sizes are kept captured; each keeps the memory of its activations."""
 STALE_REPLAYS = 256
 """A captured forward goes when another one is captured and it was not among that many last replays: its weights are gone."""
-ROOM = 48
-"""One part in so many is added to what a forward holds where its pool begins: a backward makes its first values before much
-of what is saved has been read. By a model of torch's allocator ResNet-50's pool takes 5 % less with it, that of three layers
-of GPT-2 11 % less, of BERT 1 % more."""
 STREAM_CHANGES = 8
 """How often a captured forward follows its caller to another stream, which the host has to wait for."""
-
-RETAINED_CALLS = 4
-"""After so many calls of a captured backward that would destroy what its caller retains, one is captured that does not."""
 
 PATIENT_HOOKS = frozenset({"torch.utils.checkpoint", "torch.autograd.graph"})
 """Modules whose hooks for saved tensors use these only in the order of the current stream, or as long as they hold them."""
@@ -55,52 +48,25 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
-@dataclass(frozen=True)
-class Loan:
-    """Input number `at` of a backward: in which storage of a SavedMemory it lies, by number, and its layout there."""
-
-    at: int
-    storage: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-
-
 class SavedMemory:
     """The tensors in which a captured forward leaves what it saves. Others see aliases of them.
 
     `constants` are saved with them but never written, so that they may be in use at any time. `pool` is where the tensors
-    are, and scratch memory of the forward. `tensors` do not own their memory, nor do aliases of them, though these keep the
-    pool: it may be given up to a backward that is captured in the same pool, whose run then overwrites what it has read.
+    are, and scratch memory of the forward.
     """
 
-    def __init__(
-        self, results: Sequence[torch.Tensor], constants: Sequence[torch.Tensor], pool: Any, driver: Driver
-    ) -> None:
-        """`results` own the memory. Raises CaptureRefused when this torch does not say who uses a storage, or what is done
-        to saved tensors."""
+    def __init__(self, tensors: Sequence[torch.Tensor], constants: Sequence[torch.Tensor] = (), pool: Any = None) -> None:
+        """Raises CaptureRefused when this torch does not say who uses a storage, or what is done to saved tensors."""
         if _use_count is None or _top_hooks is None:
             raise CaptureRefused("this torch does not tell who uses saved tensors")
+        self._tensors = tuple(tensors)
         self.pool = pool
-        owners = {x.untyped_storage()._cdata: x.untyped_storage() for x in results}
-        numbers = {cdata: k for k, cdata in enumerate(owners)}
-        self._owners: list[torch.UntypedStorage | None] = list(owners.values())
-        self._storages = [driver.bytes_at(x.data_ptr(), x.nbytes(), pool).untyped_storage() for x in owners.values()]
-        self._number = {storage.data_ptr(): k for k, storage in enumerate(self._storages)}
-        self._in = [numbers[x.untyped_storage()._cdata] for x in results]
-        self.tensors = tuple(
-            _within(self._storages[k], x.dtype, tuple(x.shape), x.stride(), int(x.storage_offset()))
-            for k, x in zip(self._in, results, strict=True)
-        )
-        own = Counter(self._in)
-        self._handles = [storage._cdata for storage in self._storages]
-        users = [own[k] + 1 for k in range(len(owners))]  # each of the tensors, and the object held here
-        self._unused = [*users, *self._users()[len(owners) :]]
-        held = enumerate(zip(owners.values(), users, strict=True))
-        self._lost = frozenset(k for k, (owner, count) in held if _use_count(owner._cdata) != count)  # to the run itself
+        own = Counter(x.untyped_storage()._cdata for x in tensors)
+        self._storages = [x.untyped_storage() for x in {x.untyped_storage()._cdata: x for x in tensors}.values()]
+        self._own = [own[s._cdata] + 1 for s in self._storages]  # who uses it: each of the tensors, and the object held here
+        self._own_objects = self._objects()
         self.taken_at = 0  # the number of the last replay that has written it
-        self.addresses = frozenset(x.data_ptr() for x in (*results, *constants))
+        self.addresses = frozenset(x.data_ptr() for x in (*tensors, *constants))
         self._stream: int | None = None
         self._stream_changes = 0
         with _lock:
@@ -108,27 +74,24 @@ class SavedMemory:
 
     @property
     def nbytes(self) -> int:
-        return sum(map(span, self.tensors))
-
-    def _users(self) -> list[int]:
-        """How many use each storage, and then, how many the object that stands for it in Python, of which there is one."""
-        assert _use_count is not None
-        return [*map(_use_count, self._handles), *map(sys.getrefcount, self._storages)]
+        return sum(map(span, self._tensors))
 
     def is_idle(self) -> bool:
         """Whether nobody else holds any of it. Work that reads it has then been enqueued."""
-        return not self._lost and self._users() == self._unused
-
-    def idle(self) -> frozenset[int]:
-        """The storages, by number, that nobody else holds."""
-        count = len(self._storages)
-        same = [now == before for now, before in zip(self._users(), self._unused, strict=True)]
-        return frozenset(k for k in range(count) if same[k] and same[count + k] and k not in self._lost)
+        assert _use_count is not None
+        used = [_use_count(storage._cdata) for storage in self._storages]
+        return used == self._own and self._objects() == self._own_objects
 
     def held(self) -> list[int]:
         """Which of the tensors lie in memory that somebody else holds, by their numbers."""
-        idle = self.idle()
-        return [i for i, k in enumerate(self._in) if k not in idle]
+        assert _use_count is not None
+        counts = zip(self._storages, self._own, self._objects(), self._own_objects, strict=True)
+        busy = {s._cdata for s, own, now, before in counts if _use_count(s._cdata) != own or now != before}
+        return [i for i, x in enumerate(self._tensors) if x.untyped_storage()._cdata in busy]
+
+    def _objects(self) -> list[int]:
+        """References to the objects that stand for the storages in Python, of which there is one each."""
+        return [sys.getrefcount(storage) for storage in self._storages]
 
     def take(self, stream: int, turns: Turns) -> bool:
         """Whether it may be written now, in the order of `stream`. Called in a turn."""
@@ -141,56 +104,6 @@ class SavedMemory:
             turns.driver.synchronize()  # who has read it last may have done so plainly, on the other stream
         self._stream = stream
         return True
-
-    def loans(self, values: Sequence[Any], positions: Iterable[int]) -> tuple[Loan, ...]:
-        """Those of `values` at these positions that are tensors in this memory."""
-        found = []
-        for i in positions:
-            x = values[i]
-            storage = self._number.get(x.untyped_storage().data_ptr())
-            if storage is not None and type(x) is torch.Tensor:
-                found.append(Loan(i, storage, x.dtype, tuple(x.shape), x.stride(), int(x.storage_offset())))
-        return tuple(found)
-
-    def is_owned(self, loans: Iterable[Loan]) -> bool:
-        """Whether none of it has been given up."""
-        return all(self._owners[loan.storage] is not None for loan in loans)
-
-    def give_up(self, loans: Iterable[Loan]) -> dict[int, torch.Tensor]:
-        """Tensors as the loans were, by position, that alone own their memory from here on."""
-        found = {}
-        for loan in loans:
-            owner = self._owners[loan.storage]
-            assert owner is not None
-            found[loan.at] = _within(owner, loan.dtype, loan.shape, loan.strides, loan.offset)
-        for loan in loans:
-            self._owners[loan.storage] = None
-        return found
-
-    def size(self, storage: int) -> int:
-        """Its bytes."""
-        return int(self._storages[storage].nbytes())
-
-    def given_up(self) -> frozenset[int]:
-        """The storages, by number, of which something captured in the pool may have taken the place."""
-        return frozenset(k for k, owner in enumerate(self._owners) if owner is None)
-
-    def lend(self, values: list[Any], loans: Iterable[Loan]) -> None:
-        """Put tensors as the loans were back among `values`."""
-        for loan in loans:
-            values[loan.at] = _within(self._storages[loan.storage], loan.dtype, loan.shape, loan.strides, loan.offset)
-
-
-def _within(
-    storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, strides)
-
-
-def _take_back(values: list[Any], loans: Iterable[Loan]) -> None:
-    """Let go of the loans among `values`."""
-    for loan in loans:
-        values[loan.at] = None
 
 
 def _may_be_read_unseen() -> bool:
@@ -214,20 +127,10 @@ class ForwardRecording(Recording):
     memory: SavedMemory
 
 
-@dataclass(eq=False, kw_only=True)
-class BackwardRecording(Recording):
-    """A captured backward in the pool of a captured forward. `loans` are what it reads there and whose memory it then uses
-    otherwise. Where any of the storages `overwritten` is held by others than its inputs, it must not be replayed;
-    `refusals` counts those calls."""
-
-    memory: SavedMemory
-    loans: tuple[Loan, ...]
-    overwritten: frozenset[int]
-    refusals: int = 0
-
-
 class GraphedForward(GraphedExecutor):
     """Runs a forward plan by replaying it where the memory of what it saves is free."""
+
+    replays_at_once = False
 
     def __init__(
         self,
@@ -236,26 +139,21 @@ class GraphedForward(GraphedExecutor):
         turns: Turns,
         limit: int,
         note: Note,
-        make_way: Callable[[], Way] | None = None,
         extension: Extension | None = None,
     ) -> None:
         most = min(limit, SIZES_KEPT) if found.varying else limit
-        super().__init__(executor, found, turns, most, note, make_way, extension)
+        super().__init__(executor, found, turns, most, note, extension=extension)
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         self._drop_stale()
-        way, driver = self._way, self._turns.driver
-        saved, pool = way.captured_plan.saved, driver.new_pool()
-        room = replace(self._traits, peak=self._traits.peak + self._traits.peak // ROOM)
-        made = record(way.captured, values, signature, room, driver, way.lent, saved, pool)
+        saved = self.plan.saved
+        driver = self._turns.driver
+        pool = driver.new_pool()
+        made = record(self._executor, values, signature, self._traits, driver, saved=saved, pool=pool)
         results = made.results
-        memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool, driver)
-        results.kept = [Kept(kept.at, tensor) for kept, tensor in zip(results.kept, memory.tensors, strict=True)]
+        memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool)
         memory.taken_at = self._replays
         return ForwardRecording(**vars(made), memory=memory)
-
-    def _replays_at_once(self, recording: Recording) -> bool:
-        return False
 
     def _drop_stale(self) -> None:
         with self._lock:
@@ -283,20 +181,19 @@ class GraphedForward(GraphedExecutor):
             return found  # let go of meanwhile, by another thread
         one = kept[0]
         layout = f"{str(one.tensor.dtype).removeprefix('torch.')} {list(one.tensor.shape)}"
-        return f"{found}, the first of them result {one.at}, {layout}, of {_maker(self._way.captured_plan, one.at)}"
+        return f"{found}, the first of them result {one.at}, {layout}, of {_maker(self.plan, one.at)}"
 
     def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
-        assert isinstance(recording, ForwardRecording)
-        memory = recording.memory
+        def work(stream: int) -> tuple[Any, ...] | None:
+            assert isinstance(recording, ForwardRecording)
+            if _may_be_read_unseen() or not recording.memory.take(stream, self._turns):
+                return None
+            self._replays += 1
+            recording.memory.taken_at = self._replays
+            return recording.play(values, stream)
 
-        def may_write(stream: int) -> bool:
-            if _may_be_read_unseen() or not memory.take(stream, self._turns):
-                return False
-            memory.taken_at = self._replays + 1
-            return True
-
-        results = self._replay_if(may_write, recording, values)
-        return self._rest(values) if results is None else results
+        result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
+        return self._executor(values) if result is None else result
 
 
 def _maker(plan: Plan, at: int) -> str:
@@ -334,8 +231,7 @@ class GraphedBackward(GraphedExecutor):
             with _lock:
                 places = [memory.addresses for memory in _memories]
             known = frozenset[int]().union(*places)
-            given = [i for i in self._traits.moved if i < len(inputs)] if known else []  # further ones are made in the call
-            saved = [i for i in given if inputs[i].data_ptr() in known]
+            saved = [i for i in self._traits.moved if inputs[i].data_ptr() in known] if known else []
             if not saved:
                 return False
             fixed = tuple(sorted({*self._traits.fixed, *saved}))
@@ -346,57 +242,11 @@ class GraphedBackward(GraphedExecutor):
             return True
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
-        """Captured with the memory that the forward has used and not saved, and that of what only this call can read."""
-        way, found, driver = self._way, self._traits, self._turns.driver
-        kept = {*found.written, *way.later}
-        places = {values[i].data_ptr() for i in found.fixed}
+        """Captured with the memory that the forward has used and not saved."""
+        places = {values[i].data_ptr() for i in self._traits.fixed}
         with _lock:
-            memory = next((memory for memory in _memories if not places.isdisjoint(memory.addresses)), None)
-        if memory is None:
-            return record(way.captured, values, signature, found, driver, way.lent)
-        loans = memory.loans(values, [i for i in found.fixed if i not in kept])
-        if not memory.is_owned(loans):  # an earlier capture takes its place: one that reads it cannot be in the same pool
-            return record(way.captured, values, signature, found, driver, way.lent)
-        _take_back(values, loans)
-        idle = memory.idle()
-        memory.lend(values, loans)
-        loans = tuple(loan for loan in loans if loan.storage in idle)
-        given = memory.give_up(loans)
-        made = record(way.captured, values, signature, found, driver, way.lent, pool=memory.pool, given_up=given)
-        size = sum(memory.size(k) for k in {loan.storage for loan in loans})
-        self._note(NAME, f"{size / 2**20:.1f} MiB that the forward has saved are its own as soon as it has read them")
-        return BackwardRecording(**vars(made), memory=memory, loans=loans, overwritten=memory.given_up())
-
-    def _replays_at_once(self, recording: Recording) -> bool:
-        return not (isinstance(recording, BackwardRecording) and recording.overwritten)
-
-    def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
-        if self._replays_at_once(recording):
-            return super()._replay(recording, values)
-        assert isinstance(recording, BackwardRecording)
-        memory, loans, overwritten = recording.memory, recording.loans, recording.overwritten
-
-        def may_destroy(stream: int) -> bool:
-            _take_back(values, loans)
-            if memory.is_idle() or overwritten <= memory.idle():
-                return True
-            memory.lend(values, loans)  # the graph of autograd is retained, say
-            return False
-
-        results = self._replay_if(may_destroy, recording, values)
-        if results is not None:
-            return results
-        recording.refusals += 1
-        if recording.refusals == RETAINED_CALLS:
-            self._drop(recording)
-        return self._rest(values)
-
-    def _drop(self, recording: BackwardRecording) -> None:
-        """The next call captures one that destroys nothing."""
-        with self._lock:
-            self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if kept is not recording)
-            if self._latest is recording:
-                self._use(None)
+            pool = next((memory.pool for memory in _memories if not places.isdisjoint(memory.addresses)), None)
+        return record(self._executor, values, signature, self._traits, self._turns.driver, pool=pool)
 
     def _objection(self, recording: Recording) -> str | None:
         return too_dear(recording.copied, self._traits.steps, COPY_SHARE)

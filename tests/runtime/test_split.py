@@ -100,20 +100,6 @@ def test_parts_one_after_another_are_the_whole(begin: int, end: int | None, lend
     torch.testing.assert_close(mine[2], others[2])
 
 
-@pytest.mark.parametrize("lends", [True, False])
-def test_what_is_saved_comes_last_from_the_captured_part(lends: bool) -> None:
-    whole = replace(network(), saved=3)
-    parts = split(whole, 0, 7, lends, left={"h2", "h3"})
-    assert parts.captured.plan.outputs[-2:] == (Ref("h2"), Ref("h3")) and parts.captured.plan.saved == 2
-    assert parts.after is not None and parts.after.plan.saved == 3 and len(parts.captured.plan.outputs) - 2 not in parts.lent
-    way, mine, others = InParts(parts, bound(whole)), given(0), given(0)
-    torch.manual_seed(1)
-    want = bound(whole)(list(others))
-    torch.manual_seed(1)
-    values = way.begin(list(mine))
-    same(way.end(values, way.captured(way.handed(values))), want, mine)
-
-
 class Binder:
     """Stands for an executor of `made`: what it binds for the captured part can be captured on the CPU."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,52 +18,15 @@ from fxopt import compiler, plan_cache
 from fxopt.codegen.replay_build import ReplayCode
 from fxopt.ir import attention_backends, attention_op
 from fxopt.ir.graph import Phase
-from fxopt.runtime import backward_pieces, capturable, recording, training_graph, training_window
+from fxopt.runtime import backward_pieces, capturable, recording, training_graph
 from fxopt.runtime.backward_pieces import choose_backward_pieces
-from fxopt.runtime.capturable import Choice, Facts
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
-from fxopt.runtime.in_parts import InParts, InPieces
-from fxopt.runtime.plan import Plan
+from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.recording import record
-from fxopt.runtime.split import Parts
-from fxopt.runtime.training_graph import BackwardRecording, GraphedBackward, GraphedForward, SavedMemory
-from fxopt.runtime.training_window import choose_window
-from tests.runtime.fake_graphs import FakeDriver, Function, address_of
+from fxopt.runtime.training_graph import GraphedBackward, GraphedForward, SavedMemory
+from tests.runtime.fake_graphs import FakeDriver, Function
 
 CPU = torch.device("cpu")
-
-
-class ActedBackward(GraphedBackward):
-    """Once it may overwrite what it has read, it does."""
-
-    def _record(self, values: list[Any], signature: tuple[Any, ...]) -> recording.Recording:
-        driver: Any = self._turns.driver
-        driver.memory += [owner for memory in training_graph._memories for owner in memory._owners]  # the pool has it
-        made = super()._record(values, signature)
-        if isinstance(made, BackwardRecording):
-            replay: Any = made.replay
-            replay.overwritten += [address_of(values[loan.at]) for loan in made.loans]
-        return made
-
-
-class Binder:
-    """Stands for an executor of which one part is captured."""
-
-    kept_as = None
-
-    def __init__(self, executor: Any, parts: Parts, driver: FakeDriver) -> None:
-        self.plan, self.executor, self.parts, self.driver = executor.plan, executor, parts, driver
-
-    def __call__(self, inputs: list[Any]) -> Any:
-        return self.executor(inputs)
-
-    def part(self, made: Plan) -> Any:
-        run = self.executor.part(made)
-        if made is not self.parts.captured.plan:
-            return run
-        self.driver.function = Function(lambda *values: run(list(values)))
-        self.driver.function.plan = made
-        return self.driver.function
 
 
 class Stage:
@@ -76,15 +38,11 @@ class Stage:
         self.notes: list[str] = []
         self.draws = False  # whether library ops do
         self.in_pieces = False  # whether backwards are
-        self.in_windows = False  # whether steps at the ends run plainly
-        self.windows: list[Parts] = []
         self.code: ReplayCode | None = None  # for replays
 
     def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any, extension: Any) -> Any:
         if phase is Phase.INFERENCE:
             return executor
-        if self.in_windows:
-            return self.windowed(executor, phase)
         pieces = choose_backward_pieces(executor.plan) if phase is Phase.BACKWARD and self.in_pieces else None
         if pieces is None:
             return self.graphed(executor, phase)
@@ -98,21 +56,8 @@ class Stage:
         function = Function(lambda *values: executor(list(values)))
         function.plan = plan
         turns = Turns(FakeDriver(function, found.seeds, plan.saved))
-        kind = GraphedForward if phase is Phase.FORWARD else ActedBackward
+        kind = GraphedForward if phase is Phase.FORWARD else GraphedBackward
         made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text), extension=self.code)  # type: ignore[arg-type]
-        (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
-        return made
-
-    def windowed(self, executor: Any, phase: Phase) -> Any:
-        choice = choose_window(executor.plan, phase)
-        assert isinstance(choice, Choice)
-        self.windows.append(choice.parts)
-        found = replace(capturable.traits(choice.parts.captured), device=CPU, steps=1 << 20)
-        driver = FakeDriver(Function(tuple), found.seeds, choice.parts.captured.plan.saved)
-        binder: Any = Binder(executor, choice.parts, driver)
-        kind = GraphedForward if phase is Phase.FORWARD else ActedBackward
-        way = functools.partial(InParts, choice.parts, binder)
-        made = kind(binder, found, Turns(driver), 4, lambda _, text: self.notes.append(text), way, self.code)
         (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
         return made
 
@@ -145,17 +90,6 @@ class Layers(nn.Module):
         return x + self.down(F.dropout(F.gelu(self.up(self.norm(x))), self.drop, self.training))
 
 
-class Headed(Layers):
-    """With more results than anything else in it."""
-
-    def __init__(self, drop: float = 0.0) -> None:
-        super().__init__(drop)
-        self.head = nn.Linear(8, 256, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(super().forward(x).tanh())  # type: ignore[no-any-return]
-
-
 class Attended(nn.Module):
     """Attention over the rows, with two heads, as it is compiled for a GPU."""
 
@@ -180,8 +114,8 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 class Pair:
     """A compiled model and an equal one in eager; `agree` compares their gradients."""
 
-    def __init__(self, drop: float = 0.0, make: Callable[[float], nn.Module] = Layers) -> None:
-        self.mine, self.theirs = make(drop), make(drop)
+    def __init__(self, drop: float = 0.0) -> None:
+        self.mine, self.theirs = Layers(drop), Layers(drop)
         self.run: Run = torch.compile(self.mine, backend="fxopt", options={"strict": True})
 
     def losses(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,7 +151,7 @@ def test_compiled_code_replays_forwards_and_backwards(stage: Stage, compiled_cod
     assert stage.counts() == (4, 3)
     (forward,), (backward,) = stage.forwards, stage.backwards
     assert forward._play is None and forward._latest is not None and forward._latest.play_within is not None
-    assert backward._play is None and backward._latest is not None and backward._latest.play_within is not None
+    assert backward._play is not None
 
 
 @pytest.fixture
@@ -240,8 +174,6 @@ def test_a_backward_in_pieces(pieces: Stage, set_to_none: bool) -> None:
                 model.zero_grad(set_to_none=set_to_none)
     replayed = [_replayed(piece) for piece in pieces.backwards]
     assert replayed.count(4) > 1 and replayed.count(4) + replayed.count(0) == len(replayed), "4, or nothing saved is read"
-    ends = [made._latest for made in pieces.backwards if isinstance(made._latest, BackwardRecording)]
-    assert sum(len(each.loans) for each in ends) == len(ends[-1].memory.tensors), "each is overwritten after its last piece"
 
 
 def test_pieces_whose_forward_ran_plainly(pieces: Stage) -> None:
@@ -252,30 +184,6 @@ def test_pieces_whose_forward_ran_plainly(pieces: Stage) -> None:
         loss.backward()
     pair.agree()
     assert pieces.counts() == (replays[0] + 1, replays[1] + graphs)
-
-
-@pytest.mark.parametrize("copied", [8e7, 1e12])
-def test_ends_that_run_plainly(stage: Stage, monkeypatch: pytest.MonkeyPatch, copied: float) -> None:
-    """A large result and its gradient: where a copy takes longer than steps, those that make and read them run plainly."""
-    stage.in_windows = True
-    monkeypatch.setattr(Facts, "obstacle", lambda self, step: None)
-    monkeypatch.setattr(training_window, "COPY_BYTES_PER_SECOND", copied)
-    monkeypatch.setattr(training_window, "MIN_STEPS", 1)
-    pair = Pair(make=Headed).warm()
-    for k in range(2):
-        pair.step(k)
-        pair.agree()
-    losses = [loss for seed in (5, 6) for loss in pair.losses(seed)]  # the second forward runs plainly
-    for loss in (*losses[:2], *losses):
-        loss.backward(retain_graph=True)
-    pair.agree()
-    forward, backward = stage.windows
-    assert (forward.after is not None, backward.before is not None) == (copied < 1e9, copied < 1e9)
-    assert stage.counts() == (5, 3)
-    assert stage.forwards[0]._latest.memory.given_up()  # type: ignore[union-attr]
-    for made, phase in ((stage.forwards[0], Phase.FORWARD), (stage.backwards[0], Phase.BACKWARD)):
-        whole = choose_window(made.plan, phase, ends=False)
-        assert isinstance(whole, Choice) and whole.parts.is_whole
 
 
 def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
@@ -348,56 +256,11 @@ def test_the_graph_of_autograd_is_retained(stage: Stage) -> None:
         pair.agree()
         pair.step(6)  # plainly: what the first forward has saved is still wanted
         pair.agree()
-    assert stage.counts() == (before[0] + 1, before[1]), "its replay would destroy what is retained"
+    assert stage.counts() == (before[0] + 1, before[1] + 2)
     del loss, losses
     pair.step(7)
     pair.agree()
-    assert stage.counts() == (before[0] + 2, before[1] + 1)
-
-
-def test_a_graph_that_is_retained_in_each_step(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_graph, "RETAINED_CALLS", 2)
-    pair = Pair()
-    replays = []
-    for k in range(7):
-        losses = pair.losses(k)
-        for loss in losses:
-            loss.backward(retain_graph=True)
-            loss.backward()
-        del loss, losses
-        pair.agree()
-        pair.clear()
-        replays.append(stage.counts()[1])
-    assert replays == [0, 1, 2, 3, 5, 7, 9], "in the end both of a step's backwards are replayed"
-
-
-def test_a_backward_overwrites_what_only_it_can_read(stage: Stage) -> None:
-    pair = Pair().warm()
-    (forward,), (backward,) = stage.forwards, stage.backwards
-    recording: Any = backward._latest
-    memory = forward._latest.memory  # type: ignore[union-attr]
-    assert recording.overwritten == memory.given_up() == memory.idle() and len(recording.loans) == len(memory.tensors)
-    losses = pair.losses(5)
-    for loss in losses:
-        loss.backward()
-    pair.agree()
-    assert all(bool((x == -77).all()) for x in memory.tensors)
-
-
-def test_what_has_been_given_up_is_captured_elsewhere(stage: Stage) -> None:
-    """A second capture in the pool could lie over what it reads; and it must not destroy anything."""
-    pair = Pair().warm()
-    (backward,) = stage.backwards
-    backward._kept.clear()
-    backward._use(None)
-    before = stage.counts()
-    losses = pair.losses(5)
-    for _ in range(2):
-        for loss in losses:
-            loss.backward(retain_graph=True)
-        pair.agree()
-    assert stage.counts() == (before[0] + 1, before[1] + 2)
-    assert backward._turns.driver.pools[-1] is None  # type: ignore[attr-defined]
+    assert stage.counts() == (before[0] + 2, before[1] + 3)
 
 
 def test_a_forward_without_backward(stage: Stage) -> None:
@@ -582,10 +445,9 @@ def test_another_stream_is_waited_for_and_then_left_alone(stage: Stage) -> None:
 
 
 def test_who_uses_a_storage() -> None:
-    results = [torch.randn(4), torch.randn(6)]
-    results.append(results[1][2:])
-    memory = SavedMemory(results, (), object(), FakeDriver(Function(tuple), 0))
-    tensors = memory.tensors
+    tensors = [torch.randn(4), torch.randn(6)]
+    tensors.append(tensors[1][2:])
+    memory = SavedMemory(tensors)
     assert memory.is_idle() and memory.nbytes == 16 + 24 + 16
     for alias in (lambda: tensors[0].detach(), lambda: tensors[1].untyped_storage(), lambda: tensors[2].view(2, 2)):
         held = alias()
@@ -641,7 +503,7 @@ def test_what_only_the_host_reads_is_saved_as_it_is() -> None:
     made = record(function, [], (), on_a_gpu(), FakeDriver(function, 0, saved=1), saved=1, pool=object())
     assert (made.results.kept, [x.tensor for x in made.results.host]) == ([], [number])
     assert made.play([], 7)[0].data_ptr() == number.data_ptr()
-    memory = SavedMemory([], [x.tensor for x in made.results.host], object(), FakeDriver(function, 0))
+    memory = SavedMemory([], [x.tensor for x in made.results.host])
     view = number.view(1)
     assert memory.is_idle() and view.data_ptr() in memory.addresses
 
