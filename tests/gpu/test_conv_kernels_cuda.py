@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxopt.lower import padded_images
 from fxopt.lower.contractions import DIRECT, IMPLICIT, PADDED, STENCIL, STENCIL_SUMS, SUMS
 from fxopt.tune import alternatives
-from fxopt.tune.measure import Trial
+from fxopt.tune.measure import Memory, Trial
 from tests.numerics import assert_closer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
@@ -58,7 +58,7 @@ def ours_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A kernel of ours is kept wherever it is a way, the last one. Gives the labels of what was kept."""
     kept: list[str] = []
 
-    def choose(each: Any, trials: Sequence[Trial], *_: Any) -> str:
+    def choose(each: Any, memory: Memory, trials: Sequence[Trial], *_: Any) -> str:
         own = [t.label for t in trials if t.label.split()[0] in OURS]
         kept.append(own[-1] if own else trials[0].label)
         return kept[-1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxopt.journal import RECENT
 from fxopt.lower.convolutions import ADD_RELU, RELU
 from fxopt.tune import alternatives
-from fxopt.tune.measure import Trial
+from fxopt.tune.measure import Memory, Trial
 from tests.numerics import assert_closer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
@@ -68,7 +68,7 @@ def fused_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """cuDNN's fused call is kept wherever it is a way. Gives the labels of what was kept."""
     kept: list[str] = []
 
-    def choose(each: Any, trials: Sequence[Trial], *_: Any) -> str:
+    def choose(each: Any, memory: Memory, trials: Sequence[Trial], *_: Any) -> str:
         kept.append(next((t.label for t in trials if t.label.startswith("cudnn")), trials[0].label))
         return kept[-1]
 

@@ -80,10 +80,15 @@ def test_rounding_in_the_midst(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_positions_of_maxima(dtype: torch.dtype, channels_last: bool) -> None:
-    """Ties go to the first, NaN to the last, zeros of both signs are equal; windows of infinities at the edge."""
+    """Ties go to the first, NaN to the last, zeros of both signs are equal; windows of infinities at the edge.
+
+    Of a window of nothing but -inf the first place has the gradient. In channels-last images eager takes that of the whole
+    image, which is in no other window, and the gradient is lost.
+    """
     x = torch.randint(-2, 3, (5, 64, 9, 11), device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
     x[0, ::3, 2:4], x[1, :, :2, ::5], x[2], x[3, :, 1::3], x[4, 5, 3] = -0.0, torch.nan, -torch.inf, torch.inf, torch.nan
     if channels_last:
+        x[2, :, 1::2, 1::2] = -1.0  # in every window
         x = x.contiguous(memory_format=torch.channels_last)
     results = []
     for backend in ("fxopt", "eager"):

@@ -17,7 +17,7 @@ from fxopt.quant.calibrate import calibrate
 from fxopt.report.backends import resolve_backend
 from fxopt.target import Target
 from fxopt.tune import alternatives
-from fxopt.tune.measure import Trial
+from fxopt.tune.measure import Memory, Trial
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
 F16, INT8 = torch.float16, torch.int8
@@ -28,7 +28,7 @@ def ours_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A kernel of ours is kept wherever it is a way, the last one. Gives the labels of what was kept."""
     kept: list[str] = []
 
-    def choose(each: Any, trials: Sequence[Trial], *_: Any) -> str:
+    def choose(each: Any, memory: Memory, trials: Sequence[Trial], *_: Any) -> str:
         own = [t.label for t in trials if t.label.split()[0] in (FUSED, IMPLICIT)]
         kept.append(own[-1] if own else trials[0].label)
         return kept[-1]
