@@ -227,7 +227,6 @@ def by_polynomial(a, COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr):
     return tl.where(a < 0.0, tail, 2.0 - tail)
 
 
-PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 FLUSHING_EXP = tl.constexpr("{ .reg .f32 t; mul.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }")
 
 
@@ -440,13 +439,6 @@ def larger_place(value, top, PLACE: tl.constexpr, other, HALF: tl.constexpr):
         asm: tl.constexpr = BFLOAT16_LARGER_PLACE if tl.bfloat16 == HALF else FLOAT16_LARGER_PLACE
         args = [value.to(HALF), top.to(HALF), tl.full([], PLACE, tl.int16), other.to(tl.int16)]
         return tl.inline_asm_elementwise(asm, "=r,r,r,r,r", args, dtype=tl.int16, is_pure=True, pack=2).to(tl.int32)
-
-
-@triton.jit
-def prefetch(addresses):
-    """Have the lines at `addresses` brought into the L2 cache. Nothing waits for that."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(PREFETCH, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

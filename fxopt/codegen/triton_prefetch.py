@@ -69,5 +69,5 @@ def print_prefetch(name: str, contraction: Contraction, config: GemmConfig, epil
         line = LINE_BYTES // each.itemsize
         count = max(config.block_n // line, 1)
         columns = "x" if count == 1 else f"(x + tl.arange(0, {count})[None, :] * {line})"
-        lines.append(f"    h.prefetch({parameters[each.buffer]} + (y * {each.pitch} + {columns} + {each.first}))")
+        lines.append(f"    h.bring({parameters[each.buffer]} + (y * {each.pitch} + {columns} + {each.first}))")
     return "\n".join(["@triton.jit", f"def {name}(y, x, extra):", f"    {', '.join(epilogue.parameters)}, = extra", *lines])

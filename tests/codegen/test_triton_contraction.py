@@ -301,7 +301,7 @@ def test_what_the_next_tile_adds_is_prefetched(interpreter: Interpreter) -> None
     check(interpreter, fn, args, replace(TMA, prefetch=True))
     (kernel,) = print_contraction(contraction, ahead, TARGET).kernels
     (loaded,) = re.findall(r"tl.load\((b\d) \+ \(y\*96 \+ x \+ \(?104", kernel.text)
-    assert f"h.prefetch({loaded} + (y * 96 + x + 104))" in kernel.text and kernel.text.count("h.prefetch") == 2
+    assert f"h.bring({loaded} + (y * 96 + x + 104))" in kernel.text and kernel.text.count("h.bring") == 2
 
 
 def test_a_product_with_a_residual_has_a_candidate_that_prefetches_it() -> None:
