@@ -24,8 +24,8 @@ MAX_REFREEZES = 3
 """Recompilations because weights changed, per graph, before it is left unfrozen."""
 
 IN_TRAINING = (
-    "options={'freeze': True} does nothing for a graph that autograd records, as it does here: model.eval() does not switch"
-    " that off. Call the model under torch.no_grad() or torch.inference_mode()"
+    "options={'freeze': True} and 'precision' do nothing for a graph that autograd records, as here: model.eval() does not"
+    " switch that off. Call the model under torch.no_grad() or torch.inference_mode()"
 )
 THAWED = (
     f"weights changed more than {MAX_REFREEZES} times, and each time the graph was compiled again: they are no longer frozen"
