@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fxopt.codegen.configs.propose import configs
+from fxopt.codegen.configs.reductions import join_config
 from fxopt.codegen.triton_across import together
 from fxopt.codegen.triton_apart import apart, statistics_first
-from fxopt.codegen.triton_config import TritonConfig, configs, join_config
+from fxopt.codegen.triton_config import TritonConfig
 from fxopt.codegen.triton_nest import print_kernel
 from fxopt.codegen.triton_split import split_region, turning
 from fxopt.codegen.triton_tiling import tile

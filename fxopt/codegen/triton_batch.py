@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_config import TritonConfig, batch_configs
+from fxopt.codegen.configs.points import batch_configs
+from fxopt.codegen.triton_config import TritonConfig
 from fxopt.codegen.triton_emit import Emitter, Frame, Names
 from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_nest import NUM_STAGES, PREAMBLE, straight_line

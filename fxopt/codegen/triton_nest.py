@@ -9,15 +9,9 @@ from itertools import chain
 import torch
 
 from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.configs.demands import BYTE_RUN, byte_run, one_access
 from fxopt.codegen.triton_chain import OTHERS_END
-from fxopt.codegen.triton_config import (
-    BYTE_RUN,
-    TritonConfig,
-    byte_run,
-    next_power_of_2,
-    one_access,
-    part_count,
-)
+from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count
 from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, tight
 from fxopt.codegen.triton_groups import group_size, with_group_sums
 from fxopt.codegen.triton_halves import with_common_halves

@@ -1,0 +1,1 @@
+"""The cost model of printed nests: which launch configurations are worth measuring, best first."""
