@@ -13,9 +13,10 @@ from dataclasses import replace
 from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.configs.points import batch_configs
 from fxopt.codegen.triton_config import TritonConfig
-from fxopt.codegen.triton_emit import Emitter, Frame, Names
+from fxopt.codegen.triton_emit import Emitter
 from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_nest import NUM_STAGES, PREAMBLE, straight_line
+from fxopt.codegen.triton_scopes import Frame, Names
 from fxopt.codegen.triton_tiling import tile
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.triton_emit import Emitter, Frame, Names, widened
+from fxopt.codegen.triton_emit import Emitter
 from fxopt.codegen.triton_index import int32_limits
+from fxopt.codegen.triton_memory import widened
 from fxopt.codegen.triton_nest import size_expressions, size_type, straight_line, with_salts
+from fxopt.codegen.triton_scopes import Frame, Names
 from fxopt.codegen.triton_tiling import Axis, Tiling, accesses_of
 from fxopt.ir.exprs import Int, Sym
 from fxopt.ir.loops import Load

@@ -20,7 +20,7 @@ from fxopt.codegen.templates.gemm_config import FEW_ROWS
 from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction, loads_for_tiles, print_block
-from fxopt.codegen.triton_emit import VECTOR_BYTES
+from fxopt.codegen.triton_memory import VECTOR_BYTES
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
 from fxopt.codegen.triton_prefetch import print_prefetch

@@ -12,13 +12,15 @@ from fxopt.codegen import triton_ops as ops
 from fxopt.codegen.configs.demands import BYTE_RUN, byte_run, one_access
 from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count
-from fxopt.codegen.triton_emit import Emitter, Frame, Instance, Names, tight
+from fxopt.codegen.triton_emit import Emitter
 from fxopt.codegen.triton_groups import group_size, with_group_sums
 from fxopt.codegen.triton_halves import with_common_halves
 from fxopt.codegen.triton_index import INT32_LIMIT, INT32_MAX, fits_int32, int32_limits
+from fxopt.codegen.triton_memory import tight
 from fxopt.codegen.triton_names import kernel_name
 from fxopt.codegen.triton_narrow import with_narrow_choices
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
+from fxopt.codegen.triton_scopes import Frame, Instance, Names
 from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
 from fxopt.codegen.triton_values import is_clamped, reduced_dtype, saturated
 from fxopt.errors import UnsupportedError

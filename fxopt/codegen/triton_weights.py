@@ -18,10 +18,10 @@ from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_ty
 from fxopt.codegen.triton_block import BlockFunction
 from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.codegen.triton_contraction import in_parts, print_epilogue, source_of
-from fxopt.codegen.triton_emit import Names
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import row_value
 from fxopt.codegen.triton_ops import POINTER_TYPE, narrowed
+from fxopt.codegen.triton_scopes import Names
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int
 from fxopt.ir.region import Contraction, Matrix, Quantized, Region
