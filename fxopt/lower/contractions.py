@@ -20,14 +20,10 @@ from fxopt.ir.quantized_ops import LARGEST
 from fxopt.ir.region import (
     Alias,
     Alternatives,
-    Attention,
-    Batch,
     Call,
     Contraction,
     Matrix,
-    Ref,
     Region,
-    ScoredAttention,
     SideBySide,
     Step,
     Way,
@@ -41,6 +37,7 @@ from fxopt.lower.joining import join
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.parts_for_reader import in_parts
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
+from fxopt.lower.placement import Placement
 from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, SCALED_CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.quantized_products import as_reduction, in_loops, library_form
 
@@ -83,13 +80,10 @@ def with_contractions(lowered: Lowered, every: bool = False) -> Lowered:
     return _Search(lowered, every).run()
 
 
-class _Search:
+class _Search(Placement):
     def __init__(self, lowered: Lowered, every: bool) -> None:
+        super().__init__(lowered)
         self.lowered, self.every = lowered, every
-        self.steps: list[Step | None] = list(lowered.steps)
-        self.views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
-        self.kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)} | set(lowered.inputs)
-        self.accesses = [self._accesses(s) for s in lowered.steps]
         self.convolutions = FusedConvolutions(lowered)
         self.epilogues = Epilogues(lowered.buffers, self.convolutions.buffers)
         self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
@@ -178,27 +172,6 @@ class _Search:
             else:
                 latest[key(product)] = [k]
                 found.append(latest[key(product)])
-        return found
-
-    def _may_join(self, k: int, group: Sequence[int]) -> bool:
-        """Whether call k, with the views that it names, can run at the first step of `group`."""
-        call, first = self.steps[k], group[0]
-        if any(self.accesses[k][0] & self.accesses[j][1] for j in group):
-            return False  # it adds what one of them gives
-        named = {*refs(call.args)} if isinstance(call, Call) else set()
-        views = (j for j in range(first, k) if isinstance(s := self.steps[j], Alias) and s.name in named)
-        moved = (k, *views)
-        return all(self._can_move(j, first, (*group, *moved), set()) for j in moved)
-
-    def _views_after(self, place: int, calls: Sequence[Call]) -> list[Step]:
-        """Take what `calls` name of the views that come after `place` out of the steps."""
-        named = {n for call in calls for n in refs(call.args)}
-        found: list[Step] = []
-        for k in range(place, len(self.steps)):
-            step = self.steps[k]
-            if isinstance(step, Alias) and step.name in named:
-                found.append(step)
-                self.steps[k], self.accesses[k] = None, (frozenset(), frozenset())
         return found
 
     def _fuse_convolution(self, k: int, call: Call, own: Gathered | None) -> bool:
@@ -424,39 +397,6 @@ class _Search:
             half = product.sizes[3] // 2
             yield k, columns_of(product, 0, half), columns_of(product, half, half)
 
-    def _put(self, steps: tuple[int, ...], place: int, found: Alternatives) -> None:
-        """`found` at `place` instead of all `steps`."""
-        accesses = self._accesses(*(s for k in steps if (s := self.steps[k]) is not None))
-        for k in steps:
-            self.steps[k], self.accesses[k] = None, (frozenset(), frozenset())
-        self.steps[place], self.accesses[place] = found, accesses
-
-    def _place(self, steps: tuple[int, ...]) -> int | None:
-        """Where products and then a region, at `steps`, can run as one step: where the region or the last product is, if
-        nothing between waits for what moves there, and that for nothing between. None if nowhere.
-        """
-        made = {n for k in steps[:-1] for n in self.accesses[k][1]}
-        for place in (steps[-1], steps[-2]):
-            if all(self._can_move(k, place, steps, made) for k in steps if k != place):
-                return place
-        return None
-
-    def _can_move(self, k: int, place: int, steps: tuple[int, ...], made: set[str]) -> bool:
-        """Whether step `k` can run at `place`, where those of `steps` are, which make `made`."""
-        reads, writes = self.accesses[k]
-        reads -= made
-        between = (i for i in range(min(k, place), max(k, place) + 1) if i not in steps and self.steps[i] is not None)
-        in_sight = isinstance(self.steps[k], Region)  # what it writes is allocated for whoever names it first, a view, say
-        others = [self.accesses[i] for i in between if not (in_sight and isinstance(self.steps[i], Alias))]
-        return not any(writes & (r | w) or reads & w for r, w in others)
-
-    def _is_wanted(self, name: str, steps: tuple[int, ...]) -> bool:
-        """Whether the product `name` is read by others than `steps`."""
-        if name in self.kept:
-            return True
-        others = (i for i, s in enumerate(self.steps) if s is not None and not isinstance(s, Alias) and i not in steps)
-        return any(name in self.accesses[i][0] for i in others)  # of views, those who read them count
-
     def _alternatives(
         self,
         products: Sequence[Product],
@@ -526,31 +466,6 @@ class _Search:
         uniform = frozenset(n for n in buffers if self.uniform.get(n))
         return Alternatives(name, tuple(ways), buffers, views, uniform)
 
-    # ------------------------------------------------------------------ which step touches what
-
-    def _root(self, name: str) -> str:
-        while name in self.views:
-            name = self.views[name].of
-        return name
-
-    def _accesses(self, *steps: Step) -> tuple[frozenset[str], frozenset[str]]:
-        """(base buffers read, base buffers written)."""
-        reads: set[str] = set()
-        writes: set[str] = set()
-        for step in steps:
-            if isinstance(step, Alias):  # which comes after what makes its memory
-                reads.add(self._root(step.of))
-            elif isinstance(step, Alternatives):  # attention, which was looked for before
-                of_ways = [self._accesses(*way.steps) for way in step.ways]
-                reads, writes = reads.union(*(r for r, _ in of_ways)), writes.union(*(w for _, w in of_ways))
-            elif isinstance(step, Region | Batch | Attention | ScoredAttention):
-                reads |= {self._root(n) for n in step.reads()}
-                writes |= {self._root(n) for n in step.writes()}
-            elif isinstance(step, Call):
-                reads |= {self._root(n) for n in refs((step.args, step.kwargs))}
-                writes |= {self._root(n) for n in (*step.outputs, *step.writes) if n is not None}
-        return frozenset(reads), frozenset(writes)
-
 
 def _followed(ways: Iterable[Way], after: tuple[Region, ...]) -> Iterator[Way]:
     return (Way(way.label, (*way.steps, *after)) for way in ways)
@@ -598,24 +513,3 @@ def _rows_of(parts: Sequence[Region]) -> Region | None:
     for part in others:
         whole = None if whole is None else join(whole, part)
     return whole
-
-
-def replaced(lowered: Lowered, kept: dict[str, Way]) -> Lowered:
-    """`lowered` with the steps of the way in `kept` (by name) in the place of each `Alternatives`, and without views that no
-    step names any more."""
-    steps: list[Step] = []
-    for step in lowered.steps:
-        steps += kept[step.name].steps if isinstance(step, Alternatives) else [step]
-    named = {o.name for o in lowered.outputs if isinstance(o, Ref)}
-    live: list[Step] = []
-    for step in reversed(steps):
-        if isinstance(step, Alias):
-            if step.name not in named:
-                continue
-            named.add(step.of)
-        elif isinstance(step, Call):
-            named |= set(refs((step.args, step.kwargs)))
-        else:
-            named |= set(step.reads())  # type: ignore[union-attr]  # no Alternatives are left
-        live.append(step)
-    return replace(lowered, steps=live[::-1])

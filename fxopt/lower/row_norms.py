@@ -21,7 +21,6 @@ from fxopt.ir.exprs import Sym, substitute, symbol
 from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
 from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Matrix, Ref, Region, Step, Way, Work, refs
 from fxopt.ir.rounding import rounded
-from fxopt.lower.contractions import replaced
 from fxopt.lower.epilogues import Epilogues
 from fxopt.lower.joining import MAX_NODES, with_nests
 from fxopt.lower.lowering import Lowered
@@ -30,6 +29,7 @@ from fxopt.lower.quantized_products import as_reduction, in_loops
 from fxopt.lower.recompute import is_repeatable, with_value
 from fxopt.lower.row_parts import in_parts, without_points_of_one
 from fxopt.lower.values import cast, replaced_in
+from fxopt.lower.ways import replaced
 
 NAME = "row-norms"
 """What `Options.disable` calls them."""

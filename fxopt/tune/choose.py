@@ -20,8 +20,8 @@ from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import Alternatives, Batch, Call, Contraction, Region, ScoredAttention, Work
 from fxopt.journal import Journal
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import replaced
 from fxopt.lower.groupings import regrouped
+from fxopt.lower.ways import replaced
 from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target

@@ -40,7 +40,7 @@ from fxopt.codegen.triton_contraction import print_contraction
 from fxopt.codegen.triton_weights import print_vector, print_weights
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
-from fxopt.lower.contractions import replaced
+from fxopt.lower.ways import replaced
 from fxopt.target import Target
 from fxopt.tune.candidate import contraction_candidates, triton_candidates
 

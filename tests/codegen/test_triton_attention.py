@@ -18,7 +18,7 @@ from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.ir.region import Alternatives, Attention, Call
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import replaced
+from fxopt.lower.ways import replaced
 from fxopt.target import Target
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.test_attention_kernels import rand, searched

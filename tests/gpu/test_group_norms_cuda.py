@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxopt.lower import Lowered, group_sums
-from fxopt.lower.contractions import replaced
+from fxopt.lower.ways import replaced
 from tests.lower.contracting import alternatives
 from tests.numerics import assert_closer, to_float64
 

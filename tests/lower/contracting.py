@@ -19,8 +19,9 @@ from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.region import Alternatives, Contraction, Way
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
-from fxopt.lower.contractions import FUSED, replaced, with_contractions
+from fxopt.lower.contractions import FUSED, with_contractions
 from fxopt.lower.schedule import schedule
+from fxopt.lower.ways import replaced
 from tests.lower.capturing import moved
 from tests.lower.harness import lower
 from tests.lower.interpreter import run_lowered

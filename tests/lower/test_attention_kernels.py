@@ -16,8 +16,8 @@ from fxopt.ir.attention_op import attention, attention_forward
 from fxopt.ir.region import Alternatives, Attention, Call, Region
 from fxopt.lower import Lowered
 from fxopt.lower.attention_kernels import KERNEL, LIBRARY, with_attention_kernels
-from fxopt.lower.contractions import replaced
 from fxopt.lower.schedule import schedule
+from fxopt.lower.ways import replaced
 from tests.lower.capturing import moved
 from tests.lower.harness import lower
 

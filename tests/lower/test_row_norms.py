@@ -13,8 +13,9 @@ from torch import Tensor
 from fxopt.ir.quantized_ops import QUANTIZE_WEIGHT, WEIGHT_ONLY_MM
 from fxopt.ir.region import Alternatives, Contraction, Region, Way
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import FUSED, LIBRARY, ROW, TWO, replaced
+from fxopt.lower.contractions import FUSED, LIBRARY, ROW, TWO
 from fxopt.lower.row_norms import APART, ELEMENTS, LARGEST_ROW, SUMMED, WITHIN, kept, with_row_norms
+from fxopt.lower.ways import replaced
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept as kept_ways
 from tests.lower.contracting import searched
