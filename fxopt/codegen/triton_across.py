@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from fxopt.codegen.triton_apart import forwarded, only
 from fxopt.codegen.triton_config import TritonConfig, part_count
-from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
+from fxopt.codegen.triton_split import scratch_spec
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of
 from fxopt.ir.exprs import Sym, prod, ravel, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, cast_to, postorder, replaced_in
 from fxopt.ir.region import BufferSpec, Region
 
 
@@ -41,7 +41,7 @@ def together(region: Region, config: TritonConfig) -> tuple[Region, Region]:
             joined[node] = cast_to(Reduce("sum", (load,), (part,), dtype), node.dtype)
     stored = (s for s in rows.stores if s.buffer not in region.passed)
     first = replace(rows, stores=(*stored, *partial))
-    second = Nest(across.points, (part,), tuple(s.transformed({}, lambda v: replaced(v, joined)) for s in across.stores))
+    second = Nest(across.points, (part,), tuple(s.transformed({}, lambda v: replaced_in(v, joined)) for s in across.stores))
     buffers = region.buffers | scratch
     return (
         only(replace(region, name=f"{region.name}.rows", nest=first, across=None, buffers=buffers)),

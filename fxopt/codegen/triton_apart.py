@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxopt.codegen.triton_split import cast_to, replaced, scratch_spec
+from fxopt.codegen.triton_split import scratch_spec
 from fxopt.codegen.triton_tiling import accumulator_dtype, size_of
 from fxopt.ir.exprs import ravel, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, cast_to, postorder, replaced_in, transform
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded
 from fxopt.ir.rows import settled
@@ -49,7 +49,7 @@ def statistics_first(region: Region) -> tuple[Region, Region] | None:
     if not loads:
         return None
     first = replace(rows, stores=(*(s for s in rows.stores if s not in varying), *saved))
-    second = replace(across, stores=tuple(s.transformed({}, lambda v: replaced(v, loads)) for s in columns))
+    second = replace(across, stores=tuple(s.transformed({}, lambda v: replaced_in(v, loads)) for s in columns))
     buffers = region.buffers | scratch
     return (
         only(replace(region, name=f"{region.name}.statistics", nest=first, across=None, buffers=buffers)),

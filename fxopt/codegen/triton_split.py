@@ -39,8 +39,10 @@ from fxopt.ir.loops import (
     Scalar,
     Scan,
     Store,
+    cast_to,
     holds_reduction,
     postorder,
+    replaced_in,
     transform,
 )
 from fxopt.ir.region import BufferSpec, Region
@@ -126,14 +128,14 @@ def split_region(region: Region, parts: int) -> list[Region] | None:
         spec = scratch_spec(region, len(split.scratch) + len(extra), accumulator_dtype(node.dtype), shape)
         index = ravel(tuple(map(symbol, nest.points)), shape)
         extra[spec.name] = spec
-        now.append(Store(spec.name, index, cast_to(replaced(node, joined), spec.dtype)))
+        now.append(Store(spec.name, index, cast_to(replaced_in(node, joined), spec.dtype)))
         loads[node] = cast_to(Load(spec.name, index, spec.dtype), node.dtype)
     second = _subregion(region, "join", Nest(nest.points, split.part, tuple(now)), split.scratch | extra)
-    rest = [replace(s, value=replaced(s.value, loads)) for s in later]
+    rest = [replace(s, value=replaced_in(s.value, loads)) for s in later]
     if (_reads(rest) - extra.keys()) & {s.buffer for s in (*streamed, *now)} or _reads(now) & {s.buffer for s in streamed}:
         return None
     kept = _worth_loading(region, nest, split)
-    rest = [replace(s, value=replaced(s.value, kept)) for s in rest]
+    rest = [replace(s, value=replaced_in(s.value, kept)) for s in rest]
     return [first, second, *_remainder(region, nest, rest, extra, parts)]
 
 
@@ -314,7 +316,7 @@ def _stage_stores(
         elif varies or any(isinstance(n, Reduce) and n not in joined for n in postorder((store.value,))):
             later.append(store)
         else:
-            now.append(replace(store, value=replaced(store.value, joined)))
+            now.append(replace(store, value=replaced_in(store.value, joined)))
     return streamed, now, later, settled([v for s in later for v in s.roots], reduced, joined)
 
 
@@ -328,24 +330,7 @@ def _reads(stores: list[Store]) -> set[str]:
     return {n.buffer for s in stores for n in postorder(s.roots) if isinstance(n, Load)}
 
 
-def replaced(root: Scalar, mapping: dict[Scalar, Scalar]) -> Scalar:
-    """`root` with every node that `mapping` has an image for replaced by that."""
-    done: dict[Scalar, Scalar] = {}
-    for node in postorder((root,)):
-        if node in mapping:
-            done[node] = mapping[node]
-        else:
-            args = tuple(done[a] for a in node.args)
-            done[node] = node if args == node.args else node.rebuild(args, {})
-    return done[root]
-
-
 def _subregion(region: Region, suffix: str, nest: Nest, scratch: dict[str, BufferSpec]) -> Region:
     used = {*nest.reads(), *nest.writes()}
     buffers = {n: s for n, s in (region.buffers | scratch).items() if n in used}
     return replace(region, name=f"{region.name}.{suffix}", nest=nest, buffers=buffers, nodes=())
-
-
-def cast_to(value: Scalar, dtype: torch.dtype) -> Scalar:
-    """`value` as `dtype`."""
-    return value if value.dtype == dtype else Op("cast", (value,), dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -407,6 +407,20 @@ def transform(root: Scalar, mapping: dict[Sym, Int], leaf: Callable[[Load], Scal
             new = leaf(new) or new
         done[node] = new
     return done[root]
+
+
+def replaced_in(root: Scalar, images: Mapping[Scalar, Scalar]) -> Scalar:
+    """`root` with each node that `images` has replaced by what it has for it."""
+    done: dict[Scalar, Scalar] = {}
+    for node in postorder((root,)):
+        args = tuple(done[a] for a in node.args)
+        done[node] = images.get(node) or (node if args == node.args else node.rebuild(args, {}))
+    return done[root]
+
+
+def cast_to(value: Scalar, dtype: torch.dtype) -> Scalar:
+    """`value` as `dtype`."""
+    return value if value.dtype == dtype else Op("cast", (value,), dtype)
 
 
 def postorder(roots: tuple[Scalar, ...]) -> Iterator[Scalar]:

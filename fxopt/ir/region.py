@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fxopt.ir.exprs import Int, Sym, maximum, prod
-from fxopt.ir.loops import Load, Nest, Op, Scalar, transform
+from fxopt.ir.loops import Load, Nest, Scalar, cast_to, transform
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ class Alias:
     shape: tuple[Int, ...]
     strides: tuple[Int, ...]
     offset: Int
+
+
+def base_of(name: str, views: Mapping[str, Alias]) -> str:
+    """The buffer in whose memory `name` lies: itself, or what the view of that name is a view of."""
+    while name in views:
+        name = views[name].of
+    return name
 
 
 @dataclass(frozen=True)
@@ -347,7 +354,7 @@ class Contraction:
             if load.buffer not in totals:
                 return None
             total = totals[load.buffer]
-            return total if load.dtype == total.dtype else Op("cast", (total,), load.dtype)
+            return cast_to(total, load.dtype)
 
         nest = self.region.nest
         stores = tuple(s.transformed({}, lambda v: transform(v, {}, summed)) for s in nest.stores)

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fxopt.ir.exprs import Int, Sym, add, as_symbol, free_symbols, index, mod, mul, prod
-from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
+from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scalar, Scan, Store, postorder, replaced_in, transform
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.lower.convolutions import is_channels_last
 from fxopt.lower.joining import with_nests
-from fxopt.lower.values import replaced_in, symbols_of
+from fxopt.lower.values import symbols_of
 
 _HOLE = "element"
 """Stands for the element that is read, whichever that is."""

@@ -17,18 +17,7 @@ from fxopt.ir.exprs import Int, ask, free_symbols
 from fxopt.ir.loops import Load
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.quantized_ops import LARGEST
-from fxopt.ir.region import (
-    Alias,
-    Alternatives,
-    Call,
-    Contraction,
-    Matrix,
-    Region,
-    SideBySide,
-    Step,
-    Way,
-    refs,
-)
+from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Matrix, Region, SideBySide, Step, Way, base_of, refs
 from fxopt.lower.before_windows import before_windows
 from fxopt.lower.convolutions import FusedConvolutions
 from fxopt.lower.cut_products import cut_to, padding_of
@@ -460,7 +449,7 @@ class _Search(Placement):
             *(region.buffers if region else ()),
             *(n for way in ways for step in way.steps if isinstance(step, Contraction | SideBySide) for n in step.buffers),
             *(n for call in calls for n in call.outputs if n is not None),
-            *map(self._root, named),
+            *(base_of(n, self.views) for n in named),
         ]
         buffers = {n: self.convolutions.buffers[n] for n in dict.fromkeys(names)}
         uniform = frozenset(n for n in buffers if self.uniform.get(n))

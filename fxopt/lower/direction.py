@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeGuard
 
-from fxopt.ir.region import Alias, Batch, Call, Region, Step, refs
+from fxopt.ir.region import Alias, Batch, Call, Region, Step, base_of, refs
 
 FITS_IN_CACHE = 24 << 20
 """Bytes that the cache holds in any case; the L2 caches of data-centre GPUs have 40 MiB (A100) and more."""
@@ -25,16 +25,16 @@ SMALL = 1 << 20
 def alternate(steps: Sequence[Step], nbytes: Mapping[str, int]) -> list[Step]:
     """`steps` with `Region.backwards` and `Region.reread` set. `nbytes` has the size of each buffer, aliases included."""
     out: list[Step] = []
-    base = {s.name: s.of for s in steps if isinstance(s, Alias)}
+    views = {s.name: s for s in steps if isinstance(s, Alias)}
     previous: int | None = None  # the last step before this one that touched much
     for step in steps:
         out.append(step)
-        touched = _touched(step, base)
+        touched = _touched(step, views)
         if isinstance(step, Alias) or sum(nbytes.get(n, 0) for n in touched) < SMALL:
             continue
         if previous is not None:
             before = out[previous]
-            known = _touched(before, base)
+            known = _touched(before, views)
             shared = sum(nbytes.get(n, 0) for n in known & touched)
             if sum(nbytes.get(n, 0) for n in known) > FITS_IN_CACHE and shared > WORTH_TURNING:
                 if _is_kernel(step):
@@ -49,7 +49,7 @@ def _is_kernel(step: Step) -> TypeGuard[Region]:
     return isinstance(step, Region) and step.device.type == "cuda"
 
 
-def _touched(step: Step, base: Mapping[str, str]) -> set[str]:
+def _touched(step: Step, views: Mapping[str, Alias]) -> set[str]:
     """Base buffers that `step` reads or writes."""
     match step:
         case Region() | Batch():
@@ -58,10 +58,4 @@ def _touched(step: Step, base: Mapping[str, str]) -> set[str]:
             names = {*refs((step.args, step.kwargs)), *(n for n in step.outputs if n is not None), *step.writes}
         case Alias():
             names = set()
-    return {_root(n, base) for n in names}
-
-
-def _root(name: str, base: Mapping[str, str]) -> str:
-    while name in base:
-        name = base[name]
-    return name
+    return {base_of(n, views) for n in names}

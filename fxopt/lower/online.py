@@ -8,7 +8,7 @@ give NaN for the sum either way.
 
 from __future__ import annotations
 
-from fxopt.ir.loops import Nest, Op, Reduce, Scalar, postorder
+from fxopt.ir.loops import Nest, Op, Reduce, Scalar, postorder, replaced_in
 
 
 def one_pass(nest: Nest) -> Nest:
@@ -42,8 +42,5 @@ def _statistic(top: Reduce, output: int) -> Reduce:
 
 
 def _replaced(nest: Nest, merged: dict[Scalar, Scalar]) -> Nest:
-    done: dict[Scalar, Scalar] = {}
-    for node in postorder(nest.roots):
-        args = tuple(done[a] for a in node.args)
-        done[node] = merged[node] if node in merged else node if args == node.args else node.rebuild(args, {})
-    return Nest(nest.points, nest.reduced, tuple(s.transformed({}, done.__getitem__) for s in nest.stores))
+    stores = (s.transformed({}, lambda v: replaced_in(v, merged)) for s in nest.stores)
+    return Nest(nest.points, nest.reduced, tuple(stores))

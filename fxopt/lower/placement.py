@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Ref, Region, ScoredAttention, Step, refs
+from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Ref, Region, ScoredAttention, Step, base_of, refs
 from fxopt.lower.lowering import Lowered
 
 
@@ -15,7 +15,7 @@ class Placement:
     def __init__(self, lowered: Lowered) -> None:
         self.steps: list[Step | None] = list(lowered.steps)
         self.views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
-        self.kept = {self._root(o.name) for o in lowered.outputs if isinstance(o, Ref)} | set(lowered.inputs)
+        self.kept = {base_of(o.name, self.views) for o in lowered.outputs if isinstance(o, Ref)} | set(lowered.inputs)
         self.accesses = [self._accesses(s) for s in lowered.steps]
 
     def _put(self, steps: tuple[int, ...], place: int, found: Alternatives) -> None:
@@ -72,25 +72,20 @@ class Placement:
         others = (i for i, s in enumerate(self.steps) if s is not None and not isinstance(s, Alias) and i not in steps)
         return any(name in self.accesses[i][0] for i in others)  # of views, those who read them count
 
-    def _root(self, name: str) -> str:
-        while name in self.views:
-            name = self.views[name].of
-        return name
-
     def _accesses(self, *steps: Step) -> tuple[frozenset[str], frozenset[str]]:
         """(base buffers read, base buffers written)."""
         reads: set[str] = set()
         writes: set[str] = set()
         for step in steps:
             if isinstance(step, Alias):  # which comes after what makes its memory
-                reads.add(self._root(step.of))
+                reads.add(base_of(step.of, self.views))
             elif isinstance(step, Alternatives):  # attention, which was looked for before
                 of_ways = [self._accesses(*way.steps) for way in step.ways]
                 reads, writes = reads.union(*(r for r, _ in of_ways)), writes.union(*(w for _, w in of_ways))
             elif isinstance(step, Region | Batch | Attention | ScoredAttention):
-                reads |= {self._root(n) for n in step.reads()}
-                writes |= {self._root(n) for n in step.writes()}
+                reads |= {base_of(n, self.views) for n in step.reads()}
+                writes |= {base_of(n, self.views) for n in step.writes()}
             elif isinstance(step, Call):
-                reads |= {self._root(n) for n in refs((step.args, step.kwargs))}
-                writes |= {self._root(n) for n in (*step.outputs, *step.writes) if n is not None}
+                reads |= {base_of(n, self.views) for n in refs((step.args, step.kwargs))}
+                writes |= {base_of(n, self.views) for n in (*step.outputs, *step.writes) if n is not None}
         return frozenset(reads), frozenset(writes)

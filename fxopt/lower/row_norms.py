@@ -18,8 +18,8 @@ from typing import TypeGuard
 import torch
 
 from fxopt.ir.exprs import Sym, substitute, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, transform
-from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Matrix, Ref, Region, Step, Way, Work, refs
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, postorder, replaced_in, transform
+from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Matrix, Ref, Region, Step, Way, Work, base_of, refs
 from fxopt.ir.rounding import rounded
 from fxopt.lower.epilogues import Epilogues
 from fxopt.lower.joining import MAX_NODES, with_nests
@@ -28,7 +28,7 @@ from fxopt.lower.products import find_product
 from fxopt.lower.quantized_products import as_reduction, in_loops
 from fxopt.lower.recompute import is_repeatable, with_value
 from fxopt.lower.row_parts import in_parts, without_points_of_one
-from fxopt.lower.values import cast, replaced_in
+from fxopt.lower.values import cast
 from fxopt.lower.ways import replaced
 
 NAME = "row-norms"
@@ -217,9 +217,7 @@ def _memory(step: Step, views: dict[str, Alias]) -> Iterator[str]:
     """The buffers that a call touches."""
     if isinstance(step, Call):
         for name in (*refs((step.args, step.kwargs)), *(n for n in step.outputs if n is not None)):
-            while name in views:
-                name = views[name].of
-            yield name
+            yield base_of(name, views)
 
 
 def _as_region(step: Step, lowered: Lowered) -> Region | None:

@@ -13,11 +13,10 @@ from math import ceil
 import torch
 
 from fxopt.ir.exprs import Int, Sym, add, coefficient, contiguous_strides, mul, symbol
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, transform
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder, replaced_in, transform
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.lower.joining import with_nests
 from fxopt.lower.recompute import with_value
-from fxopt.lower.values import replaced_in
 
 MOST_PARTS = 16
 """Each is a load for every element of the norm's row, which its one program has in flight at once."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxopt.ir.exprs import contiguous_strides, ravel, symbol
-from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scalar, Scan, Store, holds_reduction, postorder
+from fxopt.ir.loops import IndexValue, Load, Nest, Reduce, Scalar, Scan, Store, holds_reduction, postorder, replaced_in
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import NARROW
 from fxopt.ir.rows import settled, walks
 from fxopt.lower import cost
 from fxopt.lower.joining import with_nests
-from fxopt.lower.values import replaced_in
 
 
 def computes_again(region: Region) -> bool:

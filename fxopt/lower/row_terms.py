@@ -7,13 +7,12 @@ from the last one. The kernel of the rows has these at hand, so it stores the te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from fxopt.ir.exprs import contiguous_strides, ravel, symbol
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, loads_below, postorder
+from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Store, cast_to, loads_below, postorder, replaced_in
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import NARROW
 from fxopt.lower import cost
@@ -57,14 +56,14 @@ def with_terms(rows: Region, total: Region) -> WithTerms | None:
         dtype = torch.float32 if value.dtype in NARROW else value.dtype
         spec = BufferSpec(f"{total.name}.terms{len(specs)}", dtype, total.device, (length,), contiguous_strides((length,)))
         specs.append(spec)
-        stores.append(Store(spec.name, index, _as(value, dtype)))
-        loads[value] = _as(Load(spec.name, index, dtype), value.dtype)
+        stores.append(Store(spec.name, index, cast_to(value, dtype)))
+        loads[value] = cast_to(Load(spec.name, index, dtype), value.dtype)
     buffers = {**total.buffers, **{spec.name: spec for spec in specs}}
     picking = with_nests(replace(total, buffers=buffers), Nest(nest.reduced, (), tuple(stores)), None)
     joined = join(rows, picking)
     if joined is None or (joined.nest.points, joined.nest.reduced) != (rows.nest.points, rows.nest.reduced):
         return None
-    left = tuple(s.transformed({}, lambda v: _replaced(v, loads)) for s in nest.stores)
+    left = tuple(s.transformed({}, lambda v: replaced_in(v, loads)) for s in nest.stores)
     return WithTerms(joined, with_nests(replace(total, buffers=buffers), replace(nest, stores=left), None), tuple(specs))
 
 
@@ -90,15 +89,3 @@ def _terms(rows: Region, total: Region) -> list[Scalar]:
             return []
         found[node.operands[0]] = None
     return list(found)
-
-
-def _as(value: Scalar, dtype: torch.dtype) -> Scalar:
-    return value if value.dtype == dtype else Op("cast", (value,), dtype)
-
-
-def _replaced(root: Scalar, images: Mapping[Scalar, Scalar]) -> Scalar:
-    done: dict[Scalar, Scalar] = {}
-    for node in postorder((root,)):
-        args = tuple(done[a] for a in node.args)
-        done[node] = images.get(node) or (node if args == node.args else node.rebuild(args, {}))
-    return done[root]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.ir.loops import Store, loads_below
-from fxopt.ir.region import Alias, Batch, Call, Ref, Region, Step, refs
+from fxopt.ir.region import Alias, Batch, Call, Ref, Region, Step, base_of, refs
 from fxopt.ir.rounding import unrounded
 from fxopt.lower import batching, cost, recompute
 from fxopt.lower.across import join_across, join_rows
@@ -72,9 +72,9 @@ class _Group:
 class _Scheduler:
     def __init__(self, lowered: Lowered) -> None:
         self.lowered = lowered
-        self.base = {s.name: s.of for s in lowered.steps if isinstance(s, Alias)}
+        self.views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
         self.returned = {o.name for o in lowered.outputs if isinstance(o, Ref)}
-        self.kept = {self._root(n) for n in self.returned} | set(lowered.inputs) | set(lowered.constants)
+        self.kept = {base_of(n, self.views) for n in self.returned} | set(lowered.inputs) | set(lowered.constants)
         self.nbytes = {name: cost.nbytes(spec) for name, spec in lowered.buffers.items()}
         self.groups: dict[int, _Group] = {}
         self.touching: dict[str, set[int]] = {}  # base buffer → the groups that read or write it
@@ -101,20 +101,15 @@ class _Scheduler:
 
     # ------------------------------------------------------------------ which step touches what
 
-    def _root(self, name: str) -> str:
-        while name in self.base:
-            name = self.base[name]
-        return name
-
     def _accesses(self, step: Step) -> tuple[frozenset[str], frozenset[str]]:
         if isinstance(step, Region | Batch):
             return frozenset(step.reads()), frozenset(step.writes())
         if isinstance(step, Alias):
-            return frozenset({self._root(step.of)}), frozenset({step.name})
+            return frozenset({base_of(step.of, self.views)}), frozenset({step.name})
         assert isinstance(step, Call)  # other steps are made of a schedule
         reads = set(refs((step.args, step.kwargs)))
         writes = {n for n in step.outputs if n is not None} | set(step.writes)
-        names = {self._root(n) for n in reads} | {n for n in reads if n in self.base}
+        names = {base_of(n, self.views) for n in reads} | {n for n in reads if n in self.views}
         return frozenset(names), frozenset(writes)
 
     def _enter(self, k: int, group: _Group) -> None:

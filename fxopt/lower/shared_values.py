@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fxopt.ir.exprs import Int, free_symbols, prod
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Scan, Store, loads_below, postorder
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Scan, Store, loads_below, postorder, replaced_in
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded, unrounded
 from fxopt.lower import cost
 from fxopt.lower.align import Mapping, mappings
 from fxopt.lower.joining import MAX_BUFFERS, with_nests
 from fxopt.lower.recompute import loops_by_stride
-from fxopt.lower.values import replaced_in
 
 
 class Stored(NamedTuple):

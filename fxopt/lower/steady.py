@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, Step, Way, refs
+from fxopt.ir.region import Alias, Alternatives, Call, Contraction, Region, Step, Way, base_of, refs
 from fxopt.lower.cost import nbytes
 from fxopt.lower.lowering import Lowered
 
@@ -22,12 +22,12 @@ def with_steady_reads(lowered: Lowered, parameters: Collection[str], states: Col
     `parameters` names inputs that are weights: they share no memory with what another input's name writes. `states` are
     those that are written where they lie (caches).
     """
-    base = {s.name: s.of for s in lowered.steps if isinstance(s, Alias)}
-    written = {_root(name, base) for step in lowered.steps for name in _writes(step)}
+    views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
+    written = {base_of(name, views) for step in lowered.steps for name in _writes(step)}
     steady = {*parameters, *lowered.constants} - written
-    names = steady | {name for name in base if _root(name, base) in steady}
+    names = steady | {name for name in views if base_of(name, views) in steady}
     steps = [_marked(step, names) for step in lowered.steps]
-    read = {_root(name, base) for step in lowered.steps for name in _reads(step)}
+    read = {base_of(name, views) for step in lowered.steps for name in _reads(step)}
     groupings = tuple(_marked(each, names) for each in lowered.groupings)
     lasting = lowered.lasting or frozenset((*parameters, *states, *lowered.constants)) & read
     total = lowered.lasting_bytes or sum(nbytes(lowered.buffers[name]) for name in lasting)
@@ -72,9 +72,3 @@ def _reads(step: Step) -> Iterator[str]:
 def _all_writes(steps: Iterable[Step]) -> Iterator[str]:
     for step in steps:
         yield from _writes(step)
-
-
-def _root(name: str, base: dict[str, str]) -> str:
-    while name in base:
-        name = base[name]
-    return name

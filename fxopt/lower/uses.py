@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, refs
+from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, base_of, refs
 from fxopt.lower.copies import Copy, copies_of
 from fxopt.lower.lowering import Lowered
 
@@ -22,7 +22,7 @@ class Uses:
         self.steps, self.buffers = lowered.steps, lowered.buffers
         self.views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
         self.copies: dict[str, tuple[int, Copy]] = {}
-        returned = (self._root(o.name) for o in lowered.outputs if isinstance(o, Ref))
+        returned = (base_of(o.name, self.views) for o in lowered.outputs if isinstance(o, Ref))
         self.readers: dict[str, list[int]] = {name: [OUTSIDE] for name in (*returned, *lowered.inputs)}
         writes = Counter(name for step in lowered.steps for name in self._writes(step))
         for k, step in enumerate(lowered.steps):
@@ -56,22 +56,20 @@ class Uses:
         read, between = self._reads(self.steps[k]), range(k, parts[-1])
         return any(self._writes(self.steps[i]) & read for i in between if i not in parts)
 
-    def _root(self, name: str) -> str:
-        while name in self.views:
-            name = self.views[name].of
-        return name
-
     def _reads(self, step: Step) -> set[str]:
         if isinstance(step, Alternatives):
             return {name for way in step.ways for own in way.steps for name in self._reads(own)}
         if isinstance(step, Call):
-            return {self._root(n) for n in refs((step.args, step.kwargs))}
-        return set() if isinstance(step, Alias) else set(map(self._root, step.reads()))
+            return self._bases(refs((step.args, step.kwargs)))
+        return set() if isinstance(step, Alias) else self._bases(step.reads())
 
     def _writes(self, step: Step) -> set[str]:
         if isinstance(step, Alternatives):
             return {name for way in step.ways for own in way.steps for name in self._writes(own)}
         if isinstance(step, Call):
             made = (name for name in step.outputs if name is not None)
-            return set(map(self._root, (*step.writes, *made)))
-        return set() if isinstance(step, Alias) else set(map(self._root, step.writes()))
+            return self._bases((*step.writes, *made))
+        return set() if isinstance(step, Alias) else self._bases(step.writes())
+
+    def _bases(self, names: Iterable[str]) -> set[str]:
+        return {base_of(n, self.views) for n in names}

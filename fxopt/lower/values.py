@@ -9,7 +9,7 @@ import torch
 
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, add, as_symbol, ask, index, mul, prod
-from fxopt.ir.loops import Const, IndexValue, Load, Op, Scalar, postorder, transform
+from fxopt.ir.loops import Const, IndexValue, Load, Op, Scalar, transform
 
 Indirect = tuple[Sym, Scalar]
 
@@ -140,12 +140,3 @@ def numel(value: Value) -> Int:
 def size_value(x: Int, dtype: torch.dtype = torch.int64) -> Scalar:
     """An integer expression as a scalar of `dtype`."""
     return cast(IndexValue(x), dtype)
-
-
-def replaced_in(root: Scalar, images: dict[Scalar, Scalar]) -> Scalar:
-    """`root` with each node that `images` has replaced by what it has for it."""
-    done: dict[Scalar, Scalar] = {}
-    for node in postorder((root,)):
-        args = tuple(done[a] for a in node.args)
-        done[node] = images.get(node) or (node if args == node.args else node.rebuild(args, {}))
-    return done[root]
