@@ -12,8 +12,6 @@ from torch import Tensor
 from benchmarks.workload import Sizes, Values, Workload
 from fxopt.report.cases import Case
 
-Maker = Callable[..., Tensor]
-
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias)

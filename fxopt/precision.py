@@ -132,9 +132,6 @@ def misfit_of_attention(precision: str, widths: Iterable[int], half: bool) -> st
     return None
 
 
-_WILD = frozenset("*?[")
-
-
 @dataclass(frozen=True)
 class Decisions:
     """Rules (layer's name or fnmatch pattern, precision), in any order.
@@ -171,11 +168,6 @@ class Decisions:
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.rules).encode()).hexdigest()
-
-
-def is_pattern(rule: str) -> bool:
-    """Whether a rule's left side stands for several names."""
-    return not _WILD.isdisjoint(rule)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from math import ceil, prod
 from fxopt.ir.region import Attention
 from fxopt.target import Target
 
-LARGEST_WIDTH = 256
 FEW_ROWS = 16
 """Rows of scores (positions times heads of a group) that are packed into one tile at most `_LARGEST_PACKED` high."""
 

@@ -58,9 +58,6 @@ FULL_CHANNELS = 64
 LIBRARY_TILE = 64
 """Rows and columns of the smallest tiles that cuDNN takes for common convolutions of few places."""
 
-LIBRARY_SHARE = {True: 0.4, False: 1.0}
-"""Of the speed of a stencil's model, what cuDNN reaches: with depthwise convolutions, a third to a half (H100)."""
-
 
 @dataclass(frozen=True)
 class ConvProblem:
