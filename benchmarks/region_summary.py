@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from benchmarks.region_catalog import GEMV, PLAIN
+from benchmarks.summary import table_of
 from fxopt.report.measure import geometric_mean
 
 SLOWER = 1.03
@@ -133,7 +133,9 @@ def _less_exact(region: str, case: Case) -> dict[str, Any] | None:
 
 def summary_tables(title: str, summary: Mapping[str, Any]) -> list[Table]:
     """A line for each model, then lists of the worst; the file has all of them."""
-    models = _table(f"fxopt, {title}, against the best of its peers", "", "regions", "geometric mean", "at worst", "slower")
+    models = table_of(
+        f"fxopt, {title}, against the best of its peers", "", "regions", "geometric mean", "at worst", "slower"
+    )
     for name, entry in [*summary["models"].items(), ("all", summary)]:
         figures = (_times(entry[key]) for key in ("over_best", "least_over_best"))
         models.add_row(name, str(entry["regions"]), *figures, str(entry["slower_regions"]))
@@ -145,17 +147,17 @@ def summary_tables(title: str, summary: Mapping[str, Any]) -> list[Table]:
         entry = summary[key]
         lines.append(f"{what}: {entry['reached']} of {entry['regions']} at {limit:.0%} or more")
     models.caption = "\n".join(lines)
-    slower = _table(f"{title}: slower than the best by more than {SLOWER - 1:.0%}", "", "dtype", "time", "the best")
+    slower = table_of(f"{title}: slower than the best by more than {SLOWER - 1:.0%}", "", "dtype", "time", "the best")
     for entry in summary["slower"][:WORST]:
         slower.add_row(entry["region"], entry["dtype"], _times(entry["times"]), entry["peer"])
-    shares = _table(f"{title}: products of one row below {GEMV_SHARE:.0%} of a copy's bandwidth", "", "share")
+    shares = table_of(f"{title}: products of one row below {GEMV_SHARE:.0%} of a copy's bandwidth", "", "share")
     for region, share in sorted(summary["gemv"]["shares"].items(), key=lambda item: item[1]):
         if share < GEMV_SHARE:
             shares.add_row(region, f"{share:.0%}")
-    exact = _table(f"{title}: further from float64 than {LESS_EXACT} times eager", "", "dtype", "error", "eager's")
+    exact = table_of(f"{title}: further from float64 than {LESS_EXACT} times eager", "", "dtype", "error", "eager's")
     for entry in summary["less_exact"][:WORST]:
         exact.add_row(entry["region"], entry["dtype"], f"{entry['error']:.1e}", f"{entry['eager']:.1e}")
-    failed = _table(f"{title}: failed or wrong", "", "dtype", "contender", "why")
+    failed = table_of(f"{title}: failed or wrong", "", "dtype", "contender", "why")
     for entry in summary["failed"][:WORST]:
         failed.add_row(entry["region"], entry["dtype"], entry["contender"], entry["why"])
     return [models, *(table for table in (slower, shares, exact, failed) if table.row_count)]
@@ -163,13 +165,6 @@ def summary_tables(title: str, summary: Mapping[str, Any]) -> list[Table]:
 
 def _without(regions: Sequence[str]) -> str:
     return f" ({len(regions)} regions not yet or not measured)" if regions else ""
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column)
-    return table
 
 
 def _times(value: float | None) -> str:

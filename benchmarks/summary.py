@@ -155,7 +155,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def summary_tables(summary: dict[str, Any]) -> list[Table]:
     """Lines by kernel, then lists of the worst; the file has all of them."""
     once = summary["one_pass"]
-    kernels = _table(
+    kernels = table_of(
         "fxopt by kernel", "", "over Inductor", "at worst", "over Liger", f">= {COPY_SHARE:.0%} of copy", "least"
     )
     for name, entry in summary["kernels"].items():
@@ -171,13 +171,13 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
         f"where one pass suffices beyond the L2 cache: {once['reached']} of {once['passes']} at {COPY_SHARE:.0%} of copy"
     )
     kernels.caption = "\n".join(lines)
-    below = _table(f"below {COPY_SHARE:.0%} of the copy's bandwidth", "", "dtype", "sizes", "share")
+    below = table_of(f"below {COPY_SHARE:.0%} of the copy's bandwidth", "", "dtype", "sizes", "share")
     for entry in summary["below_copy"][:WORST]:
         below.add_row(*_where(entry), _percent(entry["copy_share"]))
-    slower = _table(f"slower than Inductor by more than {SLOWER - 1:.0%}", "", "dtype", "sizes", "time")
+    slower = table_of(f"slower than Inductor by more than {SLOWER - 1:.0%}", "", "dtype", "sizes", "time")
     for entry in summary["slower_than_inductor"][:WORST]:
         slower.add_row(*_where(entry), _times(entry["times"]))
-    failed = _table("failed or wrong", "", "dtype", "sizes", "contender", "why")
+    failed = table_of("failed or wrong", "", "dtype", "sizes", "contender", "why")
     for entry in summary["failed"][:WORST]:
         failed.add_row(*_where(entry), entry["contender"], entry["why"])
     lists = {"below_copy": below, "slower_than_inductor": slower, "failed": failed}
@@ -187,7 +187,8 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     return [kernels, *(t for t in lists.values() if t.row_count)]
 
 
-def _table(title: str, *columns: str) -> Table:
+def table_of(title: str, *columns: str) -> Table:
+    """An empty table of a summary."""
     table = Table(title=title, title_justify="left", caption_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column)

@@ -17,6 +17,13 @@ WARNING = "warning"
 _told: set[str] = set()
 
 
+def warn_once(kind: str, text: str, stacklevel: int = 2) -> None:
+    """A Python warning, once in a process for each `kind`."""
+    if kind not in _told:
+        _told.add(kind)
+        warnings.warn(text, stacklevel=stacklevel)
+
+
 @dataclass
 class KernelEntry:
     """One step of the plan that runs generated code. `nbytes` counts bytes read and written once each (0 when symbolic)."""
@@ -59,9 +66,7 @@ class Journal:
     def warn(self, text: str) -> None:
         """Note `text` and tell the user: a Python warning, once in a process, however often the graph is compiled."""
         self.note(WARNING, text)
-        if text not in _told:
-            _told.add(text)
-            warnings.warn(text, stacklevel=2)
+        warn_once(text, text, stacklevel=3)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:

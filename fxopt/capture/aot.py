@@ -19,7 +19,7 @@ from torch import fx
 from fxopt.capture import autograd_cache, private
 from fxopt.capture.decompositions import Decompositions
 from fxopt.capture.foreach import is_symbolic, take_lists_apart
-from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner, warn_once
+from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner
 from fxopt.capture.normalize import copy_module, normalize
 from fxopt.capture.passage import Passage, through_passage
 from fxopt.capture.pool_offsets import save_pool_offsets
@@ -28,7 +28,7 @@ from fxopt.capture.roles import InputFacts, module_of
 from fxopt.errors import UnsupportedError
 from fxopt.garbage import collection_paused
 from fxopt.ir.graph import Graph, Phase
-from fxopt.journal import RECENT, Journal
+from fxopt.journal import RECENT, Journal, warn_once
 from fxopt.options import Options
 
 log = logging.getLogger("fxopt")

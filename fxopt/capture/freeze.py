@@ -8,7 +8,6 @@ counted by torch: they are the one change that goes unnoticed, and what `refreez
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.roles import InputFacts, written_inputs
+from fxopt.journal import warn_once
 
 MAX_REFREEZES = 3
 """Recompilations because weights changed, per graph, before it is left unfrozen."""
@@ -206,7 +206,6 @@ class FrozenFunction:
 
 _live: weakref.WeakSet[FrozenFunction] = weakref.WeakSet()
 _live_lock = threading.RLock()
-_warned: set[str] = set()
 
 
 def refreeze(model: torch.nn.Module) -> int:
@@ -222,10 +221,3 @@ def refreeze(model: torch.nn.Module) -> int:
     with _live_lock:
         functions = list(_live)
     return sum(function.mark_stale(storages) for function in functions)
-
-
-def warn_once(kind: str, message: str) -> None:
-    """A Python warning, once in a process for each `kind`."""
-    if kind not in _warned:
-        _warned.add(kind)
-        warnings.warn(message, stacklevel=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -15,6 +14,7 @@ from fxopt.codegen.triton_job import PROBE, triton_job
 from fxopt.codegen.workers import Heard, Outcome, WorkersUnavailable, describe, shared_pool, worker_count
 from fxopt.errors import CacheError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.journal import warn_once
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 
@@ -258,7 +258,7 @@ def _run_jobs(jobs: Iterable[dict[str, Any]], target: Target, heard: Heard | Non
             if reason is not None:
                 _refused[target.key] = reason
                 return [Outcome(error=reason) for _ in (*given, *rest)]
-            _warn_once("workers", f"fxopt compiles kernels one by one in this process, which is slower: {error}")
+            warn_once("workers", f"fxopt compiles kernels one by one in this process, which is slower: {error}")
     for number, job in enumerate([*given, *rest]):
         if number not in known:
             note(number, _run_here(job))
@@ -281,18 +281,9 @@ def _run_here(job: dict[str, Any]) -> Outcome:
 # --- warnings
 
 
-_warned: set[str] = set()
-
-
 def _report(failed: bool, language: str, target: Target) -> None:
     """Warn when nothing at all can be compiled for `language`. A single kernel that fails is for the caller to judge."""
     general = (cxx.unusable() if language == "cpp" else _no_triton(target)) if failed else None
     if general is not None:
         where = "CPU" if language == "cpp" else "GPU"
-        _warn_once(language, f"fxopt leaves {where} operators to ATen instead of fusing them into kernels: {general}")
-
-
-def _warn_once(kind: str, message: str) -> None:
-    if kind not in _warned:
-        _warned.add(kind)
-        warnings.warn(message, stacklevel=2)
+        warn_once(language, f"fxopt leaves {where} operators to ATen instead of fusing them into kernels: {general}")

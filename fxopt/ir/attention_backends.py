@@ -268,7 +268,7 @@ def _math(x: Inputs, statistics: bool) -> Outputs:
     options: dict[str, Any] = {"scale": x.settings.scale, "enable_gqa": x.settings.enable_gqa}
     given = (x.query, x.key, x.value, x.bias, 0.0, x.settings.is_causal)
     out = torch._scaled_dot_product_attention_math(*given, **options)[0]
-    return out, torch.logsumexp(_scores(x, _ungrouped(x.query, x.key)), -1) if statistics else None
+    return out, torch.logsumexp(_scores(x, ungrouped(x.query, x.key)), -1) if statistics else None
 
 
 _FORWARD: dict[str, Callable[[Inputs, bool], Outputs]] = {FLASH: _flash, EFFICIENT: _efficient, CUDNN: _cudnn, MATH: _math}
@@ -348,13 +348,13 @@ def cudnn_backward(
 
 def _math_backward(x: Inputs, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
     dtype, wide = grad.dtype, torch.promote_types(grad.dtype, torch.float32)
-    keys, values = (_ungrouped(x.query, t).to(wide) for t in (x.key, x.value))
+    keys, values = (ungrouped(x.query, t).to(wide) for t in (x.key, x.value))
     grad, out = grad.to(wide), out.to(wide)
     p = torch.exp(_scores(x, keys) - statistics.unsqueeze(-1))
     slopes = grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
     slopes = slopes.mul_(p).mul_(x.scaling)
-    of_key = _grouped(slopes.transpose(-1, -2) @ x.query.to(wide), x.key)
-    of_value = _grouped(p.transpose(-1, -2) @ grad, x.value)
+    of_key = grouped(slopes.transpose(-1, -2) @ x.query.to(wide), x.key)
+    of_value = grouped(p.transpose(-1, -2) @ grad, x.value)
     return (slopes @ keys).to(dtype), of_key.to(dtype), of_value.to(dtype)
 
 
@@ -422,12 +422,12 @@ def _scores(x: Inputs, keys: Tensor) -> Tensor:
     return scores if x.mask is None else scores.add_(additive(x.mask, wide))
 
 
-def _ungrouped(query: Tensor, x: Tensor) -> Tensor:
+def ungrouped(query: Tensor, x: Tensor) -> Tensor:
     """`x` [B, G, T, ...] with as many heads as `query`."""
     groups = query.shape[1] // x.shape[1]
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
-def _grouped(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `x` [B, G, T, ...] from that of `_ungrouped`."""
+def grouped(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `x` [B, G, T, ...] from that of `ungrouped`."""
     return gradient if gradient.shape[1] == x.shape[1] else gradient.unflatten(1, (x.shape[1], -1)).sum(2)

@@ -13,6 +13,7 @@ Layers are looked for where decisions about them are made, after folding has mad
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,7 @@ def layers(graph: Graph) -> list[Layer]:
             continue
         x, weight, _ = _operands(node)
         shape = weight.meta["val"].shape
-        if x in frozen or not _is_view_of(weight, frozen) or not all(isinstance(size, int) for size in shape):
+        if x in frozen or not is_view_of(weight, frozen) or not all(isinstance(size, int) for size in shape):
             continue
         module = node.meta.get("module", "")
         name = f"{module}#{seen[module]}" if seen[module] else module
@@ -142,7 +143,8 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
     return node.args[0], node.args[1], node.args[2]
 
 
-def _is_view_of(node: fx.Node, sources: set[fx.Node]) -> bool:
+def is_view_of(node: fx.Node, sources: Collection[fx.Node]) -> bool:
+    """Whether `node` is one of `sources`, or made of one by views alone."""
     while node not in sources:
         if node.op != "call_function" or not ops.is_view(node.target) or len(node.all_input_nodes) != 1:
             return False

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import GradientError
+from fxopt.ir.attention_backends import grouped, ungrouped
 from fxopt.ir.random_ops import philox
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask"
@@ -88,7 +89,7 @@ def _scored(
     band: list[int] | None,
 ) -> _Scored:
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(wide) @ _ungrouped(query, key).to(wide).mT).mul_(scale)
+    scores = (query.to(wide) @ ungrouped(query, key).to(wide).mT).mul_(scale)
     slope: Tensor | float = scale
     if cap:
         scores = scores.tanh_()
@@ -200,7 +201,7 @@ def attend(
         inverse = p.sum(-1).reciprocal_()
         share = _kept_share((batches, heads, groups), query, key, seed, drop)
         p = p if share is None else p.mul_(share)
-        exact = p.mul_(inverse.unsqueeze(-1)) @ _ungrouped(q, v).to(p.dtype)
+        exact = p.mul_(inverse.unsqueeze(-1)) @ ungrouped(q, v).to(p.dtype)
         for whole, part in zip(results, (exact, exact, most, inverse), strict=True):
             whole[batches, heads] = part
     return results
@@ -238,7 +239,7 @@ def _slopes(
     key, value = key[batches, groups], value[batches, groups]
     found = _scored(query, key, _of_piece(bias, batches, heads), _of_piece(mask, batches, heads), **rule)
     p = found.scores.sub_(most.unsqueeze(-1)).exp_().mul_(inverse.unsqueeze(-1))
-    of_p = grad.to(p.dtype) @ _ungrouped(query, value).to(p.dtype).mT
+    of_p = grad.to(p.dtype) @ ungrouped(query, value).to(p.dtype).mT
     of_p = of_p if share is None else of_p.mul_(share)
     of_scores = of_p.sub_(total.unsqueeze(-1)).mul_(p)
     p = p if share is None else p.mul_(share)
@@ -252,7 +253,7 @@ def query_gradient(grad: Tensor, query: Tensor, key: Tensor, *more: Any, **rule:
     out = torch.empty_like(query)
     for piece in _pieces(query, key):
         found, (batches, heads, groups) = _slopes(piece, grad, query, key, *more, **rule).of_products, piece
-        out[batches, heads] = found.to(query.dtype) @ _ungrouped(query[batches, heads], key[batches, groups])
+        out[batches, heads] = found.to(query.dtype) @ ungrouped(query[batches, heads], key[batches, groups])
     return out
 
 
@@ -264,9 +265,9 @@ def key_value_gradients(
     for piece in _pieces(query, key):
         found, (batches, heads, groups) = _slopes(piece, grad, query, key, value, *more, **rule), piece
         product = found.of_products.to(query.dtype).mT @ query[batches, heads]
-        of_key[batches, groups] = _grouped(product, key[batches, groups])
+        of_key[batches, groups] = grouped(product, key[batches, groups])
         product = found.p.to(query.dtype).mT @ grad[batches, heads]
-        of_value[batches, groups] = _grouped(product, value[batches, groups])
+        of_value[batches, groups] = grouped(product, value[batches, groups])
     return of_key, of_value
 
 
@@ -305,17 +306,6 @@ def bias_gradient(
             turn = batches.start // count + (repeats * h if own_heads == 1 else 0)
             out[turn // each, batches.start % count, h % own_heads] += of_head
     return out
-
-
-def _ungrouped(query: Tensor, x: Tensor) -> Tensor:
-    """`x` [B, G, T, ...] with as many heads as `query`."""
-    groups = query.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, 1)
-
-
-def _grouped(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `x` [B, G, T, ...] from that of `_ungrouped`."""
-    return gradient if gradient.shape[1] == x.shape[1] else gradient.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
 def parts_of(query: Tensor, key: Tensor, bias: Tensor) -> int:

@@ -9,7 +9,6 @@ import torch
 
 from fxopt.ir import ops
 from fxopt.ir.attention_backends import enabled_backends
-from fxopt.ir.exprs import Int
 from fxopt.ir.quantized_attention import FLOAT8, SCALED_ATTENTION, STORED
 from fxopt.ir.region import (
     Alias,
@@ -29,7 +28,7 @@ from fxopt.lower.attention_calls import OPS, TENSORS, AttentionCall, find_attent
 from fxopt.lower.calls import overload_name
 from fxopt.lower.copies import Copy, Matrices
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.products import as_view
+from fxopt.lower.products import strided
 from fxopt.lower.scored_attention import OPS as SCORED_OPS
 from fxopt.lower.scored_attention import scored_step
 from fxopt.lower.uses import Uses
@@ -158,7 +157,7 @@ def _beside(
 def _kernel(found: AttentionCall, lowered: Lowered, views: Mapping[str, Alias]) -> Attention | None:
     """`found` as a step of kernels, or None where something of it is symbolic."""
     names = {name: ref.name for name, ref in _references(found.call).items()}
-    tensors = {name: _strided(of, lowered, views) for name, of in (*names.items(), ("out", found.call.outputs[0]))}
+    tensors = {name: strided(of, lowered.buffers, views) for name, of in (*names.items(), ("out", found.call.outputs[0]))}
     query, key, value, mask, out = (tensors.get(name) for name in (*TENSORS, "out"))
     if query is None or key is None or value is None or out is None or (mask is None and "attn_mask" in names):
         return None
@@ -175,9 +174,9 @@ def _narrow_kernel(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> 
     """A call of `fxopt::scaled_attention` as a step of kernels, or None where something of it is symbolic."""
     names = [a.name for a in ops.schema(SCALED_ATTENTION).arguments]
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
-    tensors = {name: _strided(x.name, lowered, views) for name, x in given.items() if isinstance(x, Ref)}
+    tensors = {name: strided(x.name, lowered.buffers, views) for name, x in given.items() if isinstance(x, Ref)}
     query, key, value, mask = (tensors.get(name) for name in TENSORS)
-    out = _strided(call.outputs[0], lowered, views)
+    out = strided(call.outputs[0], lowered.buffers, views)
     if query is None or key is None or value is None or out is None or None in tensors.values():
         return None
     if mask is not None:
@@ -213,20 +212,6 @@ def _references(call: Call) -> dict[str, Ref]:
     names = [a.name for a in ops.schema(OPS[call.op]).arguments]
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
     return {name: given[name] for name in TENSORS if isinstance(given.get(name), Ref)}
-
-
-def _strided(name: str | None, lowered: Lowered, views: Mapping[str, Alias]) -> Strided | None:
-    """The tensor `name`; None where something of it is symbolic."""
-    view = None if name is None else as_view(name, lowered.buffers, views)
-    if view is None:
-        return None
-    shape, strides, (offset,) = _numbers(view.shape), _numbers(view.strides), _numbers((view.offset,)) or (None,)
-    return None if shape is None or strides is None or offset is None else Strided(view.of, shape, strides, offset)
-
-
-def _numbers(values: tuple[Int, ...]) -> tuple[int, ...] | None:
-    known = tuple(n for n in values if isinstance(n, int))
-    return known if len(known) == len(values) else None
 
 
 def _broadcast(mask: Strided, shape: tuple[int, ...]) -> Strided:

@@ -14,7 +14,7 @@ import torch
 
 from fxopt.ir.exprs import Int, Sym, add, ask, free_symbols, mul, prod, symbol
 from fxopt.ir.loops import Load, Op, Scalar, transform
-from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Quantized, Ref
+from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Patches, Quantized, Ref, Strided
 from fxopt.lower.values import cast
 
 _ADDEND = {"aten::mm.default": False, "aten::bmm.default": False, "aten::addmm.default": True, "aten::baddbmm.default": True}
@@ -285,6 +285,18 @@ def as_view(name: str, buffers: Mapping[str, BufferSpec], views: Mapping[str, Al
         return views[name] if views[name].of in buffers else None
     spec = buffers.get(name)
     return None if spec is None else Alias(name, name, spec.shape, spec.strides, 0)
+
+
+def strided(name: str | None, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Strided | None:
+    """The buffer or view `name` with its sizes; None for what is neither, or where something of it is symbolic."""
+    view = None if name is None else as_view(name, buffers, views)
+    if view is None:
+        return None
+    numbers = [n for n in (*view.shape, *view.strides, view.offset) if isinstance(n, int)]
+    rank = len(view.shape)
+    if len(numbers) != 2 * rank + 1:
+        return None
+    return Strided(view.of, tuple(numbers[:rank]), tuple(numbers[rank:-1]), numbers[-1])
 
 
 def _matrix(view: Alias) -> Matrix:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from fxopt.ir import ops
-from fxopt.ir.exprs import Int
 from fxopt.ir.region import Alias, Call, Ref, ScoredAttention, Strided
 from fxopt.ir.scored_attention_op import SCORED
 from fxopt.lower.calls import overload_name
 from fxopt.lower.lowering import Lowered
-from fxopt.lower.products import as_view
+from fxopt.lower.products import strided
 
 OPS = {overload_name(op): op for op in SCORED}
 
@@ -34,8 +33,8 @@ def scored_step(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> Sco
     take."""
     names = [a.name for a in ops.schema(OPS[call.op]).arguments]
     given: dict[str, Any] = dict(zip(names, call.args, strict=False)) | call.kwargs
-    operands = {n: _strided(x.name, lowered, views) for n, x in given.items() if isinstance(x, Ref)}
-    results = [None if n is None else _strided(n, lowered, views) for n in call.outputs]
+    operands = {n: strided(x.name, lowered.buffers, views) for n, x in given.items() if isinstance(x, Ref)}
+    results = [None if n is None else strided(n, lowered.buffers, views) for n in call.outputs]
     known = {n: _broadcast(x) if n in ("bias", "mask") else x for n, x in operands.items() if x is not None}
     stored = tuple(x for x in results if x is not None)
     band = given["band"]
@@ -59,23 +58,6 @@ def scored_step(call: Call, lowered: Lowered, views: Mapping[str, Alias]) -> Sco
         drop=float(given.get("drop", 0.0)),
     )
     return own if _is_eligible(own) else None
-
-
-def _strided(name: str, lowered: Lowered, views: Mapping[str, Alias]) -> Strided | None:
-    """The tensor `name`; None where something of it is symbolic."""
-    view = as_view(name, lowered.buffers, views)
-    if view is None:
-        return None
-    numbers = _numbers((*view.shape, *view.strides, view.offset))
-    if numbers is None:
-        return None
-    rank = len(view.shape)
-    return Strided(view.of, numbers[:rank], numbers[rank:-1], numbers[-1])
-
-
-def _numbers(values: tuple[Int, ...]) -> tuple[int, ...] | None:
-    known = tuple(n for n in values if isinstance(n, int))
-    return known if len(known) == len(values) else None
 
 
 def _broadcast(x: Strided) -> Strided:

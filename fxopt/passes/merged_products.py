@@ -33,6 +33,7 @@ from torch import fx
 
 from fxopt.ir import ops
 from fxopt.ir.graph import Role
+from fxopt.ir.layers import is_view_of
 from fxopt.ir.quantized_ops import SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.passes.constant_folding import embed
 from fxopt.passes.context import Context
@@ -143,7 +144,7 @@ def _part(node: fx.Node, constants: Constants) -> tuple[Part | None, Any]:
         if given["beta"] != 1 or given["alpha"] != 1 or bias not in constants:
             return None, None
     turned, columns = _is_turned(weight.meta["val"]), value.shape[1]
-    if turned is None or not _is_view_of(weight, constants):
+    if turned is None or not is_view_of(weight, constants):
         return None, None
     if rows in constants or columns * value.element_size() % ALIGNMENT:
         return None, None
@@ -175,14 +176,6 @@ def _is_turned(weight: torch.Tensor) -> bool | None:
     if not static_shape(weight) or weight.stride() not in ((columns, 1), (1, rows)):
         return None
     return weight.stride(0) == 1
-
-
-def _is_view_of(node: fx.Node, constants: Constants) -> bool:
-    while node not in constants:
-        if node.op != "call_function" or not ops.is_view(node.target) or len(node.all_input_nodes) != 1:
-            return False
-        node = node.all_input_nodes[0]
-    return True
 
 
 def _with_a_common_aim(context: Context, parts: list[Part]) -> Iterator[list[Part]]:

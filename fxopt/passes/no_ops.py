@@ -126,12 +126,9 @@ def _is_legacy_empty(node: Any) -> bool:
     return value is not None and value.dim() == 1 and known_equal(value.shape[0], 0)
 
 
-def pad_nothing(context: Context, node: fx.Node) -> fx.Node | None:
-    return _same(node, node.args[0]) if all(type(p) is int and p == 0 for p in _list(node.args[1])) else None
-
-
-def roll_nothing(context: Context, node: fx.Node) -> fx.Node | None:
-    return _same(node, node.args[0]) if all(type(s) is int and s == 0 for s in _list(node.args[1])) else None
+def by_nothing(context: Context, node: fx.Node) -> fx.Node | None:
+    """A pad or roll whose amounts are all zero."""
+    return _same(node, node.args[0]) if all(type(n) is int and n == 0 for n in _list(node.args[1])) else None
 
 
 def flip_nothing(context: Context, node: fx.Node) -> fx.Node | None:
@@ -199,8 +196,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "where": (where_constant,),
     "masked_fill": (masked_fill_nothing,),
     "cat": (cat_of_one,),
-    "constant_pad_nd": (pad_nothing,),
-    "roll": (roll_nothing,),
+    "constant_pad_nd": (by_nothing,),
+    "roll": (by_nothing,),
     "flip": (flip_nothing,),
     "permute": (permute_identity,),
     "transpose": (transpose_identity,),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.capture import freeze
+from fxopt import journal
 from fxopt.capture.freeze import MAX_REFREEZES, refreeze
 from fxopt.errors import RetreatError
 from fxopt.ir.graph import Phase, Role
@@ -22,7 +22,7 @@ from tests.capture.recording import Recorder
 
 @pytest.fixture(autouse=True)
 def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(freeze, "_warned", set())
+    monkeypatch.setattr(journal, "_told", set())
 
 
 def roles(graph):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fxopt import journal
 from fxopt.codegen import compile as compiling
 from fxopt.codegen import cpp_build, triton_build, triton_job, workers
 from fxopt.codegen.compile import compile_kernels
@@ -159,7 +160,7 @@ def test_nowhere_to_write_is_a_failure_not_an_exception(
 def test_no_triton_is_a_failure_that_says_so(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_build, "available", lambda: "Triton is not installed: pip install triton")
     monkeypatch.setattr(triton_build, "toolchain_id", triton_build.toolchain_id.__wrapped__)  # it remembers what it said
-    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(journal, "_told", set())
     with pytest.warns(UserWarning, match="leaves GPU operators to ATen.*pip install triton") as caught:
         results = [compile_kernels([triton(n)], H100, store) for n in "12"]
     assert [entries(r) for r in results] == [["Triton is not installed: pip install triton"]] * 2 and len(caught) == 1
@@ -169,7 +170,7 @@ def test_a_triton_that_cannot_be_imported(store: ArtifactStore, monkeypatch: pyt
     def unavailable(*_: object) -> object:
         raise workers.WorkersUnavailable("the compile helper cannot work: ImportError: libLLVM is missing")
 
-    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(journal, "_told", set())
     monkeypatch.setattr(compiling, "_refused", {})
     monkeypatch.setattr(compiling, "shared_pool", unavailable)
     monkeypatch.setitem(sys.modules, "triton.compiler", None)
@@ -180,7 +181,7 @@ def test_a_triton_that_cannot_be_imported(store: ArtifactStore, monkeypatch: pyt
 
 def test_a_gpu_that_triton_does_not_know(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(journal, "_told", set())
     future = Target.cuda(130)
     with pytest.warns(UserWarning, match="does not know the GPU sm_130") as caught:
         first, second = (compile_kernels([triton(n)], future, store)[0] for n in ("1.0", "2.0"))
@@ -201,7 +202,7 @@ def test_a_gpu_that_nothing_compiles_for(store: ArtifactStore, monkeypatch: pyte
         return [fine if sound and job["source"]["entry"] == "fx_probe" else failed for job in jobs]
 
     monkeypatch.setattr(compiling, "_run_jobs", run_jobs)
-    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(journal, "_told", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reasons = [compile_kernels([triton(n)], Target.cuda(130), store)[0].reason for n in "12"]
@@ -225,7 +226,7 @@ def test_compile_workers_do_without_torch() -> None:
 
 
 def test_a_gpu_older_than_triton_supports(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(journal, "_told", set())
     with pytest.warns(UserWarning, match="does not support sm_61"):
         (result,) = compile_kernels([triton("1.0")], Target.cuda(61), store)
     assert isinstance(result, CompileFailure)
@@ -233,7 +234,7 @@ def test_a_gpu_older_than_triton_supports(store: ArtifactStore, monkeypatch: pyt
 
 def test_no_workers_means_this_process_with_one_warning(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_build, "compile_triton", lambda source, target: (source.text.encode(), {"num_warps": 4}))
-    monkeypatch.setattr(compiling, "_warned", set())
+    monkeypatch.setattr(journal, "_told", set())
     monkeypatch.setattr(workers, "_pools", {})
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.warns(UserWarning, match="one by one in this process") as caught:

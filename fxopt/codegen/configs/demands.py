@@ -64,17 +64,20 @@ def streaming_accesses(tiling: Tiling) -> list[Access]:
 
 def pressure(tiling: Tiling) -> int:
     """Roughly how many block values are live at once: one per stream and a share of the heavy operators."""
-    heavy = sum(isinstance(n, Op) and n.name not in _CHEAP for n in postorder(tiling.nest.roots))
     wide = 2 if any(a.itemsize == 8 for a in tiling.accesses) else 1
-    return max(1, (len(tiling.accesses) + heavy // 4) * wide)
+    return max(1, (len(tiling.accesses) + _heavy(tiling) // 4) * wide)
 
 
 def block_values(tiling: Tiling) -> int:
     """Elements for each thread that stay clear of spilling, where what is one value for a row counts for nothing."""
     along = frozenset(tiling.r.symbols)
     blocks = [a for a in tiling.accesses if along & free_symbols(a.index)] if along else streaming_accesses(tiling)
-    heavy = sum(isinstance(n, Op) and n.name not in _CHEAP for n in postorder(tiling.nest.roots))
-    return 2 * VALUES_PER_THREAD // max(1, len(blocks) + heavy // 4)
+    return 2 * VALUES_PER_THREAD // max(1, len(blocks) + _heavy(tiling) // 4)
+
+
+def _heavy(tiling: Tiling) -> int:
+    """Operators that take registers of their own."""
+    return sum(isinstance(n, Op) and n.name not in _CHEAP for n in postorder(tiling.nest.roots))
 
 
 def bytes_each(tiling: Tiling, writes: bool = True) -> int:

@@ -52,11 +52,8 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
 
     Empty when the rows alone fill the GPU, are short, or hold what cannot be cut.
     """
-    nodes = list(postorder(tiling.nest.roots))
-    if any(isinstance(n, Scan) for n in nodes) or not any(isinstance(n, Reduce) for n in nodes):
-        return []
     programs = -(-rows // config.x_block)
-    if programs >= 2 * target.sm_count or row * config.x_block < _SPLIT_ROW:
+    if not _can_be_cut(tiling) or programs >= 2 * target.sm_count or row * config.x_block < _SPLIT_ROW:
         return []
     least = 512 if tiling.inner_reduction else 64
     few, many = (-(-n * target.sm_count // programs) for n in (PROGRAMS_PER_SM, _MOST_PROGRAMS_PER_SM))
@@ -70,14 +67,17 @@ def _split_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, targ
 def _more_parts(tiling: Tiling, rows: int, row: int, config: TritonConfig, target: Target) -> list[int]:
     """At most one number of parts for long rows that fill the GPU by themselves: with a few waves of programs, the last,
     which is not full, takes as long as any."""
-    nodes = list(postorder(tiling.nest.roots))
-    if any(isinstance(n, Scan) for n in nodes) or not any(isinstance(n, Reduce) for n in nodes):
-        return []
     programs = -(-rows // config.x_block)
-    if row * config.x_block < 2 * _LONG_PART or programs > _WAVES_OF_ROWS * target.sm_count:
+    if not _can_be_cut(tiling) or row * config.x_block < 2 * _LONG_PART or programs > _WAVES_OF_ROWS * target.sm_count:
         return []
     parts = _even_parts(tiling, row, max(2, row * config.x_block // _LONG_PART))
     return [parts] if parts > 1 else []
+
+
+def _can_be_cut(tiling: Tiling) -> bool:
+    """Whether partial results of the rows can be joined: those of a scan need each other."""
+    nodes = list(postorder(tiling.nest.roots))
+    return any(isinstance(n, Reduce) for n in nodes) and not any(isinstance(n, Scan) for n in nodes)
 
 
 def _even_parts(tiling: Tiling, row: int, wanted: int) -> int:

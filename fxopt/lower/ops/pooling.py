@@ -16,7 +16,7 @@ from torch import fx
 
 from fxopt.errors import UnsupportedError
 from fxopt.ir import pool_ops
-from fxopt.ir.exprs import Int, add, floordiv, maximum, minimum, mul, prod
+from fxopt.ir.exprs import Int, add, floordiv, maximum, minimum, mul, prod, ravel
 from fxopt.ir.loops import Const, IndexValue, Masked, Op, Scalar
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops.bounds import BOOL, all_of, compare, inside, is_empty
@@ -171,17 +171,9 @@ def maxima(ctx: Lowering, x: Value, rank: int, taps: Callable[[Indices], list[Ta
 
     def position(i: Indices) -> Scalar:
         chosen = taps(i)
-        return _argmax(chosen, [IndexValue(_flat(t.place, x.shape[-rank:])) for t in chosen])
+        return _argmax(chosen, [IndexValue(ravel(t.place, x.shape[-rank:])) for t in chosen])
 
     return values, pointwise(shape, torch.int64, x.device, position, (x,))
-
-
-def _flat(place: Indices, sizes: Sequence[Int]) -> Int:
-    """The row-major position of `place` among `sizes`."""
-    flat: Int = 0
-    for index, size in zip(place, sizes, strict=True):
-        flat = add(mul(flat, size), index)
-    return flat
 
 
 def _argmax(taps: list[Tap], positions: Sequence[Scalar]) -> Scalar:
@@ -268,7 +260,7 @@ def of_maximum(grad: Value, x: Value, indices: Value, rank: int) -> Callable[[In
     dtype = accumulator(grad.dtype)
 
     def term(i: Indices, where: Indices) -> Scalar:
-        own = size_value(_flat(i[-rank:], x.shape[-rank:]))
+        own = size_value(ravel(i[-rank:], x.shape[-rank:]))
         hit = Op("eq", (at(indices, where), own), BOOL)
         return Op("where", (hit, cast(at(grad, where), dtype), Const(0, dtype)), dtype)
 
