@@ -148,6 +148,11 @@ class Emitter(Memory):
     # operators
 
     def _op(self, node: Op, guards: Guards) -> str:
+        special = self._of_indices(node, guards) or self._joined(node, guards)
+        return special or self._applied(node, guards)
+
+    def _of_indices(self, node: Op, guards: Guards) -> str | None:
+        """What is computed from the place in the tile, if `node` is."""
         if is_narrow_comparison(node):
             left, right = (self._narrow_text(a) for a in node.args)
             return ops.apply(node.name, [left, right], torch.int32, torch.bool)
@@ -156,15 +161,19 @@ class Emitter(Memory):
             index, wanted = asked
             args = [self.index_text(index.expr), f"h.as_natural({self.arg(wanted, guards)})"]
             return ops.apply(node.name, args, torch.int32, torch.bool)
+        if counts_index(node):
+            return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
+        if node.name == GROUP_SUM:
+            return self._group_sum(node, guards)
+        return None
+
+    def _joined(self, node: Op, guards: Guards) -> str | None:
+        """`node` and operators below it by one function, if there is one for them."""
         largest = larger_place(node)
         if largest is not None:
             value, top, place, other = largest
             texts = [self.arg(value, guards), self.arg(top, guards), str(place), self.arg(other, guards)]
             return f"h.larger_place({', '.join(texts)}, {ops.tl_type(value.dtype)})"
-        if counts_index(node):
-            return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
-        if node.name == GROUP_SUM:
-            return self._group_sum(node, guards)
         beside = self._beside_one(node)
         if beside is not None:
             coarse = "coarse_" if beside.name == "erf" and node in self._rounded_to_8_bits else ""
@@ -179,6 +188,10 @@ class Emitter(Memory):
         inner = unrounded(node)
         if inner is not node and node.dtype in HALVES:
             return f"h.rounded_to_half({self.arg(inner, guards)}, {ops.tl_type(node.dtype)})"
+        return None
+
+    def _applied(self, node: Op, guards: Guards) -> str:
+        """`node` on its operands."""
         args = [self.arg(a, guards) for a in node.args]
         source = node.args[0].dtype
         if node.name == "cast":

@@ -77,6 +77,7 @@ class _Search(Placement):
         self.epilogues = Epilogues(lowered.buffers, self.convolutions.buffers)
         self.patches = PatchSearch(lowered.buffers, self.views, lowered.constants)
         self.views_of: dict[str, tuple[Alias, ...]] = {}
+        self.views_before: dict[int, list[Step]] = {}
         self.uniform: dict[str, bool] = {}
 
     def _product(self, call: Call) -> Product | None:
@@ -119,7 +120,18 @@ class _Search(Placement):
                 alone[k] = product
             if product is not None and _may_stand_beside_others(product):
                 beside[k] = product
-        before: dict[int, list[Step]] = {}
+        self._put_beside(beside, alone)
+        self._put_rows(alone)
+        for k, product in alone.items():
+            self.steps[k] = self._alternatives((product,), None, self.epilogues.alone(product))
+        later = [s for k, own in enumerate(self.steps) for s in (*self.views_before.get(k, ()), own) if s is not None]
+        steps = [s for own in later for s in (*self.views_of.get(getattr(own, "name", ""), ()), own)]
+        return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
+
+    def _put_beside(self, beside: dict[int, Product], alone: dict[int, Product]) -> None:
+        """Put alternatives in the place of a few of `beside` that have the same rows, which one kernel may do, and take them
+        out of `alone`.
+        """
         for first, *others in self._of_equal_key(beside, lambda p: (p.a, p.sizes, _strides(p.b))):
             if others and len(others) < MOST_PRODUCTS_BESIDE:
                 together = (first, *others)
@@ -128,9 +140,12 @@ class _Search(Placement):
                 one = SideBySide(f"{parts[0].name}s", parts)
                 for k in together:
                     alone.pop(k, None)
-                before[first] = self._views_after(first, calls)
+                self.views_before[first] = self._views_after(first, calls)
                 ways = [Way(LIBRARY, tuple(calls)), Way(BESIDE, (one,))]
                 self._put(together, first, self._among(one.name, calls, None, ways))
+
+    def _put_rows(self, alone: dict[int, Product]) -> None:
+        """The same for those of `alone` that have one and the same row."""
         one_row = {k: p for k, p in alone.items() if p.sizes[:2] == (1, 1) and not p.ends and isinstance(p.a, Matrix)}
         for first, *others in self._of_equal_key(one_row, lambda p: p.a):
             together = (first, *others)
@@ -139,14 +154,9 @@ class _Search(Placement):
             )
             if others and rows is not None:
                 calls = [alone.pop(k).call for k in together]
-                before[first] = self._views_after(first, calls)
+                self.views_before[first] = self._views_after(first, calls)
                 ways = [Way(LIBRARY, tuple(calls)), Way(ROW, (rows,))]
                 self._put(together, first, self._among(rows.name, calls, rows, ways))
-        for k, product in alone.items():
-            self.steps[k] = self._alternatives((product,), None, self.epilogues.alone(product))
-        later = [s for k, own in enumerate(self.steps) for s in (*before.get(k, ()), own) if s is not None]
-        steps = [s for own in later for s in (*self.views_of.get(getattr(own, "name", ""), ()), own)]
-        return replace(self.lowered, steps=steps, buffers=self.convolutions.buffers, constants=self.convolutions.constants)
 
     def _of_equal_key(self, products: Mapping[int, Product], key: Callable[[Product], Hashable]) -> list[list[int]]:
         """The numbers of `products`, a list for those of equal `key` that may run where its first does: queries, keys and
