@@ -120,17 +120,22 @@ def test_the_values_are_those_in_a_row(steps: list[Any], kernels: Mapping[str, A
 
 
 class Run:
-    """A captured run with results and a time."""
+    """A captured run with results and a time. All of them share memory: the inputs that lie there are those of the last
+    one played, until another one is."""
 
     signature = ()
+    has_inputs: Run | None = None
 
     def __init__(self, value: float, us: float) -> None:
         self.value, self.us, self.replays = value, us, 0
 
     def play(self, inputs: list[Any], stream: int) -> tuple[Any, ...]:
+        Run.has_inputs = self
+        inputs.clear()
         return torch.tensor([self.value, float("nan")]), 3
 
     def replay(self, stream: int) -> None:
+        assert Run.has_inputs is self, "its inputs are not there"
         self.replays += 1
 
 
