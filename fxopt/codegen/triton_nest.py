@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, dropwhile, takewhile
 
 import torch
 
@@ -22,7 +22,7 @@ from fxopt.codegen.triton_narrow import with_narrow_choices
 from fxopt.codegen.triton_reduce import accumulate, close_accumulators, open_accumulators, working_dtype
 from fxopt.codegen.triton_scopes import Frame, Instance, Names
 from fxopt.codegen.triton_tiling import Axis, Tiling, accumulator_dtype, tile
-from fxopt.codegen.triton_values import is_clamped, reduced_dtype, saturated
+from fxopt.codegen.triton_values import has_slow_path, is_clamped, reduced_dtype, saturated
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
@@ -298,6 +298,7 @@ def _print_straight(kernel: _Kernel) -> None:
         outer.append(f"r = {_lanes(kernel, 'r')}")
         outer += _axis_lines(kernel, "r")
     _load_steady(kernel)
+    _load_before_branches(kernel)
     if "r" in kernel.frame.blocks:
         _load_ahead(kernel)
     statements = _prepare(kernel, list(kernel.tiling.nest.stores))
@@ -314,6 +315,17 @@ def _load_steady(kernel: _Kernel) -> None:
         emitter.value(node)
     if steady:
         emitter.outer.append(OTHERS_END)
+
+
+def _load_before_branches(kernel: _Kernel) -> None:
+    """Print the loads that would follow a division, but no reduction, before the first one: no load is moved across the
+    branch to a division's slow path, so a row would be asked for only when the divisor of all its elements is there."""
+    emitter = kernel.emitter
+    roots = [emitter.instance(v, ()) for s in kernel.tiling.nest.stores for v in s.roots]
+    before = list(takewhile(lambda i: not isinstance(i[0], Reduce | Scan), emitter.walk(roots)))
+    for node, guards in dropwhile(lambda i: not has_slow_path(i[0]), before):
+        if isinstance(node, Load) and not any(map(has_slow_path, postorder((node, *guards)))):
+            emitter.value(node, guards)
 
 
 def _load_ahead(kernel: _Kernel) -> None:

@@ -14,6 +14,7 @@ from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Sc
 
 RELATIVE = ("mul", "truediv", "neg", "where")
 ARITHMETIC = (*RELATIVE, "sqrt", "rsqrt", "reciprocal", "add", "sub", "maximum", "minimum", "sigmoid", "tanh", "erf")
+_BRANCHING = ("truediv", "reciprocal", "sqrt")
 _COMPARES = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
@@ -232,6 +233,11 @@ def is_bell(node: Scalar) -> bool:
     square, factor = product.args
     negative = isinstance(factor, Const) and factor.value < 0
     return negative and isinstance(square, Op) and square.name == "mul" and square.args[0] is square.args[1]
+
+
+def has_slow_path(node: Scalar) -> bool:
+    """A quotient or root of floats, whose exact forms branch."""
+    return isinstance(node, Op) and node.name in _BRANCHING and node.args[0].dtype.is_floating_point
 
 
 def exact_reciprocal(node: Scalar) -> float | None:

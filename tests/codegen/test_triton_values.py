@@ -695,6 +695,14 @@ def test_indices_are_compared_with_narrow_ones(interpreter: Interpreter) -> None
     assert "as_natural" not in flat.text, "one for each element"
 
 
+def test_rows_are_asked_for_before_what_divides_them(interpreter: Interpreter) -> None:
+    """A division has a branch, beyond which no load is moved: a row would wait for its divisor."""
+    case, config = nests.shared_quotient(6, 1024), TritonConfig(1, r_block=1024)
+    text = print_region(case.region, config, TARGET).kernels[0].text
+    assert text.count("tl.load") == 4 and text.rindex("tl.load") < text.index("h.divide")
+    check(interpreter, case, config)
+
+
 def test_exponentials_of_halves_are_short_where_the_result_is_rounded(interpreter: Interpreter) -> None:
     for dtype in (BF16, torch.float16):
         case = nests.exponential_gradient(300, dtype)

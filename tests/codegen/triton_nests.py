@@ -177,6 +177,22 @@ def picked(points: int, row: int) -> Case:
     return make(nest, buffers, "a index", "out", reference)
 
 
+def shared_quotient(points: int, row: int) -> Case:
+    """A gradient through a weighted mean: its scale is one quotient for all elements."""
+    p, r, at = rows(points, row)
+    scale = op("truediv", Load("grad", 0, F32), Load("total", 0, F32))
+    own = op("mul", scale, Load("weight", symbol(r), F32))
+    out = op("sub", own, op("mul", Load("x", at, F32), Reduce("sum", (own,), (r,), F32)))
+    nest = Nest((p,), (r,), (Store("out", at, out),))
+    shapes = {"grad": (1,), "total": (1,), "weight": (row,), "x": (points, row), "out": (points, row)}
+
+    def reference(grad: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        own = grad / total * weight
+        return own - x * own.sum()
+
+    return make(nest, [buffer(n, F32, s) for n, s in shapes.items()], "grad total weight x", "out", reference)
+
+
 def exponential_gradient(n: int, dtype: torch.dtype) -> Case:
     """What a log-softmax's gradient does to its output."""
     x = Sym("x0", size=n)
