@@ -27,6 +27,9 @@ from fxopt.target import Target
 __all__ = ["Printed", "TritonConfig", "configs", "print_nest", "print_region"]
 
 
+_ALL = 32
+"""More configurations than are proposed for any region."""
+
 _LONG_LOOP = 4
 """Steps of a loop from which on it is worth one, rather than all loads at once."""
 
@@ -81,13 +84,14 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
 
 
 def _piece_config(region: Region, piece: Region, config: TritonConfig, target: Target) -> TritonConfig:
-    """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well. For others what the cost
-    model proposes for them at the place that this shape has among its proposals for the whole."""
+    """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well, or one down columns in a
+    shape that only parts have. For others what the cost model proposes for them at the place that this shape has among its
+    proposals for the whole."""
     shape, tiling = replace(config, split=1, aligned=True), tile(piece, "flat")
-    loops = shape.x_block == 1 and not shape.persistent and tiling.inner_reduction
-    if loops and tiling.r.hint >= _LONG_LOOP * shape.r_block:
+    whole, proposed = ([c for c in configs(r, target, _ALL) if c.split == 1 and not c.programs] for r in (region, piece))
+    own = shape.x_block == 1 if tiling.inner_reduction else shape not in whole
+    if own and not shape.persistent and tiling.r.hint >= _LONG_LOOP * shape.r_block:
         return shape
-    whole, proposed = ([c for c in configs(r, target) if c.split == 1 and not c.programs] for r in (region, piece))
     place = whole.index(shape) if shape in whole else 0
     best = proposed[min(place, len(proposed) - 1)]
     return best if shape in whole or best.persistent else replace(best, stages=config.stages)

@@ -169,6 +169,11 @@ def test_proposals_fit_the_work() -> None:
     assert all(len(configs(c.region, target)) > 1 for c in CASES.values())
 
 
+def test_a_light_loop_of_either_width_is_proposed_beside_rows_in_registers() -> None:
+    light = [str(c) for c in configs(nests.softmax(8192, 8192, BF16).region, Target.cuda(90))[2:4]]
+    assert light == ["x1 r2048 looped w8", "x1 r4096 looped w16"]
+
+
 @pytest.mark.parametrize("region", [nests.computed_gather_symbolic(3, 50).region, nests.plus_number(5, 100).region])
 def test_sizes_of_either_width_compile(region: Region) -> None:
     target = Target.cuda(90)

@@ -429,6 +429,19 @@ def test_one_plus_tanh(interpreter: Interpreter, dtype: torch.dtype) -> None:
     assert "tanh_plus_one" not in kernel.text
 
 
+def test_parts_go_down_pieces_of_several_lines(interpreter: Interpreter) -> None:
+    """Of what the L2 cache does not hold; the parts have the shape that their configuration names."""
+    large, small = (configs(nests.reduction("sum", 1024, n, BF16, columns=True).region, TARGET) for n in (65536, 4096))
+    wide = [c for c in large[:5] if c.x_block == 256]
+    assert [c.stages for c in wide] == [3, 1]
+    assert all(c.x_block == 64 for c in small[:5])
+    for config in wide:
+        own = replace(config, split=3)
+        part = print_region(nests.reduction("sum", 512, 300, BF16, columns=True).region, own, TARGET).kernels[0]
+        assert part.compile_options["constexprs"] == {"XB": own.x_block, "RB": own.r_block}
+        check(interpreter, nests.reduction("sum", 512, 300, BF16, columns=True), own)
+
+
 def test_split_parts_store_along_the_row_themselves() -> None:
     """Equal parts: everything is read once. Unequal ones would need a mask, so the row is read again by a third kernel."""
     case = nests.gelu_backward(64, 12, F32)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fxopt.codegen.configs.columns import column_configs, column_values, is_whole
-from fxopt.codegen.configs.demands import PROGRAMS_PER_SM, SECTOR_BYTES, has_welford, reads_once
+from fxopt.codegen.configs.demands import (
+    LINE_BYTES,
+    PROGRAMS_PER_SM,
+    SECTOR_BYTES,
+    bytes_each,
+    has_welford,
+    reads_once,
+    streaming_accesses,
+)
 from fxopt.codegen.configs.rows import row_configs
 from fxopt.codegen.triton_config import TritonConfig, next_power_of_2
 from fxopt.codegen.triton_tiling import Tiling, tile
@@ -34,12 +43,31 @@ def reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
         cut = [replace(c, split=parts[0]) for c in (found[0], *others)]
         fewer = [replace(found[0], split=p) for p in reversed(parts[1:])]
         ahead = [config for first in (cut[0], *fewer[:1]) for config in _fetching(tiling, first)]
+        if wide := _wide_parts(tiling, rows, row, found, target):
+            rest = [*ahead[:-1], *fewer[:1], *cut[2:], *fewer[1:], *found]
+            return [cut[0], *ahead[-1:], wide[0], *cut[1:2], *wide[1:], *rest]
         return [cut[0], *ahead[:1], *fewer[:1], *cut[1:2], *ahead[1:], *cut[2:], *fewer[1:], *found]
     if not static:
         return found
     at = 1 if tiling.inner_reduction and not reads_once(tiling) else 2
     cut = [replace(found[0], split=p) for p in _more_parts(tiling, rows, row, found[0], target)]
     return [*found[:at], *cut, *found[at:]]
+
+
+def _wide_parts(tiling: Tiling, rows: int, row: int, columns: Sequence[TritonConfig], target: Target) -> list[TritonConfig]:
+    """Parts, of what the L2 cache does not hold, whose programs go down pieces of four lines, not of the one that the first
+    of `columns` takes: those beside each other do not keep in step, so that memory opens a page for each line of it."""
+    width = 4 * LINE_BYTES // max((a.itemsize for a in streaming_accesses(tiling)), default=4)
+    large = rows * row * bytes_each(tiling) > target.l2_bytes
+    if tiling.inner_reduction or not large or width <= columns[0].x_block or tiling.x.hint % width:
+        return []
+    found = []
+    for config, count in zip(columns[:2], (-1, 0), strict=True):  # few parts that load ahead, or many with few registers
+        size = config.x_block * config.r_block // width
+        wide = replace(config, x_block=width, r_block=size, persistent=is_whole(tiling, size))
+        parts = _split_parts(tiling, rows, row, wide, target) if size > 0 else []
+        found += [replace(c, split=parts[count]) for c in (_fetching(tiling, wide) if count else [wide]) if parts]
+    return found
 
 
 def _fetching(tiling: Tiling, config: TritonConfig) -> list[TritonConfig]:

@@ -52,9 +52,13 @@ def row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targe
         looped.insert(1, replace(looped[0], num_warps=min(16, 2 * looped[0].num_warps)))
         looped = list(dict.fromkeys(looped))
     step = _LIGHT_WARPS * 32 * one_access(tiling)
-    light = [TritonConfig(1, r_block=step, persistent=False, num_warps=_LIGHT_WARPS)] if step < block or not static else []
+    light = [
+        TritonConfig(1, r_block=times * step, persistent=False, num_warps=times * _LIGHT_WARPS)
+        for times in (1, 2)  # a loop of half as many steps, which LLVM unrolls, needs fewer registers
+        if times * step < block or not static
+    ]
     if once or block > PERSISTENT_LIMIT:
-        looped[1:1] = light
+        looped[1:1] = light[:1]
         looped, light = list(dict.fromkeys(looped)), []
     if not static or block > PERSISTENT_LIMIT:
         read = row * sum(a.itemsize for a in streaming_accesses(tiling) if not a.writes)
