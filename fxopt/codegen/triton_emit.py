@@ -208,7 +208,7 @@ class Emitter(Memory):
         if is_share(node):
             share = "share_before_rounding" if self._may_be_fast(node) else "share"
             return f"h.{share}({', '.join(args)})"
-        if (is_bell(node) or is_of_half(node)) and node in self._rounded_later:
+        if node.name == "exp" and (is_bell(node) or is_of_half(node)) and node in self._rounded_later:
             return f"h.flushing_exp({args[0]})"
         if self._divides_many(node):
             return f"h.divide_many({', '.join(args)})"
@@ -230,7 +230,7 @@ class Emitter(Memory):
         if node in self._rounded or node.dtype in ops.HALF:
             return True
         by_number = node.name == "truediv" and isinstance(uncast(node.args[1]), Const)  # as a mean has it
-        return (by_number or node.name in ops.FEW_UNITS) and node in self._rounded_later
+        return (by_number or node.name in ops.FEW_UNITS or is_of_half(node)) and node in self._rounded_later
 
     def _divides_many(self, node: Op) -> bool:
         """Whether `node` is an exact float32 quotient whose divisor is the same for neighbours in the block."""

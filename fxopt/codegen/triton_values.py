@@ -197,8 +197,8 @@ def _is_natural(x: Int) -> bool:
 
 
 def is_of_half(node: Scalar) -> bool:
-    """exp(x) of an x in half precision, to whose rounding any error of a float32's exponential is nothing."""
-    if not (isinstance(node, Op) and node.name == "exp" and node.dtype == torch.float32):
+    """exp(x) or sigmoid(x) of an x in half precision, to whose rounding any error of a float32's exponential is nothing."""
+    if not (isinstance(node, Op) and node.name in ("exp", "sigmoid") and node.dtype == torch.float32):
         return False
     inner = uncast(node.args[0])
     return inner is not node.args[0] and inner.dtype in ops.HALF

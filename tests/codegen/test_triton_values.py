@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -716,13 +717,18 @@ def test_rows_are_asked_for_before_what_divides_them(interpreter: Interpreter) -
     check(interpreter, case, config)
 
 
-def test_exponentials_of_halves_are_short_where_the_result_is_rounded(interpreter: Interpreter) -> None:
+@pytest.mark.parametrize(
+    ("make", "short"), [(nests.exponential_gradient, "h.flushing_exp"), (nests.silu_gradient, "h.fast_sigmoid")]
+)
+def test_exponentials_of_halves_are_short_where_the_result_is_rounded(
+    interpreter: Interpreter, make: Callable[[int, torch.dtype], Case], short: str
+) -> None:
     for dtype in (BF16, torch.float16):
-        case = nests.exponential_gradient(300, dtype)
-        assert "h.flushing_exp" in print_region(case.region, TritonConfig(128), TARGET).kernels[0].text
+        case = make(300, dtype)
+        assert short in print_region(case.region, TritonConfig(128), TARGET).kernels[0].text
         check(interpreter, case, TritonConfig(128))
-    exact = print_region(nests.exponential_gradient(300, F32).region, TritonConfig(128), TARGET).kernels[0]
-    assert "flushing_exp" not in exact.text
+    exact = print_region(make(300, F32).region, TritonConfig(128), TARGET).kernels[0]
+    assert short not in exact.text
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

@@ -206,6 +206,21 @@ def exponential_gradient(n: int, dtype: torch.dtype) -> Case:
     return make(nest, [buffer(name, dtype, (n,)) for name in ("grad", "out", "dx")], "grad out", "dx", reference)
 
 
+def silu_gradient(n: int, dtype: torch.dtype) -> Case:
+    x = Sym("x0", size=n)
+    grad, a = (cast(Load(name, symbol(x), dtype), F32) for name in ("grad", "a"))
+    share, one = op("sigmoid", a), Const(1.0, F32)
+    slope = op("add", op("mul", a, op("sub", one, share)), one)
+    value = op("mul", op("mul", grad, share), slope)
+    nest = Nest((x,), (), (Store("da", symbol(x), cast(value, dtype)),))
+
+    def reference(grad: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor]:
+        share = torch.sigmoid(a)
+        return (grad * share * (a * (1 - share) + 1),)
+
+    return make(nest, [buffer(name, dtype, (n,)) for name in ("grad", "a", "da")], "grad a", "da", reference)
+
+
 def rounded_product(n: int, dtype: torch.dtype) -> Case:
     """A product that is rounded before it is added to."""
     x = Sym("x0", size=n)
