@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ def first_call(case: Case, contender: str, device: torch.device, stacks: Path | 
         "own_seconds": own_share(phases) if chosen.backend == "fxopt" else None,
         "retreats": [r for j in graphs for r in j.retreats],
         "torch_phases": _torch_phases(),
+        "cores": len(os.sched_getaffinity(0)),
         "from_eager": relative_error(outputs, tuple(t.double() for t in eager)),
     }
 

@@ -119,10 +119,19 @@ class Results:
             self.data["cases"] = load(path)["cases"]
 
     def has(self, workload: Workload, sizes: Sizes, dtype: str) -> bool:
-        return any((c["workload"], c["sizes"], c["dtype"]) == (workload.name, sizes, dtype) for c in self.data["cases"])
+        """Whether the case is there and whole."""
+        case = (workload.name, sizes, dtype)
+        return any(_identity(c) == case and not c.get("unfinished") for c in self.data["cases"])
 
-    def add(self, workload: Workload, sizes: Sizes, dtype: str, rows: Sequence[Measured]) -> None:
-        """Append a case and rewrite the file; a compact one, of hundreds, not more often than every SAVE_SECONDS."""
+    def add(
+        self, workload: Workload, sizes: Sizes, dtype: str, rows: Sequence[Measured], *, unfinished: bool = False
+    ) -> None:
+        """Append a case and rewrite the file; a compact one, of hundreds, not more often than every SAVE_SECONDS.
+
+        An `unfinished` case, which lacks rows, gives way to the same case with more of them.
+        """
+        case = (workload.name, sizes, dtype)
+        self.data["cases"] = [c for c in self.data["cases"] if not (_identity(c) == case and c.get("unfinished"))]
         self.data["cases"].append(
             {
                 "workload": workload.name,
@@ -134,6 +143,7 @@ class Results:
                 "finished": _now(),
                 "commit": revision(),
                 "rows": [r.to_dict() for r in rows],
+                **({"unfinished": True} if unfinished else {}),
             }
         )
         if not self.compact or time.monotonic() - self._saved > SAVE_SECONDS:
@@ -147,6 +157,10 @@ class Results:
         text = folded(compacted(self.data)) if self.compact else json.dumps(self.data, indent=1)
         temporary.write_text(text + "\n")
         os.replace(temporary, self.path)
+
+
+def _identity(case: dict[str, Any]) -> tuple[str, Sizes, str]:
+    return case["workload"], case["sizes"], case["dtype"]
 
 
 def load(path: Path) -> dict[str, Any]:

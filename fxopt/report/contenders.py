@@ -144,12 +144,16 @@ def pick(names: str) -> list[Contender]:
     return [CONTENDERS[n] for n in dict.fromkeys(wanted)]
 
 
+def cache_variables(root: str) -> dict[str, str]:
+    """The environment in which Inductor, Triton and fxopt keep their caches below `root`."""
+    return {name: os.path.join(root, name.split("_")[0].lower()) for name in CACHE_VARIABLES}
+
+
 @contextmanager
 def caches_under(root: str) -> Iterator[None]:
     """Inductor, Triton and fxopt keep their caches below `root` (empty: cold) while the block runs."""
     before = {name: os.environ.get(name) for name in CACHE_VARIABLES}
-    for name in CACHE_VARIABLES:
-        os.environ[name] = os.path.join(root, name.split("_")[0].lower())
+    os.environ.update(cache_variables(root))
     try:
         yield
     finally:
