@@ -142,6 +142,17 @@ def test_multi_head_attention_as_on_a_gpu(traced: list[str], monkeypatch: pytest
     assert [name.split()[-1] for name in traced] == ["forward", "backward"]
 
 
+def test_masks_that_early_passes_make(traced: list[str]) -> None:
+    """Their functions are fxopt's, too."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad():
+        want = model(x, src_key_padding_mask=padding)
+        for _ in range(2):
+            torch.testing.assert_close(start(model)(x, src_key_padding_mask=padding), want)
+    assert (hits(), len(traced)) == (1, 1)
+
+
 def test_compile_workers_start_for_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(backend, "_prestart_compiler", started.append)

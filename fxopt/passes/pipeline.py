@@ -27,6 +27,7 @@ from fxopt.passes.convolution_bias import convolution_bias
 from fxopt.passes.cse import cse
 from fxopt.passes.dead_code import dead_code
 from fxopt.passes.disjoint_windows import disjoint_windows
+from fxopt.passes.encoder_layer import encoder_layer
 from fxopt.passes.flat_convolution import flat_convolution
 from fxopt.passes.fp8_training import fp8_training
 from fxopt.passes.fusions import PATTERNS
@@ -96,7 +97,8 @@ OBSERVING: tuple[Pass, ...] = (*_UP_TO_LAYERS, Pass("observe", observe))
 """What makes a graph tell what its layers are given. All of PASSES run on it afterwards."""
 
 EARLY_PASSES: tuple[Pass, ...] = (
-    Pass("open_mask", open_mask),  # first: canonical spellings hide from which calls a mask was made
+    Pass("encoder_layer", encoder_layer),  # first: what it makes is the other passes'
+    Pass("open_mask", open_mask),  # before the next: canonical spellings hide from which calls a mask was made
     Pass("canonical_calls", canonical_calls),
     Pass("hand_attention", hand_attention),  # reads canonical spellings; its calls are the next pass's
     Pass("attention", attention),

@@ -88,12 +88,27 @@ def treated(model: nn.Module, treat: Treatment, attend: Attend | None = None) ->
     stack = _Modules(model)
     try:
         with ExitStack() as modes:
+            modes.enter_context(layer_by_layer())
             modes.enter_context(_Products(model, stack, treat))
             if attend is not None:
                 modes.enter_context(Attentions(attend, stack.attention))
             yield
     finally:
         stack.remove()
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """While this lasts, `nn.TransformerEncoder` and `nn.MultiheadAttention` run layer by layer, as they are compiled.
+
+    Else they are single operators where no gradient is recorded, and what is padding becomes zero in a nested tensor.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Modules:

@@ -15,7 +15,7 @@ from fxopt.errors import CalibrationError
 from fxopt.ir.layers import OPERANDS
 from fxopt.precision import HIGH
 from fxopt.quant.batches import Forward, call_model
-from fxopt.quant.emulate import LayerCall, treated, with_table
+from fxopt.quant.emulate import LayerCall, layer_by_layer, treated, with_table
 from fxopt.quant.emulate_attention import AttentionCall, quantized_attention
 from fxopt.quant.table import Calibration
 
@@ -44,7 +44,7 @@ class Trial:
         self.model, self.batches, self.calibration = model, batches, calibration
         self.forward: Forward = forward or call_model
         self._names = frozenset(calibration.names())
-        with torch.no_grad():
+        with torch.no_grad(), layer_by_layer():
             self._outputs = [floating_outputs(self.forward(model, batch)) for batch in batches]
         for number, outputs in enumerate(self._outputs):
             if not outputs:
@@ -147,7 +147,8 @@ class Loss:
     def __init__(self, trial: Trial, metric: Metric | None, floor: Callable[..., Any]) -> None:
         self._trial, self._metric = trial, metric
         self.floor = trial.error(floor)
-        self.reference = None if metric is None else self._value(trial.model)
+        with layer_by_layer():
+            self.reference = None if metric is None else self._value(trial.model)
 
     def of(self, run: Callable[..., Any]) -> float:
         if self.reference is not None:

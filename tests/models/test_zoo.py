@@ -54,7 +54,6 @@ LEFT_TO_TORCH = frozenset(
         "_embedding_bag_backward",
         "_embedding_bag_dense_backward",
         "_embedding_bag_per_sample_weights_backward",
-        "_transformer_encoder_layer_fwd",
         "randn_like",
         "scatter_reduce",
         "sort",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.quant.emulate import LayerCall, obstacle, quantized, treated
+from fxopt.quant.trial import Trial
 
 
 class _Block(nn.Module):
@@ -153,3 +154,42 @@ def test_convolutions_have_the_values_of_the_compiled_model() -> None:
     torch.compiler.reset()
     torch.testing.assert_close(compiled, emulated, rtol=1e-3, atol=1e-3)
     assert 0.002 < float((emulated - exact).norm() / exact.norm()) < 0.1
+
+
+class _Attends(nn.Module):
+    """torch's modules that are one operator each where no gradient is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, activation="gelu", batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2)
+        self.pool = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        x = self.body(x, src_key_padding_mask=padding)
+        return self.pool(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_torchs_encoder_layers_are_layers(precision: str) -> None:
+    """Under names that the compiled model has too, with its values, those of padding included."""
+    model = _Attends().eval()
+    padding = torch.arange(6) >= torch.tensor([[6], [4], [1]])
+    batch = (torch.randn(3, 6, 32), padding)
+    calibration = fxopt.calibrate(model, [batch], progress=False)
+    trial = Trial(model, [batch], calibration, None)
+    inner = ("self_attn", "self_attn#1", "linear1", "linear2")
+    names = [*(f"body.layers.{number}.{name}" for number in range(2) for name in inner), "pool", "pool#1"]
+    assert calibration.names() == names == list(trial.calls()[0])
+    with torch.no_grad():
+        plain = torch.compile(model, backend="fxopt", options={"strict": True})
+        assert trial.error(plain) < 1e-5
+        with trial.emulating(dict.fromkeys(names, precision)):
+            emulated = model(*batch)
+        options = {"precision": precision, "calibration": calibration}
+        compiled = torch.compile(model, backend="fxopt", options=options)(*batch)
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled, emulated, rtol=1e-3, atol=1e-3 if precision == "int8" else 1e-2)
+    assert 0.002 < trial.emulated_error(dict.fromkeys(names, precision)) < 0.2
+    assert torch.backends.mha.get_fastpath_enabled()
