@@ -156,6 +156,15 @@ def test_what_is_left_to_the_operator() -> None:
     torch.testing.assert_close(torch.compile(call, backend="fxopt")(x), call(x))
 
 
+def test_switched_off() -> None:
+    for options in ({"disable": ["encoder_layer"]}, {"fuel": 1}):
+        RECENT.clear()
+        torch.compiler.reset()
+        torch.compile(encoder(), backend="fxopt", options=options)(sequences())
+        left = [what for journal in RECENT for what, _ in journal.retreats]
+        assert len(left) == (2 if "disable" in options else 1)
+
+
 def test_layers_have_the_names_of_the_slow_path(monkeypatch: pytest.MonkeyPatch) -> None:
     model, loader = encoder(), [sequences()]
     names = fxopt.calibrate(model, loader, progress=False).names()
