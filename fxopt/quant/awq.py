@@ -13,7 +13,7 @@ from torch import nn
 from fxopt.errors import CalibrationError, OptionError
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS
-from fxopt.quant.batches import Forward, call_model, on_device
+from fxopt.quant.batches import Forward, checked_loader, on_device, run_batch
 from fxopt.quant.emulate import LayerCall, obstacle, treated, with_table
 from fxopt.quant.equalize import equalizing_divisors
 from fxopt.quant.smooth import KINDS, checked_groups, with_channels
@@ -50,9 +50,7 @@ def activation_aware(
         raise OptionError(f"there is no precision {precision!r} for weights{suggestion(precision, PRECISIONS)}")
     model = getattr(model, "_orig_mod", model)
     found = checked_groups(calibration, model, kinds)
-    rows = layer_rows(
-        model, itertools.islice(loader, batches), {n for group in found for n in group.names}, forward or call_model
-    )
+    rows = layer_rows(model, loader, batches, {n for group in found for n in group.names}, forward)
     equalizing = equalizing_divisors(calibration, model)
     zero_points = PRECISIONS[precision].activations == "int8" and PRECISIONS[precision].is_static
     for group in found:
@@ -71,8 +69,13 @@ def _with_symmetry(table: Calibration, names: Iterable[str], symmetric: bool) ->
     return replace(table, layers=tuple(replace(x, symmetric=symmetric) if x.name in kept else x for x in table.layers))
 
 
-def layer_rows(model: nn.Module, batches: Iterable[Any], names: set[str], forward: Forward) -> Mapping[str, LayerCall]:
-    """Some rows or images of what each of the layers `names` is given. Raises CalibrationError for no batches."""
+def layer_rows(
+    model: nn.Module, loader: Iterable[Any], batches: int, names: set[str], forward: Forward | None
+) -> Mapping[str, LayerCall]:
+    """Some rows or images of what each of the layers `names` is given by the first `batches` of `loader`.
+
+    Raises CalibrationError for no batches, and as `run_batch` does.
+    """
     found: dict[str, LayerCall] = {}
 
     def note(call: LayerCall) -> None:
@@ -84,8 +87,8 @@ def layer_rows(model: nn.Module, batches: Iterable[Any], names: set[str], forwar
 
     count = 0
     with torch.no_grad(), treated(model, note):
-        for batch in batches:
-            forward(model, on_device(batch, model))
+        for batch in itertools.islice(checked_loader(loader), batches):
+            run_batch(model, on_device(batch, model), count, forward)
             count += 1
     if not count:
         raise CalibrationError("the loader gave no batch: there is nothing to fit to")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar, cast
@@ -9,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from fxopt.errors import CalibrationError
+from fxopt.errors import CalibrationError, FxoptError
 
 Forward = Callable[[Any, Any], Any]
 T = TypeVar("T")
@@ -32,6 +33,60 @@ def call_model(model: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def run_batch(
+    model: nn.Module, batch: Any, number: int, forward: Forward | None, run: Callable[..., Any] | None = None
+) -> Any:
+    """`model`, or its compiled form `run`, on batch `number` of a loader, as `forward` says or as `call_model` does.
+
+    Raises CalibrationError for a batch whose values `model` does not have parameters for. Other errors of the model are
+    raised as they are, with a note that names the batch.
+    """
+    called = model if run is None else run
+    try:
+        return call_model(called, batch) if forward is None else forward(called, batch)
+    except FxoptError:
+        raise
+    except Exception as error:
+        shown = f"batch {number} of the loader, {_described(batch)},"
+        if forward is not None:
+            error.add_note(f"fxopt: {shown} was given to `forward`")
+            raise
+        problem = _misfit(model, batch)
+        if problem is None:
+            error.add_note(f"fxopt: {shown} was given to the model; `forward=` says how to call the model in another way")
+            raise
+        raise CalibrationError(f"{shown} does not fit the model's parameters: {problem}. {_ADVICE}") from error
+
+
+_ADVICE = "Say how to call the model with a batch: forward=lambda model, batch: model(batch[0]), for instance"
+
+
+def _misfit(model: nn.Module, batch: Any) -> str | None:
+    """Why the parameters of a model's forward cannot be what is in `batch`; None where they can, or are not known."""
+    try:
+        parameters = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+    try:
+        call_model(parameters.bind, batch)
+    except TypeError as error:
+        return f"{error}; forward takes {parameters}"
+    return None
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, torch.Tensor):
+        return f"a tensor {list(batch.shape)}"
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"a {kind} with {', '.join(map(repr, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return (
+            f"a {kind} of {len(batch)} ({', '.join(type(x).__name__ for x in batch[:4])}{', ...' if len(batch) > 4 else ''})"
+        )
+    return f"a {kind}"
 
 
 def on_device(batch: Any, model: nn.Module) -> Any:

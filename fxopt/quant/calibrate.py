@@ -15,7 +15,7 @@ from fxopt.errors import CalibrationError
 from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
 from fxopt.journal import RECENT, Journal
 from fxopt.options import suggestion
-from fxopt.quant.batches import Forward, call_model, checked_loader, on_device, shown
+from fxopt.quant.batches import Forward, checked_loader, on_device, run_batch, shown
 from fxopt.quant.observers import Collector
 from fxopt.quant.table import AMBIGUOUS, AVERAGE, NEVER, ROWS, ZERO, Calibration, LayerRange, check_method, joined_layers
 
@@ -48,9 +48,10 @@ def calibrate(
     `backend` is what torch.compile takes for fxopt where its package is not installed.
 
     Raises CalibrationError, naming layer and batch where there is one: for a model in training mode, what is no loader, no
-    batches, NaN or Inf among activations, a batch that torch.compile did not run compiled, and a model without layers. Warns
-    of layers that no batch reached, of such that were given only zeros, and of input channels that were always zero. What
-    the model itself raises is raised as it is.
+    batches, a batch that does not fit the model's parameters, NaN or Inf among activations, a batch that torch.compile did
+    not run compiled, and a model without layers. Warns of layers that no batch reached, of such that were given only zeros,
+    and of input channels that were always zero. What the model itself raises is raised as it is, with a note that names the
+    batch.
     """
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
@@ -64,7 +65,7 @@ def calibrate(
     with torch.no_grad():
         for batch in shown(itertools.islice(checked_loader(loader), batches), "calibrating", progress):
             collector.begin_batch()
-            (forward or call_model)(compiled, on_device(batch, model))
+            run_batch(model, on_device(batch, model), count, forward, compiled)
             count += 1
     if not count:
         raise CalibrationError("the loader gave no batch: there is nothing to calibrate with")

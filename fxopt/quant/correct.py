@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from fxopt.ir.layers import ATTENTION, CHANNEL
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Refinement
 from fxopt.quant.awq import layer_rows
-from fxopt.quant.batches import Forward, call_model
+from fxopt.quant.batches import Forward
 from fxopt.quant.emulate import LayerCall, obstacle, with_table
 from fxopt.quant.table import Calibration, LayerRange
 
@@ -44,7 +43,7 @@ def bias_corrected(
         raise OptionError(f"there is no precision {precision!r} for layers{suggestion(precision, PRECISIONS)}")
     model = getattr(model, "_orig_mod", model)
     names = {layer.name for layer in calibration.layers if layer.kind != ATTENTION and layer.obstacle is None}
-    rows = layer_rows(model, itertools.islice(loader, batches), names, forward or call_model)
+    rows = layer_rows(model, loader, batches, names, forward)
     layers = (_corrected(calibration, x, rows[x.name], precision) if x.name in rows else x for x in calibration.layers)
     return replace(calibration, layers=tuple(layers))
 

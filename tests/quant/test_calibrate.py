@@ -155,6 +155,39 @@ def test_a_model_in_training_mode() -> None:
         quiet(F.relu, batches())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_batches_that_do_not_fit_the_model(calibrated: bool) -> None:
+    """Pairs of data and labels, above all: the message names the batch and says what `forward` is for."""
+    model, data = Block().eval(), batches(2)
+    pairs = [*((x,) for x in data), (data[0], torch.tensor([1, 2]))]
+    known = quiet(model, data) if calibrated else None
+
+    def run(loader: Any, **options: Any) -> Any:
+        if known is None:
+            return quiet(model, loader, **options)
+        return fxopt.activation_aware(known, model, loader, "int8", batches=9, **options)
+
+    with pytest.raises(CalibrationError, match=r"batch 2 of the loader, a tuple of 2 \(Tensor, Tensor\), does not fit") as raised:
+        run(pairs)
+    assert "too many positional arguments; forward takes (x:" in str(raised.value) and "forward=lambda" in str(raised.value)
+    with pytest.raises(CalibrationError, match="a dict with 'x', 'y', does not fit"):
+        run([{"x": data[0], "y": data[1]}])
+    assert run(pairs, forward=lambda model, batch: model(batch[0])).names()
+
+
+def test_errors_of_the_model_name_the_batch() -> None:
+    model, data = Block().eval(), batches(1)
+    with pytest.raises(Exception) as raised:
+        quiet(model, [*data, torch.randn(2, 5, 3)])
+    assert any("batch 1 of the loader, a tensor [2, 5, 3], was given" in note for note in raised.value.__notes__)
+    with pytest.raises(KeyError) as raised:
+        quiet(model, data, forward=lambda model, batch: {}["input"])
+    assert raised.value.__notes__ == ["fxopt: batch 0 of the loader, a tensor [2, 5, 16], was given to `forward`"]
+    with pytest.raises(Exception) as raised:
+        quiet(model, ["a text"])
+    assert any("a str, was given to the model; `forward=`" in note for note in raised.value.__notes__)
+
+
 def test_an_empty_loader_and_an_unknown_method() -> None:
     with pytest.raises(CalibrationError, match="gave no batch"):
         quiet(Block().eval(), [])
