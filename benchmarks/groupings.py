@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.choosing import containing
 from benchmarks.kernels_micro import excess
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device
@@ -151,11 +152,12 @@ def main(
 ) -> None:
     """Compare the groupings that are measured with those that are estimated."""
     where = pick_device(device)
+    chosen = containing(CASES, only, lambda case: case.name)
     entries: list[dict[str, Any]] = []
     facts = {**target_facts(where), **versions(), "revision": revision()}
     out.mkdir(parents=True, exist_ok=True)
     for name in dtypes.split(","):
-        for case in (c for c in CASES if only in c.name):
+        for case in chosen:
             entries.append(measured(case, where, getattr(torch, name), seconds, part))
             text = json.dumps({"device": facts, "cases": entries}, indent=1)
             (out / f"groupings_{where.type}.json").write_text(text + "\n")

@@ -7,6 +7,7 @@ torch's profiler, of eager, Inductor and fxopt, and what fxopt's tuner has measu
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,14 @@ from benchmarks.run import measure
 from benchmarks.workload import Job, Workload
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.errors import FxoptError
+from fxopt.options import suggestion
 from fxopt.report.compare import Plan
 from fxopt.report.contenders import pick
 from fxopt.report.tables import open_console
 
 __all__ = ["WORKLOADS", "plan_case"]
+
+EXAMPLE = "layer-norm:8192x4096:bfloat16"
 
 
 def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds: float, warm: bool) -> Plan:
@@ -38,13 +42,18 @@ def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds:
 
 def job(text: str) -> Job:
     """The case that `text` describes. Raises ValueError for other text."""
+    given = re.fullmatch(r"([^:]+):(\d+)x(\d+):(\w+)", text.strip())
+    if given is None:
+        raise ValueError(f"{text!r} is no case of memory_bound: write workload:rowsxcols:dtype, as {EXAMPLE}")
+    name, rows, cols, dtype = given.groups()
+    if name not in WORKLOADS:
+        problem = f"no workload {name!r}{suggestion(name, WORKLOADS)}; there are {', '.join(WORKLOADS)}"
+        raise ValueError(f"{text!r} is no case of memory_bound: {problem}")
     try:
-        name, shape, dtype = text.strip().split(":")
-        rows, cols = map(int, shape.split("x"))
         pick_dtype(dtype)
-        return WORKLOADS[name], {"rows": rows, "cols": cols}, dtype
-    except (ValueError, KeyError, FxoptError) as error:
+    except FxoptError as error:
         raise ValueError(f"{text!r} is no case of memory_bound: {error}") from error
+    return WORKLOADS[name], {"rows": int(rows), "cols": int(cols)}, dtype
 
 
 def lines(data: dict[str, Any]) -> list[str]:
@@ -76,7 +85,10 @@ def main(
 ) -> None:
     """Time every case and print its kernels."""
     where, console = pick_device(device), open_console()
-    todo, chosen = [job(text) for text in cases.split(",")], pick(contenders)
+    try:
+        todo, chosen = [job(text) for text in cases.split(",")], pick(contenders)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     results = Results(out, where, {"seconds": seconds, "minutes": minutes, "processes": processes})
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow=False)
     if where.type == "cuda" or processes > 1:

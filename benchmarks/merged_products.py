@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from benchmarks.choosing import containing
 from benchmarks.kernels_micro import excess
 from benchmarks.results import revision, target_facts, versions
 from fxopt.report.contenders import Contender, pick
@@ -143,12 +144,12 @@ def main(
 ) -> None:
     """Time frozen layers with and without merged products."""
     where, dtype = torch.device(device), torch.bfloat16
+    chosen = containing(CASES, only, lambda case: case.name)
     document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "cases": []}
     out.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
-        if only in case.name:
-            document["cases"].append(measured(case, where, dtype, seconds))
-            (out / f"merged_products_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
+    for case in chosen:
+        document["cases"].append(measured(case, where, dtype, seconds))
+        (out / f"merged_products_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,9 +83,8 @@ def _described(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"a {kind} with {', '.join(map(repr, batch))}"
     if isinstance(batch, (tuple, list)):
-        return (
-            f"a {kind} of {len(batch)} ({', '.join(type(x).__name__ for x in batch[:4])}{', ...' if len(batch) > 4 else ''})"
-        )
+        kinds = [type(x).__name__ for x in batch[:4]] + ["..."] * (len(batch) > 4)
+        return f"a {kind} of {len(batch)} ({', '.join(kinds)})"
     return f"a {kind}"
 
 

@@ -36,9 +36,7 @@ def journal_to_text(journal: Journal) -> str:
     """One graph's record for people: kernels, library calls, retreats, passes, time."""
     sections = [
         _section("kernels", [_kernel_line(k) for k in journal.kernels]),
-        _section(
-            "library calls", [f"{count:4d} x {op}" for op, count in Counter(op for op, _ in journal.library).most_common()]
-        ),
+        _section("library calls", _counted(journal.library), len(journal.library)),
         _section("retreats to ATen", [f"{what}: {reason}" for what, reason in journal.retreats]),
         _section("passes that changed something", [_pass_line(*p) for p in journal.passes if p[1]]),
         _section("memory, beside inputs", _memory_lines(journal.memory)),
@@ -46,6 +44,11 @@ def journal_to_text(journal: Journal) -> str:
         _section("notes", [f"{topic}: {text}" for topic, text in journal.notes]),
     ]
     return "\n".join([f"== {journal.graph}", *(s for s in sections if s)])
+
+
+def _counted(library: list[tuple[str, str]]) -> list[str]:
+    """Each op that is called, with how often."""
+    return [f"{count:4d} x {op}" for op, count in Counter(op for op, _ in library).most_common()]
 
 
 def _memory_lines(memory: dict[str, int]) -> list[str]:
@@ -58,8 +61,10 @@ def _memory_lines(memory: dict[str, int]) -> list[str]:
     return lines
 
 
-def _section(title: str, lines: list[str]) -> str:
-    return "\n".join([f"  {title} ({len(lines)})", *(f"    {line}" for line in lines)]) if lines else ""
+def _section(title: str, lines: list[str], count: int | None = None) -> str:
+    """With a number in its title: of its lines, or the `count` that they stand for."""
+    head = f"  {title} ({len(lines) if count is None else count})"
+    return "\n".join([head, *(f"    {line}" for line in lines)]) if lines else ""
 
 
 def _kernel_line(kernel: KernelEntry) -> str:

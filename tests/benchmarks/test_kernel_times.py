@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
 from benchmarks.kernel_times import job, lines, main
 
@@ -26,3 +27,12 @@ def test_a_case_has_its_kernels_and_contests(tmp_path: Path, monkeypatch: pytest
 def test_what_is_no_case_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no case of memory_bound"):
         job(text)
+
+
+def test_a_misspelt_case_is_told_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"no workload 'layernorm'; did you mean 'layer-norm'\?; there are rms-norm"):
+        job("layernorm:64x64:float32")
+    with pytest.raises(ValueError, match="write workload:rowsxcols:dtype"):
+        job("layer-norm")
+    with pytest.raises(typer.BadParameter, match="unknown dtype 'float'"):
+        main("layer-norm:64x64:float", "cpu")

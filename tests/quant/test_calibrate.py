@@ -167,7 +167,8 @@ def test_batches_that_do_not_fit_the_model(calibrated: bool) -> None:
             return quiet(model, loader, **options)
         return fxopt.activation_aware(known, model, loader, "int8", batches=9, **options)
 
-    with pytest.raises(CalibrationError, match=r"batch 2 of the loader, a tuple of 2 \(Tensor, Tensor\), does not fit") as raised:
+    described = r"batch 2 of the loader, a tuple of 2 \(Tensor, Tensor\), does not fit"
+    with pytest.raises(CalibrationError, match=described) as raised:
         run(pairs)
     assert "too many positional arguments; forward takes (x:" in str(raised.value) and "forward=lambda" in str(raised.value)
     with pytest.raises(CalibrationError, match="a dict with 'x', 'y', does not fit"):

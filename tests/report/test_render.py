@@ -33,6 +33,7 @@ def sample() -> Journal:
 def test_text_says_what_fused_what_fell_back_and_why() -> None:
     text = journal_to_text(sample())
     assert "k0 [cpp, moves 3.0 MiB] <- encoder.norm, encoder.act" in text
+    assert "library calls (3)" in text, "as many as the head line says"
     assert "2 x aten::addmm" in text
     assert "1 x aten::mm" in text
     assert "aten::cumprod: no rule for it" in text
