@@ -210,8 +210,10 @@ def _quantizing(given: dict[str, Any]) -> None:
 
 
 def suggestion(name: object, valid: Iterable[str]) -> str:
-    """ "; did you mean ...?" for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(str(name), list(valid), n=1)
+    """ "; did you mean ...?" for a misspelt name, or one that is cut short; or nothing."""
+    names = list(valid)
+    longer = [n for n in names if str(name) and n.startswith(str(name))]
+    close = longer[:1] or difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

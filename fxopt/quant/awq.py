@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.errors import CalibrationError, OptionError
-from fxopt.options import suggestion
-from fxopt.precision import HIGH, PRECISIONS
-from fxopt.quant.batches import Forward, checked_loader, on_device, run_batch
+from fxopt.errors import CalibrationError
+from fxopt.precision import PRECISIONS
+from fxopt.quant.arguments import check_quantizes, given_module
+from fxopt.quant.batches import Forward, first_batches, on_device, run_batch
 from fxopt.quant.emulate import LayerCall, obstacle, treated, with_table
 from fxopt.quant.equalize import equalizing_divisors
 from fxopt.quant.smooth import KINDS, checked_groups, with_channels
@@ -46,9 +45,8 @@ def activation_aware(
     Raises OptionError for a precision that is none, CalibrationError for no batches and for a model that is not the
     calibration's.
     """
-    if precision not in PRECISIONS or precision == HIGH:
-        raise OptionError(f"there is no precision {precision!r} for weights{suggestion(precision, PRECISIONS)}")
-    model = getattr(model, "_orig_mod", model)
+    check_quantizes(precision)
+    model = given_module(model, "activation_aware")
     found = checked_groups(calibration, model, kinds)
     rows = layer_rows(model, loader, batches, {n for group in found for n in group.names}, forward)
     equalizing = equalizing_divisors(calibration, model)
@@ -87,7 +85,7 @@ def layer_rows(
 
     count = 0
     with torch.no_grad(), treated(model, note):
-        for batch in itertools.islice(checked_loader(loader), batches):
+        for batch in first_batches(loader, batches):
             run_batch(model, on_device(batch, model), count, forward)
             count += 1
     if not count:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from fxopt.errors import CalibrationError, FxoptError
+from fxopt.errors import CalibrationError, FxoptError, OptionError
 
 Forward = Callable[[Any, Any], Any]
 T = TypeVar("T")
@@ -18,8 +18,17 @@ T = TypeVar("T")
 _fresh = itertools.count()
 
 
-def checked_loader(loader: Any) -> Iterable[Any]:
-    """`loader`, if it is one. Raises CalibrationError for what is a batch by itself, or cannot be gone through."""
+def first_batches(loader: Any, count: int | None) -> Iterator[Any]:
+    """The first `count` batches of `loader`, all of them without a count.
+
+    Raises CalibrationError for what is a batch by itself, or cannot be gone through; OptionError for a count that is none.
+    """
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise OptionError(f"a number of batches is an integer of 1 or more, not {count!r}")
+    return itertools.islice(_checked_loader(loader), count)
+
+
+def _checked_loader(loader: Any) -> Iterable[Any]:
     if isinstance(loader, (torch.Tensor, Mapping, str)):
         what = "tensor" if isinstance(loader, torch.Tensor) else "mapping" if isinstance(loader, Mapping) else "string"
         raise CalibrationError(f"a loader gives batches, and this one is a {what} itself: put a batch into a list")
@@ -121,5 +130,9 @@ def shown(items: Iterable[T], what: str, progress: bool) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import track
 
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):  # a file would be left with empty lines
+        yield from items
+        return
     total = len(items) if isinstance(items, Sized) else None
-    yield from track(items, what, total=total, console=Console(stderr=True), transient=True)
+    yield from track(items, what, total=total, console=console, transient=True)

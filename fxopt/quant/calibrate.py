@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from fxopt.errors import CalibrationError
 from fxopt.ir.layers import ATTENTION, CONVOLUTION, LINEAR
 from fxopt.journal import RECENT, Journal
 from fxopt.options import suggestion
-from fxopt.quant.batches import Forward, checked_loader, on_device, run_batch, shown
+from fxopt.quant.arguments import given_module
+from fxopt.quant.batches import Forward, first_batches, on_device, run_batch, shown
 from fxopt.quant.observers import Collector
 from fxopt.quant.table import AMBIGUOUS, AVERAGE, NEVER, ROWS, ZERO, Calibration, LayerRange, check_method, joined_layers
 
@@ -53,8 +55,8 @@ def calibrate(
     and of input channels that were always zero. What the model itself raises is raised as it is, with a note that names the
     batch.
     """
-    model = getattr(model, "_orig_mod", model)
-    _check_model(model)
+    model = given_module(model, "calibrate")
+    _check_mode(model)
     check_method(method)
     _check_observers(observe)
     wanted = {method, *observe}
@@ -63,7 +65,7 @@ def calibrate(
     compiled = _observed(model, collector, backend)
     count = 0
     with torch.no_grad():
-        for batch in shown(itertools.islice(checked_loader(loader), batches), "calibrating", progress):
+        for batch in shown(first_batches(loader, batches), "calibrating", progress):
             collector.begin_batch()
             run_batch(model, on_device(batch, model), count, forward, compiled)
             count += 1
@@ -85,9 +87,7 @@ def _check_observers(observe: Collection[str]) -> None:
             raise CalibrationError(f"there is no observer {name!r}{suggestion(name, _OBSERVERS)}: {', '.join(_OBSERVERS)}")
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise CalibrationError(f"fxopt.calibrate takes a module, not a {type(model).__name__}")
+def _check_mode(model: nn.Module) -> None:
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         where = f"module {training!r} of the model" if training else "the model"
@@ -154,12 +154,12 @@ def _warn(layers: tuple[LayerRange, ...]) -> None:
         if named:
             warnings.warn(f"{_listed(named)}: {obstacle}; not to be quantized with this calibration", stacklevel=3)
     dead = [(layer, int((layer.channel_amax() == 0).sum())) for layer in layers if layer.obstacle is None]
-    named = [f"{layer.name} ({count} of {layer.channel_amax().numel()})" for layer, count in dead if count]
-    if named:
-        warnings.warn(f"{_listed(named)}: channels that were given only zeros", stacklevel=3)
+    shares = {layer.name: f" ({count} of {layer.channel_amax().numel()})" for layer, count in dead if count}
+    if shares:
+        warnings.warn(f"{_listed(list(shares), shares)}: channels that were given only zeros", stacklevel=3)
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:MOST_NAMED]))
+def _listed(names: list[str], remarks: Mapping[str, str] = MappingProxyType({})) -> str:
+    shown = ", ".join(f"{name!r}{remarks.get(name, '')}" for name in names[:MOST_NAMED])
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return f"layer{'s' if len(names) > 1 else ''} {shown}{more}"

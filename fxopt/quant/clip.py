@@ -7,11 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxopt.errors import OptionError
 from fxopt.ir.layers import CONVOLUTION
 from fxopt.ir.quantized_ops import dequantized, quantize_weight
-from fxopt.options import suggestion
-from fxopt.precision import HIGH, PRECISIONS, Refinement, convolution_misfit, group_of, misfit
+from fxopt.precision import PRECISIONS, Refinement, convolution_misfit, group_of, misfit
+from fxopt.quant.arguments import check_quantizes, given_module
 from fxopt.quant.smooth import checked_groups, weight_of
 from fxopt.quant.table import Calibration, LayerRange
 
@@ -29,9 +28,8 @@ def clipped(calibration: Calibration, model: nn.Module, precision: str = "int4-w
 
     Raises OptionError for a precision that is none, CalibrationError for a model that is not the calibration's.
     """
-    if precision not in PRECISIONS or precision == HIGH:
-        raise OptionError(f"there is no precision {precision!r} for weights{suggestion(precision, PRECISIONS)}")
-    model = getattr(model, "_orig_mod", model)
+    check_quantizes(precision)
+    model = given_module(model, "clipped")
     checked_groups(calibration, model)
     layers = []
     for layer in calibration.layers:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt.errors import OptionError
 from fxopt.ir.layers import ATTENTION, CHANNEL
-from fxopt.options import suggestion
-from fxopt.precision import HIGH, PRECISIONS, Refinement
+from fxopt.precision import Refinement
+from fxopt.quant.arguments import check_quantizes, given_module
 from fxopt.quant.awq import layer_rows
 from fxopt.quant.batches import Forward
 from fxopt.quant.emulate import LayerCall, obstacle, with_table
@@ -39,9 +38,8 @@ def bias_corrected(
 
     Raises OptionError for a precision that is none, CalibrationError for no batches.
     """
-    if precision not in PRECISIONS or precision == HIGH:
-        raise OptionError(f"there is no precision {precision!r} for layers{suggestion(precision, PRECISIONS)}")
-    model = getattr(model, "_orig_mod", model)
+    check_quantizes(precision)
+    model = given_module(model, "bias_corrected")
     names = {layer.name for layer in calibration.layers if layer.kind != ATTENTION and layer.obstacle is None}
     rows = layer_rows(model, loader, batches, names, forward)
     layers = (_corrected(calibration, x, rows[x.name], precision) if x.name in rows else x for x in calibration.layers)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import CalibrationError
+from fxopt.quant.arguments import given_module
 from fxopt.quant.smooth import weight_of, whole_octaves, with_channels
 from fxopt.quant.table import Calibration
 
@@ -31,7 +32,7 @@ def equalized(calibration: Calibration, model: nn.Module) -> Calibration:
     Which layers follow each other is what calibration has seen (`after` in the table); others keep their divisors, and so do
     those whose user has set `scale`. Raises CalibrationError if there are no two such layers.
     """
-    divisors = equalizing_divisors(calibration, getattr(model, "_orig_mod", model))
+    divisors = equalizing_divisors(calibration, given_module(model, "equalized"))
     if not divisors:
         raise CalibrationError(
             "no two of the calibration's layers follow each other in this model with nothing between them but what scales as"

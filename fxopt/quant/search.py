@@ -31,8 +31,9 @@ from fxopt.ir.layers import ATTENTION, LINEAR, OPERANDS, attention_of
 from fxopt.options import suggestion
 from fxopt.precision import HIGH, PRECISIONS, Decisions
 from fxopt.quant import savings
+from fxopt.quant.arguments import given_module
 from fxopt.quant.awq import activation_aware
-from fxopt.quant.batches import Forward, checked_loader, compiled_apart, on_device, shown
+from fxopt.quant.batches import Forward, compiled_apart, first_batches, on_device, shown
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.choice import Offer, decisions, in_order
 from fxopt.quant.emulate import LayerCall, obstacle
@@ -200,9 +201,8 @@ class Search:
     ) -> None:
         wanted = _checked_precisions(precisions)
         _check_trials(trials)
-        model = getattr(model, "_orig_mod", model)
-        given = itertools.islice(checked_loader(loader), batches) if isinstance(model, nn.Module) else []
-        kept = [on_device(batch, model) for batch in given]
+        model = given_module(model, "quantize")
+        kept = [on_device(batch, model) for batch in first_batches(loader, batches)]
         on_gpu = any(t.is_cuda for t in itertools.chain(model.parameters(), model.buffers())) if kept else False
         observe = (ATTENTION,) if on_gpu and "fp8" in wanted else ()
         table = calibrate(model, kept, forward=forward, method=method, observe=observe, progress=progress, backend=backend)

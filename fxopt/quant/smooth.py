@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import CalibrationError, OptionError
 from fxopt.ir.layers import CONVOLUTION, LINEAR
+from fxopt.quant.arguments import given_module
 from fxopt.quant.table import Calibration, LayerRange
 
 
@@ -27,7 +28,7 @@ def smoothed(calibration: Calibration, model: nn.Module, strength: float = 0.5) 
     """
     if not 0.0 <= strength <= 1.0:
         raise OptionError(f"a strength lies between 0 and 1, not at {strength!r}")
-    found = checked_groups(calibration, getattr(model, "_orig_mod", model))
+    found = checked_groups(calibration, given_module(model, "smoothed"))
     divisors = {name: group.divisors(strength) for group in found for name in group.names}
     return with_channels(calibration, divisors)
 

@@ -12,7 +12,10 @@ from pathlib import Path
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Aside, and renamed. Raises OSError where that is not possible."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

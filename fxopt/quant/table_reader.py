@@ -204,7 +204,9 @@ class Reader:
         try:
             content = beside.read_bytes()
         except OSError as error:
-            raise self.fail("tensors", f"{beside} cannot be read: {error.strerror}; it belongs beside") from error
+            raise self.fail(
+                "tensors", f"{beside} cannot be read: {error.strerror}; it belongs beside {self.path.name}"
+            ) from error
         if hashlib.sha256(content).hexdigest() != digest:
             raise self.fail("tensors", f"{beside} is damaged, or belongs to another calibration")
         try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import journal
-from fxopt.errors import CalibrationError
+from fxopt.errors import CalibrationError, OptionError
 from fxopt.ir.observer_ops import BINS, MOST_COUNTED, exponent_histogram
 from fxopt.quant.calibrate import calibrate
 from fxopt.quant.table import NEVER, ZERO, Calibration
@@ -176,6 +176,27 @@ def test_batches_that_do_not_fit_the_model(calibrated: bool) -> None:
     assert run(pairs, forward=lambda model, batch: model(batch[0])).names()
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5, True])
+def test_a_number_of_batches_is_one_or_more(count: Any) -> None:
+    with pytest.raises(OptionError, match="a number of batches is an integer of 1 or more, not"):
+        quiet(Block().eval(), batches(1), batches=count)
+
+
+def test_functions_of_tables_say_what_they_take() -> None:
+    model, data = Block().eval(), batches(1)
+    known = quiet(model, data)
+    with pytest.raises(CalibrationError, match=r"fxopt\.smoothed takes a module, not a list"):
+        fxopt.smoothed(known, data, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match=r"fxopt\.bias_corrected takes a module, not a list"):
+        fxopt.bias_corrected(known, data, model, "int8")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"no precision 'int4' in few bits; did you mean 'int4-weight'\?: fp8, int8"):
+        fxopt.clipped(known, model, "int4")
+    with pytest.raises(OptionError, match="no precision 'high' in few bits"):
+        fxopt.activation_aware(known, model, data, "high")
+    with pytest.raises(OptionError, match="a number of batches is"):
+        fxopt.bias_corrected(known, model, data, "int8", batches=0)
+
+
 def test_errors_of_the_model_name_the_batch() -> None:
     model, data = Block().eval(), batches(1)
     with pytest.raises(Exception) as raised:
@@ -242,7 +263,7 @@ def test_layers_without_data_stay_high_and_are_named() -> None:
     messages = [str(w.message) for w in told]
     assert any("'never'" in m and NEVER in m for m in messages)
     assert any("'dead'" in m and ZERO in m for m in messages)
-    assert any("'used (1 of 16)'" in m and "only zeros" in m for m in messages)
+    assert any("'used' (1 of 16)" in m and "only zeros" in m for m in messages)
     with torch.no_grad(), pytest.warns(UserWarning, match=f"'never': {NEVER}"):
         explained = fxopt.explain(model, torch.randn(7, 5, 16), fxopt_options={"precision": "int8", "calibration": found})
     notes = [text for j in explained.graphs for topic, text in j.notes if topic == "precision"]

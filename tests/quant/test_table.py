@@ -213,3 +213,9 @@ def test_merging_what_does_not_belong_together_names_the_first(other: Calibratio
     with pytest.raises(CalibrationError) as caught:
         Calibration.merge(table().with_layer("head", scale=0.25), other)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        table().save(tmp_path / "none" / "model.fxcal")
+    assert str(raised.value.filename).startswith(str(tmp_path / "none" / "model.fxcal"))
