@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fxopt.codegen.templates.weight_gemm import ZERO_WITH_128, widened, with_128
-from fxopt.codegen.triton_helpers import INTERPRETED
+from fxopt.codegen.triton_helpers import INTERPRETED, bring_bytes
 
 PHASES = 5
 PLAIN, RESIDUAL, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -34,16 +34,6 @@ ALL_HAVE_COME = tl.constexpr("""{ .reg .pred waits; .reg .b32 thread, seen;
     @waits bra AGAIN;
     PASSED: }""")
 """One thread counts its program in the word at $1, and waits until that is $2."""
-
-INTO_CACHE = tl.constexpr("""{ .reg .pred asks; .reg .b32 thread, offset; .reg .b64 place;
-    mov.u32 $0, 0;
-    mov.u32 thread, %tid.x;
-    setp.lt.u32 asks, thread, 32;
-    mul.lo.u32 offset, thread, $2;
-    cvt.u64.u32 place, offset;
-    add.u64 place, place, $1;
-    @asks cp.async.bulk.prefetch.L2.global [place], $2; }""")
-"""Thirty-two threads ask for $2 bytes each, from address $1 on."""
 
 
 @triton.jit
@@ -63,10 +53,7 @@ def barrier(arrivals, wanted):
 @triton.jit
 def bring(w, nbytes):
     """Begin to load `nbytes`, a multiple of 512, from pointer w on into the L2 cache."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            INTO_CACHE, "=r,l,r", [w.to(tl.int64), nbytes // 32], dtype=tl.int32, is_pure=False, pack=1
-        )
+    bring_bytes(w.to(tl.int64), nbytes // 32, nbytes)
 
 
 @triton.constexpr_function

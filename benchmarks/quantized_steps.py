@@ -31,6 +31,7 @@ from benchmarks.quantized_models import contenders
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.ir.exprs import evaluate
+from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
 from fxopt.quant.calibrate import calibrate
 from fxopt.report.backends import resolve_backend, unshared
@@ -70,7 +71,9 @@ class Step:
 
 
 def steps_of(plan: Plan) -> list[Step]:
-    """The launches and calls of `plan`, in order."""
+    """The launches and calls of `plan`, in order. What kernels bring for later ones (`tune/ahead.py`) is these ones': of
+    constants and parameters, the last one's that names them.
+    """
     specs: dict[str, BufferSpec] = {b.name: b for b in (*plan.constants, *plan.buffers)}
     for given in plan.inputs:
         if given.kind == "tensor" and given.dtype is not None and given.device is not None:
@@ -83,9 +86,12 @@ def steps_of(plan: Plan) -> list[Step]:
         return name
 
     found = []
+    last = {root(name): step for step in plan.steps if isinstance(step, Launch) for name in step.buffers}
+    weights = {c.name for c in plan.constants} | {given.name for given in plan.inputs if given.role is Role.PARAMETER}
     for step in plan.steps:
         if isinstance(step, Launch):
-            names, label, what = list(step.buffers), step.label, step.entry
+            names = [n for n in step.buffers if root(n) not in weights or last[root(n)] is step]
+            label, what = step.label, step.entry
         elif isinstance(step, Call):
             names = [*refs((step.args, step.kwargs)), *(n for n in step.outputs if n)]
             label, what = "", step.op

@@ -591,3 +591,36 @@ def bring(places):
 def elements_of_line(dtype):
     """Of those 128 bytes that the L2 cache takes at a time."""
     return 1024 // dtype.primitive_bitwidth
+
+
+INTO_CACHE = tl.constexpr("""{ .reg .pred asks, inside; .reg .b32 offset, end; .reg .b64 place;
+    mov.u32 $0, 0;
+    mov.u32 offset, %tid.x;
+    setp.lt.u32 asks, offset, 32;
+    mul.lo.u32 offset, offset, $2;
+    add.u32 end, offset, $2;
+    setp.le.and.s32 inside, end, $3, asks;
+    cvt.u64.u32 place, offset;
+    add.u64 place, place, $1;
+    @inside cp.async.bulk.prefetch.L2.global [place], $2; }""")
+
+
+@triton.jit
+def bring_bytes(place, each, left):
+    """Begin to bring `left` bytes from address `place` (int64) on into the L2 cache, and no more than `each` for each of 32
+    threads, all multiples of 16; a portion of `each` that is not there as a whole is left out. From Hopper on.
+    """
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(INTO_CACHE, "=r,l,r,r", [place, each, left], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def bring_share(w, first, size, each):
+    """Begin to bring this program's share of `size` bytes, from byte `first` of w on, into the L2 cache: all programs take
+    turns at portions of 32 times `each` bytes, a multiple of 128.
+    """
+    if not INTERPRETED:
+        lines = (w.to(tl.int64) + first) // 128 * 128
+        portion = each * 32
+        for start in range(tl.program_id(0) * portion, size, tl.num_programs(0) * portion):
+            bring_bytes(lines + start, each, size - start)

@@ -22,16 +22,26 @@ def with_steady_reads(lowered: Lowered, parameters: Collection[str], states: Col
     `parameters` names inputs that are weights: they share no memory with what another input's name writes. `states` are
     those that are written where they lie (caches).
     """
-    views = {s.name: s for s in lowered.steps if isinstance(s, Alias)}
-    written = {base_of(name, views) for step in lowered.steps for name in _writes(step)}
-    steady = {*parameters, *lowered.constants} - written
+    views = views_of(lowered)
+    steady = {*parameters, *lowered.constants} - written(lowered)
     names = steady | {name for name in views if base_of(name, views) in steady}
     steps = [_marked(step, names) for step in lowered.steps]
-    read = {base_of(name, views) for step in lowered.steps for name in _reads(step)}
+    read = {base_of(name, views) for step in lowered.steps for name in reads(step)}
     groupings = tuple(_marked(each, names) for each in lowered.groupings)
     lasting = lowered.lasting or frozenset((*parameters, *states, *lowered.constants)) & read
     total = lowered.lasting_bytes or sum(nbytes(lowered.buffers[name]) for name in lasting)
     return replace(lowered, steps=steps, groupings=groupings, lasting=lasting, lasting_bytes=total)
+
+
+def views_of(lowered: Lowered) -> dict[str, Alias]:
+    """The views among the steps, by name."""
+    return {s.name: s for s in lowered.steps if isinstance(s, Alias)}
+
+
+def written(lowered: Lowered) -> set[str]:
+    """The memory that steps write: of views, what they are of."""
+    views = views_of(lowered)
+    return {base_of(name, views) for step in lowered.steps for name in _writes(step)}
 
 
 def _marked(step: S, steady: Collection[str]) -> S:
@@ -55,12 +65,13 @@ def _writes(step: Step) -> Iterator[str]:
             yield from step.writes if isinstance(step.writes, tuple) else step.writes()
 
 
-def _reads(step: Step) -> Iterator[str]:
+def reads(step: Step) -> Iterator[str]:
+    """Every name that `step` reads; a view reads nothing."""
     match step:
         case Alternatives():
             for way in step.ways:
                 for each in way.steps:
-                    yield from _reads(each)
+                    yield from reads(each)
         case Alias():
             pass
         case Call():

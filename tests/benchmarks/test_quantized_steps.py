@@ -50,3 +50,14 @@ def test_what_convolutions_multiply_and_gathers_read() -> None:
     convolution, gather = steps_of(plan)
     assert convolution.products == [(64 * 14 * 14, 9 * 32, 64, torch.int8)]
     assert gather.nbytes == 2 * 16 * 8 * 4 + 16 * 8
+
+
+def test_weights_that_a_kernel_brings_for_a_later_one_are_read_by_that() -> None:
+    device = torch.device("cuda", 0)
+    row, weight, bias = (BufferSpec(n, torch.float32, device, (k,), (1,)) for n, k in (("x", 16), ("w", 4096), ("c", 16)))
+    launches = (
+        Launch("k", "triton", "fx_attention", ("x", "w"), (), device),
+        Launch("k", "triton", "fx_row_sum", ("x", "w", "c"), (), device),
+    )
+    attention, product = steps_of(Plan("test", (), (weight,), (), (row, bias), launches, ()))
+    assert (attention.nbytes, product.nbytes) == (16 * 4, (16 + 4096 + 16) * 4)
