@@ -41,17 +41,19 @@ def programs_of(source: KernelSource) -> int | None:
     return programs if isinstance(programs, int) and others == [1, 1] else None
 
 
-def bringing(source: KernelSource, pieces: Sequence[Piece]) -> KernelSource:
-    """`source` with programs that share out `pieces` between them, and bring those before they wait for other kernels.
+def bringing(source: KernelSource, pieces: Sequence[Piece], own: Sequence[tuple[str, int]] = ()) -> KernelSource:
+    """`source` with programs that share out `pieces` between them, and bring those before they wait for other kernels; first
+    of all so many bytes of what some of its `own` parameters point to.
 
-    Where, how much and in which portions are parameters: the text depends on how many pieces there are. Raises
+    Where pieces lie and how large they are are parameters: the text depends on how many there are. Raises
     UnsupportedError for kernels whose programs are unknown in number or not in one dimension, and batched ones.
     """
     programs = programs_of(source)
     if programs is None or source.members or source.language != "triton":
         raise UnsupportedError("a kernel whose programs cannot share out what they bring")
     names = [f"ahead{k}" for k in range(len(pieces))]
-    lines = [f"{_INDENT}h.bring_share({n}, {n}_first, {n}_size, {n}_each)\n" for n in names]
+    lines = [f"{_INDENT}h.bring_share({name}, 0, {size}, {LINE})\n" for name, size in own]
+    lines += [f"{_INDENT}h.bring_share({n}, {n}_first, {n}_size, {n}_each)\n" for n in names]
     given = source.compile_options["signature"]
     sizes = {f"{n}_{what}": kind for n in names for what, kind in (("first", "i64"), ("size", "i32"), ("each", "i32"))}
     pointers = {p: kind for p, kind in given.items() if kind.startswith(("*", "tensordesc"))}

@@ -3,8 +3,9 @@
 A step for one row or few (a decoding step, a model at batch 1) is a chain of short kernels. Each waits for the one
 before it, loads a row, multiplies, adds up between warps and stores, and the memory rests for much of that; so it does while
 kernels run that read no weights (attention, norms). Where weights lie is known from the beginning, so each kernel asks,
-before it waits, for what comes after its own: `WINDOW` of the L2 cache is always on its way. Contests, which time kernels
-alone, could not tell what that is worth; it is done where weights are more than the L2 cache holds.
+before it waits, for what comes after its own: `WINDOW` of the L2 cache is always on its way. It also asks for what is small
+of its own (a norm's weight, scales), which it would otherwise load when it has waited. Contests, which time kernels alone,
+could not tell what that is worth; it is done where weights are more than the L2 cache holds.
 """
 
 from __future__ import annotations
@@ -39,11 +40,17 @@ LEAST = 1 << 20
 """Bytes that are worth a kernel's asking."""
 
 LEAST_PIECE = 64 << 10
+"""Of a large weight."""
+
 MOST_PIECES = 4
 """Of a kernel, whose parameters they are."""
 
 FEW_BYTES = 4 << 20
 """Of what a kernel touches beside weights and states: of one that moves more the memory does not rest."""
+
+
+Place = tuple[str, int]
+"""A kernel: the name of a step, and which of its kernels."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class Asking:
 def with_weights_ahead(
     lowered: Lowered, chosen: dict[str, Choice], options: Options, store: ArtifactStore, journal: Journal
 ) -> dict[str, Choice]:
-    """`chosen` with kernels that bring later steps' weights, on GPUs that start kernels early and have `lowered.lasting`
-    weights beyond their L2 cache. Kernels that would not build so, or spill, stay as they are.
+    """`chosen` with kernels that bring later steps' weights, and small ones of their own, on GPUs that start kernels early,
+    where `lowered.lasting` is more than the L2 cache holds. Kernels that would not build so, or spill, stay as they are.
     """
     device = next((s.device for s in lowered.steps if isinstance(s, Work) and s.device.type == "cuda"), None)
     if NAME in options.disable or options.tuning_seconds == 0 or device is None:
@@ -68,38 +75,59 @@ def with_weights_ahead(
     target = Target.current(device)
     if lowered.lasting_bytes <= target.l2_bytes:
         return chosen
-    stream, places = stream_of(lowered), list[tuple[Work, int, Asking]]()
+    whole, stream = constants(lowered), stream_of(lowered)
+    asking: dict[Place, Asking] = {}
+    small: dict[Place, list[tuple[str, int]]] = {}
     read = 0
     for step in lowered.steps:
         before, read = read, read + sum(piece.size for piece in stream.get(id(step), ()))
         if not isinstance(step, Work) or step.device != device:
             continue
         for number, (source, artifact) in enumerate(chosen[step.name].kernels):
-            most = _most(step, source, artifact, lowered)
-            begun = read if OTHERS_END in source.text else before  # else its own come when it has waited
-            places += [(step, number, Asking(begun, most))] if most >= LEAST else []
+            if not _may_ask(step, source, artifact, lowered):
+                continue
+            place, loads_first = (step.name, number), OTHERS_END in source.text
+            if not (loads_first and isinstance(step, Region)):  # which has loaded them then
+                small[place] = [(f"b{k}", whole[n].size) for k, n in enumerate(source.buffers) if _is_small(whole.get(n))]
+            most = MOST_OF_PROGRAM * (programs_of(source) or 0)
+            if most >= LEAST:
+                asking[place] = Asking(read if loads_first else before, most)
     pieces = shared_out(
         [p for step in lowered.steps for p in stream.get(id(step), ())],
-        [asking for *_, asking in places],
+        list(asking.values()),
         int(target.l2_bytes * WINDOW),
     )
-    wanted = {(step.name, number): own for (step, number, _), own in zip(places, pieces, strict=True) if own}
-    return _built(chosen, _padded(chosen, wanted), target, store, journal)
+    wanted = _padded(chosen, {place: own for place, own in zip(asking, pieces, strict=True) if own})
+    places = dict.fromkeys((*wanted, *(place for place, own in small.items() if own)))
+    sources = {p: bringing(_kernel(chosen, p)[0], wanted.get(p, ()), small.get(p, ())) for p in places}
+    brought = sum(piece.size for own in wanted.values() for piece in own)
+    journal.note(NAME, f"{len(wanted)} kernels bring {brought / 1e6:.0f} MB of weights into the L2 cache for later ones")
+    return _built(chosen, sources, target, store, journal)
+
+
+def constants(lowered: Lowered) -> dict[str, Piece]:
+    """The weights that nothing writes, and views of them, that have no gaps: where each lies in the memory that it is of."""
+    base = views_of(lowered)
+    unwritten = lowered.lasting - written(lowered)
+    found = {}
+    for name, spec in lowered.buffers.items():
+        root, first = _place(name, base)
+        size = _dense_bytes(spec)
+        if root in unwritten and first is not None and size:
+            found[name] = Piece(root, first * spec.dtype.itemsize, size)
+    return found
 
 
 def stream_of(lowered: Lowered) -> dict[int, list[Piece]]:
-    """What each step (by identity) is the first to read of weights: whole ones, in the memory that they are views of."""
-    base = views_of(lowered)
-    constant = lowered.lasting - written(lowered)
+    """The large weights that each step (by identity) is the first to read."""
+    whole = constants(lowered)
     seen: set[tuple[str, int]] = set()
     found: dict[int, list[Piece]] = {}
     for step in lowered.steps:
-        for name in _read_whole(step):
-            root, first = _place(name, base)
-            size = _dense_bytes(lowered.buffers.get(name))
-            if root in constant and first is not None and size >= LEAST_PIECE and (root, first) not in seen:
-                seen.add((root, first))
-                found.setdefault(id(step), []).append(Piece(root, first * lowered.buffers[name].dtype.itemsize, size))
+        for piece in (whole[name] for name in _read_whole(step) if name in whole):
+            if piece.size >= LEAST_PIECE and (piece.buffer, piece.first) not in seen:
+                seen.add((piece.buffer, piece.first))
+                found.setdefault(id(step), []).append(piece)
     return found
 
 
@@ -137,51 +165,49 @@ def _between(stream: Sequence[Piece], first: int, end: int) -> list[Piece]:
     return found
 
 
-def _most(step: Work, source: KernelSource, artifact: Artifact, lowered: Lowered) -> int:
-    """Bytes that the kernel may ask for. Tiles of a product that do not load their weights first are none that wait."""
-    programs = programs_of(source)
-    if programs is None or source.language != "triton" or isinstance(step, Batch) or not artifact.meta.get("chained"):
-        return 0
-    if isinstance(step, Contraction | SideBySide) and OTHERS_END not in source.text:
-        return 0
-    touched = sum(nbytes(spec) for name, spec in step.buffers.items() if name not in lowered.lasting)
-    return 0 if touched > FEW_BYTES else programs * MOST_OF_PROGRAM
+def _may_ask(step: Work, source: KernelSource, artifact: Artifact, lowered: Lowered) -> bool:
+    """Whether the kernel waits for memory: not tiles of a product, of which others are to begin early (`assemble.py`)."""
+    waits = not isinstance(step, Contraction | SideBySide) or OTHERS_END in source.text
+    if not waits or programs_of(source) is None or isinstance(step, Batch) or not artifact.meta.get("chained"):
+        return False
+    return sum(nbytes(spec) for name, spec in step.buffers.items() if name not in lowered.lasting) <= FEW_BYTES
 
 
-def _padded(
-    chosen: Mapping[str, Choice], wanted: Mapping[tuple[str, int], list[Piece]]
-) -> dict[tuple[str, int], list[Piece]]:
+def _is_small(piece: Piece | None) -> bool:
+    return piece is not None and piece.size < LEAST_PIECE
+
+
+def _kernel(chosen: Mapping[str, Choice], place: Place) -> tuple[KernelSource, Artifact]:
+    name, number = place
+    return chosen[name].kernels[number]
+
+
+def _padded(chosen: Mapping[str, Choice], wanted: Mapping[Place, list[Piece]]) -> dict[Place, list[Piece]]:
     """`wanted` with as many pieces, some of them empty, for all kernels of one text, so that these stay one kernel."""
-    text = {place: chosen[place[0]].kernels[place[1]][1].key for place in wanted}
     most: dict[str, int] = {}
     for place, pieces in wanted.items():
-        most[text[place]] = max(most.get(text[place], 0), len(pieces))
-    return {
-        place: [*pieces, *[Piece(pieces[0].buffer, 0, 0)] * (most[text[place]] - len(pieces))]
-        for place, pieces in wanted.items()
-    }
+        key = _kernel(chosen, place)[1].key
+        most[key] = max(most.get(key, 0), len(pieces))
+    missing = {place: most[_kernel(chosen, place)[1].key] - len(pieces) for place, pieces in wanted.items()}
+    return {place: [*pieces, *[Piece(pieces[0].buffer, 0, 0)] * missing[place]] for place, pieces in wanted.items()}
 
 
 def _built(
     chosen: dict[str, Choice],
-    wanted: Mapping[tuple[str, int], list[Piece]],
+    sources: Mapping[Place, KernelSource],
     target: Target,
     store: ArtifactStore,
     journal: Journal,
 ) -> dict[str, Choice]:
-    """`chosen` with the kernels that bring what is `wanted`, where these could be built."""
-    sources = {place: bringing(chosen[place[0]].kernels[place[1]][0], pieces) for place, pieces in wanted.items()}
+    """`chosen` with `sources` in their places, where these could be built and spill no more than what they replace."""
     with journal.timed("kernels that bring weights"):
         made = compile_kernels(sources.values(), target, store)
-    found, brought = dict(chosen), 0
+    found = dict(chosen)
     for ((name, number), source), artifact in zip(sources.items(), made, strict=True):
         kernels = list(found[name].kernels)
-        if not isinstance(artifact, Artifact) or artifact.meta["n_spills"] > kernels[number][1].meta["n_spills"]:
-            continue
-        kernels[number] = source, artifact
-        found[name] = replace(found[name], kernels=tuple(kernels))
-        brought += sum(piece.size for piece in wanted[name, number])
-    journal.note(NAME, f"{len(sources)} kernels bring {brought / 1e6:.0f} MB of weights into the L2 cache for later ones")
+        if isinstance(artifact, Artifact) and artifact.meta["n_spills"] <= kernels[number][1].meta["n_spills"]:
+            kernels[number] = source, artifact
+            found[name] = replace(found[name], kernels=tuple(kernels))
     return found
 
 

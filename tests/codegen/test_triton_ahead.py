@@ -83,6 +83,15 @@ def test_texts_depend_on_how_many_pieces_there_are() -> None:
     assert bringing(source, PIECES).text == bringing(source, others).text != bringing(source, PIECES[:1]).text
 
 
+def test_operands_of_its_own_are_no_new_parameters() -> None:
+    source = first(nests.softmax(512, 100_000, F32))
+    given = bringing(source, PIECES[:1], [("b0", 4096)])
+    assert given.buffers == (*source.buffers, "w")
+    ptx = compile_to_text(given, H100, "ptx")
+    before, after = ptx[ptx.index(".entry") :].split(WAIT)
+    assert len(ASKED.findall(before)) == 2 and not ASKED.search(after)
+
+
 def test_programs_ask_for_equal_shares() -> None:
     source = first(nests.softmax(512, 100_000, F32))
     (programs, *_) = source.grid

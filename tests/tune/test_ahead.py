@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fxopt.codegen.triton_ahead import Piece
+from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.loops import Load, Nest, Op, Store
@@ -182,3 +183,23 @@ def test_what_is_written_gathered_from_or_has_gaps_is_left_alone() -> None:
 
     gaps = replace(low.buffers["w0"], shape=(1024, 1024), strides=(4096, 1))
     assert not stream_of(replace(low, buffers=low.buffers | {"w0": gaps}))
+
+
+def test_a_kernel_asks_for_small_weights_of_its_own_which_it_has_not_loaded(
+    compiler: Compiler, store: ArtifactStore
+) -> None:
+    low = replace(chain(8, size=16 << 10), lasting_bytes=128 * MIB)
+    chosen = with_weights_ahead(low, chosen_for(low, 1), Options(), store, Journal("test"))
+    texts = {source.text for choice in chosen.values() for source, _ in choice.kernels}
+    assert len(texts) == 1 and "h.bring_share(b1, 0, 16384, 128)" in next(iter(texts))
+    (source, _), *_ = chosen["r3"].kernels
+    assert source.buffers == ("x3", "w3", "x4")
+
+    early = {name: replace(c, kernels=((loading := with_marker(c), made(loading)),)) for name, c in chosen_for(low).items()}
+    assert with_weights_ahead(low, early, Options(), store, Journal("test")) == early
+
+
+def with_marker(choice: Choice) -> KernelSource:
+    """The kernel as one that loads weights before it waits."""
+    (source, _) = choice.kernels[0]
+    return replace(source, text=source.text.replace("    pass", f"    {OTHERS_END}\n    pass"))
