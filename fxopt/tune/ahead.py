@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from fxopt.codegen.compile import compile_kernels
 from fxopt.codegen.triton_ahead import Piece, bringing, programs_of
 from fxopt.codegen.triton_chain import OTHERS_END
@@ -75,34 +77,58 @@ def with_weights_ahead(
     target = Target.current(device)
     if lowered.lasting_bytes <= target.l2_bytes:
         return chosen
-    whole, stream = constants(lowered), stream_of(lowered)
-    asking: dict[Place, Asking] = {}
-    small: dict[Place, list[tuple[str, int]]] = {}
-    read = 0
-    for step in lowered.steps:
-        before, read = read, read + sum(piece.size for piece in stream.get(id(step), ()))
-        if not isinstance(step, Work) or step.device != device:
-            continue
-        for number, (source, artifact) in enumerate(chosen[step.name].kernels):
-            if not _may_ask(step, source, artifact, lowered):
-                continue
-            place, loads_first = (step.name, number), OTHERS_END in source.text
-            if not (loads_first and isinstance(step, Region)):  # which has loaded them then
-                small[place] = [(f"b{k}", whole[n].size) for k, n in enumerate(source.buffers) if _is_small(whole.get(n))]
-            most = MOST_OF_PROGRAM * (programs_of(source) or 0)
-            if most >= LEAST:
-                asking[place] = Asking(read if loads_first else before, most)
-    pieces = shared_out(
-        [p for step in lowered.steps for p in stream.get(id(step), ())],
-        list(asking.values()),
-        int(target.l2_bytes * WINDOW),
-    )
-    wanted = _padded(chosen, {place: own for place, own in zip(asking, pieces, strict=True) if own})
-    places = dict.fromkeys((*wanted, *(place for place, own in small.items() if own)))
+    small, asking = _own_of(lowered, chosen, device), _askings(lowered, chosen, device)
+    stream = [piece for own in stream_of(lowered).values() for piece in own]
+    shares = shared_out(stream, list(asking.values()), int(target.l2_bytes * WINDOW))
+    wanted = _padded(chosen, {place: share for place, share in zip(asking, shares, strict=True) if share})
+    places = dict.fromkeys((*wanted, *small))
     sources = {p: bringing(_kernel(chosen, p)[0], wanted.get(p, ()), small.get(p, ())) for p in places}
-    brought = sum(piece.size for own in wanted.values() for piece in own)
+    brought = sum(piece.size for share in wanted.values() for piece in share)
     journal.note(NAME, f"{len(wanted)} kernels bring {brought / 1e6:.0f} MB of weights into the L2 cache for later ones")
     return _built(chosen, sources, target, store, journal)
+
+
+def _waiting(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.device) -> Iterator[tuple[Work, Place]]:
+    """The kernels on `device` that wait for memory: not tiles of products (of which others begin early, `assemble.py`), and
+    none that moves much beside weights and states."""
+    for step in lowered.steps:
+        if not isinstance(step, Work) or isinstance(step, Batch) or step.device != device:
+            continue
+        if sum(nbytes(spec) for name, spec in step.buffers.items() if name not in lowered.lasting) > FEW_BYTES:
+            continue
+        for number, (source, artifact) in enumerate(chosen[step.name].kernels):
+            waits = not isinstance(step, Contraction | SideBySide) or OTHERS_END in source.text
+            if waits and programs_of(source) is not None and artifact.meta.get("chained"):
+                yield step, (step.name, number)
+
+
+def _askings(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.device) -> dict[Place, Asking]:
+    """What kernels may bring, where that is worth it. Those that load weights before they wait have their own then."""
+    stream = stream_of(lowered)
+    after, read = {}, 0
+    for step in lowered.steps:
+        read += sum(piece.size for piece in stream.get(id(step), ()))
+        after[id(step)] = read
+    found = {}
+    for step, place in _waiting(lowered, chosen, device):
+        source = _kernel(chosen, place)[0]
+        own = sum(piece.size for piece in stream.get(id(step), ()))
+        most = MOST_OF_PROGRAM * (programs_of(source) or 0)
+        if most >= LEAST:
+            found[place] = Asking(after[id(step)] - (0 if OTHERS_END in source.text else own), most)
+    return found
+
+
+def _own_of(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.device) -> dict[Place, list[tuple[str, int]]]:
+    """The small weights of kernels, as parameters and bytes, but for loop nests that have loaded them before they wait."""
+    whole = {name: piece for name, piece in constants(lowered).items() if piece.size < LEAST_PIECE}
+    found = {}
+    for step, place in _waiting(lowered, chosen, device):
+        source = _kernel(chosen, place)[0]
+        own = [(f"b{k}", whole[name].size) for k, name in enumerate(source.buffers) if name in whole]
+        if own and not (isinstance(step, Region) and OTHERS_END in source.text):
+            found[place] = own
+    return found
 
 
 def constants(lowered: Lowered) -> dict[str, Piece]:
@@ -163,18 +189,6 @@ def _between(stream: Sequence[Piece], first: int, end: int) -> list[Piece]:
         else:
             found.append(Piece(piece.buffer, piece.first + start, stop - start))
     return found
-
-
-def _may_ask(step: Work, source: KernelSource, artifact: Artifact, lowered: Lowered) -> bool:
-    """Whether the kernel waits for memory: not tiles of a product, of which others are to begin early (`assemble.py`)."""
-    waits = not isinstance(step, Contraction | SideBySide) or OTHERS_END in source.text
-    if not waits or programs_of(source) is None or isinstance(step, Batch) or not artifact.meta.get("chained"):
-        return False
-    return sum(nbytes(spec) for name, spec in step.buffers.items() if name not in lowered.lasting) <= FEW_BYTES
-
-
-def _is_small(piece: Piece | None) -> bool:
-    return piece is not None and piece.size < LEAST_PIECE
 
 
 def _kernel(chosen: Mapping[str, Choice], place: Place) -> tuple[KernelSource, Artifact]:
