@@ -120,9 +120,6 @@ class GraphedExecutor:
     replays, where it is wanted. `contest` is asked for a faster run after each capture of the whole plan.
     """
 
-    replays_at_once = True
-    """Whether nothing but the inputs decides about a replay of the whole plan."""
-
     def __init__(
         self,
         executor: Executor,
@@ -200,8 +197,12 @@ class GraphedExecutor:
         device = self._turns.driver.native()
         if plays_within(recording, device):
             recording.play_within = recording.native.play_within
-        if self.replays_at_once and isinstance(self._way, Whole) and plays(recording, device):
+        if self._replays_at_once(recording) and isinstance(self._way, Whole) and plays(recording, device):
             self._play = recording.native
+
+    def _replays_at_once(self, recording: Recording) -> bool:
+        """Whether nothing but the inputs decides about a replay of the whole plan."""
+        return True
 
     def _fits(self, recording: Recording, inputs: list[Any]) -> bool:
         if self._traits.varying and self._signature(inputs) != recording.signature:

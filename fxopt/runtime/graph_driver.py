@@ -92,19 +92,28 @@ def _after(lib: Any, ended: ctypes.c_void_p) -> Iterator[None]:
 
     May come at any time, in a thread that captures, too.
     """
+    with _relaxed(lib):
+        lib.cuEventSynchronize(ended)
+        yield
+
+
+@contextlib.contextmanager
+def _relaxed(lib: Any) -> Iterator[None]:
+    """A block in which this thread may call what a capture of its own forbids."""
     mode = ctypes.c_int(_RELAXED)
     lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
-        lib.cuEventSynchronize(ended)
         yield
     finally:
         lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 class _Bytes:
-    """Memory in the protocol by which libraries hand each other what is on a GPU."""
+    """Memory in the protocol by which libraries hand each other what is on a GPU. A tensor made of it keeps it, and so
+    `keeps`, as long as anybody has the tensor's storage."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, keeps: Any) -> None:
+        self._keeps = keeps
         layout = {"shape": (nbytes,), "typestr": "|u1", "strides": None, "version": 3}
         self.__cuda_array_interface__ = {"data": (address, False), **layout}
 
@@ -209,9 +218,18 @@ class GraphDriver:
         """Memory that nothing is written to: torch.empty fills it where algorithms are to be deterministic."""
         return torch.UntypedStorage(nbytes, device=f"cuda:{self.index}")
 
-    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
-        """Memory of the device as a tensor (uint8) that does not own it."""
-        return torch.as_tensor(_Bytes(address, nbytes), device=f"cuda:{self.index}")
+    def bytes_at(self, address: int, nbytes: int, keeps: Any = None) -> torch.Tensor:
+        """Memory of the device as a tensor (uint8) that does not own it. `keeps`, perhaps the pool it is in, lives as long
+        as the storage, and until the device has done what is enqueued then."""
+        memory = _Bytes(address, nbytes, keeps)
+        if keeps is not None:
+            weakref.finalize(memory, self._settle).atexit = False
+        return torch.as_tensor(memory, device=f"cuda:{self.index}")
+
+    def _settle(self) -> None:
+        """Wait until the device has nothing to do, in whatever thread."""
+        with contextlib.suppress(FxoptError), _relaxed(self._lib):
+            self._call(self._lib.cuCtxSynchronize, "waiting for the device")
 
     def side_stream(self) -> SideStream:
         """A second stream for captures, which torch hands out to nobody else."""

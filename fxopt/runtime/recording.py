@@ -51,7 +51,7 @@ class Driver(Protocol):
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage: ...
 
-    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor: ...
+    def bytes_at(self, address: int, nbytes: int, keeps: Any = None) -> torch.Tensor: ...
 
     def capture(
         self, run: Callable[[], Any], pool: Any = None, draws: bool = False, peak: int = 0, products: bool = False
@@ -251,6 +251,7 @@ def record(
     lent: frozenset[int] = frozenset(),
     saved: int = 0,
     pool: Any = None,
+    given_up: dict[int, torch.Tensor] | None = None,
 ) -> Recording:
     """Capture `run` on `inputs`, executing nothing. Raises CaptureRefused, and what `run` and the driver raise.
 
@@ -261,8 +262,12 @@ def record(
     recording and later ones that have nothing saved may be captured with: whoever plays it must know that nobody needs them
     any more. Without a pool, memory is that which all recordings of the device share.
 
+    `given_up` are tensors in the places of the fixed inputs at these positions, in memory of `pool` that nobody else owns:
+    the run takes them out of the dict, and what it makes once it has read one may lie there. A replay destroys them then.
+
     Where library ops draw from torch's generator, seeds are drawn in the captured run as well, in the order of the plan.
     """
+    own = {} if given_up is None else given_up
     for i in traits.moved:
         _check_copyable(inputs[i], traits)
 
@@ -272,11 +277,14 @@ def record(
             arguments[i] = _twin(inputs[i], driver)
         count = 0 if traits.draws else traits.seeds
         seeds = [_strided(driver.allocate(8), torch.int64, (), ()) for _ in range(count)]
-        seen = [arguments[i] for i in (*traits.moved, *traits.fixed)]  # alive, so that no result takes their memory
+        lasting = (*traits.moved, *(i for i in traits.fixed if i not in own))
+        seen = [arguments[i] for i in lasting]  # alive, so that no result takes their memory
+        for i in tuple(own):
+            arguments[i] = own.pop(i)
         with contextlib.nullcontext() if traits.draws else given(seeds):
             outputs = run(arguments)
         moves = tuple(_move(i, x) for i, x in zip(traits.moved, seen, strict=False))
-        sources = dict(zip((*traits.moved, *traits.fixed), seen, strict=True))
+        sources = dict(zip(lasting, seen, strict=True))
         return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
 
     replay, (moves, seeds, results) = driver.capture(body, pool, traits.draws, traits.peak, traits.products)

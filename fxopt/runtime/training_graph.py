@@ -4,10 +4,10 @@ A captured forward leaves what it saves where it was captured, in memory of its 
 there. That memory is in use from a replay until nobody holds any of it: backward has run, or its autograd graph was dropped.
 A forward that finds it in use runs plainly, and so does its backward, which is given other addresses. All other results,
 gradients among them, are copied, as in inference. So whatever else the forward has used is scratch, which the backward is
-captured with.
+captured with, and so is what the backward has read for the last time, if nobody else can.
 
 So values do not depend on what the caller does between forward and backward: backward is captured by the addresses of
-living tensors, whatever they are, and a forward overwrites nothing that anybody can still read.
+living tensors, whatever they are, and neither overwrites anything that anybody can still read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from fxopt.runtime.executor import Executor
 from fxopt.runtime.lifetimes import Lifetimes
 from fxopt.runtime.native_replay import Extension
 from fxopt.runtime.plan import Launch, Plan, defined
-from fxopt.runtime.recording import CaptureRefused, Recording, record, span
+from fxopt.runtime.recording import CaptureRefused, Driver, Kept, Recording, record, span
 from fxopt.runtime.solitude import see_backward
 
 COPY_SHARE = 1.0
@@ -41,6 +41,9 @@ STALE_REPLAYS = 256
 STREAM_CHANGES = 8
 """How often a captured forward follows its caller to another stream, which the host has to wait for."""
 
+RETAINED_CALLS = 4
+"""After so many calls of a captured backward that would destroy what its caller retains, one is captured that does not."""
+
 PATIENT_HOOKS = frozenset({"torch.utils.checkpoint", "torch.autograd.graph"})
 """Modules whose hooks for saved tensors use these only in the order of the current stream, or as long as they hold them."""
 
@@ -48,25 +51,52 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
+@dataclass(frozen=True)
+class Loan:
+    """Input number `at` of a backward: in which storage of a SavedMemory it lies, by number, and its layout there."""
+
+    at: int
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
 class SavedMemory:
     """The tensors in which a captured forward leaves what it saves. Others see aliases of them.
 
     `constants` are saved with them but never written, so that they may be in use at any time. `pool` is where the tensors
-    are, and scratch memory of the forward.
+    are, and scratch memory of the forward. `tensors` do not own their memory, nor do aliases of them, though these keep the
+    pool: it may be given up to a backward that is captured in the same pool, whose run then overwrites what it has read.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], constants: Sequence[torch.Tensor] = (), pool: Any = None) -> None:
-        """Raises CaptureRefused when this torch does not say who uses a storage, or what is done to saved tensors."""
+    def __init__(
+        self, results: Sequence[torch.Tensor], constants: Sequence[torch.Tensor], pool: Any, driver: Driver
+    ) -> None:
+        """`results` own the memory. Raises CaptureRefused when this torch does not say who uses a storage, or what is done
+        to saved tensors."""
         if _use_count is None or _top_hooks is None:
             raise CaptureRefused("this torch does not tell who uses saved tensors")
-        self._tensors = tuple(tensors)
         self.pool = pool
-        own = Counter(x.untyped_storage()._cdata for x in tensors)
-        self._storages = [x.untyped_storage() for x in {x.untyped_storage()._cdata: x for x in tensors}.values()]
-        self._own = [own[s._cdata] + 1 for s in self._storages]  # who uses it: each of the tensors, and the object held here
-        self._own_objects = self._objects()
+        owners = {x.untyped_storage()._cdata: x.untyped_storage() for x in results}
+        numbers = {cdata: k for k, cdata in enumerate(owners)}
+        self._owners: list[torch.UntypedStorage | None] = list(owners.values())
+        self._storages = [driver.bytes_at(x.data_ptr(), x.nbytes(), pool).untyped_storage() for x in owners.values()]
+        self._number = {storage.data_ptr(): k for k, storage in enumerate(self._storages) if storage.nbytes()}
+        self._in = [numbers[x.untyped_storage()._cdata] for x in results]
+        self.tensors = tuple(
+            _within(self._storages[k], x.dtype, tuple(x.shape), x.stride(), int(x.storage_offset()))
+            for k, x in zip(self._in, results, strict=True)
+        )
+        own = Counter(self._in)
+        self._handles = [storage._cdata for storage in self._storages]
+        users = [own[k] + 1 for k in range(len(owners))]  # each of the tensors, and the object held here
+        self._unused = [*users, *self._users()[len(owners) :]]
+        held = enumerate(zip(owners.values(), users, strict=True))
+        self._lost = frozenset(k for k, (owner, count) in held if _use_count(owner._cdata) != count)  # to the run itself
         self.taken_at = 0  # the number of the last replay that has written it
-        self.addresses = frozenset(x.data_ptr() for x in (*tensors, *constants))
+        self.addresses = frozenset(x.data_ptr() for x in (*results, *constants))
         self._stream: int | None = None
         self._stream_changes = 0
         with _lock:
@@ -74,24 +104,27 @@ class SavedMemory:
 
     @property
     def nbytes(self) -> int:
-        return sum(map(span, self._tensors))
+        return sum(map(span, self.tensors))
+
+    def _users(self) -> list[int]:
+        """How many use each storage, and then, how many the object that stands for it in Python, of which there is one."""
+        assert _use_count is not None
+        return [*map(_use_count, self._handles), *map(sys.getrefcount, self._storages)]
 
     def is_idle(self) -> bool:
         """Whether nobody else holds any of it. Work that reads it has then been enqueued."""
-        assert _use_count is not None
-        used = [_use_count(storage._cdata) for storage in self._storages]
-        return used == self._own and self._objects() == self._own_objects
+        return not self._lost and self._users() == self._unused
+
+    def idle(self) -> frozenset[int]:
+        """The storages, by number, that nobody else holds."""
+        count = len(self._storages)
+        same = [now == before for now, before in zip(self._users(), self._unused, strict=True)]
+        return frozenset(k for k in range(count) if same[k] and same[count + k] and k not in self._lost)
 
     def held(self) -> list[int]:
         """Which of the tensors lie in memory that somebody else holds, by their numbers."""
-        assert _use_count is not None
-        counts = zip(self._storages, self._own, self._objects(), self._own_objects, strict=True)
-        busy = {s._cdata for s, own, now, before in counts if _use_count(s._cdata) != own or now != before}
-        return [i for i, x in enumerate(self._tensors) if x.untyped_storage()._cdata in busy]
-
-    def _objects(self) -> list[int]:
-        """References to the objects that stand for the storages in Python, of which there is one each."""
-        return [sys.getrefcount(storage) for storage in self._storages]
+        idle = self.idle()
+        return [i for i, k in enumerate(self._in) if k not in idle]
 
     def take(self, stream: int, turns: Turns) -> bool:
         """Whether it may be written now, in the order of `stream`. Called in a turn."""
@@ -104,6 +137,56 @@ class SavedMemory:
             turns.driver.synchronize()  # who has read it last may have done so plainly, on the other stream
         self._stream = stream
         return True
+
+    def loans(self, values: Sequence[Any], positions: Iterable[int]) -> tuple[Loan, ...]:
+        """Those of `values` at these positions that are tensors in this memory."""
+        found = []
+        for i in positions:
+            x = values[i]
+            storage = self._number.get(x.untyped_storage().data_ptr())
+            if storage is not None and type(x) is torch.Tensor:
+                found.append(Loan(i, storage, x.dtype, tuple(x.shape), x.stride(), int(x.storage_offset())))
+        return tuple(found)
+
+    def is_owned(self, loans: Iterable[Loan]) -> bool:
+        """Whether none of it has been given up."""
+        return all(self._owners[loan.storage] is not None for loan in loans)
+
+    def give_up(self, loans: Iterable[Loan]) -> dict[int, torch.Tensor]:
+        """Tensors as the loans were, by position, that alone own their memory from here on."""
+        found = {}
+        for loan in loans:
+            owner = self._owners[loan.storage]
+            assert owner is not None
+            found[loan.at] = _within(owner, loan.dtype, loan.shape, loan.strides, loan.offset)
+        for loan in loans:
+            self._owners[loan.storage] = None
+        return found
+
+    def size(self, storage: int) -> int:
+        """Its bytes."""
+        return int(self._storages[storage].nbytes())
+
+    def given_up(self) -> frozenset[int]:
+        """The storages, by number, of which something captured in the pool may have taken the place."""
+        return frozenset(k for k, owner in enumerate(self._owners) if owner is None)
+
+    def lend(self, values: list[Any], loans: Iterable[Loan]) -> None:
+        """Put tensors as the loans were back among `values`."""
+        for loan in loans:
+            values[loan.at] = _within(self._storages[loan.storage], loan.dtype, loan.shape, loan.strides, loan.offset)
+
+
+def _within(
+    storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, strides)
+
+
+def _take_back(values: list[Any], loans: Iterable[Loan]) -> None:
+    """Let go of the loans among `values`."""
+    for loan in loans:
+        values[loan.at] = None
 
 
 def _may_be_read_unseen() -> bool:
@@ -127,10 +210,20 @@ class ForwardRecording(Recording):
     memory: SavedMemory
 
 
+@dataclass(eq=False, kw_only=True)
+class BackwardRecording(Recording):
+    """A captured backward in the pool of a captured forward. `loans` are what it reads there and whose memory it then uses
+    otherwise. Where any of the storages `overwritten` is held by others than its inputs, it must not be replayed;
+    `refusals` counts those calls."""
+
+    memory: SavedMemory
+    loans: tuple[Loan, ...]
+    overwritten: frozenset[int]
+    refusals: int = 0
+
+
 class GraphedForward(GraphedExecutor):
     """Runs a forward plan by replaying it where the memory of what it saves is free."""
-
-    replays_at_once = False
 
     def __init__(
         self,
@@ -151,9 +244,13 @@ class GraphedForward(GraphedExecutor):
         pool = driver.new_pool()
         made = record(self._executor, values, signature, self._traits, driver, saved=saved, pool=pool)
         results = made.results
-        memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool)
+        memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool, driver)
+        results.kept = [Kept(kept.at, tensor) for kept, tensor in zip(results.kept, memory.tensors, strict=True)]
         memory.taken_at = self._replays
         return ForwardRecording(**vars(made), memory=memory)
+
+    def _replays_at_once(self, recording: Recording) -> bool:
+        return False
 
     def _drop_stale(self) -> None:
         with self._lock:
@@ -242,11 +339,56 @@ class GraphedBackward(GraphedExecutor):
             return True
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
-        """Captured with the memory that the forward has used and not saved."""
-        places = {values[i].data_ptr() for i in self._traits.fixed}
+        """Captured with the memory that the forward has used and not saved, and that of what only this call can read."""
+        run, found, driver = self._executor, self._traits, self._turns.driver
+        places = {values[i].data_ptr() for i in found.fixed}
         with _lock:
-            pool = next((memory.pool for memory in _memories if not places.isdisjoint(memory.addresses)), None)
-        return record(self._executor, values, signature, self._traits, self._turns.driver, pool=pool)
+            memory = next((memory for memory in _memories if not places.isdisjoint(memory.addresses)), None)
+        if memory is None:
+            return record(run, values, signature, found, driver)
+        loans = memory.loans(values, [i for i in found.fixed if i not in found.written])
+        if not memory.is_owned(loans):  # an earlier capture takes its place: one that reads it cannot be in the same pool
+            return record(run, values, signature, found, driver)
+        _take_back(values, loans)
+        idle = memory.idle()
+        memory.lend(values, loans)
+        loans = tuple(loan for loan in loans if loan.storage in idle)
+        made = record(run, values, signature, found, driver, pool=memory.pool, given_up=memory.give_up(loans))
+        size = sum(memory.size(k) for k in {loan.storage for loan in loans})
+        self._note(NAME, f"{size / 2**20:.1f} MiB that the forward has saved are its own as soon as it has read them")
+        return BackwardRecording(**vars(made), memory=memory, loans=loans, overwritten=memory.given_up())
+
+    def _replays_at_once(self, recording: Recording) -> bool:
+        return not (isinstance(recording, BackwardRecording) and recording.overwritten)
+
+    def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
+        if self._replays_at_once(recording):
+            return super()._replay(recording, values)
+        assert isinstance(recording, BackwardRecording)
+        memory, loans, overwritten = recording.memory, recording.loans, recording.overwritten
+
+        def work(stream: int) -> tuple[Any, ...] | None:
+            _take_back(values, loans)
+            if not memory.is_idle() and not overwritten <= memory.idle():  # the graph of autograd is retained, say
+                memory.lend(values, loans)
+                return None
+            self._replays += 1
+            return recording.play(values, stream)
+
+        result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
+        if result is not None:
+            return result
+        recording.refusals += 1
+        if recording.refusals == RETAINED_CALLS:
+            self._drop(recording)
+        return self._executor(values)
+
+    def _drop(self, recording: BackwardRecording) -> None:
+        """The next call captures one that destroys nothing."""
+        with self._lock:
+            self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if kept is not recording)
+            if self._latest is recording:
+                self._use(None)
 
     def _objection(self, recording: Recording) -> str | None:
         return too_dear(recording.copied, self._traits.steps, COPY_SHARE)

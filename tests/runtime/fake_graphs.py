@@ -53,7 +53,7 @@ class FakeDriver:
 
     def __init__(self, function: Function, seeds: int, saved: int = 0) -> None:
         self.function, self.seeds, self.saved = function, seeds, saved
-        self.memory: list[bytearray] = []  # no tensor's storage, so that nobody seems to use one
+        self.memory: list[Any] = []  # no tensor's storage, so that nobody seems to use one
         self.current, self.refusal = 7, ""
         self.user_captures = self.watched = False
         self.log: list[tuple[str, int]] = []
@@ -152,8 +152,12 @@ class FakeDriver:
         self.memory.append(bytearray(nbytes or 1))
         return torch.frombuffer(self.memory[-1], dtype=torch.uint8).untyped_storage()
 
-    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
-        return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
+    def bytes_at(self, address: int, nbytes: int, keeps: Any = None) -> torch.Tensor:
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        memory = (ctypes.c_char * nbytes).from_address(address)
+        memory.keeps = keeps  # type: ignore[attr-defined]
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     def new_pool(self) -> object:
         return object()
@@ -178,8 +182,8 @@ class FakeDriver:
         made = [(i, x) for i, x in enumerate(outputs) if isinstance(x, torch.Tensor) and _memory(x) not in inputs]
         saved = {_memory(x) for i, x in made if i >= len(outputs) - self.saved}  # belongs to the recording
         self.scratch += [x for _, x in made if _memory(x) not in saved]
-        made = [(i, _address_of(x)) for i, x in made]
-        values = [_address_of(v) if isinstance(v, torch.Tensor) else v for v in values]
+        made = [(i, address_of(x)) for i, x in made]
+        values = [address_of(v) if isinstance(v, torch.Tensor) else v for v in values]
         count = 0 if draws else self.seeds
         places = self.memory[len(self.memory) - count :]  # a recording allocates those of its seeds last
         seeds = [torch.frombuffer(place, dtype=torch.int64)[0] for place in places]
@@ -191,7 +195,10 @@ class FakeDriver:
                 again = self.function.fn(*values)
             for i, x in made:
                 x.copy_(again[i])
+            for x in replay.overwritten:  # type: ignore[attr-defined]
+                x.fill_(-77)
 
+        replay.overwritten = []  # type: ignore[attr-defined]  # what a test says that the run takes for scratch in the end
         self.replays.append(replay)
         replay.handle = len(self.replays)  # type: ignore[attr-defined]
         return replay, result
@@ -213,7 +220,7 @@ def _fail(what: str, code: int) -> None:
     raise RuntimeError(f"{what}: {code}")
 
 
-def _address_of(x: torch.Tensor) -> torch.Tensor:
+def address_of(x: torch.Tensor) -> torch.Tensor:
     """`x` in the same memory, which it does not keep: all that a captured run knows of an input is where it is."""
     if not x.numel():
         return x

@@ -23,10 +23,23 @@ from fxopt.runtime.backward_pieces import choose_backward_pieces
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.recording import record
-from fxopt.runtime.training_graph import GraphedBackward, GraphedForward, SavedMemory
-from tests.runtime.fake_graphs import FakeDriver, Function
+from fxopt.runtime.training_graph import BackwardRecording, GraphedBackward, GraphedForward, SavedMemory
+from tests.runtime.fake_graphs import FakeDriver, Function, address_of
 
 CPU = torch.device("cpu")
+
+
+class ActedBackward(GraphedBackward):
+    """Once it may overwrite what it has read, it does."""
+
+    def _record(self, values: list[Any], signature: tuple[Any, ...]) -> recording.Recording:
+        driver: Any = self._turns.driver
+        driver.memory += [owner for memory in training_graph._memories for owner in memory._owners]  # the pool has it
+        made = super()._record(values, signature)
+        if isinstance(made, BackwardRecording):
+            replay: Any = made.replay
+            replay.overwritten += [address_of(values[loan.at]) for loan in made.loans]
+        return made
 
 
 class Stage:
@@ -56,7 +69,7 @@ class Stage:
         function = Function(lambda *values: executor(list(values)))
         function.plan = plan
         turns = Turns(FakeDriver(function, found.seeds, plan.saved))
-        kind = GraphedForward if phase is Phase.FORWARD else GraphedBackward
+        kind = GraphedForward if phase is Phase.FORWARD else ActedBackward
         made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text), extension=self.code)  # type: ignore[arg-type]
         (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
         return made
@@ -151,7 +164,7 @@ def test_compiled_code_replays_forwards_and_backwards(stage: Stage, compiled_cod
     assert stage.counts() == (4, 3)
     (forward,), (backward,) = stage.forwards, stage.backwards
     assert forward._play is None and forward._latest is not None and forward._latest.play_within is not None
-    assert backward._play is not None
+    assert backward._play is None and backward._latest is not None and backward._latest.play_within is not None
 
 
 @pytest.fixture
@@ -174,6 +187,8 @@ def test_a_backward_in_pieces(pieces: Stage, set_to_none: bool) -> None:
                 model.zero_grad(set_to_none=set_to_none)
     replayed = [_replayed(piece) for piece in pieces.backwards]
     assert replayed.count(4) > 1 and replayed.count(4) + replayed.count(0) == len(replayed), "4, or nothing saved is read"
+    ends = [made._latest for made in pieces.backwards if isinstance(made._latest, BackwardRecording)]
+    assert sum(len(each.loans) for each in ends) == len(ends[-1].memory.tensors), "each is overwritten after its last piece"
 
 
 def test_pieces_whose_forward_ran_plainly(pieces: Stage) -> None:
@@ -256,11 +271,56 @@ def test_the_graph_of_autograd_is_retained(stage: Stage) -> None:
         pair.agree()
         pair.step(6)  # plainly: what the first forward has saved is still wanted
         pair.agree()
-    assert stage.counts() == (before[0] + 1, before[1] + 2)
+    assert stage.counts() == (before[0] + 1, before[1]), "its replay would destroy what is retained"
     del loss, losses
     pair.step(7)
     pair.agree()
-    assert stage.counts() == (before[0] + 2, before[1] + 3)
+    assert stage.counts() == (before[0] + 2, before[1] + 1)
+
+
+def test_a_graph_that_is_retained_in_each_step(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_graph, "RETAINED_CALLS", 2)
+    pair = Pair()
+    replays = []
+    for k in range(7):
+        losses = pair.losses(k)
+        for loss in losses:
+            loss.backward(retain_graph=True)
+            loss.backward()
+        del loss, losses
+        pair.agree()
+        pair.clear()
+        replays.append(stage.counts()[1])
+    assert replays == [0, 1, 2, 3, 5, 7, 9], "in the end both of a step's backwards are replayed"
+
+
+def test_a_backward_overwrites_what_only_it_can_read(stage: Stage) -> None:
+    pair = Pair().warm()
+    (forward,), (backward,) = stage.forwards, stage.backwards
+    recording: Any = backward._latest
+    memory = forward._latest.memory  # type: ignore[union-attr]
+    assert recording.overwritten == memory.given_up() == memory.idle() and len(recording.loans) == len(memory.tensors)
+    losses = pair.losses(5)
+    for loss in losses:
+        loss.backward()
+    pair.agree()
+    assert all(bool((x == -77).all()) for x in memory.tensors)
+
+
+def test_what_has_been_given_up_is_captured_elsewhere(stage: Stage) -> None:
+    """A second capture in the pool could lie over what it reads; and it must not destroy anything."""
+    pair = Pair().warm()
+    (backward,) = stage.backwards
+    backward._kept.clear()
+    backward._use(None)
+    before = stage.counts()
+    losses = pair.losses(5)
+    for _ in range(2):
+        for loss in losses:
+            loss.backward(retain_graph=True)
+        pair.agree()
+    assert stage.counts() == (before[0] + 1, before[1] + 2)
+    assert backward._turns.driver.pools[-1] is None  # type: ignore[attr-defined]
 
 
 def test_a_forward_without_backward(stage: Stage) -> None:
@@ -325,6 +385,69 @@ def test_saved_tensors_that_somebody_keeps(stage: Stage, monkeypatch: pytest.Mon
     pair.step(7)
     pair.agree()
     assert stage.counts() == (before[0] + 2, before[1] + 1)
+
+
+def compiled_node(loss: torch.Tensor) -> Any:
+    """The node of the compiled function in the graph of `loss`."""
+    node: Any = loss.grad_fn
+    while not hasattr(node, "saved_tensors"):
+        node = node.next_functions[0][0]
+    return node
+
+
+def test_saved_tensors_that_are_read_through_their_node(stage: Stage) -> None:
+    """Before the backward and by a hook in its midst, in passing or kept: those that are kept nobody overwrites."""
+    pair = Pair().warm()
+    before = stage.counts()
+    for keeps in (False, True):
+        loss, want = pair.losses(5)
+        node = compiled_node(loss)
+        seen = [x.clone() for x in node.saved_tensors]
+        within: list[torch.Tensor] = []
+        node.register_prehook(lambda grads, node=node, within=within: within.extend(x.clone() for x in node.saved_tensors))
+        kept = node.saved_tensors if keeps else ()
+        loss.backward()
+        want.backward()
+        pair.agree()
+        assert len(seen) == len(within) > 0 and all(map(torch.equal, within, seen))
+        assert all(map(torch.equal, kept, seen))
+        with pytest.raises(RuntimeError, match="freed"):
+            _ = node.saved_tensors
+        del loss, want, node, kept
+    assert stage.counts() == (before[0] + 2, before[1] + 1)
+    pair.step(6)
+    pair.agree()
+    assert stage.counts() == (before[0] + 3, before[1] + 2)
+
+
+def test_a_backward_that_makes_a_graph(stage: Stage) -> None:
+    """AOTAutograd refuses the second backward; what the first one has saved is as it was."""
+    pair = Pair().warm()
+    before = stage.counts()
+    loss, want = pair.losses(5)
+    mine = torch.autograd.grad(loss, pair.mine.parameters(), create_graph=True)
+    theirs = torch.autograd.grad(want, pair.theirs.parameters(), create_graph=True)
+    torch.testing.assert_close(mine, theirs)
+    with pytest.raises(RuntimeError, match="double backward"):
+        mine[0].sum().backward()
+    loss.backward()
+    want.backward()
+    pair.agree()
+    assert stage.counts() == (before[0] + 1, before[1] + 1), "the first one would have destroyed what the last one reads"
+
+
+def test_losses_of_one_forward_are_differentiated_one_by_one(stage: Stage) -> None:
+    pair = Pair().warm()
+    before = stage.counts()
+    for k in range(2):
+        outs = [run(data(k)) for run in (pair.run, pair.theirs)]
+        for row in range(4):
+            for out in outs:
+                out[row].sum().backward(retain_graph=row < 3)
+            pair.agree()
+        del out, outs
+        pair.clear()
+    assert stage.counts() == (before[0] + 2, before[1] + 1 + 3), "the last; from four calls on one that destroys nothing"
 
 
 def test_two_models_in_turns(stage: Stage) -> None:
@@ -445,15 +568,24 @@ def test_another_stream_is_waited_for_and_then_left_alone(stage: Stage) -> None:
 
 
 def test_who_uses_a_storage() -> None:
-    tensors = [torch.randn(4), torch.randn(6)]
-    tensors.append(tensors[1][2:])
-    memory = SavedMemory(tensors)
+    results = [torch.randn(4), torch.randn(6)]
+    results.append(results[1][2:])
+    memory = SavedMemory(results, (), object(), FakeDriver(Function(tuple), 0))
+    tensors = memory.tensors
     assert memory.is_idle() and memory.nbytes == 16 + 24 + 16
     for alias in (lambda: tensors[0].detach(), lambda: tensors[1].untyped_storage(), lambda: tensors[2].view(2, 2)):
         held = alias()
         assert not memory.is_idle()
         del held
         assert memory.is_idle()
+
+
+def test_empty_tensors_are_no_part_of_saved_memory() -> None:
+    """They have no address of their own."""
+    memory = SavedMemory([torch.empty(0, 3), torch.randn(4)], (), object(), FakeDriver(Function(tuple), 0))
+    assert memory.is_idle()
+    loans = memory.loans([x.detach() for x in (*memory.tensors, torch.empty(0))], range(3))
+    assert [(loan.at, loan.storage) for loan in loans] == [(1, 1)]
 
 
 def test_a_view_that_is_saved_does_not_hold_its_own_memory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +635,7 @@ def test_what_only_the_host_reads_is_saved_as_it_is() -> None:
     made = record(function, [], (), on_a_gpu(), FakeDriver(function, 0, saved=1), saved=1, pool=object())
     assert (made.results.kept, [x.tensor for x in made.results.host]) == ([], [number])
     assert made.play([], 7)[0].data_ptr() == number.data_ptr()
-    memory = SavedMemory([], [x.tensor for x in made.results.host])
+    memory = SavedMemory([], [x.tensor for x in made.results.host], object(), FakeDriver(function, 0))
     view = number.view(1)
     assert memory.is_idle() and view.data_ptr() in memory.addresses
 
