@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,16 +44,35 @@ class Footprint:
 
 def footprint(plan: Plan, device: torch.device) -> Footprint | None:
     """What a call of `plan` holds on `device`; None where sizes are known only at run time."""
-    if any(not isinstance(n, int) for n in (*map(nbytes, plan.buffers), *(s.nbytes for s in plan.slots))):
+    found = _held(plan, device)
+    if found is None:
         return None
-    life = Lifetimes.of(plan)
-    found = [h for h in (*holdings(plan, life), *_slots(plan, life)) if h.device == device and h.kind != INPUT]
     times = len(plan.steps) + 1
     total = sums([h.interval for h in found], times)
     at = max(range(times), key=total.__getitem__)
     parts = {kind: sums([h.interval for h in found if h.kind == kind], times)[at] for kind in (PLANNED, OWN, LIBRARY)}
     outputs = sums([h.interval for h in found if h.kind != PLANNED], times)[-1]
     return Footprint(total[at], parts[PLANNED], parts[OWN], parts[LIBRARY], outputs)
+
+
+def peak_with(plan: Plan, device: torch.device, given: Iterable[tuple[Sequence[str], int]]) -> int | None:
+    """Most bytes that a call of `plan` holds on `device` at a time, with memory that it is `given`: names of inputs in one
+    piece of memory, which ends with the last use of any of them, and its bytes. None where sizes are known only at run
+    time."""
+    found = _held(plan, device)
+    if found is None:
+        return None
+    last = Lifetimes.of(plan).storage_last()
+    inputs = [Interval(0, max(last.get(name, 0) for name in names), size) for names, size in given]
+    return max(sums([*(h.interval for h in found), *inputs], len(plan.steps) + 1))
+
+
+def _held(plan: Plan, device: torch.device) -> list[Holding] | None:
+    """What a call holds on `device` beside its inputs; None where sizes are known only at run time."""
+    if any(not isinstance(n, int) for n in (*map(nbytes, plan.buffers), *(s.nbytes for s in plan.slots))):
+        return None
+    life = Lifetimes.of(plan)
+    return [h for h in (*holdings(plan, life), *_slots(plan, life)) if h.device == device and h.kind != INPUT]
 
 
 def holdings(plan: Plan, life: Lifetimes) -> Iterator[Holding]:

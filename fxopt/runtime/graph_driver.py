@@ -266,30 +266,30 @@ class GraphDriver:
         generator. Raises whatever `run` raises; RuntimeError and CaptureError where the driver or the allocator refuses.
         Afterwards all is as before.
 
-        The shared pool begins with a place for `peak` bytes, what the run is known to hold: taken from the device piece by
-        piece, memory is left over wherever a larger piece follows. With `products` cuBLAS's workspace gets its place first.
+        The memory begins with a place for `peak` bytes, what the run is known to hold, unless it is the shared pool and has
+        begun before: taken from the device piece by piece, memory is left over wherever a larger piece follows. With
+        `products` cuBLAS's workspace gets its place first.
         """
         _workspaces.drop_before(self.index)
         torch.cuda.empty_cache()  # runs without graphs have left as much memory there, where the pool cannot get at it
         if draws:
             generator = torch.cuda.default_generators[self.index]
             with _no_collections(), torch.cuda.stream(self._side):
+                with torch.cuda.use_mem_pool(pool, self.index):
+                    self._make_room(peak, products)
                 return capture_drawing(run, self.index, pool, generator, self._destroy_torchs)
-        pool = self._pool() if pool is None else pool
         if pool is None:
-            pool = self.new_pool()
-            self._pool = weakref.ref(pool)
-        else:
-            peak = 0
+            pool = self._pool()
+            if pool is None:
+                pool = self.new_pool()
+                self._pool = weakref.ref(pool)
+            else:
+                peak = 0
         stream, graph, executable = ctypes.c_void_p(self._side.cuda_stream), ctypes.c_void_p(), ctypes.c_void_p()
         lib = self._lib
         try:
             with _no_collections(), torch.cuda.stream(self._side), torch.cuda.use_mem_pool(pool, self.index):
-                if products:
-                    torch.cuda.current_blas_handle()  # the next run's workspace finds the place of this one's
-                if peak > _SMALL_BYTES:
-                    with contextlib.suppress(torch.OutOfMemoryError):  # it may do with less at a time
-                        self.allocate(peak)
+                self._make_room(peak, products)
                 self._call(lib.cuStreamBeginCapture_v2, "beginning to capture", stream, _THREAD_LOCAL)
                 try:
                     probe = self.allocate(_PROBE_BYTES)
@@ -306,6 +306,14 @@ class GraphDriver:
                 lib.cuGraphDestroy(graph)
             _workspaces.drop_after(self.index)
         return CapturedGraph(lib, executable, pool, self._event, self._call), result
+
+    def _make_room(self, peak: int, products: bool) -> None:
+        """Where memory is taken from a pool: that of a workspace, and `peak` bytes, which nobody has afterwards."""
+        if products:
+            torch.cuda.current_blas_handle()  # the next run's workspace finds the place of this one's
+        if peak > _SMALL_BYTES:
+            with contextlib.suppress(torch.OutOfMemoryError):  # it may do with less at a time
+                self.allocate(peak)
 
     def _destroy_torchs(self, graph: Any) -> None:
         with _after(self._lib, self._event):

@@ -60,6 +60,7 @@ class FakeDriver:
         self.captures = 0
         self.code = 0  # what copies for compiled code return
         self.pools: list[Any] = []
+        self.peaks: list[int] = []
         self.scratch: list[torch.Tensor] = []
         self.during_replay: Callable[[], None] = lambda: None
         self.replays: list[Callable[[int], None]] = []
@@ -167,6 +168,7 @@ class FakeDriver:
     ) -> tuple[Callable[[int], None], Any]:
         assert pool is not None or not self.saved
         self.pools.append(pool)
+        self.peaks.append(peak)
         if self.refusal:
             raise RuntimeError(self.refusal)
         self.captures += 1

@@ -7,7 +7,7 @@ import torch
 from fxopt.ir.exprs import contiguous_strides
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref
-from fxopt.runtime.footprint import Footprint, footprint, holdings, standing
+from fxopt.runtime.footprint import Footprint, footprint, holdings, peak_with, standing
 from fxopt.runtime.lifetimes import Lifetimes
 from fxopt.runtime.memory import plan_memory
 from fxopt.runtime.plan import InputSpec, Launch, Plan, SymbolSource
@@ -44,6 +44,14 @@ def test_the_peak_and_its_parts() -> None:
     assert found == Footprint(peak=96 * KIB, planned=64 * KIB, own=0, library=32 * KIB, outputs=4 * KIB)
 
 
+def test_inputs_that_are_given_stand_until_their_last_use() -> None:
+    made = plan_memory(_plan())
+    assert peak_with(made, GPU, []) == 96 * KIB
+    assert peak_with(made, GPU, [(("x",), 16 * KIB)]) == 96 * KIB, "x ends with the first step, when only a is there"
+    assert peak_with(made, GPU, [(("x",), 64 * KIB)]) == 128 * KIB
+    assert peak_with(made, GPU, [(("unused", "x"), 64 * KIB)]) == 128 * KIB
+
+
 def test_another_device_holds_nothing() -> None:
     assert footprint(plan_memory(_plan()), torch.device("cuda", 1)) == Footprint(0, 0, 0, 0, 0)
 
@@ -71,4 +79,4 @@ def test_sizes_known_only_at_run_time() -> None:
         (_launch("x", "a"),),
         (Ref("a"),),
     )
-    assert footprint(plan_memory(made), GPU) is None
+    assert footprint(plan_memory(made), GPU) is None and peak_with(plan_memory(made), GPU, []) is None

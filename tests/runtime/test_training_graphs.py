@@ -21,6 +21,7 @@ from fxopt.ir.graph import Phase
 from fxopt.runtime import backward_pieces, capturable, recording, training_graph
 from fxopt.runtime.backward_pieces import choose_backward_pieces
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
+from fxopt.runtime.footprint import footprint
 from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.recording import record
 from fxopt.runtime.training_graph import BackwardRecording, GraphedBackward, GraphedForward, SavedMemory
@@ -305,6 +306,26 @@ def test_a_backward_overwrites_what_only_it_can_read(stage: Stage) -> None:
         loss.backward()
     pair.agree()
     assert all(bool((x == -77).all()) for x in memory.tensors)
+
+
+def test_a_pool_begins_with_what_forward_and_backward_hold(stage: Stage) -> None:
+    """Known from the backward's first run, which is a plain one; nothing is added for the backward's capture."""
+    Pair().warm()
+    (forward,), (backward,) = stage.forwards, stage.backwards
+    memory = forward._latest.memory  # type: ignore[union-attr]
+    drivers: list[Any] = [forward._turns.driver, backward._turns.driver]
+    held = footprint(backward.plan, CPU)
+    assert held is not None and max(memory.nbytes, held.peak) < forward.room < memory.nbytes + held.peak + (1 << 12)
+    assert [driver.peaks for driver in drivers] == [[forward.room + forward.room // training_graph.ROOM], [0]]
+
+
+def test_a_forward_whose_backward_has_not_run_begins_with_nothing(stage: Stage) -> None:
+    pair = Pair()
+    for k in range(3):
+        pair.losses(k)
+    (forward,) = stage.forwards
+    driver: Any = forward._turns.driver
+    assert forward.left and forward.room == 0 and driver.peaks == [0]
 
 
 def test_what_has_been_given_up_is_captured_elsewhere(stage: Stage) -> None:
