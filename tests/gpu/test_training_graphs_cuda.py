@@ -506,6 +506,21 @@ def test_memory_comes_back(made: Made) -> None:
     assert held() < during - (96 << 20), "activations of four layers, 16 MiB each and more than one a layer"
 
 
+def test_a_pool_is_hardly_larger_than_what_a_step_holds(made: Made) -> None:
+    """Beside its first piece: a workspace of cuBLAS's, and where torch's allocator keeps small values."""
+    model = fresh()
+    run = compiled(model, mode="reduce-overhead")
+    for k in range(4):
+        backward(run(x_of(k, 1 << 16, WIDTH)))
+        model.zero_grad()
+    assert made.replays() == (3, 2), reasons()
+    (forward,), (recording,) = made.forwards, (made.backwards[0]._latest,)
+    assert isinstance(recording, training_graph.BackwardRecording) and recording.overwritten, reasons()
+    taken = sum(segment["total_size"] for segment in recording.memory.pool.snapshot())
+    first = forward.room + forward.room // training_graph.ROOM
+    assert first <= taken <= first + (58 << 20), f"{taken >> 20} MiB for {forward.room >> 20}, {reasons()}"
+
+
 STEPS = """
 import threading
 import torch
