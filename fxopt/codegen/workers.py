@@ -178,7 +178,9 @@ class Pool:
             finally:
                 arrived.put(None)
 
-        threads = [threading.Thread(target=task, daemon=True) for task in (write, read)]
+        threads = [
+            threading.Thread(target=task, name=f"fxopt_workers_{task.__name__}", daemon=True) for task in (write, read)
+        ]
         for thread in threads:
             thread.start()
         try:

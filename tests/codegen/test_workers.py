@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from fxopt.codegen import workers
 from fxopt.codegen.workers import Outcome, Pool, WorkersUnavailable, worker_count
+from fxopt.runtime import solitude
 
 JOBS = "tests.codegen.worker_jobs"
 
@@ -48,6 +50,20 @@ def test_a_job_is_begun_while_the_next_one_is_made(pool: Pool, tmp_path: Path) -
         yield job("double", (tmp_path / "begun").exists())
 
     assert pool.run(jobs()) == [Outcome("touched"), Outcome([True, True])]
+
+
+def test_threads_that_talk_to_the_helper_are_known_to_call_no_library(pool: Pool) -> None:
+    """Attention is timed in CUDA graphs while kernels are compiled, and workspaces are freed around captures only where no
+    other thread may be using one."""
+    before, meanwhile = threading.enumerate(), list[threading.Thread]()
+
+    def jobs() -> Iterator[dict[str, Any]]:
+        yield job("double", 1)
+        meanwhile.extend(t for t in threading.enumerate() if t not in before)
+        yield job("double", 2)
+
+    pool.run(jobs())
+    assert len(meanwhile) == 2 and all(map(solitude._calls_no_library, meanwhile))
 
 
 def test_an_outcome_is_heard_while_others_are_awaited(pool: Pool, tmp_path: Path) -> None:
