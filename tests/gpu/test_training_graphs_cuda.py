@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -538,10 +540,44 @@ print(allocated - torch.cuda.memory_allocated(), [thread.name for thread in thre
 """
 
 
-def test_no_workspaces_are_left_in_a_process_that_only_trains() -> None:
-    """A process of its own: where other threads are about, workspaces stay."""
-    found = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, timeout=200)
+ATTENTION = """
+import threading
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+first, last, norm = nn.Linear(512, 1536), nn.Linear(512, 512), nn.LayerNorm(512)
+model = nn.ModuleList([first, last, norm]).cuda().bfloat16()
+
+def attended(x):
+    q, k, v = first(norm(x)).view(8, 128, 3, 8, 64).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return x + F.gelu(last(y.transpose(1, 2).reshape(8, 128, 512)))
+
+run = torch.compile(attended, backend="fxopt")
+x = torch.randn(8, 128, 512, device="cuda", dtype=torch.bfloat16)
+with torch.no_grad():
+    for _ in range(4):
+        run(x)
+allocated = torch.cuda.memory_allocated()
+torch._C._cuda_clearCublasWorkspaces()
+print(allocated - torch.cuda.memory_allocated(), [thread.name for thread in threading.enumerate()])
+"""
+
+
+def no_workspaces_are_left(script: str, cache: Path) -> None:
+    """By a process of its own: where other threads are about, workspaces stay."""
+    environment = os.environ | {"FXOPT_CACHE_DIR": str(cache)}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, env=environment)
     assert found.stdout.startswith("0 "), found.stdout + found.stderr
+
+
+def test_no_workspaces_are_left_in_a_process_that_only_trains(tmp_path: Path) -> None:
+    no_workspaces_are_left(STEPS, tmp_path)
+
+
+def test_none_is_left_where_attention_was_timed_while_kernels_were_compiled(tmp_path: Path) -> None:
+    no_workspaces_are_left(ATTENTION, tmp_path)
 
 
 def test_what_was_saved_outlives_the_graphs(made: Made) -> None:
