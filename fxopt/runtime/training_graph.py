@@ -260,9 +260,12 @@ class GraphedForward(GraphedExecutor):
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         self._drop_stale()
         saved, found = self.plan.saved, self._traits
+        copied = sum(span(values[i]) for i in found.moved)
+        if dear := too_dear(copied, found.steps, COPY_SHARE):  # known before any memory is taken for it
+            raise CaptureRefused(dear)
         driver = self._turns.driver
         pool = driver.new_pool()
-        most = max(self.room, found.peak + sum(span(values[i]) for i in found.moved)) if self.room else 0
+        most = max(self.room, found.peak + copied) if self.room else 0
         found = replace(found, peak=most + most // ROOM)
         made = record(self._executor, values, signature, found, driver, saved=saved, pool=pool)
         results = made.results

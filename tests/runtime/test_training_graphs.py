@@ -319,6 +319,16 @@ def test_a_pool_begins_with_what_forward_and_backward_hold(stage: Stage) -> None
     assert [driver.peaks for driver in drivers] == [[forward.room + forward.room // training_graph.ROOM], [0]]
 
 
+def test_inputs_that_take_too_long_to_copy_take_no_memory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_graph, "COPY_SHARE", 0.0)
+    pair = Pair().warm()
+    (forward,) = stage.forwards
+    driver: Any = forward._turns.driver
+    assert driver.captures == 0 and len(stage.notes) == 1 and "not captured: copying its inputs" in stage.notes[0]
+    pair.step(5)
+    pair.agree()
+
+
 def test_a_forward_whose_backward_has_not_run_begins_with_nothing(stage: Stage) -> None:
     pair = Pair()
     for k in range(3):
