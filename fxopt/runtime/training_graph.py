@@ -48,6 +48,9 @@ takes 3 % more by a model of torch's allocator, since what a value leaves may be
 STREAM_CHANGES = 8
 """How often a captured forward follows its caller to another stream, which the host has to wait for."""
 
+LEAST_OVERWRITTEN = 32 << 20
+"""Bytes of saved memory below which a backward leaves it alone: a replay that need not ask who holds it is one call of
+compiled code, and the host decides in models that save so little."""
 RETAINED_CALLS = 4
 """After so many calls of a captured backward that would destroy what its caller retains, one is captured that does not."""
 
@@ -409,10 +412,13 @@ class GraphedBackward(GraphedExecutor):
         idle = memory.idle()
         memory.lend(values, loans)
         loans = tuple(loan for loan in loans if loan.storage in idle)
+        size = sum(memory.size(k) for k in {loan.storage for loan in loans})
+        if size < LEAST_OVERWRITTEN:
+            loans = ()
         found = replace(found, peak=0)  # the forward has begun the pool
         made = record(run, values, signature, found, driver, pool=memory.pool, given_up=memory.give_up(loans))
-        size = sum(memory.size(k) for k in {loan.storage for loan in loans})
-        self._note(NAME, f"{size / 2**20:.1f} MiB that the forward has saved are its own as soon as it has read them")
+        if loans:
+            self._note(NAME, f"{size / 2**20:.1f} MiB that the forward has saved are its own as soon as it has read them")
         return BackwardRecording(**vars(made), memory=memory, loans=loans, overwritten=memory.given_up())
 
     def _replays_at_once(self, recording: Recording) -> bool:

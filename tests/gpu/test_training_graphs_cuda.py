@@ -54,6 +54,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 
     monkeypatch.setattr(training_graph, "GraphedForward", WatchedForward)
     monkeypatch.setattr(training_graph, "GraphedBackward", WatchedBackward)
+    monkeypatch.setattr(training_graph, "LEAST_OVERWRITTEN", 1)
     return found
 
 

@@ -91,6 +91,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(compiler, "with_graphs", found.with_graphs)
     monkeypatch.setattr(plan_cache, "with_graphs", found.with_graphs)
     monkeypatch.setattr(capturable, "gpu", lambda plan: CPU)
+    monkeypatch.setattr(training_graph, "LEAST_OVERWRITTEN", 1)
     return found
 
 
@@ -166,6 +167,25 @@ def test_compiled_code_replays_forwards_and_backwards(stage: Stage, compiled_cod
     (forward,), (backward,) = stage.forwards, stage.backwards
     assert forward._play is None and forward._latest is not None and forward._latest.play_within is not None
     assert backward._play is None and backward._latest is not None and backward._latest.play_within is not None
+
+
+def test_little_that_is_saved_is_left_alone(
+    stage: Stage, compiled_code: ReplayCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a replay is one call of compiled code, over a retained graph, too."""
+    monkeypatch.setattr(training_graph, "LEAST_OVERWRITTEN", 1 << 20)
+    stage.code = compiled_code
+    pair = Pair().warm()
+    (backward,) = stage.backwards
+    recording: Any = backward._latest
+    assert backward._play is not None and recording.loans == () and not recording.overwritten
+    before = stage.counts()
+    losses = pair.losses(5)
+    for _ in range(3):
+        for loss in losses:
+            loss.backward(retain_graph=True)
+        pair.agree()
+    assert stage.counts() == (before[0] + 1, before[1] + 3)
 
 
 @pytest.fixture
