@@ -44,7 +44,7 @@ STALE_REPLAYS = 256
 """A captured forward goes when another one is captured and it was not among that many last replays: its weights are gone."""
 ROOM = 32
 """One part in so many is added to what forward and backward hold at a time, where their pool begins: with none, ResNet-50's
-takes 3 % more by a model of torch's allocator, since what a value leaves may be too small for the next."""
+takes 2 % more by `benchmarks.pool_model`, since what a value leaves may be too small for the next."""
 STREAM_CHANGES = 8
 """How often a captured forward follows its caller to another stream, which the host has to wait for."""
 
