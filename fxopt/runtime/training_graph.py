@@ -257,7 +257,8 @@ class GraphedForward(GraphedExecutor):
 
     def _plainly(self, inputs: list[Any], key: Key | None) -> tuple[Any, ...]:
         results = super()._plainly(inputs, key)
-        self.left = frozenset(results[i].untyped_storage().data_ptr() for i in self._own_results)
+        if key is not None:  # else they may be stand-ins without memory
+            self.left = frozenset(results[i].untyped_storage().data_ptr() for i in self._own_results)
         return results
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
@@ -355,9 +356,12 @@ class GraphedBackward(GraphedExecutor):
         driver = self._turns.driver
         if not self._kept:
             see_backward()
-        if not self._knows_saved and (driver.is_captured() or driver.is_watched() or not self._look_for_saved(inputs)):
-            self._ask_for_room(inputs)
-            return self._executor(inputs)
+        if not self._knows_saved:
+            if driver.is_captured() or driver.is_watched():
+                return self._executor(inputs)
+            if not self._look_for_saved(inputs):
+                self._ask_for_room(inputs)
+                return self._executor(inputs)
         return super().__call__(inputs)
 
     def _look_for_saved(self, inputs: list[Any]) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fxopt import compiler, plan_cache
@@ -337,6 +338,21 @@ def test_a_pool_begins_with_what_forward_and_backward_hold(stage: Stage) -> None
     held = footprint(backward.plan, CPU)
     assert held is not None and max(memory.nbytes, held.peak) < forward.room < memory.nbytes + held.peak + (1 << 12)
     assert [driver.peaks for driver in drivers] == [[forward.room + forward.room // training_graph.ROOM], [0]]
+
+
+@pytest.mark.filterwarnings("error:Accessing the data pointer")
+def test_tensors_without_memory_are_not_asked_where_they_are(stage: Stage) -> None:
+    """Stand-ins of a torch mode, which sees the call."""
+    Pair().step(0)
+    (forward,), (backward,) = stage.forwards, stage.backwards
+    with FakeTensorMode() as mode:
+        stands = [mode.from_tensor(torch.randn(4)) for _ in range(max(len(forward.plan.outputs), len(backward.plan.inputs)))]
+        for made in (forward, backward):
+            driver: Any = made._turns.driver
+            driver.watched = True
+            function: Any = made._executor
+            function.fn = lambda *values, made=made: tuple(stands[: len(made.plan.outputs)])
+            made(stands[: len(made.plan.inputs)])
 
 
 def test_inputs_that_take_too_long_to_copy_take_no_memory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
