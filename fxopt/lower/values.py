@@ -28,7 +28,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Computed:
-    """A value as an expression over the index symbols `dim_symbols(shape)`.
+    """A value as an expression over the symbols of `dim_indices(shape)`.
 
     `nodes` names the FX nodes whose computation the expression holds (those behind stored values excluded).
     """
