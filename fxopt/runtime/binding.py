@@ -13,28 +13,19 @@ changes. Frames are taken from a list and put back, so that threads never share 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import fxopt.ir.linear_cross_entropy_op
-import fxopt.ir.quantized_convolution
-import fxopt.ir.quantized_ops  # noqa: F401  (these define ops that plans name)
 from fxopt.errors import PlanError
-from fxopt.ir.attention_backends import cudnn_backward
-from fxopt.ir.attention_op import attend, attend_backward, attend_forward
-from fxopt.ir.exprs import Atom, Expr, Int
 from fxopt.ir.graph import Role
-from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Size, refs
-from fxopt.runtime import draws
+from fxopt.ir.region import Alias, BufferSpec, Call, Ref, refs
+from fxopt.runtime.binding_values import ALIGNMENT, ValueWriter
 from fxopt.runtime.lifetimes import Lifetimes, only_writes, returns_fresh
-from fxopt.runtime.plan import Free, InputSpec, Launch, Plan, PlanStep, allocated
+from fxopt.runtime.plan import Free, Launch, Plan, PlanStep
+from fxopt.runtime.plan_ops import DIRECT
 
-ALIGNMENT = 16
-"""Bytes; what `Launch.aligned` promises a kernel."""
-LINE = 64
-"""Bytes of a CPU's cache line."""
 MANY = 16
 """Buffers of one launch whose addresses are asked for together."""
 
@@ -52,86 +43,27 @@ class Binding:
     cuda: list[tuple[Launch, bool]]
 
 
-DIRECT: dict[str, Callable[..., Any]] = {
-    "aten::mm.default": torch.mm,
-    "aten::mm.out": torch.mm,
-    "aten::addmm.default": torch.addmm,
-    "aten::addmm.out": torch.addmm,
-    "aten::bmm.default": torch.bmm,
-    "aten::bmm.out": torch.bmm,
-    "aten::baddbmm.default": torch.baddbmm,
-    "aten::baddbmm.out": torch.baddbmm,
-    "aten::convolution.default": torch.convolution,
-    "fxopt::attention.default": attend,
-    "fxopt::attention_forward.default": attend_forward,
-    "fxopt::attention_backward.default": attend_backward,
-    draws.SEED: draws.draw,
-    "aten::_scaled_dot_product_cudnn_attention_backward.default": cudnn_backward,
-}
-"""Ops that models call most, as functions with the same parameters that reach the kernel with less Python in between: 1 to
-5 us less a call than through the OpOverload. The last one is here for its values, the seed for captured runs."""
-
-
-def resolve_op(op: str) -> Callable[..., Any]:
-    """The torch op named "namespace::name.overload". Raises PlanError when this process has none of that name."""
-    if op in DIRECT:
-        return DIRECT[op]
-    namespace, _, rest = op.partition("::")
-    packet, _, overload = rest.partition(".")
-    try:
-        found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-    except (AttributeError, RuntimeError) as error:
-        raise PlanError(f"plan.steps: there is no op {op!r} here; import the library that defines it first") from error
-    return found
-
-
-def _is_static(spec: InputSpec) -> bool:
-    return all(isinstance(x, int) for x in (*spec.shape, *spec.strides))
-
-
-@dataclass
-class Writer:
+class Writer(ValueWriter):
     """Writes the source of one plan. `helpers` are the runtime functions that the text calls by name."""
 
-    plan: Plan
-    constants: Mapping[str, torch.Tensor]
-    natives: Mapping[str, Callable[[int, int], int]]
-    ops: Mapping[str, Callable[..., Any]]
-    helpers: Mapping[str, Any]
-    profile: bool = False
-    lines: list[str] = field(default_factory=list)
-    names: dict[str, Any] = field(default_factory=dict)
-    pointers: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    cuda: list[tuple[Launch, bool]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        plan = self.plan
-        self.names.update(self.helpers)
-        self.specs: dict[str, BufferSpec] = {b.name: b for b in plan.buffers}
-        self.own = allocated(plan)
-        self.parameters = {x.name for x in plan.inputs if x.role is Role.PARAMETER and _is_static(x)}
-        self.symbols = {s.name: f"y{i}" for i, s in enumerate(plan.symbols)}
-        self.tensors: dict[str, str] = {x.name: f"v{i}" for i, x in enumerate(plan.inputs)}
-        self.addresses: dict[str, str] = {}
-        self.expressions: dict[Expr, str] = {}
-        self.prologue: list[str] = []
+    def __init__(
+        self,
+        plan: Plan,
+        constants: Mapping[str, torch.Tensor],
+        natives: Mapping[str, Callable[[int, int], int]],
+        ops: Mapping[str, Callable[..., Any]],
+        helpers: Mapping[str, Any],
+        profile: bool = False,
+    ) -> None:
+        super().__init__(plan, constants, helpers)
+        self.natives, self.ops, self.profile = natives, ops, profile
+        self.pointers: list[int] = []
+        self.sizes: list[int] = []
+        self.cuda: list[tuple[Launch, bool]] = []
+        self.specs: dict[str, BufferSpec] = {s.name: s for s in plan.buffers}
+        self.parameters = {x.name for x in plan.inputs if x.role is Role.PARAMETER and x.is_static}
         self.roots = Lifetimes.of(plan).root
-        self.materialized = _needs_tensor(plan)
-        self.tenants = [{n for n, s in plan.placement.items() if s == i} for i in range(len(plan.slots))]
-        self.uniform = [len({(plan.offsets.get(n, 0), *self._layout(n)) for n in names}) <= 1 for names in self.tenants]
-        self.open_slots: set[int] = set()
-        self.known: dict[Any, str] = {}
-        self.offsets: list[Int] = []
-        self.workspace: Int = 0
-        self._lay_out_workspace()
-        self.views: dict[tuple[Any, ...], str] = {}
-        self.counter = len(plan.inputs)
         self.before: Launch | None = None
-        self.device = next((s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"), 0)
-        launched = {s.device.index or 0 for s in plan.steps if isinstance(s, Launch) and s.language != "cpp"}
-        self.current = self.device if len(launched) == 1 else None  # the GPU that is current throughout a call
-        self.streams = sorted(launched)
         self.tracked = _tracked(plan, self.roots)
 
     # --- the whole
@@ -181,9 +113,6 @@ class Writer:
         text = self._value(value)
         return f"{text}.detach()" if isinstance(value, Ref) and value.name in views else text
 
-    def _emit(self, line: str) -> None:
-        self.lines.append(line)
-
     def _step(self, step: PlanStep) -> None:
         match step:
             case Launch():
@@ -194,187 +123,6 @@ class Writer:
                 self._alias(step)
             case Free():
                 self._free(step)
-
-    # --- values
-
-    def _fresh(self, letter: str) -> str:
-        self.counter += 1
-        return f"{letter}{self.counter}"
-
-    def _constant(self, value: Any) -> str:
-        """The global that holds `value`; equal dtypes, devices and the like share one."""
-        plain = isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format))
-        if plain and value in self.known:
-            return self.known[value]
-        name = self._fresh("k")
-        self.names[name] = value
-        if plain:
-            self.known[value] = name
-        return name
-
-    def _size(self, x: Int) -> str:
-        """Source of an integer: a literal, or a local computed once at the start of the call."""
-        if isinstance(x, int):
-            return repr(x)
-        if x not in self.expressions:
-            self.expressions[x] = f"e{len(self.expressions)}"
-            self.prologue.append(f"{self.expressions[x]} = {self._polynomial(x)}")
-        return self.expressions[x]
-
-    def _polynomial(self, x: Int) -> str:
-        if isinstance(x, int):
-            return repr(x)
-        terms = []
-        for monomial, coefficient in x.terms:
-            factors = [self._atom(a) if isinstance(a, Atom) else self.symbols[a.name] for a in monomial]
-            terms.append("*".join([repr(coefficient), *factors] if coefficient != 1 or not factors else factors))
-        return "(" + " + ".join(terms) + ")"
-
-    def _atom(self, atom: Atom) -> str:
-        a, b = self._polynomial(atom.a), self._polynomial(atom.b)
-        operator = {"floordiv": "//", "mod": "%"}.get(atom.kind)
-        return f"({a} {operator} {b})" if operator else f"{atom.kind}({a}, {b})"
-
-    def _shape(self, xs: tuple[Int, ...]) -> str:
-        return "(" + "".join(f"{self._size(x)}, " for x in xs) + ")"
-
-    def _value(self, value: Any) -> str:
-        """Source of an op argument or output."""
-        match value:
-            case Ref(name):
-                return self.tensors[name]
-            case Size(expr):
-                return self._size(expr)
-            case None | bool() | int() | str():
-                return repr(value)
-            case list():
-                return "[" + ", ".join(self._value(x) for x in value) + "]"
-            case tuple():
-                return "(" + "".join(f"{self._value(x)}, " for x in value) + ")"
-            case dict():
-                return "{" + ", ".join(f"{k!r}: {self._value(v)}" for k, v in value.items()) + "}"
-        return self._constant(value)
-
-    # --- memory
-
-    def _layout(self, name: str) -> tuple[torch.dtype, tuple[Int, ...], tuple[Int, ...]]:
-        spec = self.own[name]
-        return spec.dtype, spec.shape, spec.strides
-
-    def _allocate(self, name: str) -> None:
-        """Bring an allocated buffer into being before the first step that mentions it."""
-        if name not in self.own or name in self.tensors or name in self.addresses:
-            return
-        slot = self.plan.placement.get(name)
-        if slot is None:
-            self.tensors[name] = self._fresh("v")
-            self._emit(f"{self.tensors[name]} = {self._empty(self.own[name])}")
-        else:
-            self._place(name, slot)
-
-    def _empty(self, spec: BufferSpec) -> str:
-        dtype, device = self._constant(spec.dtype), self._constant(spec.device)
-        quick = "empty_cpu" if spec.device.type == "cpu" else "empty_cuda"
-        here = spec.device.type == "cpu" or (spec.device.type == "cuda" and (spec.device.index or 0) == self.current)
-        if here and quick in self.helpers:
-            return f"{quick}({self._shape(spec.shape)}, {self._shape(spec.strides)}, {dtype})"
-        return f"empty({self._shape(spec.shape)}, {self._shape(spec.strides)}, dtype={dtype}, device={device})"
-
-    def _lay_out_workspace(self) -> None:
-        """Where each CPU slot begins in the call's one block of memory; other slots are storages themselves."""
-        for slot in self.plan.slots:
-            self.offsets.append(self.workspace if slot.device.type == "cpu" else 0)
-            if slot.device.type == "cpu":
-                # A few lines apart: slots a power of two long would else meet in the same cache sets.
-                self.workspace = self.workspace + (slot.nbytes + (LINE - 1)) // LINE * LINE + 3 * LINE
-
-    def _open_workspace(self) -> list[str]:
-        used = [
-            f"q{slot} = Q + {self._size(self.offsets[slot])}" for slot in sorted(self.open_slots) if self._in_workspace(slot)
-        ]
-        typed = [f"{text} = W.view({key[1]})" for key, text in self.views.items() if key[0] == "typed"]
-        return [f"W = take({self._size(self.workspace)})", "Q = W.data_ptr()", *used, *typed]
-
-    def _in_workspace(self, slot: int | None) -> bool:
-        return slot is not None and self.plan.slots[slot].device.type == "cpu"
-
-    def _place(self, name: str, slot: int) -> None:
-        """Make `name` a tenant of a shared storage, allocating that for its first tenant."""
-        offset = self.plan.offsets.get(name, 0)
-        self.addresses[name] = f"q{slot} + {offset}" if offset else f"q{slot}"
-        if self._in_workspace(slot):
-            self.open_slots.add(slot)
-        elif slot not in self.open_slots:
-            self.open_slots.add(slot)
-            alone = self._empty(self.own[name] if self.uniform[slot] else self._bytes(slot))
-            self._emit(f"m{slot} = {alone}")
-            self._emit(f"q{slot} = m{slot}.data_ptr()")
-        if not self._in_workspace(slot) and self.uniform[slot]:
-            self.tensors[name] = f"m{slot}"
-        elif name in self.materialized:
-            self.tensors[name] = self._view_into(slot, name)
-
-    def _view_into(self, slot: int, name: str) -> str:
-        """`name` as a tensor; tenants with equal layouts at one place are the same tensor object."""
-        spec, offset = self.own[name], self.plan.offsets.get(name, 0)
-        layout = ("view", slot, offset, *self._layout(name))
-        if layout not in self.views:
-            dtype = self._constant(spec.dtype)
-            first = self._size((self.offsets[slot] + offset) // spec.dtype.itemsize)
-            if self._in_workspace(slot):
-                base = self.views.setdefault(("typed", dtype), f"W_{dtype}")
-            elif ("bytes", slot, dtype) in self.views:
-                base = self.views["bytes", slot, dtype]
-            else:
-                base = self.views["bytes", slot, dtype] = self._fresh("v")
-                self._emit(f"{base} = m{slot}.view({dtype})")
-            self.views[layout] = self._fresh("v")
-            self._emit(f"{self.views[layout]} = {self._untracked_view(base, spec.shape, spec.strides, first)}")
-        return self.views[layout]
-
-    def _untracked_view(self, base: str, shape: tuple[Int, ...], strides: tuple[Int, ...], offset: str) -> str:
-        """`base`, which begins where its storage does, in another layout and with versions of its own."""
-        layout = f"{self._shape(shape)}, {self._shape(strides)}, {offset}"
-        return f"reinterpret({base}, {layout})" if "reinterpret" in self.helpers else f"{base}.as_strided({layout})"
-
-    def _bytes(self, slot: int) -> BufferSpec:
-        """The slot as bytes, rounded up so that it can be viewed as any dtype."""
-        size = (self.plan.slots[slot].nbytes + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-        return BufferSpec("", torch.uint8, self.plan.slots[slot].device, (size,), (1,))
-
-    def _address(self, name: str) -> str:
-        """Source of a buffer's address, computed once."""
-        if name not in self.addresses:
-            tensor = self.tensors[name]
-            self.addresses[name] = self._fresh("p")
-            self._emit(f"{self.addresses[name]} = {tensor}.data_ptr()")
-        return self.addresses[name]
-
-    def _fetch_addresses(self, buffers: tuple[str, ...]) -> None:
-        """The addresses of all of `buffers` in one statement, which takes two thirds of the time of one for each."""
-        names = [n for n in dict.fromkeys(buffers) if n not in self.addresses and n not in self.constants]
-        if not names:
-            return
-        for name in names:
-            self.addresses[name] = self._fresh("p")
-        targets = "".join(f"{self.addresses[n]}, " for n in names)
-        self._emit(f"{targets}= map(data_ptr, ({''.join(f'{self.tensors[n]}, ' for n in names)}))")
-
-    def _free(self, step: Free) -> None:
-        gone = []
-        for name in step.names:
-            slot = self.plan.placement.get(name)
-            if slot is None:
-                tensor = self.tensors.get(name)
-                if tensor is not None and name not in self.constants:
-                    gone.append(tensor)
-            elif not self._in_workspace(slot):
-                self.tenants[slot].discard(name)
-                if not self.tenants[slot]:
-                    views = (text for key, text in self.views.items() if key[0] in ("view", "bytes") and key[1] == slot)
-                    gone += [f"m{slot}", *views]
-        if gone:
-            self._emit(f"del {', '.join(gone)}")
 
     # --- steps
 
@@ -587,19 +335,3 @@ def _tracked(plan: Plan, roots: Mapping[str, str]) -> set[str]:
     inputs = {x.name for x in plan.inputs}
     written = {roots.get(n, n) for step in plan.steps if isinstance(step, Launch | Call) for n in step.writes} & inputs
     return out | {step.name for step in plan.steps if isinstance(step, Alias) and roots.get(step.name) in written}
-
-
-def _needs_tensor(plan: Plan) -> set[str]:
-    """Names that must exist as tensor objects: seen by library calls or callers, or misaligned perhaps; others are
-    addresses."""
-    out = set(refs(plan.outputs))
-    own = allocated(plan)
-    for step in plan.steps:
-        if isinstance(step, Call):
-            out.update(refs(step.args), refs(step.kwargs))
-        if isinstance(step, Launch) and step.language != "cpp":
-            out.update(n for n in (step.buffers[i] for i in step.aligned) if n not in own)
-    for step in reversed(plan.steps):
-        if isinstance(step, Alias) and step.name in out:
-            out.add(step.of)
-    return out

@@ -213,7 +213,7 @@ def traits(captured: Part) -> Traits:
         moved=tuple(i for i, _ in tensors if i not in fixed),
         fixed=fixed,
         written=tuple(i for i, x in tensors if x.name in written),
-        varying=tuple(i for i, x in numbers if x.kind == "int" or not _is_static(x)),
+        varying=tuple(i for i, x in numbers if x.kind == "int" or not x.is_static),
         seeds=sum(isinstance(s, Call) and s.op == draws.SEED for s in plan.steps),
         steps=len(Mentions(plan).steps),
         draws=any(isinstance(s, Call) and _drops(s) for s in plan.steps),
@@ -456,10 +456,6 @@ def _buffer(x: InputSpec) -> BufferSpec:
 def _stays(x: InputSpec, written: set[str]) -> bool:
     """Whether the input is used at the caller's address: what keeps its own, and what the plan changes."""
     return x.role in (Role.PARAMETER, Role.STATE) or x.name in written
-
-
-def _is_static(x: InputSpec) -> bool:
-    return all(isinstance(n, int) for n in (*x.shape, *x.strides))
 
 
 def _mentioned(plan: Plan) -> set[str]:

@@ -18,9 +18,11 @@ from fxopt.errors import CacheError, PlanError
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import BufferSpec, Call
 from fxopt.runtime import workspace
-from fxopt.runtime.binding import ALIGNMENT, Binding, Writer, resolve_op
+from fxopt.runtime.binding import Binding, Writer
+from fxopt.runtime.binding_values import ALIGNMENT
 from fxopt.runtime.native import NativeKernel, load_kernel
 from fxopt.runtime.plan import Launch, Plan
+from fxopt.runtime.plan_ops import resolve_op
 
 _serial = itertools.count()
 

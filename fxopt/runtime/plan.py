@@ -47,6 +47,11 @@ class InputSpec:
     shape: tuple[Int, ...] = ()
     strides: tuple[Int, ...] = ()
 
+    @property
+    def is_static(self) -> bool:
+        """Whether nothing of its layout is symbolic."""
+        return all(isinstance(n, int) for n in (*self.shape, *self.strides))
+
 
 @dataclass(frozen=True)
 class SymbolSource:

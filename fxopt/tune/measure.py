@@ -24,10 +24,10 @@ from fxopt.journal import Journal
 from fxopt.lower.convolutions import BIAS_OF
 from fxopt.lower.cost import nbytes
 from fxopt.runtime.batch import BatchLauncher
-from fxopt.runtime.binding import resolve_op
 from fxopt.runtime.device_lock import device_identity, turn
 from fxopt.runtime.graph_driver import GraphDriver
 from fxopt.runtime.launch import CudaError, load_cubin
+from fxopt.runtime.plan_ops import resolve_op
 from fxopt.target import Target
 from fxopt.tune.suspects import Suspects
 

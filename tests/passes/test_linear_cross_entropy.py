@@ -438,7 +438,7 @@ def test_a_checkpointed_head_stays_right() -> None:
 
 def test_a_plan_of_another_process_finds_the_ops() -> None:
     code = """
-from fxopt.runtime.binding import resolve_op
+from fxopt.runtime.plan_ops import resolve_op
 for name in ("linear_cross_entropy", "linear_cross_entropy_backward"):
     resolve_op(f"fxopt::{name}.default")
 """

@@ -22,8 +22,8 @@ from fxopt.ir.region import BufferSpec, Call
 from fxopt.journal import RECENT
 from fxopt.lower.attention_calls import AttentionCall, Operand
 from fxopt.passes import attention as attention_pass
-from fxopt.runtime.binding import DIRECT
 from fxopt.runtime.graph_driver import CaptureError
+from fxopt.runtime.plan_ops import DIRECT
 from fxopt.target import Target
 from fxopt.tune import attention as tune_attention
 from fxopt.tune import measure
