@@ -215,46 +215,54 @@ def _grouped(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, 
 def _pointwise_convolution(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
     """A convolution of [N, K, places...] by [C, K, 1...] as [N * places, K] times [K, C], its bias the addend."""
     x, weight, bias, stride, padding, _, transposed, _, groups = call.args
-    if transposed or groups != 1 or any(s != 1 for s in stride) or any(p != 0 for p in padding) or call.outputs[0] is None:
-        return None
-    image, window, made = (as_view(n, buffers, views) for n in (x.name, weight.name, call.outputs[0]))
-    if image is None or window is None or made is None or any(s != 1 for s in window.shape[2:]):
-        return None
-    batch, depth, *inner = image.shape
-    places, channels = prod((batch, *inner)), window.shape[0]
-    if not (isinstance(places, int) and isinstance(depth, int) and isinstance(channels, int)):
-        return None
-    a, result = places_of(image), places_of(made)
-    added = None if bias is None else as_view(bias.name, buffers, views)
-    if a is None or result is None or (added is None) != (bias is None) or channels < 2 or min(places, depth) < 1:
+    window = as_view(weight.name, buffers, views)
+    if transposed or groups != 1 or _skips(stride, padding) or window is None or any(s != 1 for s in window.shape[2:]):
         return None
     b = Matrix(window.of, window.offset, 0, window.strides[1], window.strides[0])
-    axes = (None, Sym("x1", size=places), Sym("x2", size=channels))
-    addend = None if added is None else broadcast(added, (places, channels), axes, buffers)
-    return Product(call, a, b, result, (1, places, depth, channels), axes, addend)
+    found = _of_places(call, x, b, window.shape[0], buffers, views)
+    added = None if bias is None else as_view(bias.name, buffers, views)
+    if found is None or (added is None) != (bias is None):
+        return None
+    shape = (found.sizes[1], found.sizes[3])
+    return replace(found, addend=None if added is None else broadcast(added, shape, found.axes, buffers))
 
 
 def _scaled_pointwise(call: Call, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]) -> Product | None:
     """The same of 8-bit operands, the weight [C, 1, 1, K]."""
     x, weight, *scales, bias, stride, padding, _, _ = call.args
-    if any(s != 1 for s in stride) or any(p != 0 for p in padding) or call.outputs[0] is None:
+    window = as_view(weight.name, buffers, views)
+    if _skips(stride, padding) or window is None or window.shape[1:3] != (1, 1):
         return None
-    image, window, made = (as_view(n, buffers, views) for n in (x.name, weight.name, call.outputs[0]))
-    if image is None or window is None or made is None or window.shape[1:3] != (1, 1):
+    b = Matrix(window.of, window.offset, 0, window.strides[3], window.strides[0])
+    found = _of_places(call, x, b, window.shape[0], buffers, views)
+    if found is None:
+        return None
+    loads = loads_of((*scales, bias), (found.sizes[1], found.sizes[3]), found.axes, buffers, views)
+    return None if loads is None else replace(found, addend=(*loads[2:], None)[0], scales=loads[:2])
+
+
+def _skips(stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a window of one element is not at each of the image's places, and nowhere else."""
+    return any(s != 1 for s in stride) or any(p != 0 for p in padding)
+
+
+def _of_places(
+    call: Call, x: Ref, b: Matrix, channels: Int, buffers: Mapping[str, BufferSpec], views: Mapping[str, Alias]
+) -> Product | None:
+    """Convolution `call` of `x` by a window of one element as a product of its places by `b`, before anything is added."""
+    name = call.outputs[0]
+    image, made = as_view(x.name, buffers, views), None if name is None else as_view(name, buffers, views)
+    if image is None or made is None:
         return None
     batch, depth, *inner = image.shape
-    places, channels = prod((batch, *inner)), window.shape[0]
+    places = prod((batch, *inner))
     if not (isinstance(places, int) and isinstance(depth, int) and isinstance(channels, int)):
         return None
     a, result = places_of(image), places_of(made)
     if a is None or result is None or channels < 2 or min(places, depth) < 1:
         return None
     axes = (None, Sym("x1", size=places), Sym("x2", size=channels))
-    loads = loads_of((*scales, bias), (places, channels), axes, buffers, views)
-    if loads is None:
-        return None
-    b = Matrix(window.of, window.offset, 0, window.strides[3], window.strides[0])
-    return Product(call, a, b, result, (1, places, depth, channels), axes, (*loads[2:], None)[0], loads[:2])
+    return Product(call, a, b, result, (1, places, depth, channels), axes, None)
 
 
 def loads_of(

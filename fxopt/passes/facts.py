@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -85,17 +86,18 @@ def base(node: fx.Node) -> fx.Node:
 
 def escapes(node: fx.Node, without: fx.Node | None = None) -> bool:
     """Whether `node` or a view of it is an output, its memory outliving the call; not counting views by way of `without`."""
-    if node is without:
-        return False
+    return node is not without and any(user.op == "output" for user in _users_of_views(node, without))
+
+
+def _users_of_views(node: fx.Node, without: fx.Node | None = None) -> Iterator[fx.Node]:
+    """The users of `node` and of its views, but of those by way of `without`."""
     seen, stack = {node, without}, [node]
     while stack:
         for user in stack.pop().users:
-            if user.op == "output":
-                return True
+            yield user
             if user.op == "call_function" and ops.is_view(user.target) and user not in seen:
                 seen.add(user)
                 stack.append(user)
-    return False
 
 
 def needs_memory(node: fx.Node) -> bool:
@@ -117,15 +119,7 @@ def is_output(node: fx.Node) -> bool:
 
 def feeds_copy(node: fx.Node) -> bool:
     """Whether `node` or a view of it is what a trailing copy_ writes into an input."""
-    stack, seen = [node], {node}
-    while stack:
-        for user in stack.pop().users:
-            if user.target is COPY_INTO:
-                return True
-            if user.op == "call_function" and ops.is_view(user.target) and user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return False
+    return any(user.target is COPY_INTO for user in _users_of_views(node))
 
 
 def is_written(node: fx.Node) -> bool:
