@@ -84,12 +84,12 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
 
 
 def _piece_config(region: Region, piece: Region, config: TritonConfig, target: Target) -> TritonConfig:
-    """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well, or one down columns in a
-    shape that only parts have. For others what the cost model proposes for them at the place that this shape has among its
-    proposals for the whole."""
+    """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well, or one down columns that
+    are wider than its first proposal's. For others what the cost model proposes for them at the place that this shape has
+    among its proposals for the whole."""
     shape, tiling = replace(config, split=1, aligned=True), tile(piece, "flat")
     whole, proposed = ([c for c in configs(r, target, _ALL) if c.split == 1 and not c.programs] for r in (region, piece))
-    own = shape.x_block == 1 if tiling.inner_reduction else shape not in whole
+    own = shape.x_block == 1 if tiling.inner_reduction else shape.x_block > whole[0].x_block
     if own and not shape.persistent and tiling.r.hint >= _LONG_LOOP * shape.r_block:
         return shape
     place = whole.index(shape) if shape in whole else 0

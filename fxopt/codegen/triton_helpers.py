@@ -400,7 +400,11 @@ def welford(mean_a, m2_a, n_a, mean_b, m2_b, n_b):
 def welford_step(mean, m2, x, count):
     """(mean, sum of squared distances) with `x` added as element number `count` (a scalar); Welford 1962."""
     delta = x - mean
-    mean += delta * divide(tl.full([], 1.0, count.dtype), count)
+    if count.dtype == tl.float32:
+        share = inverse(count)
+    else:
+        share = divide(tl.full([], 1.0, count.dtype), count)
+    mean += delta * share
     return mean, m2 + delta * (x - mean)
 
 

@@ -117,6 +117,14 @@ def test_a_sigmoid_has_no_branch() -> None:
     assert "rcp.approx.ftz.f32" in ptx and "div." not in ptx and "rcp.rn" not in ptx
 
 
+def test_a_step_of_running_statistics_has_no_branch() -> None:
+    target = Target.cuda(90)
+    part = kernels(nests.variance(256, 50_000), target)[0]
+    assert "h.welford_step" in part.text
+    ptx = compile_to_text(part, target, "ptx")
+    assert "rcp.approx.ftz.f32" in ptx and "div.rn" not in ptx
+
+
 def test_what_one_row_has_of_bytes_is_no_run() -> None:
     """Said to be one, a row at a time in a loop, Triton ended the process."""
     case, target = nests.kept_rows(1 << 16, 1024), Target.cuda(90)
