@@ -417,7 +417,7 @@ def print_join(
 
 def in_parts(contraction: Contraction, shape: tuple[int, ...], unrolled: bool = False) -> tuple[BufferSpec, Region]:
     """The partial sums of a product, and the region that adds them up and has the epilogue."""
-    name = f"{contraction.result}.parts"
+    name = f"{contraction.name}.parts"
     spec = BufferSpec(name, torch.float32, contraction.device, shape, contiguous_strides(shape))
     place: Int = 0
     for sym, stride in zip(contraction.axes, spec.strides[1:], strict=True):

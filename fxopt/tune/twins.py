@@ -1,4 +1,5 @@
-"""Regions and attention that are equal but for the names of their buffers (the layers of a model): each is printed once.
+"""Regions, products and attention that are equal but for the names of their buffers (the layers of a model): each is printed
+once.
 
 Printing takes longer than comparing: in canonical names each is a value, equal for all twins, and what is printed for it is
 every twin's with the names put back.
@@ -6,20 +7,54 @@ every twin's with the names put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.loops import Load, Nest, Scalar, postorder
-from fxopt.ir.region import Attention, BufferSpec, Region, Strided, Work
+from fxopt.ir.region import Attention, BufferSpec, Contraction, Region, Strided, Work
 from fxopt.tune.candidate import Candidate
 
 
 def canonical(region: Region) -> tuple[Region, dict[str, str]]:
     """(`region` with its buffers called b0, b1, ... in order of use and no origins; the region's own name for each)."""
-    order = dict.fromkeys((*region.reads(), *region.writes(), *region.buffers))
-    names = {own: f"b{k}" for k, own in enumerate(order)}
+    names = _names(region)
+    return _renamed_region(region, names), {name: own for own, name in names.items()}
+
+
+def canonical_contraction(contraction: Contraction) -> tuple[Contraction, dict[str, str]]:
+    """As `canonical`, of a product that no row is computed for and whose operands are as they are in memory."""
+    names = _names(contraction, contraction.region)
+    c = contraction.c
+    twin = replace(
+        contraction,
+        name="contraction",
+        a=replace(contraction.a, buffer=names[contraction.a.buffer]),
+        b=replace(contraction.b, buffer=names[contraction.b.buffer]),
+        result=names[contraction.result],
+        region=_renamed_region(contraction.region, names),
+        buffers=_renamed_specs(contraction.buffers, names),
+        c=None if c is None else replace(c, buffer=names[c.buffer]),
+        second=names.get(contraction.second, ""),
+        ends=names.get(contraction.ends, ""),
+    )
+    return twin, {name: own for own, name in names.items()}
+
+
+def _names(*works: Region | Contraction | Attention) -> dict[str, str]:
+    """The canonical name of each buffer by its own, in order of use."""
+    order = dict.fromkeys(name for work in works for name in (*work.reads(), *work.writes(), *work.buffers))
+    return {own: f"b{k}" for k, own in enumerate(order)}
+
+
+def _renamed_specs(buffers: Mapping[str, BufferSpec], names: Mapping[str, str]) -> dict[str, BufferSpec]:
+    """Those of `buffers`, in the order of `names`, with their canonical names."""
+    return {name: replace(buffers[own], name=name) for own, name in names.items() if own in buffers}
+
+
+def _renamed_region(region: Region, names: Mapping[str, str]) -> Region:
+    """`region` with canonical names, no origins and no nodes."""
     changed: dict[Scalar, Scalar] = {}
     for node in postorder(tuple(root for nest in region.nests for root in nest.roots)):
         args = tuple(changed[a] for a in node.args)
@@ -32,22 +67,20 @@ def canonical(region: Region) -> tuple[Region, dict[str, str]]:
         stores = (replace(s.transformed({}, changed.__getitem__), buffer=names[s.buffer]) for s in nest.stores)
         return replace(nest, stores=tuple(stores))
 
-    twin = Region(
+    return Region(
         name="region",
         nest=renamed(region.nest),
-        buffers={name: replace(region.buffers[own], name=name) for own, name in names.items()},
+        buffers=_renamed_specs(region.buffers, names),
         device=region.device,
         across=None if region.across is None else renamed(region.across),
         passed=frozenset(names[own] for own in region.passed),
         steady=frozenset(names[own] for own in region.steady),
     )
-    return twin, {name: own for own, name in names.items()}
 
 
 def canonical_attention(attention: Attention) -> tuple[Attention, dict[str, str]]:
     """As `canonical`, of attention whose scores are those of a library."""
-    order = dict.fromkeys((*attention.reads(), *attention.writes(), *attention.buffers))
-    names = {own: f"b{k}" for k, own in enumerate(order)}
+    names = _names(attention)
 
     def renamed(x: Strided) -> Strided:
         return replace(x, buffer=names[x.buffer])
@@ -61,7 +94,7 @@ def canonical_attention(attention: Attention) -> tuple[Attention, dict[str, str]
         mask=None if attention.mask is None else renamed(attention.mask),
         out=renamed(attention.out),
         factors=None if attention.factors is None else attention.factors.renamed(names),
-        buffers={name: replace(attention.buffers[own], name=name) for own, name in names.items()},
+        buffers=_renamed_specs(attention.buffers, names),
         origins=(),
     )
     return twin, {name: own for own, name in names.items()}
@@ -69,7 +102,8 @@ def canonical_attention(attention: Attention) -> tuple[Attention, dict[str, str]
 
 @dataclass
 class Printer:
-    """`candidates` of steps, made once for all twins among regions and attention. Raises what `candidates` raises."""
+    """`candidates` of steps, made once for all twins among regions, products and attention. Raises what `candidates`
+    raises."""
 
     candidates: Callable[[Any], list[Candidate]]
     _made: dict[object, list[Candidate]] = field(default_factory=dict)
@@ -83,6 +117,9 @@ class Printer:
         elif isinstance(work, Attention) and work.scores is None:
             twin, names = canonical_attention(work)
             key = twin
+        elif isinstance(work, Contraction) and work.row is None and not work.quantized:
+            twin, names = canonical_contraction(work)
+            key = (twin, tuple(twin.buffers.values()), tuple(twin.region.buffers.values()))
         else:
             return self.candidates(work)
         if key not in self._made:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.loops import Load, Nest, Op, Reduce, Store
-from fxopt.ir.region import Attention, BufferSpec, Region, Strided
+from fxopt.ir.region import Attention, BufferSpec, Contraction, Region, Strided
 from fxopt.target import Target
-from fxopt.tune.candidate import Candidate, attention_candidates, triton_candidates
+from fxopt.tune.candidate import Candidate, attention_candidates, contraction_candidates, triton_candidates
 from fxopt.tune.twins import Printer
+from tests.lower.contracting import alternatives, searched
 
 CUDA = torch.device("cuda", 0)
 
@@ -125,3 +129,61 @@ def test_attention_of_equal_layers_is_printed_once(split: bool) -> None:
     assert len(printed) == 1
     printer(attended(4, keys // 2, split))
     assert len(printed) == 2
+
+
+def two_layers(layer: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> list[Contraction]:
+    """The products of two layers of equal weights in a row, each with what is computed from it."""
+    given = [torch.randn(shape).bfloat16() for shape in (*shapes, *shapes[1:])]
+    given = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in given]
+
+    def both(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        half = len(weights) // 2
+        return layer(layer(x, *weights[:half]), *weights[half:])
+
+    ways = (way for each in alternatives(searched(both, *given, every=True)) for way in each.ways[1:])
+    return [step for way in ways for step in way.steps if isinstance(step, Contraction)]
+
+
+IMAGES, WEIGHT, CHANNEL = (8, 128, 28, 28), (128, 128, 1, 1), (128,)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (lambda x, w, b: F.gelu(F.linear(x, w, b)), ((4096, 1024), (1024, 1024), (1024,))),
+        (lambda x, w, r: F.linear(x, w) + r, ((64, 1024), (1024, 1024), (64, 1024))),
+        (lambda x, w, v: F.silu(x @ w) * (x @ v), ((4096, 1024), (1024, 1024), (1024, 1024))),
+        (lambda x, w, b: F.relu(F.conv2d(x, w, b) + x), (IMAGES, WEIGHT, CHANNEL)),
+        (lambda x, w: F.relu(F.conv2d(x, w, padding=1)), (IMAGES, (128, 128, 3, 3))),
+    ],
+    ids=["activation", "few rows", "gated", "pointwise convolution", "convolution"],
+)
+def test_products_of_equal_layers_are_printed_once(layer: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+    def own(work: Contraction) -> list[Candidate]:
+        printed.append(work.name)
+        return contraction_candidates(work, Target.cuda(90), "max-autotune")
+
+    printed: list[str] = []
+    printer, layers = Printer(own), two_layers(layer, *shapes)
+    for work in layers:
+        expected = contraction_candidates(work, Target.cuda(90), "max-autotune")
+        assert printer(work) == expected and expected
+    assert 2 * len(printed) == len(layers) > 1
+
+
+def test_products_that_differ_are_not() -> None:
+    def layer(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.linear(x, w, b))
+
+    work = two_layers(layer, (4096, 1024), (1024, 1024), (1024,))[0]
+    others = [
+        replace(work, tf32=True),
+        replace(work, b=replace(work.b, row=work.b.column, column=work.b.row)),
+        replace(work, region=replace(work.region, steady=frozenset(work.region.reads()) - {work.result})),
+        replace(work, buffers=work.buffers | {n: replace(s, dtype=torch.float16) for n, s in work.buffers.items()}),
+    ]
+    printed: list[Contraction] = []
+    printer = Printer(lambda work: printed.append(work) or [])
+    for each in (work, *others):
+        printer(each)
+    assert len(printed) == 5
