@@ -14,6 +14,7 @@ from torch.testing._internal.opinfo.core import BinaryUfuncInfo, UnaryUfuncInfo
 from torch.utils import _pytree as pytree
 
 from fxopt.capture.decompositions import decompositions
+from fxopt.ir.loops import Op, postorder
 from tests.lower.capturing import library_calls
 from tests.lower.harness import check, lower, outputs
 from tests.lower.interpreter import run_lowered
@@ -205,6 +206,20 @@ def test_a_condition_only_selects():
 
 
 # ---------------------------------------------------------------------- layout, precision, shapes
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("one", [lambda e: 1 + e, lambda e: e + 1.0, lambda e: e.add(1)])
+def test_a_sigmoid_written_out_is_one(dtype, one):
+    """As torch takes the gradient of SiLU apart."""
+
+    def written(x):
+        return torch.reciprocal(one(torch.exp(-x)))
+
+    check(written, EDGES.to(dtype))
+    steps = lower(written, (EDGES.to(dtype),)).steps
+    found = {n.name for s in steps for n in postorder(s.nest.roots) if isinstance(n, Op)}
+    assert "sigmoid" in found and "reciprocal" not in found
 
 
 def test_half_types_are_not_rounded_between_operations():

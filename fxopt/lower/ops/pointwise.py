@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import UnsupportedError
+from fxopt.ir.loops import Const, Op, Scalar
 from fxopt.ir.rounding import NARROW
 from fxopt.lower.lowering import Lowering
 from fxopt.lower.ops import terms as t
@@ -36,10 +37,28 @@ def _binary_op(name: str) -> Callable[[Operand, Operand], Term]:
 # Floating functions: integers and bool are converted, the result's dtype says to what.
 FLOAT_FUNCTIONS = (
     "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh "
-    "sqrt rsqrt erf erfc erfinv lgamma sigmoid reciprocal"
+    "sqrt rsqrt erf erfc erfinv lgamma sigmoid"
 )
 for _name in FLOAT_FUNCTIONS.split():
     formula(TABLE, getattr(aten, _name).default)(_unary_op(_name))
+
+
+@formula(TABLE, aten.reciprocal.default)
+def _reciprocal(x: Term) -> Term:
+    """Of 1 + exp(-y), as torch takes a SiLU's gradient apart, the sigmoid of y: the same value, which has shorter forms."""
+    inner = _exponential_beside_one(x.scalar)
+    return t.unary("reciprocal", x) if inner is None else t.unary("sigmoid", Term(inner))
+
+
+def _exponential_beside_one(total: Scalar) -> Scalar | None:
+    """y of 1 + exp(-y)."""
+    if not (isinstance(total, Op) and total.name == "add" and total.dtype.is_floating_point):
+        return None
+    found = [a for a in total.args if not (isinstance(a, Const) and a.value == 1)]
+    if len(found) != 1 or not (isinstance(found[0], Op) and found[0].name == "exp"):
+        return None
+    (negative,) = found[0].args
+    return negative.args[0] if isinstance(negative, Op) and negative.name == "neg" else None
 
 
 @formula(TABLE, aten.neg.default)
@@ -207,7 +226,7 @@ _POWERS: dict[Number, Callable[[Term], Term]] = {
     3: lambda x: x * x * x,
     0.5: t.sqrt,
     -0.5: t.rsqrt,
-    -1: lambda x: t.unary("reciprocal", x),
+    -1: _reciprocal,
     -2: lambda x: 1.0 / (x * x),
 }
 
