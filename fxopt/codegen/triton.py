@@ -84,14 +84,13 @@ def print_region(region: Region, config: TritonConfig, target: Target) -> Printe
 
 
 def _piece_config(region: Region, piece: Region, config: TritonConfig, target: Target) -> TritonConfig:
-    """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well, or one down columns that
-    are wider than its first proposal's. For others what the cost model proposes for them at the place that this shape has
-    among its proposals for the whole."""
+    """The shape of `config`, a split of `region`, where `piece` is a long loop along rows as well. For others what the cost
+    model proposes for them at the place that this shape has among its proposals for the whole."""
     shape, tiling = replace(config, split=1, aligned=True), tile(piece, "flat")
-    whole, proposed = ([c for c in configs(r, target, _ALL) if c.split == 1 and not c.programs] for r in (region, piece))
-    own = shape.x_block == 1 if tiling.inner_reduction else shape.x_block > whole[0].x_block
-    if own and not shape.persistent and tiling.r.hint >= _LONG_LOOP * shape.r_block:
+    loops = shape.x_block == 1 and not shape.persistent and tiling.inner_reduction
+    if loops and tiling.r.hint >= _LONG_LOOP * shape.r_block:
         return shape
+    whole, proposed = ([c for c in configs(r, target, _ALL) if c.split == 1 and not c.programs] for r in (region, piece))
     place = whole.index(shape) if shape in whole else 0
     best = proposed[min(place, len(proposed) - 1)]
     return best if shape in whole or best.persistent else replace(best, stages=config.stages)

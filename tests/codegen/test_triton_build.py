@@ -177,6 +177,16 @@ def test_proposals_fit_the_work() -> None:
     assert all(len(configs(c.region, target)) > 1 for c in CASES.values())
 
 
+def test_one_warp_may_take_turns_at_short_rows() -> None:
+    target = Target.cuda(90)
+    many, few, long = (nests.softmax(*shape, BF16).region for shape in ((65536, 1024), (8192, 1024), (65536, 2048)))
+    (alone,) = (c for c in configs(many, target)[:5] if c.num_warps == 1)
+    assert (alone.x_block, alone.programs, alone.stages) == (1, 16 * target.sm_count, 3)
+    assert not any(c.programs and c.num_warps == 1 for r in (few, long) for c in configs(r, target))
+    _, meta = compile_triton(print_region(many, alone, target).kernels[0], target)
+    assert meta["n_regs"] <= 128 and not meta["n_spills"], "or fewer programs run at once"
+
+
 def test_a_light_loop_of_either_width_is_proposed_beside_rows_in_registers() -> None:
     light = [str(c) for c in configs(nests.softmax(8192, 8192, BF16).region, Target.cuda(90))[2:4]]
     assert light == ["x1 r2048 looped w8", "x1 r4096 looped w16"]

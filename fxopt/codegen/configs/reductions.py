@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from fxopt.codegen.configs.columns import column_configs, column_values, is_whole
 from fxopt.codegen.configs.demands import (
-    LINE_BYTES,
     PROGRAMS_PER_SM,
     SECTOR_BYTES,
     bytes_each,
@@ -43,9 +41,8 @@ def reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
         cut = [replace(c, split=parts[0]) for c in (found[0], *others)]
         fewer = [replace(found[0], split=p) for p in reversed(parts[1:])]
         ahead = [config for first in (cut[0], *fewer[:1]) for config in _fetching(tiling, first)]
-        if wide := _wide_parts(tiling, rows, row, found, target):
-            rest = [*ahead[:-1], *fewer[:1], *cut[2:], *fewer[1:], *found]
-            return [cut[0], *ahead[-1:], wide[0], *cut[1:2], *wide[1:], *rest]
+        if _adds_up_memory(tiling, rows * row, target):
+            return [*cut[1:2], *ahead[-1:], cut[0], *ahead[:-1], *fewer[:1], *cut[2:], *fewer[1:], *found]
         return [cut[0], *ahead[:1], *fewer[:1], *cut[1:2], *ahead[1:], *cut[2:], *fewer[1:], *found]
     if not static:
         return found
@@ -54,20 +51,11 @@ def reduction_configs(tiling: Tiling, target: Target) -> list[TritonConfig]:
     return [*found[:at], *cut, *found[at:]]
 
 
-def _wide_parts(tiling: Tiling, rows: int, row: int, columns: Sequence[TritonConfig], target: Target) -> list[TritonConfig]:
-    """Parts, of what the L2 cache does not hold, whose programs go down pieces of four lines, not of the one that the first
-    of `columns` takes: those beside each other do not keep in step, so that memory opens a page for each line of it."""
-    width = 4 * LINE_BYTES // max((a.itemsize for a in streaming_accesses(tiling)), default=4)
-    large = rows * row * bytes_each(tiling) > target.l2_bytes
-    if tiling.inner_reduction or not large or width <= columns[0].x_block or tiling.x.hint % width:
-        return []
-    found = []
-    for config, count in zip(columns[:2], (-1, 0), strict=True):  # few parts that load ahead, or many with few registers
-        size = config.x_block * config.r_block // width
-        wide = replace(config, x_block=width, r_block=size, persistent=is_whole(tiling, size))
-        parts = _split_parts(tiling, rows, row, wide, target) if size > 0 else []
-        found += [replace(c, split=parts[count]) for c in (_fetching(tiling, wide) if count else [wide]) if parts]
-    return found
+def _adds_up_memory(tiling: Tiling, elements: int, target: Target) -> bool:
+    """Whether parts go down the columns of one operand that the L2 cache does not hold. Few registers are the fastest then,
+    if not out of the cache, where a contest's warm launches find half of it."""
+    large = elements * bytes_each(tiling) > target.l2_bytes
+    return large and not tiling.inner_reduction and len(streaming_accesses(tiling)) == 1
 
 
 def _fetching(tiling: Tiling, config: TritonConfig) -> list[TritonConfig]:

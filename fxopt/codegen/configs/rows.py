@@ -31,6 +31,8 @@ _FEW_WARPS = 4096  # elements of a row from which on a program has warps enough 
 _LOOPED_GROUP = 4096  # elements of a group of rows from which on reading them again, out of the cache, is worth a trial
 _KEPT_IN_CACHE = 40 << 20  # bytes of rows, one for each SM, that a second loop over them finds in the L2 cache
 _TURNING_WARPS = 32  # of an SM, for programs that load their next rows while they reduce one
+_WARPS_ALONE = 16  # programs of one warp for each SM, which leaves each thread 128 registers
+_MOST_OF_ROW = 32  # elements of a row in each thread of a warp that has it alone
 
 
 def _warps_for(elements: int, per_thread: int) -> int:
@@ -109,8 +111,18 @@ def _turning(tiling: Tiling, rows: int, config: TritonConfig, target: Target) ->
     long = config.r_block >= ROW_WORTH_FETCHING and rows >= 8 * most * target.sm_count * config.x_block
     for each, stages in ((most, 3), (1, 3), (1, 2)) if plain and long else ():
         if each * (stages - 1) * read <= target.shared_per_block:
-            return [replace(config, stages=stages, programs=each * target.sm_count)]
+            own = replace(config, stages=stages, programs=each * target.sm_count)
+            return [own, *_turning_warps(tiling, rows, config, target)]
     return []
+
+
+def _turning_warps(tiling: Tiling, rows: int, config: TritonConfig, target: Target) -> list[TritonConfig]:
+    """Programs of one warp that take turns at short rows: its reductions wait for no other warp, and what is one for a row
+    is computed by 32 threads. Without turns so many programs would not start as fast as memory is."""
+    alone = replace(config, x_block=1, num_warps=1, stages=3, programs=_WARPS_ALONE * target.sm_count)
+    short = config.r_block <= 32 * _MOST_OF_ROW and rows >= 8 * alone.programs
+    each = [replace(alone, stages=stages) for stages in (3, 2)] if short and not reads_once(tiling) else []
+    return [c for c in each if _fits_shared(tiling, replace(c, x_block=_WARPS_ALONE), target)][:1]
 
 
 def group_configs(tiling: Tiling, size: int, target: Target) -> list[TritonConfig]:
