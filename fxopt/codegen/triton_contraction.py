@@ -194,7 +194,8 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
     if config.classes > 1:
         epilogue = _print_aligned_epilogues(contraction, problem, config)
     else:
-        beyond = config.tail > 1 or problem.n % config.loaded != 0  # a narrow tile begins anywhere within a wide one
+        wider = config.tail > 1 or config.loaded > config.block_n  # than a tile, and so than what is left for the last one
+        beyond = wider or problem.n % config.block_n != 0
         epilogue = print_epilogue(
             contraction,
             config.block_m,

@@ -249,6 +249,21 @@ def test_values_of_vectors_that_are_loaded_for_whole_tiles(interpreter: Interpre
         check(interpreter, *VECTORS[name], config)
 
 
+@pytest.mark.parametrize(
+    ("columns", "block", "warps", "beyond"), [(128, 64, 4, True), (128, 128, 4, False), (160, 128, 4, True)]
+)
+def test_vectors_end_where_the_columns_do(
+    interpreter: Interpreter, columns: int, block: int, warps: int, beyond: bool
+) -> None:
+    """Also those of a last tile that has fewer columns than there are threads, each of which loads one."""
+    args = rand(M, K), rand(columns, K), rand(columns)
+    for config in (replace(POINTER, block_n=block, warps=warps, vectors=True), replace(TMA, block_n=block, vectors=True)):
+        (kernel,) = print_contraction(a_contraction(linear_gelu, *args), config, TARGET).kernels
+        (load,) = (line for line in kernel.text.split("def epilogue")[0].splitlines() if "tl.load" in line)
+        assert ("x_mask" in load) == beyond, load
+        check(interpreter, linear_gelu, args, config)
+
+
 def test_vectors_with_wide_indices(interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_block, "int32_limits", lambda region, tiling: None)
     check(interpreter, *VECTORS["batches"], replace(POINTER, subtile=2, vectors=True))
