@@ -155,12 +155,12 @@ class Emitter(Memory):
         """What is computed from the place in the tile, if `node` is."""
         if is_narrow_comparison(node):
             left, right = (self._narrow_text(a) for a in node.args)
-            return ops.apply(node.name, [left, right], torch.int32, torch.bool)
+            return ops.apply(node.name, [left, right], torch.int32)
         asked = asked_of_index(node)
         if asked is not None:
             index, wanted = asked
             args = [self.index_text(index.expr), f"h.as_natural({self.arg(wanted, guards)})"]
-            return ops.apply(node.name, args, torch.int32, torch.bool)
+            return ops.apply(node.name, args, torch.int32)
         if counts_index(node):
             return self._rand(self.arg(node.args[0], guards), node.args[1].expr)  # type: ignore[attr-defined]
         if node.name == GROUP_SUM:
@@ -180,7 +180,7 @@ class Emitter(Memory):
             return f"h.{coarse}{beside.name}_plus_one({self.arg(beside.args[0], guards)})"
         root = self._root_below(node)
         if root is not None:
-            return ops.apply("rsqrt", [self.arg(root.args[0], guards)], torch.float32, torch.float32, fast=True)
+            return ops.apply("rsqrt", [self.arg(root.args[0], guards)], torch.float32, fast=True)
         within = rounded_within_int8(node)
         if within is not None:
             value, low, high = within
@@ -214,7 +214,7 @@ class Emitter(Memory):
             return f"h.divide_many({', '.join(args)})"
         if node.name in ("floordiv", "remainder") and not source.is_floating_point and source.is_signed is False:
             return f"({args[0]} {'//' if node.name == 'floordiv' else '%'} {args[1]})"
-        return ops.apply(node.name, args, source, node.dtype, self._may_be_fast(node))
+        return ops.apply(node.name, args, source, self._may_be_fast(node))
 
     def _group_sum(self, node: Op, guards: Guards) -> str:
         """Raises UnsupportedError where neighbours in the tile are not the rows of a group."""

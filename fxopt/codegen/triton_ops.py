@@ -165,7 +165,7 @@ def bitcast(text: str, source: torch.dtype, target: torch.dtype, clamped: bool =
     return text if accumulator_dtype(target) == target else f"{text}.to(tl.float32)"
 
 
-def apply(name: str, args: list[str], operand: torch.dtype, dtype: torch.dtype, fast: bool = False) -> str:
+def apply(name: str, args: list[str], operand: torch.dtype, fast: bool = False) -> str:
     """Op `name` (not cast, bitcast or checked_index) over printed `args`; `operand` is the dtype of the first argument.
 
     `fast` allows a relative error of 1e-5 (tl.exp of -100; elsewhere below 1e-6): the result is rounded to half precision.

@@ -136,7 +136,7 @@ def _int_mm(product: Product, fused: Contraction, buffers: Mapping[str, BufferSp
     if buffers[product.b.buffer].dtype != torch.int8 or not whole or m < _FEWEST_ROWS_OF_INT_MM:  # type: ignore[operator]
         return None
     sums = _fresh(f"{fused.name}.sums", torch.int32, product, buffers, (m, n))
-    return _finished(product, fused, buffers, INT_MM, "aten::_int_mm.default", sums, product.b.buffer, ())
+    return _finished(product, fused, INT_MM, "aten::_int_mm.default", sums, product.b.buffer, ())
 
 
 def _dequantized(product: Product, fused: Contraction, buffers: Mapping[str, BufferSpec]) -> LibraryForm | None:
@@ -149,13 +149,12 @@ def _dequantized(product: Product, fused: Contraction, buffers: Mapping[str, Buf
     far = dtype == torch.float16 and product.scales != ()  # sums of values without their scales
     sums = _fresh(f"{fused.name}.sums", torch.float32 if far else dtype, product, buffers, (m, n))
     op = _WITH_DTYPE if far else "aten::mm.default"
-    return _finished(product, fused, buffers, DEQUANTIZED, op, sums, wide.name, (_widening(product, wide, buffers),))
+    return _finished(product, fused, DEQUANTIZED, op, sums, wide.name, (_widening(product, wide, buffers),))
 
 
 def _finished(
     product: Product,
     fused: Contraction,
-    buffers: Mapping[str, BufferSpec],
     label: str,
     op: str,
     sums: BufferSpec,

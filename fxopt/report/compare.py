@@ -347,7 +347,7 @@ def _compile(subject: _Subject, entrant: _Entrant) -> None:
     with _own_caches(entrant, plan):
         row.compile_seconds = _first_step(case, compiled, plan)
         _second_step(case, compiled, contender, plan)
-    _inspect(case, compiled, row, plan, entrant.graphs)
+    _inspect(case, compiled, row, entrant.graphs)
     row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device, base)
     row.reserved_bytes = peak_taken(lambda: case.drive(compiled), plan.device, taken)
     for part, call in _calls(case, compiled, plan).items():
@@ -433,7 +433,7 @@ def _second_step(case: Case, compiled: Callable[..., Any], contender: Contender,
             raise SlowStepError(f"one step takes {took:.0f} s")
 
 
-def _inspect(case: Case, compiled: Callable[..., Any], row: Row, plan: Plan, graphs: list[Journal]) -> None:
+def _inspect(case: Case, compiled: Callable[..., Any], row: Row, graphs: list[Journal]) -> None:
     for _ in range(2):  # CUDA graphs record on the second and third call
         case.drive(compiled)
     row.choices = dict(Counter(f"{k.language} {k.choice}".strip() for j in graphs for k in j.kernels))

@@ -242,7 +242,7 @@ def in_turn(trial: Trial, sets: Sequence[dict[str, torch.Tensor]], sizes: dict[s
     """A function that runs `trial`, of kernels and calls that have run before, on each of `sets` of tensors in turn."""
     scratch = {spec.name: zeros(spec, sizes) for spec in trial.scratch}
     stream = torch.cuda.current_stream().cuda_stream
-    launchers = [None if isinstance(part, BoundCall) else _launchers(*part) for part in trial.parts]
+    launchers = [None if isinstance(part, BoundCall) else _launchers(part[1]) for part in trial.parts]
     runs: list[Run] = []
     after_kernel = False
     for tensors in sets:
@@ -258,7 +258,7 @@ def in_turn(trial: Trial, sets: Sequence[dict[str, torch.Tensor]], sizes: dict[s
     return functools.partial(_run_all, runs, (sets, scratch))
 
 
-def _launchers(source: KernelSource, artifact: Artifact) -> tuple[Callable[..., None], Callable[..., None]]:
+def _launchers(artifact: Artifact) -> tuple[Callable[..., None], Callable[..., None]]:
     """Of a kernel when the one before it has ended, and early."""
     kernel = load_cubin(artifact.path, artifact.meta, torch.cuda.current_device())
     return kernel.bind(artifact.entry), kernel.bind(artifact.entry, early=True)
