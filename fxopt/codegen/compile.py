@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -20,8 +21,8 @@ from fxopt.target import Target
 
 Result = Artifact | CompileFailure
 Keyed = list[tuple[str, KernelSource]]
-Ready = Callable[[int, Result], None]
-"""What is told the place of a source and what became of it."""
+Ready = Callable[[int, Result], Iterable[KernelSource]]
+"""What is told the place of a source and what became of it, and gives the sources that are wanted now."""
 
 _TRITON_JOB = "fxopt.codegen.triton_job:triton_job"
 _TRITON_WARM_UP = "fxopt.codegen.triton_build:warm_up"
@@ -38,20 +39,23 @@ def compile_kernels(
     what `sources` and `ready` raise. That a whole language cannot be compiled here is also a warning, once in a process.
 
     When `sources` has come to its end, `ready` is called in this thread with the place of each source and what became of it,
-    as soon as that is known: while the others are compiled.
+    as soon as that is known: while the others are compiled. It may give more Triton sources, whose places come after all
+    others.
     """
     with contextlib.ExitStack() as claims:
         request = _Request(target, store, claims, ready)
         triton = request.missing_triton(sources)
-        first = next(triton, None)
-        if first is not None:
+        while (first := next(triton, None)) is not None:
             results = _compile_triton(chain([first], triton), request)
             _report(any(isinstance(r, CompileFailure) for r in results), "triton", target)
+            triton = request.following()  # what those that failed lead to
         if request.missing_cpp:
             compiled = _compile_cpp(request.missing_cpp, target, store, request.toolchains["cpp"])
             for key, result in compiled.items():
                 request.tell(key, result)
             _report(any(isinstance(r, CompileFailure) for r in compiled.values()), "cpp", target)
+    if request.missing:
+        store.trim()
     return [request.known[key] for key in request.keys]
 
 
@@ -67,17 +71,18 @@ class _Request:
         self.known: dict[str, Result] = {}
         self.missing_cpp: Keyed = []
         self.toolchains: dict[str, str] = {}
-        self._missing: set[str] = set()
+        self.missing: set[str] = set()
+        self._wanted = deque[KernelSource]()
         self._places: dict[str, list[int]] | None = None
 
     def missing_triton(self, sources: Iterable[KernelSource]) -> Iterator[tuple[str, KernelSource]]:
-        """The Triton kernels among `sources` that are not in the store; at the end, those that are there are ready."""
+        """The Triton kernels among `sources` that are not in the store; at the end, those that are there are ready, and what
+        they lead to follows."""
         for source in sources:
             key = self._key(source)
             self.keys.append(key)
-            if key in self._missing or key in self.known or self._is_known(key):
+            if not self._is_new(key):
                 continue
-            self._missing.add(key)
             if source.language == "cpp":
                 self.missing_cpp.append((key, source))
             else:
@@ -87,13 +92,38 @@ class _Request:
             self._places.setdefault(key, []).append(place)
         for key, result in list(self.known.items()):
             self.tell(key, result)
+        yield from self.following()
+
+    def following(self) -> Iterator[tuple[str, KernelSource]]:
+        """The Triton kernels wanted since the last time that are not in the store; those that are there are ready."""
+        assert self._places is not None
+        while self._wanted:
+            source = self._wanted.popleft()
+            key = self._key(source)
+            self._places.setdefault(key, []).append(len(self.keys))
+            self.keys.append(key)
+            if self._is_new(key):
+                yield key, source
+            elif key in self.known:
+                self._say(len(self.keys) - 1, self.known[key])
+
+    def _is_new(self, key: str) -> bool:
+        """Whether nobody has asked for it and the store does not have it."""
+        if key in self.missing or key in self.known or self._is_known(key):
+            return False
+        self.missing.add(key)
+        return True
 
     def tell(self, key: str, result: Result) -> None:
         """Note what became of the kernel `key`."""
         self.known[key] = result
-        if self.ready is not None and self._places is not None:
+        if self._places is not None:
             for place in self._places[key]:
-                self.ready(place, result)
+                self._say(place, result)
+
+    def _say(self, place: int, result: Result) -> None:
+        if self.ready is not None:
+            self._wanted += self.ready(place, result)
 
     def _key(self, source: KernelSource) -> str:
         if source.language not in self.toolchains:
@@ -102,7 +132,7 @@ class _Request:
 
     def _is_known(self, key: str) -> bool:
         found = self.store.get(key)
-        if found is None and not self._missing:
+        if found is None and not self.missing:
             self.claims.enter_context(self.store.cache.claimed(key))
             found = self.store.get(key)  # who had the claim may have built it
         if found is not None:
@@ -141,7 +171,7 @@ def _facts(source: KernelSource, toolchain: str) -> dict[str, Any]:
 
 def _keep(key: str, source: KernelSource, code: Any, meta: dict[str, Any], store: ArtifactStore, toolchain: str) -> Result:
     try:
-        return store.put(key, source.language, source.entry, code, meta, _facts(source, toolchain))
+        return store.put(key, source.language, source.entry, code, meta, _facts(source, toolchain), more=True)
     except (CacheError, OSError) as error:
         return CompileFailure(key, describe(error))
 
@@ -220,19 +250,20 @@ def _compile_triton(missing: Iterable[tuple[str, KernelSource]], request: _Reque
         return list(refused)
     todo: Keyed = []
 
-    def jobs() -> Iterator[dict[str, Any]]:
+    def jobs(missing: Iterable[tuple[str, KernelSource]]) -> Iterator[dict[str, Any]]:
         for key, source in missing:
             todo.append((key, source))
             yield _job(source, target)
 
-    def heard(number: int, outcome: Outcome) -> None:
+    def heard(number: int, outcome: Outcome) -> Iterable[dict[str, Any]]:
         """Keep what has been compiled; why the others have not is known when all are there."""
         if outcome.error is None:
             key, source = todo[number]
             code, meta = base64.b64decode(outcome.value["code"]), outcome.value["meta"]
             request.tell(key, _keep(key, source, code, meta, request.store, request.toolchains["triton"]))
+        return jobs(request.following())
 
-    outcomes = _run_jobs(jobs(), target, heard)
+    outcomes = _run_jobs(jobs(missing), target, heard)
     _learn(outcomes, target)
     for (key, _), outcome in zip(todo, outcomes, strict=True):
         if outcome.error is not None:
@@ -245,10 +276,9 @@ def _run_jobs(jobs: Iterable[dict[str, Any]], target: Target, heard: Heard | Non
     given, rest = list[dict[str, Any]](), iter(jobs)
     known: dict[int, Outcome] = {}
 
-    def note(number: int, outcome: Outcome) -> None:
+    def note(number: int, outcome: Outcome) -> Iterable[dict[str, Any]]:
         known[number] = outcome
-        if heard is not None:
-            heard(number, outcome)
+        return () if heard is None else _noted(heard(number, outcome), given)
 
     if worker_count() > 0:
         try:
@@ -259,9 +289,10 @@ def _run_jobs(jobs: Iterable[dict[str, Any]], target: Target, heard: Heard | Non
                 _refused[target.key] = reason
                 return [Outcome(error=reason) for _ in (*given, *rest)]
             warn_once("workers", f"fxopt compiles kernels one by one in this process, which is slower: {error}")
-    for number, job in enumerate([*given, *rest]):
+    given += rest
+    for number, job in enumerate(given):  # to which `note` adds
         if number not in known:
-            note(number, _run_here(job))
+            deque(note(number, _run_here(job)), maxlen=0)
     return [known[number] for number in sorted(known)]
 
 

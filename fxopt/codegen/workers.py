@@ -55,8 +55,10 @@ class Outcome:
     error: str | None = None
 
 
-Heard = Callable[[int, Outcome], None]
-"""What is told the number of a job and its outcome."""
+Heard = Callable[[int, Outcome], Iterable[dict[str, Any]]]
+"""What is told the number of a job and its outcome, and gives the jobs that this leads to."""
+
+_Numbered = Iterable[tuple[int, dict[str, Any]]]
 
 
 def worker_count() -> int:
@@ -123,39 +125,41 @@ class Pool:
     def run(self, jobs: Iterable[dict[str, Any]], heard: Heard | None = None) -> list[Outcome]:
         """One outcome per job, in order. Each job is begun as soon as `jobs` gives it, while the next ones are made.
 
-        `heard` is called in this thread with the number of each job that has ended and its outcome, once `jobs` has no more.
-        Raises WorkersUnavailable when the helper cannot be started or dies twice, and what `jobs` or `heard` raises.
+        `heard` is called in this thread with the number of each job that has ended and its outcome, once `jobs` has no more;
+        the jobs that it gives come after all others. Raises WorkersUnavailable when the helper cannot be started or dies
+        twice, and what `jobs` or `heard` raises.
         """
         taken: list[dict[str, Any]] = []
         outcomes: dict[int, Outcome] = {}
 
-        def numbered() -> Iterator[tuple[int, dict[str, Any]]]:
+        def numbered(jobs: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
             for job in jobs:
                 taken.append(job)
                 yield len(taken) - 1, job
 
+        def following(number: int) -> _Numbered:
+            return () if heard is None else numbered(heard(number, outcomes[number]))
+
         with self._lock:
-            more = numbered()
+            more = numbered(jobs)
             first = next(more, None)
             if first is None:
                 return []
             try:
                 try:
-                    self._exchange(chain([first], more), outcomes, heard)
+                    self._exchange(chain([first], more), outcomes, following)
                 except WorkersUnavailable:
                     self.close()
                     missing = [(i, job) for i, job in enumerate(taken) if i not in outcomes]
-                    self._exchange(chain(missing, more), outcomes, heard)
+                    self._exchange(chain(missing, more), outcomes, following)
             except BaseException:
                 self.close()  # replies to an abandoned batch must not meet the next one
                 raise
         return [outcomes[i] for i in range(len(taken))]
 
-    def _exchange(
-        self, jobs: Iterable[tuple[int, dict[str, Any]]], outcomes: dict[int, Outcome], heard: Heard | None
-    ) -> None:
-        """Send `jobs` with their numbers, and note the outcomes. Threads do it: jobs are made meanwhile, and helper and
-        caller may otherwise each wait for the other to read."""
+    def _exchange(self, jobs: _Numbered, outcomes: dict[int, Outcome], following: Callable[[int], _Numbered]) -> None:
+        """Send `jobs` with their numbers, and those `following` each one that has ended; note the outcomes. Threads do it:
+        jobs are made meanwhile, and helper and caller may otherwise each wait for the other to read."""
         self.start()
         assert self._process is not None
         process, failures = self._process, list[WorkersUnavailable]()
@@ -184,13 +188,16 @@ class Pool:
         for thread in threads:
             thread.start()
         try:
-            for number, job in jobs:
-                outbox.put({"id": number, "arguments": job})
-                awaited.put(number)
-            awaited.put(None)
-            for number in iter(arrived.get, None):
-                if heard is not None:
-                    heard(number, outcomes[number])
+            running = 0
+            while True:
+                for number, job in jobs:
+                    outbox.put({"id": number, "arguments": job})
+                    awaited.put(number)
+                    running += 1
+                if running == 0 or (ended := arrived.get()) is None:
+                    break
+                running -= 1
+                jobs = following(ended)
         except BaseException:
             _kill(process)  # no thread may wait for a reply when the pipes are closed
             raise

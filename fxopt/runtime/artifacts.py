@@ -57,11 +57,20 @@ class ArtifactStore:
         return self._give(Artifact(key, body["language"], body["entry"], path, body["meta"]))
 
     def put(
-        self, key: str, language: str, entry: str, code: Path | bytes, meta: dict[str, Any], facts: dict[str, Any]
+        self,
+        key: str,
+        language: str,
+        entry: str,
+        code: Path | bytes,
+        meta: dict[str, Any],
+        facts: dict[str, Any],
+        *,
+        more: bool = False,
     ) -> Artifact:
         """Store machine code (bytes, or a file whose content is copied) under `key`; `facts` says what the key was made of.
 
-        `meta` and `facts` are JSON data. Raises CacheError when neither the cache nor a temporary directory can be written.
+        `meta` and `facts` are JSON data. Who has `more` to store calls `trim` after the last one. Raises CacheError when
+        neither the cache nor a temporary directory can be written.
         """
         suffix = code.suffix if isinstance(code, Path) else {"cpp": ".so", "triton": ".cubin"}.get(language, ".bin")
         data = code.read_bytes() if isinstance(code, Path) else code
@@ -78,7 +87,8 @@ class ArtifactStore:
         }
         path = self.cache.write(lambda: self._write(key, body, data))
         artifact = self._give(Artifact(key, language, entry, path, meta))
-        self.trim()
+        if not more:
+            self.trim()
         return artifact
 
     def forget(self, key: str, reason: str) -> None:

@@ -55,10 +55,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Contest:
-    """Candidates, and the regions that have just these. `made` is what became of their kernels, by the source's identity."""
+    """Candidates, and the regions that have just these. `made` is what became of their kernels, by the source's identity.
+
+    Only the first `wanted` candidates are compiled.
+    """
 
     regions: list[Work]
     candidates: list[Candidate]
+    wanted: int
     made: dict[int, Artifact | CompileFailure] = field(default_factory=dict)
     built: list[Choice] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -69,16 +73,23 @@ class _Contest:
 
     @property
     def sources(self) -> list[KernelSource]:
-        return [s for candidate in self.candidates for s in candidate.sources]
+        return [s for candidate in self.candidates[: self.wanted] for s in candidate.sources]
 
     @property
     def is_complete(self) -> bool:
         """Whether it is known of every kernel what became of it."""
         return all(id(s) in self.made for s in self.sources)
 
+    def widen(self) -> list[KernelSource]:
+        """Want all candidates: the kernels of those that were not wanted before."""
+        more = [s for candidate in self.candidates[self.wanted :] for s in candidate.sources]
+        self.wanted = len(self.candidates)
+        return more
+
     def finish(self, journal: Journal) -> None:
-        """Note which candidates were built, and why others were not."""
-        for candidate in self.candidates:
+        """Note which wanted candidates were built, and why others were not."""
+        self.built, self.reasons = [], []
+        for candidate in self.candidates[: self.wanted]:
             made = [(s, self.made[id(s)]) for s in candidate.sources]
             reasons = [r.reason for _, r in made if isinstance(r, CompileFailure)]
             self.reasons += reasons
@@ -123,7 +134,8 @@ class _Tuning:
         measurements = Measurements(journal, budget, self.suspects)
         self.measurements = measurements
         self.settler = Settler(store, measurements, journal, lowered.lasting, lowered.lasting_bytes)
-        self.needed = _Contests(lambda work: candidates(work, options), journal)
+        self.tentative = _tentative(lowered) if options.mode != "max-autotune" else frozenset[str]()
+        self.needed = _Contests(lambda work: candidates(work, options), journal, self.tentative)
         self.optional = _Contests(lambda work: candidates(work, options), journal)
         self.regions = _Contests(lambda work: candidates(work, options)[:GROUPING_CANDIDATES], journal)
         self.printed: set[torch.device] = set()
@@ -149,9 +161,12 @@ class _Tuning:
         for each in self.lowered.groupings:
             for name in each.ways[0].names:
                 chosen.pop(name)
+        first_ways = {each.name: each.ways[0] for each in self._alternatives()}
         for name, kept in self.settled.items():
             chosen.pop(name, None)
             chosen |= kept.choices
+            if kept.way is first_ways[name]:  # other candidates for its steps may have been measured since
+                chosen |= {n: self._winner(n) for n in kept.way.names}
         ways = {name: kept.way for name, kept in self.settled.items()}
         return regrouped(replaced(self.lowered, ways), ways), chosen, []
 
@@ -163,10 +178,11 @@ class _Tuning:
         groupings, on one device."""
         sources: list[KernelSource] = []
 
-        def ready(place: int, made: Artifact | CompileFailure) -> None:
-            result = _unsuspected(made, self.suspects)
+        def ready(place: int, made: Artifact | CompileFailure) -> list[KernelSource]:
+            result, before = _unsuspected(made, self.suspects), len(sources)
             if any(contests.take(sources[place], result) for contests in (self.optional, self.needed, self.regions)):
-                self._advance()
+                sources.extend(self._advance())
+            return sources[before:]
 
         with self.journal.timed(COMPILING):
             compile_kernels(self._sources(others, needed, regions, sources), Target.current(device), self.store, ready)
@@ -192,15 +208,20 @@ class _Tuning:
             with self.journal.timed(CALLS):
                 self.lowered, self.meanwhile = self.meanwhile(self.lowered), None
 
-    def _advance(self) -> None:
-        """Measure what is built and has not been measured."""
+    def _advance(self) -> list[KernelSource]:
+        """Measure what is built and has not been measured. Returns what else to compile: candidates for steps of a first way
+        that is kept after all, or whose first candidate is no good."""
         with self.journal.timed(MEASURING):
+            more = [s for contest in self.needed.take_failed() for s in self.needed.widened(contest)]
             for contest in (*self.needed.take_open(), *self.regions.take_open()):
                 self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered)
             for each in self._alternatives():
                 if each.name not in self.settled and each.device in self.printed and self._is_built(each):
                     chosen = {name: self._winner(name) for name in each.ways[0].names}
-                    self.settled[each.name] = self.settler.settle(each, chosen, self._built(each))
+                    kept = self.settled[each.name] = self.settler.settle(each, chosen, self._built(each))
+                    of_first = self.tentative.intersection(each.ways[0].names) if kept.way is each.ways[0] else ()
+                    more += [s for name in of_first for s in self.needed.widened(self.needed.of[name])]
+        return more
 
     def _is_built(self, each: Alternatives) -> bool:
         """Whether all that is known of the steps of `each` is what will be known."""
@@ -236,6 +257,13 @@ class _Tuning:
         return _adopted(self.winners[id(self.needed.of[name])], self.needed.own[name])
 
 
+def _tentative(lowered: Lowered) -> frozenset[str]:
+    """Regions on a GPU that a product's kernel may compute, too: one candidate is enough to tell which way is faster."""
+    either = [s for s in lowered.steps if isinstance(s, Alternatives) and s.device.type == "cuda"]
+    with_kernel = [each for each in either if any(isinstance(s, Contraction) for s in _other_steps([each]))]
+    return frozenset(s.name for each in with_kernel for s in each.ways[0].steps if isinstance(s, Region))
+
+
 def _other_steps(each: Iterable[Alternatives]) -> Iterator[Work | Call]:
     """The steps of other ways than the first."""
     return (step for alternatives in each for way in alternatives.ways[1:] for step in way.steps)
@@ -248,8 +276,10 @@ def _on(device: torch.device, works: Iterable[Work]) -> list[Work]:
 class _Contests:
     """Contests of regions, batches and contractions; those that print the same kernels for the same sizes have one."""
 
-    def __init__(self, candidates: Callable[[Any], list[Candidate]], journal: Journal) -> None:
-        self.candidates, self.journal = candidates, journal
+    def __init__(
+        self, candidates: Callable[[Any], list[Candidate]], journal: Journal, tentative: frozenset[str] = frozenset()
+    ) -> None:
+        self.candidates, self.journal, self.tentative = candidates, journal, tentative
         self.of: dict[str, _Contest] = {}
         self.own: dict[str, list[Candidate]] = {}
         self._unprinted: list[tuple[Work, str]] = []
@@ -268,12 +298,13 @@ class _Contests:
                 self._unprinted.append((work, error.reason))
                 continue
             self.own[work.name] = own
-            key = (work.device, tuple(c.identity for c in own))
+            wanted = 1 if work.name in self.tentative else len(own)
+            key = (work.device, wanted, tuple(c.identity for c in own))
             if key in self._known:
                 self.of[work.name] = self._known[key]
                 self._known[key].regions.append(work)
                 continue
-            self.of[work.name] = self._known[key] = contest = _Contest([work], own)
+            self.of[work.name] = self._known[key] = contest = _Contest([work], own, wanted)
             self._awaiting |= {id(s): contest for s in contest.sources}
             yield contest
 
@@ -288,9 +319,20 @@ class _Contests:
             self._open += [contest] * bool(contest.built)
         return contest.is_complete
 
+    def widened(self, contest: _Contest) -> list[KernelSource]:
+        """The kernels of candidates that were not wanted so far, which the contest is complete without."""
+        more = contest.widen()
+        self._awaiting |= {id(s): contest for s in more}
+        return more
+
+    def take_failed(self) -> list[_Contest]:
+        """The contests of which nothing usable was built, but more candidates are known."""
+        known = [c for c in self._known.values() if c.is_complete and c.wanted < len(c.candidates)]
+        return [c for c in known if not any(_spilled(choice) <= FEW_SPILLED for choice in c.built)]
+
     def take_open(self) -> list[_Contest]:
         """The contests with something built that have become complete since this was last asked."""
-        found, self._open = self._open, []
+        found, self._open = [c for c in self._open if c.is_complete], []
         return found
 
     def failed(self) -> list[tuple[Work, str]]:

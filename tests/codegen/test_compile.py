@@ -111,9 +111,33 @@ def test_each_place_is_ready_once_its_kernel_is_known(store: ArtifactStore, buil
         yield from (cpp(2), cpp(1), KernelSource("cpp", "bad", "bad", ()), cpp(2))
         assert not heard, "not before the last source is there"
 
-    results = compile_kernels(sources(), CPU, store, lambda place, result: heard.append((place, entries([result])[0])))
+    results = compile_kernels(sources(), CPU, store, lambda place, result: heard.append((place, entries([result])[0])) or ())
     assert heard[0] == (1, "give_1"), "what the store has comes first"
     assert sorted(heard) == list(enumerate(entries(results)))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_kernel_that_is_ready_may_lead_to_others(
+    store: ArtifactStore, workers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them those that are known, that are compiled already, and what one that failed leads to."""
+    monkeypatch.setenv("FXOPT_WORKERS", workers)
+    (known,) = compile_kernels([triton("7.0")], H100, store)
+    leads_to = {0: "2.0 7.0", 1: "3.0", 2: "1.0", 3: "bad", 4: "5.0", 5: "4.0"}
+    heard: list[int] = []
+
+    def ready(place: int, result: Artifact | CompileFailure) -> list[KernelSource]:
+        heard.append(place)
+        return [triton(n) for n in leads_to.get(place, "").split()]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = compile_kernels([triton("1.0")], H100, store, ready)
+    assert sorted(heard) == list(range(len(results)))
+    good = [r for r in results if isinstance(r, Artifact)]
+    assert len(good) == len(results) - 1 and known in good
+    every = [triton(n) for n in ("1.0", "2.0", "3.0", "4.0", "5.0", "7.0")]
+    assert {r.key for r in good} == {r.key for r in compile_kernels(every, H100, store) if isinstance(r, Artifact)}
 
 
 def test_the_toolchain_and_target_are_in_the_key(

@@ -69,12 +69,35 @@ def test_threads_that_talk_to_the_helper_are_known_to_call_no_library(pool: Pool
 def test_an_outcome_is_heard_while_others_are_awaited(pool: Pool, tmp_path: Path) -> None:
     heard: list[tuple[int, Any]] = []
 
-    def hear(number: int, outcome: Outcome) -> None:
+    def hear(number: int, outcome: Outcome) -> list[Any]:
         heard.append((number, outcome.value))
         (tmp_path / "heard").touch()
+        return []
 
     pool.run([job("await", str(tmp_path / "heard")), job("double", 1)], hear)
     assert heard == [(1, [1, 1]), (0, True)]
+
+
+def test_an_outcome_may_lead_to_more_jobs(pool: Pool, tmp_path: Path) -> None:
+    def hear(number: int, outcome: Outcome) -> list[Any]:
+        if number == 3:
+            (tmp_path / "third").touch()
+        return [job("double", number + 1)] if 0 < number < 3 else []
+
+    outcomes = pool.run([job("await", str(tmp_path / "third")), job("double", 1)], hear)
+    assert [o.value for o in outcomes] == [True, [1, 1], [2, 2], [3, 3]]
+
+
+def test_jobs_that_an_outcome_has_led_to_outlive_the_helper(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run([job("double", 1)]) == [Outcome([1, 1])]
+
+    def hear(number: int, outcome: Outcome) -> list[Any]:
+        if number == 0:
+            os.killpg(pool._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+            return [job("double", 5)]
+        return []
+
+    assert pool.run([job("double", 4)], hear) == [Outcome([4, 4]), Outcome([5, 5])]
 
 
 def test_an_error_in_hearing_ends_the_batch(pool: Pool) -> None:

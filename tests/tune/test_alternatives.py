@@ -30,10 +30,11 @@ from fxopt.runtime.plan import Launch, Plan, allocated, check
 from fxopt.target import Target
 from fxopt.tune import alternatives as ways
 from fxopt.tune import candidate, measure
-from fxopt.tune.candidate import Choice, contraction_candidates
+from fxopt.tune.candidate import Candidate, Choice, contraction_candidates, triton_candidates
 from fxopt.tune.choose import choose
 from fxopt.tune.measure import Trial
 from fxopt.tune.suspects import Suspects
+from fxopt.tune.twins import Printer
 from tests.lower.contracting import alternatives, searched
 from tests.lower.test_grouped_products import activated
 
@@ -56,21 +57,22 @@ class Bench:
         self.cold: list[frozenset[str]] = []
         self.failing: Callable[[KernelSource], bool] = lambda source: False
         self.spilling: Callable[[KernelSource], bool] = lambda source: False
+        self.bytes_spilled = 8
         monkeypatch.setattr(Target, "current", staticmethod(lambda device: TARGET))
         monkeypatch.setattr(tuner, "compile_kernels", self.compile)
         monkeypatch.setattr(measure, "device_identity", lambda device: "gpu-test")
         monkeypatch.setattr(tuner.Measurements, "compare", lambda own, name, *rest: self.compare(name, *rest[:3]))
 
     def compile(self, sources: Iterable[KernelSource], target: Target, store: Any, ready: Ready) -> None:
-        sources = list(sources)
-        self.compiled += sources
-        for place, source in enumerate(sources):
-            ready(place, self._artifact(source))
+        wanted = list(sources)
+        for place, source in enumerate(wanted):
+            self.compiled.append(source)
+            wanted += ready(place, self._artifact(source))
 
     def _artifact(self, source: KernelSource) -> Artifact | CompileFailure:
         if self.failing(source):
             return CompileFailure("key", f"no {source.entry}")
-        meta = {"n_spills": 8 if self.spilling(source) else 0}
+        meta = {"n_spills": self.bytes_spilled if self.spilling(source) else 0}
         return Artifact(source.key("toolchain"), "triton", source.entry, Path("kernel.cubin"), meta)
 
     def compare(self, name: str, memory: measure.Memory, device: torch.device, trials: Sequence[Trial]) -> list[float]:
@@ -153,6 +155,62 @@ def test_the_fastest_configuration_is_kept(bench: Bench, store: ArtifactStore) -
     assert bench.measured[-1][1] == [LIBRARY, *(f"{FUSED} {label}" for label in labels)]
     said = f"contractions: {step.name}: {FUSED} {labels[2]} (fused {labels[2]}: 500000.0 us, library: 1000000.0 us)"
     assert said in journal_to_text(journal)
+
+
+LARGE = (rand(4096, 1024), rand(4096, 1024), rand(4096))
+
+
+def kernel_beside_the_library(low: Lowered) -> tuple[Region, list[Candidate]]:
+    """The region of the only alternatives' first way, and its candidates."""
+    (each,) = alternatives(low)
+    (region,) = (s for s in each.ways[0].steps if isinstance(s, Region))
+    return region, Printer(lambda work: triton_candidates(work, TARGET, "default"))(region)
+
+
+def beside_products(bench: Bench) -> list[KernelSource]:
+    return [source for source in bench.compiled if "gemm" not in source.text]
+
+
+def test_a_kernel_that_loses_to_a_product_is_compiled_in_one_configuration(bench: Bench, store: ArtifactStore) -> None:
+    low = captured(args=LARGE)
+    region, candidates = kernel_beside_the_library(low)
+    assert len(candidates) > 1
+    bench.seconds = {FUSED: 0.5}
+    after, _, failed, _ = tuned(low, store, mode="default")
+    assert not failed and isinstance(steps_of(after)[0], Contraction)
+    assert [s.text for s in beside_products(bench)] == [candidates[0].sources[0].text]
+    assert region.name not in [name for name, labels in bench.measured if labels[0] != LIBRARY]
+
+
+def test_one_that_wins_is_compiled_in_all_and_chosen_among_them(bench: Bench, store: ArtifactStore) -> None:
+    low = captured(args=LARGE)
+    region, candidates = kernel_beside_the_library(low)
+    bench.seconds = {candidates[-1].label: 0.5}
+    after, chosen, failed, _ = tuned(low, store, mode="default")
+    assert not failed and [type(s) for s in steps_of(after)] == [Call, Region]
+    assert chosen[region.name].label == candidates[-1].label
+    assert len(beside_products(bench)) == len(candidates)
+    assert (region.name, [c.label for c in candidates]) in bench.measured
+    planned(after, chosen)
+
+
+@pytest.mark.parametrize("product", [0.5, 2.0])
+@pytest.mark.parametrize("how", ["failing", "spilling"])
+def test_where_its_first_configuration_is_no_good_another_one_stands_for_it(
+    bench: Bench, store: ArtifactStore, how: str, product: float
+) -> None:
+    low = captured(args=LARGE)
+    region, candidates = kernel_beside_the_library(low)
+    (bad,) = candidates[0].sources
+    setattr(bench, how, lambda source: source.compile_options == bad.compile_options and source.text == bad.text)
+    bench.bytes_spilled = 64
+    bench.seconds = {FUSED: product, candidates[0].label: 0.1}
+    after, chosen, failed, _ = tuned(low, store, mode="default")
+    assert not failed
+    if product < 1:
+        assert isinstance(steps_of(after)[0], Contraction)
+    else:
+        assert chosen[region.name].label in [c.label for c in candidates[1:]]
 
 
 def test_a_fused_product_has_no_buffer(bench: Bench, store: ArtifactStore) -> None:
