@@ -23,7 +23,7 @@ ALLOWED = {
     "journal": {"errors"},
     "ir": FOUNDATION,
     "passes": {"ir"} | FOUNDATION,
-    "quant": {"ir", "report"} | FOUNDATION,  # of `report` the timer
+    "quant": {"ir", "report"} | FOUNDATION,  # of `report` the timer, and where Dynamo stopped
     "lower": {"ir"} | FOUNDATION,
     "runtime": {"ir"} | FOUNDATION,
     "codegen": {"ir", "runtime"} | FOUNDATION,

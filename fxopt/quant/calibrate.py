@@ -20,6 +20,7 @@ from fxopt.quant.arguments import given_module
 from fxopt.quant.batches import Forward, first_batches, on_device, run_batch, shown
 from fxopt.quant.observers import Collector
 from fxopt.quant.table import AMBIGUOUS, AVERAGE, NEVER, ROWS, ZERO, Calibration, LayerRange, check_method, joined_layers
+from fxopt.report.explanation import graph_breaks
 
 MOST_NAMED = 5
 """Layers that a warning names; of the others it tells the number."""
@@ -64,7 +65,7 @@ def calibrate(
     before = tuple(RECENT)
     compiled = _observed(model, collector, backend)
     count = 0
-    with torch.no_grad():
+    with torch.no_grad(), graph_breaks() as breaks:
         for batch in shown(first_batches(loader, batches), "calibrating", progress):
             collector.begin_batch()
             run_batch(model, on_device(batch, model), count, forward, compiled)
@@ -73,7 +74,7 @@ def calibrate(
         raise CalibrationError("the loader gave no batch: there is nothing to calibrate with")
     layers = joined_layers(collector.layers())
     if not layers:
-        raise CalibrationError(f"no layer was observed{_retreats(before)}")
+        raise CalibrationError(f"no layer was observed{_why_none(before, breaks)}")
     layers = (*layers, *_unreached(model, collector, layers))
     _warn(layers)
     return Calibration(layers, count, method, {"fxopt": fxopt.__version__, "torch": torch.__version__})
@@ -110,8 +111,8 @@ def _observed(model: nn.Module, collector: Collector, backend: Any) -> Callable[
     return compiled
 
 
-def _retreats(before: Collection[Journal]) -> str:
-    """Why the compilations since those of `before` came to nothing, for a message."""
+def _why_none(before: Collection[Journal], breaks: Collection[str]) -> str:
+    """Why the compilations since those of `before` came to nothing, for a message. At `breaks` Dynamo stopped."""
     known = set(map(id, before))
     since = [journal for journal in RECENT if id(journal) not in known]
     reasons = [f"{what}: {why}" for journal in since for what, why in journal.retreats]
@@ -122,7 +123,8 @@ def _retreats(before: Collection[Journal]) -> str:
     ]
     if unobserved:
         return f": {unobserved[0]}"
-    return ": torch.compile captured no product or convolution whose weight is a parameter or buffer of the model"
+    where = "".join(f"; it stopped at: {reason}" for reason in breaks)
+    return f": torch.compile captured no product or convolution whose weight is a parameter or buffer of the model{where}"
 
 
 def _unreached(model: nn.Module, collector: Collector, layers: tuple[LayerRange, ...]) -> list[LayerRange]:

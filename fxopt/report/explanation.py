@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +64,17 @@ def journals() -> Iterator[list[Journal]]:
         found += [j for j in RECENT if id(j) not in known]
 
 
+@contextmanager
+def graph_breaks() -> Iterator[list[str]]:
+    """Collects into the yielded list, when the block ends, why Dynamo split what was compiled in it."""
+    before = private.graph_breaks()
+    found: list[str] = []
+    try:
+        yield found
+    finally:
+        found += ["; ".join(_paragraph(reason)) for reason in private.graph_breaks() - before]
+
+
 def explain(
     model: Callable[..., Any], /, *args: Any, fxopt_options: dict[str, Any] | None = None, **kwargs: Any
 ) -> Explanation:
@@ -79,12 +89,11 @@ def explain(
         raise TypeError(f"fxopt.explain takes a module or function and its arguments, not {type(model).__name__!r}")
     original = getattr(model, "_orig_mod", model)
     torch.compiler.reset()
-    before = private.graph_breaks()
     compiled = torch.compile(unshared(original), backend=resolve_backend("fxopt"), options=fxopt_options)
-    with journals() as found:
+    with journals() as found, graph_breaks() as breaks:
         outputs = compiled(*args, **kwargs)
         _run_backward(original, (args, kwargs), outputs)
-    return Explanation(tuple(j for j in found if _says_something(j)), _breaks(before))
+    return Explanation(tuple(j for j in found if _says_something(j)), tuple(breaks))
 
 
 def _is_graph(journal: Journal) -> bool:
@@ -108,11 +117,6 @@ def _run_backward(model: Callable[..., Any], inputs: Any, outputs: Any) -> None:
 def _tensors(tree: Any) -> list[torch.Tensor]:
     leaves: list[Any] = pytree.tree_leaves(tree)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _breaks(before: Counter[str]) -> tuple[str, ...]:
-    """Why Dynamo split what was compiled since `before`."""
-    return tuple("; ".join(_paragraph(reason)) for reason in private.graph_breaks() - before)
 
 
 def _paragraph(message: str) -> list[str]:

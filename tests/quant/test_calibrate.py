@@ -218,8 +218,19 @@ def test_an_empty_loader_and_an_unknown_method() -> None:
 
 
 def test_a_model_without_layers() -> None:
-    with pytest.raises(CalibrationError, match=r"no layer was observed: torch\.compile captured no product"):
+    with pytest.raises(CalibrationError, match=r"no layer was observed: torch\.compile captured no product") as raised:
         quiet(nn.Sequential(nn.ReLU()).eval(), batches(1))
+    assert "stopped" not in str(raised.value)
+
+
+def test_where_capture_stopped_is_told() -> None:
+    """torch's encoder looks at the values of a mask, unless it is told whether that is causal."""
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    batch = {"src": batches(1)[0], "mask": nn.Transformer.generate_square_subsequent_mask(5)}
+    with pytest.raises(CalibrationError, match=r"no layer was observed: .*; it stopped at: .*item"):
+        quiet(model, [batch])
+    assert len(quiet(model, [batch | {"is_causal": True}]).layers) == 4
 
 
 @pytest.mark.parametrize(
