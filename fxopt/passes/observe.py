@@ -43,6 +43,10 @@ class Observed:
     producer: Producer | None = None
 
 
+def _note_unobserved(context: Context, layer: str, reason: str) -> None:
+    context.journal.note("precision", f"{layer or '(the model itself)'} is not observed: {reason}")
+
+
 def observe(context: Context) -> None:
     if context.graph.phase is not Phase.INFERENCE:
         return
@@ -54,7 +58,7 @@ def observe(context: Context) -> None:
         if reason is None:
             operands.setdefault(layer.x, []).append(layer)
         else:
-            context.journal.note("precision", f"{layer.name} is not observed: {reason}")
+            _note_unobserved(context, layer.name, reason)
     found: list[tuple[fx.Node, fx.Node, Described]] = [
         (x, readers[0].node, tuple((layer.name, layer.kind, layer.shape) for layer in readers))
         for x, readers in operands.items()
@@ -66,7 +70,7 @@ def observe(context: Context) -> None:
     for x, reader, described in found:
         made = _observers(context, x, reader)
         if made is None:
-            context.journal.note("precision", f"{described[0][0]} is not observed: its observers cannot be propagated")
+            _note_unobserved(context, described[0][0], "its observers cannot be propagated")
             continue
         context.spend("observe", x)
         results += made

@@ -89,7 +89,7 @@ def layer_rows(
             run_batch(model, on_device(batch, model), count, forward)
             count += 1
     if not count:
-        raise CalibrationError("the loader gave no batch: there is nothing to fit to")
+        raise CalibrationError("the loader gave no batch: it is empty, or an iterator that was gone through before")
     return found
 
 

@@ -75,13 +75,14 @@ _ADVICE = "Say how to call the model with a batch: forward=lambda model, batch: 
 def _misfit(model: nn.Module, batch: Any) -> str | None:
     """Why the parameters of a model's forward cannot be what is in `batch`; None where they can, or are not known."""
     try:
-        parameters = inspect.signature(model.forward)
+        signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
         return None
     try:
-        call_model(parameters.bind, batch)
+        call_model(signature.bind, batch)
     except TypeError as error:
-        return f"{error}; forward takes {parameters}"
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        return f"{error}; forward takes {inspect.Signature(bare)}"
     return None
 
 

@@ -71,7 +71,7 @@ def calibrate(
             run_batch(model, on_device(batch, model), count, forward, compiled)
             count += 1
     if not count:
-        raise CalibrationError("the loader gave no batch: there is nothing to calibrate with")
+        raise CalibrationError("the loader gave no batch: it is empty, or an iterator that was gone through before")
     layers = joined_layers(collector.layers())
     if not layers:
         raise CalibrationError(f"no layer was observed{_why_none(before, breaks)}")

@@ -116,8 +116,8 @@ def quantize(
     What is returned was measured: the budget holds on these batches, and the model is faster than the compiled model that
     is not quantized. If there is no such, that one is returned, with a warning, and `refused` says why.
 
-    Raises OptionError for a budget, precisions or trials that are none, CalibrationError for a model, batches or a metric
-    that cannot be used (see `fxopt.calibrate`).
+    Raises OptionError for a budget, precisions, numbers of batches, seconds or trials that are none, CalibrationError for
+    a model, batches or a metric that cannot be used (see `fxopt.calibrate`).
     """
     _check_budget(budget)
     search = Search(
@@ -154,6 +154,12 @@ def _checked_precisions(precisions: Sequence[str]) -> list[str]:
 def _check_trials(trials: int) -> None:
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
         raise OptionError(f"a number of trials is an integer of 1 or more, not {trials!r}")
+
+
+def _check_seconds(seconds: float) -> None:
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or not (math.isfinite(seconds) and seconds > 0.0):
+        raise OptionError(f"seconds for measuring a layer are a number above 0, not {seconds!r}")
 
 
 def _check_budget(budget: float) -> None:
@@ -201,6 +207,7 @@ class Search:
     ) -> None:
         wanted = _checked_precisions(precisions)
         _check_trials(trials)
+        _check_seconds(seconds)
         model = given_module(model, "quantize")
         kept = [on_device(batch, model) for batch in first_batches(loader, batches)]
         on_gpu = any(t.is_cuda for t in itertools.chain(model.parameters(), model.buffers())) if kept else False

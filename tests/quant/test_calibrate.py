@@ -170,7 +170,7 @@ def test_batches_that_do_not_fit_the_model(calibrated: bool) -> None:
     described = r"batch 2 of the loader, a tuple of 2 \(Tensor, Tensor\), does not fit"
     with pytest.raises(CalibrationError, match=described) as raised:
         run(pairs)
-    assert "too many positional arguments; forward takes (x:" in str(raised.value) and "forward=lambda" in str(raised.value)
+    assert "too many positional arguments; forward takes (x)" in str(raised.value) and "forward=lambda" in str(raised.value)
     with pytest.raises(CalibrationError, match="a dict with 'x', 'y', does not fit"):
         run([{"x": data[0], "y": data[1]}])
     assert run(pairs, forward=lambda model, batch: model(batch[0])).names()

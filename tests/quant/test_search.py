@@ -224,6 +224,12 @@ def test_trials_are_a_number_of_one_or_more(trials: Any) -> None:
         _quantize(_Model().eval(), 0.1, trials=trials)
 
 
+@pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), "1", True])
+def test_seconds_are_a_number_above_zero(seconds: Any) -> None:
+    with pytest.raises(OptionError, match="seconds for measuring a layer are a number above 0"):
+        fxopt.quantize(nn.Linear(4, 4).eval(), [torch.ones(1, 4)], seconds=seconds)
+
+
 def test_no_batches_and_training_mode_are_errors() -> None:
     with pytest.raises(CalibrationError, match="no batch"):
         fxopt.quantize(_Model().eval(), [], progress=False)
