@@ -159,3 +159,12 @@ def test_explaining_a_factory_that_is_none() -> None:
     result = runner.invoke(cli.app, ["explain", "json:dumps", "--device", "cpu"])
     assert isinstance(result.exception, FxoptError)
     assert "json:dumps is to take no argument and return (model, args), a tuple: TypeError" in str(result.exception)
+
+
+def test_explaining_a_factory_whose_arguments_are_no_tuple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going through a tensor would give its rows."""
+    (tmp_path / "factory_of_one.py").write_text("import torch\ndef make(): return torch.nn.Linear(3, 3), torch.ones(2, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(cli.app, ["explain", "factory_of_one:make", "--device", "cpu"])
+    assert isinstance(result.exception, FxoptError)
+    assert "with args a tuple such as (x,), not a Tensor" in str(result.exception)
