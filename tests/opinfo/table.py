@@ -10,9 +10,9 @@ table/retreats.json lists the operators that may run as ATen calls, each with th
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -104,10 +104,16 @@ def read(name: str) -> Summary:
     return found
 
 
-def main(path: str, directory: str | Path = DIRECTORY) -> None:
-    records = read_records(Path(path)).values()
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.opinfo.table", description=__doc__)
+    parser.add_argument("records", type=Path, help="what the sweep has written")
+    parser.add_argument("directory", type=Path, nargs="?", default=DIRECTORY, help="default: that of the committed tables")
+    given = parser.parse_args()
+    records = read_records(given.records).values()
+    if not records:
+        parser.error(f"{given.records} has no records")
     summaries = summarise(records)
-    write(summaries, planned_retreats(records), Path(directory))
+    write(summaries, planned_retreats(records), given.directory)
     for dtype, summary in summaries.items():
         print(f"{dtype}: {len(summary)} ops")
         print(f"  {'class':15} {'mode':9} {'samples':>8} {'right':>8} {'generated':>10} {'of samples':>11} {'of bytes':>9}")
@@ -117,4 +123,4 @@ def main(path: str, directory: str | Path = DIRECTORY) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.target import Target
-from tests.opinfo import compiled, judge, sweep, worker
+from tests.opinfo import compiled, judge, sweep, table, worker
 from tests.opinfo.samples import Item, Problem
 from tests.opinfo.sweep import BatchWorker, Sweep, read_records
 
@@ -129,3 +129,10 @@ def test_an_item_that_ends_the_cuda_context_ends_the_batch(monkeypatch: pytest.M
     worker.check_device(item, done)
     with pytest.raises(worker.DeviceLost, match="run: it failed: RuntimeError: CUDA error: device-side assert triggered"):
         worker.check_device(Item("add", "float32", "forward", "given", 0, "cuda"), done)
+
+
+def test_records_that_are_not_there_leave_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["table", str(tmp_path / "misspelt.jsonl"), str(tmp_path / "tables")])
+    with pytest.raises(SystemExit):
+        table.main()
+    assert not (tmp_path / "tables").exists()
