@@ -132,7 +132,7 @@ def test_kernels_start_early_after_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     """And not first, nor after a call."""
     ran: list[str] = []
     pair = tuple(lambda *given, kind=kind: ran.append(kind) for kind in ("late", "early"))
-    monkeypatch.setattr(measure, "_launchers", lambda source, artifact: pair)
+    monkeypatch.setattr(measure, "_launchers", lambda artifact: pair)
     monkeypatch.setattr(measure, "arguments_of", lambda source, tensors, sizes: [])
     monkeypatch.setattr(measure, "bound_arguments", lambda part, tensors, sizes: (lambda: ran.append("call"), (), {}))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
