@@ -51,10 +51,9 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
     from fxopt.lower import batching, contractions, group_sums, groupings, row_norms
     from fxopt.passes import NAMES
     from fxopt.runtime import backward_pieces, branches, cuda_graph, launch, native_replay
-    from fxopt.tune import ahead
 
     lowering = (batching.NAME, contractions.NAME, group_sums.NAME, groupings.NAME, row_norms.NAME)
-    running = (cuda_graph.NAME, launch.NAME, native_replay.NAME, backward_pieces.NAME, branches.NAME, ahead.NAME)
+    running = (cuda_graph.NAME, launch.NAME, native_replay.NAME, backward_pieces.NAME, branches.NAME)
     known = (*NAMES, *lowering, *running)
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"

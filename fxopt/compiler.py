@@ -173,8 +173,7 @@ def _lower_and_choose(
             attention = functools.partial(tune.choose_attention, options=options, store=store, journal=journal)
             lowered, chosen, failed = tune.choose(lowered, options, store, journal, attention)
         if not failed:
-            lowered, chosen = _with_row_norms(graph, lowered, chosen, options, journal, store)
-            return lowered, tune.with_weights_ahead(lowered, chosen, options, store, journal)
+            return _with_row_norms(graph, lowered, chosen, options, journal, store)
         journal.provisional = True  # the next process may have a compiler that works
         for region, reason in failed:
             if isinstance(region, Batch):  # its members are regions again

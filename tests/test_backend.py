@@ -165,7 +165,7 @@ def test_a_pass_that_does_not_exist_cannot_be_disabled(monkeypatch):
         assert torch.compile(lambda x: x + 2, backend="fxopt")(torch.ones(2))[0] == 3
 
 
-@pytest.mark.parametrize("name", ["batching", "contractions", "merged_products", "weights-ahead"])
+@pytest.mark.parametrize("name", ["batching", "contractions", "merged_products"])
 def test_steps_after_the_passes_can_be_disabled_too(name):
     compiled = torch.compile(lambda x: x + 3, backend="fxopt", options={"disable": [name]})
     assert compiled(torch.ones(2))[0] == 4

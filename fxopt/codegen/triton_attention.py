@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fxopt.codegen.templates.attention_config import FEW_ROWS, AttentionConfig, block_of
+from fxopt.codegen.templates.attention_config import AttentionConfig, block_of
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_block import BlockFunction, print_block
 from fxopt.codegen.triton_chain import OTHERS_END
@@ -70,7 +70,7 @@ def _attend(attention: Attention, config: AttentionConfig, stored: Sequence[str]
     way = f'PACK={config.pack}, SPLIT={config.split}, PRECISION="ieee", SCORES={_SCORES if scores.text else None}'
     pointers, kinds = _factors(attention, {name: f"b{len(operands) + k}" for k, name in enumerate(factors)})
     bringing = ""
-    if (split or rows <= FEW_ROWS) and attention.key.strides[3] == attention.value.strides[3] == 1:
+    if split and attention.key.strides[3] == attention.value.strides[3] == 1:
         part = f"BM={config.block_m}, BN={config.block_n}, PACK={config.pack}, SPLIT={config.split}"
         given_part = f"{operands[1]}, {operands[2]}, {sizes}, {attention.key.strides}, {attention.value.strides}, {part}"
         bringing = f"attention.bring_part({given_part})\n    {OTHERS_END}\n    "

@@ -11,10 +11,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks.attention_kernels import memory_of, step_of
-from fxopt.codegen.templates.attention_config import AttentionConfig, configs, in_one
+from fxopt.codegen.templates.attention_config import AttentionConfig, configs
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_build import compile_triton
-from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.ir.attention_backends import MATH, Inputs, Settings, forward_by
 from fxopt.ir.region import Attention
 from fxopt.target import Target
@@ -171,18 +170,14 @@ def test_views_in_a_larger_buffer(interpreter: Interpreter) -> None:
 # --- code
 
 
-def shaped(
-    heads: int, groups: int, rows: int, keys: int, width: int, mask: str = "", causal: bool = False, batch: int = 8
-) -> Attention:
+def shaped(heads: int, groups: int, rows: int, keys: int, width: int, mask: str = "", causal: bool = False) -> Attention:
     """A step over bfloat16 tensors without values."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=BF16, device="meta")
 
-    query, key, value = (
-        empty(batch, n, h, width).transpose(1, 2) for h, n in ((heads, rows), (groups, keys), (groups, keys))
-    )
-    given = {"": None, "row": empty(batch, 1, 1, keys), "rows": empty(batch, heads, rows, keys)}[mask]
+    query, key, value = (empty(8, n, h, width).transpose(1, 2) for h, n in ((heads, rows), (groups, keys), (groups, keys)))
+    given = {"": None, "row": empty(8, 1, 1, keys), "rows": empty(8, heads, rows, keys)}[mask]
     x = Inputs(query, key, value, given, Settings(causal, None, heads != groups))
     return step_of(x, torch.empty_like(query), torch.device("cuda", 0))
 
@@ -193,7 +188,6 @@ COMPILED = {
     "bias": shaped(12, 12, 512, 512, 64, "rows"),
 }
 
-DECODING = shaped(32, 8, 1, 1024, 64, "row", batch=1)
 
 WITHOUT_A_SPILL = [*((90, n) for n in COMPILED), (80, "bias"), (100, "static cache")]
 
@@ -205,24 +199,3 @@ def test_the_first_proposal_compiles_without_spills(arch: int, name: str) -> Non
     metas = [compile_triton(kernel, target)[1] for kernel in print_attention(COMPILED[name], first, target).kernels]
     assert all(meta["n_spills"] == 0 for meta in metas)
     assert metas[0]["shared"] <= target.shared_per_block
-
-
-def test_few_keys_for_one_row_are_gone_over_by_one_program() -> None:
-    step = DECODING
-    forms = in_one(step, H100)
-    assert [(c.block_n, c.warps) for c in forms] == [(512, 16), (256, 8)]
-    assert {(c.split, c.pack) for c in forms} == {(1, 4)}
-    assert not in_one(shaped(32, 8, 1, 1024, 64, "row", batch=16), H100)  # which keep half of the multiprocessors busy
-    assert not in_one(shaped(32, 8, 1, 4096, 64, "row", batch=1), H100)
-    assert [c.stages for c in in_one(shaped(32, 8, 1, 2048, 128, "row", batch=1), H100)] == [2]
-    for config in forms:
-        (kernel,) = print_attention(step, config, H100).kernels
-        meta = compile_triton(kernel, H100)[1]
-        assert meta["n_spills"] == 0 and meta["shared"] <= H100.shared_per_block
-        assert OTHERS_END in kernel.text and "attention.bring_part" in kernel.text
-
-
-@pytest.mark.parametrize(("block_n", "warps"), [(256, 8), (512, 16)])
-def test_values_of_large_blocks(interpreter: Interpreter, block_n: int, warps: int) -> None:
-    seen = torch.rand(1, 1, 1, 700, generator=torch.Generator().manual_seed(0)) < 0.7
-    check(interpreter, AttentionConfig(16, block_n, warps, 2, 4), inputs(8, 2, 1, 700, 32, mask=seen))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt.codegen.triton_ahead import Piece
-from fxopt.ir.kernel import KernelSource
 from fxopt.report.backends import unshared
 from fxopt.runtime.launch import NAME
-from fxopt.target import Target
-
-ahead = importlib.import_module("fxopt.tune.ahead")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,26 +113,3 @@ def test_weights_that_are_not_aligned() -> None:
                 step.norm.weight.data = moved.copy_(step.norm.weight)
 
     check(False, between)
-
-
-@pytest.mark.parametrize("graphs", [True, False])
-def test_weights_that_are_brought_ahead(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the L2 cache were small; weights are written between calls, when kernels of the last call have brought some."""
-    small = replace(Target.current("cuda"), l2_bytes=8 << 20)
-    monkeypatch.setattr(Target, "current", staticmethod(lambda device: small))
-    monkeypatch.setattr(ahead, "LEAST", 64 << 10)
-    kept = ahead.bringing
-    asked: list[str] = []
-
-    def bringing(source: KernelSource, pieces: Sequence[Piece]) -> KernelSource:
-        asked.extend(piece.buffer for piece in pieces)
-        return kept(source, pieces)
-
-    monkeypatch.setattr(ahead, "bringing", bringing)
-
-    def between(made: Counting, k: int) -> None:
-        for step in made.steps:
-            step.up.weight.mul_(1.01 if k % 2 else 0.99)
-
-    check(graphs, between, strict=True)
-    assert asked

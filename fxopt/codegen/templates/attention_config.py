@@ -20,12 +20,6 @@ FEW_ROWS = 16
 SHORT_SEQUENCE = 512
 """Keys that a program goes over in a few microseconds."""
 
-MOST_KEYS_OF_ONE = 2048
-"""Keys that one program may go over for few rows while other ways go over parts and join these."""
-
-_FORMS_IN_ONE = ((512, 16, 2), (256, 8, 3), (256, 8, 2))
-"""Keys of a block, warps and stages."""
-
 _LARGEST_PACKED = 64
 _LEAST_BLOCK = 16
 _MOST_PARTS = 64
@@ -119,18 +113,6 @@ def configs(attention: Attention, target: Target, limit: int = 4) -> list[Attent
     for config in ranked(attention, target):
         kinds.setdefault(config.kind, config)
     return list(kinds.values())[:limit]
-
-
-def in_one(attention: Attention, target: Target) -> list[AttentionConfig]:
-    """For few rows and keys, and fewer tiles than multiprocessors: no parts, whose join is another kernel, but large blocks
-    that many warps share. The model knows little of what latency alone decides: these are to be measured.
-    """
-    rows, keys = attention.query.shape[2], attention.key.shape[2]
-    pack = attention.query.shape[1] // attention.key.shape[1]
-    forms = [AttentionConfig(_LEAST_BLOCK, n, warps, stages, pack) for n, warps, stages in _FORMS_IN_ONE]
-    if rows * pack > _LEAST_BLOCK or keys > MOST_KEYS_OF_ONE or 2 * _tiles(attention, forms[0]) > target.sm_count:
-        return []
-    return [c for c in forms if c.block_n < keys and c.per_sm(attention, target) > 0][:2]
 
 
 def may_win(attention: Attention, target: Target) -> bool:

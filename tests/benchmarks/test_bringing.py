@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.bringing import LINE, MOST_AT_A_TIME, Piece, bringing
 from fxopt.lower.contractions import FUSED
 from tests.codegen import triton_nests as nests
 from tests.codegen.test_quantized_products import way_of, weight_only
@@ -19,7 +20,6 @@ from tests.codegen.triton_nests import BF16, F32
 pytest.importorskip("triton")
 
 from fxopt.codegen.templates.weight_config import DotConfig
-from fxopt.codegen.triton_ahead import LINE, MOST_AT_A_TIME, Piece, bringing
 from fxopt.codegen.triton_batch import batch_candidates, print_batch
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_chain import OTHERS_END

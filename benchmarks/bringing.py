@@ -1,7 +1,7 @@
-"""Kernels that bring into the L2 cache what later ones of their plan will read (weights), beside what they do.
+"""Kernels that bring into the L2 cache what later ones of their plan will read, beside what they do (`weights_ahead.py`).
 
-As with `triton_chain.py` this is done to the finished text: printers know nothing of it. What is brought may be written by
-nobody else in the meantime or by anybody: a cache line that has been asked for changes no value.
+As by `fxopt/codegen/triton_chain.py` this is done to the finished text. What is brought may be written by others
+meanwhile: a cache line that has been asked for changes no value.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +10,30 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.codegen.triton_ahead import Piece
+pytest.importorskip("triton")
+
+from benchmarks import weights_ahead as ahead
+from benchmarks.bringing import Piece
+from benchmarks.weights_ahead import (
+    LEAST,
+    MOST_PIECES,
+    Asking,
+    Variant,
+    shared_out,
+    stream_of,
+    with_weights_ahead,
+)
 from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.loops import Load, Nest, Op, Store
 from fxopt.ir.region import Alias, BufferSpec, Call, Ref, Region
-from fxopt.journal import Journal
 from fxopt.lower import Lowered
-from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
-from fxopt.tune.ahead import LEAST, MOST_PIECES, NAME, Asking, shared_out, stream_of, with_weights_ahead
 from fxopt.tune.candidate import Choice
 
-ahead = importlib.import_module("fxopt.tune.ahead")
+ALL = Variant(1 / 4, rest=False)
 CUDA = torch.device("cuda", 0)
 MIB = 1 << 20
 TARGET = replace(Target.cuda(90), l2_bytes=64 * MIB)
@@ -74,6 +82,11 @@ class Compiler:
 
 
 @pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path)
+
+
+@pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return Compiler(monkeypatch)
 
@@ -83,9 +96,9 @@ def chosen_for(low: Lowered, programs: Int = 256) -> dict[str, Choice]:
     return {name: Choice("c", ((source, made(source)),)) for name, source in sources.items()}
 
 
-def brought(low: Lowered, store: ArtifactStore, programs: Int = 256, **options: Any) -> list[list[Piece]]:
+def brought(low: Lowered, store: ArtifactStore, programs: Int = 256, variant: Variant = ALL) -> list[list[Piece]]:
     """By step."""
-    chosen = with_weights_ahead(low, chosen_for(low, programs), Options(**options), store, Journal("test"))
+    chosen = with_weights_ahead(low, chosen_for(low, programs), variant, store)
     found = []
     for step in low.steps:
         assert isinstance(step, Region)
@@ -121,8 +134,8 @@ def test_few_programs_bring_little(compiler: Compiler, store: ArtifactStore) -> 
 def test_nothing_is_brought_where_it_is_no_use(compiler: Compiler, store: ArtifactStore) -> None:
     assert any(brought(chain(8), store))
     assert not any(brought(chain(4, size=15 * MIB), store))  # the cache holds them all
-    assert not any(brought(chain(8), store, disable=(NAME,)))
-    assert not any(brought(chain(8), store, tuning_seconds=0.0))
+    assert not any(brought(chain(8), store, variant=Variant(1 / 4, rest=True)))  # each reads a weight itself
+    assert not any(brought(chain(8), store, variant=Variant(0.0, rest=False)))
     low = chain(8)
     busy = replace(low, lasting=frozenset({"w7"}))  # the others are as large as activations of many rows
     assert [bool(pieces) for pieces in brought(busy, store)] == [False] * 7 + [True]
@@ -189,14 +202,14 @@ def test_a_kernel_asks_for_small_weights_of_its_own_which_it_has_not_loaded(
     compiler: Compiler, store: ArtifactStore
 ) -> None:
     low = replace(chain(8, size=16 << 10), lasting_bytes=128 * MIB)
-    chosen = with_weights_ahead(low, chosen_for(low, 1), Options(), store, Journal("test"))
+    chosen = with_weights_ahead(low, chosen_for(low, 1), ALL, store)
     texts = {source.text for choice in chosen.values() for source, _ in choice.kernels}
     assert len(texts) == 1 and "h.bring_share(b1, 0, 16384, 128)" in next(iter(texts))
     (source, _), *_ = chosen["r3"].kernels
     assert source.buffers == ("x3", "w3", "x4")
 
     early = {name: replace(c, kernels=((loading := with_marker(c), made(loading)),)) for name, c in chosen_for(low).items()}
-    assert with_weights_ahead(low, early, Options(), store, Journal("test")) == early
+    assert with_weights_ahead(low, early, ALL, store) == early
 
 
 def with_marker(choice: Choice) -> KernelSource:

@@ -1,39 +1,64 @@
-"""Weights that are brought into the L2 cache before they are read, by the kernels before.
+"""What it is worth to bring weights into the L2 cache before they are read: `python -m benchmarks.weights_ahead --out FILE`.
 
-A step for one row or few (a decoding step, a model at batch 1) is a chain of short kernels. Each waits for the one
-before it, loads a row, multiplies, adds up between warps and stores, and the memory rests for much of that; so it does while
-kernels run that read no weights (attention, norms). Where weights lie is known from the beginning, so each kernel asks,
-before it waits, for what comes after its own: `WINDOW` of the L2 cache is always on its way. It also asks for what is small
-of its own (a norm's weight, scales), which it would otherwise load when it has waited. Contests, which time kernels alone,
-could not tell what that is worth; it is done where weights are more than the L2 cache holds.
+A decoding step is a chain of short kernels. Each waits for the one before it, loads a row, multiplies, adds up between
+warps and stores, and the memory rests for much of that; so it does while kernels run that read no weights (attention).
+Where weights lie is known from the beginning, so kernels may ask, before they wait, for what comes after their own, up to a
+share of the L2 cache beyond what has been read; and for what is small of their own (a norm's weight, scales). Who asks is a
+variant: all kernels, or those that read no large weights. Contests time kernels alone and cannot tell what this is worth, so
+the steps of whole plans are timed, as `quantized_steps.py` does; kernels are those that the tuner chooses without it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
 
 import torch
+import typer
 
+from benchmarks.bringing import Piece, bringing, programs_of
+from benchmarks.models import MODELS
+from benchmarks.quantized_steps import measured
+from benchmarks.results import revision, target_facts, versions
+from fxopt import compiler, plan_cache
+from fxopt.cli import pick_device, pick_dtype
 from fxopt.codegen.compile import compile_kernels
-from fxopt.codegen.triton_ahead import Piece, bringing, programs_of
 from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alias, Batch, BufferSpec, Contraction, Region, SideBySide, Step, Work
-from fxopt.journal import Journal
 from fxopt.lower import Lowered
 from fxopt.lower.cost import nbytes
 from fxopt.lower.steady import reads, views_of, written
-from fxopt.options import Options
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice
 
-NAME = "weights-ahead"
-"""What `Options.disable` calls it."""
 
-WINDOW = 1 / 4
-"""Of the L2 cache: what is brought has to stay there until it is read, beside all that others touch meanwhile."""
+@dataclass(frozen=True)
+class Variant:
+    """Up to `window` of the L2 cache is brought beyond what has been read, by all kernels or by those that `rest`: that read
+    no large weights.
+    """
+
+    window: float
+    rest: bool
+
+
+VARIANTS: dict[str, Variant | None] = {
+    "plain": None,
+    "resting, 1/4": Variant(1 / 4, True),
+    "resting, 1/8": Variant(1 / 8, True),
+    "small": Variant(0.0, True),
+    "all, 1/4": Variant(1 / 4, False),
+    "all, 1/2": Variant(1 / 2, False),
+}
 
 MOST_OF_PROGRAM = 128 << 10
 """Bytes that one program asks for: a multiprocessor takes the time of as many lines."""
@@ -66,26 +91,22 @@ class Asking:
 
 
 def with_weights_ahead(
-    lowered: Lowered, chosen: dict[str, Choice], options: Options, store: ArtifactStore, journal: Journal
+    lowered: Lowered, chosen: dict[str, Choice], variant: Variant, store: ArtifactStore
 ) -> dict[str, Choice]:
     """`chosen` with kernels that bring later steps' weights, and small ones of their own, on GPUs that start kernels early,
     where `lowered.lasting` is more than the L2 cache holds. Kernels that would not build so, or spill, stay as they are.
     """
     device = next((s.device for s in lowered.steps if isinstance(s, Work) and s.device.type == "cuda"), None)
-    if NAME in options.disable or options.tuning_seconds == 0 or device is None:
+    if device is None or lowered.lasting_bytes <= Target.current(device).l2_bytes:
         return chosen
     target = Target.current(device)
-    if lowered.lasting_bytes <= target.l2_bytes:
-        return chosen
-    small, asking = _own_of(lowered, chosen, device), _askings(lowered, chosen, device)
+    small, asking = _own_of(lowered, chosen, device), _askings(lowered, chosen, device, variant)
     stream = [piece for own in stream_of(lowered).values() for piece in own]
-    shares = shared_out(stream, list(asking.values()), int(target.l2_bytes * WINDOW))
+    shares = shared_out(stream, list(asking.values()), int(target.l2_bytes * variant.window))
     wanted = _padded(chosen, {place: share for place, share in zip(asking, shares, strict=True) if share})
     places = dict.fromkeys((*wanted, *small))
     sources = {p: bringing(_kernel(chosen, p)[0], wanted.get(p, ()), small.get(p, ())) for p in places}
-    brought = sum(piece.size for share in wanted.values() for piece in share)
-    journal.note(NAME, f"{len(wanted)} kernels bring {brought / 1e6:.0f} MB of weights into the L2 cache for later ones")
-    return _built(chosen, sources, target, store, journal)
+    return _built(chosen, sources, target, store)
 
 
 def _waiting(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.device) -> Iterator[tuple[Work, Place]]:
@@ -102,7 +123,7 @@ def _waiting(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.devic
                 yield step, (step.name, number)
 
 
-def _askings(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.device) -> dict[Place, Asking]:
+def _askings(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.device, variant: Variant) -> dict[Place, Asking]:
     """What kernels may bring, where that is worth it. Those that load weights before they wait have their own then."""
     stream = stream_of(lowered)
     after, read = {}, 0
@@ -114,7 +135,7 @@ def _askings(lowered: Lowered, chosen: Mapping[str, Choice], device: torch.devic
         source = _kernel(chosen, place)[0]
         own = sum(piece.size for piece in stream.get(id(step), ()))
         most = MOST_OF_PROGRAM * (programs_of(source) or 0)
-        if most >= LEAST:
+        if most >= LEAST and not (variant.rest and own):
             found[place] = Asking(after[id(step)] - (0 if OTHERS_END in source.text else own), most)
     return found
 
@@ -211,12 +232,9 @@ def _built(
     sources: Mapping[Place, KernelSource],
     target: Target,
     store: ArtifactStore,
-    journal: Journal,
 ) -> dict[str, Choice]:
     """`chosen` with `sources` in their places, where these could be built and spill no more than what they replace."""
-    with journal.timed("kernels that bring weights"):
-        made = compile_kernels(sources.values(), target, store)
-    found = dict(chosen)
+    made, found = compile_kernels(sources.values(), target, store), dict(chosen)
     for ((name, number), source), artifact in zip(sources.items(), made, strict=True):
         kernels = list(found[name].kernels)
         if isinstance(artifact, Artifact) and artifact.meta["n_spills"] <= kernels[number][1].meta["n_spills"]:
@@ -247,3 +265,53 @@ def _dense_bytes(spec: BufferSpec | None) -> int:
     if spec is None or not isinstance(spec.extent, int) or spec.extent != spec.numel:
         return 0
     return spec.extent * spec.dtype.itemsize
+
+
+@contextlib.contextmanager
+def brought(variant: Variant | None) -> Iterator[None]:
+    """Plans that are compiled in the block bring weights as `variant` says; they are not kept."""
+    real = compiler._with_row_norms
+
+    def choose(graph: Any, lowered: Lowered, chosen: Any, options: Any, journal: Any, store: ArtifactStore) -> Any:
+        lowered, chosen = real(graph, lowered, chosen, options, journal, store)
+        return lowered, chosen if variant is None else with_weights_ahead(lowered, chosen, variant, store)
+
+    with (
+        mock.patch.object(compiler, "_with_row_norms", choose),
+        mock.patch.object(plan_cache, "plan_key", return_value=None),
+    ):
+        yield
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    device: str = "auto",
+    workload: str = "llama-1b-decode",
+    few: Annotated[str, typer.Option(help="precisions beside the model's own")] = "int4-weight,int8-weight",
+    variants: Annotated[str, typer.Option(help="names, by semicolons")] = ";".join(VARIANTS),
+    seconds: Annotated[float, typer.Option(help="no variant is begun after these")] = 100.0,
+    tiny: bool = False,
+) -> None:
+    """Time the steps of a decoding step in each variant."""
+    where, start = pick_device(device), time.monotonic()
+    known = next(w for w in MODELS if w.name == workload)
+    case = known.build(known.sizes(tiny), where, pick_dtype("bfloat16" if where.type == "cuda" else "float32"))
+    document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "variants": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in variants.split(";"):
+        if time.monotonic() - start > seconds:
+            typer.echo(f"{name}: no time left")
+            continue
+        typer.echo(name)
+        with brought(VARIANTS[name]):
+            found = measured(case, where, few.split(","))
+        for own in found.values():
+            own.pop("contests")
+            own.pop("kernels")
+        document["variants"][name] = found
+        out.write_text(json.dumps(document, indent=1) + "\n")
+        gc.collect()
+
+
+if __name__ == "__main__":
+    typer.run(main)
