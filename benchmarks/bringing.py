@@ -17,11 +17,11 @@ from fxopt.ir.kernel import KernelSource
 LINE = 128
 """Bytes of the L2 cache's lines."""
 
-ASKING = 32
-"""Threads of a program that ask for lines (`triton_helpers.bring_share`)."""
+MOST_AT_A_TIME = 512 << 10
+"""Bytes that a program asks for at a time (`triton_helpers.bring_share`)."""
 
-MOST_AT_A_TIME = 1024
-"""Bytes that a thread asks for at a time."""
+SMALL = 4096
+"""Of its own, at a time."""
 
 _INDENT = "    "
 
@@ -52,7 +52,7 @@ def bringing(source: KernelSource, pieces: Sequence[Piece], own: Sequence[tuple[
     if programs is None or source.members or source.language != "triton":
         raise UnsupportedError("a kernel whose programs cannot share out what they bring")
     names = [f"ahead{k}" for k in range(len(pieces))]
-    lines = [f"{_INDENT}h.bring_share({name}, 0, {size}, {LINE})\n" for name, size in own]
+    lines = [f"{_INDENT}h.bring_share({name}, 0, {size}, {SMALL})\n" for name, size in own]
     lines += [f"{_INDENT}h.bring_share({n}, {n}_first, {n}_size, {n}_each)\n" for n in names]
     given = source.compile_options["signature"]
     sizes = {f"{n}_{what}": kind for n in names for what, kind in (("first", "i64"), ("size", "i32"), ("each", "i32"))}
@@ -70,8 +70,8 @@ def bringing(source: KernelSource, pieces: Sequence[Piece], own: Sequence[tuple[
 
 
 def _portion(size: int, programs: int) -> int:
-    """Bytes that each thread asks for at a time, so that all programs have something to ask for."""
-    lines = -(-size // (programs * ASKING * LINE))
+    """Bytes that each program asks for at a time, so that all have something to ask for."""
+    lines = -(-size // (programs * LINE))
     return min(max(lines, 1) * LINE, MOST_AT_A_TIME)
 
 

@@ -52,8 +52,8 @@ def barrier(arrivals, wanted):
 
 @triton.jit
 def bring(w, nbytes):
-    """Begin to load `nbytes`, a multiple of 512, from pointer w on into the L2 cache."""
-    bring_bytes(w.to(tl.int64), nbytes // 32, nbytes)
+    """Begin to load `nbytes`, a multiple of 16 below 2**20, from pointer w on into the L2 cache."""
+    bring_bytes(w.to(tl.int64), nbytes)
 
 
 @triton.constexpr_function

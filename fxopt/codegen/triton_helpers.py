@@ -597,34 +597,31 @@ def elements_of_line(dtype):
     return 1024 // dtype.primitive_bitwidth
 
 
-INTO_CACHE = tl.constexpr("""{ .reg .pred asks, inside; .reg .b32 offset, end; .reg .b64 place;
+INTO_CACHE = tl.constexpr("""{ .reg .pred asks; .reg .b32 thread;
     mov.u32 $0, 0;
-    mov.u32 offset, %tid.x;
-    setp.lt.u32 asks, offset, 32;
-    mul.lo.u32 offset, offset, $2;
-    add.u32 end, offset, $2;
-    setp.le.and.s32 inside, end, $3, asks;
-    cvt.u64.u32 place, offset;
-    add.u64 place, place, $1;
-    @inside cp.async.bulk.prefetch.L2.global [place], $2; }""")
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 asks, thread, 0;
+    setp.ne.and.u32 asks, $2, 0, asks;
+    @asks cp.async.bulk.prefetch.L2.global [$1], $2; }""")
+"""One thread asks: the instruction takes one place at a time, and threads with other places would do so in turn, which takes
+a microsecond for a warp of them."""
 
 
 @triton.jit
-def bring_bytes(place, each, left):
-    """Begin to bring `left` bytes from address `place` (int64) on into the L2 cache, and no more than `each` for each of 32
-    threads, all multiples of 16; a portion of `each` that is not there as a whole is left out. From Hopper on.
+def bring_bytes(place, nbytes):
+    """Begin to bring `nbytes`, a multiple of 16 below 2**20, from address `place` (int64) on into the L2 cache. From Hopper
+    on.
     """
     if not INTERPRETED:
-        tl.inline_asm_elementwise(INTO_CACHE, "=r,l,r,r", [place, each, left], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(INTO_CACHE, "=r,l,r", [place, nbytes], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def bring_share(w, first, size, each):
     """Begin to bring this program's share of `size` bytes, from byte `first` of w on, into the L2 cache: all programs take
-    turns at portions of 32 times `each` bytes, a multiple of 128.
+    turns at portions of `each` bytes, a multiple of 128.
     """
     if not INTERPRETED:
         lines = (w.to(tl.int64) + first) // 128 * 128
-        portion = each * 32
-        for start in range(tl.program_id(0) * portion, size, tl.num_programs(0) * portion):
-            bring_bytes(lines + start, each, size - start)
+        for start in range(tl.program_id(0) * each, size, tl.num_programs(0) * each):
+            bring_bytes(lines + start, tl.minimum(each, size - start) // 16 * 16)

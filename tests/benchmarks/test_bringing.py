@@ -72,7 +72,7 @@ def test_parameters_are_pointers_then_sizes() -> None:
     source = first(nests.pointwise(1 << 20, BF16))
     given = bringing(source, PIECES)
     assert given.buffers == (*source.buffers, "w", "v")
-    assert given.sizes == (0, 1 << 20, LINE, 4096, 300 << 10, LINE)
+    assert given.sizes == (0, 1 << 20, 1024, 4096, 300 << 10, 384)
     assert list(given.compile_options["signature"])[len(source.buffers) : len(given.buffers)] == ["ahead0", "ahead1"]
     assert given.compile_options["aligned"] == source.compile_options["aligned"]
 
@@ -97,8 +97,8 @@ def test_programs_ask_for_equal_shares() -> None:
     (programs, *_) = source.grid
     assert isinstance(programs, int)
     _, size, each = bringing(source, [Piece("w", 0, 8 << 20)]).sizes
-    assert isinstance(each, int) and each % LINE == 0 and programs * 32 * each >= size == 8 << 20
-    assert bringing(source, [Piece("w", 0, 1 << 30)]).sizes[-1] == MOST_AT_A_TIME
+    assert isinstance(each, int) and each % LINE == 0 and programs * each >= size == 8 << 20
+    assert bringing(source, [Piece("w", 0, 2047 << 20)]).sizes[-1] == MOST_AT_A_TIME
 
 
 def test_batched_kernels_cannot() -> None:
