@@ -260,7 +260,8 @@ def weight_candidates(contraction: Contraction, target: Target, mode: str) -> li
 
 def row_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
     """The candidates of a product of a single row that share what they read of it among rows of the weight; none for more
-    rows. A row that is computed has to be in one block, and is by each program: of different numbers of these.
+    rows. A row that is computed has to be in one block, and is by each program: of different numbers of these. Such programs
+    on tensor cores fill a multiprocessor's registers, so that each may bring the weights of one that has no room yet.
     """
     problem, most = weight_problem(contraction), ROW_CANDIDATES.get(mode, ROW_CANDIDATES["default"])
     vectors: list[VectorConfig | DotConfig] = [*weight_config.vector_configs(problem, target, 4 * most)]
@@ -274,7 +275,9 @@ def row_candidates(contraction: Contraction, target: Target, mode: str) -> list[
                     best.setdefault(config.rows, config)
             configs = list(best.values())
         chosen += configs[:most]
-        chosen += [c for c in (weight_config.bringing(problem, c, target) for c in configs[:most]) if c is not None][:1]
+        ahead = [c for c in (weight_config.bringing(problem, c, target) for c in configs[:most]) if c is not None]
+        full = contraction.row is not None and all(isinstance(c, DotConfig) for c in ahead)
+        chosen += ahead if full else ahead[:1]
     return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in chosen]
 
 

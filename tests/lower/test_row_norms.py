@@ -28,6 +28,7 @@ from fxopt.codegen.templates.weight_config import DotConfig, VectorConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_weights import print_vector, weight_problem
 from fxopt.target import Target
+from fxopt.tune.candidate import row_candidates
 
 TARGET = Target.cuda(90)
 HALF = torch.float16
@@ -324,3 +325,14 @@ def test_rows_that_registers_cannot_hold_stay_in_memory() -> None:
     low = searched(lambda x, weight, w, scale: WEIGHT_ONLY_MM(rms_norm(x, weight), w, scale, None, 8, 0), *args)
     ways = {e.name: next(w for w in e.ways if w.label == FUSED) for e in norms(low)}
     assert not norms(with_row_norms(replaced(low, ways)))
+
+
+def test_programs_that_do_not_fit_beside_others_may_have_their_weights_brought() -> None:
+    fn, args = layer_of_one_row(4, True, 128, 2048, 16384)
+    _, each = norm_of_one_row(fn, args, gated=True)
+    step = each.ways[1].steps[-1]
+    assert isinstance(step, Contraction) and step.row is not None
+    labels = [c.label for c in row_candidates(step, TARGET, "default")]
+    dots = [label for label in labels if label.startswith("dot") and not label.endswith("ahead")]
+    assert len(dots) == 2 and all(f"{label} ahead" in labels for label in dots)
+    assert sum(label.endswith("ahead") for label in labels if label.startswith("vector")) <= 1
