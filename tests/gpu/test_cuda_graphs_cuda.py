@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.codegen.replay_build import replay_code
-from fxopt.runtime import native_replay
+from fxopt.runtime import graph_driver, native_replay
 from fxopt.runtime.artifacts import default_store
 from fxopt.runtime.copies import copying_kernel
-from fxopt.runtime.cuda_graph import GraphedExecutor
+from fxopt.runtime.cuda_graph import GraphedExecutor, _turns_at
 from fxopt.runtime.in_parts import Whole
 from fxopt.runtime.recording import Recording
 from tests.gpu.networks import Worded, close, network, reasons, replays, x_of
@@ -550,33 +550,45 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(
     assert replays(made[1:]) == 2
 
 
-def test_graphs_share_memory_and_give_it_back() -> None:
-    def held() -> int:
+def test_graphs_share_memory_and_give_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in pools alone: what else is reserved changes as well, with workspaces that are freed before a capture, or stand
+    in the middle of memory that a contest has given up."""
+    driver = _turns_at(0).driver
+    monkeypatch.setattr(driver, "_pool", lambda: None)  # a pool of its own, whatever other tests have left in theirs
+    others = {tuple(pool.id) for pool in graph_driver._pools}
+
+    def reserved() -> int:
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
+    def held() -> int:
+        reserved()
+        pools = {tuple(pool.id) for pool in graph_driver._pools} - others
+        return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) in pools)
+
     torch.compiler.reset()
     model = network(256, 12)
-    before = held()
-    runs = [compiled(model, cuda_graphs=False) if k == 0 else torch.compile(model, backend="fxopt") for k in range(2)]
+    before = reserved()
     x = x_of(0, 2048, 256)
-    runs[1](x)
-    plain = held()
+    runs = [torch.compile(model, backend="fxopt")]
+    runs[0](x)
+    assert not held()
     for _ in range(3):
-        runs[1](x)
+        runs[0](x)
     one = held()
-    more = [torch.compile(lambda x, k=k: model(x) * k, backend="fxopt") for k in range(2, 5)]
-    for run in more:
+    runs += [torch.compile(lambda x, k=k: model(x) * k, backend="fxopt") for k in range(2, 5)]
+    for run in runs[1:]:
         for _ in range(3):
             run(x)
     several = held()
-    assert one > plain
-    assert several - one < (one - plain) / 4, "each graph has its own memory"
-    del runs, more, run
+    assert one >= x.nbytes
+    assert several - one < one / 4, "each graph has its own memory"
+    del runs, run
     torch.compiler.reset()
-    assert held() <= before + 2 * (64 << 20), "all but the workspaces of libraries has gone back"
+    assert not held(), "somebody holds a graph"
+    assert reserved() <= before + 2 * (64 << 20), "all but the workspaces of libraries has gone back"
 
 
 def test_deterministic_algorithms_fill_memory(made: list[GraphedExecutor]) -> None:
