@@ -140,7 +140,7 @@ class _Search(Placement):
                 one = SideBySide(f"{parts[0].name}s", parts)
                 for k in together:
                     alone.pop(k, None)
-                self.views_before[first] = self._views_after(first, calls)
+                self.views_before[first] = self._take_views(first, calls)
                 ways = [Way(LIBRARY, tuple(calls)), Way(BESIDE, (one,))]
                 self._put(together, first, self._among(one.name, calls, None, ways))
 
@@ -154,7 +154,7 @@ class _Search(Placement):
             )
             if others and rows is not None:
                 calls = [alone.pop(k).call for k in together]
-                self.views_before[first] = self._views_after(first, calls)
+                self.views_before[first] = self._take_views(first, calls)
                 ways = [Way(LIBRARY, tuple(calls)), Way(ROW, (rows,))]
                 self._put(together, first, self._among(rows.name, calls, rows, ways))
 

@@ -54,7 +54,7 @@ class Placement:
         moved = (k, *views)
         return all(self._can_move(j, first, (*group, *moved), set()) for j in moved)
 
-    def _views_after(self, place: int, calls: Sequence[Call]) -> list[Step]:
+    def _take_views(self, place: int, calls: Sequence[Call]) -> list[Step]:
         """Take what `calls` name of the views that come after `place` out of the steps."""
         named = {n for call in calls for n in refs(call.args)}
         found: list[Step] = []
