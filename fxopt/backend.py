@@ -48,13 +48,13 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
     """A name that no pass has: an OptionError when the user's options hold it, a warning when FXOPT_DISABLE does."""
     if not parsed.disable:
         return
-    from fxopt.lower import batching, contractions, group_sums, groupings, row_norms
+    from fxopt.lower import attention_kernels, batching, contractions, group_sums, groupings, row_norms
     from fxopt.passes import NAMES
     from fxopt.runtime import backward_pieces, branches, cuda_graph, launch, native_replay
 
-    lowering = (batching.NAME, contractions.NAME, group_sums.NAME, groupings.NAME, row_norms.NAME)
-    running = (cuda_graph.NAME, launch.NAME, native_replay.NAME, backward_pieces.NAME, branches.NAME)
-    known = (*NAMES, *lowering, *running)
+    lowering = (attention_kernels, batching, contractions, group_sums, groupings, row_norms)
+    running = (cuda_graph, launch, native_replay, backward_pieces, branches)
+    known = (*NAMES, *(part.NAME for part in (*lowering, *running)))
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"
         if name in given.get("disable", ()):

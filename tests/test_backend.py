@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, SkipFrame, TensorifyScalarRestartAnalysis
 
+import fxopt
 from fxopt import backend
 from fxopt.capture.aot import as_it_is
 from fxopt.errors import UnsupportedError
@@ -169,3 +172,16 @@ def test_a_pass_that_does_not_exist_cannot_be_disabled(monkeypatch):
 def test_steps_after_the_passes_can_be_disabled_too(name):
     compiled = torch.compile(lambda x: x + 3, backend="fxopt", options={"disable": [name]})
     assert compiled(torch.ones(2))[0] == 4
+
+
+def _switches() -> list[str]:
+    """What switches off parts of lowering and running: NAME in their modules."""
+    folders = (Path(fxopt.__file__).parent / part for part in ("lower", "runtime"))
+    texts = (path.read_text() for folder in folders for path in sorted(folder.rglob("*.py")))
+    return [name for text in texts for name in re.findall(r'^NAME = "(.+)"$', text, re.MULTILINE)]
+
+
+def test_every_name_that_is_obeyed_is_known():
+    assert "attention_kernels" in _switches() and "cuda-graphs" in _switches()
+    given = {"disable": _switches()}
+    backend._check_disabled(Options.parse(None, given), given)
