@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fxopt import cli_cache
+from fxopt import cli_cache, knobs
 from fxopt.errors import FxoptError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def main() -> None:
     try:
         app()
     except (FxoptError, ValueError) as error:
-        if not isinstance(error, FxoptError) and os.environ.get("FXOPT_TRACEBACK"):
+        if not isinstance(error, FxoptError) and knobs.TRACEBACK.get():
             raise
         print(f"fxopt: {error}", file=sys.stderr)
         sys.exit(1)

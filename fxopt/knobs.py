@@ -128,5 +128,9 @@ TUNING_SECONDS: Knob[float | None] = Knob(
     "time for measuring kernels in one graph; 0: the cost model's choice, unmeasured; default: what the mode allows",
 )
 
-ALL: tuple[Knob[object], ...] = (CACHE_DIR, CACHE_SIZE, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS, LOCK_DIR, TUNING_SECONDS)  # type: ignore[assignment]
+TRACEBACK: Knob[bool] = Knob("FXOPT_TRACEBACK", _flag, False, "1: the command line shows where an error was raised")
+
+ALL: tuple[Knob[object], ...] = (
+    *(CACHE_DIR, CACHE_SIZE, DUMP, DISABLE, FUEL, STRICT, CXX, WORKERS, LOCK_DIR, TUNING_SECONDS, TRACEBACK),  # type: ignore[assignment]
+)
 """Every knob, for documentation and tests."""

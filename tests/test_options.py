@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,5 @@ def test_every_knob_is_documented_and_unique():
     declared = {value for value in vars(knobs).values() if isinstance(value, knobs.Knob)}
     assert declared == set(knobs.ALL)
     assert all(knob.name.startswith("FXOPT_") and knob.doc for knob in knobs.ALL)
+    texts = (path.read_text() for path in Path(knobs.__file__).parent.rglob("*.py"))
+    assert {name for text in texts for name in re.findall(r'"(FXOPT_[A-Z_]+)"', text)} == set(names)
