@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fxopt.options import suggestion
 from tests.opinfo.samples import DEVICES, DTYPES, LAYOUTS, MODES, Item, items, ops, supports
 from tests.processes import Worker
 
@@ -219,6 +220,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    names = ops()
+    for name in (name for name in args.ops or () if name not in names):
+        parser().error(f"no op is called {name!r}{suggestion(name, names)}")
     known = read_records(args.records)
     if args.again is not None:
         again = args.again or ["wrong", "error", "crash", "internal", "torch"]

@@ -136,3 +136,10 @@ def test_records_that_are_not_there_leave_the_tables(tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit):
         table.main()
     assert not (tmp_path / "tables").exists()
+
+
+def test_ops_that_there_are_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["sweep", "--ops", "add", "sofmax"])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "no op is called 'sofmax'; did you mean 'softmax'?" in capsys.readouterr().err
