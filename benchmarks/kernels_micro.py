@@ -39,7 +39,7 @@ from fxopt.report.cases import widened
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Candidate, Choice
-from fxopt.tune.measure import eager_seconds, interleaved, runner
+from fxopt.tune.measure import interleaved, runner
 
 BF16, F32 = torch.bfloat16, torch.float32
 EAGER_SHARE, ROUNDINGS = 1.5, 8.0
@@ -455,7 +455,7 @@ def measure(case: MicroCase, lowered: Lowered, choices: list[Choice], device: to
     return {
         "case": case.title,
         "bytes": moved,
-        "eager_us": eager_seconds(lambda: case.function(*inputs), device) * 1e6,
+        "eager_us": interleaved([lambda: case.function(*inputs)], device, cold=True)[0] * 1e6,
         "rows": rows,
     }
 

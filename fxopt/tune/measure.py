@@ -264,11 +264,6 @@ def _launchers(artifact: Artifact) -> tuple[Callable[..., None], Callable[..., N
     return kernel.bind(artifact.entry), kernel.bind(artifact.entry, early=True)
 
 
-def eager_seconds(run: Run, device: torch.device) -> float:
-    """Median seconds of `run`, which puts any work on the current stream, timed like a candidate with a cold cache."""
-    return interleaved([run], device, cold=True)[0]
-
-
 def replayed(runs: Sequence[Run], device: torch.device) -> list[Run] | None:
     """For each of `runs`, which have run before, a replay of a CUDA graph that has it REPEATS times; None where one cannot
     be captured.
