@@ -33,12 +33,14 @@ def copying_kernel(index: int) -> int:
 
     Waits for the device at its first call.
     """
+    device = torch.device("cuda", index)
+    torch.empty(1, device=device)  # without a context the driver refuses every kernel
     lib = driver()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     if lib.cuModuleLoadData(ctypes.byref(module), _PTX.read_bytes() + b"\0"):
         return 0
     check(lib, lib.cuModuleGetFunction(ctypes.byref(function), module, b"fxopt_copies"), "looking for a kernel")
-    return int(function.value or 0) if _is_right(lib, function, torch.device("cuda", index)) else 0
+    return int(function.value or 0) if _is_right(lib, function, device) else 0
 
 
 def _is_right(lib: Any, function: ctypes.c_void_p, device: torch.device) -> bool:
