@@ -1,7 +1,8 @@
 """Runs printed Triton kernels in Triton's interpreter, in a process of its own (it is chosen when triton is imported).
 
 As a script: reads pickled jobs from stdin and writes pickled answers. `Interpreter` is the client. The interpreter has no
-libdevice, so the server puts torch's functions, evaluated in float64, in its place.
+libdevice, so the server puts torch's functions, evaluated in float64, in its place. What a kernel loads or stores outside
+of its buffers is an error, also where nothing is made of it.
 """
 
 from __future__ import annotations
@@ -150,6 +151,57 @@ def _enable_asserts() -> None:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
 
 
+class _Bounds:
+    """The memory that the kernel which runs has been given."""
+
+    def __init__(self) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.starts, self.ends = _spans([])
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        rmw = InterpreterBuilder.create_atomic_rmw
+
+        def checked_load(builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+            self.check(pointers, mask)
+            return load(builder, pointers, mask, *rest, **named)
+
+        def checked_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+            self.check(pointers, mask)
+            return store(builder, pointers, value, mask, *rest, **named)
+
+        def checked_rmw(builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.check(pointers, mask)
+            return rmw(builder, operation, pointers, value, mask, *rest)
+
+        InterpreterBuilder.create_masked_load = checked_load
+        InterpreterBuilder.create_masked_store = checked_store
+        InterpreterBuilder.create_atomic_rmw = checked_rmw
+
+    def give(self, tensors: list[torch.Tensor]) -> None:
+        """The next kernel has these."""
+        self.starts, self.ends = _spans([(t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in tensors])
+
+    def check(self, pointers: Any, mask: Any) -> None:
+        """Raise IndexError if a lane that is not masked has an element outside."""
+        import numpy as np
+
+        addresses, valid = np.broadcast_arrays(pointers.data, mask.data)
+        first = addresses[valid.astype(bool)]
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        at = np.maximum(np.searchsorted(self.starts, first, side="right") - 1, 0)
+        outside = (first < self.starts[at]) | (first + np.uint64(size) > self.ends[at])
+        if outside.any():
+            raise IndexError(f"{outside.sum()} of {first.size} elements lie outside of the kernel's buffers")
+
+
+def _spans(ranges: list[tuple[int, int]]) -> Any:
+    """(starts, ends) of memory ranges in order of their starts; with one that is empty, so that there is one."""
+    import numpy as np
+
+    starts, ends = zip(*sorted([(0, 0), *ranges]), strict=True)
+    return np.array(starts, dtype=np.uint64), np.array(ends, dtype=np.uint64)
+
+
 class _Size(int):
     """A size with the type of its parameter, which the interpreter would take from its value."""
 
@@ -193,7 +245,7 @@ def _described(memory: torch.Tensor, geometry: dict[str, Any] | None) -> Any:
     return TensorDescriptor(tensor, geometry["shape"], geometry["strides"], geometry["block"])
 
 
-def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor]:
+def _run(job: dict[str, Any], directory: Path, number: int, bounds: _Bounds) -> list[torch.Tensor]:
     path = directory / f"job{number}.py"
     path.write_text(job["text"])
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -203,6 +255,7 @@ def _run(job: dict[str, Any], directory: Path, number: int) -> list[torch.Tensor
     kernel = getattr(module, job["entry"])
     buffers = [sent.view(dtype) for sent, dtype in zip(job["buffers"], job["types"], strict=True)]
     pointers = _tables(*job["batch"], buffers) if job["batch"][0] else buffers
+    bounds.give([*buffers, *pointers])
     pointers = [_described(*each) for each in zip(pointers, job["tensor_maps"], strict=False)]
     kernel[job["grid"]](*pointers, *(_typed(*s) for s in job["sizes"]), **job["blocks"])
     return job["buffers"]
@@ -215,6 +268,7 @@ def _serve() -> None:
     _round_to_float8()
     _enable_asserts()
     _type_sizes()
+    bounds = _Bounds()
     replies, number = sys.stdout.buffer, 0
     sys.stdout = sys.stderr
     with tempfile.TemporaryDirectory() as directory:
@@ -225,7 +279,7 @@ def _serve() -> None:
                 return
             number += 1
             try:
-                answer: Any = _run(job, Path(directory), number)
+                answer: Any = _run(job, Path(directory), number, bounds)
             except Exception:
                 answer = traceback.format_exc()
             pickle.dump(answer, replies)
