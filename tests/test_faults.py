@@ -436,8 +436,8 @@ def test_a_cache_beyond_its_cap(cache: Path) -> None:
 LOST = """
     from fxopt.runtime.artifacts import ArtifactStore
     real, lost = ArtifactStore.METHOD, []
-    def method(store, key, *rest):
-        found = real(store, key, *rest)
+    def method(store, key, *rest, **more):
+        found = real(store, key, *rest, **more)
         if found is not None and len(lost) < MOST and key not in lost:
             lost.append(key)
             for entry in (store.directory / "entries").iterdir():

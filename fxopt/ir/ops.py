@@ -81,6 +81,18 @@ CATEGORIES: dict[str, frozenset[str]] = {
 }
 """Category -> names of `aten` (and `fxopt`, for random) operators. Everything else is "library"."""
 
+_OF_CUBLAS = frozenset(
+    "mm addmm _addmm_activation bmm baddbmm mv addmv linear _int_mm _scaled_mm scaled_mm group_scaled_mm weight_only_mm "
+    "linear_cross_entropy linear_cross_entropy_backward".split()
+)
+
+
+def calls_cublas(op: str) -> bool:
+    """Whether the operator with that overload name ("aten::mm.default") may call cuBLAS, which keeps a workspace for each
+    stream that it is called on."""
+    return op.partition("::")[2].partition(".")[0] in _OF_CUBLAS
+
+
 UNINITIALISED = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
 """Factories whose contents are not defined: two calls are two tensors."""
 

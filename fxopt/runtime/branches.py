@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fxopt.ir.ops import calls_cublas
 from fxopt.ir.region import Call, Ref
 from fxopt.runtime.lifetimes import only_writes, returns_fresh
 from fxopt.runtime.memory import plan_memory
@@ -26,8 +27,6 @@ NAME = "branches"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
 LEAST_BESIDE = 2
 """Steps that run beside a branch: waiting for each other costs about as much as one short kernel."""
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear"})
-"""Ops of cuBLAS, which would have another workspace on another stream."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _begin(own: Collection[int], depends: Sequence[set[int]]) -> int:
 def _may_branch(step: Launch | Call) -> bool:
     if isinstance(step, Launch):
         return not step.members
-    return step.op.partition("::")[2].partition(".")[0] not in _PRODUCTS
+    return not calls_cublas(step.op)  # which would have another workspace on another stream
 
 
 class SideStream:

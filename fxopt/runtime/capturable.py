@@ -16,6 +16,7 @@ import torch
 from fxopt.ir.attention_op import attention_backward
 from fxopt.ir.exprs import Int
 from fxopt.ir.graph import Role
+from fxopt.ir.ops import calls_cublas
 from fxopt.ir.region import BufferSpec, Call, Ref, refs
 from fxopt.runtime import draws
 from fxopt.runtime.footprint import footprint
@@ -42,8 +43,6 @@ _TRUSTED = frozenset({"aten", "prims", "fxopt", "mkldnn"})
 """Namespaces of ops that do nothing on the host that a replay would have to repeat, those below excepted."""
 _WAITING = frozenset({"linear_cross_entropy", "linear_cross_entropy_backward", "_local_scalar_dense", "item", "nonzero"})
 """Ops that wait for the device to read a value."""
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear"})
-"""Ops that cuBLAS computes."""
 _SEEDED_WITHOUT_DROPOUT = "attention"
 """Ops with this in their names are tagged as random although they draw nothing without dropout."""
 _DROPPING = frozenset({"_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"})
@@ -218,7 +217,7 @@ def traits(captured: Part) -> Traits:
         steps=len(Mentions(plan).steps),
         draws=any(isinstance(s, Call) and _drops(s) for s in plan.steps),
         peak=0 if (held := footprint(plan, device)) is None else held.peak,
-        products=any(isinstance(s, Call) and s.op.partition("::")[2].partition(".")[0] in _PRODUCTS for s in plan.steps),
+        products=any(isinstance(s, Call) and calls_cublas(s.op) for s in plan.steps),
     )
 
 
