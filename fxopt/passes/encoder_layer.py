@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt.ir.spec import known_equal
 from fxopt.passes.context import Context
 from fxopt.passes.dynamo_facts import example, is_special, with_grad_mode
 from fxopt.passes.hand_attention.mask_plan import MaskedScores, MaskForm, emit_mask, plan_mask
 from fxopt.passes.hand_attention.score_mask import Filled
+from fxopt.passes.in_place import WrittenMemory
 from fxopt.passes.sizes import Sizes
 
 OPERATOR = torch.ops.aten._transformer_encoder_layer_fwd
@@ -60,15 +60,15 @@ def _obstacle(node: fx.Node, given: dict[str, Any], grad_mode: bool) -> str | No
         return "a tensor subclass, a transformed or a nested tensor"
     if grad_mode and any(x.requires_grad for x in tensors):
         return "a gradient is wanted, which the operator does not have"
-    literals = ("embed_dim", "num_heads", "use_gelu", "norm_first", "eps", "mask_type")
+    literals = ("embed_dim", "num_heads", "use_gelu", "norm_first", "mask_type")
     if any(isinstance(given.get(name), fx.Node) for name in literals):
         return "a parameter that is not a literal"
-    if src.dim() != 3 or not known_equal(src.shape[2], given["embed_dim"]) or given["embed_dim"] % given["num_heads"]:
+    if src.dim() != 3 or src.shape[2] != given["embed_dim"] or given["embed_dim"] % given["num_heads"]:  # a linear's guard
         return "sizes that the operator refuses"
     if any(x.dtype != src.dtype for x in tensors if x is not example(mask)):
         return "weights of another type"
-    dims = {ROWS_AND_COLUMNS: 2, PADDING: 2, WHOLE: 4}
-    if mask is not None and ((shown := example(mask)) is None or shown.dim() != dims.get(given.get("mask_type") or 0)):
+    dims: dict[int | None, int] = {ROWS_AND_COLUMNS: 2, PADDING: 2, WHOLE: 4}
+    if mask is not None and ((shown := example(mask)) is None or shown.dim() != dims.get(given.get("mask_type"))):
         return "a mask of an unknown kind"
     return None
 
@@ -149,7 +149,7 @@ def _mask_options(call: _Emitter, given: dict[str, Any], query: fx.Node) -> dict
     """What says to `scaled_dot_product_attention` which keys are hidden."""
     if given.get("mask") is None:
         return {}
-    mask = _without_repeats(call.context, given["mask"])
+    mask = _without_repeats(call.context, given["mask"], WrittenMemory(call.context.nodes))
     if mask.meta["example_value"].dtype != torch.bool:
         mask = call(operator.ne, mask, 0)
     if given["mask_type"] == PADDING:
@@ -162,15 +162,16 @@ def _mask_options(call: _Emitter, given: dict[str, Any], query: fx.Node) -> dict
     return {"attn_mask": emit_mask(call, scores, form).mask, "is_causal": form is MaskForm.CAUSAL}
 
 
-def _without_repeats(context: Context, mask: fx.Node) -> fx.Node:
-    """`mask`, or the smaller one that it repeats for each head and sequence."""
+def _without_repeats(context: Context, mask: fx.Node, written: WrittenMemory) -> fx.Node:
+    """`mask`, or the smaller one that it repeats for each head and sequence. A sum whose memory is `written` stays."""
     if mask.op == "call_method" and mask.target == "expand":
         given = mask.args[0]
         shown = example(given)
         if isinstance(given, fx.Node) and shown is not None and shown.dim() == mask.meta["example_value"].dim():
             return given
-    if mask.target is operator.add and len(mask.args) == 2 and all(isinstance(a, fx.Node) for a in mask.args):
-        parts = tuple(_without_repeats(context, a) for a in mask.args if isinstance(a, fx.Node))
+    added = mask.target is operator.add and len(mask.args) == 2 and all(isinstance(a, fx.Node) for a in mask.args)
+    if added and mask not in written:
+        parts = tuple(_without_repeats(context, a, written) for a in mask.args if isinstance(a, fx.Node))
         if parts != mask.args:
             return context.call(operator.add, parts, mask)
     return mask

@@ -115,6 +115,37 @@ def test_a_causal_mask_made_in_the_graph_is_no_mask() -> None:
     assert attention.kwargs["attn_mask"] is None and attention.kwargs["is_causal"] is True
 
 
+def test_masks_made_in_the_graph_of_sequences_without_elements() -> None:
+    """Of what follows from sizes alone, no row has a key to see or not."""
+    model = layer()
+
+    def call(x: Tensor) -> Any:
+        length = x.shape[1]
+        return model(x, src_mask=torch.full((length, length), -math.inf).triu(1))
+
+    assert len(attention_calls(call, sequences()[:, :0])) == 1
+
+
+def operator_of(model: nn.TransformerEncoderLayer, x: Tensor, *mask: Any) -> Tensor:
+    """The operator, called with the weights of `model`."""
+    attention, norms, linears = model.self_attn, (model.norm1, model.norm2), (model.linear1, model.linear2)
+    given = [attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias]
+    pairs = [t for module in (*norms, *linears) for t in (module.weight, module.bias)]
+    return torch._transformer_encoder_layer_fwd(x, WIDTH, HEADS, *given, True, False, 1e-5, *pairs, *mask)
+
+
+def test_a_sum_of_masks_that_is_written_to() -> None:
+    model = layer(activation="gelu")
+
+    def call(x: Tensor, hidden: Tensor) -> Tensor:
+        mask = torch.zeros(LENGTH, LENGTH) + hidden.expand(LENGTH, LENGTH)
+        mask.fill_diagonal_(0.0)
+        return operator_of(model, x, mask, 0)
+
+    hidden = torch.zeros(1, LENGTH).masked_fill(torch.arange(LENGTH) > 3, -math.inf)
+    assert len(attention_calls(call, sequences(), hidden)) == 1
+
+
 def test_masks_are_not_repeated_for_each_head() -> None:
     padding = torch.zeros(BATCH, LENGTH).masked_fill(PADDING, -math.inf)
     for masks, batch in (({"src_mask": CAUSAL}, 1), ({"src_mask": CAUSAL, "src_key_padding_mask": padding}, BATCH)):
@@ -122,8 +153,10 @@ def test_masks_are_not_repeated_for_each_head() -> None:
         assert attention.kwargs["attn_mask"].meta["example_value"].shape == (batch, 1, LENGTH, LENGTH)
 
 
-def test_dynamic_sizes() -> None:
-    model = encoder()
+@pytest.mark.parametrize("make", [encoder, layer])
+def test_dynamic_sizes(make: Callable[[], nn.Module]) -> None:
+    """Of a layer that is compiled by itself, the width and the epsilon of its norms are symbols too."""
+    model = make()
     torch.compiler.reset()
     compiled = torch.compile(model, backend="fxopt", dynamic=True, options={"strict": True})
     for batch, length in itertools.product((2, 5), (3, 9)):
@@ -143,12 +176,8 @@ def test_what_is_left_to_the_operator() -> None:
     model = layer(activation="gelu")
 
     def call(x: Tensor) -> Tensor:
-        attention, norms, linears = model.self_attn, (model.norm1, model.norm2), (model.linear1, model.linear2)
-        given = [attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias]
-        pairs = [t for module in (*norms, *linears) for t in (module.weight, module.bias)]
         nested = torch.nested.as_nested_tensor([x[0], x[1, :4]])
-        result = torch._transformer_encoder_layer_fwd(nested, WIDTH, HEADS, *given, True, False, 1e-5, *pairs)
-        return result.to_padded_tensor(0.0)
+        return operator_of(model, nested).to_padded_tensor(0.0)
 
     x = sequences()
     torch.compiler.reset()

@@ -339,6 +339,13 @@ def test_symbolic_sizes(fn: Callable[..., Tensor]) -> None:
         judged(fn, *operands(), *masks.get(fn, ()), expected=1, dynamic=True)
 
 
+def test_a_known_mask_of_one_element_where_sizes_are_symbols() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 4 + torch.zeros(1, 1, 1, 1)).softmax(-1) @ v
+
+    judged(call, *operands(), expected=1, dynamic=True)
+
+
 def test_a_scale_from_symbolic_sizes_stays() -> None:
     reasons = judged(plain, *operands(), expected=0, dynamic=True)
     assert reasons == ["hand_attention: a scale that is not a finite literal x1"]

@@ -85,7 +85,12 @@ def _unsuitable(mask: Added | Filled) -> bool:
 
 
 def _known(scores: MaskedScores, sizes: Sizes) -> torch.Tensor | None:
-    """The masks together, [B or 1, H or 1, S, T] in float64, where they follow from sizes."""
+    """The masks together, [B or 1, H or 1, S, T] in float64, where they follow from sizes and there are keys.
+
+    Sizes that are symbols are not known: a mask of one element would be repeated to the size of this call.
+    """
+    if not (isinstance(scores.rows, int) and isinstance(scores.columns, int) and scores.columns):
+        return None
     total = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for mask in scores.masks:
         value = known_mask(mask, scores, sizes)
