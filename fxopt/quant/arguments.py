@@ -21,7 +21,7 @@ def given_module(model: Any, function: str) -> nn.Module:
 
 def check_quantizes(precision: str) -> None:
     """Raises OptionError for what is no precision, and for "high"."""
-    if precision not in PRECISIONS or precision == HIGH:
+    if not isinstance(precision, str) or precision not in PRECISIONS or precision == HIGH:
         names = [name for name in PRECISIONS if name != HIGH]
         raise OptionError(
             f"there is no precision {precision!r} in few bits{suggestion(precision, names)}: {', '.join(names)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar, cast
 
@@ -23,7 +24,7 @@ def first_batches(loader: Any, count: int | None) -> Iterator[Any]:
 
     Raises CalibrationError for what is a batch by itself, or cannot be gone through; OptionError for a count that is none.
     """
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+    if count is not None and (not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1):
         raise OptionError(f"a number of batches is an integer of 1 or more, not {count!r}")
     return itertools.islice(_checked_loader(loader), count)
 
@@ -66,10 +67,12 @@ def run_batch(
         if problem is None:
             error.add_note(f"fxopt: {shown} was given to the model; `forward=` says how to call the model in another way")
             raise
-        raise CalibrationError(f"{shown} does not fit the model's parameters: {problem}. {_ADVICE}") from error
+        raise CalibrationError(f"{shown} does not fit the model's parameters: {problem}. {_advice(batch)}") from error
 
 
-_ADVICE = "Say how to call the model with a batch: forward=lambda model, batch: model(batch[0]), for instance"
+def _advice(batch: Any) -> str:
+    key = next(iter(batch), "x") if isinstance(batch, Mapping) else 0
+    return f"Say how to call the model with a batch: forward=lambda model, batch: model(batch[{key!r}]), for instance"
 
 
 def _misfit(model: nn.Module, batch: Any) -> str | None:

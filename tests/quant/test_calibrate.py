@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,9 +172,13 @@ def test_batches_that_do_not_fit_the_model(calibrated: bool) -> None:
     with pytest.raises(CalibrationError, match=described) as raised:
         run(pairs)
     assert "too many positional arguments; forward takes (x)" in str(raised.value) and "forward=lambda" in str(raised.value)
-    with pytest.raises(CalibrationError, match="a dict with 'x', 'y', does not fit"):
+    with pytest.raises(CalibrationError, match=r"a dict with 'x', 'y', does not fit.*: model\(batch\['x'\]\)"):
         run([{"x": data[0], "y": data[1]}])
     assert run(pairs, forward=lambda model, batch: model(batch[0])).names()
+
+
+def test_a_number_of_batches_may_be_numpys() -> None:
+    assert quiet(Block().eval(), batches(3), batches=np.int64(2)).batches == 2
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5, True])
@@ -193,6 +198,8 @@ def test_functions_of_tables_say_what_they_take() -> None:
         fxopt.clipped(known, model, "int4")
     with pytest.raises(OptionError, match="no precision 'high' in few bits"):
         fxopt.activation_aware(known, model, data, "high")
+    with pytest.raises(OptionError, match="no precision"):
+        fxopt.clipped(known, model, ["int8"])  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a number of batches is"):
         fxopt.bias_corrected(known, model, data, "int8", batches=0)
 
