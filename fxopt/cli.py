@@ -170,6 +170,10 @@ def _target(target: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FxoptError(f"{target} is to take no argument and return (model, args), a tuple: {problem}") from error
+    if not callable(model):
+        raise FxoptError(
+            f"{target} is to return (model, args), model being a module or function, not {type(model).__name__}"
+        )
     if not isinstance(args, (tuple, list)):
         raise FxoptError(f"{target} is to return (model, args), with args a tuple such as (x,), not a {type(args).__name__}")
     return model, tuple(args)

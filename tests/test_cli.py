@@ -168,3 +168,11 @@ def test_explaining_a_factory_whose_arguments_are_no_tuple(tmp_path: Path, monke
     result = runner.invoke(cli.app, ["explain", "factory_of_one:make", "--device", "cpu"])
     assert isinstance(result.exception, FxoptError)
     assert "with args a tuple such as (x,), not a Tensor" in str(result.exception)
+
+
+def test_explaining_a_factory_whose_model_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "factory_of_none.py").write_text("def make(): return 3, ()\n")
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(cli.app, ["explain", "factory_of_none:make", "--device", "cpu"])
+    assert isinstance(result.exception, FxoptError)
+    assert "model being a module or function, not int" in str(result.exception)
