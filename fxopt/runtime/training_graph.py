@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.ir.region import Call, refs
 from fxopt.runtime.capturable import Traits, too_dear
@@ -248,8 +249,8 @@ class GraphedForward(GraphedExecutor):
         most = min(limit, SIZES_KEPT) if found.varying else limit
         super().__init__(executor, found, turns, most, note, extension=extension)
         self._own_results = _own_results(self.plan)
-        self.left = frozenset[int]()
-        """Addresses of the storages that the last plain run has made for the backward."""
+        self.left = frozenset[StorageWeakRef]()
+        """The storages that the last plain run has made for the backward. Addresses are soon another's."""
         self.room = 0
         """Bytes that the backward, which has run plainly, holds at most, together with what is left of these."""
         with _lock:
@@ -258,7 +259,7 @@ class GraphedForward(GraphedExecutor):
     def _plainly(self, inputs: list[Any], key: Key | None) -> tuple[Any, ...]:
         results = super()._plainly(inputs, key)
         if key is not None:  # else they may be stand-ins without memory
-            self.left = frozenset(results[i].untyped_storage().data_ptr() for i in self._own_results)
+            self.left = frozenset(StorageWeakRef(results[i].untyped_storage()) for i in self._own_results)
         return results
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
@@ -351,6 +352,8 @@ class GraphedBackward(GraphedExecutor):
 
     _knows_saved = False
     _has_asked = False
+    _sparing = frozenset[Key]()
+    """What is captured so that it destroys nothing, since its caller retains that."""
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         driver = self._turns.driver
@@ -387,10 +390,10 @@ class GraphedBackward(GraphedExecutor):
             forwards = [] if self._has_asked else list(_forwards)
         storages = {i: inputs[i].untyped_storage() for i in self._traits.moved} if forwards else {}
         for forward in forwards:
-            given: dict[int, list[int]] = {}
+            left, given = {storage.cdata for storage in forward.left}, dict[int, list[int]]()
             for i, storage in storages.items():
-                if storage.nbytes() and storage.data_ptr() in forward.left:
-                    given.setdefault(storage.data_ptr(), []).append(i)
+                if storage.nbytes() and storage._cdata in left:
+                    given.setdefault(storage._cdata, []).append(i)
             if not given:
                 continue
             self._has_asked = True
@@ -410,7 +413,8 @@ class GraphedBackward(GraphedExecutor):
         if memory is None:
             return record(run, values, signature, found, driver)
         loans = memory.loans(values, [i for i in found.fixed if i not in found.written])
-        if not memory.is_owned(loans):  # an earlier capture takes its place: one that reads it cannot be in the same pool
+        if not memory.is_owned(loans) or self._key(values) in self._sparing:
+            # An earlier capture takes the place of what this one reads, or of what is retained: not in the same pool.
             return record(run, values, signature, found, driver)
         _take_back(values, loans)
         idle = memory.idle()
@@ -453,6 +457,7 @@ class GraphedBackward(GraphedExecutor):
     def _drop(self, recording: BackwardRecording) -> None:
         """The next call captures one that destroys nothing."""
         with self._lock:
+            self._sparing |= {key for key, kept in self._kept.items() if kept is recording}
             self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if kept is not recording)
             if self._latest is recording:
                 self._use(None)

@@ -374,6 +374,42 @@ def test_a_forward_whose_backward_has_not_run_begins_with_nothing(stage: Stage) 
     assert forward.left and forward.room == 0 and driver.peaks == [0]
 
 
+def test_memory_that_one_forward_has_left_and_another_has_taken(stage: Stage) -> None:
+    """Two models in turns: where one has saved something, the other does later. That says nothing about the first one."""
+    for model in (Layers(), Attended()):
+        torch.compile(model, backend="fxopt", options={"strict": True})(data(0)).sum().backward()
+    (first, second), (_, backward) = stage.forwards, stage.backwards
+    places = [torch.zeros(1 << 10) for _ in range(max(len(made.plan.outputs) for made in stage.forwards))]
+    for forward in (first, second):
+        forward.room, function = 0, forward._executor
+        function.fn = lambda *values: tuple(map(address_of, places))  # type: ignore[attr-defined]
+    first._plainly([], ((), ()))
+    results = second._plainly([], ((), ()))
+    saved = [results[i].detach() for i in second._own_results]
+    backward._has_asked = False
+    backward._ask_for_room([saved[i % len(saved)] for i in range(len(backward.plan.inputs))])
+    assert first.room == 0 and second.room > 0
+
+
+def test_a_piece_that_is_captured_anew_can_be_replayed(pieces: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that overwrites nothing of its own, but in the memory of what the pieces before it do."""
+    monkeypatch.setattr(training_graph, "RETAINED_CALLS", 2)
+    monkeypatch.setattr(training_graph, "LEAST_OVERWRITTEN", 200)
+    pair = Pair().warm()
+    latest = [made._latest for made in pieces.backwards]
+    assert any(isinstance(made, BackwardRecording) and made.overwritten and not made.loans for made in latest)
+    for k in range(8):
+        losses = pair.losses(k)
+        for loss in losses:
+            loss.backward(retain_graph=True)
+            loss.backward()
+        del loss, losses
+        pair.agree()
+        pair.clear()
+    drivers: list[Any] = [made._turns.driver for made in pieces.backwards]
+    assert max(driver.captures for driver in drivers) == 2
+
+
 def test_what_has_been_given_up_is_captured_elsewhere(stage: Stage) -> None:
     """A second capture in the pool could lie over what it reads; and it must not destroy anything."""
     pair = Pair().warm()
