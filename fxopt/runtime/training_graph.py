@@ -19,7 +19,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +107,7 @@ class SavedMemory:
         held = enumerate(zip(owners.values(), users, strict=True))
         self._lost = frozenset(k for k, (owner, count) in held if _use_count(owner._cdata) != count)  # to the run itself
         self.taken_at = 0  # the number of the last replay that has written it
+        self.writer: Callable[[], ForwardRecording | None] = lambda: None  # as long as it may be replayed
         self.addresses = frozenset(x.data_ptr() for x in (*results, *constants))
         self._stream: int | None = None
         self._stream_changes = 0
@@ -277,7 +278,9 @@ class GraphedForward(GraphedExecutor):
         memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool, driver)
         results.kept = [Kept(kept.at, tensor) for kept, tensor in zip(results.kept, memory.tensors, strict=True)]
         memory.taken_at = self._replays
-        return ForwardRecording(**vars(made), memory=memory)
+        recording = ForwardRecording(**vars(made), memory=memory)
+        memory.writer = weakref.ref(recording)
+        return recording
 
     def _replays_at_once(self, recording: Recording) -> bool:
         return False
@@ -450,17 +453,24 @@ class GraphedBackward(GraphedExecutor):
         if result is not None:
             return result
         recording.refusals += 1
-        if recording.refusals == RETAINED_CALLS:
-            self._drop(recording)
+        if recording.refusals == RETAINED_CALLS:  # the next call captures one that destroys nothing
+            self._sparing |= set(self._drop(lambda kept: kept is recording))
         return self._executor(values)
 
-    def _drop(self, recording: BackwardRecording) -> None:
-        """The next call captures one that destroys nothing."""
+    def _plainly(self, inputs: list[Any], key: Key | None) -> tuple[Any, ...]:
+        # What reads the memory of a forward that is not replayed any more would keep that memory.
+        self._drop(lambda kept: isinstance(kept, BackwardRecording) and kept.memory.writer() is None)
+        return super()._plainly(inputs, key)
+
+    def _drop(self, is_gone: Callable[[Recording], bool]) -> list[Key]:
+        """Keep none of which that is true; their keys."""
         with self._lock:
-            self._sparing |= {key for key, kept in self._kept.items() if kept is recording}
-            self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if kept is not recording)
-            if self._latest is recording:
+            gone = {key: kept for key, kept in self._kept.items() if is_gone(kept)}
+            if gone:
+                self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if key not in gone)
+            if any(kept is self._latest for kept in gone.values()):
                 self._use(None)
+            return list(gone)
 
     def _objection(self, recording: Recording) -> str | None:
         return too_dear(recording.copied, self._traits.steps, COPY_SHARE)

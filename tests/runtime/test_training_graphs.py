@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -656,6 +657,24 @@ def test_forwards_with_weights_that_are_gone_give_their_memory_back(stage: Stage
             pair.agree()
             pair.clear()
         assert stage.forwards[0].graphs == 2, "the one before was in use a moment ago"
+        assert stage.backwards[0].graphs == 2, "a third would keep the memory of a forward that is gone"
+
+
+def test_a_forward_that_is_not_captured_any_more_gives_its_memory_back(stage: Stage) -> None:
+    """Its backwards, which nobody can replay then, would keep it."""
+    pair = Pair().warm()
+    (forward,), (backward,) = stage.forwards, stage.backwards
+    memory = weakref.ref(forward._latest.memory)  # type: ignore[union-attr]
+    losses = pair.losses(5)
+    forward._decline("a test wants it so")
+    for loss in losses:
+        loss.backward()
+    del loss, losses
+    pair.step(6)
+    pair.agree()
+    assert backward.graphs == 0 and memory() is None
+    pair.step(7)
+    pair.agree()
 
 
 def test_another_stream_is_waited_for_and_then_left_alone(stage: Stage) -> None:
