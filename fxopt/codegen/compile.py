@@ -44,6 +44,7 @@ def compile_kernels(
     """
     with contextlib.ExitStack() as claims:
         request = _Request(target, store, claims, ready)
+        claims.callback(request.trim)  # when others have the claims back
         triton = request.missing_triton(sources)
         while (first := next(triton, None)) is not None:
             results = _compile_triton(chain([first], triton), request)
@@ -54,8 +55,6 @@ def compile_kernels(
             for key, result in compiled.items():
                 request.tell(key, result)
             _report(any(isinstance(r, CompileFailure) for r in compiled.values()), "cpp", target)
-    if request.missing:
-        store.trim()
     return [request.known[key] for key in request.keys]
 
 
@@ -113,6 +112,11 @@ class _Request:
             return False
         self.missing.add(key)
         return True
+
+    def trim(self) -> None:
+        """Keep the store within its cap, in which what has been stored counts, also after an error."""
+        if self.missing:
+            self.store.trim()
 
     def tell(self, key: str, result: Result) -> None:
         """Note what became of the kernel `key`."""

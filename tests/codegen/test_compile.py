@@ -116,6 +116,18 @@ def test_each_place_is_ready_once_its_kernel_is_known(store: ArtifactStore, buil
     assert sorted(heard) == list(enumerate(entries(results)))
 
 
+def test_what_was_stored_counts_for_the_cap_when_measuring_fails(store: ArtifactStore, built: list[str]) -> None:
+    """The process may end with that: kernels that nobody has counted would stay behind each time."""
+
+    def ready(place: int, result: Artifact | CompileFailure) -> list[KernelSource]:
+        raise KeyError("hung kernel")
+
+    with pytest.raises(KeyError):
+        compile_kernels([cpp(1)], CPU, store, ready)
+    usage = store.cache.get_document("", "usage")
+    assert usage is not None and usage["bytes"] >= sum(p.stat().st_size for p in (store.directory / "blobs").iterdir()) > 0
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_kernel_that_is_ready_may_lead_to_others(
     store: ArtifactStore, workers: str, monkeypatch: pytest.MonkeyPatch
