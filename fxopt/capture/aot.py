@@ -20,6 +20,7 @@ from fxopt.capture import autograd_cache, private
 from fxopt.capture.decompositions import Decompositions
 from fxopt.capture.foreach import is_symbolic, take_lists_apart
 from fxopt.capture.freeze import IN_TRAINING, Candidates, FrozenFunction, Runner
+from fxopt.capture.joint_graph import save_before_changes
 from fxopt.capture.normalize import copy_module, normalize
 from fxopt.capture.passage import Passage, through_passage
 from fxopt.capture.pool_offsets import save_pool_offsets
@@ -135,6 +136,7 @@ class Capture:
         recomputable = RECOMPUTABLE if self.options.recompute_random else ()
         if _gathers_are_repeatable(joint, settings.get("num_fwd_outputs", 0)):
             recomputable = (*recomputable, torch.ops.aten.embedding)
+        save_before_changes(joint.graph)
         return private.min_cut_partition(joint, inputs, recomputable, **settings)
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], phase: Phase) -> Runner:

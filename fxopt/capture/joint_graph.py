@@ -1,4 +1,5 @@
-"""What torch does to a joint graph that costs more than it must: removing duplicates, and printing for logs nobody reads.
+"""What torch does to a joint graph that costs more than it must, removing duplicates and printing for logs nobody reads, and
+what it overlooks: inputs that have changed when the backward runs.
 
 torch removes duplicates from a joint graph before it is partitioned with a function that imports most of Inductor, for the
 sake of one helper: half a second of the first training step. `remove_duplicates` does the same without.
@@ -21,6 +22,7 @@ from torch._functorch._aot_autograd import graph_compile
 from torch._logging._internal import trace_log
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import CheckpointPolicy
 
 _RESULTS = {"_log_joint_graph": None, "_log_fw_bw_graphs": (None, None), "_log_inference_graph": None}
 """Functions of torch's that print graphs for its logs, and what they return where logging is off."""
@@ -56,6 +58,23 @@ def remove_duplicates(graph: fx.Graph) -> fx.Graph:
         elif equal is None or equal[0] == call:
             first[number] = call, writes, node
     return graph
+
+
+def save_before_changes(graph: fx.Graph) -> None:
+    """Mark what is computed of inputs that `graph`, a joint graph, changes in the end: to be saved, not computed again by
+    the backward, which would be given the changed input."""
+    copies = list(graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default))
+    waiting = [n.args[0] for n in copies if isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder"]
+    seen = set(copies)
+    while waiting:
+        for user in waiting.pop().users:
+            if user in seen or user.op != "call_function":
+                continue
+            seen.add(user)
+            if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view:
+                waiting.append(user)
+            else:
+                user.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _is_foreign(node: fx.Node) -> bool:

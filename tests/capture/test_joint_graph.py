@@ -109,3 +109,47 @@ def test_logs_that_are_read_are_written(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(trace_log, "handlers", [logging.NullHandler()])
     with without_unread_logs():
         assert graph_compile._log_joint_graph is untouched
+
+
+class Averaged(nn.Module):
+    """Its result is computed with a running average that it has updated, as `update` does."""
+
+    def __init__(self, update: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.update = nn.Linear(8, 16), nn.Linear(16, 8), update
+        self.register_buffer("average", torch.linspace(0.5, 1.0, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x).tanh()
+        out: torch.Tensor = self.down(x * self.update(self.average, x.detach().mean(0)))
+        return out
+
+
+def updated(average: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return average.mul_(0.9).add_(x * 0.1)
+
+
+def before_it_is_updated(average: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    factor = average.view(4, 4).t().reshape(-1) * 3
+    average.lerp_(x, 0.1)
+    return factor
+
+
+def as_it_was(average: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    factor = average.clone()
+    average.lerp_(x, 0.1)
+    return factor
+
+
+@pytest.mark.parametrize("update", [updated, before_it_is_updated, as_it_was])
+def test_the_backward_computes_nothing_of_inputs_that_have_changed(update: Any) -> None:
+    torch.compiler.reset()
+    models = [Averaged(update) for _ in range(2)]
+    run = torch.compile(models[0], backend="fxopt", options={"strict": True})
+    for k in range(2):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(k))
+        for f in (run, models[1]):
+            f(x).pow(2).sum().backward()
+        torch.testing.assert_close(*([p.grad for p in model.parameters()] for model in models))
+        torch.testing.assert_close(models[0].average, models[1].average)
