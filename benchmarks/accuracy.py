@@ -21,6 +21,7 @@ import typer
 from torch import Tensor, nn
 
 import fxopt
+from benchmarks.choosing import names_of
 from benchmarks.outputs import cosines, outputs_of, relative_error
 from benchmarks.precision_search import BudgetRun, Limits, missing, row_line, table
 from benchmarks.real_models import TASKS, Batch, Run, Task, load, prepare
@@ -127,7 +128,7 @@ def prepare_command(
     half: Annotated[bool, typer.Option("--half", help="weights rounded to float16: files of half the size")] = False,
 ) -> None:
     """Write the tasks' files: needs the packages of the extra `accuracy`, and minutes of training."""
-    for name in only.split(","):
+    for name in names_of(only, TASKS, "task"):
         typer.echo(prepare(name, data, half))
 
 
@@ -145,13 +146,14 @@ def run(
     out: Annotated[Path, typer.Option(help="folder for accuracy_<device>.json")],
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help="of the models; float32 on a CPU and bfloat16 on a GPU if not given")] = "",
-    only: Annotated[str, typer.Option(help="one task")] = "",
+    only: Annotated[str, typer.Option(help="tasks, by commas; all if not given")] = "",
     seconds: Annotated[float, typer.Option(help="of timing, each task; 0 for none")] = 5.0,
     match: Annotated[str, typer.Option(help="a regular expression in the names of rows")] = "",
 ) -> None:
     """Errors, figures and times of each task in each precision."""
+    chosen = names_of(only, TASKS, "task") if only else TASKS
     where, own, document = _begun(device, dtype, out, "tasks")
-    for name in [only] if only else TASKS:
+    for name in chosen:
         torch.compiler.reset()
         typer.echo(f"{name}, {own}")
         reference = load(name, data, where, torch.float32)
@@ -185,22 +187,21 @@ def search(
 
     Layers are measured once for each task; the file is written after each budget.
     """
-    start = time.monotonic()
+    start, chosen = time.monotonic(), names_of(only, TASKS, "task")
+    allowed = names_of(precisions, KNOWN, "precision")
     where, own, document = _begun(device, dtype, out, "searches")
     path = out / f"precision_search_{where.type}.json"
     entries: list[dict[str, Any]] = document["searches"]
     if resume and path.exists():
         entries += json.loads(path.read_text())["searches"]
     limits, longest = Limits(rows, trials, layer_seconds, seconds), 0.0
-    for name in only.split(","):
+    for name in chosen:
         todo = missing(entries, name, own, [float(x) for x in budgets.split(",")])
         if not todo or _left(start, minutes) < longest:
             continue
         torch.compiler.reset()
         typer.echo(f"{name}, {own}: layers are measured")
-        tried = BudgetRun(
-            load(name, data, where, own), load(name, data, where, torch.float32), precisions.split(","), limits
-        )
+        tried = BudgetRun(load(name, data, where, own), load(name, data, where, torch.float32), allowed, limits)
         entry, longest = tried.entry(own), max(longest, tried.took)
         typer.echo(table(entry)[1] + f"; searched for {tried.took:.0f} s")
         entries.append(entry)

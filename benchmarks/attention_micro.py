@@ -26,6 +26,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.attention_kernels import Contender, contenders
+from benchmarks.choosing import containing_any
 from benchmarks.results import revision, target_facts, versions
 from fxopt.ir.attention_backends import (
     AUTO,
@@ -325,13 +326,12 @@ def main(
     limit: Annotated[float, typer.Option(help="begin no further shapes after so many seconds")] = 3600.0,
 ) -> None:
     """Time each backend, eager's choice and fxopt's at every shape."""
+    shapes = containing_any(SHAPES, only, lambda shape: shape.label)
     device = torch.device("cuda", torch.cuda.current_device())
     entries: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    for shape in SHAPES:
-        if not any(word in shape.label for word in only.split(",")):
-            continue
+    for shape in shapes:
         if time.perf_counter() - began > limit:
             typer.echo(f"out of time before {shape.label}")
             break

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.choosing import beginning, names_of
 from benchmarks.fused_products import Figures, kept
 from benchmarks.kernels_micro import excess
 from benchmarks.results import target_facts, versions
@@ -181,15 +182,17 @@ def main(
     minutes: Annotated[float, typer.Option(help="after which no case begins")] = 10.0,
 ) -> None:
     """Time each case on this machine's first GPU."""
+    chosen = beginning((*CASES, *DROPPING), only, lambda case: case.name)
+    beside = names_of(contenders, CONTENDERS, "contender")
     device = torch.device("cuda", 0)
     out.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     begun = time.monotonic()
-    for case in (*CASES, *DROPPING):
-        if not case.name.startswith(tuple(only.split(","))) or time.monotonic() - begun > 60 * minutes:
+    for case in chosen:
+        if time.monotonic() - begun > 60 * minutes:
             continue
         try:
-            entries.append(measure(case, device, seconds, contenders.split(",")))
+            entries.append(measure(case, device, seconds, beside))
         except RuntimeError as error:
             entries.append({"case": case.name, "error": str(error).partition("\n")[0]})
         torch.compiler.reset()

@@ -17,8 +17,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.models import MODELS
+from benchmarks.models import choose
 from benchmarks.results import revision, target_facts, versions
+from benchmarks.workload import Workload
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.quant.calibrate import calibrate
 from fxopt.report.backends import resolve_backend
@@ -51,9 +52,9 @@ class TimedLoader:
         return time.perf_counter()
 
 
-def measured(name: str, device: torch.device, dtype: torch.dtype, batches: int, tiny: bool) -> dict[str, Any]:
+def measured(workload: Workload, device: torch.device, dtype: torch.dtype, batches: int, tiny: bool) -> dict[str, Any]:
     """Seconds of a calibrated and of an eager pass (medians after the first batches), and what came of it."""
-    workload = next(w for w in MODELS if w.name == name)
+    name = workload.name
     case = workload.build(workload.sizes(tiny), device, dtype)
     loader = TimedLoader(case, device, FIRST + batches)
     start = time.perf_counter()
@@ -88,10 +89,11 @@ def main(
     where = pick_device(device)
     precise = pick_dtype(dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     names = workloads or ("bert-base,vit-b,gpt2,llama-1b" if where.type == "cuda" else "minilm")
+    chosen = choose(names)
     document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "cases": []}
     out.mkdir(parents=True, exist_ok=True)
-    for name in names.split(","):
-        document["cases"].append(measured(name, where, precise, batches, tiny))
+    for workload in chosen:
+        document["cases"].append(measured(workload, where, precise, batches, tiny))
         (out / f"calibration_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

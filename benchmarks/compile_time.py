@@ -25,15 +25,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.choosing import contending
 from benchmarks.crew import usable_devices
 from benchmarks.dealing import visible_devices
 from benchmarks.lanes import Lane, deal, lanes
-from benchmarks.models import MODELS
+from benchmarks.models import choose
 from benchmarks.plot import plot_first_calls
 from benchmarks.results import Results
 from benchmarks.workload import Sizes, Workload
 from fxopt.cli import pick_device, pick_dtype
-from fxopt.report.contenders import cache_variables, pick
+from fxopt.report.contenders import cache_variables
 from fxopt.report.tables import open_console
 
 INFERENCE = "bert-base,gpt2,resnet50,vit-b"
@@ -156,15 +157,6 @@ def summary_table(summary: dict[str, dict[str, float | None]], cases: Sequence[d
     return table
 
 
-def choose(names: str) -> list[Workload]:
-    """Model workloads by comma-separated names. ValueError lists the valid ones."""
-    known = {w.name: w for w in MODELS}
-    wanted = [n.strip() for n in names.split(",") if n.strip()]
-    if unknown := [n for n in wanted if n not in known]:
-        raise ValueError(f"unknown workload {', '.join(unknown)}; valid: {', '.join(known)}")
-    return [known[n] for n in dict.fromkeys(wanted)]
-
-
 @dataclass
 class Run:
     """What the workloads of one run share; several threads may `measure` at once.
@@ -249,7 +241,7 @@ def main(
     where, console = pick_device(device), open_console()
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     pick_dtype(dtype)
-    names, todo = [c.name for c in pick(contenders) if c.backend is not None], choose(workloads)
+    names, todo = [c.name for c in contending(contenders) if c.backend is not None], choose(workloads)
     among = lanes(processes, cores, visible_devices(usable_devices(where, processes)) if where.type == "cuda" else ())
     settings = {"tiny": tiny, "cold_runs": cold_runs, "warm_runs": warm_runs, "minutes": minutes, "batch": batch}
     settings |= {"processes": processes, "cores": len(among[0].cores)}

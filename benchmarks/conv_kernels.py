@@ -24,6 +24,7 @@ import typer
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from benchmarks.choosing import containing_any
 from benchmarks.conv_micro import ConvCase, Layer, convnext_t, operands, resnet50, unet
 from benchmarks.kernels_micro import excess
 from benchmarks.results import revision, target_facts, versions
@@ -349,9 +350,9 @@ def main(
     count: Annotated[int, typer.Option(help="configurations of our kernel a case")] = 8,
 ) -> None:
     """Check and time ways to compute convolutions with what follows them on this machine's first GPU."""
+    chosen = containing_any(cases(), only, lambda case: case.title)
     device = torch.device("cuda", 0)
     target, store = Target.current(device), ArtifactStore()
-    chosen = [c for c in cases() if any(word in c.title for word in only.split(","))]
     facts = {"target": target_facts(device), "versions": versions(), "commit": revision()}
     data: dict[str, Any] = {**facts, "compile_seconds": 0.0, "cases": []}
     out.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.choosing import containing
 from benchmarks.results import revision, target_facts, versions
 from fxopt.report.measure import interleaved
 
@@ -270,12 +271,13 @@ def main(
     seconds: Annotated[float, typer.Option(help="begin no case after this time")] = 95.0,
 ) -> None:
     """Check and time ways to compute single convolutions on this machine's first GPU."""
+    chosen = containing(cases(), only, lambda case: case.title)
     device = torch.device("cuda", 0)
     end = time.monotonic() + seconds
     facts = {"target": target_facts(device), "versions": versions(), "commit": revision()}
     data: dict[str, Any] = {**facts, "cases": [], "left": []}
     out.mkdir(parents=True, exist_ok=True)
-    for case in (c for c in cases() if only in c.title):
+    for case in chosen:
         if time.monotonic() > end:
             data["left"].append(case.title)
             continue

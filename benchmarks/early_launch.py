@@ -26,8 +26,9 @@ import torch
 import typer
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-from benchmarks.models import MODELS
+from benchmarks.models import choose
 from benchmarks.results import revision, target_facts, versions
+from benchmarks.workload import Workload
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.lower import row_norms
 from fxopt.report.contenders import Contender
@@ -85,10 +86,10 @@ def timeline(call: Callable[[], Any], device: torch.device, wait: Callable[[], N
 
 
 def measure(
-    workload: str, device: torch.device, dtype: torch.dtype | None, tiny: bool, calls: int, rounds: int
+    known: Workload, device: torch.device, dtype: torch.dtype | None, tiny: bool, calls: int, rounds: int
 ) -> dict[str, Any]:
     """JSON data of one workload."""
-    known = next(w for w in MODELS if w.name == workload)
+    workload = known.name
     case = known.build(known.sizes(tiny), device, dtype or pick_dtype(known.dtype or "bfloat16"))
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     torch.compiler.reset()
@@ -136,14 +137,16 @@ def main(
     seconds: Annotated[float, typer.Option(help="no workload is begun later than this")] = 75.0,
 ) -> None:
     """Measure what early launches are worth."""
+    chosen = choose(workloads)
     place = pick_device(device)
     start = time.perf_counter()
     facts: dict[str, Any] = {"target": target_facts(place), "versions": versions(), "commit": revision(), "workloads": []}
-    for name in workloads.split(","):
+    for workload in chosen:
+        name = workload.name
         if time.perf_counter() - start > seconds:
             print(f"{name}: no time left")
             continue
-        entry = measure(name, place, pick_dtype(dtype) if dtype else None, tiny, calls, rounds)
+        entry = measure(workload, place, pick_dtype(dtype) if dtype else None, tiny, calls, rounds)
         facts["workloads"].append(entry)
         for way, own in entry["ways"].items():
             print(

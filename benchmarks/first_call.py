@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.models import MODELS
+from benchmarks.choosing import named
+from benchmarks.models import choose
 from benchmarks.stacks import sampled
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.journal import Journal
@@ -100,10 +101,10 @@ def main(
     stacks: Annotated[Path | None, typer.Option(help="write where the time goes to this file")] = None,
 ) -> None:
     """Print the record of one first call."""
+    (found,), (way,) = choose(workload), named(contender, CONTENDERS, "contender")
     where = pick_device(device)
-    found = next(w for w in MODELS if w.name == workload)
     case = found.build(json.loads(sizes) if sizes else found.sizes(tiny=False), where, pick_dtype(dtype))
-    print(json.dumps(first_call(case, contender, where, stacks)))
+    print(json.dumps(first_call(case, way.name, where, stacks)))
 
 
 if __name__ == "__main__":

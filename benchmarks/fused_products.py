@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from benchmarks.choosing import containing
 from benchmarks.kernels_micro import excess
 from benchmarks.results import target_facts, versions
 from fxopt.lower.contractions import FUSED, LIBRARY, ROW, TWO
@@ -165,12 +166,13 @@ def main(
     seconds: Annotated[float, typer.Option(help="begin no further layer after so long")] = 500.0,
 ) -> None:
     """Check and time every way of the products in a few layers on this machine's first GPU."""
+    chosen = containing(layers(), only, lambda layer: layer.title)
     device = torch.device("cuda", 0)
     out.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {"target": target_facts(device), "versions": versions(), "layers": []}
     began = time.perf_counter()
-    for layer in layers():
-        if only in layer.title and time.perf_counter() - began < seconds:
+    for layer in chosen:
+        if time.perf_counter() - began < seconds:
             data["layers"].append(measure(layer, device))
             typer.echo("\n".join(report(data["layers"][-1])))
             (out / "fused_products.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -21,6 +21,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.choosing import containing
 from benchmarks.kernels_micro import excess
 from benchmarks.results import target_facts, versions
 from fxopt.codegen.compile import compile_kernels
@@ -345,10 +346,10 @@ def main(
     count: Annotated[int, typer.Option(help="configurations a case")] = 12,
 ) -> None:
     """Check and time the configurations of matrix products on this machine's first GPU."""
+    chosen = containing(cases(), only, lambda case: case.title)
     device = torch.device("cuda", 0)
     target, store = Target.current(device), ArtifactStore()
     torch.backends.cuda.matmul.allow_tf32 = False
-    chosen = [c for c in cases() if only in c.title]
     data: dict[str, Any] = {"target": target_facts(device), "versions": versions(), "compile_seconds": 0.0, "cases": []}
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

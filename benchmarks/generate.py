@@ -25,6 +25,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.choosing import named
 from benchmarks.models import llama
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
@@ -256,8 +257,7 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="a tiny model, to try the harness itself")] = False,
 ) -> None:
     """Compare the ways of writing text with a Llama of 1.2 billion parameters; JSON and a table."""
-    if unknown := [name for name in ways.split(",") if name not in WAYS]:
-        raise typer.BadParameter(f"unknown ways {', '.join(unknown)}; valid: {', '.join(WAYS)}")
+    chosen = named(ways, WAYS, "way")
     where = pick_device(device)
     torch.manual_seed(0)
     sizes = TINY if tiny else LLAMA_1B
@@ -265,7 +265,7 @@ def main(
         model = llama(sizes).to(pick_dtype(dtype)).eval()
         text = torch.randint(1, sizes["vocab"], (1, prompt))
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="fxopt-cold-") as caches, caches_under(caches):
-        found = compare(model, text, tokens, [WAYS[name] for name in ways.split(",")], rounds, profile)
+        found = compare(model, text, tokens, chosen, rounds, profile)
         rows = entries(found, copy.deepcopy(model).float(), text, tokens)
     data = {
         "target": target_facts(where),

@@ -151,8 +151,8 @@ def main(
     part: Annotated[int, typer.Option(help="divide sizes by this")] = 1,
 ) -> None:
     """Compare the groupings that are measured with those that are estimated."""
-    where = pick_device(device)
     chosen = containing(CASES, only, lambda case: case.name)
+    where = pick_device(device)
     entries: list[dict[str, Any]] = []
     facts = {**target_facts(where), **versions(), "revision": revision()}
     out.mkdir(parents=True, exist_ok=True)

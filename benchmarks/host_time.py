@@ -30,8 +30,10 @@ from unittest import mock
 import torch
 import typer
 
-from benchmarks.models import MODELS
+from benchmarks.choosing import names_of
+from benchmarks.models import choose
 from benchmarks.results import target_facts
+from benchmarks.workload import Workload
 from fxopt.capture.guards import trust_modules
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.codegen.replay_build import replay_code
@@ -283,9 +285,9 @@ def _copies_in_one_launch(wanted: bool) -> Iterator[None]:
 
 
 def measure(
-    workload: str, ways: Sequence[str], device: torch.device, dtype: torch.dtype, tiny: bool, calls: int
+    known: Workload, ways: Sequence[str], device: torch.device, dtype: torch.dtype, tiny: bool, calls: int
 ) -> dict[str, Any]:
-    known = next(w for w in MODELS if w.name == workload)
+    workload = known.name
     case = known.build(known.sizes(tiny), device, dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     entry: dict[str, Any] = {"workload": workload, "ways": {}}
@@ -345,11 +347,11 @@ def main(
     calls: int = 200,
 ) -> None:
     """Measure host time per call."""
+    known, chosen = choose(workloads), names_of(ways, WAYS, "way", ";")
     place = pick_device(device)
-    chosen = [way.strip() for way in ways.split(";")]
     facts: dict[str, Any] = {"device": target_facts(place), "torch": torch.__version__, "calls": calls, "workloads": []}
-    for name in workloads.split(","):
-        facts["workloads"].append(measure(name, chosen, place, pick_dtype(dtype), tiny, calls))
+    for workload in known:
+        facts["workloads"].append(measure(workload, chosen, place, pick_dtype(dtype), tiny, calls))
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(facts, indent=1) + "\n")

@@ -22,6 +22,7 @@ import typer
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from benchmarks.choosing import containing_any
 from benchmarks.results import target_facts, versions
 from fxopt.capture.symbols import to_int
 from fxopt.codegen import triton
@@ -475,10 +476,9 @@ def main(
     only: Annotated[str, typer.Option(help="run cases whose title contains one of these, separated by commas")] = "",
 ) -> None:
     """Check and time the configurations of generated kernels on this machine's first GPU."""
+    chosen = containing_any((*cases(), *long_rows()), only, lambda case: case.title)
     device = torch.device("cuda", 0)
     target, store = Target.current(device), ArtifactStore()
-    wanted = only.split(",")
-    chosen = [c for c in (*cases(), *long_rows()) if any(word in c.title for word in wanted)]
     start = time.perf_counter()
     lowered = [lower(case, case.inputs(device)) for case in chosen]
     built = build([candidates(main_region(low), target) for low in lowered], target, store)

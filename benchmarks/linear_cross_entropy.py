@@ -24,6 +24,7 @@ import typer
 from torch import Tensor
 
 from benchmarks import liger
+from benchmarks.choosing import contending
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.report.contenders import pick
@@ -229,14 +230,14 @@ def compare(
 
     The file is written after each case.
     """
-    where = pick_device(device)
+    wanted, where = [c.name for c in contending(contenders)], pick_device(device)
     default = DEFAULTS[where.type]
     cases = [(rows or default[0], features or default[1], vocabulary or default[2])]
     if where.type == "cuda" and (rows, features, vocabulary) == (None, None, None):
         cases = list(CUDA_CASES)
     chosen_dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     has_liger = where.type == "cuda" and liger.available()
-    names = [name for name in contenders.split(",") if name != "liger" or has_liger]
+    names = [name for name in wanted if name != "liger" or has_liger]
     document: dict[str, Any] = {
         "target": target_facts(where),
         "versions": versions(),

@@ -23,6 +23,7 @@ import typer
 
 from benchmarks import liger
 from benchmarks.budget import Budget
+from benchmarks.choosing import contending, named
 from benchmarks.crew import Crew, usable_devices
 from benchmarks.memory_bound_kernels import SWEEP
 from benchmarks.optimizers import OPTIMIZERS
@@ -33,7 +34,7 @@ from benchmarks.summary import summarize, summary_tables
 from benchmarks.workload import Job, Workload
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.report.compare import Plan
-from fxopt.report.contenders import Contender, pick
+from fxopt.report.contenders import Contender
 from fxopt.report.tables import open_console
 
 WORKLOADS = {w.name: w for w in (*SWEEP, *OPTIMIZERS)}
@@ -89,12 +90,10 @@ def plan_jobs(workloads: Sequence[Workload], grid: Grid, seed: int) -> list[Job]
 
 
 def choose(names: str) -> list[Workload]:
-    """Workloads by comma-separated names, "kernels", "optimizers" or "all". ValueError lists the valid names."""
-    groups = {"all": list(WORKLOADS), "kernels": [w.name for w in SWEEP], "optimizers": [w.name for w in OPTIMIZERS]}
-    wanted = [n.strip() for n in names.split(",") if n.strip()]
-    if unknown := [n for n in wanted if n not in groups and n not in WORKLOADS]:
-        raise ValueError(f"unknown workload {', '.join(unknown)}; valid: {', '.join([*groups, *WORKLOADS])}")
-    return [WORKLOADS[n] for n in dict.fromkeys(name for w in wanted for name in groups.get(w, [w]))]
+    """Workloads by comma-separated names, "kernels", "optimizers" or "all". Raises UnknownName."""
+    groups = {"all": list(WORKLOADS.values()), "kernels": list(SWEEP), "optimizers": list(OPTIMIZERS)}
+    found = named(names, groups | {name: [w] for name, w in WORKLOADS.items()}, "workload")
+    return list({w.name: w for group in found for w in group}.values())
 
 
 def present(contenders: Sequence[Contender]) -> tuple[list[Contender], dict[str, str]]:
@@ -142,14 +141,14 @@ def main(
     gpus: Annotated[int, typer.Option(min=0, help="how many of the visible GPUs to use; 0: all")] = 0,
 ) -> None:
     """Check and time every pass under every contender; JSON after every case, a summary and a plot at the end."""
+    wanted, (chosen, absent) = choose(workloads), present(contending(contenders))
     where, console = pick_device(device), open_console()
     grid = Grid(dtype.split(","), _numbers(megabytes), [int(n) for n in _numbers(rows_of)], tiny)
-    chosen, absent = present(pick(contenders))
     if missing := {"eager", "copy"} - {c.name for c in chosen}:
         raise typer.BadParameter(f"contenders lack {' and '.join(sorted(missing))}, by which all others are judged")
     for name, reason in absent.items():
         console.print(f"without {name}: {reason}")
-    todo = plan_jobs(choose(workloads), grid, seed)
+    todo = plan_jobs(wanted, grid, seed)
     used = usable_devices(where, gpus)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "seed": seed, "warm": warm, "absent": absent}
     results = Results(out, where, settings | {"processes": processes, "gpus": used}, resume, compact=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.choosing import named
 from benchmarks.workload import Build, Sizes, Workload
 from fxopt.report import minilm
 from fxopt.report.cases import Case
@@ -242,3 +243,8 @@ END_TO_END = (
     *("bert-base-train", "gpt2-train", "vit-b-train", "resnet50-train"),
 )
 """Inference at small and large batches, decoding steps and training steps by which whole graphs are judged."""
+
+
+def choose(names: str) -> list[Workload]:
+    """Models by comma-separated names. Raises UnknownName, with all names, for another."""
+    return named(names, {w.name: w for w in MODELS}, "workload")

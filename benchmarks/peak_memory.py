@@ -21,13 +21,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compile_time import choose, fill_from_process
-from benchmarks.models import MODELS
+from benchmarks.choosing import contending
+from benchmarks.compile_time import fill_from_process
+from benchmarks.models import choose
 from benchmarks.results import Results
 from benchmarks.workload import Sizes, Workload
 from fxopt.cli import pick_device, pick_dtype, progress_bar
 from fxopt.report.cases import Case
-from fxopt.report.contenders import CONTENDERS, pick
+from fxopt.report.contenders import CONTENDERS
 from fxopt.report.explanation import journals
 from fxopt.report.tables import open_console
 
@@ -125,8 +126,9 @@ def one(
     dtype: str = "float32",
 ) -> None:
     """Print the memory of one workload under one contender: the child of `compare`."""
+    (known,) = choose(workload)
     where = pick_device(device)
-    case = next(w for w in MODELS if w.name == workload).build(json.loads(sizes), where, pick_dtype(dtype))
+    case = known.build(json.loads(sizes), where, pick_dtype(dtype))
     typer.echo(json.dumps(measured(case, contender, where)))
 
 
@@ -143,16 +145,17 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="keep the workloads already in the results file")] = False,
 ) -> None:
     """Peak memory of every workload under every contender; JSON after every workload, a table at the end."""
+    todo, among = choose(workloads), contending(contenders)
     where, end = pick_device(device), time.monotonic() + 60 * minutes
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     pick_dtype(dtype)
-    todo, results = choose(workloads), Results(out, where, {"tiny": tiny, "warm_up": WARM_UP}, resume)
+    results = Results(out, where, {"tiny": tiny, "warm_up": WARM_UP}, resume)
     with progress_bar(Console(stderr=True)) as progress:
         for number, workload in enumerate(todo):
             sizes, rows = workload.sizes(tiny), []
             if results.has(workload, sizes, dtype):
                 continue
-            for contender in pick(contenders):
+            for contender in among:
                 progress(f"{workload.name}: {contender.name}", number / len(todo))
                 rows.append(row := Memory(contender.name))
                 left = end - time.monotonic()

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.models import MODELS
+from benchmarks.choosing import named
+from benchmarks.models import choose
 from benchmarks.results import target_facts
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.report.contenders import CONTENDERS
@@ -84,14 +85,15 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Say what torch's allocator holds, and for whom."""
+    chosen, (way,) = choose(workloads), named(contender, CONTENDERS, "contender")
     place, facts = pick_device(device), dict[str, Any]()
-    for name in workloads.split(","):
+    for known in chosen:
+        name = known.name
         torch.compiler.reset()
-        known = next(w for w in MODELS if w.name == name)
         case = known.build(known.sizes(tiny), place, pick_dtype(dtype))
         torch.cuda.empty_cache()
         torch.cuda.memory._record_memory_history(max_entries=400_000, stacks="python")
-        compiled = CONTENDERS[contender].compile(case.module, place)
+        compiled = way.compile(case.module, place)
         for _ in range(CALLS):
             case.drive(compiled)
         torch.cuda.synchronize()

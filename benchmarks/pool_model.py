@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import typer
 
-from benchmarks.models import MODELS
+from benchmarks.models import choose
 from fxopt import compiler, plan_cache
 from fxopt.cli import pick_dtype
 from fxopt.ir.graph import Phase, Role
@@ -234,15 +234,14 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="small sizes, to try the script")] = False,
 ) -> None:
     """Print what the largest graphs' pool takes each way, in MiB."""
-    for name in workloads.split(","):
+    for known in choose(workloads):
         torch.compiler.reset()
-        known = next(w for w in MODELS if w.name == name)
         case = known.build(known.sizes(tiny), torch.device("cpu"), pick_dtype(dtype))
         with plans() as found:
             case.drive(CONTENDERS["fxopt"].compile(case.module, torch.device("cpu")))
         step = Step.of(largest(found, Phase.FORWARD), largest(found, Phase.BACKWARD))
         told = ", ".join(f"{way} {step.pool(way) / MIB:.0f}" for way in (ONE_BY_ONE, OVERWRITTEN, ONE_PIECE))
-        typer.echo(f"{name}: at most {step.peak() / MIB:.0f} at a time; {told}")
+        typer.echo(f"{known.name}: at most {step.peak() / MIB:.0f} at a time; {told}")
 
 
 if __name__ == "__main__":

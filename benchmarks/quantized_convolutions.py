@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from benchmarks.choosing import containing_any, names_of
 from benchmarks.fused_products import BEST, kept
 from benchmarks.results import revision, target_facts, versions
 from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
@@ -239,6 +240,8 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="keep the cases already in the results file")] = False,
 ) -> None:
     """Time ResNet-50's convolutions in 8 bits."""
+    chosen = containing_any(CASES, only, lambda case: case.name, ";")
+    forms = tuple(names_of(contenders, FORMS, "contender"))
     end, where = time.perf_counter() + 60 * minutes, torch.device(device)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"quantized_convolutions_{where.type}.json"
@@ -247,11 +250,11 @@ def main(
         document["cases"] = json.loads(path.read_text())["cases"]
     done = {entry["case"] for entry in document["cases"]}
     longest = LEFT_FOR_A_CASE
-    for case in CASES:
+    for case in chosen:
         start = time.perf_counter()
-        if case.name in done or not any(part in case.name for part in only.split(";")) or start + longest > end:
+        if case.name in done or start + longest > end:
             continue
-        document["cases"].append(measured(case, images, where, seconds, "fxopt", tuple(contenders.split(","))))
+        document["cases"].append(measured(case, images, where, seconds, "fxopt", forms))
         typer.echo("\n".join(report(document["cases"][-1])))
         document["seconds of all"] = totals(document["cases"])
         path.write_text(json.dumps(document, indent=1) + "\n")

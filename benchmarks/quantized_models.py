@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.models import MODELS
+from benchmarks.choosing import names_of
+from benchmarks.models import choose
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.journal import RECENT
@@ -104,20 +105,22 @@ def main(
     tiny: bool = False,
 ) -> None:
     """Time models in each precision."""
+    wanted = names_of(precisions, PRECISIONS, "precision")
     where = pick_device(device)
+    chosen = choose(workloads or (ON_GPU if where.type == "cuda" else ON_CPU))
     end = time.monotonic() + 60 * minutes
     document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "cases": []}
     out.mkdir(parents=True, exist_ok=True)
-    for name in (workloads or (ON_GPU if where.type == "cuda" else ON_CPU)).split(","):
+    for workload in chosen:
+        name = workload.name
         if time.monotonic() > end:
             typer.echo(f"{name}: no time left")
             continue
-        workload = next(w for w in MODELS if w.name == name)
         typer.echo(name)
         usual = (workload.dtype or "bfloat16") if where.type == "cuda" else "float32"
         precise = pick_dtype(dtype or usual)
         case = workload.build(workload.sizes(tiny), where, precise)
-        entry = measured(case, where, precisions.split(","), seconds, budget or None)
+        entry = measured(case, where, wanted, seconds, budget or None)
         document["cases"].append({"workload": name, "dtype": str(precise), "contenders": entry})
         (out / f"quantized_models_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 

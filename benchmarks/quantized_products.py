@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from benchmarks.choosing import containing_any, names_of
 from benchmarks.fused_products import BEST, kept
 from benchmarks.results import revision, target_facts, versions
 from fxopt.codegen.templates import gemm_config
@@ -379,6 +380,8 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="keep the cases already in the results file")] = False,
 ) -> None:
     """Time quantized linear layers."""
+    chosen = containing_any(CASES, only, lambda case: case.name)
+    forms = tuple(names_of(contenders, FORMS, "contender")) if contenders else ()
     end, where = time.perf_counter() + 60 * minutes, torch.device(device)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"quantized_products_{where.type}.json"
@@ -386,11 +389,10 @@ def main(
     if resume and path.exists():
         document["cases"] = json.loads(path.read_text())["cases"]
     done = {entry["case"] for entry in document["cases"]}
-    forms = tuple(contenders.split(",")) if contenders else ()
     longest = LEFT_FOR_A_CASE
-    for case in CASES:
+    for case in chosen:
         start = time.perf_counter()
-        if case.name in done or not any(part in case.name for part in only.split(",")) or start + longest > end:
+        if case.name in done or start + longest > end:
             continue
         document["cases"].append(measured(case, where, seconds, "fxopt", forms))
         typer.echo("\n".join(report(document["cases"][-1])))

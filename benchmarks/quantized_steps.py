@@ -25,14 +25,16 @@ from unittest import mock
 import torch
 import typer
 
+from benchmarks.choosing import names_of
 from benchmarks.early_launch import timeline
-from benchmarks.models import MODELS
+from benchmarks.models import choose
 from benchmarks.quantized_models import contenders
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.ir.exprs import evaluate
 from fxopt.ir.graph import Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
+from fxopt.precision import PRECISIONS
 from fxopt.quant.calibrate import calibrate
 from fxopt.report.backends import resolve_backend, unshared
 from fxopt.report.cases import Case
@@ -275,19 +277,21 @@ def main(
     tiny: bool = False,
 ) -> None:
     """Put the steps of quantized models beside their limits."""
+    chosen = choose(workloads)
+    many, single = (names_of(names, PRECISIONS, "precision") for names in (precisions, few))
     where = pick_device(device)
     dtype = pick_dtype("bfloat16" if where.type == "cuda" else "float32")
     end = time.monotonic() + 60 * minutes
     document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "cases": []}
     out.mkdir(parents=True, exist_ok=True)
-    for name in workloads.split(","):
+    for workload in chosen:
+        name = workload.name
         if time.monotonic() > end:
             typer.echo(f"{name}: no time left")
             continue
         typer.echo(name)
-        workload = next(w for w in MODELS if w.name == name)
         case = workload.build(workload.sizes(tiny), where, dtype)
-        wanted = (few if "decode" in name else precisions).split(",")
+        wanted = single if "decode" in name else many
         document["cases"].append({"workload": name, "contenders": measured(case, where, wanted)})
         (out / f"quantized_steps_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 

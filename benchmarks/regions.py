@@ -18,6 +18,7 @@ import torch
 import typer
 
 from benchmarks.budget import Budget
+from benchmarks.choosing import containing_any, named
 from benchmarks.crew import Crew, usable_devices
 from benchmarks.plot import plot_bars
 from benchmarks.region_catalog import REGIONS, Region
@@ -83,13 +84,10 @@ def plan_case(budget: Budget, workload: Workload, device: torch.device, seconds:
 def choose(only: str, contests: str) -> list[tuple[Region, Contest]]:
     """Contest after contest, each over the regions whose names contain one of `only`, models taking turns.
 
-    Freezing is nothing to a region without weights. ValueError lists the valid names.
+    Freezing is nothing to a region without weights. Raises UnknownName, with all names, for another name.
     """
-    wanted = [CONTESTS[name] for name in contests.split(",") if name in CONTESTS]
-    parts = [part.strip() for part in only.split(",") if part.strip()]
-    regions = [r for r in REGIONS if not parts or any(part in r.name for part in parts)]
-    if len(wanted) < len(contests.split(",")) or not regions:
-        raise ValueError(f"valid contests: {', '.join(CONTESTS)}; valid regions: {', '.join(BY_NAME)}")
+    wanted = named(contests, CONTESTS, "contest")
+    regions = containing_any(REGIONS, only, lambda region: region.name)
     models = [[r for r in regions if r.model == model] for model in dict.fromkeys(r.model for r in regions)]
     turns = [r for r in chain.from_iterable(zip_longest(*models)) if r is not None]
     return [(region, contest) for contest in wanted for region in turns if region.weighted or not contest.frozen]
@@ -128,9 +126,10 @@ def main(
     gpus: Annotated[int, typer.Option(min=0, help="how many of the visible GPUs to use; 0: all")] = 0,
 ) -> None:
     """Check and time every region in every contest; JSON after every case, a summary and a plot at the end."""
+    found = choose(only, contests)
     where, console = pick_device(device), open_console()
     pick_dtype(dtype)  # a wrong name ends the run before anything is measured
-    chosen = [workload_of(region, contest) for region, contest in choose(only, contests)]
+    chosen = [workload_of(region, contest) for region, contest in found]
     todo = [(workload, workload.sizes(tiny), dtype) for workload in chosen]
     used = usable_devices(where, gpus)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "warm": warm, "processes": processes, "gpus": used}

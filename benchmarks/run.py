@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.budget import Budget
+from benchmarks.choosing import contending, named
 from benchmarks.crew import Crew, usable_devices
 from benchmarks.kernels import KERNELS
 from benchmarks.model_summary import summarize, summary_table
@@ -25,7 +26,7 @@ from benchmarks.workload import Job, Sizes, Workload
 from fxopt.cli import pick_device, pick_dtype, progress_bar
 from fxopt.report.cases import Case
 from fxopt.report.compare import Plan, Row, compare
-from fxopt.report.contenders import Contender, pick
+from fxopt.report.contenders import Contender
 from fxopt.report.tables import comparison_table, open_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -35,7 +36,7 @@ WORKLOADS = {w.name: w for w in (*KERNELS, *MODELS)}
 def choose(names: str) -> list[Workload]:
     """Workloads from a comma-separated list of names, "kernels", "models", "inference", "train", "end-to-end" or "all".
 
-    ValueError lists the valid names.
+    Raises UnknownName, with all names, for another.
     """
     groups = {
         "all": list(WORKLOADS.values()),
@@ -45,12 +46,9 @@ def choose(names: str) -> list[Workload]:
         "train": [w for w in MODELS if w.training],
         "end-to-end": [WORKLOADS[name] for name in END_TO_END],
     }
-    chosen: dict[str, Workload] = {}
-    for name in filter(None, (n.strip() for n in names.split(","))):
-        if name not in groups and name not in WORKLOADS:
-            raise ValueError(f"unknown workload {name!r}; valid: {', '.join([*groups, *WORKLOADS])}")
-        chosen |= {w.name: w for w in groups.get(name, [WORKLOADS[name]] if name in WORKLOADS else [])}
-    return list(chosen.values())
+    known = {w.name: [w] for w in WORKLOADS.values()}
+    found = named(names, groups | known, "workload")
+    return list({w.name: w for group in found for w in group}.values())
 
 
 def usual_dtype(workload: Workload, device: torch.device) -> str:
@@ -100,13 +98,13 @@ def bench(
     ] = 0,
 ) -> None:
     """Compare fxopt with eager and Inductor on kernels and whole models; JSON after every case, tables and a plot."""
-    where = pick_device(device)
+    wanted, chosen, where = choose(workloads), contending(contenders), pick_device(device)
     pick_dtype(dtype or "float32")  # a wrong name ends the run before anything is measured
-    chosen, console = pick(contenders), open_console()
+    console = open_console()
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "random_shapes": random_shapes, "warm": warm}
     results = Results(out, where, settings, resume)
-    todo = [(w, sizes, dtype or usual_dtype(w, where)) for w, sizes in jobs(choose(workloads), tiny, random_shapes, draws)]
+    todo = [(w, sizes, dtype or usual_dtype(w, where)) for w, sizes in jobs(wanted, tiny, random_shapes, draws)]
     if gpus:
         crew = Crew("benchmarks.run", where, processes=1, gpus=usable_devices(where, gpus))
         crew.run(todo, lambda job: chosen, results, budget, seconds, warm, lambda job: math.inf)

@@ -24,7 +24,8 @@ import torch
 import typer
 
 from benchmarks.bringing import Piece, bringing, programs_of
-from benchmarks.models import MODELS
+from benchmarks.choosing import names_of
+from benchmarks.models import choose as models_named
 from benchmarks.quantized_steps import measured
 from benchmarks.results import revision, target_facts, versions
 from fxopt import compiler, plan_cache
@@ -36,6 +37,7 @@ from fxopt.ir.region import Alias, Batch, BufferSpec, Contraction, Region, SideB
 from fxopt.lower import Lowered
 from fxopt.lower.cost import nbytes
 from fxopt.lower.steady import reads, views_of, written
+from fxopt.precision import PRECISIONS
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice
@@ -293,18 +295,20 @@ def main(
     tiny: bool = False,
 ) -> None:
     """Time the steps of a decoding step in each variant."""
+    (known,) = models_named(workload)
+    precisions = names_of(few, PRECISIONS, "precision")
+    chosen = names_of(variants, VARIANTS, "variant", ";")
     where, start = pick_device(device), time.monotonic()
-    known = next(w for w in MODELS if w.name == workload)
     case = known.build(known.sizes(tiny), where, pick_dtype("bfloat16" if where.type == "cuda" else "float32"))
     document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "variants": {}}
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name in variants.split(";"):
+    for name in chosen:
         if time.monotonic() - start > seconds:
             typer.echo(f"{name}: no time left")
             continue
         typer.echo(name)
         with brought(VARIANTS[name]):
-            found = measured(case, where, few.split(","))
+            found = measured(case, where, precisions)
         for own in found.values():
             own.pop("contests")
             own.pop("kernels")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fxopt.options import suggestion
 from fxopt.report.backends import resolve_backend, unshared
 
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FXOPT_CACHE_DIR")
@@ -138,9 +139,9 @@ def pick(names: str) -> list[Contender]:
     wanted = [n.strip() for n in names.split(",") if n.strip()]
     unknown = [n for n in wanted if n not in CONTENDERS]
     if unknown or not wanted:
-        raise ValueError(
-            f"unknown contender {', '.join(unknown) or '(none given)'}; valid: all, plain, {', '.join(CONTENDERS)}"
-        )
+        hint = suggestion(unknown[0], CONTENDERS) if unknown else ""
+        given = ", ".join(map(repr, unknown)) or "(none given)"
+        raise ValueError(f"unknown contender {given}{hint}; valid: all, plain, {', '.join(CONTENDERS)}")
     return [CONTENDERS[n] for n in dict.fromkeys(wanted)]
 
 

@@ -17,9 +17,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from benchmarks import compile_time
-from benchmarks.compile_time import FirstCall, choose, run_child, summarize
+from benchmarks.compile_time import FirstCall, run_child, summarize
 from benchmarks.first_call import first_call, own_share, phases_of
 from benchmarks.lanes import Lane
+from benchmarks.models import choose
 from benchmarks.results import load
 from benchmarks.workload import Sizes, Workload
 from fxopt.journal import Journal
