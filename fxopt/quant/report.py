@@ -51,9 +51,10 @@ class Report:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([self._head(), *_columns([_TITLES, *map(_cells, self.layers)])])
+        return "\n".join([self.summary(), *_columns([_TITLES, *map(_cells, self.layers)])])
 
-    def _head(self) -> str:
+    def summary(self) -> str:
+        """What was measured of the whole model, and how many layers have which precision."""
         parts = [f"{self.measure}: budget {self.budget:g}"]
         if self.reached is not None:
             parts.append(f"reached {self.reached:.3g}")

@@ -62,6 +62,8 @@ PATIENCE = 4.0
 """How many times as long whole models are timed at most, while other jobs of the machine disturb them: what looks faster by
 chance would be slower later, and what looks slower would be refused."""
 
+BEYOND = "beyond the budget"
+
 BACK_OFF = 0.9
 """How much of the budget is aimed at after a compiled model was over it."""
 
@@ -84,6 +86,9 @@ class Result:
     def report(self) -> Report:
         """What was measured of each layer and of the whole, and why it was decided; `str()` makes a table of it."""
         return self._report
+
+    def __repr__(self) -> str:
+        return f"<fxopt.quantize: {self._report.summary()}>"
 
 
 def quantize(
@@ -233,7 +238,7 @@ class Search:
         """The model with the layers quantized that save the most time within `budget`. Raises OptionError for a budget that
         is none."""
         _check_budget(budget)
-        self.budget = budget
+        self.budget, self.slower = budget, set[str]()
         count = self._most_within(budget)
         for _ in range(MOST_COMPILATIONS):
             if not count:
@@ -244,8 +249,9 @@ class Search:
                 aim = budget * BACK_OFF * (budget / tried.reached if math.isfinite(tried.reached) else 0.0)
                 count = min(count - 1, self._most_within(aim))
             elif self._is_faster(tried):
-                return self._result(tried.model, chosen, "beyond the budget", None, tried)
+                return self._result(tried.model, chosen, BEYOND, None, tried)
             else:
+                self.slower |= chosen.keys()
                 count //= 2  # the layers that save most for their error
         return self._fastest_tried(budget)
 
@@ -259,7 +265,7 @@ class Search:
         key, fastest = max(fitting.items(), key=lambda item: item[1].gain)
         if not self._is_faster(fastest):
             return self._refused("quantized, the whole model is not faster", fastest)
-        return self._result(fastest.model, dict(key.rules), "beyond the budget", None, fastest)
+        return self._result(fastest.model, dict(key.rules), BEYOND, None, fastest)
 
     def _what(self) -> str:
         return "the error" if self.metric is None else "the metric's loss"
@@ -398,6 +404,8 @@ class Search:
                 why = "saves the most for its error"
             elif not why:
                 why = left_out if any(gain > 0.0 for gain in row.saved.values()) else "no precision is faster"
+                if why == BEYOND and name in self.slower:
+                    why = "with it, the whole model is not faster"
             rows.append(replace(row, decision=decision, why=why))
         return tuple(rows)
 

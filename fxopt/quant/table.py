@@ -274,6 +274,10 @@ class Calibration:
             lines.append("  ".join([text, *edits, *([layer.obstacle] if layer.obstacle else [])]))
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        count = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
+        return f"<Calibration of {count}, {self.batches} batches, method {self.method}, {self.digest()[:16]}>"
+
     # ------------------------------------------------------------------ inside
 
     @functools.cached_property

@@ -87,6 +87,7 @@ def test_sensitive_layers_stay_high_and_the_budget_holds(times: dict[str, float]
     assert reached == pytest.approx(_error(result.model, model), rel=1e-3)
     assert json.loads(json.dumps(result.report().to_dict()))["layers"][0]["decision"] == "int8"
     assert "calm" in str(result.report()) and "2.00x" in str(result.report())
+    assert "1 int8" in repr(result) and len(repr(result)) < 250
     again = torch.compile(model, backend="fxopt", options={"precision": result.decisions, "calibration": result.calibration})
     with torch.no_grad():
         assert torch.equal(again(_loader()[0]), result.model(_loader()[0]))
@@ -142,8 +143,10 @@ def test_fewer_layers_are_tried_where_all_together_are_not_faster(
     monkeypatch.setattr(search.Search, "_is_faster", timed)
     several = search.Search(model, _loader(), precisions=("int8", HIGH), fit=False, progress=False)
     monkeypatch.setattr(several.loss, "emulated", lambda decisions: 0.02 * len(decisions))
-    alone = _chosen(several.within(1.0))
-    smaller = several.within(0.02)
+    whole = several.within(1.0)
+    alone, smaller = _chosen(whole), several.within(0.02)
+    reasons = [{layer.name: layer.why for layer in each.report().layers}["wild"] for each in (whole, smaller)]
+    assert reasons == ["with it, the whole model is not faster", "beyond the budget"]
     assert alone == _chosen(smaller) == _chosen(several.within(1.0)) == ["calm"] and sorted(sizes.values()) == [0, 1, 2]
 
 

@@ -45,6 +45,18 @@ def assert_same(a: Calibration, b: Calibration) -> None:
         assert mine.amax == theirs.amax and mine.elements == theirs.elements and mine.obstacle == theirs.obstacle
 
 
+def test_shown_in_one_line_that_tells_different_tables_apart() -> None:
+    """Long tensors are cut in their own text, and a table among options is part of keys."""
+    high = torch.arange(4096.0)
+    tables = [
+        Calibration((LayerRange("a", "linear", (8, 4096), "float32", Range(-high, top, exponent_histogram(top))),), 1)
+        for top in (high, high.index_fill(0, torch.tensor([2048]), 1.0))
+    ]
+    first, second = map(repr, tables)
+    assert first != second and first == repr(Calibration(tables[0].layers, 1))
+    assert "1 layer" in first and "\n" not in first and len(first) < 120
+
+
 def test_files_give_the_same_table(tmp_path: Path) -> None:
     given = table().with_layer("head", precision="int8", scale=0.25).with_method("mse")
     given.save(tmp_path / "a.fxcal")
