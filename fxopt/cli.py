@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fxopt import cli_cache, knobs
+from fxopt import __version__, cli_cache, knobs
 from fxopt.errors import FxoptError
 
 if TYPE_CHECKING:
@@ -26,6 +28,21 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(cli_cache.app, name="cache")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fxopt {__version__}, torch {importlib.metadata.version('torch')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _any(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print what is installed, and exit.")
+    ] = False,
+) -> None: ...
+
 
 DeviceOption = Annotated[str, typer.Option(help='"cuda", "cpu", or "auto": CUDA where there is a GPU')]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
@@ -132,7 +149,12 @@ def bench(context: typer.Context) -> None:
     if not (checkout / "benchmarks" / "run.py").exists():
         raise FxoptError("the benchmarks come with the source checkout, not with the package: run fxopt bench from one")
     sys.path.insert(0, str(checkout))
-    importlib.import_module("benchmarks.run").app(context.args, prog_name="fxopt bench", standalone_mode=False)
+    try:
+        importlib.import_module("benchmarks.run").app(context.args, prog_name="fxopt bench", standalone_mode=False)
+    except typer.BadParameter as error:
+        if not isinstance(error, ValueError):
+            raise
+        raise FxoptError(str(error)) from error  # a name that there is not
 
 
 @app.command()

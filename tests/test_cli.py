@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from fxopt import cli
+from fxopt import __version__, cli
 from fxopt.errors import FxoptError
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.runtime.cachedir import CacheDirectory
@@ -27,6 +28,12 @@ def test_help_names_the_commands() -> None:
         assert command in result.output
 
 
+def test_the_version_is_told_with_torch_s() -> None:
+    result = runner.invoke(cli.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.startswith(f"fxopt {__version__}, torch {torch.__version__.split('+')[0]}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -36,6 +43,7 @@ def test_help_names_the_commands() -> None:
         (["explain", "no_such_module:f"], "no_such_module"),
         (["explain", "just-a-name"], "module:function"),
         (["bench", "--workloads", "bogus"], "layer-norm"),
+        (["bench", "--contenders", "inducter"], "did you mean 'inductor'?"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_line(
