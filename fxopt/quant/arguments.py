@@ -24,5 +24,5 @@ def check_quantizes(precision: str) -> None:
     if not isinstance(precision, str) or precision not in PRECISIONS or precision == HIGH:
         names = [name for name in PRECISIONS if name != HIGH]
         raise OptionError(
-            f"there is no precision {precision!r} in few bits{suggestion(precision, names)}: {', '.join(names)}"
+            f"there is no precision {precision!r} in few bits{suggestion(precision, names)}; there are {', '.join(names)}"
         )

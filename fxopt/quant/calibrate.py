@@ -85,7 +85,9 @@ def _check_observers(observe: Collection[str]) -> None:
         raise CalibrationError(f"observers are several names, such as ({observe!r},), not one string")
     for name in observe:
         if name not in _OBSERVERS:
-            raise CalibrationError(f"there is no observer {name!r}{suggestion(name, _OBSERVERS)}: {', '.join(_OBSERVERS)}")
+            raise CalibrationError(
+                f"there is no observer {name!r}{suggestion(name, _OBSERVERS)}; there are {', '.join(_OBSERVERS)}"
+            )
 
 
 def _check_mode(model: nn.Module) -> None:

@@ -88,7 +88,7 @@ class Result:
         return self._report
 
     def __repr__(self) -> str:
-        return f"<fxopt.quantize: {self._report.summary()}>"
+        return f"<fxopt.quantize: {'; '.join(self._report.summary().splitlines())}>"
 
 
 def quantize(

@@ -266,7 +266,7 @@ class Calibration:
         return Reader(path, document).calibration()
 
     def __str__(self) -> str:
-        lines = [f"{len(self.layers)} layers, {self.batches} batches, method {self.method}"]
+        lines = [self._summary()]
         for layer in self.layers:
             text = f"{layer.name or '(the model itself)'}  {' x '.join(map(str, layer.shape))}  |x| <= {layer.amax:.4g}"
             edits = [f"precision {layer.precision}"] if layer.precision else []
@@ -275,10 +275,14 @@ class Calibration:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        count = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
-        return f"<Calibration of {count}, {self.batches} batches, method {self.method}, {self.digest()[:16]}>"
+        return f"<Calibration of {self._summary()}, {self.digest()[:16]}>"
 
     # ------------------------------------------------------------------ inside
+
+    def _summary(self) -> str:
+        layers = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
+        batches = f"{self.batches} batch{'es' * (self.batches != 1)}"
+        return f"{layers}, {batches}, method {self.method}"
 
     @functools.cached_property
     def _by_name(self) -> dict[str, LayerRange]:
@@ -447,7 +451,8 @@ def check_edits(precision: Any, scale: Any, symmetric: Any, where: str) -> None:
     """Raises CalibrationError for values that a user cannot have set for the layer that `where` names."""
     if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
         raise CalibrationError(
-            f"{where}: there is no precision {precision!r}{suggestion(precision, PRECISIONS)}: {', '.join(PRECISIONS)}"
+            f"{where}: there is no precision {precision!r}{suggestion(precision, PRECISIONS)}; "
+            f"there are {', '.join(PRECISIONS)}"
         )
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if scale is not None and not (number and math.isfinite(scale) and scale >= _LEAST_SCALE):
@@ -459,7 +464,7 @@ def check_edits(precision: Any, scale: Any, symmetric: Any, where: str) -> None:
 def check_method(method: str, layers: Iterable[LayerRange] = ()) -> None:
     """Raises CalibrationError for a method that does not exist, or needs what was not observed of `layers`."""
     if method not in METHODS:
-        raise CalibrationError(f"there is no method {method!r}{suggestion(method, METHODS)}: {', '.join(METHODS)}")
+        raise CalibrationError(f"there is no method {method!r}{suggestion(method, METHODS)}; there are {', '.join(METHODS)}")
     if method not in (ROWS, AVERAGE):
         return
     for layer in layers:

@@ -194,7 +194,7 @@ def test_functions_of_tables_say_what_they_take() -> None:
         fxopt.smoothed(known, data, 0.5)  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match=r"fxopt\.bias_corrected takes a module, not a list"):
         fxopt.bias_corrected(known, data, model, "int8")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=r"no precision 'int4' in few bits; did you mean 'int4-weight'\?: fp8, int8"):
+    with pytest.raises(OptionError, match=r"no precision 'int4' in few bits; did you mean 'int4-weight'\?; there are fp8, "):
         fxopt.clipped(known, model, "int4")
     with pytest.raises(OptionError, match="no precision 'high' in few bits"):
         fxopt.activation_aware(known, model, data, "high")

@@ -121,6 +121,7 @@ def test_what_is_not_faster_is_refused(times: dict[str, float]) -> None:
     with pytest.warns(UserWarning, match="not faster"):
         result = _quantize(model, 1.0)
     assert result.refused is not None and not _chosen(result) and _error(result.model, model) < 1e-6
+    assert "not faster" in repr(result) and "\n" not in repr(result)
     assert "not faster" in str(result.report())
 
 
