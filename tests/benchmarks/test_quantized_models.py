@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import calibration, quantized_models
+from benchmarks import calibration, models, quantized_models
 from benchmarks.workload import Sizes, Workload
 from fxopt.report.cases import Case
 
@@ -22,15 +22,14 @@ def _layer(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
 LAYER = Workload("layer", "model", _layer, {"width": 64}, {"width": 32})
 
 
-def test_calibrations_passes_and_eager_ones_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "MODELS", (LAYER,))
-    found = calibration.measured("layer", torch.device("cpu"), torch.float32, 2, tiny=True)
+def test_calibrations_passes_and_eager_ones_are_timed() -> None:
+    found = calibration.measured(LAYER, torch.device("cpu"), torch.float32, 2, tiny=True)
     assert found["layers"] == 1 and found["batches"] == 2
     assert all(found[what] > 0 for what in ("eager seconds", "calibrated seconds", "first batch seconds"))
 
 
 def test_each_precision_has_a_time_and_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(quantized_models, "MODELS", (LAYER,))
+    monkeypatch.setattr(models, "MODELS", (LAYER,))
     quantized_models.main(tmp_path, "cpu", "float32", "layer", "int8,int4-weight", seconds=0.01, budget=0.5, minutes=1.0)
     (case,) = json.loads((tmp_path / "quantized_models_cpu.json").read_text())["cases"]
     found = case["contenders"]
