@@ -47,6 +47,7 @@ def test_a_search_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypatch
     model, x = nn.Linear(32, 48).eval(), torch.randn(64, 32)
     task = Task("layer", model, [(x,)], [(x + 1,)], lambda outputs: {"mean": float(outputs[0].mean())}, (x,))
     monkeypatch.setattr(accuracy, "load", lambda *args: task)
+    monkeypatch.setattr(accuracy, "TASKS", ("layer",))
     monkeypatch.setattr(savings, "measured", lambda *args: {HIGH: 2e-3, "int8": 1e-3})
 
     def timed(calls: dict[str, Any], *rest: Any, **settings: Any) -> dict[str, Timing]:
