@@ -82,8 +82,8 @@ CATEGORIES: dict[str, frozenset[str]] = {
 """Category -> names of `aten` (and `fxopt`, for random) operators. Everything else is "library"."""
 
 _OF_CUBLAS = frozenset(
-    "mm addmm _addmm_activation bmm baddbmm addbmm mv addmv dot vdot linear _int_mm _scaled_mm scaled_mm group_scaled_mm weight_only_mm "
-    "linear_cross_entropy linear_cross_entropy_backward".split()
+    "mm addmm _addmm_activation bmm baddbmm addbmm mv addmv dot vdot linear _int_mm _scaled_mm scaled_mm group_scaled_mm "
+    "weight_only_mm linear_cross_entropy linear_cross_entropy_backward".split()
 )
 
 
