@@ -67,11 +67,13 @@ def _renamed_region(region: Region, names: Mapping[str, str]) -> Region:
         stores = (replace(s.transformed({}, changed.__getitem__), buffer=names[s.buffer]) for s in nest.stores)
         return replace(nest, stores=tuple(stores))
 
-    return Region(
+    return replace(
+        region,
         name="region",
         nest=renamed(region.nest),
         buffers=_renamed_specs(region.buffers, names),
-        device=region.device,
+        nodes=(),
+        origins=(),
         across=None if region.across is None else renamed(region.across),
         passed=frozenset(names[own] for own in region.passed),
         steady=frozenset(names[own] for own in region.steady),
@@ -113,7 +115,7 @@ class Printer:
         twin: Work
         if isinstance(work, Region):
             twin, names = canonical(work)
-            key = (twin.device, twin.nests, tuple(twin.buffers.values()), twin.passed, twin.steady)
+            key = (twin, tuple(twin.buffers.values()))
         elif isinstance(work, Attention) and work.scores is None:
             twin, names = canonical_attention(work)
             key = twin

@@ -47,6 +47,7 @@ def alone(region: Region) -> list[Candidate]:
 
 
 SPLIT = {"rows": 4, "row": 1 << 20}
+LONG = {"rows": 4096, "row": 16384}
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,10 @@ SPLIT = {"rows": 4, "row": 1 << 20}
         [summed("o", "a", "b", **SPLIT), summed("p", "c", "d", **SPLIT)],
         [added("o", "a", "b"), added("c", "b", "a")],
         [added("a", "a", "b"), added("c", "c", "a")],
+        [replace(region, backwards=True) for region in (added("o", "a", "b"), added("c", "b", "a"))],
+        [replace(region, reread=True) for region in (summed("o", "a", "b", **LONG), summed("p", "b", "c", **LONG))],
     ],
-    ids=["reductions", "in parts", "element-wise", "in place"],
+    ids=["reductions", "in parts", "element-wise", "in place", "backwards", "read again"],
 )
 def test_twins_are_printed_once(twins: list[Region]) -> None:
     printed: list[Region] = []
@@ -82,8 +85,10 @@ def test_twins_are_printed_once(twins: list[Region]) -> None:
             added("o", "a", "b"),
             replace(added("o", "a", "b"), buffers=added("o", "a", "b").buffers | {"a": spec("a", 1 << 10, 1 << 10)}),
         ),
+        (added("o", "a", "b"), replace(added("o", "a", "b"), backwards=True)),
+        (summed("o", "a", "b"), replace(summed("o", "a", "b"), reread=True)),
     ],
-    ids=["one operand", "in place", "size", "one operand reduced", "shape"],
+    ids=["one operand", "in place", "size", "one operand reduced", "shape", "direction", "what the next reads"],
 )
 def test_other_regions_are_not(one: Region, other: Region) -> None:
     printed: list[Region] = []
