@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxopt.runtime.launch import check, driver
+from fxopt.runtime.launch import check, context_of, driver
 
 MOST = 32
 """Copies in one launch."""
@@ -33,9 +33,8 @@ def copying_kernel(index: int) -> int:
 
     Waits for the device at its first call.
     """
-    device = torch.device("cuda", index)
-    torch.empty(1, device=device)  # without a context the driver refuses every kernel
-    lib = driver()
+    device, lib = torch.device("cuda", index), driver()
+    context_of(index, lib, "loading the kernel of copies")
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     if lib.cuModuleLoadData(ctypes.byref(module), _PTX.read_bytes() + b"\0"):
         return 0

@@ -171,8 +171,8 @@ def _loaded_cuda(launches: list[Launch], kernels: Mapping[str, Artifact], loaded
             continue
         artifact, device = kernels[key[0]], key[1]
         try:
+            torch.cuda.init()  # a plan may make all its tensors itself
             with torch.cuda.device(device):
-                torch.cuda.current_stream(device)  # the context exists from here on
                 loaded[key] = load_cubin(artifact.path, artifact.meta, device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CacheError(f"cannot load kernel {artifact.entry} from {artifact.path}: {error}") from error

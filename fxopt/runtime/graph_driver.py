@@ -33,7 +33,7 @@ from fxopt.runtime import native_replay
 from fxopt.runtime.branches import SideStream
 from fxopt.runtime.copies import copying_kernel
 from fxopt.runtime.drawing_graph import DrawingGraph, capture_drawing
-from fxopt.runtime.launch import check, driver
+from fxopt.runtime.launch import check, context_of, driver
 from fxopt.runtime.native_replay import Device
 from fxopt.runtime.solitude import is_alone
 
@@ -125,9 +125,7 @@ class GraphDriver:
         """Raises CudaError, and OSError without a driver."""
         self.index = index
         self._lib = driver()
-        self._context = ctypes.c_void_p()
-        torch.cuda.current_stream(index).synchronize()  # the context exists from here on
-        self._call(self._lib.cuCtxGetCurrent, "asking for the context", ctypes.byref(self._context))
+        self._context = ctypes.c_void_p(context_of(index, self._lib, "asking for the context"))
         self._event, side = ctypes.c_void_p(), ctypes.c_void_p()
         self._call(self._lib.cuEventCreate, "making an event", ctypes.byref(self._event), _DISABLE_TIMING)
         self._call(self._lib.cuStreamCreate, "making a stream", ctypes.byref(side), _NON_BLOCKING)

@@ -37,7 +37,17 @@ class FakeDriver:
         self.context = context.value
         return 0
 
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_int))[0] = 10 + index
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = 100 + device.value
+        return 0
+
     def cuModuleLoadData(self, module: Any, data: bytes) -> int:
+        if self.context is None:
+            return 201
         ctypes.cast(module, ctypes.POINTER(ctypes.c_void_p))[0] = 1
         return self.refuse.get("load", 0)
 
@@ -149,6 +159,12 @@ def test_a_thread_without_a_context_gets_that_of_loading(cubin: Path) -> None:
     driver.context = None
     launch(7, 3, 2, 1, 1, 2, 3, 4)
     assert driver.context == 5 and len(driver.launches) == 1
+
+
+def test_loading_where_no_context_is_takes_the_primary_one_of_the_device(cubin: Path) -> None:
+    driver = FakeDriver()
+    driver.context = None
+    assert load_cubin(cubin, META, 3, driver).context == 113 == driver.context
 
 
 def test_unknown_parameter_kinds_are_refused(cubin: Path) -> None:
