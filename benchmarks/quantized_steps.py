@@ -280,7 +280,6 @@ def main(
     chosen = choose(workloads)
     many, single = (names_of(names, PRECISIONS, "precision") for names in (precisions, few))
     where = pick_device(device)
-    dtype = pick_dtype("bfloat16" if where.type == "cuda" else "float32")
     end = time.monotonic() + 60 * minutes
     document: dict[str, Any] = {"target": target_facts(where), "versions": versions(), "commit": revision(), "cases": []}
     out.mkdir(parents=True, exist_ok=True)
@@ -290,9 +289,10 @@ def main(
             typer.echo(f"{name}: no time left")
             continue
         typer.echo(name)
+        dtype = pick_dtype((workload.dtype or "bfloat16") if where.type == "cuda" else "float32")
         case = workload.build(workload.sizes(tiny), where, dtype)
         wanted = single if "decode" in name else many
-        document["cases"].append({"workload": name, "contenders": measured(case, where, wanted)})
+        document["cases"].append({"workload": name, "dtype": str(dtype), "contenders": measured(case, where, wanted)})
         (out / f"quantized_steps_{where.type}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
