@@ -3,8 +3,9 @@
     python -m benchmarks.pool_model --workloads gpt2-train,resnet50-train
 
 No GPU is needed. The plans are those of one step on the CPU, of full size, thought to be a GPU's; memory that library calls
-take for a while is not known, but for cuBLAS's workspace. Three ways are told: values that are taken from the device one by
-one, the same where the backward overwrites what it has read, and that in a pool which begins with one piece.
+take for a while is not known, but for cuBLAS's workspace. Steps at the ends that run plainly have no part in it. Three ways
+are told: values that are taken from the device one by one, the same where the backward overwrites what it has read, and that
+in a pool which begins with one piece.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import torch
 import typer
 
 from benchmarks.models import choose
-from fxopt import compiler, plan_cache
+from fxopt import backend, compiler, plan_cache
 from fxopt.cli import pick_dtype
 from fxopt.ir.graph import Phase, Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
+from fxopt.passes import pad_gemm
 from fxopt.report.contenders import CONTENDERS
 from fxopt.runtime.footprint import footprint, peak_with
 from fxopt.runtime.lifetimes import Lifetimes, nbytes, returns_fresh
 from fxopt.runtime.memory import plan_memory
 from fxopt.runtime.plan import Free, InputSpec, Plan, allocated, defined, used
 from fxopt.runtime.training_graph import ROOM
+from fxopt.runtime.training_window import choose_window
 
 GPU = torch.device("cuda", 0)
 MIB = 1 << 20
@@ -157,12 +160,14 @@ def run(plan: Plan, memory: Allocator, given: Mapping[str, Block]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Step:
-    """The plans of a training step. `passed` are the backward's inputs that are in memory of the forward's, by the name that
-    this has there; the last of them to be read, where there are several."""
+    """The captured parts of a training step's plans. `passed` are the backward's inputs that are in memory of the forward's,
+    by the name that this has there; the last of them to be read, where there are several. `copied` are those that are copied
+    in."""
 
     forward: Plan
     backward: Plan
     passed: dict[str, str]
+    copied: list[InputSpec]
 
     @staticmethod
     def of(forward: Plan, backward: Plan) -> Step:
@@ -174,7 +179,9 @@ class Step:
             for name in {root.get(n, n) for n in refs(value)} & made:
                 if name not in passed or last.get(x.name, 0) > last.get(passed[name], 0):
                     passed[name] = x.name
-        return Step(forward, backward, passed)
+        parts = captured(forward, Phase.FORWARD), captured(backward, Phase.BACKWARD)
+        kept = {x.name for x in backward.inputs if not x.name.startswith("tangents")}
+        return Step(*parts, passed, [x for x in moved(parts[1]) if x.name not in kept])
 
     def peak(self) -> int:
         """Bytes that both hold at most, one after the other."""
@@ -182,11 +189,7 @@ class Step:
         first, given = footprint(self.forward, GPU), [((x,), size_of(specs[n])) for n, x in self.passed.items()]
         second = peak_with(self.backward, GPU, given)
         assert first is not None and second is not None
-        return max(first.peak + sum(map(size_of, moved(self.forward))), second + sum(map(size_of, self.gradients())))
-
-    def gradients(self) -> list[InputSpec]:
-        """The backward's inputs that are copied in."""
-        return [x for x in moved(self.backward) if x.name.startswith("tangents")]
+        return max(first.peak + sum(map(size_of, moved(self.forward))), second + sum(map(size_of, self.copied)))
 
     def pool(self, way: str) -> int:
         """Bytes of the pool."""
@@ -199,11 +202,17 @@ class Step:
         for block in (workspace, *twins, *(block for name, block in made.items() if name not in self.passed)):
             memory.give(block)
         memory.take(WORKSPACE)
-        for x in self.gradients():
+        for x in self.copied:
             memory.take(size_of(x))
         given = {x: made[name] for name, x in self.passed.items() if name in made}
         run(self.backward, memory, {} if way == ONE_BY_ONE else given)
         return memory.reserved
+
+
+def captured(plan: Plan, phase: Phase) -> Plan:
+    """What of `plan` is captured; all of it where that would not be worth it."""
+    choice = choose_window(plan, phase)
+    return plan if isinstance(choice, str) else choice.parts.captured.plan
 
 
 def moved(plan: Plan) -> list[InputSpec]:
@@ -212,7 +221,8 @@ def moved(plan: Plan) -> list[InputSpec]:
 
 @contextmanager
 def plans() -> Iterator[list[tuple[Plan, Phase]]]:
-    """A list that gets the plans of what is compiled in the block, as they would be for a GPU."""
+    """A list that gets the plans of what is compiled in the block, as they would be for a GPU: with products padded for its
+    library. None of these are kept on disk, or taken from there."""
     found: list[tuple[Plan, Phase]] = []
 
     def note(executor: Any, phase: Phase, *others: Any) -> Any:
@@ -220,7 +230,10 @@ def plans() -> Iterator[list[tuple[Plan, Phase]]]:
         found.append((plan_memory(Plan.from_json(text)), phase))
         return executor
 
-    with mock.patch.object(compiler, "with_graphs", note), mock.patch.object(plan_cache, "with_graphs", note):
+    for_a_gpu = mock.patch.object(pad_gemm, "wants_alignment", return_value=True)
+    no_plans = mock.patch.object(plan_cache, "plan_key", return_value=None)
+    no_graphs = mock.patch.object(backend, "_shelf", return_value=None)
+    with mock.patch.object(compiler, "with_graphs", note), for_a_gpu, no_plans, no_graphs:
         yield found
 
 

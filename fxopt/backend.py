@@ -50,10 +50,10 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
         return
     from fxopt.lower import attention_kernels, batching, contractions, group_sums, groupings, row_norms
     from fxopt.passes import NAMES
-    from fxopt.runtime import backward_pieces, branches, cuda_graph, launch, native_replay
+    from fxopt.runtime import backward_pieces, branches, cuda_graph, launch, native_replay, training_window
 
     lowering = (attention_kernels, batching, contractions, group_sums, groupings, row_norms)
-    running = (cuda_graph, launch, native_replay, backward_pieces, branches)
+    running = (cuda_graph, launch, native_replay, backward_pieces, training_window, branches)
     known = (*NAMES, *(part.NAME for part in (*lowering, *running)))
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"

@@ -342,11 +342,11 @@ class Facts:
         """
         found, count = self.found, len(self.found.steps)
         moved = [
-            (found.first[x.name], _known(nbytes(_buffer(x))))
+            (found.first[x.name], known(nbytes(buffer_of(x))))
             for x in self.plan.inputs
             if x.kind == "tensor" and found.last.get(x.name, -1) >= begin and not self._stays(x)
         ]
-        sizes = {n: _known(nbytes(self.specs[n])) for n in (*found.made, *found.returned) if n in self.specs}
+        sizes = {n: known(nbytes(self.specs[n])) for n in (*found.made, *found.returned) if n in self.specs}
         entering = sum(sizes[n] for n in found.crossing(0, begin))
         returned = [(found.first[n], size) for n, size in sizes.items() if n in found.returned and found.first[n] >= begin]
         passing = [0] * (count + 2)  # bytes of what is mentioned on both sides of each cut and is no result
@@ -442,12 +442,12 @@ def _draws(op: str) -> bool:
     return seeded and _SEEDED_WITHOUT_DROPOUT not in op
 
 
-def _known(size: Int) -> int:
+def known(size: Int) -> int:
     """A size that is a number, else zero."""
     return size if isinstance(size, int) else 0
 
 
-def _buffer(x: InputSpec) -> BufferSpec:
+def buffer_of(x: InputSpec) -> BufferSpec:
     assert x.dtype is not None and x.device is not None
     return BufferSpec(x.name, x.dtype, x.device, x.shape, x.strides)
 

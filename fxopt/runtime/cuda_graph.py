@@ -23,10 +23,9 @@ from fxopt.errors import FxoptError
 from fxopt.ir.graph import Phase
 from fxopt.journal import Journal
 from fxopt.options import Options
-from fxopt.runtime import backward_pieces, branches
+from fxopt.runtime import backward_pieces, branches, training_window
 from fxopt.runtime.branch_contest import BranchContest, TimingDriver
 from fxopt.runtime.capturable import (
-    CAPTURED,
     Choice,
     Pieces,
     Traits,
@@ -36,7 +35,6 @@ from fxopt.runtime.capturable import (
     gpu,
     too_dear,
     traits,
-    whole,
 )
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.in_parts import InParts, InPieces, Way, Whole
@@ -44,6 +42,7 @@ from fxopt.runtime.native_replay import NAME as NATIVE
 from fxopt.runtime.native_replay import Device, Extension, Play, plays, plays_within, replayer
 from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import Recording, record
+from fxopt.runtime.training_window import choose_window
 
 NAME = "cuda-graphs"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
@@ -224,17 +223,30 @@ class GraphedExecutor:
 
     def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
         """`values` are what the captured part takes, and what is needed after it."""
-        self._replays += 1
-        way, take = self._way, self._turns.take
-        result: tuple[Any, ...]
-        if way.lent:
-            result = take(
-                lambda stream: way.end(values, recording.play(way.handed(values), stream)),
-                lambda: way.end(values, way.captured(values)),
-            )
-            return result
-        result = take(lambda stream: recording.play(way.handed(values), stream), lambda: way.captured(values))
-        return way.end(values, result)
+        results = self._replay_if(lambda stream: True, recording, values)
+        assert results is not None
+        return results
+
+    def _replay_if(
+        self, may_replay: Callable[[int], bool], recording: Recording, values: list[Any]
+    ) -> tuple[Any, ...] | None:
+        """The results of a call by a replay; None, and no more has happened, where `may_replay(stream)`, asked in the turn,
+        says no. Within another turn of this thread's the call runs plainly."""
+        way = self._way
+
+        def work(stream: int) -> tuple[Any, ...] | None:
+            if not may_replay(stream):
+                return None
+            self._replays += 1
+            results = recording.play(way.handed(values), stream)
+            return way.end(values, results) if way.lent else results
+
+        def nested() -> tuple[Any, ...]:
+            results = way.captured(way.handed(values))
+            return way.end(values, results) if way.lent else results
+
+        results: tuple[Any, ...] | None = self._turns.take(work, nested)
+        return results if results is None or way.lent else way.end(values, results)
 
     def _otherwise(self, inputs: list[Any]) -> tuple[Any, ...]:
         """A call that the latest recording does not fit."""
@@ -251,9 +263,12 @@ class GraphedExecutor:
         values = way.begin(inputs)
         if recording is None:
             recording = self._turns.take(lambda stream: self._capture(key, values), lambda: None)
-        if recording is None:
-            return way.end(values, way.captured(way.handed(values)))
-        return self._replay(recording, values)
+        return self._rest(values) if recording is None else self._replay(recording, values)
+
+    def _rest(self, values: list[Any]) -> tuple[Any, ...]:
+        """The results of a call that has begun its way, without a replay."""
+        way = self._way
+        return way.end(values, way.captured(way.handed(values)))
 
     def _plainly(self, inputs: list[Any], key: Key | None) -> tuple[Any, ...]:
         """Run without graphs; this thread may capture what has this key afterwards."""
@@ -421,7 +436,7 @@ class _Made:
             from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
 
             made = GraphedForward if phase is Phase.FORWARD else GraphedBackward
-            return made(executor, found, self._turns, limit, note, extension=self._extension)
+            return made(executor, found, self._turns, limit, note, parts, self._extension)
         if not parts.is_whole:
             way = functools.partial(InParts, parts, executor)
             return GraphedExecutor(executor, found, self._turns, limit, note, way, self._extension)
@@ -439,11 +454,12 @@ class _Made:
 
 
 def _in_training(plan: Plan, phase: Phase, options: Options) -> Choice | Pieces | str:
-    """All or nothing, a backward perhaps in pieces."""
+    """All that does not end in large values, a backward perhaps in pieces."""
     if reason := flaw(plan):
         return reason
     in_pieces = phase is Phase.BACKWARD and backward_pieces.NAME not in options.disable
-    return (backward_pieces.choose_backward_pieces(plan) if in_pieces else None) or Choice(whole(plan), CAPTURED)
+    pieces = backward_pieces.choose_backward_pieces(plan) if in_pieces else None
+    return pieces or choose_window(plan, phase, ends=training_window.NAME not in options.disable)
 
 
 def _switched_off(options: Options) -> str | None:

@@ -61,17 +61,22 @@ class InParts:
         def bound(part: Part) -> tuple[Run, tuple[int, ...]]:
             return executor.part(part.plan), part.takes
 
-        self.lent = parts.lent
+        self.lent, self._direct = parts.lent, parts.direct
         self._before = None if parts.before is None else bound(parts.before)
         self._captured = bound(parts.captured)
         self._after = None if parts.after is None else bound(parts.after)
+        later = {*parts.captured.takes, *(() if parts.after is None else parts.after.takes)}
+        self._dying = () if parts.before is None else tuple(i for i in parts.before.takes if i not in later)
 
     def begin(self, inputs: list[Any]) -> list[Any]:
         values = list(inputs)
         inputs.clear()
         if self._before is not None:
             run, takes = self._before
-            values += run(_taken(values, takes))
+            arguments = _taken(values, takes)
+            for i in self._dying:
+                values[i] = None
+            values += run(arguments)
         return values
 
     def captured(self, values: list[Any]) -> tuple[Any, ...]:
@@ -85,11 +90,18 @@ class InParts:
         if self._after is None:
             return results
         run, takes = self._after
+        direct = [(at, results[k]) for at, k in self._direct]
         values += results
         del results
         arguments = _taken(values, takes)
         values.clear()
-        return run(arguments)
+        returned = run(arguments)
+        if direct:
+            found = list(returned)
+            for at, value in direct:
+                found[at] = value
+            returned = tuple(found)
+        return returned
 
 
 class InPieces:

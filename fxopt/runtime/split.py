@@ -6,7 +6,7 @@ part makes those that it uses. Inputs that tell sizes are given to every part th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,13 +32,15 @@ class Parts:
     """Parts that do what the whole plan does, in this order; the results of the last are the plan's.
 
     `lent` are positions among the results of `captured`: values that `after` only reads, and of which nothing remains when
-    it has run. They may be left where a captured run has them.
+    it has run. They may be left where a captured run has them. `direct` are results of the plan, by position, that
+    `captured` gives, at another position; `after` gives None for them.
     """
 
     before: Part | None
     captured: Part
     after: Part | None
     lent: frozenset[int]
+    direct: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -76,12 +78,14 @@ class Mentions:
         return [n for n in self.made if begin <= self.first[n] < cut <= self.last[n]]
 
 
-def split(plan: Plan, begin: int, end: int | None, lends: bool) -> Parts:
+def split(plan: Plan, begin: int, end: int | None, lends: bool, left: Collection[str] = ()) -> Parts:
     """`plan` in parts: its steps (those that run something) from `begin` to before `end` are captured. With None for `end`
     that part has the plan's results, else one after it does.
 
     With `lends` the part after it may read values in the memory of a captured run: none of its steps keeps or returns what
-    it is given. Raises KeyError when a value that passes between parts is not described in `plan.buffers`.
+    it is given. `left` are values made in the captured part, by the names of their memory, that the plan saves for a
+    backward and returns as nothing else: what is saved of them are that part's last results, and the plan's at once. Raises
+    KeyError when a value that passes between parts is not described in `plan.buffers`.
     """
     found = Mentions(plan)
     writer = _Writer(plan, found)
@@ -92,13 +96,20 @@ def split(plan: Plan, begin: int, end: int | None, lends: bool) -> Parts:
         before = writer.part(values, found.steps[:begin], [Ref(n) for n in passed])
         values += passed
     if end is None:
-        return Parts(before, writer.part(values, found.steps[begin:], plan.outputs), None, frozenset())
+        return Parts(before, writer.part(values, found.steps[begin:], plan.outputs, plan.saved), None, frozenset())
     passed = found.crossing(begin, end)
     lent = [n for n in passed if lends and n not in found.returned]
-    kept = [n for n in passed if n not in lent]
-    captured = writer.part(values, found.steps[begin:end], [Ref(n) for n in (*kept, *lent)])
-    after = writer.part([*values, *kept, *lent], found.steps[end:], plan.outputs)
-    return Parts(before, captured, after, frozenset(range(len(kept), len(passed))))
+    kept = [n for n in passed if n not in lent and n not in left]
+    read = {found.root.get(n, n) for step in found.steps[end:] for n in used(step)}
+    saved = [n for n in passed if n in left and n in read]
+    order = [*kept, *lent, *saved]
+    direct = [at for at, out in enumerate(plan.outputs) if any(found.root.get(n, n) in left for n in refs(out))]
+    results = [*(Ref(n) for n in order), *(plan.outputs[at] for at in direct)]
+    captured = writer.part(values, found.steps[begin:end], results, len(saved) + len(direct))
+    rest = [None if at in direct else out for at, out in enumerate(plan.outputs)]
+    after = writer.part([*values, *order], found.steps[end:], rest)
+    places = frozenset(range(len(kept), len(kept) + len(lent)))
+    return Parts(before, captured, after, places, tuple((at, len(order) + k) for k, at in enumerate(direct)))
 
 
 def row(plan: Plan, cuts: Sequence[int]) -> tuple[Part, ...]:
@@ -135,8 +146,9 @@ class _Writer:
         self.inputs = {x.name: x for x in plan.inputs}
         self.constants = {x.name for x in plan.constants}
 
-    def part(self, values: Sequence[str], steps: Sequence[PlanStep], outputs: Sequence[Any]) -> Part:
-        """A plan of `steps` with these outputs; `values` are the names of what exists before."""
+    def part(self, values: Sequence[str], steps: Sequence[PlanStep], outputs: Sequence[Any], saved: int = 0) -> Part:
+        """A plan of `steps` with these outputs, the last `saved` of them for a backward; `values` are the names of what
+        exists before."""
         written = self.with_views(steps, outputs)
         mentioned = {n for step in written for n in (*used(step), *defined(step))} | set(refs(tuple(outputs)))
         buffers = tuple(b for b in self.plan.buffers if b.name in mentioned.difference(values))
@@ -152,6 +164,7 @@ class _Writer:
             buffers=buffers,
             steps=written,
             outputs=tuple(outputs),
+            saved=saved,
         )
         return Part(plan_memory(part), takes)
 

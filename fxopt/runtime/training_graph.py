@@ -15,6 +15,7 @@ living tensors, whatever they are, and neither overwrites anything that anybody 
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
@@ -27,18 +28,19 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.ir.region import Call, refs
-from fxopt.runtime.capturable import Traits, too_dear
+from fxopt.runtime.capturable import Traits, buffer_of, known, too_dear
 from fxopt.runtime.cuda_graph import NAME, GraphedExecutor, Key, Note, Turns, _comparison
 from fxopt.runtime.executor import Executor
 from fxopt.runtime.footprint import peak_with
-from fxopt.runtime.lifetimes import Lifetimes
+from fxopt.runtime.in_parts import InParts, Way
+from fxopt.runtime.lifetimes import Lifetimes, nbytes
 from fxopt.runtime.native_replay import Extension
 from fxopt.runtime.plan import Launch, Plan, defined
 from fxopt.runtime.recording import CaptureRefused, Driver, Kept, Recording, record, span
 from fxopt.runtime.solitude import see_backward
+from fxopt.runtime.split import Parts
+from fxopt.runtime.training_window import COPY_SHARE
 
-COPY_SHARE = 1.0
-"""How much of the host time that a replay saves may go into copies: whoever asks for graphs here is short of it."""
 SIZES_KEPT = 4
 """How many forwards of a graph with symbolic sizes are kept captured; each keeps the memory of its activations."""
 STALE_REPLAYS = 256
@@ -236,7 +238,7 @@ class BackwardRecording(Recording):
 
 
 class GraphedForward(GraphedExecutor):
-    """Runs a forward plan by replaying it where the memory of what it saves is free."""
+    """Runs a forward plan by replaying it, or what of `parts` is captured, where the memory of what it saves is free."""
 
     def __init__(
         self,
@@ -245,10 +247,12 @@ class GraphedForward(GraphedExecutor):
         turns: Turns,
         limit: int,
         note: Note,
+        parts: Parts,
         extension: Extension | None = None,
     ) -> None:
         most = min(limit, SIZES_KEPT) if found.varying else limit
-        super().__init__(executor, found, turns, most, note, extension=extension)
+        super().__init__(executor, found, turns, most, note, _way(parts, executor), extension)
+        self._captured = parts.captured.plan
         self._own_results = _own_results(self.plan)
         self.left = frozenset[StorageWeakRef]()
         """The storages that the last plain run has made for the backward. Addresses are soon another's."""
@@ -265,7 +269,7 @@ class GraphedForward(GraphedExecutor):
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         self._drop_stale()
-        saved, found = self.plan.saved, self._traits
+        saved, found, way = self._captured.saved, self._traits, self._way
         copied = sum(span(values[i]) for i in found.moved)
         if dear := too_dear(copied, found.steps, COPY_SHARE):  # known before any memory is taken for it
             raise CaptureRefused(dear)
@@ -273,7 +277,7 @@ class GraphedForward(GraphedExecutor):
         pool = driver.new_pool()
         most = max(self.room, found.peak + copied) if self.room else 0
         found = replace(found, peak=most + most // ROOM)
-        made = record(self._executor, values, signature, found, driver, saved=saved, pool=pool)
+        made = record(way.captured, values, signature, found, driver, way.lent, saved, pool)
         results = made.results
         memory = SavedMemory([kept.tensor for kept in results.kept], [kept.tensor for kept in results.host], pool, driver)
         results.kept = [Kept(kept.at, tensor) for kept, tensor in zip(results.kept, memory.tensors, strict=True)]
@@ -311,19 +315,25 @@ class GraphedForward(GraphedExecutor):
             return found  # let go of meanwhile, by another thread
         one = kept[0]
         layout = f"{str(one.tensor.dtype).removeprefix('torch.')} {list(one.tensor.shape)}"
-        return f"{found}, the first of them result {one.at}, {layout}, of {_maker(self.plan, one.at)}"
+        return f"{found}, the first of them result {one.at}, {layout}, of {_maker(self._captured, one.at)}"
 
     def _replay(self, recording: Recording, values: list[Any]) -> tuple[Any, ...]:
-        def work(stream: int) -> tuple[Any, ...] | None:
-            assert isinstance(recording, ForwardRecording)
-            if _may_be_read_unseen() or not recording.memory.take(stream, self._turns):
-                return None
-            self._replays += 1
-            recording.memory.taken_at = self._replays
-            return recording.play(values, stream)
+        assert isinstance(recording, ForwardRecording)
+        memory = recording.memory
 
-        result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
-        return self._executor(values) if result is None else result
+        def may_write(stream: int) -> bool:
+            if _may_be_read_unseen() or not memory.take(stream, self._turns):
+                return False
+            memory.taken_at = self._replays + 1
+            return True
+
+        results = self._replay_if(may_write, recording, values)
+        return self._rest(values) if results is None else results
+
+
+def _way(parts: Parts, executor: Executor) -> Callable[[], Way] | None:
+    """What makes the way around what is captured; None where that is the whole plan."""
+    return None if parts.is_whole else functools.partial(InParts, parts, executor)
 
 
 def _own_results(plan: Plan) -> tuple[int, ...]:
@@ -350,8 +360,25 @@ class GraphedBackward(GraphedExecutor):
     """Runs a backward plan by replaying it on what a captured forward has saved.
 
     Which of its inputs those are is seen at the first call that has some. From then on they are used where they are, and a
-    call with any of them elsewhere runs plainly.
+    call with any of them elsewhere runs plainly. Of `parts` one is captured.
     """
+
+    def __init__(
+        self,
+        executor: Executor,
+        found: Traits,
+        turns: Turns,
+        limit: int,
+        note: Note,
+        parts: Parts,
+        extension: Extension | None = None,
+    ) -> None:
+        super().__init__(executor, found, turns, limit, note, _way(parts, executor), extension)
+        self._captured = parts.captured
+        self._later = frozenset(() if parts.after is None else parts.after.takes)
+        """Positions among the inputs, and what is made of them before the replay, that are read after it."""
+        self._given = tuple(i for i in found.moved if i < len(self.plan.inputs))
+        """Of what is copied: the inputs; the others are made before the replay."""
 
     _knows_saved = False
     _has_asked = False
@@ -377,7 +404,7 @@ class GraphedBackward(GraphedExecutor):
             with _lock:
                 places = [memory.addresses for memory in _memories]
             known = frozenset[int]().union(*places)
-            saved = [i for i in self._traits.moved if inputs[i].data_ptr() in known] if known else []
+            saved = [i for i in self._given if inputs[i].data_ptr() in known] if known else []
             if not saved:
                 return False
             fixed = tuple(sorted({*self._traits.fixed, *saved}))
@@ -391,7 +418,7 @@ class GraphedBackward(GraphedExecutor):
         """Tell the forward that has made some of `inputs` how much memory it should begin with."""
         with _lock:
             forwards = [] if self._has_asked else list(_forwards)
-        storages = {i: inputs[i].untyped_storage() for i in self._traits.moved} if forwards else {}
+        storages = {i: inputs[i].untyped_storage() for i in self._given} if forwards else {}
         for forward in forwards:
             left, given = {storage.cdata for storage in forward.left}, dict[int, list[int]]()
             for i, storage in storages.items():
@@ -402,23 +429,27 @@ class GraphedBackward(GraphedExecutor):
             self._has_asked = True
             names = [x.name for x in self.plan.inputs]
             pieces = [([names[i] for i in positions], storages[positions[0]].nbytes()) for positions in given.values()]
-            held = peak_with(self.plan, self._traits.device, pieces)
+            plan = self._captured.plan
+            held = peak_with(plan, self._traits.device, pieces)
             if held is not None:
                 twins = storages.keys() - {i for positions in given.values() for i in positions}
-                forward.room = max(forward.room, held + sum(span(inputs[i]) for i in twins))
+                made = [x for i, x in zip(self._captured.takes, plan.inputs, strict=True) if i >= len(inputs)]
+                copied = sum(span(inputs[i]) for i in twins) + sum(known(nbytes(buffer_of(x))) for x in made)
+                forward.room = max(forward.room, held + copied)
 
     def _record(self, values: list[Any], signature: tuple[Any, ...]) -> Recording:
         """Captured with the memory that the forward has used and not saved, and that of what only this call can read."""
-        run, found, driver = self._executor, self._traits, self._turns.driver
+        way, found, driver = self._way, self._traits, self._turns.driver
+        kept = {*found.written, *self._later}
         places = {values[i].data_ptr() for i in found.fixed}
         with _lock:
             memory = next((memory for memory in _memories if not places.isdisjoint(memory.addresses)), None)
         if memory is None:
-            return record(run, values, signature, found, driver)
-        loans = memory.loans(values, [i for i in found.fixed if i not in found.written])
+            return record(way.captured, values, signature, found, driver, way.lent)
+        loans = memory.loans(values, [i for i in found.fixed if i not in kept])
         if not memory.is_owned(loans) or self._key(values) in self._sparing:
             # An earlier capture takes the place of what this one reads, or of what is retained: not in the same pool.
-            return record(run, values, signature, found, driver)
+            return record(way.captured, values, signature, found, driver, way.lent)
         _take_back(values, loans)
         idle = memory.idle()
         memory.lend(values, loans)
@@ -427,7 +458,8 @@ class GraphedBackward(GraphedExecutor):
         if size < LEAST_OVERWRITTEN:
             loans = ()
         found = replace(found, peak=0)  # the forward has begun the pool
-        made = record(run, values, signature, found, driver, pool=memory.pool, given_up=memory.give_up(loans))
+        given = memory.give_up(loans)
+        made = record(way.captured, values, signature, found, driver, way.lent, pool=memory.pool, given_up=given)
         if loans:
             self._note(NAME, f"{size / 2**20:.1f} MiB that the forward has saved are its own as soon as it has read them")
         return BackwardRecording(**vars(made), memory=memory, loans=loans, overwritten=memory.given_up())
@@ -441,21 +473,20 @@ class GraphedBackward(GraphedExecutor):
         assert isinstance(recording, BackwardRecording)
         memory, loans, overwritten = recording.memory, recording.loans, recording.overwritten
 
-        def work(stream: int) -> tuple[Any, ...] | None:
+        def may_destroy(stream: int) -> bool:
             _take_back(values, loans)
-            if not memory.is_idle() and not overwritten <= memory.idle():  # the graph of autograd is retained, say
-                memory.lend(values, loans)
-                return None
-            self._replays += 1
-            return recording.play(values, stream)
+            if memory.is_idle() or overwritten <= memory.idle():
+                return True
+            memory.lend(values, loans)  # the graph of autograd is retained, say
+            return False
 
-        result: tuple[Any, ...] | None = self._turns.take(work, lambda: self._executor(values))
-        if result is not None:
-            return result
+        results = self._replay_if(may_destroy, recording, values)
+        if results is not None:
+            return results
         recording.refusals += 1
         if recording.refusals == RETAINED_CALLS:  # the next call captures one that destroys nothing
             self._sparing |= set(self._drop(lambda kept: kept is recording))
-        return self._executor(values)
+        return self._rest(values)
 
     def _plainly(self, inputs: list[Any], key: Key | None) -> tuple[Any, ...]:
         # What reads the memory of a forward that is not replayed any more would keep that memory.

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.journal import RECENT
-from fxopt.runtime import backward_pieces, cuda_graph, recording, training_graph
+from fxopt.runtime import backward_pieces, cuda_graph, recording, training_graph, training_window
 from fxopt.runtime.training_graph import GraphedBackward, GraphedForward
 from tests.guest.agreement import compiled
 
@@ -195,6 +195,24 @@ def test_a_backward_in_pieces(kind: type[nn.Module], made: Made, monkeypatch: py
     agree(steps, made, kind, torch.bfloat16)
     replays = [piece._replays for piece in made.backwards]
     assert replays.count(6) > 1, reasons()
+
+
+def test_ends_that_run_plainly(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where copies count for much, what makes the results and what reads their gradients is no part of the captured runs."""
+    monkeypatch.setattr(training_window, "COPY_BYTES_PER_SECOND", 1e8)
+
+    def steps(model: nn.Module, run: Any) -> list[Any]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        out = []
+        for k in range(7):
+            optimizer.zero_grad()
+            out.append(backward(run(tokens(k, True))))
+            out += gradients(model)
+            optimizer.step()
+        return out
+
+    agree(steps, made, Transformer, torch.bfloat16)
+    assert made.replays() == (6, 5) and sum("steps at the ends" in text for text in reasons()) >= 2, reasons()
 
 
 def test_attention_that_drops(made: Made) -> None:

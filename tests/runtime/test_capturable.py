@@ -394,7 +394,7 @@ def test_training_is_captured_where_it_is_asked_for() -> None:
         made = network(steps=2, outputs=(Ref("h1"),))
         assert prepared(made, phase)[1] == [] and prepared(made, phase, mode="max-autotune")[1] == []
         found, notes = prepared(made, phase, mode="reduce-overhead")
-        assert type(found) is kind and notes == [cuda_graph.CAPTURED]
+        assert type(found) is kind and notes == [CAPTURED]
         waits = network(Call("aten::_local_scalar_dense.default", (Ref("h1"),), {}, (None,)))
         assert "waits for the GPU" in prepared(waits, phase, mode="reduce-overhead")[1][0]
         assert prepared(made, phase, mode="reduce-overhead", cuda_graphs=False)[1] == ["not captured: switched off"]

@@ -20,7 +20,7 @@ from fxopt.runtime.executor import Executor
 from fxopt.runtime.in_parts import InParts, InPieces
 from fxopt.runtime.memory import plan_memory
 from fxopt.runtime.plan import Plan, SymbolSource
-from fxopt.runtime.split import Mentions, Part, Parts, row, split
+from fxopt.runtime.split import Mentions, Part, Parts, row, split, with_steps
 from tests.runtime.fake_graphs import FakeDriver, Function
 from tests.runtime.plans import CPU, S0, buffer, plan, tensor
 
@@ -98,6 +98,29 @@ def test_parts_one_after_another_are_the_whole(begin: int, end: int | None, lend
     got = way.end(values, way.captured(way.handed(values)))
     same(got, want, mine)
     torch.testing.assert_close(mine[2], others[2])
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_what_is_saved_comes_from_the_captured_part_at_once(lends: bool) -> None:
+    """Views into the midst of something, too: made again they would lie where nobody expects them."""
+    returned = network()
+    outputs = [out for k, out in enumerate(returned.outputs) if k != 4]  # a view that is returned is saved as a copy
+    whole = replace(returned, outputs=(*outputs, Ref("row"), Ref("noise")), saved=2)
+    whole = plan_memory(with_steps(whole, Mentions(returned).steps))
+    parts = split(whole, 0, 7, lends, left={"h2", "noise"})
+    captured, after = parts.captured.plan, parts.after
+    assert captured.saved == 4 and captured.outputs[-4:] == (Ref("h2"), Ref("noise"), Ref("row"), Ref("noise"))
+    assert after is not None and after.plan.saved == 0 and after.plan.outputs[-2:] == (None, None)
+    assert not parts.lent & {at for _, at in parts.direct}
+    way, mine, others = InParts(parts, bound(whole)), given(0), given(0)
+    torch.manual_seed(1)
+    want = bound(whole)(list(others))
+    torch.manual_seed(1)
+    values = way.begin(list(mine))
+    made = way.captured(way.handed(values))
+    got = way.end(values, made)
+    assert got[-2] is made[-2] and got[-1] is made[-1]
+    torch.testing.assert_close(got, want)
 
 
 class Binder:

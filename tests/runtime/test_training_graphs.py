@@ -20,13 +20,17 @@ from fxopt import compiler, plan_cache
 from fxopt.codegen.replay_build import ReplayCode
 from fxopt.ir import attention_backends, attention_op
 from fxopt.ir.graph import Phase
-from fxopt.runtime import backward_pieces, capturable, recording, training_graph
+from fxopt.runtime import backward_pieces, capturable, recording, training_graph, training_window
 from fxopt.runtime.backward_pieces import choose_backward_pieces
+from fxopt.runtime.capturable import Choice, Facts, whole
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.footprint import footprint
 from fxopt.runtime.in_parts import InPieces
+from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import record
+from fxopt.runtime.split import Parts
 from fxopt.runtime.training_graph import BackwardRecording, GraphedBackward, GraphedForward, SavedMemory
+from fxopt.runtime.training_window import choose_window
 from tests.runtime.fake_graphs import FakeDriver, Function, address_of
 
 CPU = torch.device("cpu")
@@ -45,6 +49,26 @@ class ActedBackward(GraphedBackward):
         return made
 
 
+class Binder:
+    """Stands for an executor of which one part is captured."""
+
+    kept_as = None
+
+    def __init__(self, executor: Any, parts: Parts, driver: FakeDriver) -> None:
+        self.plan, self.executor, self.parts, self.driver = executor.plan, executor, parts, driver
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        return self.executor(inputs)
+
+    def part(self, made: Plan) -> Any:
+        run = self.executor.part(made)
+        if made is not self.parts.captured.plan:
+            return run
+        self.driver.function = Function(lambda *values: run(list(values)))
+        self.driver.function.plan = made
+        return self.driver.function
+
+
 class Stage:
     """Everything that has been compiled, with its acted device; plans run as if they were on a GPU."""
 
@@ -54,11 +78,15 @@ class Stage:
         self.notes: list[str] = []
         self.draws = False  # whether library ops do
         self.in_pieces = False  # whether backwards are
+        self.in_windows = False  # whether steps at the ends run plainly
+        self.windows: list[Parts] = []
         self.code: ReplayCode | None = None  # for replays
 
     def with_graphs(self, executor: Any, phase: Phase, options: Any, journal: Any, extension: Any) -> Any:
         if phase is Phase.INFERENCE:
             return executor
+        if self.in_windows:
+            return self.windowed(executor, phase)
         pieces = choose_backward_pieces(executor.plan) if phase is Phase.BACKWARD and self.in_pieces else None
         if pieces is None:
             return self.graphed(executor, phase)
@@ -67,13 +95,24 @@ class Stage:
         return InPieces(executor, made)
 
     def graphed(self, executor: Any, phase: Phase) -> Any:
-        plan = executor.plan
-        found = replace(capturable.traits(capturable.whole(plan).captured), device=CPU, steps=1 << 20, draws=self.draws)
         function = Function(lambda *values: executor(list(values)))
-        function.plan = plan
-        turns = Turns(FakeDriver(function, found.seeds, plan.saved))
+        function.plan = executor.plan
+        return self._made(function, whole(executor.plan), FakeDriver(function, 0, executor.plan.saved), phase)
+
+    def windowed(self, executor: Any, phase: Phase) -> Any:
+        choice = choose_window(executor.plan, phase)
+        assert isinstance(choice, Choice)
+        self.windows.append(choice.parts)
+        if choice.parts.is_whole:
+            return self.graphed(executor, phase)
+        driver = FakeDriver(Function(tuple), 0, choice.parts.captured.plan.saved)
+        return self._made(Binder(executor, choice.parts, driver), choice.parts, driver, phase)
+
+    def _made(self, executor: Any, parts: Parts, driver: FakeDriver, phase: Phase) -> Any:
+        found = replace(capturable.traits(parts.captured), device=CPU, steps=1 << 20, draws=self.draws)
+        driver.seeds = found.seeds
         kind = GraphedForward if phase is Phase.FORWARD else ActedBackward
-        made = kind(function, found, turns, 4, lambda _, text: self.notes.append(text), extension=self.code)  # type: ignore[arg-type]
+        made = kind(executor, found, Turns(driver), 4, lambda _, text: self.notes.append(text), parts, self.code)
         (self.forwards if phase is Phase.FORWARD else self.backwards).append(made)  # type: ignore[arg-type]
         return made
 
@@ -121,6 +160,18 @@ class Attended(nn.Module):
         return out
 
 
+class Headed(Attended):
+    """With more results than anything else in it. What it saves has views into the midst of what a product has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 256, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(super().forward(x).transpose(1, 2).reshape(-1, 8).tanh())
+        return out
+
+
 def data(seed: int, rows: int = 4) -> torch.Tensor:
     return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -131,8 +182,8 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 class Pair:
     """A compiled model and an equal one in eager; `agree` compares their gradients."""
 
-    def __init__(self, drop: float = 0.0) -> None:
-        self.mine, self.theirs = Layers(drop), Layers(drop)
+    def __init__(self, drop: float = 0.0, make: Callable[[], nn.Module] | None = None) -> None:
+        self.mine, self.theirs = (make() if make else Layers(drop) for _ in range(2))
         self.run: Run = torch.compile(self.mine, backend="fxopt", options={"strict": True})
 
     def losses(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,6 +273,31 @@ def test_pieces_whose_forward_ran_plainly(pieces: Stage) -> None:
         loss.backward()
     pair.agree()
     assert pieces.counts() == (replays[0] + 1, replays[1] + graphs)
+
+
+@pytest.mark.parametrize("copied", [8e7, 1e12])
+def test_ends_that_run_plainly(stage: Stage, monkeypatch: pytest.MonkeyPatch, copied: float) -> None:
+    """A large result and its gradient: where a copy takes longer than steps, those that make and read them run plainly."""
+    stage.in_windows = True
+    monkeypatch.setattr(Facts, "obstacle", lambda self, step: None)
+    monkeypatch.setattr(training_window, "COPY_BYTES_PER_SECOND", copied)
+    monkeypatch.setattr(training_window, "MIN_STEPS", 1)
+    pair = Pair(make=Headed).warm()
+    for k in range(2):
+        pair.step(k)
+        pair.agree()
+    losses = [loss for seed in (5, 6) for loss in pair.losses(seed)]  # the second forward runs plainly
+    for loss in (*losses[:2], *losses):
+        loss.backward(retain_graph=True)
+    pair.agree()
+    forward, backward = stage.windows
+    assert (forward.after is not None, backward.before is not None) == (copied < 1e9, copied < 1e9)
+    assert stage.counts() == (5, 3)
+    memory, moved = stage.forwards[0]._latest.memory, stage.backwards[0]._traits.moved  # type: ignore[union-attr]
+    assert memory.given_up() and any(x.storage_offset() for x in memory.tensors)
+    plan = stage.backwards[0].plan
+    given = [plan.inputs[i].name for i in moved if i < len(plan.inputs)]
+    assert all(name.startswith(("tangents", "primals")) for name in given), "nothing saved is copied"
 
 
 def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
