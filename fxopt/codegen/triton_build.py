@@ -219,7 +219,7 @@ def _tensor_maps(source: KernelSource, metadata: Any) -> list[dict[str, Any]]:
             raise ValueError("padded 4-bit elements have no tensor map here")
         number = _TFLOAT32 if described[name].get("rounds_to_tf32") else encoding["elem_type"]
         maps.append(
-            {field: described[name][field] for field in ("shape", "strides", "offset")}
+            {field: described[name][field] for field in ("shape", "strides", "offset", "steps") if field in described[name]}
             | {"block": list(encoding["block_size"]), "swizzle": encoding["swizzle"], "itemsize": encoding["elem_size"]}
             | {"element_type": _HOST_ELEMENT_TYPES.get(number, number)}
         )

@@ -5,8 +5,11 @@ As in `triton_contraction`, b0 and b1 are the image and the weight, and the geom
 
 from __future__ import annotations
 
+from math import ceil
+
+from fxopt.codegen.templates import conv_config
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, SumsConfig
-from fxopt.codegen.templates.gemm_entry import GemmCall, partial_shape
+from fxopt.codegen.templates.gemm_entry import GemmCall, descriptor_type, partial_shape
 from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_block import BlockFunction
@@ -18,6 +21,7 @@ from fxopt.ir.region import Contraction, Patches
 from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import conv"
+BOX_MODULE = "from fxopt.codegen.templates import box_conv"
 _EPILOGUE = "epilogue"
 _STENCIL_STAGES = 1
 """A stencil's loop begins each step with several loads that do not wait for each other: there is nothing to stage."""
@@ -61,6 +65,8 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
     problem = convolution_problem(contraction)
     if isinstance(config, SumsConfig):
         return _print_sums(contraction, problem, config, target)
+    if isinstance(config, GemmConfig) and config.tma:
+        return _print_boxes(contraction, problem, config)
     if isinstance(config, GemmConfig) and config.split > 1:
         return _print_parts(contraction, problem, config, target, unrolled)
     rows, columns = (None, config.channels) if isinstance(config, StencilConfig) else (config.block_m, config.block_n)
@@ -72,6 +78,34 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
         call, entry, stages = _implicit(problem, config, epilogue.extra), "fx_conv", config.stages
     name = "_".join([entry, *operations(contraction.region.nest)])
     return Printed((source_of(contraction, name, call, epilogue, config.warps, stages, MODULE),))
+
+
+def _print_boxes(contraction: Contraction, problem: ConvProblem, config: GemmConfig) -> Printed:
+    shape = conv_config.box(problem, config.block_m)
+    count = conv_config.boxes(problem, shape)
+    whole = count * config.block_m == problem.product.m
+    epilogue = print_epilogue(contraction, 1 if whole else None, config.block_n)
+    call = _boxes(problem, config, shape, count, epilogue.extra)
+    name = "_".join(["fx_conv", *operations(contraction.region.nest)])
+    return Printed((source_of(contraction, name, call, epilogue, config.warps, config.stages, BOX_MODULE),))
+
+
+def _boxes(problem: ConvProblem, config: GemmConfig, shape: tuple[int, int, int], count: int, extra: str) -> GemmCall:
+    if not conv_config.describable(problem):
+        raise UnsupportedError("an image or a weight that no tensor descriptor has")
+    patches, (_, column, offset), inner = problem.patches, problem.weight, config.block_k
+    image = {"shape": list(patches.shape), "strides": list(patches.strides), "offset": patches.offset}
+    image |= {"block": [*shape, inner]} | ({"steps": [1, *patches.stride, 1]} if patches.stride != (1, 1) else {})
+    weight = {"shape": [problem.channels, patches.columns], "strides": [column, 1], "offset": offset}
+    maps = {"b0": image, "b1": weight | {"block": [config.block_n, inner]}}
+    names = ("SHAPE", "PLACES", "WINDOW", "STRIDE", "PADDING", "DILATION")
+    values = (patches.shape, patches.places, patches.window, patches.stride, patches.padding, patches.dilation)
+    way = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    way += f", BOX={shape}, EPILOGUE={_EPILOGUE}, BM={config.block_m}, BN={config.block_n}, BK={inner}"
+    way += f", GROUP={config.group}, SUBTILE={config.subtile}, SWAP={config.swap}" + ", PROMOTE=True" * config.promote
+    text = f"box_conv.box_gemm(b0, b1, {extra}, {problem.channels}, {way})"
+    signature = {p: descriptor_type(problem.dtype, m["block"]) for p, m in maps.items()}
+    return GemmCall(text, signature, maps, count * ceil(problem.channels / config.block_n))
 
 
 def _print_parts(

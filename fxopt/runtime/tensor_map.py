@@ -19,8 +19,8 @@ _NO_INTERLEAVE, _PROMOTE_TO_128_BYTES, _FILL_WITH_ZERO = 0, 2, 0
 class TensorMap:
     """One map in memory of its own, and what a kernel's parameter array needs of it.
 
-    shape, strides and block: elements, the contiguous dimension last. offset: elements from the buffer's address to the
-    tensor. element_type and swizzle: the driver's CUtensorMapDataType and CUtensorMapSwizzle. `parameters` are the addresses
+    shape, strides and block: elements, the contiguous dimension last. steps: from one element of a block to the next, along
+    each dimension (default: 1). offset: elements from the buffer's address to the tensor. element_type and swizzle: the driver's CUtensorMapDataType and CUtensorMapSwizzle. `parameters` are the addresses
     of the kernel's parameters: map, sizes, strides. `address` is the buffer address that is encoded, None before the first.
     """
 
@@ -35,8 +35,10 @@ class TensorMap:
         itemsize: int,
         element_type: int,
         swizzle: int,
+        steps: Sequence[int] = (),
     ) -> None:
         rank = len(shape)
+        steps = steps or [1] * rank
         self.address: int | None = None
         self._encode_tiled, self._offset = lib.cuTensorMapEncodeTiled, offset * itemsize
         self._memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
@@ -46,8 +48,9 @@ class TensorMap:
         self._fixed = (
             (ctypes.c_uint64 * rank)(*reversed(shape)),
             (ctypes.c_uint64 * max(rank - 1, 1))(*outer),
-            (ctypes.c_uint32 * rank)(*reversed(block)),
-            (ctypes.c_uint32 * rank)(*(1 for _ in shape)),
+            # The driver counts what a block spans, of which it takes every so-manieth.
+            (ctypes.c_uint32 * rank)(*reversed([b * s for b, s in zip(block, steps, strict=True)])),
+            (ctypes.c_uint32 * rank)(*reversed(steps)),
             *(_NO_INTERLEAVE, swizzle, _PROMOTE_TO_128_BYTES, _FILL_WITH_ZERO),
         )
         self._first = (ctypes.c_void_p(base), element_type, rank)

@@ -298,7 +298,8 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
     else:
         if mode != "max-autotune" and not conv_config.implicit_may_win(problem, target):
             return []
-        chosen = [with_room(contraction, c, target) for c in conv_config.implicit_configs(problem, target, most)]
+        found = [*conv_config.implicit_configs(problem, target, most), *conv_config.box_configs(problem, target)]
+        chosen = [with_room(contraction, c, target) for c in found]
     return [
         _candidate(str(c), print_convolution(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)

@@ -36,6 +36,7 @@ PLAIN, SPLIT, PROMOTED = (
     GemmConfig(False, 32, 16, 32, 4, 3, split=2),
     GemmConfig(False, 64, 32, 32, 4, 3, subtile=2, promote=True),
 )
+BOXES, SWAPPED = GemmConfig(True, 32, 32, 32, 4, 3), GemmConfig(True, 16, 32, 16, 4, 3, subtile=2, swap=True)
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
 SAME: Geometry = ((1, 1), (1, 1), (1, 1))
 
@@ -98,6 +99,10 @@ CASES: dict[str, tuple[Geometry, tuple[int, ...], tuple[int, ...], GemmConfig]] 
     "dilated, uneven": (((1, 2), (0, 2), (2, 1)), (1, 7, 6, 32), (32, 3, 2, 32), PLAIN),
     "1x1, stride 2": (((2, 2), (0, 0), (1, 1)), (2, 5, 6, 64), (32, 1, 1, 64), PLAIN),
     "1x1": (((1, 1), (0, 0), (1, 1)), (2, 5, 6, 64), (32, 1, 1, 64), PLAIN),
+    "boxes": (SAME, (3, 5, 4, 64), (40, 3, 3, 64), BOXES),
+    "boxes, swapped": (SAME, (2, 6, 4, 32), (32, 3, 3, 32), SWAPPED),
+    "boxes, stride 2": (((2, 2), (1, 1), (1, 1)), (1, 7, 6, 32), (32, 3, 3, 32), BOXES),
+    "boxes, dilated, uneven": (((1, 2), (0, 2), (2, 1)), (1, 7, 6, 32), (32, 3, 2, 32), SWAPPED),
 }
 
 

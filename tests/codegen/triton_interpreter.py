@@ -236,12 +236,38 @@ def _tables(members: tuple[int, ...], block: int, buffers: list[torch.Tensor]) -
     return [*layout(members, block), torch.tensor([b.data_ptr() for b in buffers])]
 
 
+_STEPS: dict[int, list[int]] = {}
+"""From one element of a block to the next, along each dimension, of the descriptor of memory at an address."""
+
+
+def _take_steps() -> None:
+    """The interpreter's descriptors have blocks of neighbours."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorDescHandle, TensorHandle
+
+    def materialize(self: Any, offsets: Any) -> Any:
+        steps = _STEPS.get(self.base.data.item(), [1] * self.ndim)
+        itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
+        assert (offsets[-1].data * itemsize) % 16 == 0, "a block begins at a multiple of 16 bytes"
+        at = np.ix_(*(np.arange(n) * s for n, s in zip(self.block_shape, steps, strict=True)))
+        places = [o.data.astype(np.int64) + a for o, a in zip(offsets, at, strict=True)]
+        valid = [(p >= 0) & (p < size.data) for p, size in zip(places, self.shape, strict=True)]
+        moved = [itemsize * p * s.data.astype(np.int64) for p, s in zip(places, self.strides, strict=True)]
+        addresses = sum(np.broadcast_arrays(*moved)) + self.base.data.astype(np.int64)
+        return TensorHandle(addresses.astype(np.uint64), self.base.dtype.scalar), np.logical_and.reduce(
+            np.broadcast_arrays(*valid)
+        )
+
+    TensorDescHandle.materialize_pointers = materialize
+
+
 def _described(memory: torch.Tensor, geometry: dict[str, Any] | None) -> Any:
     if geometry is None:
         return memory
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     tensor = memory[geometry["offset"] :]
+    _STEPS[tensor.data_ptr()] = geometry.get("steps", [1] * len(geometry["shape"]))
     return TensorDescriptor(tensor, geometry["shape"], geometry["strides"], geometry["block"])
 
 
@@ -256,6 +282,7 @@ def _run(job: dict[str, Any], directory: Path, number: int, bounds: _Bounds) -> 
     buffers = [sent.view(dtype) for sent, dtype in zip(job["buffers"], job["types"], strict=True)]
     pointers = _tables(*job["batch"], buffers) if job["batch"][0] else buffers
     bounds.give([*buffers, *pointers])
+    _STEPS.clear()
     pointers = [_described(*each) for each in zip(pointers, job["tensor_maps"], strict=False)]
     kernel[job["grid"]](*pointers, *(_typed(*s) for s in job["sizes"]), **job["blocks"])
     return job["buffers"]
@@ -268,6 +295,7 @@ def _serve() -> None:
     _round_to_float8()
     _enable_asserts()
     _type_sizes()
+    _take_steps()
     bounds = _Bounds()
     replies, number = sys.stdout.buffer, 0
     sys.stdout = sys.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
@@ -11,7 +12,7 @@ from math import ceil
 import torch
 
 from fxopt.codegen.templates import gemm_config, gemm_estimate
-from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
+from fxopt.codegen.templates.gemm_problem import ALIGNMENT, GemmConfig, GemmProblem, Matrix
 from fxopt.ir.region import Patches
 from fxopt.target import Target
 
@@ -54,6 +55,15 @@ LIBRARY_GATHERING = 1.4
 """The first of these for cuDNN, where `FULL_CHANNELS` divides the channels (H100: 1.2 to 1.7); elsewhere it takes longer."""
 
 FULL_CHANNELS = 64
+
+_BOX_BYTES, _NARROWEST_BOX = 128, 32
+"""Of a pixel's channels that one box has: no more than what shared memory swizzles, and what a tensor core takes at once."""
+
+_BOX_TILES = ((128, 128, 8), (256, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (256, 128, 8), (128, 256, 8))
+"""(places, channels, warps)."""
+
+_LONGEST_STEP = 8
+"""From one pixel of a box to the next."""
 
 LIBRARY_TILE = 64
 """Rows and columns of the smallest tiles that cuDNN takes for common convolutions of few places."""
@@ -225,6 +235,65 @@ def stencil_seconds(problem: ConvProblem, config: StencilConfig, target: Target)
 def implicit_configs(problem: ConvProblem, target: Target, limit: int = 3) -> list[GemmConfig]:
     """The best configuration of each of the most promising kinds, best first; at most `limit`."""
     return list(_implicit(problem, target)[:limit])
+
+
+def box_configs(problem: ConvProblem, target: Target, limit: int = 2) -> list[GemmConfig]:
+    """Configurations whose patches arrive as boxes (`box_conv.py`): both orders of the operands of each of the `limit` best
+    tiles; none where descriptors cannot have such images or weights.
+    """
+    return [replace(c, swap=swap) for c in _boxes(problem, target)[:limit] for swap in (True, False)]
+
+
+@functools.lru_cache(maxsize=256)
+def _boxes(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
+    product, channels = problem.product, problem.patches.shape[3]
+    block = math.gcd(channels, _BOX_BYTES // problem.dtype.itemsize)
+    if not (target.is_hopper and describable(problem) and block * problem.dtype.itemsize >= _NARROWEST_BOX):
+        return ()
+    promote = product.sums_imprecisely
+    tiles: dict[object, GemmConfig] = {}
+    forms = [
+        GemmConfig(True, rows, columns, block, warps, stages, subtile=1 + (rows * columns >= 128 * 32 * warps), promote=promote)
+        for (rows, columns, warps), stages in itertools.product(_BOX_TILES, (3, 4, 5))
+        if columns < 2 * problem.channels
+    ]
+    for config in sorted(forms, key=lambda c: (box_seconds(problem, c, target), -c.stages)):
+        if config.per_sm(product, target) > 0:
+            tiles.setdefault((config.block_m, config.block_n), config)
+    return tuple(tiles.values())
+
+
+def describable(problem: ConvProblem) -> bool:
+    """Whether tensor descriptors can have the images, with their channels side by side, and the weight, each of whose
+    channels has its elements in the order in which a window counts them.
+    """
+    patches, (row, column, offset) = problem.patches, problem.weight
+    *outer, channel = patches.strides
+    if patches.depthwise or patches.transposed or patches.vector > 1 or channel != 1 or row != 1:
+        return False
+    steps = (*outer, patches.offset, column, offset)
+    return not any(n * problem.dtype.itemsize % ALIGNMENT for n in steps) and max(patches.stride) <= _LONGEST_STEP
+
+
+def box(problem: ConvProblem, places: int) -> tuple[int, int, int]:
+    """(images, rows, columns) of so many places, a power of two, that cover all of them with the fewest boxes; of equals, the
+    one with the longest rows.
+    """
+    powers = [1 << n for n in range(places.bit_length())]
+    shapes = [(places // (h * w), h, w) for h in powers for w in powers if h * w <= places]
+    return min(shapes, key=lambda shape: (boxes(problem, shape), -shape[2], -shape[1]))
+
+
+def boxes(problem: ConvProblem, shape: tuple[int, int, int]) -> int:
+    """How many boxes of `shape` cover all places."""
+    sizes = (problem.patches.shape[0], *problem.patches.places)
+    return math.prod(ceil(size / each) for size, each in zip(sizes, shape, strict=True))
+
+
+def box_seconds(problem: ConvProblem, config: GemmConfig, target: Target) -> float:
+    """`implicit_seconds`, with what boxes compute beyond the places."""
+    covered = boxes(problem, box(problem, config.block_m)) * config.block_m
+    return implicit_seconds(problem, config, target) * covered / problem.product.m
 
 
 MOST_REGISTERS = 160

@@ -173,12 +173,17 @@ def _descriptors(
     problem: GemmProblem, config: GemmConfig, operands: dict[str, Matrix]
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Types and geometries of the operands' descriptors, the first of which is the left one's."""
-    kind, (a, *_) = _TYPES[problem.dtype], operands
+    a, *_ = operands
     blocks = {
         p: (config.block_m if p == a else config.block_k, config.block_k if p == a else config.block_n) for p in operands
     }
     maps = {p: _tensor_map(x, problem, *blocks[p]) for p, x in operands.items()}
-    return {p: f"tensordesc<{kind}[{', '.join(map(str, m['block']))}]>" for p, m in maps.items()}, maps
+    return {p: descriptor_type(problem.dtype, m["block"]) for p, m in maps.items()}, maps
+
+
+def descriptor_type(dtype: torch.dtype, block: list[int]) -> str:
+    """Triton's type of a descriptor of `dtype` with such blocks."""
+    return f"tensordesc<{_TYPES[dtype]}[{', '.join(map(str, block))}]>"
 
 
 def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""Convolutions of channels-last images whose patches arrive through tensor descriptors: a box of pixels for each element of
+the window and block of channels, with zeros where it reaches beyond the image.
+
+Nothing is computed for addresses or conditions, and operands do not pass through registers. Shapes as in `conv.py`, the
+epilogue as in `gemm.py`.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxopt.codegen.templates.gemm import accumulator, finish, multiplied, tile_of
+
+
+@triton.jit
+def box_gemm(
+    x, w, extra, N, SHAPE: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    BOX: tl.constexpr, EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr = False,
+):  # fmt: skip
+    """A convolution into N channels, of images [images, rows, columns, channels] whose descriptor `x` has blocks [*BOX, BK]
+    of every STRIDE-th pixel, by a weight [N, (row of the window, column, channel)] whose descriptor `w` has blocks [BN, BK].
+    BK divides the channels.
+
+    A tile is a box of BM places, BOX = (images, rows, columns), which may reach beyond the last ones. The grid is as many
+    boxes as cover all places times cdiv(N, BN). SWAP computes the transposed tile: what is reshaped reaches the tensor cores
+    from shared memory only as their right operand, and through registers as the left one.
+    """
+    C: tl.constexpr = SHAPE[3]
+    M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
+    across, down = tl.cdiv(PLACES[1], BOX[2]), tl.cdiv(PLACES[0], BOX[1])
+    _, block, column = tile_of(tl.program_id(0), tl.cdiv(SHAPE[0], BOX[0]) * down * across, tl.cdiv(N, BN), GROUP)
+    image, row, place = block // (down * across) * BOX[0], block // across % down * BOX[1], block % across * BOX[2]
+    top, left = row * STRIDE[0] - PADDING[0], place * STRIDE[1] - PADDING[1]
+    if SWAP:
+        acc = tl.zeros([BN, BM], accumulator(x.dtype))
+    else:
+        acc = tl.zeros([BM, BN], accumulator(x.dtype))
+    for k0 in range(0, WINDOW[0] * WINDOW[1] * C, BK):
+        k = tl.full([], 0, tl.int32) + k0  # a tensor in the interpreter too
+        r, s, c = k // (WINDOW[1] * C), k // C % WINDOW[1], k % C
+        pixels = tl.reshape(x.load([image, top + r * DILATION[0], left + s * DILATION[1], c]), [BM, BK])
+        taps = w.load([column * BN, k])
+        if SWAP:
+            acc = multiplied(taps, pixels.T, acc, "promoted" if PROMOTE else "tf32")
+        else:
+            acc = multiplied(pixels, taps.T, acc, "promoted" if PROMOTE else "tf32")
+    m = tl.arange(0, BM)
+    n, h, v = image + m // (BOX[1] * BOX[2]), row + m // BOX[2] % BOX[1], place + m % BOX[2]
+    exists = (n < SHAPE[0]) & (h < PLACES[0]) & (v < PLACES[1])
+    y = tl.where(exists, (n * PLACES[0] + h) * PLACES[1] + v, M)
+    if SWAP:
+        finish(tl.trans(acc), y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
+    else:
+        finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
