@@ -6,6 +6,7 @@ As in `triton_contraction`, b0 and b1 are the image and the weight, and the geom
 from __future__ import annotations
 
 from math import ceil
+from typing import Any
 
 from fxopt.codegen.templates import conv_config
 from fxopt.codegen.templates.conv_config import ConvProblem, StencilConfig, SumsConfig
@@ -94,9 +95,9 @@ def _boxes(problem: ConvProblem, config: GemmConfig, shape: tuple[int, int, int]
     if not conv_config.describable(problem):
         raise UnsupportedError("an image or a weight that no tensor descriptor has")
     patches, (_, column, offset), inner = problem.patches, problem.weight, config.block_k
-    image = {"shape": list(patches.shape), "strides": list(patches.strides), "offset": patches.offset}
+    image: dict[str, Any] = {"shape": list(patches.shape), "strides": list(patches.strides), "offset": patches.offset}
     image |= {"block": [*shape, inner]} | ({"steps": [1, *patches.stride, 1]} if patches.stride != (1, 1) else {})
-    weight = {"shape": [problem.channels, patches.columns], "strides": [column, 1], "offset": offset}
+    weight: dict[str, Any] = {"shape": [problem.channels, patches.columns], "strides": [column, 1], "offset": offset}
     maps = {"b0": image, "b1": weight | {"block": [config.block_n, inner]}}
     names = ("SHAPE", "PLACES", "WINDOW", "STRIDE", "PADDING", "DILATION")
     values = (patches.shape, patches.places, patches.window, patches.stride, patches.padding, patches.dilation)

@@ -19,6 +19,7 @@ from fxopt.codegen.triton_values import (
     asked_of_index,
     counts_index,
     exact_reciprocal,
+    gelu_argument,
     is_bell,
     is_clamped,
     is_narrow_comparison,
@@ -75,6 +76,9 @@ class Emitter(Memory):
         asked = asked_of_index(node)
         if asked is not None or (unrounded(node) is not node and node.dtype in HALVES):
             return [*conditions, self.instance(unrounded(node) if asked is None else asked[1], guards)]
+        normal = self._coarse_gelu(node)
+        if normal is not None:
+            return [*conditions, self.instance(normal, guards)]
         largest = larger_place(node)
         if largest is not None:
             value, top, _, other = largest
@@ -174,6 +178,9 @@ class Emitter(Memory):
             value, top, place, other = largest
             texts = [self.arg(value, guards), self.arg(top, guards), str(place), self.arg(other, guards)]
             return f"h.larger_place({', '.join(texts)}, {ops.tl_type(value.dtype)})"
+        normal = self._coarse_gelu(node)
+        if normal is not None:
+            return f"h.coarse_gelu({self.arg(normal, guards)})"
         beside = self._beside_one(node)
         if beside is not None:
             coarse = "coarse_" if beside.name == "erf" and node in self._rounded_to_8_bits else ""
@@ -248,6 +255,10 @@ class Emitter(Memory):
             return None
         root = node.args[0]
         return root if isinstance(root, Op) and root.name == "sqrt" else None
+
+    def _coarse_gelu(self, node: Scalar) -> Scalar | None:
+        """The x of which `node` is a GELU that only a cast to float8 reads."""
+        return gelu_argument(node) if node in self._rounded_to_8_bits else None
 
     def _beside_one(self, node: Scalar) -> Op | None:
         """The function of `node` if that is 1 + erf(...) or 1 + tanh(...) in float32, as normal distributions and what comes

@@ -189,8 +189,24 @@ def _erf_plus_one(coefficients: tuple[float, ...]) -> str:
     selp.f32 $0, p, x, negative; }}"""
 
 
+def _coarse_gelu() -> str:
+    """PTX of `coarse_gelu`, with the polynomial's argument scaled within its coefficients."""
+    scaled = (c * 0.5 ** ((len(COARSE_LOG2_ERFC) - k) / 2) for k, c in enumerate(COARSE_LOG2_ERFC))
+    first, *others = (f"0f{struct.pack('>f', c).hex().upper()}" for c in scaled)
+    steps = [f"mov.f32 p, {first};", *(f"fma.rn.f32 p, p, x, {c};" for c in (*others, "0fBF800000"))]
+    return f"""{{ .reg .f32 x, p, above;
+    min.NaN.f32 x, $1, 0f41800000;
+    abs.f32 x, x;
+    {" ".join(steps)}
+    ex2.approx.ftz.f32 p, p;
+    max.f32 above, $1, 0f00000000;
+    neg.f32 x, x;
+    fma.rn.f32 $0, x, p, above; }}"""
+
+
 ERF_PLUS_ONE = tl.constexpr(_erf_plus_one(LOG2_ERFC))
 COARSE_ERF_PLUS_ONE = tl.constexpr(_erf_plus_one(COARSE_LOG2_ERFC))
+COARSE_GELU = tl.constexpr(_coarse_gelu())
 COEFFICIENTS, COARSE_COEFFICIENTS = tl.constexpr(LOG2_ERFC), tl.constexpr(COARSE_LOG2_ERFC)
 
 
@@ -214,6 +230,19 @@ def coarse_erf_plus_one(a):
         return by_polynomial(a, COARSE_COEFFICIENTS, 5)
     else:
         return tl.inline_asm_elementwise(COARSE_ERF_PLUS_ONE, "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def coarse_gelu(a):
+    """a / 2 * (1 + erf(a / sqrt(2))) to the same error: max(a, 0) - |a| * erfc(|a| / sqrt(2)) / 2 needs no choice between
+    two tails. Infinities and NaN give what the exact form does: a is bounded above, where the tail is zero.
+    """
+    if INTERPRETED:
+        x = tl.abs(tl.minimum(a, 16.0, propagate_nan=tl.PropagateNan.ALL))
+        half = 0.5 * by_polynomial(-0.7071067811865476 * x, COARSE_COEFFICIENTS, 5)
+        return tl.fma(-x, half, tl.maximum(a, 0.0))
+    else:
+        return tl.inline_asm_elementwise(COARSE_GELU, "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

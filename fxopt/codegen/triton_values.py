@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -106,6 +107,30 @@ def rounded_within_int8(node: Op) -> tuple[Scalar, float, float] | None:
     if not (isinstance(value, Op) and value.name == "round" and -128.0 <= low < high <= 127.0):
         return None
     return value.args[0], low, high
+
+
+def gelu_argument(node: Scalar) -> Scalar | None:
+    """The x of which `node` is x / 2 * (1 + erf(x / sqrt(2))) in float32, with its factors in any order."""
+    if not _is_product(node):
+        return None
+    for alone, other in (node.args, reversed(node.args)):
+        factors = [alone, *other.args] if _is_product(other) else []
+        halves = [f for f in factors if isinstance(f, Const) and f.value == 0.5]
+        sums = [f for f in factors if isinstance(f, Op) and f.name == "add"]
+        if len(halves) != 1 or len(sums) != 1:
+            continue
+        (x,) = (f for f in factors if f is not halves[0] and f is not sums[0])
+        share = next((a for a in sums[0].args if isinstance(a, Op) and a.name == "erf"), None)
+        one = any(isinstance(a, Const) and a.value == 1 for a in sums[0].args)
+        if one and share is not None and _is_product(share.args[0]) and x in share.args[0].args:
+            scale = next((a for a in share.args[0].args if isinstance(a, Const)), None)
+            if scale is not None and math.isclose(scale.value, math.sqrt(0.5), rel_tol=1e-6):
+                return x
+    return None
+
+
+def _is_product(node: Scalar) -> TypeGuard[Op]:
+    return isinstance(node, Op) and node.name == "mul" and node.dtype == torch.float32
 
 
 def reduced_dtype(node: Reduce) -> torch.dtype:

@@ -20,8 +20,9 @@ class TensorMap:
     """One map in memory of its own, and what a kernel's parameter array needs of it.
 
     shape, strides and block: elements, the contiguous dimension last. steps: from one element of a block to the next, along
-    each dimension (default: 1). offset: elements from the buffer's address to the tensor. element_type and swizzle: the driver's CUtensorMapDataType and CUtensorMapSwizzle. `parameters` are the addresses
-    of the kernel's parameters: map, sizes, strides. `address` is the buffer address that is encoded, None before the first.
+    each dimension (default: 1). offset: elements from the buffer's address to the tensor. element_type and swizzle: the
+    driver's CUtensorMapDataType and CUtensorMapSwizzle. `parameters` are the addresses of the kernel's parameters: map,
+    sizes, strides. `address` is the buffer address that is encoded, None before the first.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class TensorMap:
         steps: Sequence[int] = (),
     ) -> None:
         rank = len(shape)
-        steps = steps or [1] * rank
+        apart = list(steps) or [1] * rank
         self.address: int | None = None
         self._encode_tiled, self._offset = lib.cuTensorMapEncodeTiled, offset * itemsize
         self._memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
@@ -49,14 +50,14 @@ class TensorMap:
             (ctypes.c_uint64 * rank)(*reversed(shape)),
             (ctypes.c_uint64 * max(rank - 1, 1))(*outer),
             # The driver counts what a block spans, of which it takes every so-manieth.
-            (ctypes.c_uint32 * rank)(*reversed([b * s for b, s in zip(block, steps, strict=True)])),
-            (ctypes.c_uint32 * rank)(*reversed(steps)),
+            (ctypes.c_uint32 * rank)(*reversed([b * s for b, s in zip(block, apart, strict=True)])),
+            (ctypes.c_uint32 * rank)(*reversed(apart)),
             *(_NO_INTERLEAVE, swizzle, _PROMOTE_TO_128_BYTES, _FILL_WITH_ZERO),
         )
         self._first = (ctypes.c_void_p(base), element_type, rank)
         self._sizes, self._strides = (ctypes.c_int32 * rank)(*shape), (ctypes.c_int64 * rank)(*strides)
-        sizes, steps = ctypes.addressof(self._sizes), ctypes.addressof(self._strides)
-        self.parameters = [base, *(sizes + 4 * i for i in range(rank)), *(steps + 8 * i for i in range(rank))]
+        sizes, jumps = ctypes.addressof(self._sizes), ctypes.addressof(self._strides)
+        self.parameters = [base, *(sizes + 4 * i for i in range(rank)), *(jumps + 8 * i for i in range(rank))]
 
     def encode(self, address: int) -> int:
         """Make this the map of the tensor in the buffer at `address`; the driver's result code, 0 for success.

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.gemm_model import measured
-from fxopt.codegen.templates.gemm_config import configs, library_seconds, plausible, ranked
+from fxopt.codegen.templates.gemm_config import begun_apart, configs, library_seconds, plausible, ranked
 from fxopt.codegen.templates.gemm_entry import gemm_call
-from fxopt.codegen.templates.gemm_estimate import estimate
+from fxopt.codegen.templates.gemm_estimate import estimate, tile_seconds
 from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.target import Target
 from fxopt.tune.candidate import GEMM_CANDIDATES, _close, _may_win
@@ -150,6 +150,19 @@ def test_expensive_epilogues_want_two_programs_on_a_multiprocessor() -> None:
     )
     assert estimate(gelu, small, H100) < estimate(gelu, large, H100)
     assert estimate(gelu, small, H100) > estimate(p, small, H100) + 10e-6  # 14 us measured
+
+
+def test_programs_of_a_multiprocessor_begin_a_tile_apart() -> None:
+    """By what the products of one take it; where it holds two or more with several tiles each."""
+    p = problem(4096, 3072, 768, dtype=torch.float8_e4m3fn)
+    (two,) = (c for c in configs(p, H100) if c.programs == 264 and c.warps == 8)
+    apart = begun_apart(p, two, H100)
+    assert apart == replace(two, resident=2, apart=apart.apart) and str(apart).startswith(str(two))  # type: ignore[union-attr]
+    assert apart.apart == pytest.approx(1e9 * tile_seconds(p, two, H100), abs=50)  # type: ignore[union-attr]
+    assert f", RESIDENT=2, APART={apart.apart}, " in gemm_call(p, apart).text  # type: ignore[arg-type,union-attr]
+    assert begun_apart(p, replace(two, programs=132), H100) is None
+    assert begun_apart(p, replace(two, programs=0, flatten=False), H100) is None
+    assert begun_apart(problem(1024, 3072, 768, dtype=torch.float8_e4m3fn), two, H100) is None
 
 
 def test_what_is_worth_a_contest() -> None:

@@ -21,11 +21,12 @@ from tests.lower.contracting import kept, searched
 
 pytest.importorskip("triton")
 
+from fxopt.codegen.templates.conv_config import box, box_configs, boxes
 from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction
-from fxopt.codegen.triton_convolution import print_convolution
+from fxopt.codegen.triton_convolution import convolution_problem, print_convolution
 from fxopt.target import Target
 from fxopt.tune.candidate import contraction_candidates
 
@@ -179,6 +180,47 @@ def test_the_first_candidates_compile_without_spills(name: str, arch: int) -> No
         cubin, meta = compile_triton(kernel, target)
         assert cubin[:4] == b"\x7fELF" and meta["n_spills"] == 0, f"{first.label}: {meta}"
         assert meta["shared"] <= target.shared_per_block
+
+
+@pytest.mark.parametrize(
+    ("name", "geometry", "x", "w", "shape"),
+    [
+        ("56", SAME, (64, 56, 56, 64), (64, 3, 3, 64), (2, 8, 8)),
+        ("28", ((2, 2), (1, 1), (1, 1)), (64, 56, 56, 128), (128, 3, 3, 128), (8, 4, 4)),
+        ("7", SAME, (64, 7, 7, 512), (512, 3, 3, 512), (64, 1, 1)),
+    ],
+)
+def test_boxes_go_from_memory_to_tensor_cores(
+    name: str, geometry: Geometry, x: tuple[int, ...], w: tuple[int, ...], shape: tuple[int, int, int]
+) -> None:
+    """No box reaches beyond the places, so that no row is masked, and neither operand passes through registers where they
+    are swapped.
+    """
+    _, step = contraction(activated(geometry), *operands(INT8, x, w))
+    problem = convolution_problem(step)
+    swapped, plain, *_ = box_configs(problem, TARGET)
+    assert box(problem, swapped.block_m) == shape
+    assert boxes(problem, shape) * swapped.block_m == problem.product.m
+    assert str(swapped).endswith(" swap") and str(swapped).removesuffix(" swap") == str(plain)
+    labels = [c.label for c in contraction_candidates(step, TARGET, "default")]
+    assert {str(swapped), str(plain)} <= set(labels)
+    for config in (swapped, plain):
+        (kernel,) = print_convolution(step, config, TARGET).kernels
+        assert "mask" not in kernel.text
+        _, meta = compile_triton(kernel, TARGET)
+        assert meta["n_spills"] == 0 and [len(m["shape"]) for m in meta["tensor_maps"]] == [4, 2]
+        assert meta["tensor_maps"][0].get("steps", [1, 1, 1, 1])[1:3] == list(geometry[0])
+        assert ("local_load" in compile_to_text(kernel, TARGET, "ttgir")) == (config is plain)
+
+
+def test_images_that_no_descriptor_has_arrive_by_addresses() -> None:
+    """Pixels of 24 bytes begin at no multiple of 16, depthwise ones have a channel each, older GPUs no descriptors."""
+    for x, w, target in (
+        ((2, 8, 8, 24), (32, 3, 3, 24), TARGET),
+        ((2, 8, 8, 32), (32, 3, 3, 32), Target.cuda(80)),
+    ):
+        _, step = contraction(activated(SAME), *operands(INT8, x, w))
+        assert box_configs(convolution_problem(step), target) == []
 
 
 def test_an_epilogue_in_8_bits_converts_one_number_an_element() -> None:

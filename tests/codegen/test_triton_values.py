@@ -463,6 +463,30 @@ def test_a_normal_distribution(interpreter: Interpreter) -> None:
     )
 
 
+@pytest.mark.parametrize("order", range(3))
+def test_a_gelu_that_is_rounded_to_8_bits(interpreter: Interpreter, order: int) -> None:
+    """As near to the exact one as float8 is, with infinities and NaN as they are; its factors come in any order."""
+    float8, x = torch.float8_e4m3fn, Sym("x", size=4096)
+    a, half = Load("a", symbol(x), F32), Const(0.5, F32)
+    total = Op("add", (Op("erf", (Op("mul", (a, Const(0.7071067811865476, F32)), F32),), F32), Const(1.0, F32)), F32)
+    one, two, three = [(a, half, total), (total, a, half), (half, total, a)][order]
+    gelu = Op("mul", (one, Op("mul", (two, three), F32)), F32)
+    store = Store("o", symbol(x), Op("cast", (Op("mul", (gelu, Const(64.0, F32)), F32),), float8))
+
+    def expected(a: torch.Tensor) -> torch.Tensor:
+        exact = 32 * a.double() * torch.special.erfc(-a.double() * 0.5**0.5)
+        return exact.clamp(-448.0, 448.0).float()
+
+    buffers = [nests.buffer("a", F32, (4096,)), nests.buffer("o", float8, (4096,))]
+    case = nests.make(Nest((x,), (), (store,)), buffers, "a", "o", expected)
+    (kernel,) = print_region(case.region, TritonConfig(1024), TARGET).kernels
+    assert "h.coarse_gelu" in kernel.text and "erf_plus_one" not in kernel.text
+    inputs = torch.linspace(-6, 6, 4096)
+    inputs[:6] = torch.tensor([float("nan"), float("-inf"), -100.0, 0.0, -0.0, 20.0])
+    (actual,) = run(interpreter, case, TritonConfig(1024), {"a": inputs})
+    torch.testing.assert_close(actual.float(), expected(inputs), rtol=0.0635, atol=2.0**-9, equal_nan=True)
+
+
 def test_a_normal_distribution_that_is_rounded_to_8_bits(interpreter: Interpreter) -> None:
     """A GELU by a shorter polynomial, as near to the exact one as float8 is; not where a wider type holds it as well."""
     float8, x = torch.float8_e4m3fn, Sym("x", size=4096)

@@ -88,6 +88,13 @@ def test_the_driver_counts_from_the_contiguous_dimension_in_bytes(cubin: Path) -
     ]
 
 
+def test_a_block_of_every_second_row_spans_twice_as_many(cubin: Path) -> None:
+    driver = MappingDriver()
+    meta = MAPPED | {"tensor_maps": [GEOMETRY | {"steps": [2, 1]}]}
+    load_cubin(cubin, meta, 0, driver).bind()(7, 1, 1, 1, 0x1000, 0x2000, 5)
+    assert driver.encoded[0]["arrays"] == [[320, 256], [1280], [64, 256], [1, 2]]
+
+
 def test_only_a_new_address_is_encoded(cubin: Path) -> None:
     driver = MappingDriver()
     kernel = load_cubin(cubin, MAPPED, 0, driver)

@@ -253,7 +253,9 @@ def _boxes(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     promote = product.sums_imprecisely
     tiles: dict[object, GemmConfig] = {}
     forms = [
-        GemmConfig(True, rows, columns, block, warps, stages, subtile=1 + (rows * columns >= 128 * 32 * warps), promote=promote)
+        GemmConfig(
+            True, rows, columns, block, warps, stages, subtile=1 + (rows * columns >= 128 * 32 * warps), promote=promote
+        )
         for (rows, columns, warps), stages in itertools.product(_BOX_TILES, (3, 4, 5))
         if columns < 2 * problem.channels
     ]
@@ -276,8 +278,8 @@ def describable(problem: ConvProblem) -> bool:
 
 
 def box(problem: ConvProblem, places: int) -> tuple[int, int, int]:
-    """(images, rows, columns) of so many places, a power of two, that cover all of them with the fewest boxes; of equals, the
-    one with the longest rows.
+    """(images, rows, columns) of so many places, a power of two, that cover all of them with the fewest boxes; of equals,
+    the one with the longest rows.
     """
     powers = [1 << n for n in range(places.bit_length())]
     shapes = [(places // (h * w), h, w) for h in powers for w in powers if h * w <= places]

@@ -35,6 +35,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fxopt.codegen.triton_helpers import INTERPRETED
+
 
 @triton.constexpr_function
 def divides(block, size):
@@ -327,12 +329,29 @@ def descriptor_tile(
 
 
 @triton.jit
+def begin_apart(MULTIPROCESSORS: tl.constexpr, NANOSECONDS: tl.constexpr):
+    """Let the programs of a multiprocessor, each of which holds one of so many in a row, begin one after another.
+
+    Programs that begin at once share the tensor cores until all have a tile, and then all have epilogues while the tensor
+    cores rest; each keeps its distance from the others. Apart by the products of a tile, one's epilogue lies beside
+    another's products.
+    """
+    if not INTERPRETED:
+        before = tl.program_id(0) // MULTIPROCESSORS
+        if before > 0:
+            tl.inline_asm_elementwise(
+                "nanosleep.u32 $1; mov.u32 $0, $1;", "=r,r", [before * NANOSECONDS], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+
+@triton.jit
 def tma_gemm(
     a, b, extra, BATCH, M, N, K, a_batch, b_batch,
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
     VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1, PREFETCH: tl.constexpr = None,
+    RESIDENT: tl.constexpr = 1, APART: tl.constexpr = 0,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` with descriptors of a and b.
 
@@ -341,9 +360,12 @@ def tma_gemm(
     not last and there is a batch, BK must divide K. What lies past the descriptor's end is read as zero.
 
     The grid is PROGRAMS programs, each with every PROGRAMS-th tile, or one program for each tile if PROGRAMS is 0. FLATTEN
-    loads the next tile's operands during an epilogue. Where PREFETCH is given, BN divides N.
+    loads the next tile's operands during an epilogue. Where PREFETCH is given, BN divides N. With APART, persistent programs
+    `begin_apart`.
     """
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    if APART > 0:
+        begin_apart(PROGRAMS // RESIDENT, APART)
     if PROGRAMS == 0:
         z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
         y, x = row * BM, column * BN

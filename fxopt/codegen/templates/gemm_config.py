@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fxopt.codegen.templates.gemm_estimate import LIBRARY_COLUMNS, estimate
+from fxopt.codegen.templates.gemm_estimate import LIBRARY_COLUMNS, estimate, tile_seconds
 from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.target import Target
 
@@ -55,6 +55,16 @@ def with_more_programs(problem: GemmProblem, config: GemmConfig, target: Target)
     fewer = replace(config, stages=2)
     programs = target.sm_count * fewer.per_sm(problem, target)
     return replace(fewer, programs=programs) if config.programs < programs < config.tiles(problem) else None
+
+
+def begun_apart(problem: GemmProblem, config: GemmConfig, target: Target) -> GemmConfig | None:
+    """`config` with the programs of a multiprocessor a tile's products apart; None where it has one, or these have one."""
+    resident, rest = divmod(config.programs, target.sm_count)
+    plain = config.tma and config.classes == 1 and not config.has_narrow_tiles and problem.c is None and not problem.rows
+    if not plain or resident < 2 or rest or config.tiles(problem) < 2 * config.programs:
+        return None
+    seconds = tile_seconds(problem, config, target)
+    return replace(config, resident=resident, apart=_APART_STEP * max(1, round(seconds * 1e9 / _APART_STEP)))
 
 
 def ranked(problem: GemmProblem, target: Target) -> list[GemmConfig]:
@@ -111,6 +121,8 @@ _BLOCKS = (
 )
 FEW_ROWS, _FEWEST_ROWS = 64, 16
 _SPLITS = (1, 2, 4, 8, 16)
+_APART_STEP = 100
+"""Nanoseconds."""
 _SHORTEST_BLOCK = 32
 """Of the inner dimension: what tensor cores take of 8-bit operands at a time."""
 

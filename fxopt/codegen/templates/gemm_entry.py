@@ -78,6 +78,7 @@ def gemm_call(
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
     way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
     way += f", PREFETCH={prefetch}" * config.prefetch
+    way += f", RESIDENT={config.resident}, APART={config.apart}" * (config.apart > 0)
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name
     kind = _TYPES[problem.dtype]

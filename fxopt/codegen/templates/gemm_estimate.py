@@ -94,8 +94,7 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     resident = min(per_sm, rounds)
     inner = ceil(problem.k / config.split)
     blocks = ceil(inner / config.block_k)
-    flops = 2.0 * problem.products * config.block_m * config.block_n * config.block_k
-    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(problem, config, target))
+    block = _block_seconds(problem, config, target)
     waiting = BLOCK_SECONDS + (0.0 if config.tma else _pointer_seconds(problem, config))
     alone = max(block + waiting, LATENCY_SECONDS / (config.stages - 1))
     compute = blocks * max(rounds * block, ceil(rounds / resident) * alone)
@@ -107,11 +106,21 @@ def estimate(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
     return seconds + (_joining(problem, config, target) if config.split > 1 else 0.0)
 
 
+def _block_seconds(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
+    """What a block of the inner dimension takes the tensor cores of a multiprocessor."""
+    flops = 2.0 * problem.products * config.block_m * config.block_n * config.block_k
+    return flops / (product_rate(problem, target) / target.sm_count * _efficiency(problem, config, target))
+
+
+def tile_seconds(problem: GemmProblem, config: GemmConfig, target: Target) -> float:
+    """What the products of a tile take a multiprocessor that computes nothing else."""
+    return ceil(ceil(problem.k / config.split) / config.block_k) * _block_seconds(problem, config, target)
+
+
 def _narrow_round(problem: GemmProblem, config: GemmConfig, target: Target, blocks: int) -> float:
     """A last round of narrow tiles, one on a multiprocessor, with so many blocks of the inner dimension."""
     narrow = replace(config, block_n=config.narrow, subtile=1)
-    flops = 2.0 * narrow.block_m * narrow.block_n * narrow.block_k
-    block = flops / (product_rate(problem, target) / target.sm_count * _efficiency(problem, narrow, target))
+    block = _block_seconds(problem, narrow, target)
     seconds = blocks * max(block + BLOCK_SECONDS, LATENCY_SECONDS / (config.stages - 1))
     return seconds + _not_hidden(problem, replace(narrow, flatten=False), 1, 1) + _ops(problem, narrow, 1, 1, target)
 

@@ -166,6 +166,8 @@ class GemmConfig:
     (`gemm.py`: VECTORS). With `tail` above 1, so many narrow tiles stand for each of those that do not fill a round
     (`tailed_gemm.py`), and `whole` tiles do. `prefetch` has what an epilogue will read of other matrices brought into the
     L2 cache (`gemm.py`: PREFETCH).
+    Persistent programs of which a multiprocessor holds `resident` begin `apart` nanoseconds after each other
+    (`gemm.begin_apart`).
     """
 
     tma: bool
@@ -186,6 +188,8 @@ class GemmConfig:
     tail: int = 1
     whole: int = 0
     prefetch: bool = False
+    resident: int = 1
+    apart: int = 0
 
     def __str__(self) -> str:
         words = [
@@ -196,6 +200,7 @@ class GemmConfig:
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
         words += ["promote"] * self.promote + [f"aligned{self.classes}"] * (self.classes > 1) + ["vectors"] * self.vectors
         words += [f"tail{self.tail}"] * (self.tail > 1) + ["prefetch"] * self.prefetch
+        words += [f"apart{self.apart}"] * (self.apart > 0)
         return " ".join(words)
 
     @property
