@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +58,9 @@ OWN = "kernel "
 """What the names of fxopt's own kernels begin with."""
 
 FINALISTS = 3
+
+SLOWER = 1.03
+"""Times of fxopt over the best backend's beyond this are told as slower."""
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -345,16 +348,26 @@ def main(
             "target": target_facts(device),
             "versions": {**versions(), "cudnn": torch.backends.cudnn.version()},
             "commit": revision(),
-            "summary": {
-                key: geometric_mean([e[key] for e in timed])
-                for key in ("chosen_over_best", "fxopt_over_best", "kernel_over_best", "eager_over_fxopt")
-                if timed
-            },
+            "summary": summarize(timed),
             "entries": entries,
         }
         (out / "attention_micro.json").write_text(json.dumps(document, indent=1) + "\n")
         typer.echo(line(entry))
         torch.cuda.empty_cache()
+    slower = summarize([e for e in entries if "seconds" in e]).get("slower", {})
+    typer.echo(
+        "".join(f"slower than the best backend: {case} {ratio:.2f}\n" for case, ratio in slower.items()) or "none slower"
+    )
+
+
+def summarize(timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric means over all cases, and `slower`: where fxopt takes more than SLOWER times as long as the best backend."""
+    if not timed:
+        return {}
+    keys = ("chosen_over_best", "fxopt_over_best", "kernel_over_best", "eager_over_fxopt")
+    means = {key: geometric_mean([entry[key] for entry in timed]) for key in keys}
+    slower = {e["case"]: e["fxopt_over_best"] for e in timed if e["fxopt_over_best"] > SLOWER}
+    return {**means, "cases": len(timed), "slower": slower}
 
 
 def line(entry: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 Products of BERT, ViT, GPT-2 and Llama, square ones, and a few rows with Llama-3-8B's weights, each plain and with bias and
 GELU in the epilogue. All kernels are compiled and launched as fxopt does it. Values are checked against float32; times are
 of this GPU, interleaved with the library's, with inputs in the L2 cache and without. The JSON has the cost model's estimate
-beside each time, so that the model can be corrected.
+beside each time, so that the model can be corrected; its summary has the speed of the best configuration over the library's.
+`--large` runs what the template is judged by: plain products in bfloat16 of many rows.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.choosing import containing
+from benchmarks.choosing import containing_any
 from benchmarks.kernels_micro import excess
-from benchmarks.results import target_facts, versions
+from benchmarks.results import revision, target_facts, versions
 from fxopt.codegen.compile import compile_kernels
 from fxopt.codegen.templates.gemm_config import configs, library_seconds, ranked, with_tail
 from fxopt.codegen.templates.gemm_entry import ALIGNED_MODULE, MODULE, TAILED_MODULE, gemm_call, partial_shape
@@ -32,6 +33,7 @@ from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem, Matrix
 from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import BufferSpec
 from fxopt.ir.rounding import FLOAT8
+from fxopt.report.measure import geometric_mean
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice
@@ -42,6 +44,9 @@ OPS = {"": 0.0, "bias": 0.06, "gelu": 1.1, "gated": 0.5}
 
 _BIASED = ("bias", "gelu")
 JOIN_BLOCK = 512
+LARGE = 2048
+"""Rows and columns from which on a product is large; the inner dimension may have fewer."""
+
 CHUNK = 6
 """Cases compiled together: as many as keep the workers busy, few enough to stop in time."""
 
@@ -65,6 +70,11 @@ class GemmCase:
     @property
     def title(self) -> str:
         return f"{self.name} {self.m}x{self.n}x{self.k} {self.layout} {self.epilogue}".rstrip()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is one of the plain products in bfloat16 by which the template is judged."""
+        return not self.epilogue and self.dtype == torch.bfloat16 and min(self.m, self.n) >= LARGE
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -323,6 +333,23 @@ def measure(case: GemmCase, built: Built, target: Target, device: torch.device) 
     }
 
 
+def summarize(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By case, how many times as fast as the library's product the best configuration is and the cost model's first one is,
+    inputs in the L2 cache; the least of all with its case, and their geometric mean. An epilogue is more work.
+    """
+    speeds: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        taken = [row["us_hot"] for row in entry["rows"] if "us_hot" in row]
+        if taken:
+            library = entry["library"]["us_hot"]
+            speeds[entry["case"]] = {"best": library / min(taken), "first": library / taken[0]}
+    if not speeds:
+        return {"speeds": {}}
+    slowest = min(speeds, key=lambda case: speeds[case]["best"])
+    means = {f"geometric mean, {which}": geometric_mean([s[which] for s in speeds.values()]) for which in ("best", "first")}
+    return {"speeds": speeds, "slowest": slowest, "least": speeds[slowest]["best"], **means}
+
+
 def report(entry: dict[str, Any]) -> str:
     rows = [r for r in entry["rows"] if "us_hot" in r]
     library, eager = entry["library"], entry["eager"]
@@ -341,16 +368,20 @@ def report(entry: dict[str, Any]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for gemm_micro.json")],
-    only: Annotated[str, typer.Option(help="run cases whose title contains this")] = "",
+    only: Annotated[str, typer.Option(help="run cases whose title has one of these in it, separated by commas")] = "",
     seconds: Annotated[float, typer.Option(help="begin no further cases after so long")] = 140.0,
     count: Annotated[int, typer.Option(help="configurations a case")] = 12,
+    large: Annotated[
+        bool, typer.Option("--large", help="only plain bfloat16 products of 2048 rows and columns or more")
+    ] = False,
 ) -> None:
     """Check and time the configurations of matrix products on this machine's first GPU."""
-    chosen = containing(cases(), only, lambda case: case.title)
+    chosen = containing_any((c for c in cases() if c.is_large or not large), only, lambda case: case.title)
     device = torch.device("cuda", 0)
     target, store = Target.current(device), ArtifactStore()
     torch.backends.cuda.matmul.allow_tf32 = False
-    data: dict[str, Any] = {"target": target_facts(device), "versions": versions(), "compile_seconds": 0.0, "cases": []}
+    data: dict[str, Any] = {"target": target_facts(device), "versions": versions(), "commit": revision()}
+    data |= {"compile_seconds": 0.0, "summary": {}, "cases": []}
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     for at in range(0, len(chosen), CHUNK):
@@ -365,7 +396,10 @@ def main(
             data["cases"].append(measure(case, choices, target, device))
             typer.echo(report(data["cases"][-1]))
             torch.cuda.empty_cache()
+        data["summary"] = summarize(data["cases"])
         (out / "gemm_micro.json").write_text(json.dumps(data, indent=1) + "\n")
+    if "least" in data["summary"]:
+        typer.echo(f"least speed over the library: {data['summary']['least']:.2f} ({data['summary']['slowest']})")
     if any(r.get("excess_error", 0.0) > 1 for c in data["cases"] for r in c["rows"]):
         raise typer.Exit(1)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.attention_kernels import choose_configs, step_of
-from benchmarks.attention_micro import SHAPES, WINDOW, Shape, make_inputs
+from benchmarks.attention_micro import SHAPES, WINDOW, Shape, make_inputs, summarize
 from fxopt.ir.attention_backends import Inputs
 from fxopt.target import Target
 
@@ -32,3 +34,12 @@ def test_every_shape_has_several_configurations() -> None:
         x = Inputs(query, key, key, None, small.settings._replace(is_causal=shape.causal))
         found = choose_configs(step_of(x, query), H100, 12)
         assert 6 <= len(found) <= 12 and len({str(c) for c in found}) == len(found), shape.label
+
+
+def test_the_summary_names_what_is_slower() -> None:
+    def entry(case: str, ratio: float) -> dict[str, Any]:
+        keys = ("chosen_over_best", "fxopt_over_best", "kernel_over_best", "eager_over_fxopt")
+        return {"case": case, **dict.fromkeys(keys, ratio)}
+
+    found = summarize([entry("a", 1.0), entry("b", 1.05), entry("c", 1.02)])
+    assert found["slower"] == {"b": 1.05} and found["cases"] == 3 and summarize([]) == {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gemm_micro import GemmCase, cases, choose_configs, sources
+from benchmarks.gemm_micro import GemmCase, cases, choose_configs, sources, summarize
 from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.target import Target
 from tests.codegen.triton_interpreter import Interpreter
@@ -41,3 +42,19 @@ def test_each_case_has_several_kinds_of_configurations() -> None:
     for case in cases():
         chosen = choose_configs(case.problem, target, 12)
         assert 6 <= len(chosen) <= 12 and {c.tma for c in chosen} == {True, False}, case.title
+
+
+def test_large_cases_are_plain_and_large() -> None:
+    large = [case for case in cases() if case.is_large]
+    assert {case.name for case in large} >= {"square", "bert-b32", "vit-b64", "llama-prefill", "gpt2-b8", "gpt2-head"}
+    assert all(not c.epilogue and c.dtype == torch.bfloat16 and c.m >= 2048 and c.n >= 2048 for c in large)
+
+
+def test_the_summary_tells_the_slowest_case() -> None:
+    def entry(case: str, library: float, *taken: float) -> dict[str, Any]:
+        return {"case": case, "library": {"us_hot": library}, "rows": [*({"us_hot": t} for t in taken), {"error": "no"}]}
+
+    found = summarize([entry("a", 10.0, 12.5, 10.0), entry("b", 10.0, 20.0), entry("c", 10.0)])
+    assert found["slowest"] == "b" and found["least"] == 0.5 and list(found["speeds"]) == ["a", "b"]
+    assert found["speeds"]["a"] == {"best": 1.0, "first": 0.8}
+    assert summarize([]) == {"speeds": {}}
