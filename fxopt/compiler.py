@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 from fxopt import passes, plan_cache, tune
 from fxopt.assemble import assemble
 from fxopt.capture.eager_memory import eager_peak
+from fxopt.capture.scored_apart import take_scores_apart
 from fxopt.codegen.replay_build import replay_code
 from fxopt.errors import CacheError, UnsupportedError
 from fxopt.ir.graph import Graph, Phase, Role
 from fxopt.ir.kernel import Artifact
-from fxopt.ir.region import Alternatives, Batch, Region, Step
+from fxopt.ir.region import Alternatives, Batch, Call, Region, Step
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, attention_kernels, batching, contractions, group_sums, groupings, lower_graph, row_norms
 from fxopt.lower.attention_kernels import with_attention_kernels
@@ -147,12 +148,28 @@ def _artifacts(chosen: dict[str, tune.Choice]) -> dict[str, Artifact]:
     return {artifact.key: artifact for choice in chosen.values() for _, artifact in choice.kernels}
 
 
+def _take_scores_apart(graph: Graph, lowered: Lowered | None, options: Options, journal: Journal) -> bool:
+    """Replace the ops of attention in training that no kernel of ours computes in `lowered`, or all of them, by products and
+    what is between them: whether there were any."""
+    called = None if lowered is None else {name for s in lowered.steps if isinstance(s, Call) for name in s.outputs}
+    with journal.timed("lowering"):
+        names = take_scores_apart(graph, None if called is None else called.__contains__)
+        if names:
+            passes.run_again(graph, options, journal)
+    for name in names:
+        journal.note("attention", f"{name}: no kernel of ours, as products and a softmax")
+    return bool(names)
+
+
 def _lower_and_choose(
     graph: Graph, options: Options, journal: Journal, store: ArtifactStore
 ) -> tuple[Lowered, dict[str, tune.Choice]]:
     """Regions and their kernels. What cannot be built is left to the library in another round; those built are stored."""
     library: frozenset[str] = frozenset()
     batch, apart = batching.NAME not in options.disable, frozenset[str]()
+    with_kernels = attention_kernels.NAME not in options.disable and options.tuning_seconds != 0
+    if not with_kernels:
+        _take_scores_apart(graph, None, options, journal)
     for _ in range(MAX_ATTEMPTS):
         with journal.timed("lowering"):
             lowered = lower_graph(graph, journal, library)
@@ -160,7 +177,7 @@ def _lower_and_choose(
             lowered = tune.choose_library(lowered, options, store, journal)
         with journal.timed("scheduling"):
             lowered = schedule(lowered, batch=batch, apart=apart)
-            if attention_kernels.NAME not in options.disable and options.tuning_seconds != 0:
+            if with_kernels:
                 lowered = with_attention_kernels(lowered)
             if contractions.NAME not in options.disable and options.tuning_seconds != 0:
                 lowered = with_contractions(lowered, every=options.mode == "max-autotune")
@@ -172,6 +189,8 @@ def _lower_and_choose(
         with journal.timed("kernels"):
             attention = functools.partial(tune.choose_attention, options=options, store=store, journal=journal)
             lowered, chosen, failed = tune.choose(lowered, options, store, journal, attention)
+        if not failed and _take_scores_apart(graph, lowered, options, journal):
+            continue
         if not failed:
             return _with_row_norms(graph, lowered, chosen, options, journal, store)
         journal.provisional = True  # the next process may have a compiler that works

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+
+from fxopt.capture.splicing import like, sizes, splice
 
 aten = torch.ops.aten
 
@@ -150,14 +151,7 @@ class _Apart:
         traced = self.traced.get(key)
         if traced is None:
             traced = self.traced[key] = self._trace(node, args, [n.meta["val"] for n in nodes])
-        given, made = iter(nodes), dict[fx.Node, fx.Node]()
-        for step in traced.graph.nodes:
-            if step.op == "placeholder":
-                made[step] = next(given)
-            elif step.op == "output":
-                result = made[step.args[0]]
-            else:
-                made[step] = self._copied(node, step, made)
+        result: fx.Node = splice(self.gm, node, traced, nodes, self.mode)
         return result
 
     def _trace(self, node: fx.Node, args: list[Any], values: list[Tensor]) -> fx.GraphModule:
@@ -165,21 +159,9 @@ class _Apart:
             given = iter(tensors)
             return _ELEMENTS[node.target](*(next(given) if isinstance(a, fx.Node) else a for a in args), **node.kwargs)
 
-        plain = [_like(self.mode, v) if v._has_symbolic_sizes_strides else v for v in values]
+        plain = [like(self.mode, v) if v._has_symbolic_sizes_strides else v for v in values]
         with self.mode:
             return make_fx(element, decomposition_table=dict(self.table))(*plain)
-
-    def _copied(self, node: fx.Node, step: fx.Node, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        """A copy of `step` for `node`, with a value of its own: shared ones would look like shared memory."""
-        copy = self.gm.graph.node_copy(step, lambda n: made[n])
-        call: Any = step.target
-        if all(returned.alias_info is None for returned in call._schema.returns):
-            copy.meta = {**node.meta, "val": _like(self.mode, step.meta["val"])}
-            return copy
-        args, kwargs = fx.node.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            copy.meta = {**node.meta, "val": call(*args, **kwargs)}
-        return copy
 
 
 @contextlib.contextmanager
@@ -209,22 +191,11 @@ def _by_layout(mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     few = [[a[k] for k in first.values()] if isinstance(a, list | tuple) else a for a in args]
     values = dict(zip(first, op(*few, **kwargs), strict=True))
-    return [_like(mode, values[layout]) for layout in layouts]
-
-
-def _like(mode: Any, value: Tensor) -> Tensor:
-    """A new fake of `value`'s layout. No mode may be active."""
-    memory = torch.empty_strided(*_sizes(value), dtype=value.dtype, device="meta")
-    return FakeTensor(mode, memory, value.device)
+    return [like(mode, values[layout]) for layout in layouts]
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
-    return value.dtype, value.device, *_sizes(value), value.is_conj(), value.is_neg()
-
-
-def _sizes(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides, all of which are known."""
-    return tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+    return value.dtype, value.device, *sizes(value), value.is_conj(), value.is_neg()
 
 
 def is_symbolic(value: Any) -> bool:

@@ -37,7 +37,9 @@ stored scores. Differentiable once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +76,21 @@ class _Scored:
     kept: Tensor | None
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [B, H, M, K] @ b [B, H, K, N], in float32 at least: of half operands on a GPU by tensor cores, for which `a` is
+    rounded to the type of `b`."""
+    if _has_wide_sums(b):
+        rows = a.to(b.dtype).reshape(-1, *a.shape[2:])
+        return torch.bmm(rows, b.reshape(-1, *b.shape[2:]), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
+def _has_wide_sums(x: Tensor) -> bool:
+    """Whether torch has products of `x` with results in float32."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def _over_batches(x: Tensor, count: int) -> Tensor:
     return x if x.shape[0] in (1, count) else x.repeat(count // x.shape[0], 1, 1, 1)
 
@@ -88,8 +105,7 @@ def _scored(
     fill: float,
     band: list[int] | None,
 ) -> _Scored:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(wide) @ ungrouped(query, key).to(wide).mT).mul_(scale)
+    scores = _product(query, ungrouped(query, key).mT).mul_(scale)
     slope: Tensor | float = scale
     if cap:
         scores = scores.tanh_()
@@ -105,7 +121,7 @@ def _scored(
         scores = scores.add_(_over_batches(mask, len(query)))
     if band is not None:
         rows, keys = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
-        away = keys - rows[:, None]
+        away = keys - rows.unsqueeze(-1)
         scores = scores.masked_fill_((away < band[0]) | (away > band[1]), -math.inf)
     return _Scored(scores, slope, kept)
 
@@ -144,6 +160,19 @@ def keeps(seed: Tensor, drop: float, numbers: Tensor, rows: int, keys: int) -> T
 MOST_SCORES = 1 << 26
 """Of the eager forms at a time."""
 
+_WHOLE = ContextVar("whole", default=False)
+
+
+@contextmanager
+def in_one_piece() -> Iterator[None]:
+    """In the block, eager forms store all scores, however many there are."""
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
 _Whole = slice(None)
 _Piece = tuple[slice, slice, slice]
 """Batches, heads and groups of them."""
@@ -152,7 +181,7 @@ _Piece = tuple[slice, slice, slice]
 def _pieces(query: Tensor, key: Tensor) -> Iterator[_Piece]:
     """All of the scores, in pieces of about MOST_SCORES."""
     (batch, heads, rows, _), (groups, keys) = query.shape, key.shape[1:3]
-    if batch * heads * rows * keys <= MOST_SCORES:
+    if _WHOLE.get() or batch * heads * rows * keys <= MOST_SCORES:
         yield _Whole, _Whole, _Whole
         return
     members = heads // groups
@@ -160,6 +189,11 @@ def _pieces(query: Tensor, key: Tensor) -> Iterator[_Piece]:
     for b in range(batch):
         for g in range(0, groups, each):
             yield slice(b, b + 1), slice(g * members, (g + each) * members), slice(g, g + each)
+
+
+def _part(x: Tensor, batches: slice, heads: slice) -> Tensor:
+    """These batches and heads of `x`: itself for all of them."""
+    return x if batches == _Whole else x[batches, heads]
 
 
 def _of_piece(x: Tensor | None, batches: slice, heads: slice) -> Tensor | None:
@@ -175,7 +209,7 @@ def _kept_share(piece: _Piece, query: Tensor, key: Tensor, seed: Tensor | None, 
     if seed is None:
         return None
     (batch, heads, rows, _), keys = query.shape, key.shape[2]
-    numbers = torch.arange(batch * heads, device=query.device).view(batch, heads)[piece[:2]]
+    numbers = _part(torch.arange(batch * heads, device=query.device).view(batch, heads), *piece[:2])
     wide = torch.promote_types(query.dtype, torch.float32)
     return keeps(seed, drop, numbers, rows, keys).to(wide).div_(1 - drop)
 
@@ -194,16 +228,16 @@ def attend(
     """What `fxopt::scored_attention` computes, with stored scores."""
     results = _fake(query, key, value)
     for batches, heads, groups in _pieces(query, key):
-        q, k, v = query[batches, heads], key[batches, groups], value[batches, groups]
+        q, k, v = _part(query, batches, heads), _part(key, batches, groups), _part(value, batches, groups)
         scores = _scored(q, k, _of_piece(bias, batches, heads), _of_piece(mask, batches, heads), **rule).scores
         most = scores.amax(-1)
         p = scores.sub_(most.unsqueeze(-1)).exp_()
         inverse = p.sum(-1).reciprocal_()
         share = _kept_share((batches, heads, groups), query, key, seed, drop)
         p = p if share is None else p.mul_(share)
-        exact = p.mul_(inverse.unsqueeze(-1)) @ ungrouped(q, v).to(p.dtype)
+        exact = _product(p.mul_(inverse.unsqueeze(-1)), ungrouped(q, v))
         for whole, part in zip(results, (exact, exact, most, inverse), strict=True):
-            whole[batches, heads] = part
+            _part(whole, batches, heads).copy_(part)
     return results
 
 
@@ -235,11 +269,11 @@ def _slopes(
 ) -> _Slopes:
     batches, heads, groups = piece
     share = _kept_share(piece, query, key, seed, drop)
-    grad, query, most, inverse, total = (x[batches, heads] for x in (grad, query, most, inverse, total))
-    key, value = key[batches, groups], value[batches, groups]
+    grad, query, most, inverse, total = (_part(x, batches, heads) for x in (grad, query, most, inverse, total))
+    key, value = _part(key, batches, groups), _part(value, batches, groups)
     found = _scored(query, key, _of_piece(bias, batches, heads), _of_piece(mask, batches, heads), **rule)
     p = found.scores.sub_(most.unsqueeze(-1)).exp_().mul_(inverse.unsqueeze(-1))
-    of_p = grad.to(p.dtype) @ ungrouped(query, value).to(p.dtype).mT
+    of_p = _product(grad, ungrouped(query, value).mT)
     of_p = of_p if share is None else of_p.mul_(share)
     of_scores = of_p.sub_(total.unsqueeze(-1)).mul_(p)
     p = p if share is None else p.mul_(share)
@@ -253,7 +287,8 @@ def query_gradient(grad: Tensor, query: Tensor, key: Tensor, *more: Any, **rule:
     out = torch.empty_like(query)
     for piece in _pieces(query, key):
         found, (batches, heads, groups) = _slopes(piece, grad, query, key, *more, **rule).of_products, piece
-        out[batches, heads] = found.to(query.dtype) @ ungrouped(query[batches, heads], key[batches, groups])
+        own = ungrouped(_part(query, batches, heads), _part(key, batches, groups))
+        _part(out, batches, heads).copy_(found.to(query.dtype) @ own)
     return out
 
 
@@ -264,10 +299,9 @@ def key_value_gradients(
     of_key, of_value = torch.empty_like(key), torch.empty_like(value)
     for piece in _pieces(query, key):
         found, (batches, heads, groups) = _slopes(piece, grad, query, key, value, *more, **rule), piece
-        product = found.of_products.to(query.dtype).mT @ query[batches, heads]
-        of_key[batches, groups] = grouped(product, key[batches, groups])
-        product = found.p.to(query.dtype).mT @ grad[batches, heads]
-        of_value[batches, groups] = grouped(product, value[batches, groups])
+        for out, slopes, x in ((of_key, found.of_products, query), (of_value, found.p, grad)):
+            own = _part(out, batches, groups)
+            own.copy_(grouped(slopes.to(query.dtype).mT @ _part(x, batches, heads), own))
     return of_key, of_value
 
 
@@ -299,9 +333,8 @@ def bias_gradient(
         if batches == _Whole:
             turns = found.unflatten(0, (repeats, count))
             turns = turns if own_heads > 1 else turns.permute(2, 0, 1, 3, 4).flatten(0, 1).unsqueeze(2)
-            for part, some in enumerate(turns.split(each)):
-                out[part] = some.sum(0)
-            continue
+            sums = torch.stack([some.sum(0) for some in turns.split(each)])
+            return sums if len(sums) == parts else torch.cat((sums, out[len(sums) :]))
         for h, of_head in enumerate(found[0], heads.start):
             turn = batches.start // count + (repeats * h if own_heads == 1 else 0)
             out[turn // each, batches.start % count, h % own_heads] += of_head
@@ -413,6 +446,10 @@ scored_attention_query = torch.ops.fxopt.scored_attention_query.default
 scored_attention_key_value = torch.ops.fxopt.scored_attention_key_value.default
 scored_attention_bias = torch.ops.fxopt.scored_attention_bias.default
 SCORED = (scored_attention, scored_attention_query, scored_attention_key_value, scored_attention_bias)
+EAGER: dict[Any, Callable[..., Any]] = dict(
+    zip(SCORED, (attend, query_gradient, key_value_gradients, bias_gradient), strict=True)
+)
+"""What each op runs as by itself."""
 
 torch.library.register_autograd("fxopt::scored_attention", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
 for _op in SCORED[1:]:

@@ -61,6 +61,7 @@ LIBRARY_OPS = frozenset(
         aten.addmm.default,
         aten.bmm.default,
         aten.baddbmm.default,
+        *(getattr(aten, name).dtype for name in ("mm", "addmm", "bmm", "baddbmm")),  # half operands, a float32 result
         aten._addmm_activation.default,
         aten._scaled_mm.default,
         aten._int_mm.default,

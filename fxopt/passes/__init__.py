@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fxopt.passes.pipeline import NAMES, run, run_early, run_joint, run_observing
+from fxopt.passes.pipeline import NAMES, run, run_again, run_early, run_joint, run_observing
 
-__all__ = ["NAMES", "run", "run_early", "run_joint", "run_observing"]
+__all__ = ["NAMES", "run", "run_again", "run_early", "run_joint", "run_observing"]

@@ -7,7 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import fx
@@ -94,6 +94,15 @@ PASSES: tuple[Pass, ...] = (
 )
 """What runs on an ATen graph, in this order."""
 
+AGAIN: tuple[Pass, ...] = (
+    Pass("no_ops", no_ops),
+    Pass("views", views),
+    Pass("algebra", algebra),
+    Pass("cse", cse),  # what several ops consist of
+    Pass("dead_code", dead_code),
+)
+"""What runs once more on a graph in which an op has been taken apart since."""
+
 OBSERVING: tuple[Pass, ...] = (*_UP_TO_LAYERS, Pass("observe", observe))
 """What makes a graph tell what its layers are given. All of PASSES run on it afterwards."""
 
@@ -126,6 +135,11 @@ def run(graph: Graph, options: PassOptions, journal: Journal, *, check: bool = F
     returned Context has the log of rewrites and the counted rejections.
     """
     return run_passes(PASSES, graph, options, journal, check=check or options.check)
+
+
+def run_again(graph: Graph, options: PassOptions, journal: Journal) -> None:
+    """Run AGAIN on `graph` in place; its dumps have a folder of their own."""
+    run_passes(AGAIN, replace(graph, name=f"{graph.name} again"), options, journal, check=options.check)
 
 
 def run_observing(

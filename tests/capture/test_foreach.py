@@ -153,7 +153,7 @@ def test_fakes_of_list_ops_are_computed_once_a_layout_and_are_torchs() -> None:
     with FakeTensorMode() as mode:
         x = [mode.from_tensor(t) for t in LAYOUTS]
         want = [torch._foreach_add(x, x), torch._foreach_mul(x, [1.0, 2, 3.0, 4.0, 5.0, 6.0]), torch._foreach_norm(x)]
-        with values_by_layout(), mock.patch.object(foreach, "_like", wraps=foreach._like) as made:
+        with values_by_layout(), mock.patch.object(foreach, "like", wraps=foreach.like) as made:
             got = [torch._foreach_add(x, x), torch._foreach_mul(x, [1.0, 2, 3.0, 4.0, 5.0, 6.0]), torch._foreach_norm(x)]
         assert made.call_count == 3 * len(LAYOUTS)
         for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
