@@ -31,7 +31,7 @@ from fxopt.runtime.plan_ops import resolve_op
 from fxopt.target import Target
 from fxopt.tune.suspects import Suspects
 
-METHOD = 10
+METHOD = 11
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -55,6 +55,9 @@ MOST_FILLS = 32
 
 REPEATS = 8
 """Runs in a CUDA graph that is measured."""
+
+CLOSE = 1.03
+"""What takes so many times as long as the fastest in a row of launches is as fast: what it takes alone decides."""
 
 MOST_COPIES, FEWEST_IN_TURN = 96, 8
 """Of buffers that are to be cold: what would need more is bound by its launch; and runs in one sample."""
@@ -115,7 +118,8 @@ class Measurements:
     are not there, and the cache is full of what others wrote, which goes to memory as new lines come (an eighth of the time
     of 400 MB on an H200, for kernels that let all lines drive them out, and nothing for those that do not): launches with
     such a cache count as much, also lest few programs that a warm cache serves well enough look good. Where weights and
-    states are most of what is read, and known not to be there (`Memory.cold`), only such launches count (`rotated_seconds`).
+    states are most of what is read, and known not to be there (`Memory.cold`), only such launches count (`rotated_seconds`):
+    in a row, as a plan has them, and alone for those of which that tells no difference (`with_ties_broken`).
     """
 
     def __init__(self, journal: Journal, budget: float, suspects: Suspects | None = None) -> None:
@@ -158,10 +162,13 @@ class Measurements:
                 wrong = check(memory, device, trials, self.suspects) if check is not None else frozenset()
                 right = [t for t in trials if t.label not in wrong]
                 rotated = rotated_seconds(memory, device, right, self.suspects) if memory.cold else None
-                timed = time_trials(memory, device, right, self.suspects) if rotated is None else rotated
                 if rotated is None:
-                    cold = time_trials(memory, device, right, self.suspects, cold=True)
-                    timed = [(a + b) / 2 for a, b in zip(timed, cold, strict=True)]
+                    warm, cold = (time_trials(memory, device, right, self.suspects, cold=c) for c in (False, True))
+                    timed = [(a + b) / 2 for a, b in zip(warm, cold, strict=True)]
+                else:
+                    timed = with_ties_broken(
+                        rotated, lambda some: time_trials(memory, device, some, self.suspects, cold=True), right
+                    )
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{name}: not measured, the GPU is out of memory")
             self.journal.provisional = True
@@ -236,6 +243,23 @@ def rotated_seconds(memory: Memory, device: torch.device, trials: Sequence[Trial
     able = [runner(trial, first, sizes, suspects) is not None for trial in trials]
     runs = [in_turn(trial, sets, sizes) if runs else None for trial, runs in zip(trials, able, strict=True)]
     return [seconds / count for seconds in interleaved(runs, device, cold=True)]
+
+
+def with_ties_broken(
+    rotated: Sequence[float], alone: Callable[[Sequence[Trial]], list[float]], trials: Sequence[Trial]
+) -> list[float]:
+    """`rotated`, the seconds of `trials`, where what they take `alone` tells those apart that are CLOSE to the fastest.
+
+    In a row, a kernel's end is hidden by the next one's beginning; before a call, or as a plan's last, it is not.
+    """
+    fastest = min(rotated, default=float("inf"))
+    close = [k for k, seconds in enumerate(rotated) if seconds <= fastest * CLOSE and seconds < float("inf")]
+    if len(close) < 2:
+        return list(rotated)
+    single = alone([trials[k] for k in close])
+    least = min(single)
+    ordered = {k: min(fastest + (s - least), fastest * CLOSE) for k, s in zip(close, single, strict=True)}
+    return [ordered.get(k, seconds) for k, seconds in enumerate(rotated)]
 
 
 def in_turn(trial: Trial, sets: Sequence[dict[str, torch.Tensor]], sizes: dict[str, int]) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from fxopt.tune import measure
 from fxopt.tune.measure import (
     APART,
     BEHIND,
+    CLOSE,
     FIRST_ROUNDS,
     ROUNDS,
     SURE_ROUNDS,
@@ -24,6 +26,7 @@ from fxopt.tune.measure import (
     interleaved,
     rotated_seconds,
     with_cold,
+    with_ties_broken,
 )
 from fxopt.tune.suspects import Suspects
 
@@ -126,6 +129,21 @@ def test_cold_weights_are_measured_on_copies(
         assert len(seen[label]) == runs and len({id(s["x"]) for s in seen[label]}) == 1
         turns = [id(s["weight"]) for s in seen[label]]
         assert len(set(turns)) == copies and all(len(set(turns[k : k + copies])) == copies for k in range(0, runs, copies))
+
+
+def test_what_is_as_fast_in_a_row_is_told_apart_alone() -> None:
+    trials = [Trial(label, ()) for label in ("library", "vector", "row", "broken", "slow")]
+    asked: list[str] = []
+
+    def alone(some: Sequence[Trial]) -> list[float]:
+        asked.extend(trial.label for trial in some)
+        return [{"vector": 41e-6, "row": 37e-6}[trial.label] for trial in some]
+
+    rotated = [45e-6, 36e-6, 37e-6, float("inf"), 38e-6]
+    found = with_ties_broken(rotated, alone, trials)
+    assert asked == ["vector", "row"]
+    assert found == [45e-6, 36e-6 * CLOSE, 36e-6, float("inf"), 38e-6], "within what is close"
+    assert with_ties_broken(rotated[3:], alone, trials[3:]) == rotated[3:] and len(asked) == 2, "nothing to tell apart"
 
 
 def test_kernels_start_early_after_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
