@@ -1,7 +1,8 @@
 """Training attention that no library's backward takes, on a GPU: `python -m benchmarks.attention_training --out FOLDER`.
 
-For each case, forward and backward: eager, Inductor, and fxopt with attention left as it is written ("apart") and as its own
-kernels ("kernel"), interleaved; the contests that the tuner held, in microseconds; errors against float64 next to eager's.
+For each case, forward and backward: eager, Inductor, and fxopt with attention left as it is written ("apart"), as its own
+kernels ("kernel") and as what runs where these are refused ("refused"), interleaved; the contests that the tuner held, in
+microseconds; errors against float64 next to eager's.
 """
 
 from __future__ import annotations
@@ -127,7 +128,10 @@ DROPPING = (
 """Timed only: each contender drops others."""
 
 
-CONTENDERS = ("inductor", "apart", KERNEL)
+DISABLED = {"inductor": "", "apart": "hand_attention", KERNEL: "", "refused": "attention_kernels"}
+"""What each contender does without."""
+
+CONTENDERS = tuple(DISABLED)
 
 
 def outcome(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], weight: Tensor) -> list[Tensor]:
@@ -139,8 +143,7 @@ def outcome(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], weight: T
 @contextlib.contextmanager
 def compiling(name: str) -> Iterator[dict[str, Figures]]:
     """Compilations in the block are those of contender `name`; yields the contests."""
-    disabled = {"FXOPT_DISABLE": "hand_attention"} if name == "apart" else {}
-    with mock.patch.dict(os.environ, disabled), kept(name) as contests:
+    with mock.patch.dict(os.environ, FXOPT_DISABLE=DISABLED[name]), kept(name) as contests:
         yield contests
 
 

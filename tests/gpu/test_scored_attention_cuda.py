@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.attention_training import CASES, DROPPING, Case, compiling, outcome
 from fxopt.ir.scored_attention_op import scored_attention
+from fxopt.journal import RECENT
 from fxopt.lower.attention_kernels import KERNEL
 from fxopt.passes.hand_attention.scored import MOST_FEATURES
 from tests.numerics import assert_closer, to_float64
@@ -80,3 +81,17 @@ def test_values_and_gradients(case: Case) -> None:
     assert_closer(results, outcome(case.attend, inputs, weight), outcome(case.attend, to_float64(inputs), weight.double()))
     for one, two in zip(results, outcome(compiled, inputs, weight), strict=True):
         assert torch.equal(one, two), "the same bits each time"
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda c: c.name)
+def test_without_kernels_nothing_is_left_to_eager_forms(case: Case) -> None:
+    torch.compiler.reset()
+    RECENT.clear()
+    inputs = replace(case, **SMALL[case.name]).inputs(torch.device("cuda"))
+    weight = torch.randn_like(case.attend(*inputs))
+    with compiling("refused"):
+        compiled = torch.compile(case.attend, backend="fxopt", dynamic=False, options={"strict": True})
+        results = outcome(compiled, inputs, weight)
+    calls = [op for journal in RECENT for op, _ in journal.library]
+    assert "aten::bmm.dtype" in calls and not any(op.startswith("fxopt::scored") for op in calls), calls
+    assert_closer(results, outcome(case.attend, inputs, weight), outcome(case.attend, to_float64(inputs), weight.double()))
