@@ -139,6 +139,7 @@ SHAPES = (
     Shape("dense-4096-causal", 4, 16, 4096, 128, causal=True, train=True),
     Shape("long-16k", 1, 16, 16384, 128, causal=True),
     Shape("long-16k", 1, 16, 16384, 128, causal=True, train=True),
+    Shape("decode-float32-b8", 8, 12, 1, 64, keys=1024, mask="cache", dtype=torch.float32),
     Shape("float32-s512", 8, 12, 512, 64, dtype=torch.float32),
     Shape("width-256", 2, 8, 2048, 256, causal=True),
 )

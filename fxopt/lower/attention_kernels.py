@@ -42,6 +42,10 @@ LIBRARY, KERNEL = "library", "kernel"
 DTYPES = (torch.float16, torch.bfloat16)
 MASK_DTYPES = (*DTYPES, torch.float32, torch.bool)
 MOST_FEATURES, FEATURES_MULTIPLE = 256, 8
+FEW_ROWS_OF_FLOAT32 = 16
+"""Rows of scores (positions times heads of a group) that share their keys: so many are one tile, and memory decides though
+float32 is multiplied without tensor cores."""
+
 FEWEST_FEATURES_OF_FLOAT8 = 32
 """What tensor cores take at a time."""
 
@@ -223,6 +227,8 @@ def _broadcast(mask: Strided, shape: tuple[int, ...]) -> Strided:
 def _has_types(own: Attention) -> bool:
     """Whether the operands have the result's dtype; with factors, such as `fxopt::scaled_attention` takes."""
     query, *rest = (own.buffers[x.buffer].dtype for x in (own.query, own.key, own.value))
+    if own.dtype not in DTYPES and (own.dtype != torch.float32 or own.factors is not None):
+        return False
     if own.factors is None:
         return query == own.dtype and all(dtype == own.dtype for dtype in rest) and own.value.strides[3] == 1
     if any(not own.buffers[name].dtype.is_floating_point for name in own.factors.buffers):
@@ -236,11 +242,13 @@ def _has_types(own: Attention) -> bool:
 def _is_eligible(own: Attention) -> bool:
     """Whether types, sizes and layouts are such as the templates take."""
     query, key, value, mask = own.query, own.key, own.value, own.mask
-    if own.dtype not in DTYPES or not _has_types(own):
+    if not _has_types(own):
         return False
     if mask is not None and (own.causal or own.buffers[mask.buffer].dtype not in MASK_DTYPES):
         return False
     if not all((*query.shape, *key.shape, *value.shape)) or query.shape[1] % key.shape[1]:
+        return False
+    if own.dtype not in DTYPES and query.shape[2] * (query.shape[1] // key.shape[1]) > FEW_ROWS_OF_FLOAT32:
         return False
     if any(w > MOST_FEATURES or w % FEATURES_MULTIPLE for w in (key.shape[3], value.shape[3])):
         return False

@@ -170,11 +170,20 @@ def test_views_in_a_larger_buffer(interpreter: Interpreter) -> None:
 # --- code
 
 
-def shaped(heads: int, groups: int, rows: int, keys: int, width: int, mask: str = "", causal: bool = False) -> Attention:
-    """A step over bfloat16 tensors without values."""
+def shaped(
+    heads: int,
+    groups: int,
+    rows: int,
+    keys: int,
+    width: int,
+    mask: str = "",
+    causal: bool = False,
+    dtype: torch.dtype = BF16,
+) -> Attention:
+    """A step over tensors without values."""
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=BF16, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     query, key, value = (empty(8, n, h, width).transpose(1, 2) for h, n in ((heads, rows), (groups, keys), (groups, keys)))
     given = {"": None, "row": empty(8, 1, 1, keys), "rows": empty(8, heads, rows, keys)}[mask]
@@ -186,10 +195,11 @@ COMPILED = {
     "static cache": shaped(32, 8, 1, 2048, 128, "row"),
     "width 256": shaped(8, 4, 512, 512, 256, causal=True),
     "bias": shaped(12, 12, 512, 512, 64, "rows"),
+    "float32": shaped(32, 8, 1, 2048, 128, "row", dtype=torch.float32),
 }
 
 
-WITHOUT_A_SPILL = [*((90, n) for n in COMPILED), (80, "bias"), (100, "static cache")]
+WITHOUT_A_SPILL = [*((90, n) for n in COMPILED), (80, "bias"), (80, "float32"), (100, "static cache"), (100, "float32")]
 
 
 @pytest.mark.parametrize(("arch", "name"), WITHOUT_A_SPILL)

@@ -68,6 +68,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "hidden": (hidden, (Q, K, V, SEEN)),
     "grouped": (grouped, (rand(2, 6, 7, 16, dtype=F16), *(rand(2, 2, 41, 16, dtype=F16) for _ in "kv"))),
     "one head": (one_head, (Q, K, V)),
+    "float32": (capped, (Q.float(), K.float(), V.float(), torch.randn(2, 1, 7, 41))),
 }
 
 
@@ -81,7 +82,10 @@ def kernel(fn: Callable[..., Any], args: tuple[Tensor, ...]) -> tuple[Lowered, A
     return low, own
 
 
-@pytest.mark.parametrize(("case", "split"), [("capped", 1), ("distances", 2), ("hidden", 1), ("hidden", 2), ("one head", 1)])
+@pytest.mark.parametrize(
+    ("case", "split"),
+    [("capped", 1), ("distances", 2), ("hidden", 1), ("hidden", 2), ("one head", 1), ("float32", 2)],
+)
 def test_values(interpreter: Interpreter, case: str, split: int) -> None:
     fn, args = CASES[case]
     low, own = kernel(fn, args)

@@ -62,6 +62,7 @@ CASES = {
     "decode": lambda: inputs(32, 8, 1, 1000, 128),
     "decode, masked": lambda: inputs(32, 8, 1, 2048, 128, (2, 1, 1, 2048)),
     "decode, wide": lambda: inputs(8, 4, 1, 1024, 256, (1, 1, 1, 1024)),
+    "decode, float32": lambda: inputs(32, 8, 1, 1000, 128, (2, 1, 1, 1000), dtype=torch.float32),
     "few rows": lambda: inputs(16, 4, 7, 777, 80, (2, 1, 7, 777)),
     "causal": lambda: inputs(8, 2, 500, 500, 128, causal=True),
     "causal, wide": lambda: inputs(2, 2, 300, 300, 256, causal=True),

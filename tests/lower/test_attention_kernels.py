@@ -80,6 +80,13 @@ def test_settings_are_those_of_the_call() -> None:
     assert own.out.strides == q.stride()
 
 
+@pytest.mark.parametrize("heads", [4, 16])
+def test_few_rows_of_float32(heads: int) -> None:
+    q, k = rand(2, heads, 4, 64, dtype=torch.float32), rand(2, 4, 48, 64, dtype=torch.float32)
+    (own,) = kernels(searched(lambda q, k: attention(q, k, k, enable_gqa=True), q, k))
+    assert own.dtype == torch.float32
+
+
 @pytest.mark.parametrize("shape", [(1, 48), (48,), (4, 1, 48), (2, 4, 1, 48)], ids=str)
 def test_masks_are_broadcast(shape: tuple[int, ...]) -> None:
     q, k = rand(2, 4, 1, 64), rand(2, 4, 48, 64)
@@ -98,7 +105,8 @@ Q, K = rand(2, 4, 5, 64), rand(2, 4, 48, 64)
     ("fn", "args"),
     [
         (lambda q, k: attention_forward(q, k, k)[0], (Q, K)),  # whose backward is a library's
-        (lambda q, k: attention(q, k, k), (Q.float(), K.float())),
+        (lambda q, k: attention(q, k, k), (rand(2, 4, 17, 64).float(), K.float())),
+        (lambda q, k: attention(q, k, k, enable_gqa=True), (rand(2, 8, 5, 64).float(), rand(2, 2, 48, 64).float())),
         (lambda q, k: attention(q, k, k, scale=0.0), (Q, K)),
         (lambda q, k: attention(q, k, k), (rand(2, 4, 5, 264), rand(2, 4, 48, 264))),
         (lambda q, k: attention(q, k, k), (rand(2, 4, 5, 36), rand(2, 4, 48, 36))),
@@ -106,7 +114,7 @@ Q, K = rand(2, 4, 5, 64), rand(2, 4, 48, 64)
         (lambda q, k: attention(q, k[:, :, :0], k[:, :, :0]), (Q, K)),
         (lambda q, k, m: attention(q, k, k, m), (Q, K, torch.zeros(5, 48, dtype=torch.float64))),
     ],
-    ids=["training", "float32", "scale", "wide", "odd", "strided", "empty", "mask"],
+    ids=["training", "float32", "float32 groups", "scale", "wide", "odd", "strided", "empty", "mask"],
 )
 def test_the_rest_is_the_librarys(fn: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
     low = searched(fn, *args)

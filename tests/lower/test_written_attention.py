@@ -123,7 +123,7 @@ def test_copies_are_read_if_what_they_copy_is_written(name: str) -> None:
         (lambda q, k, v: (odd(q @ k.mT) * 2) @ v, (Q, K, V)),
         (lambda q, k, v: odd((q @ k.mT).transpose(0, 1)).transpose(0, 1) @ v, (rand(4, 4, 40, 16),) * 3),
         (lambda q, k, v: odd((q @ k.mT).flip(-1)) @ v, (Q, K, V)),
-        (lambda q, k, v: odd(q @ k.mT) @ v, (Q.float(), K.float(), V.float())),
+        (lambda q, k, v: odd(q @ k.mT) @ v, (rand(2, 4, 17, 16).float(), K.float(), V.float())),
         (lambda q, k, v: odd(q @ k.mT) @ v, (rand(2, 4, 7, 12), rand(2, 4, 40, 12), V)),
     ],
     ids=[

@@ -48,6 +48,12 @@ RATE_OF_ONE = 1.6
 FLIGHT_OF_MEMORY = 1.75e-6
 """Bytes in flight with which memory reaches 70 % of its rate, over that rate."""
 
+EXACT_SHARE = 1 / 20
+"""The rate of float32 products, over that of half types."""
+
+_MOST_EXACT_PRODUCTS = 1 << 16
+"""Of float32 in one step of a program: they are instructions, all unrolled."""
+
 _REGISTERS_BESIDE_TILES = 72
 _MOST_REGISTERS = 255
 _RESERVED_SHARED = 1024
@@ -95,6 +101,8 @@ class AttentionConfig:
         if not target.has_warpgroup_products:  # operands go through registers
             registers += self.block_m * width * itemsize // 4 // threads
         registers += _REGISTERS_BESIDE_TILES
+        if itemsize == 4 and self.block_m * self.block_n * max(width, value_width) > _MOST_EXACT_PRODUCTS:
+            return 0
         if registers > _MOST_REGISTERS or shared > target.shared_per_block:
             return 0
         return min(
@@ -176,7 +184,8 @@ def estimate(attention: Attention, config: AttentionConfig, target: Target) -> f
     resident = min(per_sm, ceil(programs / target.sm_count))
     rounds = max(1.0, programs / (target.sm_count * per_sm)) if shown < 1 else ceil(programs / (target.sm_count * per_sm))
     elements = config.block_m * config.block_n
-    products = 2.0 * elements * (width + value_width) * target.sm_count / target.half_flops * itemsize / 2
+    share = EXACT_SHARE if itemsize == 4 else 2 / itemsize
+    products = 2.0 * elements * (width + value_width) * target.sm_count / (target.half_flops * share)
     if target.has_warpgroup_products and config.block_m < 64:
         products *= 2
     rest = elements * ELEMENT_SECONDS * (_least_warps(config, resident))
