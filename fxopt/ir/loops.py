@@ -369,7 +369,8 @@ class Scan(Scalar):
         return self.operand.symbols() | {self.axis}
 
     def rebuild(self, args: tuple[Scalar, ...], mapping: dict[Sym, Int]) -> Scalar:
-        return Scan(self.kind, args[0], renamed_axes((self.axis,), mapping)[0], self.dtype)
+        (axis,) = renamed_axes((self.axis,), mapping)
+        return Scan(self.kind, args[0], axis, self.dtype)
 
     def __repr__(self) -> str:
         return f"{self.kind}[{self.axis!r}]({self.operand!r})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxopt.ir.exprs import Atom, Expr, Int, Sym, coefficient, prod, ravel, symbol, unravel
-from fxopt.ir.loops import Nest, loop_order
+from fxopt.ir.loops import Nest, Scan, loop_order, postorder
 
 Mapping = dict[Sym, Int]
 
@@ -17,6 +17,8 @@ def mappings(source: Nest, target: Nest) -> Iterator[Mapping]:
     Each maps every loop symbol of `source` to an expression over `target`'s. The likeliest come first.
     """
     if source.reduced:
+        if len(target.reduced) > 1 and _scans(source):  # a scan runs along one axis
+            return
         if not _same_count(source.reduced, target.reduced) or not _same_count(source.points, target.points):
             return
         for points in _between(source, source.points, target, target.points):
@@ -49,6 +51,10 @@ def _by_falling_stride(strides: dict[Sym, Int | None]) -> tuple[Sym, ...] | None
 def extents(nest: Nest) -> tuple[Int, Int]:
     """How many points a nest has, and over how many elements each reduces."""
     return prod(_size(s) for s in nest.points), prod(_size(s) for s in nest.reduced)
+
+
+def _scans(nest: Nest) -> bool:
+    return any(isinstance(n, Scan) for n in postorder(nest.roots))
 
 
 def _same_count(a: tuple[Sym, ...], b: tuple[Sym, ...]) -> bool:

@@ -70,6 +70,13 @@ def test_column_and_row_reductions_are_two_kernels() -> None:
     assert len(check(lambda x: (x.sum(0), x.sum(1)), rand(16, 16))) == 2, "of a square as well"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_scan_stays_along_one_axis(device: str) -> None:
+    """Beside a sum over as many elements that runs along two."""
+    check(lambda x: (x.sum(), x.view(1, -1).cumsum(1)), rand(7, 7), device=device)
+    check(lambda x: (x.view(1, -1).cumsum(1), x.amax()), rand(7, 7), device=device)
+
+
 def test_reductions_with_different_numbers_of_rows_stay_apart() -> None:
     def fn(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return (x * mask).sum(1) / mask.sum(1)
