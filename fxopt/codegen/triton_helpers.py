@@ -511,6 +511,37 @@ def softmax_step(top, total, x):
 
 
 @triton.jit
+def weighted_softmax(max_a, sum_a, term_a, weight_a, max_b, sum_b, term_b, weight_b):
+    """Joins two (max, sum of exp(x - max), sum of w * (x - max), sum of w): what is relative to the lower maximum moves by
+    the distance times its weights. Nothing moves from -inf, the maximum of no elements and of those that are -inf.
+    """
+    top, total = softmax_stats(max_a, sum_a, max_b, sum_b)
+    low = tl.minimum(max_a, max_b)
+    moved = tl.where((max_a == max_b) | (low == float("-inf")), 0.0, low - top)
+    return top, total, term_a + term_b + tl.where(max_a == top, weight_b, weight_a) * moved, weight_a + weight_b
+
+
+@triton.jit
+def weighted_softmax_step(top, total, term, weight, x, y, w):
+    """`softmax_step` with the sums of w * (y - max) and of w beside it, for `y` that is `x` where `w` is not zero."""
+    share: tl.constexpr = x.shape[1] // top.shape[1]
+    own = tl.reshape(x, [top.shape[0], top.shape[1], share])
+    values = tl.reshape(y, [top.shape[0], top.shape[1], share])
+    weights = tl.reshape(w, [top.shape[0], top.shape[1], share])
+    new = largest(top, tl.reduce(own, 2, largest))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    terms = tl.sum(flushing_exp(own - tl.expand_dims(base, 2)), 2)
+    weighted = tl.sum(weights * (values - tl.expand_dims(base, 2)), 2)
+    moved = tl.where(top == float("-inf"), 0.0, top - base)
+    return new, total * flushing_exp(top - base) + terms, term + weight * moved + weighted, weight + tl.sum(weights, 2)
+
+
+@triton.jit
+def three_sums(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
 def softmax_total(top, total):
     """The sum for a finished row: NaN when its maximum is infinite, as exp(inf - inf) makes it in eager."""
     return tl.where(tl.abs(top) == float("inf"), float("nan"), total)

@@ -13,6 +13,7 @@ _SILENT = ("cast", "bitcast", "where", "eq", "ne", "lt", "le", "gt", "ge", "bitw
 _SAID_OTHERWISE = {
     "checked_index": "gather",
     "softmax_stats": "softmax",
+    "weighted_softmax": "softmax",
     "truediv": "div",
     "maximum": "max",
     "minimum": "min",

@@ -27,6 +27,7 @@ _COMBINE = {
     "argmin": "h.arg_min",
     "welford": "h.welford",
     "softmax_stats": "h.softmax_stats",
+    "weighted_softmax": "h.weighted_softmax",
 }
 
 
@@ -75,6 +76,8 @@ def neutral_states(kind: str, dtype: torch.dtype) -> list[tuple[str, str]]:
         return [("0.0", own)] * 3
     if kind == "softmax_stats":
         return [(literal(float("-inf")), own), ("0.0", own)]
+    if kind == "weighted_softmax":
+        return [(literal(float("-inf")), own), *[("0.0", own)] * 3]
     return [(literal(identity(kind, dtype)), own)]
 
 
@@ -101,6 +104,14 @@ def persistent(
             f"{names[0]} = tl.reduce({block.fill(operands[0], low)}, 1, h.largest, keep_dims=True)",
             f"{names[1]} = tl.sum({term}, 1, keep_dims=True)",
         ]
+    if kind == "weighted_softmax":
+        low = literal(float("-inf"))
+        terms = [f"{exponential}({operands[0]} - {names[0]})", f"{operands[2]} * ({operands[1]} - {names[0]})", operands[2]]
+        summed = ", ".join(block.fill(term, "0.0") for term in terms)
+        return [
+            f"{names[0]} = tl.reduce({block.fill(operands[0], low)}, 1, h.largest, keep_dims=True)",
+            f"{', '.join(names[1:])} = tl.reduce(({summed}), 1, h.three_sums, keep_dims=True)",
+        ]
     filled = [block.fill(v, n) for v, (n, _) in zip(operands, neutral, strict=True)]
     if len(filled) == 1:
         return [f"{names[0]} = tl.reduce({filled[0]}, 1, {combine(kind)}, keep_dims=True)"]
@@ -111,7 +122,7 @@ def open_accumulators(kind: str, names: list[str], dtype: torch.dtype, block: Bl
     """Lines before the loop."""
     states = zip(names, neutral_states(kind, dtype), strict=True)
     shape = block.shape
-    if kind == "softmax_stats" and block.together > 1:
+    if kind in ("softmax_stats", "weighted_softmax") and block.together > 1:
         shape = f"{shape.removesuffix(']')} // {block.together}]"
     lines = [f"{n}_a = tl.full({shape}, {v}, {t})" for n, (v, t) in states]
     return lines[:2] if kind == "welford" else lines
@@ -130,6 +141,9 @@ def accumulate(kind: str, names: list[str], operands: list[str], dtype: torch.dt
         if block.together > 1:
             return [f"{', '.join(states)} = h.softmax_step({', '.join(states)}, {block.fill(operands[0], low)})"]
         values = [block.fill(operands[0], low), block.fill(f"tl.full([], 1.0, {own})", "0.0")]
+    elif kind == "weighted_softmax":
+        values = [block.fill(v, n) for v, n in zip(operands, (literal(float("-inf")), "0.0", "0.0"), strict=True)]
+        return [f"{', '.join(states)} = h.weighted_softmax_step({', '.join([*states, *values])})"]
     else:
         values = [block.fill(v, n) for v, (n, _) in zip(operands, neutral_states(kind, dtype), strict=True)]
     if kind == "sum":
@@ -149,7 +163,7 @@ def close_accumulators(kind: str, names: list[str], dtype: torch.dtype, block: B
     if len(names) == 1:
         return [f"{names[0]} = tl.reduce({states[0]}, 1, {combine(kind)}, keep_dims=True)"]
     lines = [f"{', '.join(names)} = tl.reduce(({', '.join(states)}), 1, {combine(kind)}, keep_dims=True)"]
-    if kind == "softmax_stats":
+    if kind in ("softmax_stats", "weighted_softmax"):
         lines.append(f"{names[1]} = h.softmax_total({names[0]}, {names[1]})")
     return lines
 
@@ -158,6 +172,8 @@ def state_count(kind: str, looped: bool) -> int:
     """How many variables hold the result of `kind` (a looped welford carries its count as well)."""
     if kind == "welford":
         return 3 if looped else 2
+    if kind == "weighted_softmax":
+        return 4
     return 2 if kind in ("argmax", "argmin", "softmax_stats") else 1
 
 

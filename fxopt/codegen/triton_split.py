@@ -252,7 +252,7 @@ def _partial(split: _Split, node: Reduce) -> Scalar:
     """Save the parts of `node`; returns the expression that joins them."""
     if node.kind == "welford":
         return _partial_welford(split, node)
-    if node.kind == "softmax_stats":
+    if node.kind in ("softmax_stats", "weighted_softmax"):
         return _partial_softmax(split, node)
     if node.kind in ("argmax", "argmin"):
         values = split.along(node.operands[0], identity(node.kind, accumulator_dtype(node.operands[0].dtype)))
@@ -290,14 +290,24 @@ def _partial_welford(split: _Split, node: Reduce) -> Scalar:
 
 
 def _partial_softmax(split: _Split, node: Reduce) -> Scalar:
-    """Joined as sum of s_i * exp(m_i - m); a part that is all -inf has a NaN sum, which only counts when every part is."""
+    """Joined as sum of s_i * exp(m_i - m); a part that is all -inf has a NaN sum, which only counts when every part is.
+    Weighted distances t_i from m_i are sums of t_i + w_i * (m_i - m)."""
     dtype = accumulator_dtype(node.dtype)
-    operand = cast_to(split.along(node.operands[0], -float("inf")), dtype)
-    tops, sums = (split.save(split.reduce("softmax_stats", (operand,), dtype, output)) for output in (0, 1))
+    neutral = (-float("inf"), 0.0, 0.0)
+    operands = tuple(cast_to(split.along(o, n), dtype) for o, n in zip(node.operands, neutral, strict=False))
+    outputs = range(2 if node.kind == "softmax_stats" else 4)
+    tops, sums, *others = (split.save(split.reduce(node.kind, operands, dtype, output)) for output in outputs)
+    if node.output == 3:
+        return split.join("sum", (others[1],), dtype)
     top = split.join("max", (tops,), dtype)
     if node.output == 0:
         return top
     low = Const(-float("inf"), dtype)
+    if node.output == 2:
+        still = Op("bitwise_or", (Op("eq", (tops, top), torch.bool), Op("eq", (tops, low), torch.bool)), torch.bool)
+        moved = Op("mul", (others[1], Op("sub", (tops, top), dtype)), dtype)
+        term = Op("add", (others[0], Op("where", (still, Const(0.0, dtype), moved), dtype)), dtype)
+        return split.join("sum", (term,), dtype)
     scaled = Op("mul", (sums, Op("exp", (Op("sub", (tops, top), dtype),), dtype)), dtype)
     empty = Op("where", (Op("eq", (top, low), torch.bool), Const(float("nan"), dtype), Const(0.0, dtype)), dtype)
     return split.join("sum", (Op("where", (Op("eq", (tops, low), torch.bool), empty, scaled), dtype),), dtype)

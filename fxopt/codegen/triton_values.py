@@ -239,7 +239,7 @@ def is_share(node: Scalar) -> bool:
     if not (isinstance(node, Op) and node.name == "truediv" and node.dtype == torch.float32):
         return False
     part, total = node.args
-    if not (isinstance(total, Reduce) and total.kind == "softmax_stats" and total.output == 1):
+    if not (isinstance(total, Reduce) and total.kind in ("softmax_stats", "weighted_softmax") and total.output == 1):
         return False
     distance = part.args[0] if isinstance(part, Op) and part.name == "exp" else None
     if not (isinstance(distance, Op) and distance.name == "sub"):

@@ -79,6 +79,8 @@ REDUCTIONS = {
     "welford": "welford(x) -> output 0: mean, output 1: sum of squared distances from the mean",
     "softmax_stats": "softmax_stats(x) -> output 0: max(x), output 1: sum(exp(x - max)); -inf rows give (-inf, NaN) as "
     "eager would",
+    "weighted_softmax": "weighted_softmax(x, y, w) -> outputs 0 and 1: those of softmax_stats(x), output 2: "
+    "sum(w * (y - max(x))), output 3: sum(w); y is x wherever w is not zero",
 }
 """Reduction kinds. Accumulated in float32 for float16/bfloat16/float32, float64 for float64, the dtype itself for
 integers.

@@ -24,6 +24,7 @@ from fxopt.lower.align import extents
 from fxopt.lower.direction import alternate
 from fxopt.lower.joining import in_parts, join, with_nests, with_stores
 from fxopt.lower.lowering import Lowered
+from fxopt.lower.online import with_weighted_sums
 from fxopt.lower.order import Order
 from fxopt.lower.row_terms import with_terms
 
@@ -469,7 +470,7 @@ def _used_part(step: Step, used: set[str]) -> Sequence[Step]:
         wanted = with_stores(step, used)
         if wanted is None:
             return []
-        step = _without_roundings(wanted)
+        step = _in_one_read(_without_roundings(wanted))
         return [step if step.across is None else replace(step, passed=frozenset(step.nest.writes()) - used)]
     if isinstance(step, Batch):
         members = [part for m in step.members for part in _used_part(m, used) if isinstance(part, Region)]
@@ -482,6 +483,14 @@ def _without_roundings(region: Region) -> Region:
     """`region` without roundings that its stores do anyway; whoever reads the value in a register still has it rounded."""
     nests = [replace(n, stores=tuple(replace(s, value=unrounded(s.value)) for s in n.stores)) for n in region.nests]
     return with_nests(region, nests[0], nests[1] if region.across else None) if tuple(nests) != region.nests else region
+
+
+def _in_one_read(region: Region) -> Region:
+    """`region` with what its loops over rows would read these again for, found on the way; on a CPU the cache has them."""
+    if region.device.type != "cuda" or region.across is not None:
+        return region
+    nest = with_weighted_sums(region.nest)
+    return region if nest is region.nest else with_nests(region, nest, None)
 
 
 def _constraints(groups: list[_Group]) -> list[set[int]]:

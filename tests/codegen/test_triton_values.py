@@ -14,6 +14,7 @@ from tests.codegen.triton_interpreter import Interpreter
 from tests.codegen.triton_nests import BF16, BOOL, F32, I64, Case
 from tests.lower.capturing import assert_same, lower_function, moved
 from tests.lower.contracting import alternatives, searched
+from tests.numerics import assert_closer
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ from fxopt.codegen.triton import TritonConfig, configs, print_region
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Sym, evaluate, floordiv, mod, symbol
-from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store
+from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store, postorder
 from fxopt.ir.pool_ops import max_pool_offsets
 from fxopt.ir.region import Call, Region
 from fxopt.lower.schedule import schedule
@@ -276,6 +277,34 @@ def test_softmax_of_neighbours_together(interpreter: Interpreter, dtype: torch.d
     x[0], x[1, 300:], x[2, 0], x[3, 999], x[4, :900] = -torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
     x[5] *= 80
     check(interpreter, case, config, a=x)
+
+
+@pytest.mark.parametrize("row", [100, 512])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TritonConfig(1),
+        LOOPED,
+        TritonConfig(2, r_block=128, persistent=False, num_warps=1),
+        TritonConfig(1, split=4),
+        TritonConfig(1, split=3),
+        TritonConfig(4, stages=3, programs=2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_weighted_logarithms_of_probabilities(
+    interpreter: Interpreter, config: TritonConfig, dtype: torch.dtype, row: int
+) -> None:
+    """Rows of large numbers lose nothing to their size, nor to a beginning far below the others that has no weight."""
+    case = nests.weighted_log_softmax(10, row, dtype)
+    assert {n.kind for n in postorder(case.region.nest.roots) if isinstance(n, Reduce)} == {"weighted_softmax"}
+    x, w = sample(case, "a"), sample(case, "w").abs()
+    w[::3] = 0
+    x[0], x[1, 1::3], x[2, 3::3], x[3, 7], x[4, 9] = -torch.inf, -torch.inf, -torch.inf, torch.inf, torch.nan
+    x[5], x[6], x[7, :9:3], x[8, -8:] = x[5] + 4096, x[6] * 80 - 2048, -3e8, -torch.inf
+    eager, exact = case.reference(x.float(), w.float()), case.reference(x.double(), w.double())
+    for each in zip(run(interpreter, case, config, {"a": x, "w": w}), eager, exact, strict=True):
+        assert_closer(*map(tuple, each))  # each row by its own size
 
 
 def test_many_short_rows_share_programs() -> None:

@@ -11,6 +11,7 @@ from fxopt.ir.exprs import Int, Sym, contiguous_strides, evaluate, floordiv, mod
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, indirect_symbol
 from fxopt.ir.region import BufferSpec, Region
 from fxopt.ir.rounding import rounded
+from fxopt.lower.online import with_weighted_sums
 
 CPU = torch.device("cpu")
 F32, BF16, I64, BOOL = torch.float32, torch.bfloat16, torch.int64, torch.bool
@@ -337,6 +338,22 @@ def softmax(points: Int, row: Int, dtype: torch.dtype, log: bool = False, **size
     buffers = [buffer("a", dtype, (points, row)), buffer("o", dtype, (points, row))]
     function = torch.log_softmax if log else torch.softmax
     return make(nest, buffers, "a", "o", lambda a: function(a, 1), **sizes)
+
+
+def weighted_log_softmax(points: Int, row: Int, dtype: torch.dtype) -> Case:
+    """The weighted sum of the logarithms of a row's probabilities, and the logarithm of what they are divided by."""
+    p, r, at = rows(points, row)
+    x, weight = cast(Load("a", at, dtype), F32), cast(Load("w", symbol(r), dtype), F32)
+    top, total = (Reduce("softmax_stats", (x,), (r,), F32, k) for k in (0, 1))
+    loss = Reduce("sum", (op("mul", op("sub", op("sub", x, top), op("log", total)), weight),), (r,), F32)
+    stores = (Store("o", symbol(p), loss), Store("whole", symbol(p), op("add", top, op("log", total))))
+    buffers = [buffer("a", dtype, (points, row)), buffer("w", dtype, (row,))]
+    buffers += [buffer(n, F32, (points,)) for n in ("o", "whole")]
+
+    def reference(a: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (torch.log_softmax(a, 1) * w).sum(1), a.amax(1) + (a - a.amax(1, keepdim=True)).exp().sum(1).log()
+
+    return make(with_weighted_sums(Nest((p,), (r,), stores)), buffers, "a w", "o whole", reference)
 
 
 def layer_norm(points: Int, row: Int, dtype: torch.dtype, **sizes: int) -> Case:

@@ -444,7 +444,7 @@ def _identity(node: Reduce) -> bool | int | float:
     dtype = compute_dtype(node.dtype)
     low: int | float = -float("inf") if dtype.is_floating_point else 0 if dtype == torch.bool else torch.iinfo(dtype).min
     high: int | float = float("inf") if dtype.is_floating_point else 1 if dtype == torch.bool else torch.iinfo(dtype).max
-    if node.kind == "softmax_stats":
+    if node.kind in ("softmax_stats", "weighted_softmax"):
         return low if node.output == 0 else 0
     return {"sum": 0, "prod": 1, "max": low, "min": high, "any": False, "all": True}.get(node.kind, 0)
 
@@ -452,6 +452,12 @@ def _identity(node: Reduce) -> bool | int | float:
 def _softmax_stats(output: int, x: torch.Tensor) -> torch.Tensor:
     top = x.amax(-1, keepdim=True)
     return top[..., 0] if output == 0 else (x - top).exp().sum(-1)
+
+
+def _weighted_softmax(output: int, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    if output < 2:
+        return _softmax_stats(output, x)
+    return (w * (y - x.amax(-1, keepdim=True))).sum(-1) if output == 2 else w.sum(-1)
 
 
 def _welford(output: int, x: torch.Tensor) -> torch.Tensor:
@@ -478,6 +484,7 @@ _REDUCE: dict[str, Callable[..., torch.Tensor]] = {
     "argmin": lambda _, x, i: _arg_extreme(torch.amin, x, i),
     "welford": _welford,
     "softmax_stats": _softmax_stats,
+    "weighted_softmax": _weighted_softmax,
 }
 
 

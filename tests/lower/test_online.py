@@ -7,13 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.capture.softmax import SOFTMAX
+from fxopt.capture.symbols import to_int
 from fxopt.ir.exprs import Sym, symbol
-from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, postorder
+from fxopt.ir.graph import Graph, Input, Phase, Role
+from fxopt.ir.loops import Load, Nest, Op, Reduce, Scalar, Store, holds_reduction, postorder
 from fxopt.ir.region import Region
+from fxopt.journal import Journal
+from fxopt.lower import lower_graph
 from fxopt.lower.online import one_pass
 from fxopt.lower.schedule import schedule
+from tests.lower.capturing import moved
 from tests.lower.harness import lower
 from tests.lower.interpreter import run_lowered
 from tests.numerics import assert_closer
@@ -104,3 +111,75 @@ def test_few_long_rows_read_their_statistics_in_one_pass_over_many_blocks() -> N
     scheduled = schedule(lower(lambda x: torch.log_softmax(x, -1), (torch.randn(2, 9000),), decompose=SOFTMAX))
     reduced = [s.nest for s in scheduled.steps if isinstance(s, Region) and s.nest.reduced]
     assert [kinds(n) for n in reduced] == [{"softmax_stats"}]
+
+
+def smoothed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (torch.log_softmax(x, -1) * w).sum(-1)
+
+
+def soft_targets(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """As it is written by hand: the targets are as many as the logits."""
+    return -torch.sum(w.expand_as(x) * torch.log_softmax(x, -1), -1)
+
+
+def unweighted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(x, -1).sum(-1) * w[0]
+
+
+def weighted_twice(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    logarithms = torch.log_softmax(x, -1)
+    return (logarithms * w).sum(-1) + (logarithms * w.square()).sum(-1)
+
+
+def on_gpu(fn: Callable[..., torch.Tensor], *args: torch.Tensor) -> Region:
+    """The region that a GPU has of `fn`, whose values are compared with eager's on the way."""
+    scheduled = schedule(moved(lower(fn, args, decompose=SOFTMAX), "cuda"))
+    (region,) = (s for s in scheduled.steps if isinstance(s, Region))
+    low = moved(scheduled, "cpu")
+    (got,) = run_lowered(low, dict(zip(low.inputs, args, strict=True)))
+    assert_closer(got, fn(*args), fn(*(a.double() for a in args)))
+    return region
+
+
+@pytest.mark.parametrize("fn", [smoothed, soft_targets, unweighted])
+def test_a_weighted_sum_of_logarithms_is_found_with_the_statistics(fn: Callable[..., torch.Tensor]) -> None:
+    region = on_gpu(fn, torch.randn(6, 40), torch.rand(40))
+    assert kinds(region.nest) == {"weighted_softmax"}
+    assert not any(map(holds_reduction, (a for n in postorder(region.nest.roots) if isinstance(n, Reduce) for a in n.args)))
+
+
+def test_nothing_is_rounded_where_a_log_softmax_was_taken_apart() -> None:
+    args = torch.randn(6, 40).bfloat16(), torch.rand(40).bfloat16()
+    with traceback.preserve_node_meta():
+        gm = make_fx(smoothed, decomposition_table=SOFTMAX, tracing_mode="fake")(*args)
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    graph = Graph(gm, [Input(n, Role.USER) for n in names], Phase.INFERENCE, "test", to_int)
+    low = schedule(moved(lower_graph(graph, Journal("test")), "cuda"))
+    (region,) = (s for s in low.steps if isinstance(s, Region))
+    assert kinds(region.nest) == {"weighted_softmax"}
+    (got,) = run_lowered(moved(low, "cpu"), dict(zip(low.inputs, args, strict=True)))
+    assert_closer(got, smoothed(*args), smoothed(*(a.double() for a in args)))
+
+
+def test_what_is_infinite_in_a_weighted_sum_stays_so() -> None:
+    assert kinds(on_gpu(smoothed, ROWS, torch.tensor([0.0, 0.5, 2.0])).nest) == {"weighted_softmax"}
+
+
+def test_other_weights_do_not_have_statistics_of_their_own() -> None:
+    region = on_gpu(weighted_twice, torch.randn(6, 40), torch.rand(40))
+    assert kinds(region.nest) == {"weighted_softmax", "sum"}
+    assert len({n.operands for n in postorder(region.nest.roots) if isinstance(n, Reduce) and n.kind != "sum"}) == 1
+
+
+def test_a_cast_that_was_written_still_rounds() -> None:
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (torch.log_softmax(x, -1).bfloat16().float() * w).sum(-1)
+
+    region = on_gpu(fn, torch.randn(6, 40), torch.rand(40))
+    assert kinds(region.nest) == {"softmax_stats", "sum"}
+
+
+def test_a_cpu_has_the_row_in_its_cache() -> None:
+    x, w = torch.randn(6, 40), torch.rand(40)
+    scheduled = schedule(lower(smoothed, (x, w), decompose=SOFTMAX))
+    assert kinds(next(s for s in scheduled.steps if isinstance(s, Region)).nest) == {"softmax_stats", "sum"}

@@ -18,6 +18,9 @@ from fxopt.target import Target
 
 _SMALL = 1 << 18  # elements that the L2 cache serves, whatever the access pattern
 
+_STATES = {"welford": 2, "softmax_stats": 2, "weighted_softmax": 4}
+"""What reductions carry for each lane, if more than one value."""
+
 
 def column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list[TritonConfig]:
     """Points are contiguous and the reduced axis is strided: whole cache lines along x, and as much r as registers allow.
@@ -58,7 +61,7 @@ def _aligned_rows(tiling: Tiling) -> bool:
 def column_values(tiling: Tiling) -> int:
     """Elements per thread and step: every stream's block and every reduction's accumulators stay in registers."""
     kinds = {n.operands: n.kind for n in postorder(tiling.nest.roots) if isinstance(n, Reduce)}.values()
-    carried = sum(2 if kind in ("welford", "softmax_stats") else 1 for kind in kinds)
+    carried = sum(_STATES.get(kind, 1) for kind in kinds)
     room = 2 * VALUES_PER_THREAD // (pressure(tiling) + 2 * carried)
     return max(8, min(32, next_power_of_2(room + 1) // 2))
 

@@ -181,4 +181,4 @@ def _row_words(tiling: Tiling) -> int:
 def _has_pairs(tiling: Tiling) -> bool:
     """Whether a reduction carries two values for each element of a block."""
     kinds = {n.kind for n in postorder(tiling.nest.roots) if isinstance(n, Reduce)}
-    return bool(kinds & {"welford", "softmax_stats", "argmax", "argmin"})
+    return bool(kinds & {"welford", "softmax_stats", "weighted_softmax", "argmax", "argmin"})

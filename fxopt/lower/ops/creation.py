@@ -175,11 +175,17 @@ TABLE.lowers(aten.triu.default)(_triangle("ge"))
 
 # ---------------------------------------------------------------------- casts
 
+_UNROUNDED = ("aten._log_softmax.default",)
+"""Ops that are taken apart before the partitioner, whose results are no more rounded in registers than those of others.
+Names, since graphs are copied with what their nodes hold."""
+
 
 def _converted(ctx: Lowering, x: Value) -> Computed:
     out = ctx.out()
     # A cast to a half type rounds, as in memory: splits into high and low parts and simulated quantization live on that.
+    # Not so the one at the end of an op that has been taken apart, which nobody wrote.
     exact = x.dtype == out.dtype or (x.dtype.itemsize == 1 and not x.dtype.is_floating_point)
+    exact |= str(ctx.node.meta.get("original_aten")) in _UNROUNDED
 
     def body(indices: tuple[Int, ...]) -> Scalar:
         converted = cast(at(x, indices), out.dtype)
