@@ -91,12 +91,12 @@ def _import_everything() -> None:
     import fxopt.compiler
     import fxopt.report
     import tests.fault_job  # noqa: F401
-    from fxopt.codegen import cpp_build
+    from fxopt.codegen import cpp_build, cpp_headers
 
     # The source as it is loaded, should somebody edit it meanwhile.
     fxopt.plan_cache._own_source()
-    cpp_build._headers_hash()
-    cpp_build._CALLS_BEFORE_PRECOMPILING = 99  # the tests' compiler remembers kernels; headers take seconds
+    cpp_build.headers_hash()
+    cpp_headers.CALLS_BEFORE = 99  # the tests' compiler remembers kernels; headers take seconds
     model = torch.compile(torch.nn.Linear(2, 2), backend="aot_eager")
     model(torch.ones(2, 2)).sum()
     torch.compiler.reset()

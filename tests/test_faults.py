@@ -403,9 +403,9 @@ def test_another_source_of_fxopt_loads_no_plans_of_this_one(cache: Path, tmp_pat
     with open(tmp_path / "fxopt" / "assemble.py", "a") as file:
         file.write("\n# edited\n")
     prelude = f"""
-        import fxopt.codegen.cpp_build
+        import fxopt.codegen.cpp_headers
         assert fxopt.__file__.startswith({str(tmp_path)!r})
-        fxopt.codegen.cpp_build._CALLS_BEFORE_PRECOMPILING = 99
+        fxopt.codegen.cpp_headers.CALLS_BEFORE = 99
     """
     report = fresh_job(cache, prelude, tmp_path)
     nothing_wrong(report)

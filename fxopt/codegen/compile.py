@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from fxopt.codegen import cpp_build, cxx, triton_build
+from fxopt.codegen import cpp_build, cpp_headers, cxx, triton_build
 from fxopt.codegen.triton_job import PROBE, triton_job
 from fxopt.codegen.workers import Heard, Outcome, WorkersUnavailable, describe, shared_pool, worker_count
 from fxopt.errors import CacheError
@@ -186,8 +186,9 @@ def _keep(key: str, source: KernelSource, code: Any, meta: dict[str, Any], store
 def _compile_cpp(todo: Keyed, target: Target, store: ArtifactStore, toolchain: str) -> dict[str, Result]:
     results: dict[str, Result] = {}
     try:
+        headers = cpp_headers.precompiled(store, target.cpu_capability)
         with store.cache.scratch() as directory:
-            built = cpp_build.compile_cpp([source for _, source in todo], directory, target.cpu_capability)
+            built = cpp_build.compile_cpp([source for _, source in todo], directory, target.cpu_capability, headers)
             for (key, source), code in zip(todo, built, strict=True):
                 if isinstance(code, CompileFailure):
                     results[key] = CompileFailure(key, code.reason)

@@ -6,12 +6,12 @@ would bring a second pool of threads.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import tempfile
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,60 +21,84 @@ from fxopt import knobs
 from fxopt.codegen import cxx
 from fxopt.ir.kernel import CompileFailure, KernelSource
 
-_HERE = Path(__file__).parent
-_HEADERS = ("cpp_vec.h", "cpp_math.h", "cpp_runtime.h")
+HERE = Path(__file__).parent
+HEADER = "cpp_runtime.h"
+"""What kernels include."""
+_HEADERS = ("cpp_vec.h", "cpp_math.h", HEADER)
 _TORCH = Path(torch.__file__).parent
 _FLAGS = (
     "-std=c++17 -O2 -fPIC -fopenmp -fwrapv -ffp-contract=off -fno-math-errno -fno-trapping-math "
     "-fvisibility-inlines-hidden -Wno-psabi -Wno-ignored-attributes -Wno-unknown-pragmas -w"
 ).split()
+_INCLUDES = (f"-I{HERE}", f"-I{_TORCH / 'include'}")
 _X86_FLAGS = {
     "AVX512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c".split(),
     "AVX2": "-mavx2 -mfma -mf16c".split(),
 }
-_CALLS_BEFORE_PRECOMPILING = 2
-"""Parsing the headers is most of a small compilation. A process that keeps compiling precompiles them once, which costs
-about as much as three compilations and makes later ones several times faster; one that compiles a single model does not."""
 
 
 def toolchain_id() -> str:
     """Compiler, its version and flags, fxopt's headers and torch's version: what a compiled kernel depends on."""
     compiler = cxx.find_compiler()
     version = cxx.NOT_FOUND if compiler is None else cxx.version(compiler)
-    return f"{version}; {' '.join(_FLAGS)}; runtime {_headers_hash()}; torch {torch.__version__}"
+    return f"{version}; {' '.join(_FLAGS)}; runtime {headers_hash()}; torch {torch.__version__}"
 
 
 @functools.cache
-def _headers_hash() -> str:
-    return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in _HEADERS)).hexdigest()[:16]
+def headers_hash() -> str:
+    """Of the headers that kernels include."""
+    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in _HEADERS)).hexdigest()[:16]
 
 
-def compile_cpp(sources: Sequence[KernelSource], directory: Path, capability: str) -> list[Path | CompileFailure]:
+def command(capability: str) -> tuple[str, ...] | None:
+    """The compiler and what it is told of kernels and their headers for `capability`; None where there is no compiler."""
+    compiler = cxx.find_compiler()
+    if compiler is None:
+        return None
+    return (*compiler, *_FLAGS, *_X86_FLAGS.get(capability, []), *_INCLUDES)
+
+
+def compile_cpp(
+    sources: Sequence[KernelSource], directory: Path, capability: str, precompiled: Path | None = None
+) -> list[Path | CompileFailure]:
     """A shared object in `directory` for each of `sources`, in order; several kernels may share one.
 
-    `capability` is torch's name of the instruction set. Files are named after their content and moved into place when
-    complete. A kernel that does not compile comes back as a CompileFailure with the compiler's message, without harm to the
-    others. Raises OSError when `directory` cannot be written.
+    `capability` is torch's name of the instruction set, `precompiled` the headers as `cpp_headers` has made them: without
+    them, and should the compiler not take them, it reads the headers' text. Files are named after their content and moved
+    into place when complete. A kernel that does not compile comes back as a CompileFailure with the compiler's message,
+    without harm to the others. Raises OSError when `directory` cannot be written.
     """
-    compiler, reason = cxx.find_compiler(), cxx.unusable()
-    if compiler is None or reason is not None:
+    compiler, reason, how = cxx.find_compiler(), cxx.unusable(), command(capability)
+    if compiler is None or how is None or reason is not None:
         return [CompileFailure(s.entry, reason or cxx.NOT_FOUND) for s in sources]
-    command = (*compiler, *_FLAGS, *_X86_FLAGS.get(capability, []))
-    headers = _HEADER_CACHE.directory(command)
-    includes = [f"-I{d}" for d in (headers, _HERE, _TORCH / "include") if d is not None]
     unique = list({s.entry: s for s in sources}.values())
-    with ThreadPoolExecutor(max_workers=_workers()) as pool, cxx.ended_with_the_block():
+    with (
+        _with_headers(how, precompiled, directory) as quick,
+        ThreadPoolExecutor(max_workers=_workers()) as pool,
+        cxx.ended_with_the_block(),
+    ):
         batches = _batches(unique, _workers())
-        built = list(pool.map(lambda batch: _build(batch, [*command, *includes], directory), batches))
+        built = list(pool.map(lambda batch: _build(batch, quick, directory), batches))
         results = {s.entry: r for batch, r in zip(batches, built, strict=True) for s in batch}
         failed = [b for b, r in zip(batches, built, strict=True) if isinstance(r, CompileFailure)]
         reason = cxx.blame(compiler) if failed else None
         if reason is not None:
             return [CompileFailure(s.entry, reason) for s in sources]
-        suspects = [s for batch in failed if len(batch) > 1 for s in batch]
-        alone = pool.map(lambda s: _build([s], [*command, *includes], directory), suspects)
+        suspects = [s for batch in failed if len(batch) > 1 or quick != how for s in batch]
+        alone = pool.map(lambda s: _build([s], how, directory), suspects)
         results.update(zip((s.entry for s in suspects), alone, strict=True))
     return [_for(results[s.entry], s) for s in sources]
+
+
+@contextlib.contextmanager
+def _with_headers(how: tuple[str, ...], precompiled: Path | None, directory: Path) -> Iterator[tuple[str, ...]]:
+    """The command `how` that finds precompiled headers first, by the name that the compiler looks for."""
+    if precompiled is None:
+        yield how
+        return
+    with tempfile.TemporaryDirectory(dir=directory, prefix="headers-") as folder:
+        Path(folder, f"{HEADER}.gch").symlink_to(precompiled)
+        yield (*how[: -len(_INCLUDES)], f"-I{folder}", *_INCLUDES)
 
 
 def _for(result: Path | CompileFailure, source: KernelSource) -> Path | CompileFailure:
@@ -102,45 +126,13 @@ def _build(batch: list[KernelSource], command: Sequence[str], directory: Path) -
     """One shared object with every kernel of `batch`; a failure is the whole batch's."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
         source, output = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
-        source.write_text('#include "cpp_runtime.h"\n\n' + "\n".join(s.text for s in batch))
+        source.write_text(f'#include "{HEADER}"\n\n' + "\n".join(s.text for s in batch))
         _, reason = cxx.execute([*command, "-shared", str(source), "-o", str(output), *_link_flags()], cxx.COMPILE_SECONDS)
         if reason is not None:
             return CompileFailure("", reason)
         final = directory / (hashlib.sha256(output.read_bytes()).hexdigest() + ".so")
         os.replace(output, final)
         return final
-
-
-class _HeaderCache:
-    """The runtime headers, precompiled for a command, in a private directory that goes away with the process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._calls: dict[tuple[str, ...], int] = {}
-        self._made: dict[tuple[str, ...], tempfile.TemporaryDirectory[str] | None] = {}
-
-    def directory(self, command: tuple[str, ...]) -> Path | None:
-        """Where the compiler finds them when they pay; None otherwise, or when this compiler cannot make them."""
-        with self._lock:
-            self._calls[command] = self._calls.get(command, 0) + 1
-            if self._calls[command] <= _CALLS_BEFORE_PRECOMPILING:
-                return None
-            if command not in self._made:
-                self._made[command] = self._make(command)
-            made = self._made[command]
-        return None if made is None else Path(made.name)
-
-    def _make(self, command: tuple[str, ...]) -> tempfile.TemporaryDirectory[str] | None:
-        place = tempfile.TemporaryDirectory(prefix="fxopt-headers-", ignore_cleanup_errors=True)
-        header, output = _HERE / _HEADERS[-1], Path(place.name, _HEADERS[-1] + ".gch")
-        precompile = [*command, f"-I{_TORCH / 'include'}", "-x", "c++-header", str(header), "-o", str(output)]
-        if cxx.execute(precompile, cxx.COMPILE_SECONDS)[1] is None:
-            return place
-        place.cleanup()
-        return None
-
-
-_HEADER_CACHE = _HeaderCache()
 
 
 @functools.cache

@@ -7,16 +7,13 @@ this process.
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import sysconfig
 import threading
-import time
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
@@ -24,76 +21,36 @@ from typing import Any
 import torch
 
 from fxopt.codegen import cxx
+from fxopt.codegen.background import Background
 from fxopt.errors import CacheError
 from fxopt.ir.kernel import Artifact
 from fxopt.runtime.artifacts import ArtifactStore
-
-log = logging.getLogger("fxopt")
 
 MODULE = "fxopt_replay"
 SOURCE = Path(__file__).parent / "replay.cpp"
 _TORCH = Path(torch.__file__).parent
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w")
 _LOWEST = ("nice", "-n", "19")
-_END_SECONDS = 2.0
-"""More than it takes to end the compiler, and to find out that it has ended."""
 
 
-class ReplayCode:
+class ReplayCode(Background[Any]):
     """The extension module, once it is there: what `runtime.native_replay.Extension` asks for."""
 
+    without = "replays of CUDA graphs go through Python"
+
     def __init__(self, store: ArtifactStore) -> None:
+        super().__init__()
         self._store = store
-        self._module: Any = None
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-        self._is_ending = False
-        self.reason: str | None = None
 
-    def __call__(self) -> Any:
-        """The module; None as long as it is not there. The first call begins to look for it, and does not wait."""
-        if self._module is None and self._thread is None:
-            with self._lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._look, name=MODULE, daemon=True)
-                    atexit.register(self._end)
-                    self._thread.start()
-        return self._module
+    def make(self) -> Any:
+        """The module, or why there is none."""
+        artifact = find(self._store) or self._built()
+        return _load(artifact) if isinstance(artifact, Artifact) else artifact
 
-    def wait(self) -> Any:
-        """The module when the search for it is over; None if there is none."""
-        self()
-        assert self._thread is not None
-        self._thread.join()
-        return self._module
-
-    def _look(self) -> None:
-        try:
-            artifact = find(self._store) or self._made()
-            if isinstance(artifact, Artifact):
-                self._module = _load(artifact)
-            else:
-                self.reason = artifact
-        except Exception as error:  # in a thread of nobody's: to be seen where the reason is
-            self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if self.reason is not None and not self._is_ending:
-            log.info("replays of CUDA graphs go through Python: %s", self.reason)
-
-    def _made(self) -> Artifact | str:
+    def _built(self) -> Artifact | str:
         key = _key()
         with self._store.cache.claimed(key):
-            return find(self._store) or ("this process ends" if self._is_ending else build(self._store))
-
-    def _end(self) -> None:
-        thread = self._thread
-        if os.getpid() != self._process or thread is None:
-            return
-        self._is_ending = True
-        deadline = time.monotonic() + _END_SECONDS
-        while thread.is_alive() and time.monotonic() < deadline:  # a command may be about to be started
-            cxx.end_all()
-            thread.join(0.01)
+            return find(self._store) or ("this process ends" if self.is_ending else build(self._store))
 
 
 def facts() -> dict[str, str]:
@@ -161,6 +118,6 @@ def replay_code(store: ArtifactStore) -> ReplayCode:
     """The one of this process for that store."""
     with _codes_lock:
         code = _codes.get(store.directory)
-        if code is None or code._process != os.getpid():
+        if code is None or code.process != os.getpid():
             code = _codes[store.directory] = ReplayCode(store)
         return code

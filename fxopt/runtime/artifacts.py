@@ -66,11 +66,13 @@ class ArtifactStore:
         facts: dict[str, Any],
         *,
         more: bool = False,
+        optional: bool = False,
     ) -> Artifact:
         """Store machine code (bytes, or a file whose content is copied) under `key`; `facts` says what the key was made of.
 
         `meta` and `facts` are JSON data. Who has `more` to store calls `trim` after the last one. Raises CacheError when
-        neither the cache nor a temporary directory can be written.
+        neither the cache nor a temporary directory can be written. For what is `optional` there is no temporary directory:
+        OSError when the cache cannot be written.
         """
         suffix = code.suffix if isinstance(code, Path) else {"cpp": ".so", "triton": ".cubin"}.get(language, ".bin")
         data = code.read_bytes() if isinstance(code, Path) else code
@@ -85,7 +87,7 @@ class ArtifactStore:
             "meta": meta,
             "facts": facts,
         }
-        path = self.cache.write(lambda: self._write(key, body, data))
+        path = self._write(key, body, data) if optional else self.cache.write(lambda: self._write(key, body, data))
         artifact = self._give(Artifact(key, language, entry, path, meta))
         if not more:
             self.trim()

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from fxopt.codegen import cpp_headers
 from fxopt.codegen.cpp import print_nest
 from fxopt.codegen.cpp_build import compile_cpp
 from fxopt.ir.exprs import evaluate
 from fxopt.ir.kernel import CompileFailure, KernelSource
+from fxopt.runtime.artifacts import default_store
 from tests.codegen.triton_nests import Case
 
 
@@ -29,7 +31,9 @@ HOST = Capability(torch.backends.cpu.get_cpu_capability())
 def build(cases: list[Case], directory: Path, capability: Capability = HOST) -> list[tuple[KernelSource, Path]]:
     """The compiled kernels of `cases`; fails the test when one does not compile."""
     sources = [print_nest(c.region, capability) for c in cases]
-    built = compile_cpp(sources, directory, capability.cpu_capability)
+    headers = cpp_headers.headers_for(default_store(), capability.cpu_capability)
+    found = None if headers is None else headers.wait()
+    built = compile_cpp(sources, directory, capability.cpu_capability, None if found is None else found.path)
     for result in built:
         assert not isinstance(result, CompileFailure), result.reason
     return list(zip(sources, built, strict=True))  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the C++ compiler by one that writes the text down, and fails for the text "bad"."""
     log: list[str] = []
 
-    def compile_cpp(sources: list[KernelSource], directory: Path, capability: str) -> list[Path | CompileFailure]:
+    def compile_cpp(sources: list[KernelSource], directory: Path, capability: str, *_: Any) -> list[Path | CompileFailure]:
         out: list[Path | CompileFailure] = []
         for i, source in enumerate(sources):
             log.append(source.entry)
@@ -314,7 +314,7 @@ COLD = """
     from fxopt.runtime.artifacts import ArtifactStore
     from fxopt.target import Target
 
-    def compile_cpp(sources, directory, capability):
+    def compile_cpp(sources, directory, capability, *_):
         out = []
         for i, source in enumerate(sources):
             out.append(directory / f"{i}.so")
