@@ -204,8 +204,9 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     waiting = (*chosen[:1], *more) if problem.m > gemm_config.FEW_ROWS and problem.read >= WORTH_PREFETCHING else ()
     ahead = (with_prefetch(contraction, config) for config in waiting)
     chosen += [*more, *(c for c in ahead if c is not None)]
-    if problem.itemsize == 1 or problem.epilogue_ops:
-        chosen += [c for c in (gemm_config.begun_apart(problem, config, target) for config in chosen) if c is not None][:1]
+    if chosen and (problem.itemsize == 1 or mode == "max-autotune"):
+        far = [with_vectors(contraction, c) for c in gemm_config.configs(problem, target, limit=FAR_ENOUGH)]
+        chosen += [c for c in (gemm_config.begun_apart(problem, config, target) for config in far) if c is not None][:1]
     return own + [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)

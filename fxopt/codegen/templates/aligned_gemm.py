@@ -44,18 +44,20 @@ def tma_aligned_gemm(
     EPILOGUE: tl.constexpr, EDGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NARROW: tl.constexpr,
     ENDS: tl.constexpr, GROUP: tl.constexpr, SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
     B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, CLASSES: tl.constexpr, RUN: tl.constexpr, PITCH: tl.constexpr,
-    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
+    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1, RESIDENT: tl.constexpr = 1, APART: tl.constexpr = 0,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` where row y of the result begins y * PITCH elements after a multiple of RUN, as CLASSES * PITCH is.
 
     a: descriptor of [M / CLASSES, (CLASSES - 1) * a_row + K] with blocks [BM, BK], where a_row is the stride of its rows.
     CLASSES must divide M, and BK must divide K. b is as in `gemm.tma_gemm`, narrow the same with blocks of NARROW columns,
     which divides BN and is a multiple of RUN; a row has ENDS such tiles, one before its whole ones. GROUP, SUBTILE, PROGRAMS
-    (not 0) and FLATTEN are as there. N must be at least NARROW + BN.
+    (not 0), FLATTEN, RESIDENT and APART are as there. N must be at least NARROW + BN.
 
     EPILOGUE may store RUN elements at a time and need not mask columns; EDGE, for the narrow tiles, masks those below 0 and
     from N on, and VECTORS is not for it. A branch within one loop would do, but Triton 3.6 cannot flatten that.
     """
+    if APART > 0:
+        gemm.begin_apart(PROGRAMS // RESIDENT, APART)
     rows, middle = CLASSES * tl.cdiv(M // CLASSES, BM), (N - NARROW) // BN
     for program in tl.range(tl.program_id(0), rows * middle, PROGRAMS, flatten=FLATTEN):
         _, row, column = gemm.tile_of(program, rows, middle, GROUP)

@@ -60,7 +60,7 @@ def with_more_programs(problem: GemmProblem, config: GemmConfig, target: Target)
 def begun_apart(problem: GemmProblem, config: GemmConfig, target: Target) -> GemmConfig | None:
     """`config` with the programs of a multiprocessor a tile's products apart; None where it has one, or these have one."""
     resident, rest = divmod(config.programs, target.sm_count)
-    plain = config.tma and config.classes == 1 and not config.has_narrow_tiles and problem.c is None and not problem.rows
+    plain = config.tma and config.tail == 1 and problem.c is None and not problem.rows
     if not plain or resident < 2 or rest or config.tiles(problem) < 2 * config.programs:
         return None
     seconds = tile_seconds(problem, config, target)

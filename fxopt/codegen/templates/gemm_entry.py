@@ -78,7 +78,7 @@ def gemm_call(
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
     way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
     way += f", PREFETCH={prefetch}" * config.prefetch
-    way += f", RESIDENT={config.resident}, APART={config.apart}" * (config.apart > 0)
+    way += _apart(config)
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name
     kind = _TYPES[problem.dtype]
@@ -97,6 +97,10 @@ def gemm_call(
     given = f"{', '.join(starts)}, {extra}, {sizes_given}, {', '.join(map(str, strides))}"
     text = f"gemm.{name}({given}, {blocks}, {way}, WIDE={problem.wide})"
     return GemmCall(text, dict.fromkeys(operands, f"*{kind}"), {}, grid)
+
+
+def _apart(config: GemmConfig) -> str:
+    return f", RESIDENT={config.resident}, APART={config.apart}" * (config.apart > 0)
 
 
 def _aligned_call(
@@ -118,6 +122,7 @@ def _aligned_call(
     way += f', B_K_LAST={not problem.b.columns_last}, PRECISION="{"promoted" if config.promote else problem.precision}"'
     way += f", CLASSES={classes}, RUN={problem.run}, PITCH={problem.pitch}"
     way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
+    way += _apart(config)
     given = f"{', '.join(names)}, {extra}, {problem.m}, {problem.n}, {problem.k}, {a.row}"
     return GemmCall(f"aligned_gemm.tma_aligned_gemm({given}, {way})", signature, maps, config.programs)
 
