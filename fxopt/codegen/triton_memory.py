@@ -163,6 +163,8 @@ class Memory(Scopes):
         extra = f", {mask}{other}" if mask else ""
         if eviction and self.varies(*self.instance(node, guards)):
             extra += f', eviction_policy="{eviction}"'
+        elif node.buffer in self.frame.kept:
+            extra += ', eviction_policy="evict_last"'
         pointer = self.pointer(f"{self.names.buffer(node.buffer)} + {tight(address)}", index, node.dtype, wanted)
         return f"tl.load({pointer}{extra})"
 

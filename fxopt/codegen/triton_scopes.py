@@ -48,6 +48,7 @@ class Frame:
     single: frozenset[str] = frozenset()  # axes along which the block has one element
     byte_run: int = 0  # neighbouring 1-byte elements that a thread may take at most; 0 for any number
     aligned: tuple[Int, int] | None = None  # at this index each row of a block begins at a multiple of so many elements
+    kept: frozenset[str] = frozenset()  # buffers whose lines leave the L2 cache last
     several: int = 1  # rows of a block that begins at a multiple of so many of them, its first one called y_base
 
     def axis_of(self, sym: Sym) -> str | None:

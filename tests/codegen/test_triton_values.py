@@ -1106,3 +1106,13 @@ def test_dividing_by_a_product_of_sizes(interpreter: Interpreter) -> None:
             return place // value * 100 + place % value
 
         check(interpreter, nests.make(nest, [spec], "", "o", reference, **sizes), TritonConfig(16))
+
+
+def test_what_is_read_again_after_much_else_leaves_the_cache_last() -> None:
+    """Angles of a rotary embedding for each sequence of a batch, not what each row shares."""
+    x = torch.empty(16, 2048, 1024)
+    for shape, kept in (((2048, 1024), True), ((1024,), False), ((16, 1, 1), False)):
+        low = moved(schedule(lower_function(torch.mul, (x, torch.empty(shape)))), "cuda")
+        (region,) = (s for s in low.steps if isinstance(s, Region))
+        (kernel,) = print_region(region, TritonConfig(1024), TARGET).kernels
+        assert kernel.text.count('eviction_policy="evict_last"') == kept

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+
 from fxopt.codegen.triton_tiling import Access, Axis, Tiling
 from fxopt.ir.exprs import free_symbols
 from fxopt.ir.loops import Op, Reduce, Scan, postorder
+from fxopt.ir.region import BufferSpec
 from fxopt.target import Target
 
 PERSISTENT_LIMIT = 32768
@@ -20,6 +24,8 @@ PROGRAMS_PER_SM = 6  # of four warps, each with one 16-byte load per thread in f
 ROW_WORTH_FETCHING = 512  # elements of a row from which on loading the next ahead pays: shorter ones go several at a time
 PROGRAM_BYTES = 8 << 10  # read and written, in whose time a GPU starts a program: an H200 one in 1.28 ns, which moves 5 KB
 MANY_PROGRAMS = 16  # for each SM, from which on the rate at which they start may decide
+_DROPPED_AFTER = 16 << 20  # bytes read and written, after which a line may have left the L2 cache: each half has its own
+_WORTH_KEEPING = 8 << 20  # bytes that may stay there while others come and go
 VALUES_PER_THREAD = 64  # live block values of one expression that stay clear of spilling
 
 
@@ -86,6 +92,21 @@ def bytes_each(tiling: Tiling, writes: bool = True) -> int:
     names = [*(load.buffer for load in tiling.merged.loads()), *(store.buffer for store in tiling.merged.stores)]
     own = (t for t in zip(names, tiling.accesses, strict=True) if t[1] in streams and (writes or not t[1].writes))
     return sum({n: a.itemsize for n, a in own}.values()) or 1
+
+
+def read_again(tiling: Tiling, buffers: Mapping[str, BufferSpec]) -> frozenset[str]:
+    """Small buffers that a kernel in order of memory reads again only after so much else that the L2 cache would drop
+    them: the angles of a rotary embedding, for each sequence of a batch."""
+    order = (*tiling.y.symbols, *tiling.x.symbols, *tiling.r.symbols)
+    between = Axis(order).hint * bytes_each(tiling)
+    found: set[str] = set()
+    for sym, inner in pairwise(order):
+        between //= Axis((sym,)).hint
+        if between < _DROPPED_AFTER:
+            break
+        found |= {n.buffer for n in tiling.merged.loads() if sym not in n.symbols() and inner in n.symbols()}
+    extents = {name: buffers[name].extent for name in found - set(tiling.merged.writes())}
+    return frozenset(n for n, e in extents.items() if isinstance(e, int) and e * buffers[n].dtype.itemsize <= _WORTH_KEEPING)
 
 
 def _is_gathered(tiling: Tiling, access: Access) -> bool:
