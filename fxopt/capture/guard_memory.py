@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum, IntFlag
 from typing import Any, Protocol
 
+import torch
 from torch._dynamo import guards
 from torch._guards import CompileContext
 
@@ -100,7 +101,7 @@ class Memory(Protocol):
 
     def add(self, parent: int, kind: int, key: Any, needs: int) -> tuple[int, type] | None: ...
 
-    def seal(self, used: Sequence[int], apart: Sequence[int], names: tuple[str, ...]) -> None: ...
+    def seal(self, used: Sequence[int], apart: Sequence[int], arguments: tuple[tuple[str, int], ...]) -> None: ...
 
     def state(self) -> dict[str, int]: ...
 
@@ -111,28 +112,28 @@ class _Paths:
     """The steps of a tree of guards, and which of its managers can go. With `related`, tensors that have to be different
     ones can, too."""
 
-    def __init__(self, memory: Memory, root: Any, related: bool) -> None:
-        self._memory = memory
+    def __init__(self, memory: Memory, root: Any, f_locals: dict[str, Any], related: bool) -> None:
+        self._memory, self._f_locals = memory, f_locals
         self._needs = _NEEDS | ({_APART: Needs.TENSOR} if related else {})
         self._managers: list[Any] = []  # alive, so that an id is one manager's
         self.dropped: set[int] = set()
         self.used: list[int] = []
         self.apart: list[int] = []
-        self.names: list[str] = []
-        self.are_related = False  # tensors that can go to ones that cannot, and that are not locals themselves
-        self._below(root, -1)
+        self.arguments: list[tuple[str, int]] = []
+        self.are_related = False  # tensors that can go to ones that cannot, and that are no arguments
+        self._below(root, -1, None)
 
-    def _below(self, manager: Any, at: int) -> bool:
-        """Whether anything below a manager, whose value step `at` leads to, has to stay."""
+    def _below(self, manager: Any, at: int, local: str | None) -> bool:
+        """Whether anything below a manager has to stay, whose value step `at` leads to. `local` is its name if it is one."""
         self._managers.append(manager)
         stays = False
         if hasattr(manager, "get_key_value_managers"):
             for index, (key, value) in manager.get_key_value_managers().items():
                 stays |= key is not None and self._key(key, at, index)
-                stays |= value is not None and self._child((Kind.NTH, index), value, at)
+                stays |= value is not None and self._child((Kind.NTH, index), value, at, None)
             return stays
         for accessor, child in zip(manager.get_accessors(), manager.get_child_managers(), strict=True):
-            stays |= self._child(_way(accessor), child, at)
+            stays |= self._child(_way(accessor), child, at, local)
         return stays
 
     def _key(self, manager: Any, at: int, index: int) -> bool:
@@ -144,25 +145,31 @@ class _Paths:
         self.dropped.add(id(manager))
         return False
 
-    def _child(self, way: tuple[Kind, Any] | None, child: Any, at: int) -> bool:
+    def _child(self, way: tuple[Kind, Any] | None, child: Any, at: int, local: str | None) -> bool:
         needs = self._needed(child)
         found = self._add(at, way, needs or Needs.NOTHING)
         if found is not None and found[1] is not child.get_type_of_guarded_value():
             found = None
-        stays = self._below(child, -1 if found is None else found[0]) or needs is None or found is None
+        name = way[1] if way is not None and way[0] is Kind.LOCAL else None
+        stays = self._below(child, -1 if found is None else found[0], name) or needs is None or found is None
         is_apart = any(type(guard).__name__ == _APART for guard in child.get_leaf_guards())
         if found is not None and not stays:
             self.dropped.add(id(child))
             (self.apart if is_apart else self.used).append(found[0])
         elif is_apart:
-            if way is not None and way[0] is Kind.LOCAL:
-                self.names.append(way[1])
+            if name is not None:
+                self.arguments.append((name, -1))
+            elif local is not None and way is not None and way[0] is Kind.INDEX and type(self._f_locals[local]) is tuple:
+                self.arguments.append((local, way[1]))
             else:
                 self.are_related = True
         return stays
 
     def _add(self, at: int, way: tuple[Kind, Any] | None, needs: Needs) -> tuple[int, type] | None:
+        """What `Memory.add` says. Of locals only modules: others may be made anew for each call."""
         if way is None or (at < 0 and way[0] > Kind.GLOBALS):
+            return None
+        if way[0] is Kind.LOCAL and not isinstance(self._f_locals.get(way[1]), torch.nn.Module):
             return None
         return self._memory.add(at, way[0], way[1], needs)
 
@@ -210,12 +217,12 @@ def remember(
     full = wrapper.root
     for related in (True, False):
         memory = make(full.check, f_locals, f_globals)
-        paths = _Paths(memory, full, related)
+        paths = _Paths(memory, full, f_locals, related)
         if not (paths.are_related and paths.apart):
             break
     if not paths.dropped:
         return None
-    memory.seal(paths.used, paths.apart, tuple(paths.names))
+    memory.seal(paths.used, paths.apart, tuple(paths.arguments))
     fewer = full.clone_manager(lambda manager: id(manager) not in paths.dropped)
     parts = ["something that guards look at has changed"]
     try:

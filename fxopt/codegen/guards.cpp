@@ -106,16 +106,23 @@ struct Place {
   bool loose = true, by_version = false;
 };
 
+// A local, or an item of the tuple that it is.
+struct Argument {
+  Ref name;
+  Py_ssize_t index;  // -1 for the local itself
+};
+
 struct Body {
   Ref check, globals;
   std::vector<Step> steps;
-  std::vector<Py_ssize_t> apart;  // steps to tensors that are none of the locals of these names
-  std::vector<Ref> names;
+  std::vector<Py_ssize_t> apart;  // steps to tensors that are none of these arguments
+  std::vector<Argument> arguments;
   std::vector<Record> records;
   std::vector<Place> places;   // of the steps, as long as these are added
   std::vector<Ref> examples;   // the same values, held
   Ref locals;                  // of the frame they are added for
   uint64_t hits = 0, walks = 0;
+  Py_ssize_t changed = -1;  // the step of the fact that did not hold last
   bool off = false;
 };
 
@@ -471,7 +478,7 @@ bool is_like(const c10::TensorImpl* x, const TensorFact& fact) {
 }
 
 // Null when all facts hold, else the first that does not.
-const Fact* broken(const Record& record, PyObject* locals, const std::vector<Ref>& names) {
+const Fact* broken(const Body* self, const Record& record, PyObject* locals) {
   const std::vector<Fact>& facts = record.facts;
   for (size_t k = 0; k < facts.size(); ++k) {
     const Fact& fact = facts[k];
@@ -492,9 +499,13 @@ const Fact* broken(const Record& record, PyObject* locals, const std::vector<Ref
     if (!holds) return &fact;
   }
   static const Fact in_locals{kLocalIs, 0, nullptr, 0};
-  for (const Ref& name : names) {
-    const uint64_t local = word_of(PyDict_GetItemWithError(locals, name.get()));
-    if (std::binary_search(record.apart.begin(), record.apart.end(), local)) return &in_locals;
+  for (const Argument& one : self->arguments) {
+    PyObject* x = PyDict_GetItemWithError(locals, one.name.get());
+    if (x != nullptr && one.index >= 0) {
+      if (!PyTuple_CheckExact(x) || one.index >= PyTuple_GET_SIZE(x)) return &in_locals;
+      x = PyTuple_GET_ITEM(x, one.index);
+    }
+    if (std::binary_search(record.apart.begin(), record.apart.end(), word_of(x))) return &in_locals;
   }
   return nullptr;
 }
@@ -511,7 +522,7 @@ PyObject* ask(Body* self, PyObject* locals) {
   const bool known = Walk(self, locals, &seen).all();
   PyErr_Clear();
   Ref answer(PyObject_CallOneArg(self->check.get(), locals));
-  if (answer.get() != Py_True || !known || !has_these_keys(seen) || broken(seen, locals, self->names) != nullptr) return answer.take();
+  if (answer.get() != Py_True || !known || !has_these_keys(seen) || broken(self, seen, locals) != nullptr) return answer.take();
   Record last;  // let go of at the end, when all is as it shall be
   if (self->records.size() >= kMostRecords) {
     last = std::move(self->records.back());
@@ -526,7 +537,7 @@ PyObject* look(Body* self, PyObject* locals) {
   Record outdated;
   for (size_t k = 0; k < self->records.size(); ++k) {
     if (!has_these_keys(self->records[k])) continue;
-    const Fact* fact = broken(self->records[k], locals, self->names);
+    const Fact* fact = broken(self, self->records[k], locals);
     if (fact == nullptr) {
       self->hits += 1;
       if (k > 0) std::swap(self->records[k], self->records[k - 1]);
@@ -534,6 +545,7 @@ PyObject* look(Body* self, PyObject* locals) {
     }
     if (fact->kind == kLocalIs) continue;  // another model's
     self->steps[fact->step].changes += 1;
+    self->changed = fact->step;
     outdated = std::move(self->records[k]);
     self->records.erase(self->records.begin() + static_cast<std::ptrdiff_t>(k));
     break;
@@ -607,12 +619,17 @@ bool read_steps(const Body* self, PyObject* numbers, std::vector<Py_ssize_t>* ou
 
 PyObject* seal(PyObject* object, PyObject* args) {
   Body* self = reinterpret_cast<Memory*>(object)->body;
-  PyObject *used, *apart, *names;
-  if (!PyArg_ParseTuple(args, "OOO!", &used, &apart, &PyTuple_Type, &names)) return nullptr;
+  PyObject *used, *apart, *arguments;
+  if (!PyArg_ParseTuple(args, "OOO!", &used, &apart, &PyTuple_Type, &arguments)) return nullptr;
   std::vector<Py_ssize_t> ends;
   if (!read_steps(self, used, &ends) || !read_steps(self, apart, &self->apart)) return nullptr;
   ends.insert(ends.end(), self->apart.begin(), self->apart.end());
-  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(names); ++k) self->names.push_back(Ref::to(PyTuple_GET_ITEM(names, k)));
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(arguments); ++k) {
+    PyObject* name;
+    Py_ssize_t index;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(arguments, k), "Un", &name, &index)) return nullptr;
+    self->arguments.push_back({Ref::to(name), index});
+  }
   for (Step& step : self->steps) step.used = false;
   for (Py_ssize_t at : ends)
     for (; at >= 0 && !self->steps[at].used; at = self->steps[at].parent) self->steps[at].used = true;
@@ -627,7 +644,7 @@ PyObject* state(PyObject* object, PyObject*) {
   size_t facts = 0;
   for (const Record& record : self->records) facts += record.facts.size();
   return Py_BuildValue(
-      "{sKsKsnsnsO}", "hits", self->hits, "walks", self->walks, "records", static_cast<Py_ssize_t>(self->records.size()), "facts",
+      "{sKsKsnsnsnsO}", "hits", self->hits, "walks", self->walks, "changed", self->changed, "records", static_cast<Py_ssize_t>(self->records.size()), "facts",
       static_cast<Py_ssize_t>(facts), "off", self->off ? Py_True : Py_False);
 }
 
@@ -660,8 +677,8 @@ PyMethodDef methods[] = {
     {"add", add, METH_VARARGS,
      "add(parent, kind, key, needs): a step from the value of another one, or -1. Its number and its value's type, or None."},
     {"seal", seal, METH_VARARGS,
-     "seal(used, apart, names): no more steps; those that are used, and what leads to them, are walked. The steps `apart` lead to"
-     " tensors that are none of the locals of these names."},
+     "seal(used, apart, arguments): no more steps; those that are used, and what leads to them, are walked. The steps `apart` lead"
+     " to tensors that are none of the arguments, pairs of a local's name and -1 or an index."},
     {"state", state, METH_NOARGS, "Counts, for tests and benchmarks."},
     {nullptr, nullptr, 0, nullptr}};
 
