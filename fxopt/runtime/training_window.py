@@ -51,7 +51,8 @@ def choose_window(plan: Plan, phase: Phase, ends: bool = True) -> Choice | str:
     count = len(facts.found.steps)
     all_of_it = window.price(0, None)
     prices: dict[tuple[int, int | None], _Price] = {(0, None): all_of_it}
-    if ends and facts.is_described() and count >= MIN_STEPS:
+    may_gain = all_of_it.copied / COPY_BYTES_PER_SECOND - PART_SECONDS >= LEAST_GAIN
+    if ends and may_gain and facts.is_described() and count >= MIN_STEPS:
         prices |= {span: window.price(*span) for span in window.candidates()}
     least = min(price.seconds for price in prices.values())
     if all_of_it.seconds - least < LEAST_GAIN:
@@ -91,6 +92,8 @@ class _Window:
         self.phase = phase
         self.left = _left(facts.plan) & set(self.found.made)
         self.sizes = {name: size for name in self.found.made if isinstance(size := self._size(name), int)}
+        first, last, late = self.found.first, self.found.last, len(self.found.steps) - EDGE
+        self.near = {n: size for n, size in self.sizes.items() if first[n] < EDGE or last[n] >= late}  # ends, and results
         mentions: dict[str, list[int]] = {}
         for k, step in enumerate(self.found.steps):
             for name in {self.found.root.get(n, n) for n in (*used(step), *defined(step))}:
@@ -114,16 +117,18 @@ class _Window:
         count = len(self.found.steps)
         begins = range(min(EDGE, count - MIN_STEPS) + 1) if self.phase is Phase.BACKWARD else range(1)
         ends: Sequence[int | None] = [None, *range(max(count - EDGE, MIN_STEPS), count + 1)]
-        return [(b, e) for b in begins for e in ends if self._is_whole(b, count if e is None else e)]
+        changes = {b: self.facts.first_rewrite(b, count) for b in begins}
+        return [(b, e) for b in begins for e in ends if self._is_whole(b, count if e is None else e, changes[b])]
 
-    def _is_whole(self, begin: int, end: int) -> bool:
+    def _is_whole(self, begin: int, end: int, change: int) -> bool:
         """Whether no step of the window changes what was made before it, and none after it what was made up to there: one of
-        them has a copy. All that is left for a backward is to be made in it, at the same addresses in each call."""
+        them has a copy. All that is left for a backward is to be made in it, at the same addresses in each call. `change` is
+        the first step from `begin` on that changes what was made before."""
         first, steps = self.found.first, self.found.steps
         return (
             end - begin >= MIN_STEPS
             and all(first[name] < end for name in self.left)
-            and self.facts.first_rewrite(begin, end) == end
+            and end <= change
             and all(first[name] >= end for step in steps[end:] for name in self.facts.changed(step) if name in self.sizes)
         )
 
@@ -136,7 +141,7 @@ class _Window:
             return handed_on or any(begin <= k < stop for k in self.mentions.get(name, ()))
 
         copied, lent = sum(size for name, size in self.moved.items() if is_mentioned(name)), 0
-        for name, size in self.sizes.items():
+        for name, size in self.near.items():
             first, last = found.first[name], found.last[name]
             if first < begin:
                 copied += size * is_mentioned(name)
