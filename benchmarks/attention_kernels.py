@@ -36,12 +36,18 @@ class Contender:
 def step_of(x: Inputs, out: Tensor, device: torch.device | None = None) -> Attention:
     """`x` as a step of kernels that store into `out`; buffers are called by `NAMES`. On `device`, if not where `x` is."""
     mask = None if x.mask is None else x.mask.expand(*x.query.shape[:3], x.key.shape[2])
-    tensors = dict(zip(NAMES, (x.query, x.key, x.value, mask, out), strict=True))
+    given = dict(zip(NAMES, (x.query, x.key, x.value, mask, out), strict=True))
+    tensors = {n: t for n, t in given.items() if t is not None}
     where = device or out.device
-    views = {n: Strided(n, tuple(t.shape), t.stride(), int(t.storage_offset())) for n, t in tensors.items() if t is not None}
-    specs = {n: BufferSpec(n, t.dtype, where, (1,), (1,)) for n, t in tensors.items() if t is not None}
+    views = {n: Strided(n, tuple(t.shape), _strides(t), int(t.storage_offset())) for n, t in tensors.items()}
+    specs = {n: BufferSpec(n, t.dtype, where, (1,), (1,)) for n, t in tensors.items()}
     operands = (views["query"], views["key"], views["value"], views.get("mask"), views["out"])
     return Attention("attention", *operands, x.settings.is_causal, x.scaling, specs)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Those of `x`, 0 where there is one element only, as lowering has a mask's."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def memory_of(x: Inputs, out: Tensor) -> dict[str, Tensor]:

@@ -69,8 +69,9 @@ def _attend(attention: Attention, config: AttentionConfig, stored: Sequence[str]
     blocks = f"BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(value_width)}"
     way = f'PACK={config.pack}, SPLIT={config.split}, PRECISION="ieee", SCORES={_SCORES if scores.text else None}'
     pointers, kinds = _factors(attention, {name: f"b{len(operands) + k}" for k, name in enumerate(factors)})
+    kinds += f", BOUNDED={config.bounded}"
     bringing = ""
-    if split and attention.key.strides[3] == attention.value.strides[3] == 1:
+    if split and not config.bounded and attention.key.strides[3] == attention.value.strides[3] == 1:
         part = f"BM={config.block_m}, BN={config.block_n}, PACK={config.pack}, SPLIT={config.split}"
         given_part = f"{operands[1]}, {operands[2]}, {sizes}, {attention.key.strides}, {attention.value.strides}, {part}"
         bringing = f"attention.bring_part({given_part})\n    {OTHERS_END}\n    "

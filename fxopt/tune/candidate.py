@@ -324,6 +324,7 @@ def attention_candidates(attention: Attention, target: Target, mode: str) -> lis
     if mode != "max-autotune" and not attention_config.may_win(attention, target):
         return []
     chosen = attention_config.configs(attention, target, limit=most)
+    chosen += attention_config.bounded(attention, chosen)
     return [Candidate(str(c), (p := print_attention(attention, c, target)).kernels, p.scratch) for c in chosen]
 
 

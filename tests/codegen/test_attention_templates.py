@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks.attention_kernels import memory_of, step_of
-from fxopt.codegen.templates.attention_config import AttentionConfig, configs
+from fxopt.codegen.templates.attention_config import BOUNDED, AttentionConfig, bounded, configs
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.ir.attention_backends import MATH, Inputs, Settings, forward_by
@@ -113,6 +114,31 @@ def test_masks(interpreter: Interpreter, config: AttentionConfig, kind: str) -> 
     check(interpreter, config, inputs(4, 2, 7, 41, batch=2, mask=addend))
 
 
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("kind", ["boolean", "added", "least"])
+def test_what_the_mask_does_not_show_is_not_read(interpreter: Interpreter, kind: str, split: int) -> None:
+    """There, keys and values are NaN, from the next block on; a batch that is shown nothing reads all."""
+    config = AttentionConfig(16, 16, 4, 2, 2, split, bounded=True)
+    for keys in (64, 41):
+        shown = torch.zeros(3, 1, 1, keys, dtype=torch.bool)
+        shown[0, ..., [3, 17]], shown[1, ..., :] = True, True
+        hidden = {"added": -torch.inf, "least": torch.finfo(torch.float32).min}.get(kind, 0.0)
+        mask = shown if kind == "boolean" else torch.randn(shown.shape).masked_fill(~shown, hidden)
+        x = inputs(4, 2, 2, keys, batch=3, mask=mask)
+        whole = x._replace(key=x.key.clone(), value=x.value.clone())
+        x.key[0, :, 32:], x.value[0, :, 32:] = float("nan"), float("nan")
+        got = run(interpreter, config, x)
+        exact = whole._replace(**{n: getattr(whole, n).double() for n in ("query", "key", "value")})
+        exact = exact if kind == "boolean" else exact._replace(mask=mask.double())
+        torch.testing.assert_close(got.double(), forward_by(MATH, exact, statistics=False)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_that_is_nan_is_shown(interpreter: Interpreter) -> None:
+    mask = torch.zeros(1, 1, 1, 41)
+    mask[..., 20:], mask[..., 40] = -torch.inf, float("nan")
+    check(interpreter, AttentionConfig(16, 16, 4, 2, split=2, bounded=True), inputs(1, 1, 2, 41, mask=mask))
+
+
 def test_a_mask_with_padded_rows(interpreter: Interpreter) -> None:
     padded = torch.randn(1, 1, 9, 48)[..., :41]
     check(interpreter, WHOLE, inputs(2, 2, 9, 41, mask=padded))
@@ -191,6 +217,16 @@ def shaped(
     return step_of(x, torch.empty_like(query), torch.device("cuda", 0))
 
 
+def test_caches_may_be_read_as_far_as_they_are_shown() -> None:
+    cache = shaped(32, 8, 1, 2048, 128, "row")
+    first, *more = configs(cache, H100)
+    (found,) = bounded(cache, [first, *more])
+    assert found == replace(first, bounded=True) and str(found).endswith(BOUNDED)
+    for other in (shaped(32, 8, 1, 2048, 128), shaped(12, 12, 2048, 2048, 64, "row"), shaped(32, 8, 1, 512, 128, "row")):
+        assert bounded(other, [first]) == []
+    assert bounded(shaped(12, 12, 8, 2048, 64, "rows"), [first]) == []
+
+
 COMPILED = {
     "static cache": shaped(32, 8, 1, 2048, 128, "row"),
     "width 256": shaped(8, 4, 512, 512, 256, causal=True),
@@ -200,6 +236,13 @@ COMPILED = {
 
 
 WITHOUT_A_SPILL = [*((90, n) for n in COMPILED), (80, "bias"), (80, "float32"), (100, "static cache"), (100, "float32")]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_bounded_kernel_compiles_without_spills(arch: int) -> None:
+    target, cache = Target.cuda(arch), COMPILED["static cache"]
+    (config,) = bounded(cache, configs(cache, target))
+    assert compile_triton(print_attention(cache, config, target).kernels[0], target)[1]["n_spills"] == 0
 
 
 @pytest.mark.parametrize(("arch", "name"), WITHOUT_A_SPILL)

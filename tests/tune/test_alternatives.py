@@ -535,3 +535,15 @@ def test_a_norm_adds_up_parts_of_the_librarys_product_where_that_is_faster(
     assert isinstance(steps_of(kept)[0], Call) == (faster == row_norms.APART)
     assert bench.measured[-1][1][0].startswith(row_norms.APART)
     planned(kept, chosen)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept"),
+    [((5.0, 1.0, 1.03), "kernel a bounded"), ((5.0, 1.0, 1.04), "kernel a"), ((1.0, 1.2, 1.01), "kernel a bounded")],
+)
+def test_what_may_read_less_wins_a_tie(seconds: tuple[float, ...], kept: str) -> None:
+    """Made-up masks show all keys."""
+    figures = dict(zip(("library", "kernel a", "kernel a bounded"), seconds, strict=True))
+    winner = min(figures, key=figures.__getitem__)
+    assert ways._reading_less(winner, figures) == kept
+    assert ways._reading_less("library", {"library": 1.0, "kernel a": 2.0}) == "library"

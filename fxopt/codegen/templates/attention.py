@@ -164,6 +164,23 @@ def over_keys(
     return acc, most, total
 
 
+HIDDEN = tl.constexpr(-1e37)
+"""Addends up to this one leave nothing of a score beside any that is above it: minus infinity, and what stands for it."""
+
+
+@triton.jit
+def end_of_shown(mask, STRIDE: tl.constexpr, T: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the T keys there are up to the last one that a mask of one row shows; T if it shows none."""
+    n = tl.arange(0, BLOCK)
+    ends = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, T, BLOCK):
+        column = tl.full([], 0, tl.int32) + first + n
+        addend = addend_of(mask, column * STRIDE, column < T, BOOLEAN, True)
+        ends = tl.where((column < T) & ~(addend <= HIDDEN), column + 1, ends)  # NaN is shown
+    last = tl.max(ends, 0)
+    return tl.where(last == 0, T, last)
+
+
 MOST_BROUGHT = tl.constexpr(1024)
 """Rows of a part that are brought before it begins: the rest comes while these are computed with."""
 
@@ -200,7 +217,7 @@ def attend(
     QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK_STRIDES: tl.constexpr, OUT: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, SCORES: tl.constexpr, FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, FACTORS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """The grid is B * (H / PACK) * cdiv(S * PACK, BM) * SPLIT programs.
 
@@ -208,6 +225,8 @@ def attend(
     up to i. MASK: see `NO_MASK`; BOOLEAN if it is true where a key is seen, else it is added. With SPLIT > 1,
     `out` is float32 [SPLIT, B * H * S, EV], the sums of the parts, and `statistics` float32 [2, SPLIT, B * H * S], their
     greatest scores and sums of exponentials.
+
+    BOUNDED, of a mask of one row: keys past the last one that it shows are not read, and the parts are those of the others.
 
     FACTORS says of the query whether `query_factor` [] is what it is to be multiplied by, of key and value whether they have
     none (""), one for a head ("head") or one for each row of a head ("row"), and the strides (batch, head, row) of these.
@@ -238,9 +257,13 @@ def attend(
     else:
         number = (batch * H + own_head)[:, None]
 
-    blocks: tl.constexpr = (T + BN - 1) // BN
-    each: tl.constexpr = (blocks + SPLIT - 1) // SPLIT * BN
-    first, end, whole = part * each, tl.minimum(part * each + each, T), tl.minimum(part * each + each, T // BN * BN)
+    if BOUNDED:
+        shown = end_of_shown(masks, MASK_STRIDES[3], T, BOOLEAN, 1024)
+        last = tl.minimum((shown + BN - 1) // BN * BN, T)
+    else:
+        last = T
+    each = ((last + BN - 1) // BN + SPLIT - 1) // SPLIT * BN
+    first, end, whole = part * each, tl.minimum(part * each + each, last), tl.minimum(part * each + each, last // BN * BN)
     if CAUSAL:
         end = tl.minimum(end, (tile * BM + BM - 1) // PACK + 1)
         whole = tl.minimum(whole, (tile * BM // PACK + 1) // BN * BN)

@@ -7,8 +7,8 @@ measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from fxopt.ir.region import Attention
@@ -23,6 +23,11 @@ SHORT_SEQUENCE = 512
 _LARGEST_PACKED = 64
 _LEAST_BLOCK = 16
 _MOST_PARTS = 64
+
+BOUNDED = "bounded"
+
+FEWEST_BOUNDED = 1024
+"""With fewer keys there is hardly anything that need not be read."""
 
 LAUNCH_SECONDS = 2.5e-6
 """From a launch to the first block of keys, and from the last one to the end."""
@@ -63,7 +68,8 @@ _THREADS_PER_SM = 2048
 @dataclass(frozen=True)
 class AttentionConfig:
     """How attention is done: tiles of `block_m` rows (`pack` heads by positions) go over `split` parts of the keys in blocks
-    of `block_n`. `str()` is its name in records and reports.
+    of `block_n`, of those up to the last one that the mask shows if it is `bounded`. `str()` is its name in records and
+    reports.
     """
 
     block_m: int
@@ -72,10 +78,12 @@ class AttentionConfig:
     stages: int
     pack: int = 1
     split: int = 1
+    bounded: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.block_m}x{self.block_n} w{self.warps} s{self.stages}"]
-        return " ".join(words + [f"pack{self.pack}"] * (self.pack > 1) + [f"split{self.split}"] * (self.split > 1))
+        words += [f"pack{self.pack}"] * (self.pack > 1) + [f"split{self.split}"] * (self.split > 1)
+        return " ".join(words + [BOUNDED] * self.bounded)
 
     @property
     def kind(self) -> tuple[int, ...]:
@@ -121,6 +129,15 @@ def configs(attention: Attention, target: Target, limit: int = 4) -> list[Attent
     for config in ranked(attention, target):
         kinds.setdefault(config.kind, config)
     return list(kinds.values())[:limit]
+
+
+def bounded(attention: Attention, found: Sequence[AttentionConfig]) -> list[AttentionConfig]:
+    """The first of `found` as one that reads only as far as the mask shows, for few rows that share a mask, such as a cache
+    has that is not full. What that saves is not known before it runs."""
+    mask, shape = attention.mask, attention.query.shape
+    if mask is None or mask.strides[1] or mask.strides[2] or attention.key.shape[2] < FEWEST_BOUNDED:
+        return []
+    return [replace(config, bounded=True) for config in found[:1] if shape[2] <= FEW_ROWS]
 
 
 def may_win(attention: Attention, target: Target) -> bool:
