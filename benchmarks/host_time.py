@@ -9,10 +9,9 @@ without waiting. "burst" is the mean over few calls in a row, begun on an idle d
 the host is warm and waits for nothing; of several rounds the least.
 
 "guards" is a backend whose results are those of the first call: what remains is Dynamo's guards; "guards and wrappers" has
-AOTAutograd's as well. "guards, remembered" evaluates them only when something has changed, as fxopt does
-(`capture/guard_memory.py`). "above guards" is what a way adds to its guards in bursts. In ways called "steady", modules are
-said to stay as they are (`steady_modules`). "spent" says where the host time of a call of "fxopt" goes, and of one whose
-replays go through Python; "pieces" are such parts in a loop.
+AOTAutograd's as well. "above guards" is what a way adds to them in bursts. In ways called "steady", modules are said to stay
+as they are (`steady_modules`). "spent" says where the host time of a call of "fxopt" goes, and of one whose replays go
+through Python; "pieces" are such parts in a loop.
 """
 
 from __future__ import annotations
@@ -35,10 +34,9 @@ from benchmarks.choosing import names_of
 from benchmarks.models import choose
 from benchmarks.results import target_facts
 from benchmarks.workload import Workload
-from fxopt.capture import guard_memory
 from fxopt.capture.guards import trust_modules
 from fxopt.cli import pick_device, pick_dtype
-from fxopt.codegen.replay_build import guard_code, replay_code
+from fxopt.codegen.replay_build import replay_code
 from fxopt.report.backends import unshared
 from fxopt.report.contenders import CONTENDERS, Contender
 from fxopt.runtime import capturable, native_replay
@@ -51,8 +49,7 @@ WORKLOADS = "bert-base-b1,resnet50-b1,vit-b-b1,bert-base,gpt2"
 IN_PYTHON = "fxopt, replays in Python"
 ONE_LAUNCH = "fxopt, copies in one launch"
 STEADY = "fxopt, steady"
-EVALUATED = "fxopt, all guards"
-GUARDS, REMEMBERED, STEADY_GUARDS = "guards", "guards, remembered", "guards, steady"
+GUARDS, STEADY_GUARDS = "guards", "guards, steady"
 AT_ANY_PRICE = "fxopt, any copies"
 """Captured however much has to be copied: what `capturable.COPY_SHARE` should be."""
 BURST, BURSTS = 20, 25
@@ -64,7 +61,6 @@ WAYS = {
     "fxopt": CONTENDERS["fxopt"],
     IN_PYTHON: Contender("fxopt", "fxopt", options={"disable": [native_replay.NAME]}),
     ONE_LAUNCH: CONTENDERS["fxopt"],
-    EVALUATED: Contender("fxopt", "fxopt", options={"disable": [guard_memory.NAME]}),
     STEADY: Contender("fxopt", "fxopt", options={"steady_modules": True}),
     AT_ANY_PRICE: CONTENDERS["fxopt"],
     "inductor": CONTENDERS["inductor"],
@@ -142,19 +138,10 @@ def _guards_alone(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
     return run
 
 
-def _remembered_guards(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """The same with guards that are evaluated when something has changed."""
-    code = guard_code(default_store())
-    if code.wait() is None:
-        print(f"all guards are evaluated: {code.reason}")
-    guard_memory.remember_next(code)
-    return _guards_alone(gm, inputs)
-
-
 def _fewer_guards(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
     """The same with the guards of steady modules."""
     trust_modules()
-    return _remembered_guards(gm, inputs)
+    return _guards_alone(gm, inputs)
 
 
 def _doing_nothing(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -309,13 +296,7 @@ def measure(
     captured: dict[str, list[GraphedExecutor]] = {}
     for name in ways:
         compiled[name] = WAYS[name].compile(case.module, device)
-    guard_code(default_store()).wait()
-    around = {
-        GUARDS: _guards_alone,
-        REMEMBERED: _remembered_guards,
-        STEADY_GUARDS: _fewer_guards,
-        "guards and wrappers": _doing_nothing,
-    }
+    around = {GUARDS: _guards_alone, STEADY_GUARDS: _fewer_guards, "guards and wrappers": _doing_nothing}
     for name, backend in around.items():
         compiled[name] = torch.compile(unshared(case.module), backend=backend, dynamic=False)
     with torch.no_grad():
@@ -335,12 +316,11 @@ def measure(
             entry["ways"][name] = {f"{what}_us": round(us, 2) for what, us in found.items()}
             told = ", ".join(f"{what} {us:8.1f}" for what, us in found.items())
             print(f"{workload:>16} {name:<26} {told} us", flush=True)
-    bases = {EVALUATED: GUARDS, STEADY: STEADY_GUARDS}
-    for name in ways:
-        row, contender = entry["ways"][name], WAYS[name]
-        base = bases.get(name, REMEMBERED if contender.backend == "fxopt" else GUARDS)
-        row["above_guards_us"] = round(row["burst_us"] - entry["ways"][base]["burst_us"], 2)
-        print(f"{workload:>16} {name:<26} above guards {row['above_guards_us']:8.1f} us", flush=True)
+    for name, base in (*((name, GUARDS) for name in ways if name != STEADY), (STEADY, STEADY_GUARDS)):
+        if name in ways:
+            row = entry["ways"][name]
+            row["above_guards_us"] = round(row["burst_us"] - entry["ways"][base]["burst_us"], 2)
+            print(f"{workload:>16} {name:<26} above guards {row['above_guards_us']:8.1f} us", flush=True)
     kinds = {"fxopt": "spent_us", ONE_LAUNCH: "spent_with_one_launch_us", IN_PYTHON: "spent_in_python_us"}
     for name, kind in kinds.items():
         if captured.get(name):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.capture import guard_memory, private
+from fxopt.capture import private
 from fxopt.capture.aot import CompileGraph, compile_with_autograd, retreat
 from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
@@ -39,8 +39,6 @@ def fxopt(
     if parsed.steady_modules:
         trust_modules()
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
-    if guard_memory.NAME not in parsed.disable:
-        _remember_guards(devices)
     on_miss = functools.partial(_prestart_compiler, devices)
     with collection_paused():
         return compile_dynamo_graph(gm, inputs, parsed, _compile_graph, _shelf(), on_miss)
@@ -56,25 +54,12 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
 
     lowering = (attention_kernels, batching, contractions, group_sums, groupings, row_norms)
     running = (cuda_graph, launch, native_replay, backward_pieces, training_window, branches)
-    known = (*NAMES, *(part.NAME for part in (*lowering, *running)), guard_memory.NAME)
+    known = (*NAMES, *(part.NAME for part in (*lowering, *running)))
     for name in (name for name in parsed.disable if name not in known):
         text = f"no pass is called {name!r}{suggestion(name, known)}\nPasses: {', '.join(known)}"
         if name in given.get("disable", ()):
             raise OptionError(f"option 'disable': {text}")
         warnings.warn(f"FXOPT_DISABLE: {text}", stacklevel=3)
-
-
-def _remember_guards(devices: Collection[torch.device]) -> None:
-    """For a GPU: there a call's time on the host is what guards add to."""
-    if not any(device.type == "cuda" for device in devices):
-        return
-    try:
-        from fxopt.codegen.replay_build import guard_code
-        from fxopt.runtime.artifacts import default_store
-
-        guard_memory.remember_next(guard_code(default_store()))
-    except Exception:  # an incomplete installation, no place for a cache: shows where it is needed
-        return
 
 
 def _prestart_compiler(devices: Collection[torch.device]) -> None:

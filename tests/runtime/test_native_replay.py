@@ -227,7 +227,7 @@ def test_code_that_is_there_later_is_used_from_then_on(monkeypatch: pytest.Monke
 
 def test_it_is_compiled_once(compiled_code: ReplayCode, monkeypatch: pytest.MonkeyPatch) -> None:
     store = compiled_code._store
-    monkeypatch.setattr(replay_build, "build", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(replay_build, "build", lambda store: pytest.fail("compiled again"))
     again = ReplayCode(store)
     assert again.wait() is not None and again.reason is None
 
@@ -236,10 +236,10 @@ def test_damaged_code_is_not_loaded(compiled_code: ReplayCode, tmp_path: Path, m
     found = replay_build.find(compiled_code._store)
     assert isinstance(found, Artifact)
     store = ArtifactStore(tmp_path / "cache")
-    copy = store.put(found.key, "cpp", "fxopt_replay", found.path, {}, {})
+    copy = store.put(found.key, "cpp", replay_build.MODULE, found.path, {}, {})
     copy.path.chmod(0o600)
     copy.path.write_bytes(copy.path.read_bytes()[:-1] + b"!")
-    monkeypatch.setattr(replay_build, "build", lambda *_: "not now")
+    monkeypatch.setattr(replay_build, "build", lambda store: "not now")
     code = ReplayCode(ArtifactStore(tmp_path / "cache"))
     with pytest.warns(UserWarning, match="damaged"):
         replay_build.find(code._store)
