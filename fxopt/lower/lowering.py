@@ -59,6 +59,11 @@ class Lowered:
     lasting_bytes: int = 0
     groupings: tuple[Alternatives, ...] = ()
 
+    @property
+    def is_single(self) -> bool:
+        """Whether one step is all that runs: nothing before it hides its beginning, and nothing after it its end."""
+        return sum(not isinstance(step, Alias) for step in self.steps) == 1
+
 
 def lower_graph(graph: Graph, journal: Journal, library_nodes: frozenset[str] = frozenset()) -> Lowered:
     """Lower `graph`; nodes named in `library_nodes` stay library calls whatever the table says (the caller has noted why).

@@ -45,9 +45,11 @@ class Settler:
         journal: Journal,
         lasting: frozenset[str] = frozenset(),
         lasting_bytes: int = 0,
+        single: bool = False,
     ) -> None:
+        """`lasting`, `lasting_bytes` and `single` are what `measure.with_cold` asks of the plan."""
         self.store, self.measurements, self.journal = store, measurements, journal
-        self.lasting, self.lasting_bytes = lasting, lasting_bytes
+        self.lasting, self.lasting_bytes, self.single = lasting, lasting_bytes, single
         self._known: dict[str, str] = {}
 
     def settle(self, each: Alternatives, chosen: Mapping[str, Choice], built: Mapping[str, Sequence[Choice]]) -> Settled:
@@ -59,7 +61,7 @@ class Settler:
         contenders = _settled(each.ways[0], {name: [choice] for name, choice in chosen.items()})
         contenders += [s for way in each.ways[1:] for s in _settled(way, built)]
         trials = [_trial(each, contender) for contender in contenders]
-        memory = with_cold(memory_of(each), self.lasting, self.lasting_bytes, each.device)
+        memory = with_cold(memory_of(each), self.lasting, self.lasting_bytes, each.device, self.single)
         facts = _facts(each, memory, trials)
         label = self._known.get(key := repr(facts))
         if label is None:
@@ -145,6 +147,7 @@ def _facts(alternatives: Alternatives, memory: Memory, trials: Sequence[Trial]) 
         "torch": torch.__version__,
         "method": METHOD,
         "cold": bool(memory.cold),
+        "single": memory.single,
     }
 
 

@@ -133,7 +133,8 @@ class _Tuning:
         budget = BUDGET_SECONDS[options.mode] if options.tuning_seconds is None else options.tuning_seconds
         measurements = Measurements(journal, budget, self.suspects)
         self.measurements = measurements
-        self.settler = Settler(store, measurements, journal, lowered.lasting, lowered.lasting_bytes)
+        cold = lowered.lasting, lowered.lasting_bytes, lowered.is_single
+        self.settler = Settler(store, measurements, journal, *cold)
         self.tentative = _tentative(lowered) if options.mode != "max-autotune" else frozenset[str]()
         self.needed = _Contests(lambda work: candidates(work, options), journal, self.tentative)
         self.optional = _Contests(lambda work: candidates(work, options), journal)
@@ -363,8 +364,9 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
     region = contest.region
     memory, device, trials = _measurable(region, usable)
     if not isinstance(region, Batch):  # of which a sample is measured
-        memory = with_cold(memory, lowered.lasting, lowered.lasting_bytes, device)
-    key = RecordKey("region", _facts(region, usable, Target.current(region.device)) | {"cold": bool(memory.cold)})
+        memory = with_cold(memory, lowered.lasting, lowered.lasting_bytes, device, lowered.is_single)
+    facts = _facts(region, usable, Target.current(region.device)) | {"cold": bool(memory.cold), "single": memory.single}
+    key = RecordKey("region", facts)
     noise = NOISE_OF_ONE_KERNEL if isinstance(region, Region | Batch) else NOISE
     found = decide(key, region.name, memory, device, trials, store, measurements, unlike_the_first, noise)
     if found is not None:

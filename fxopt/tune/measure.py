@@ -31,7 +31,7 @@ from fxopt.runtime.plan_ops import resolve_op
 from fxopt.target import Target
 from fxopt.tune.suspects import Suspects
 
-METHOD = 11
+METHOD = 12
 """Number of this way of measuring, part of every record's key."""
 
 ROUNDS = 5
@@ -75,7 +75,7 @@ Run = Callable[[], object]
 class Memory:
     """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below, `ends` how many rows the
     groups have whose ends a buffer holds, `uniform` which floating buffers have equal elements, so that one may be read for
-    all. Those in `cold` are never in the L2 cache when what is measured runs.
+    all. Those in `cold` are never in the L2 cache when what is measured runs, which with `single` nothing runs before or after.
     """
 
     buffers: Mapping[str, BufferSpec]
@@ -83,6 +83,7 @@ class Memory:
     ends: Mapping[str, int] = field(default_factory=dict)
     uniform: frozenset[str] = frozenset()
     cold: frozenset[str] = frozenset()
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Measurements:
     of 400 MB on an H200, for kernels that let all lines drive them out, and nothing for those that do not): launches with
     such a cache count as much, also lest few programs that a warm cache serves well enough look good. Where weights and
     states are most of what is read, and known not to be there (`Memory.cold`), only such launches count (`rotated_seconds`):
-    in a row, as a plan has them, and alone for those of which that tells no difference (`with_ties_broken`).
+    in a row, as a plan has them, and alone for those of which that tells no difference (`with_ties_broken`), or where a plan
+    has no others.
     """
 
     def __init__(self, journal: Journal, budget: float, suspects: Suspects | None = None) -> None:
@@ -161,14 +163,7 @@ class Measurements:
             with torch.cuda.device(device):
                 wrong = check(memory, device, trials, self.suspects) if check is not None else frozenset()
                 right = [t for t in trials if t.label not in wrong]
-                rotated = rotated_seconds(memory, device, right, self.suspects) if memory.cold else None
-                if rotated is None:
-                    warm, cold = (time_trials(memory, device, right, self.suspects, cold=c) for c in (False, True))
-                    timed = [(a + b) / 2 for a, b in zip(warm, cold, strict=True)]
-                else:
-                    timed = with_ties_broken(
-                        rotated, lambda some: time_trials(memory, device, some, self.suspects, cold=True), right
-                    )
+                timed = self._timed(memory, device, right)
         except torch.cuda.OutOfMemoryError:
             self.journal.note("tuning", f"{name}: not measured, the GPU is out of memory")
             self.journal.provisional = True
@@ -183,17 +178,30 @@ class Measurements:
         log.info("%s: %s: %s", self.journal.graph, name, figures)
         return seconds
 
+    def _timed(self, memory: Memory, device: torch.device, trials: Sequence[Trial]) -> list[float]:
+        def alone(some: Sequence[Trial], cold: bool = True) -> list[float]:
+            return time_trials(memory, device, some, self.suspects, cold)
 
-def with_cold(memory: Memory, lasting: Collection[str], lasting_bytes: int, device: torch.device) -> Memory:
+        if memory.cold and memory.single:
+            return alone(trials)
+        rotated = rotated_seconds(memory, device, trials, self.suspects) if memory.cold else None
+        if rotated is not None:
+            return with_ties_broken(rotated, alone, trials)
+        return [(a + b) / 2 for a, b in zip(alone(trials, cold=False), alone(trials), strict=True)]
+
+
+def with_cold(
+    memory: Memory, lasting: Collection[str], lasting_bytes: int, device: torch.device, single: bool = False
+) -> Memory:
     """`memory` with what of it is `lasting`, a plan's weights and states, as cold, if that is more than half of what is
     touched, and the plan's `lasting_bytes` more than the L2 cache holds: by the time that they are read again, others have
-    taken it.
+    taken it. `single` says whether the plan runs nothing else.
     """
     cold = frozenset(lasting) & memory.buffers.keys()
     if device.type != "cuda" or not cold or lasting_bytes <= Target.current(device).l2_bytes:
         return memory
     whole = sum(map(nbytes, memory.buffers.values()))
-    return replace(memory, cold=cold) if 2 * sum(nbytes(memory.buffers[n]) for n in cold) > whole else memory
+    return replace(memory, cold=cold, single=single) if 2 * sum(nbytes(memory.buffers[n]) for n in cold) > whole else memory
 
 
 def turn_on(device: torch.device, cache: Path, patience: float) -> contextlib.AbstractContextManager[bool]:

@@ -205,6 +205,12 @@ def test_gated_layers_are_two_products_in_one_kernel(name: str) -> None:
         assert len(found[0].writes()) == (3 if name == "both returned" else 1)
 
 
+def test_a_plan_may_be_a_product_and_nothing_else() -> None:
+    x, w = rand(1, 64), rand(64, 64)
+    assert searched(lambda x, w: torch.relu(x @ w), x, w).is_single
+    assert not searched(lambda x, w: F.softmax(torch.relu(x @ w) @ w, dim=-1), x, w).is_single
+
+
 def test_products_that_share_nothing_stay_apart() -> None:
     """Another left operand, other sizes, other strides of the weight, a half that is not half, and all of a row."""
     x, v, w = TWO_WEIGHTS

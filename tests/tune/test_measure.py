@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fxopt.ir.region import BufferSpec, Call
+from fxopt.journal import Journal
 from fxopt.target import Target
 from fxopt.tune import measure
 from fxopt.tune.measure import (
@@ -21,6 +23,7 @@ from fxopt.tune.measure import (
     ROUNDS,
     SURE_ROUNDS,
     BoundCall,
+    Measurements,
     Memory,
     Trial,
     interleaved,
@@ -144,6 +147,18 @@ def test_what_is_as_fast_in_a_row_is_told_apart_alone() -> None:
     assert asked == ["vector", "row"]
     assert found == [45e-6, 36e-6 * CLOSE, 36e-6, float("inf"), 38e-6], "within what is close"
     assert with_ties_broken(rotated[3:], alone, trials[3:]) == rotated[3:] and len(asked) == 2, "nothing to tell apart"
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_what_a_plan_runs_alone_is_measured_alone(monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
+    in_a_row, alone = {"vector": 30e-6, "row": 32e-6}, {"vector": 41e-6, "row": 38e-6}
+    trials = [Trial(label, ()) for label in in_a_row]
+    monkeypatch.setattr(measure, "rotated_seconds", lambda memory, device, trials, suspects: list(in_a_row.values()))
+    monkeypatch.setattr(measure, "time_trials", lambda memory, device, some, *rest: [alone[t.label] for t in some])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    given = replace(memory(weight=100), cold=frozenset({"weight"}), single=single)
+    found = Measurements(Journal("test"), budget=1.0).compare("mm", given, torch.device("cuda"), trials)
+    assert found == list((alone if single else in_a_row).values())
 
 
 def test_kernels_start_early_after_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
