@@ -75,7 +75,7 @@ Run = Callable[[], object]
 class Memory:
     """Buffers that trials share. `bounds` says what the elements of a buffer of indices stay below, `ends` how many rows the
     groups have whose ends a buffer holds, `uniform` which floating buffers have equal elements, so that one may be read for
-    all. Those in `cold` are never in the L2 cache when what is measured runs, which with `single` nothing runs before or after.
+    all. Those in `cold` are never in the L2 cache when what is measured runs; nothing runs before or after it with `single`.
     """
 
     buffers: Mapping[str, BufferSpec]
