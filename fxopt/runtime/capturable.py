@@ -63,9 +63,9 @@ class Traits:
     before the captured one have made (`split.Part.takes`).
 
     `moved` are copied into memory of the run before each replay, `fixed` are used where they are; `written` of those are
-    changed by the plan. `varying` tell the sizes of a call. `seeds` are drawn in a call; `steps` run something. `draws` says
-    that library ops draw from torch's generator, too. `peak` are the bytes that a call holds, as far as that is known, and
-    `products` says whether it calls cuBLAS.
+    changed by the plan. `varying`, of the inputs alone, tell the sizes of a call. `seeds` are drawn in a call; `steps` run
+    something. `draws` says that library ops draw from torch's generator, too. `peak` are the bytes that a call holds, as far
+    as that is known, and `products` says whether it calls cuBLAS.
     """
 
     device: torch.device
@@ -179,7 +179,7 @@ def choose_pieces(plan: Plan) -> Pieces | None:
 
 def whole(plan: Plan) -> Parts:
     """All of the plan as one captured part."""
-    return Parts(None, Part(plan, tuple(range(len(plan.inputs)))), None, frozenset())
+    return Parts(None, Part(plan, tuple(range(len(plan.inputs))), len(plan.inputs)), None, frozenset())
 
 
 def _spread(plan: Plan) -> str | None:
@@ -212,7 +212,7 @@ def traits(captured: Part) -> Traits:
         moved=tuple(i for i, _ in tensors if i not in fixed),
         fixed=fixed,
         written=tuple(i for i, x in tensors if x.name in written),
-        varying=tuple(i for i, x in numbers if x.kind == "int" or not x.is_static),
+        varying=tuple(i for i, x in numbers if i < captured.given and (x.kind == "int" or not x.is_static)),
         seeds=sum(isinstance(s, Call) and s.op == draws.SEED for s in plan.steps),
         steps=len(Mentions(plan).steps),
         draws=any(isinstance(s, Call) and _drops(s) for s in plan.steps),

@@ -20,11 +20,12 @@ from fxopt.runtime.plan import InputSpec, Launch, Plan, PlanStep, defined, expre
 
 @dataclass(frozen=True)
 class Part:
-    """A plan, and where its inputs are found: `takes` are positions among the inputs of the whole plan, followed by the
-    results of the parts before this one."""
+    """A plan, and where its inputs are found: `takes` are positions among the inputs of the whole plan, `given` in number,
+    followed by the results of the parts before this one."""
 
     plan: Plan
     takes: tuple[int, ...]
+    given: int
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class _Writer:
             outputs=tuple(outputs),
             saved=saved,
         )
-        return Part(plan_memory(part), takes)
+        return Part(plan_memory(part), takes, len(self.plan.inputs))
 
     def with_views(self, steps: Sequence[PlanStep], outputs: Sequence[Any]) -> tuple[PlanStep, ...]:
         """`steps`, each view made before the first step that uses it."""

@@ -161,7 +161,7 @@ def graphed(
 
 
 def on_a_gpu(part: Part) -> Part:
-    return Part(moved(part.plan, "cpu", "cuda:0"), part.takes)
+    return replace(part, plan=moved(part.plan, "cpu", "cuda:0"))
 
 
 def moved(made: Plan, source: str, target: str) -> Plan:
@@ -170,7 +170,7 @@ def moved(made: Plan, source: str, target: str) -> Plan:
 
 def on_a_cpu(parts: Parts) -> Parts:
     before, captured, after = (
-        p and Part(moved(p.plan, "cuda:0", "cpu"), p.takes) for p in (parts.before, parts.captured, parts.after)
+        p and replace(p, plan=moved(p.plan, "cuda:0", "cpu")) for p in (parts.before, parts.captured, parts.after)
     )
     assert captured is not None
     return Parts(before, captured, after, parts.lent)
@@ -329,7 +329,7 @@ def test_parts_of_a_row_are_replayed(places: tuple[int, ...], copies: str, monke
     drivers = list[FakeDriver]()
     runs = list[tuple[Any, tuple[int, ...]]]()
     for piece in choice.pieces:
-        part = Part(moved(piece.part.plan, "cuda:0", "cpu"), piece.part.takes)
+        part = replace(piece.part, plan=moved(piece.part.plan, "cuda:0", "cpu"))
         if piece.choice is None:
             runs.append((bound(part.plan), part.takes))
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,7 @@ from fxopt.runtime.footprint import footprint
 from fxopt.runtime.in_parts import InPieces
 from fxopt.runtime.plan import Plan
 from fxopt.runtime.recording import record
-from fxopt.runtime.split import Parts
+from fxopt.runtime.split import Parts, split
 from fxopt.runtime.training_graph import BackwardRecording, GraphedBackward, GraphedForward, SavedMemory
 from fxopt.runtime.training_window import choose_window
 from tests.runtime.fake_graphs import FakeDriver, Function, address_of
@@ -298,6 +299,24 @@ def test_ends_that_run_plainly(stage: Stage, monkeypatch: pytest.MonkeyPatch, co
     plan = stage.backwards[0].plan
     given = [plan.inputs[i].name for i in moved if i < len(plan.inputs)]
     assert all(name.startswith(("tangents", "primals")) for name in given), "nothing saved is copied"
+
+
+def test_lengths_that_vary_beside_plain_ends(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made before a replay has sizes that follow from those of the inputs."""
+
+    def first_steps_apart(plan: Plan, phase: Phase) -> Choice:
+        return Choice(split(plan, 2, None, lends=False) if phase is Phase.BACKWARD else whole(plan), "")
+
+    stage.in_windows = True
+    monkeypatch.setattr(sys.modules[__name__], "choose_window", first_steps_apart)
+    pair = Pair(make=Headed)
+    pair.run = torch.compile(pair.mine, backend="fxopt", dynamic=True)
+    for k in range(12):
+        for run in (pair.run, pair.theirs):
+            run(data(k, 6 + 2 * (k % 2))).pow(2).sum().backward()
+        pair.agree()
+        pair.clear()
+    assert stage.windows[1].before is not None and sum(made.graphs for made in stage.backwards) == 2
 
 
 def test_steps_replay_from_the_second_and_third_on(stage: Stage) -> None:
