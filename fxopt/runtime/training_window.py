@@ -84,13 +84,15 @@ class _Window:
     """What capturing a forward's or backward's steps from one to before another would cost. Sizes that are not known count
     for nothing.
 
-    `left` are values that a captured forward leaves where they are, for its backward.
+    `left` are values that a captured forward leaves where they are, for its backward; `returned` those that it saves for
+    that and returns, too.
     """
 
     def __init__(self, facts: Facts, phase: Phase) -> None:
         self.facts, self.found = facts, facts.found
         self.phase = phase
-        self.left = _left(facts.plan) & set(self.found.made)
+        left, self.returned = _saved(facts.plan)
+        self.left = left & set(self.found.made)
         self.sizes = {name: size for name in self.found.made if isinstance(size := self._size(name), int)}
         first, last, late = self.found.first, self.found.last, len(self.found.steps) - EDGE
         self.near = {n: size for n, size in self.sizes.items() if first[n] < EDGE or last[n] >= late}  # ends, and results
@@ -143,6 +145,8 @@ class _Window:
         copied, lent = sum(size for name, size in self.moved.items() if is_mentioned(name)), 0
         for name, size in self.near.items():
             first, last = found.first[name], found.last[name]
+            if name in self.returned and end is not None:  # the backward finds it at another address in each call
+                copied += size
             if first < begin:
                 copied += size * is_mentioned(name)
             elif first < stop and name not in self.left:
@@ -155,12 +159,13 @@ class _Window:
         return _Price(copied, seconds, copied + lent)
 
 
-def _left(plan: Plan) -> frozenset[str]:
-    """The values whose memory the plan saves for a backward and returns as nothing else."""
+def _saved(plan: Plan) -> tuple[frozenset[str], frozenset[str]]:
+    """The values whose memory the plan saves for a backward and returns as nothing else, and those that it also returns."""
     root = Lifetimes.of(plan).root
 
     def roots(outputs: Sequence[object]) -> set[str]:
         return {root.get(name, name) for name in refs(tuple(outputs))}
 
     cut = len(plan.outputs) - plan.saved
-    return frozenset(roots(plan.outputs[cut:]) - roots(plan.outputs[:cut]))
+    saved, returned = roots(plan.outputs[cut:]), roots(plan.outputs[:cut])
+    return frozenset(saved - returned), frozenset(saved & returned)

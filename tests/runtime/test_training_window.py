@@ -60,6 +60,12 @@ def test_all_that_is_saved_is_made_in_the_captured_part() -> None:
     assert counts(forward("padded"), Phase.FORWARD) == (0, 10, 1)
 
 
+def test_what_is_returned_and_saved_is_copied_either_way() -> None:
+    """Out of the captured forward, or into its backward: no ends that run plainly would spare that."""
+    reason = choose_window(forward("logits"), Phase.FORWARD)
+    assert isinstance(reason, str) and "128.1 MiB a call, costs more than 11 launches" in reason
+
+
 def test_what_reads_a_large_gradient_runs_plainly() -> None:
     assert counts(backward(), Phase.BACKWARD) == (1, 9, 0)
 
