@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen.compile import compile_kernels
-from fxopt.codegen.templates.attention_config import AttentionConfig, estimate, ranked
+from fxopt.codegen.templates.attention_config import AttentionConfig, bounded, estimate, ranked
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.ir.attention_backends import Inputs
 from fxopt.ir.kernel import Artifact
@@ -59,7 +59,9 @@ def memory_of(x: Inputs, out: Tensor) -> dict[str, Tensor]:
 
 
 def choose_configs(attention: Attention, target: Target, count: int) -> list[AttentionConfig]:
-    """The cost model's order, cut to the best three of each tile and number of parts; at most `count`."""
+    """The cost model's order, cut to the best three of each tile and number of parts, and for caches the first one bounded:
+    at most `count`.
+    """
     taken: dict[object, int] = {}
     chosen: list[AttentionConfig] = []
     for config in ranked(attention, target):
@@ -67,7 +69,8 @@ def choose_configs(attention: Attention, target: Target, count: int) -> list[Att
         taken[kind] = taken.get(kind, 0) + 1
         if taken[kind] <= 3 and len(chosen) < count:
             chosen.append(config)
-    return chosen
+    more = bounded(attention, chosen)
+    return chosen[: count - len(more)] + more
 
 
 def contenders(x: Inputs, target: Target, store: ArtifactStore, count: int) -> list[Contender]:
