@@ -40,6 +40,16 @@ def test_gradients_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(fn, (*OPERANDS, bias), fast_mode=True)
 
 
+@pytest.mark.parametrize("most", [1 << 26, 1])
+def test_more_parts_than_are_filled(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches in three parts: two each, and none in the last one."""
+    monkeypatch.setattr(scored_attention_op, "MOST_SCORES", most)
+    given = (OPERANDS[0], *OPERANDS, rand(1, H, S, T), None, *(rand(B, H, S) for _ in range(3)))
+    found, whole = (scored_attention_op.bias_gradient(*given, parts, **RULE) for parts in (3, 1))
+    assert found.shape == (3, 1, H, S, T) and not found[2].any()
+    torch.testing.assert_close(found.sum(0), whole[0])
+
+
 @pytest.mark.parametrize("drop", [0.1, 0.5])
 def test_dropout_is_independent_of_place(drop: float) -> None:
     """Shares, and those of pairs: of neighbours, of heads, of the corners of a rectangle."""
