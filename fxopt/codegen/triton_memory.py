@@ -161,10 +161,11 @@ class Memory(Scopes):
         address = self.address(index, symbols, wanted, block=bool(guards and wanted))
         mask = self.mask(symbols, guards)
         extra = f", {mask}{other}" if mask else ""
-        if eviction and self.varies(*self.instance(node, guards)):
-            extra += f', eviction_policy="{eviction}"'
-        elif node.buffer in self.frame.kept:
+        walks = eviction != "" and self.varies(*self.instance(node, guards))
+        if node.buffer in self.frame.kept and (walks or not self.looped):
             extra += ', eviction_policy="evict_last"'
+        elif walks:
+            extra += f', eviction_policy="{eviction}"'
         pointer = self.pointer(f"{self.names.buffer(node.buffer)} + {tight(address)}", index, node.dtype, wanted)
         return f"tl.load({pointer}{extra})"
 

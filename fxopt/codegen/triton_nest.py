@@ -9,7 +9,7 @@ from itertools import chain, dropwhile, takewhile
 import torch
 
 from fxopt.codegen import triton_ops as ops
-from fxopt.codegen.configs.demands import BYTE_RUN, byte_run, one_access, read_again
+from fxopt.codegen.configs.demands import BYTE_RUN, byte_run, one_access, read_again, shared_operands
 from fxopt.codegen.triton_chain import OTHERS_END
 from fxopt.codegen.triton_config import TritonConfig, next_power_of_2, part_count
 from fxopt.codegen.triton_emit import Emitter
@@ -115,8 +115,8 @@ def _open(region: Region, config: TritonConfig, stage: str | None, names: Names,
     if config.rows and config.y_block > 1:
         frame.several, frame.byte_run = config.y_block, one_access(tiling)
     looped = tiling.reduces and not config.persistent
-    in_order = not looped and config.stages == 1 and (config.rows or not tiling.y.symbols)
-    frame.kept = read_again(tiling, region.buffers) if in_order else frozenset()
+    if config.stages == 1 and (config.rows or not tiling.y.symbols):
+        frame.kept = (shared_operands if looped else read_again)(tiling, region.buffers)
     along = tiling.nest.reduced if looped else tiling.nest.points
     emitter = Emitter(frame, names, config.r_block if looped else 0, along)
     return _Kernel(kernel_name(tiling, stage), region, tiling, config, names, frame, emitter)

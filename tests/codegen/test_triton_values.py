@@ -1116,3 +1116,13 @@ def test_what_is_read_again_after_much_else_leaves_the_cache_last() -> None:
         (region,) = (s for s in low.steps if isinstance(s, Region))
         (kernel,) = print_region(region, TritonConfig(1024), TARGET).kernels
         assert kernel.text.count('eviction_policy="evict_last"') == kept
+
+
+def test_what_programs_share_does_not_leave_the_cache_first() -> None:
+    """A loop's own elements do: nobody reads them again."""
+    long = nests.group_scale(300, 64, 1024)
+    (kernel,) = print_region(long.region, TritonConfig(1, r_block=2048, persistent=False), TARGET).kernels
+    first, second = kernel.text.split("for r_done")
+    assert first.count('"evict_last"') == 2 and '"evict_first"' not in first  # row and weights are read once more
+    loads = {m[1]: m[2] for m in re.finditer(r'tl\.load\((b\d) .*eviction_policy="(\w+)"', second)}
+    assert sorted(loads.values()) == ["evict_first", "evict_last"]

@@ -105,7 +105,20 @@ def read_again(tiling: Tiling, buffers: Mapping[str, BufferSpec]) -> frozenset[s
         if between < _DROPPED_AFTER:
             break
         found |= {n.buffer for n in tiling.merged.loads() if sym not in n.symbols() and inner in n.symbols()}
-    extents = {name: buffers[name].extent for name in found - set(tiling.merged.writes())}
+    return _worth_keeping(found, tiling, buffers)
+
+
+def shared_operands(tiling: Tiling, buffers: Mapping[str, BufferSpec]) -> frozenset[str]:
+    """Small buffers of which programs that loop over rows or columns read the same: a norm's weight, statistics of rows."""
+    loads = list(tiling.merged.loads())
+    streams = set(streaming_accesses(tiling))
+    own = [(n, access in streams) for n, access in zip(loads, tiling.accesses, strict=False)]
+    found = {n.buffer for n, streamed in own if not streamed and not n.indirect}
+    return _worth_keeping(found - {n.buffer for n, streamed in own if streamed}, tiling, buffers)
+
+
+def _worth_keeping(names: set[str], tiling: Tiling, buffers: Mapping[str, BufferSpec]) -> frozenset[str]:
+    extents = {name: buffers[name].extent for name in names - set(tiling.merged.writes())}
     return frozenset(n for n, e in extents.items() if isinstance(e, int) and e * buffers[n].dtype.itemsize <= _WORTH_KEEPING)
 
 
