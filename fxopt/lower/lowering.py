@@ -11,14 +11,14 @@ import torch
 from torch import fx
 
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Int, as_symbol, contiguous_strides, index
+from fxopt.ir.exprs import Int, Sym, as_symbol, contiguous_strides, index
 from fxopt.ir.graph import Graph
 from fxopt.ir.loops import Nest, Reduce, Scalar, Scan, Store, loads_below, transform
 from fxopt.ir.region import Alias, Alternatives, BufferSpec, Ref, Region, Size, Step
 from fxopt.ir.rounding import FLOAT8
 from fxopt.journal import Journal
 from fxopt.lower import calls, cost, layout
-from fxopt.lower.one_hot import only_term
+from fxopt.lower.one_hot import only_term, separated
 from fxopt.lower.opsets import LIBRARY_OPS, VIEW_OPS, kernels_hold
 from fxopt.lower.small import empty_reduction, trivial_reduction
 from fxopt.lower.table import table
@@ -366,6 +366,13 @@ class Lowering:
             place = {as_symbol(idx[k]): i for k, i in zip(kept, dim_indices(out_shape), strict=True) if k not in over}
             term = transform(cast(term, accumulate), {s: i for s, i in place.items() if s is not None})
             return tuple(Computed(cast(term, d), d, device, out_shape, nodes) for _, d in results)
+        apart = separated(args[0], axes[0], accumulate) if kind == "sum" and len(axes) == 1 and not empty else None
+        if apart is not None:
+            whole = apart.value(lambda along: self._total(along, axes[0], accumulate, inputs), accumulate)
+            place = {as_symbol(idx[k]): i for k, i in zip(kept, dim_indices(out_shape), strict=True) if k not in over}
+            whole = transform(whole, {s: i for s, i in place.items() if s is not None})
+            nodes = (*nodes, self.node.name)
+            return tuple(Computed(cast(whole, d), d, device, out_shape, nodes) for _, d in results)
         for position, dtype in results:
             if empty:
                 value: Scalar = empty_reduction(kind, accumulate, position)
@@ -378,6 +385,15 @@ class Lowering:
             self.emit(Nest(points, () if empty else axes, (store,)), device, nodes)
             out.append(dest)
         return tuple(out)
+
+    def _total(self, term: Scalar, axis: Sym, dtype: torch.dtype, inputs: Sequence[Value]) -> Scalar:
+        """The sum of `term`, which depends on `axis` alone, stored for all that want it."""
+        assert axis.size is not None
+        (total,) = self.reduce(
+            "sum", (axis.size,), (0,), lambda idx: (cast(transform(term, {axis: idx[0]}), dtype),),
+            accumulate=dtype, inputs=inputs, results=((0, dtype),),
+        )  # fmt: skip
+        return at(total, ())
 
     def scan(
         self,

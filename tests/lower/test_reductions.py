@@ -226,6 +226,32 @@ def test_a_sum_of_one_hot_rows_takes_no_loop(dtype, keepdim):
     assert not any(s.nest.reduced for s in lower(fn, (place, value)).steps if isinstance(s, Region))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_share_the_sum_of_what_is_the_same_for_all(dtype):
+    """As the gradient of a cross-entropy with weights and smoothed labels has it: a multiple of the weights in each row, and
+    another one of one of them, wherever that is."""
+
+    def fn(place, scale, weight):
+        hit = torch.arange(6)[None] == place[:, None]
+        picked = torch.where(hit, -2.0 * weight.float() * scale[:, None].float(), 0.0).to(dtype)
+        return (scale[:, None] * weight + picked).float().sum(1, keepdim=True) * 3
+
+    place, scale = torch.tensor([0, 5, 3, -100, 6]), torch.tensor([1.0, 2.5, -3.0, 4.0, 5.0], dtype=dtype)
+    weight = torch.rand(6).to(dtype)
+    check(fn, place, scale, weight)
+    reducing = [s.nest for s in lower(fn, (place, scale, weight)).steps if isinstance(s, Region) and s.nest.reduced]
+    assert [n.points for n in reducing] == [()]
+
+
+def test_rows_that_share_nothing_are_summed_each():
+    def fn(rows, scale, weight):
+        return (rows * weight + scale[:, None] * weight).sum(1), (scale[:, None] + weight).sum(1)
+
+    args = torch.rand(5, 6), torch.rand(5), torch.rand(6)
+    check(fn, *args)
+    assert all(s.nest.points for s in lower(fn, args).steps if isinstance(s, Region) and s.nest.reduced)
+
+
 def test_sums_of_more_than_one_term_stay_sums():
     def twice(place, value):
         return torch.where(torch.arange(6)[None] == place[:, None], value[:, None], 1.0).sum(1)

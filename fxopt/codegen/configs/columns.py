@@ -9,6 +9,7 @@ from fxopt.codegen.configs.demands import (
     narrowest_bytes,
     one_access,
     pressure,
+    streaming_accesses,
 )
 from fxopt.codegen.triton_config import TritonConfig, next_power_of_2
 from fxopt.codegen.triton_tiling import Tiling
@@ -37,6 +38,8 @@ def column_configs(tiling: Tiling, rows: int, row: int, target: Target) -> list[
     found = []
     light = min(values, one_access(tiling))
     shapes = [(width, values, 4), (width, light, 4), (width, values, 8), (2 * width, values, 4), (4 * width, values, 8)]
+    if len(streaming_accesses(tiling)) == 1:  # half an access each, of which LLVM unrolls more: more lines asked for
+        shapes.insert(3, (width, max(2, light // 2), 4))
     if not _aligned_rows(tiling):  # element by element: more threads, each with fewer
         shapes = [(width, min(16, values), 8), (width // 2, min(16, values), 8), *shapes]
     for bx, per_thread, warps in shapes:

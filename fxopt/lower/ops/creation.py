@@ -175,7 +175,7 @@ TABLE.lowers(aten.triu.default)(_triangle("ge"))
 
 # ---------------------------------------------------------------------- casts
 
-_UNROUNDED = ("aten._log_softmax.default",)
+_UNROUNDED = ("aten._log_softmax.default", "aten.nll_loss_backward.default", "aten.nll_loss2d_backward.default")
 """Ops that are taken apart before the partitioner, whose results are no more rounded in registers than those of others.
 Names, since graphs are copied with what their nodes hold."""
 
