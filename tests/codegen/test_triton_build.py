@@ -185,6 +185,8 @@ def test_one_warp_may_take_turns_at_short_rows() -> None:
     assert not any(c.programs and c.num_warps == 1 for r in (few, long) for c in configs(r, target))
     _, meta = compile_triton(print_region(many, alone, target).kernels[0], target)
     assert meta["n_regs"] <= 128 and not meta["n_spills"], "or fewer programs run at once"
+    waiting = configs(nests.weighted_log_softmax(65536, 1024, BF16).region, target)[:5]
+    assert alone in waiting, "a loop finds all at once, but not a row in registers"
 
 
 def test_a_light_loop_of_either_width_is_proposed_beside_rows_in_registers() -> None:

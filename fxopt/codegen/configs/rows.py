@@ -121,7 +121,8 @@ def _turning_warps(tiling: Tiling, rows: int, config: TritonConfig, target: Targ
     is computed by 32 threads. Without turns so many programs would not start as fast as memory is."""
     alone = replace(config, x_block=1, num_warps=1, stages=3, programs=_WARPS_ALONE * target.sm_count)
     short = config.r_block <= 32 * _MOST_OF_ROW and rows >= 8 * alone.programs
-    each = [replace(alone, stages=stages) for stages in (3, 2)] if short and not reads_once(tiling) else []
+    waits = not reads_once(tiling) or _has_pairs(tiling)  # held in registers, a row's maximum comes before its other sums
+    each = [replace(alone, stages=stages) for stages in (3, 2)] if short and waits else []
     return [c for c in each if _fits_shared(tiling, replace(c, x_block=_WARPS_ALONE), target)][:1]
 
 
