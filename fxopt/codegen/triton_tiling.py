@@ -91,11 +91,11 @@ class Tiling:
     r: Axis
     accesses: tuple[Access, ...]
 
-    @property
+    @functools.cached_property
     def reduces(self) -> bool:
         return bool(self.r.symbols) or _has_reduction(self.nest)
 
-    @property
+    @functools.cached_property  # asked for each configuration
     def inner_reduction(self) -> bool:
         """The reduced axis is the unit-stride one for most bytes (a row reduction, not a column one)."""
         if not self.r.symbols or not self.x.symbols:
