@@ -1,5 +1,5 @@
-"""A product with a weight of few bits, or of a single row, as a Triton kernel: a template of `weight_gemm.py`,
-`weight_dot.py` or `weight_integer.py` with the printed epilogue.
+"""A product with a weight of few bits, or of a single row, as a Triton kernel: a template of `weight_gemm.py` or
+`weight_dot.py` with the printed epilogue.
 
 As in `triton_contraction`, b0 and b1 are the operands (of two products b2 too), and sizes and strides are literals of the
 entry; next come the scales of 4-bit weights.
@@ -13,14 +13,7 @@ from math import ceil
 import torch
 
 from fxopt.codegen.templates.gemm_entry import GemmCall
-from fxopt.codegen.templates.weight_config import (
-    DotConfig,
-    IntegerConfig,
-    RowConfig,
-    VectorConfig,
-    WeightConfig,
-    WeightProblem,
-)
+from fxopt.codegen.templates.weight_config import DotConfig, VectorConfig, WeightConfig, WeightProblem
 from fxopt.codegen.triton import Printed, configs, print_nest, refuse_unknown_types
 from fxopt.codegen.triton_block import BlockFunction
 from fxopt.codegen.triton_chain import OTHERS_END
@@ -35,13 +28,7 @@ from fxopt.ir.region import Contraction, Matrix, Quantized, Region
 from fxopt.target import Target
 
 MODULE = "from fxopt.codegen.templates import weight_gemm"
-_KINDS = {
-    VectorConfig: ("vector", "weight_gemm", "first_block"),
-    DotConfig: ("dot", "weight_dot", "chunks_of"),
-    IntegerConfig: ("integer", "weight_integer", "tiles_of"),
-}
-"""Of each form for a single row: its name, its module, and the function that loads what a program has of the weight."""
-
+DOT_MODULE = "from fxopt.codegen.templates import weight_dot, weight_gemm"
 _EPILOGUE, _ROW = "epilogue", "row_of"
 _HALVES = (torch.float16, torch.bfloat16)
 _HALF_WEIGHT = Quantized(16, 0, None)
@@ -85,7 +72,7 @@ def _strides(matrix: Matrix | None) -> tuple[Int, Int] | None:
     return None if matrix is None else (matrix.row, matrix.column)
 
 
-def print_vector(contraction: Contraction, config: RowConfig, target: Target) -> Printed:
+def print_vector(contraction: Contraction, config: VectorConfig | DotConfig, target: Target) -> Printed:
     """`contraction` of a single row in configuration `config`; raises as `print_weights` does."""
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
@@ -104,11 +91,10 @@ def print_vector(contraction: Contraction, config: RowConfig, target: Target) ->
     factors = starts[len(left) + len(products) :] or weights  # of 8 bits, theirs are the epilogue's: whatever is a pointer
     sizes = f"{problem.n}, {problem.k}, {contraction.b.column}, {scales[0].column if scales else 0}"
     firsts = [f"w{k}" for k in range(len(weights))]
-    kind, module, loads = _KINDS[type(config)]
     lines = [f"n = weight_gemm.rows_of_program({config.rows})"]
     for name, w, scale in zip(firsts, weights, factors, strict=True):
         given = f"{w}, {scale}, n, {sizes}, BITS={problem.bits}, GROUP={problem.group}, {config.literals}"
-        lines.append(f"{name} = {module}.{loads}({given})")
+        lines.append(f"{name} = {_loads(config)}({given})")
     if config.ahead:
         counts = [problem.row_elements] * len(products) + [problem.k // problem.group for _ in scales]
         for start, matrix, count in zip(starts[len(left) :], (*products, *scales), counts, strict=True):
@@ -117,21 +103,26 @@ def print_vector(contraction: Contraction, config: RowConfig, target: Target) ->
     if all(matrix.buffer in contraction.region.steady for matrix in (*products, *scales)):
         lines.append(OTHERS_END)
     dual = "" if problem.products == 1 else "dual_"
-    template = f"{module}.{dual}weight_{kind}"
+    template = f"weight_dot.{dual}weight_dot" if isinstance(config, DotConfig) else f"weight_gemm.{dual}weight_vector"
     if row is not None:
         lines.append(f"row = {_ROW}({row.extra})")
         template, given = f"{template}_of_row", ", ".join(("row", *firsts, epilogue.extra))
-    elif not isinstance(config, VectorConfig):
+    elif isinstance(config, DotConfig):
         given = ", ".join((*x, *firsts, epilogue.extra, str(problem.k)))
     else:
         given = ", ".join((*x, *weights, *factors, *firsts, epilogue.extra, sizes, f"GROUP={problem.group}"))
     literals = f"BITS={problem.bits}, {config.literals}, BN={config.rows}, EPILOGUE={_EPILOGUE}"
     lines.append(f"{template}({given}, {literals})")
     call = GemmCall("\n    ".join(lines), _types(contraction, operands), {}, config.programs(problem))
-    imports = MODULE if module == "weight_gemm" else f"{MODULE}, {module}"
+    kind, module = ("dot", DOT_MODULE) if isinstance(config, DotConfig) else ("vector", MODULE)
     entry = "_".join([f"fx_weight_{kind}", *operations(contraction.region.nest)])
     functions = epilogue if row is None else _both(row, epilogue)
-    return Printed((source_of(contraction, entry, call, functions, config.warps, 1, imports),))
+    return Printed((source_of(contraction, entry, call, functions, config.warps, 1, module),))
+
+
+def _loads(config: VectorConfig | DotConfig) -> str:
+    """The function that loads what a program has of the weight before anything else."""
+    return "weight_dot.chunks_of" if isinstance(config, DotConfig) else "weight_gemm.first_block"
 
 
 def _both(one: BlockFunction, other: BlockFunction) -> BlockFunction:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fxopt.codegen import cpp, triton, triton_batch
 from fxopt.codegen.templates import (
     attention_config,
@@ -20,7 +18,7 @@ from fxopt.codegen.templates import (
     scored_config,
     weight_config,
 )
-from fxopt.codegen.templates.weight_config import DotConfig, IntegerConfig, RowConfig
+from fxopt.codegen.templates.weight_config import DotConfig, VectorConfig
 from fxopt.codegen.triton_attention import print_attention
 from fxopt.codegen.triton_contraction import (
     print_contraction,
@@ -269,22 +267,19 @@ def row_candidates(contraction: Contraction, target: Target, mode: str) -> list[
     on tensor cores fill a multiprocessor's registers, so that each may bring the weights of one that has no room yet.
     """
     problem, most = weight_problem(contraction), ROW_CANDIDATES.get(mode, ROW_CANDIDATES["default"])
-    vectors: list[RowConfig] = [*weight_config.vector_configs(problem, target, 4 * most)]
-    dots: list[RowConfig] = [*weight_config.dot_configs(problem, target, 8 * most)]
-    integers: list[RowConfig] = []
-    if contraction.buffers[contraction.b.buffer].dtype in (torch.int8, torch.uint8):
-        integers = [*weight_config.integer_configs(problem, target, 8 * most)]
+    vectors: list[VectorConfig | DotConfig] = [*weight_config.vector_configs(problem, target, 4 * most)]
+    dots: list[VectorConfig | DotConfig] = [*weight_config.dot_configs(problem, target, 8 * most)]
     chosen = []
-    for configs in (vectors, integers, dots):
+    for configs in (vectors, dots):
         if contraction.row is not None:
-            best: dict[int, RowConfig] = {}
+            best: dict[int, VectorConfig | DotConfig] = {}
             for config in configs:
                 if config.holds_row(problem):
                     best.setdefault(config.rows, config)
             configs = list(best.values())
         chosen += configs[:most]
         ahead = [c for c in (weight_config.bringing(problem, c, target) for c in configs[:most]) if c is not None]
-        full = contraction.row is not None and all(isinstance(c, DotConfig | IntegerConfig) for c in ahead)
+        full = contraction.row is not None and all(isinstance(c, DotConfig) for c in ahead)
         chosen += ahead if full else ahead[:1]
     return [Candidate(str(c), print_vector(contraction, c, target).kernels) for c in chosen]
 

@@ -27,14 +27,11 @@ pytest.importorskip("triton")
 from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.templates.weight_config import (
     DotConfig,
-    IntegerConfig,
-    RowConfig,
     VectorConfig,
     WeightConfig,
     WeightProblem,
     configs,
     dot_configs,
-    integer_configs,
     vector_configs,
 )
 from fxopt.codegen.triton import Printed
@@ -202,14 +199,12 @@ def halves(both: torch.Tensor) -> torch.Tensor:
         (4, 512, 128, DotConfig(16, 4, 1, 64, 4)),
         (8, 384, 0, DotConfig(16, 2, 3, 64, 2)),
         (8, 256, 0, DotConfig(16, 2, 2, 64, 2, ahead=1)),
-        (4, 512, 128, IntegerConfig(16, 2, 128, 2)),
-        (4, 512, 64, IntegerConfig(32, 4, 64, 4)),
-        (8, 512, 0, IntegerConfig(16, 4, 128, 4)),
-        (8, 256, 0, IntegerConfig(32, 2, 128, 2, ahead=1)),
     ],
     ids=str,
 )
-def test_values_of_one_row(interpreter: Interpreter, bits: int, k: int, group: int, config: RowConfig) -> None:
+def test_values_of_one_row(
+    interpreter: Interpreter, bits: int, k: int, group: int, config: VectorConfig | DotConfig
+) -> None:
     """In one block or several, the last of which may be short."""
     layer = of_one_row(bits, k, 41, group)
     check(interpreter, *layer, FUSED, lambda step: print_vector(step, config, TARGET))
@@ -243,53 +238,12 @@ def test_a_weight_of_4_bits_is_loaded_before_its_row_is_there(fn: Layer) -> None
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dual", [False, True])
-def test_integers_are_all_asked_for_before_the_wait_and_go_through_no_shared_memory(bits: int, dual: bool) -> None:
-    """Else the first weight of two would have to arrive before the second one is asked for."""
-    weight = torch.empty(64, 2048 * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8)
-    args = (torch.empty(1, 2048, dtype=BF16), weight, torch.empty(64, 16) if bits == 4 else torch.empty(64))
-    fn = partial(gated if dual else partial(WEIGHT_ONLY_MM, bias=None), bits=bits, group=128 if bits == 4 else 0)
-    low = searched(fn, *args)
-    (step,) = next(w for w in alternatives(low)[0].ways if w.label in (FUSED, TWO)).steps
-    marked = replace(step, region=replace(step.region, steady=frozenset(low.inputs[1:])))
-    (kernel,) = print_vector(marked, IntegerConfig(32, 16 * bits // 8, 128, 8), TARGET).kernels
-    ptx = compile_to_text(kernel, TARGET, "ptx")
-    before, after = ptx[ptx.index(".entry") :].split("griddepcontrol.wait")
-    bytes_of_program = 32 * 2048 * bits // 8 * (1 + dual)
-    assert sum("ld.global.v4.b32" in line for line in before.splitlines()) * 256 * 16 == bytes_of_program
-    assert not any(word in before for word in ("shared", "bar.sync", "shfl"))
-    assert "mma.sync" in after and "s32.s8.s8.s32" in after
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_rows_of_integers_keep_small_values_and_nan(interpreter: Interpreter, bits: int) -> None:
-    """Of a slice, beside a value 2**12 times as large; another slice is of the least half values."""
-    layer, (x, *rest) = weight_only(bits, 1, 512, 16, 128 if bits == 4 else 0, torch.float16)
-    scaled = x * 2.0**-6
-    scaled[0, :64] *= 2.0**-10
-    scaled[0, 3] = 60.0
-    config = IntegerConfig(16, 2 * bits // 4, 128, 2)
-    check(interpreter, layer, (scaled, *rest), FUSED, lambda step: print_vector(step, config, TARGET))
-    for value in (torch.nan, torch.inf):
-        scaled[0, 3] = value
-        step, way = way_of(layer, (scaled, *rest), FUSED)
-        memory = {n: t.flatten().clone() for n, t in zip(step.inputs, (scaled, *rest), strict=True)}
-        (contraction,) = way.steps
-        (written,) = contraction.writes()
-        memory[written] = torch.zeros(16, dtype=torch.float16)
-        interpreter.run(print_vector(contraction, config, TARGET).kernels[0], memory)
-        assert not memory[written].isfinite().any()
-
-
-@pytest.mark.parametrize("bits", [8, 4])
 def test_programs_of_one_row_have_the_whole_of_it_in_flight(bits: int) -> None:
     for n, k, products in ((3072, 2048, 1), (2048, 8192, 1), (8192, 2048, 2)):
         problem = WeightProblem(1, n, k, BF16, bits, 128 if bits == 4 else 0, products)
         (first, *_) = dots = dot_configs(problem, TARGET, 4)
         assert all(c.slices * c.chunks * c.width * 8 == k * bits and c.warps <= c.slices for c in dots)
         assert any(c.holds_row(problem) for c in dots) and first.programs(problem) >= 0.9 * TARGET.sm_count
-        integers = integer_configs(problem, TARGET, 8)
-        assert integers and all(c.slices * c.width * 8 == k * bits and c.warps <= c.slices for c in integers)
         found = vector_configs(problem, TARGET, 4)
         assert len(found) == 4 and all(c.block_bytes == problem.row_bytes for c in found)
         values = [c.rows * k * products / (32 * c.warps) for c in found]

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks.quantized_products import FORMS, Case, error, exact
-from fxopt.codegen.templates.weight_config import dot_configs, integer_configs, vector_configs
+from fxopt.codegen.templates.weight_config import dot_configs, vector_configs
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_weights import print_vector, weight_problem
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM
@@ -119,7 +119,6 @@ def test_every_kernel_of_one_row_has_the_values_of_a_norm_between_products(bits:
         (name,) = step.writes()
         problem = weight_problem(step)
         configs = [*vector_configs(problem, target, 4), *dot_configs(problem, target, 4)]
-        configs += [] if bits == 16 else integer_configs(problem, target, 8)
         configs = [c for c in configs if step.row is None or c.holds_row(problem)]
         assert len(configs) > 1
         for config in configs:

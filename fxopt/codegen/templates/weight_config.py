@@ -1,5 +1,5 @@
 """Configurations of products with weights of few bits, and of single rows with any weight (`weight_gemm.py`,
-`weight_dot.py`, `weight_integer.py`), best first.
+`weight_dot.py`), best first.
 
 Memory decides: what is wanted is that all multiprocessors have loads in flight from the first microsecond on. The order is
 by the bytes in flight and the rounds that programs need.
@@ -34,10 +34,6 @@ _WIDTH = 128
 
 _LEAST_WIDTH = 32
 """Elements that tensor cores sum over at a time, twice."""
-
-_LONGEST_SLICE = 128
-_SEGMENT = 64
-"""Bytes of a slice, of which each takes as many on the tensor cores for int8, at the least."""
 
 _MOST_CHUNKS = 8
 _MOST_IN_FLIGHT = 64
@@ -174,58 +170,6 @@ class DotConfig:
         return ceil(problem.n / self.rows)
 
 
-@dataclass(frozen=True)
-class IntegerConfig:
-    """Of the product of a single row on the tensor cores for int8 (`weight_integer.py`): `rows` of the weight a program,
-    each in `slices` of `width` bytes; `ahead` as in `VectorConfig`.
-    """
-
-    rows: int
-    slices: int
-    width: int
-    warps: int
-    ahead: int = 0
-
-    def __str__(self) -> str:
-        return f"integer {self.rows}x{self.slices}x{self.width} w{self.warps}{' ahead' * (self.ahead > 0)}"
-
-    @property
-    def literals(self) -> str:
-        """As its template takes them."""
-        return f"SLICES={self.slices}, WIDTH={self.width}"
-
-    def holds_row(self, problem: WeightProblem) -> bool:
-        """The row may be in registers: a program has all of it."""
-        return True
-
-    def programs(self, problem: WeightProblem) -> int:
-        return ceil(problem.n / self.rows)
-
-
-RowConfig = VectorConfig | DotConfig | IntegerConfig
-"""Of the product of a single row."""
-
-
-def integer_configs(problem: WeightProblem, target: Target, limit: int) -> list[IntegerConfig]:
-    """At most `limit`, in the order of `dot_configs`; none for more rows than one, 16 bits, or rows of the weight that are
-    no power of two or that warps cannot share.
-
-    Slices are as long as leaves one for each warp, since the sums of each are converted; of 4 bits all of one are of the
-    same group.
-    """
-    row = problem.row_bytes
-    if problem.m != 1 or problem.bits == 16 or row & (row - 1):
-        return []
-    longest = _LONGEST_SLICE if problem.bits == 8 else min(problem.group & -problem.group, _LONGEST_SLICE)
-    found = []
-    for rows, warps in itertools.product((16, 32), (4, 8, 16)):
-        width = min(longest, row // warps)
-        config = IntegerConfig(rows, row // max(width, 1), width, warps)
-        if width >= _SEGMENT and _registers_in_flight(problem, config, target) <= _MOST_IN_FLIGHT:
-            found.append(config)
-    return sorted(found, key=lambda c: _dot_cost(problem, c, target))[:limit]
-
-
 def dot_configs(problem: WeightProblem, target: Target, limit: int) -> list[DotConfig]:
     """At most `limit`, those first whose programs, each with all it reads in flight, fill the GPU without a second round;
     none for more rows than one, rows of the weight that are not whole slices, or 16 bits: there is nothing to widen, and
@@ -250,7 +194,7 @@ def dot_configs(problem: WeightProblem, target: Target, limit: int) -> list[DotC
     return sorted(found, key=lambda c: _dot_cost(problem, c, target))[:limit]
 
 
-Config = TypeVar("Config", bound=RowConfig)
+Config = TypeVar("Config", bound=VectorConfig | DotConfig)
 
 
 def bringing(problem: WeightProblem, config: Config, target: Target) -> Config | None:
@@ -259,27 +203,26 @@ def bringing(problem: WeightProblem, config: Config, target: Target) -> Config |
     return replace(config, ahead=resident) if config.programs(problem) > resident else None
 
 
-def _resident(problem: WeightProblem, config: RowConfig, target: Target) -> int:
+def _resident(problem: WeightProblem, config: VectorConfig | DotConfig, target: Target) -> int:
     """Programs that a multiprocessor has registers for."""
     registers = _OTHER_REGISTERS + _registers_in_flight(problem, config, target)
     return max(1, target.registers_per_sm // (config.warps * target.warp_size * registers))
 
 
-def _registers_in_flight(problem: WeightProblem, config: RowConfig, target: Target) -> int:
+def _registers_in_flight(problem: WeightProblem, config: VectorConfig | DotConfig, target: Target) -> int:
     """Of a thread, for what is in flight to it if it loads whole rows."""
     return problem.products * config.rows * problem.row_bytes // (4 * config.warps * target.warp_size)
 
 
-def _dot_cost(problem: WeightProblem, config: DotConfig | IntegerConfig, target: Target) -> float:
+def _dot_cost(problem: WeightProblem, config: DotConfig, target: Target) -> float:
     """What the busiest multiprocessor takes, in times of an even share: few warps hide little of each other's latency, and
     one program alone on a multiprocessor loads, then computes, unless it has several chunks.
     """
     programs = ceil(config.programs(problem) / target.sm_count)
     busiest = programs * config.rows * target.sm_count / problem.n
     resident = min(programs, _resident(problem, config, target))
-    chunks = config.chunks if isinstance(config, DotConfig) else 1
-    alone = 1.15 if resident == 1 and chunks == 1 else 1.0
-    return busiest * (1 + 6 / (resident * config.warps)) * alone * (1 + 0.02 * chunks)
+    alone = 1.15 if resident == 1 and config.chunks == 1 else 1.0
+    return busiest * (1 + 6 / (resident * config.warps)) * alone * (1 + 0.02 * config.chunks)
 
 
 def vector_configs(problem: WeightProblem, target: Target, limit: int) -> list[VectorConfig]:
