@@ -18,11 +18,12 @@ LINE = 128
 """Bytes of the L2 cache's lines."""
 
 MOST_AT_A_TIME = 512 << 10
-"""Bytes that a program asks for at a time (`triton_helpers.bring_share`)."""
+"""Bytes that a program asks for at a time (`bulk.bring_share`)."""
 
 SMALL = 4096
 """Of its own, at a time."""
 
+_IMPORT = "from benchmarks import bulk"
 _INDENT = "    "
 
 
@@ -52,8 +53,8 @@ def bringing(source: KernelSource, pieces: Sequence[Piece], own: Sequence[tuple[
     if programs is None or source.members or source.language != "triton":
         raise UnsupportedError("a kernel whose programs cannot share out what they bring")
     names = [f"ahead{k}" for k in range(len(pieces))]
-    lines = [f"{_INDENT}h.bring_share({name}, 0, {size}, {SMALL})\n" for name, size in own]
-    lines += [f"{_INDENT}h.bring_share({n}, {n}_first, {n}_size, {n}_each)\n" for n in names]
+    lines = [f"{_INDENT}bulk.bring_share({name}, 0, {size}, {SMALL})\n" for name, size in own]
+    lines += [f"{_INDENT}bulk.bring_share({n}, {n}_first, {n}_size, {n}_each)\n" for n in names]
     given = source.compile_options["signature"]
     sizes = {f"{n}_{what}": kind for n in names for what, kind in (("first", "i64"), ("size", "i32"), ("each", "i32"))}
     pointers = {p: kind for p, kind in given.items() if kind.startswith(("*", "tensordesc"))}
@@ -82,6 +83,5 @@ def _inserted(source: KernelSource, parameters: Sequence[str], lines: Sequence[s
         raise UnsupportedError(f"no function {source.entry} with its parameters on one line")
     body, marker = source.text[head.end() :], f"{_INDENT}{OTHERS_END}\n"
     before, waits, after = body.partition(marker) if marker in body else ("", marker, body)
-    return (
-        f"{source.text[: head.start()]}def {source.entry}({', '.join(parameters)}):\n{before}{''.join(lines)}{waits}{after}"
-    )
+    opening = f"{_IMPORT}\n{source.text[: head.start()]}def {source.entry}({', '.join(parameters)}):\n"
+    return f"{opening}{before}{''.join(lines)}{waits}{after}"

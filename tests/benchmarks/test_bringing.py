@@ -58,7 +58,7 @@ def test_a_kernel_asks_before_it_waits_and_touches_memory_afterwards(name: str) 
 
 def test_what_is_loaded_before_waiting_is_asked_for_first() -> None:
     body = bringing(first(weighted_norm()), PIECES).text.partition("def fx_")[2]
-    assert body.index("tl.load") < body.index("h.bring_share") < body.index(OTHERS_END)
+    assert body.index("tl.load") < body.index("bulk.bring_share") < body.index(OTHERS_END)
     ptx = compile_to_text(bringing(row_by_4_bits(), PIECES), H100, "ptx")
     before, after = ptx[ptx.index(".entry") :].split(WAIT)
     assert re.search(r"ld\.global\.\S*v4", before) and len(ASKED.findall(before)) == 2 and not ASKED.search(after)

@@ -204,7 +204,7 @@ def test_a_kernel_asks_for_small_weights_of_its_own_which_it_has_not_loaded(
     low = replace(chain(8, size=16 << 10), lasting_bytes=128 * MIB)
     chosen = with_weights_ahead(low, chosen_for(low, 1), ALL, store)
     texts = {source.text for choice in chosen.values() for source, _ in choice.kernels}
-    assert len(texts) == 1 and "h.bring_share(b1, 0, 16384, 4096)" in next(iter(texts))
+    assert len(texts) == 1 and "bulk.bring_share(b1, 0, 16384, 4096)" in next(iter(texts))
     (source, _), *_ = chosen["r3"].kernels
     assert source.buffers == ("x3", "w3", "x4")
 
