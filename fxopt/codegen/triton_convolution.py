@@ -92,20 +92,27 @@ def _print_boxes(contraction: Contraction, problem: ConvProblem, config: GemmCon
 
 
 def _boxes(problem: ConvProblem, config: GemmConfig, shape: tuple[int, int, int], count: int, extra: str) -> GemmCall:
-    if not conv_config.describable(problem):
+    seen = conv_config.boxed(problem)
+    if seen is None:
         raise UnsupportedError("an image or a weight that no tensor descriptor has")
-    patches, (_, column, offset), inner = problem.patches, problem.weight, config.block_k
-    image: dict[str, Any] = {"shape": list(patches.shape), "strides": list(patches.strides), "offset": patches.offset}
-    image |= {"block": [*shape, inner]} | ({"steps": [1, *patches.stride, 1]} if patches.stride != (1, 1) else {})
-    weight: dict[str, Any] = {"shape": [problem.channels, patches.columns], "strides": [column, 1], "offset": offset}
-    maps = {"b0": image, "b1": weight | {"block": [config.block_n, inner]}}
+    (_, column, offset), inner, weight, more = problem.weight, config.block_k, "b1", ""
+    image: dict[str, Any] = {"shape": list(seen.shape), "strides": list(seen.strides), "offset": seen.offset}
+    image |= {"block": [*shape, inner]} | ({"steps": [1, *seen.stride, 1]} if seen.stride != (1, 1) else {})
+    maps = {"b0": image}
+    signature = {"b0": descriptor_type(problem.dtype, image["block"])}
+    if conv_config.is_by_rows(problem):
+        weight, more = f"b1 + {offset}" if offset else "b1", f", W_COLUMN={column}"
+        signature["b1"] = POINTER_TYPE[problem.dtype]
+    else:
+        block = [config.block_n, inner]
+        maps["b1"] = {"shape": [problem.channels, seen.columns], "strides": [column, 1], "offset": offset, "block": block}
+        signature["b1"] = descriptor_type(problem.dtype, block)
     names = ("SHAPE", "PLACES", "WINDOW", "STRIDE", "PADDING", "DILATION")
-    values = (patches.shape, patches.places, patches.window, patches.stride, patches.padding, patches.dilation)
+    values = (seen.shape, seen.places, seen.window, seen.stride, seen.padding, seen.dilation)
     way = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
     way += f", BOX={shape}, EPILOGUE={_EPILOGUE}, BM={config.block_m}, BN={config.block_n}, BK={inner}"
     way += f", GROUP={config.group}, SUBTILE={config.subtile}, SWAP={config.swap}" + ", PROMOTE=True" * config.promote
-    text = f"box_conv.box_gemm(b0, b1, {extra}, {problem.channels}, {way})"
-    signature = {p: descriptor_type(problem.dtype, m["block"]) for p, m in maps.items()}
+    text = f"box_conv.box_gemm(b0, {weight}, {extra}, {problem.channels}, {way}{more})"
     return GemmCall(text, signature, maps, count * ceil(problem.channels / config.block_n))
 
 

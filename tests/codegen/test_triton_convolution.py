@@ -23,6 +23,7 @@ from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
 
+from fxopt.codegen.templates import conv_config
 from fxopt.codegen.templates.conv_config import StencilConfig, SumsConfig, implicit_configs, stencil_configs
 from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import configs, print_region
@@ -190,6 +191,32 @@ FEW_CHANNELS: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
 def test_values_of_padded_images(interpreter: Interpreter, name: str, copies_pay: None) -> None:
     for label in (PADDED, PADDED_VECTORS):  # which the first layer has
         check(interpreter, *FEW_CHANNELS[name], GEMMS[1], label, PADDED)
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_values_of_padded_images_in_boxes(interpreter: Interpreter, swap: bool, copies_pay: None) -> None:
+    """What a row of the window sees is one pixel of a box, and zero beyond its last element: NaN right of it stays there."""
+    config = GemmConfig(True, 32, 16, 32, 4, 3, subtile=2, swap=swap)
+    fn, (x, w, bias) = FEW_CHANNELS["first layer"]
+    check(interpreter, fn, (x, w[:13], bias[:13]), config, PADDED)
+    x = x.clone()
+    x[:, 1, 5, 6] = float("nan")
+    check(interpreter, fn, (x, w, bias), config, PADDED)
+
+
+def test_boxes_of_a_padded_image_for_the_tensor_cores() -> None:
+    found = searched(dense(2, 3), *shapes((64, 3, 224, 224), (64, 3, 7))[:2])
+    (step,) = (s for s in kept(found, PADDED).steps if isinstance(s, Contraction))
+    problem = convolution_problem(step)
+    configs = conv_config.box_configs(problem, TARGET)
+    assert {c.block_k for c in configs} == {32} and {c.swap for c in configs} == {True, False}
+    assert conv_config.is_by_rows(problem)
+    for config in configs:
+        (kernel,) = print_convolution(step, config, TARGET).kernels
+        _, meta = compile_triton(kernel, TARGET)
+        (image_map,) = meta["tensor_maps"]
+        assert meta["n_spills"] == 0 and image_map["shape"] == [64, 229, 112, 28] and image_map["steps"] == [1, 2, 1, 1]
+        assert image_map["strides"] == [229 * 230 * 4, 230 * 4, 8, 1]
 
 
 def test_pixels_of_a_padded_image_are_loaded_at_once() -> None:

@@ -16,15 +16,23 @@ from fxopt.codegen.templates.gemm import accumulator, finish, multiplied, tile_o
 
 
 @triton.jit
+def row_of_taps(w, more, channels, BN: tl.constexpr, BK: tl.constexpr, W_COLUMN: tl.constexpr):
+    """A block [BN, BK] of the weight from address `w` on, zero after `channels` rows and `more` elements of each."""
+    n, c = tl.arange(0, BN)[:, None], tl.arange(0, BK)[None, :]
+    return tl.load(w + (n * W_COLUMN + c), mask=(n < channels) & (c < more), other=0.0)
+
+
+@triton.jit
 def box_gemm(
     x, w, extra, N, SHAPE: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     BOX: tl.constexpr, EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr = False,
+    SUBTILE: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr = False, W_COLUMN: tl.constexpr = 0,
 ):  # fmt: skip
     """A convolution into N channels, of images [images, rows, columns, channels] whose descriptor `x` has blocks [*BOX, BK]
     of every STRIDE-th pixel, by a weight [N, (row of the window, column, channel)] whose descriptor `w` has blocks [BN, BK].
-    BK divides the channels.
+    BK divides the channels. Or `w` is a pointer, to N rows that are W_COLUMN elements apart; then the last block of channels
+    may go beyond them.
 
     A tile is a box of BM places, BOX = (images, rows, columns), which may reach beyond the last ones. The grid is as many
     boxes as cover all places times cdiv(N, BN). SWAP computes the transposed tile: what is reshaped reaches the tensor cores
@@ -33,18 +41,23 @@ def box_gemm(
     C: tl.constexpr = SHAPE[3]
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
     across, down = tl.cdiv(PLACES[1], BOX[2]), tl.cdiv(PLACES[0], BOX[1])
-    _, block, column = tile_of(tl.program_id(0), tl.cdiv(SHAPE[0], BOX[0]) * down * across, tl.cdiv(N, BN), GROUP)
-    image, row, place = block // (down * across) * BOX[0], block // across % down * BOX[1], block % across * BOX[2]
+    _, tile, column = tile_of(tl.program_id(0), tl.cdiv(SHAPE[0], BOX[0]) * down * across, tl.cdiv(N, BN), GROUP)
+    image, row, place = tile // (down * across) * BOX[0], tile // across % down * BOX[1], tile % across * BOX[2]
     top, left = row * STRIDE[0] - PADDING[0], place * STRIDE[1] - PADDING[1]
     if SWAP:
         acc = tl.zeros([BN, BM], accumulator(x.dtype))
     else:
         acc = tl.zeros([BM, BN], accumulator(x.dtype))
-    for k0 in range(0, WINDOW[0] * WINDOW[1] * C, BK):
-        k = tl.full([], 0, tl.int32) + k0  # a tensor in the interpreter too
-        r, s, c = k // (WINDOW[1] * C), k // C % WINDOW[1], k % C
+    blocks: tl.constexpr = (C + BK - 1) // BK
+    for number in range(0, WINDOW[0] * WINDOW[1] * blocks):
+        block = tl.full([], 0, tl.int32) + number  # a tensor in the interpreter too
+        r, s, c = block // (WINDOW[1] * blocks), block // blocks % WINDOW[1], block % blocks * BK
         pixels = tl.reshape(x.load([image, top + r * DILATION[0], left + s * DILATION[1], c]), [BM, BK])
-        taps = w.load([column * BN, k])
+        k = (r * WINDOW[1] + s) * C + c
+        if W_COLUMN == 0:
+            taps = w.load([column * BN, k])
+        else:
+            taps = row_of_taps(w + (column * BN * W_COLUMN + k), C - c, N - column * BN, BN, BK, W_COLUMN)
         if SWAP:
             acc = multiplied(taps, pixels.T, acc, "promoted" if PROMOTE else "tf32")
         else:

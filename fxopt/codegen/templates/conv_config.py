@@ -246,15 +246,20 @@ def box_configs(problem: ConvProblem, target: Target, limit: int = 2) -> list[Ge
 
 @functools.lru_cache(maxsize=256)
 def _boxes(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
-    product, channels = problem.product, problem.patches.shape[3]
-    block = math.gcd(channels, _BOX_BYTES // problem.dtype.itemsize)
-    if not (target.is_hopper and describable(problem) and block * problem.dtype.itemsize >= _NARROWEST_BOX):
+    product, seen = problem.product, boxed(problem)
+    if seen is None or not target.is_hopper:
         return ()
-    promote = product.sums_imprecisely
     tiles: dict[object, GemmConfig] = {}
     forms = [
         GemmConfig(
-            True, rows, columns, block, warps, stages, subtile=1 + (rows * columns >= 128 * 32 * warps), promote=promote
+            True,
+            rows,
+            columns,
+            _block_of_channels(problem, seen),
+            warps,
+            stages,
+            subtile=1 + (rows * columns >= 128 * 32 * warps),
+            promote=product.sums_imprecisely,
         )
         for (rows, columns, warps), stages in itertools.product(_BOX_TILES, (3, 4, 5))
         if columns < 2 * problem.channels
@@ -265,16 +270,42 @@ def _boxes(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     return tuple(tiles.values())
 
 
-def describable(problem: ConvProblem) -> bool:
-    """Whether tensor descriptors can have the images, with their channels side by side, and the weight, each of whose
-    channels has its elements in the order in which a window counts them.
+def _block_of_channels(problem: ConvProblem, seen: Patches) -> int:
+    if is_by_rows(problem):
+        return 1 << (seen.shape[3] - 1).bit_length()
+    return math.gcd(seen.shape[3], _BOX_BYTES // problem.dtype.itemsize)
+
+
+def boxed(problem: ConvProblem) -> Patches | None:
+    """The images of `problem` as boxes come from them; None where tensor descriptors cannot have them or the weight."""
+    patches, (row, column, offset), itemsize = problem.patches, problem.weight, problem.dtype.itemsize
+    if patches.depthwise or patches.transposed or patches.vector > 1 or patches.strides[3] != 1 or row != 1:
+        return None
+    seen, by_rows = patches, is_by_rows(problem)
+    if by_rows:
+        (n, h, _, c), (image, line, pixel, _) = patches.shape, patches.strides
+        seen = replace(
+            patches,
+            shape=(n, h, patches.places[1], patches.window[1] * c),
+            strides=(image, line, patches.stride[1] * pixel, 1),
+            window=(patches.window[0], 1),
+            stride=(patches.stride[0], 1),
+        )
+    narrow = _block_of_channels(problem, seen) * itemsize < _NARROWEST_BOX
+    steps = (*seen.strides[:3], seen.offset, *(() if by_rows else (column, offset)))
+    aligned = not any(step * itemsize % ALIGNMENT for step in steps)
+    return seen if aligned and not narrow and max(seen.stride) <= _LONGEST_STEP else None
+
+
+def is_by_rows(problem: ConvProblem) -> bool:
+    """Whether a row of the window is one "pixel" of a box, since pixels are smaller than descriptors tell apart, but what it
+    sees is side by side and within the image. What the next place sees may overlap it. The weight comes by addresses.
     """
-    patches, (row, column, offset) = problem.patches, problem.weight
-    *outer, channel = patches.strides
-    if patches.depthwise or patches.transposed or patches.vector > 1 or channel != 1 or row != 1:
-        return False
-    steps = (*outer, patches.offset, column, offset)
-    return not any(n * problem.dtype.itemsize % ALIGNMENT for n in steps) and max(patches.stride) <= _LONGEST_STEP
+    patches, itemsize = problem.patches, problem.dtype.itemsize
+    pixel = patches.shape[3] * itemsize
+    beside = patches.strides[2] == patches.shape[3] and (patches.padding[1], patches.dilation[1]) == (0, 1)
+    small = pixel % ALIGNMENT > 0 or pixel < _NARROWEST_BOX
+    return beside and small and patches.window[1] * pixel <= _BOX_BYTES
 
 
 def box(problem: ConvProblem, places: int) -> tuple[int, int, int]:
