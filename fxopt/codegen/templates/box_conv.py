@@ -49,7 +49,7 @@ def box_gemm(
     else:
         acc = tl.zeros([BM, BN], accumulator(x.dtype))
     blocks: tl.constexpr = (C + BK - 1) // BK
-    for number in range(0, WINDOW[0] * WINDOW[1] * blocks):
+    for number in range(WINDOW[0] * WINDOW[1] * blocks):
         block = tl.full([], 0, tl.int32) + number  # a tensor in the interpreter too
         r, s, c = block // (WINDOW[1] * blocks), block // blocks % WINDOW[1], block % blocks * BK
         pixels = tl.reshape(x.load([image, top + r * DILATION[0], left + s * DILATION[1], c]), [BM, BK])
