@@ -160,38 +160,13 @@ def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:
     way += ", PROMOTE=True" if config.promote else ""
     weight = f"b1 + {offset}" if offset else "b1"
     given = f"{_image(problem)}, {weight}, {extra}, {problem.channels}, {row}, {column}"
-    name = "split_implicit_gemm" if split else "implicit_gemm"
-    geometry = _geometry(problem)
-    if problem.patches.vector > 1:
-        name, geometry = "vector_implicit_gemm", _geometry_in_vectors(problem.patches)
-    text = f"conv.{name}({given}, {geometry}, {way})"
+    text = f"conv.{'split_' if split else ''}implicit_gemm({given}, {_geometry(problem)}, {way})"
     return GemmCall(text, dict.fromkeys(("b0", "b1"), POINTER_TYPE[problem.dtype]), {}, config.tiles(problem.product))
 
 
 def _image(problem: ConvProblem) -> str:
     offset = problem.patches.offset
     return f"b0 + {offset}" if offset else "b0"
-
-
-def _geometry_in_vectors(patches: Patches) -> str:
-    """That of several pixels at once, and of the window's last column."""
-    (n, h, w, c), (image, row, pixel, _), count = patches.shape, patches.strides, patches.vector
-    (rows, columns), (down, right) = patches.window, patches.stride
-    given = {
-        "SHAPE": (n, h, w // count, c * count),
-        "STRIDES": (image, row, pixel * count, 1),
-        "PLACES": patches.places,
-        "WINDOW": (rows, columns // count),
-        "STRIDE": (down, right // count),
-        "PADDING": patches.padding,
-        "DILATION": patches.dilation,
-        "LAST": (columns - 1) * pixel,
-        "LAST_SHAPE": patches.shape,
-        "LAST_STRIDES": patches.strides,
-        "LAST_WINDOW": (rows, 1),
-        "LAST_STRIDE": patches.stride,
-    }
-    return ", ".join(f"{name}={value}" for name, value in given.items())
 
 
 def _geometry(problem: ConvProblem) -> str:

@@ -236,10 +236,6 @@ class Patches:
     (m, c) of the product is the sum over k of the patch's element (k, c) times element (k, c) of the right operand. With
     `transposed`, which is for depthwise ones only, a row is an element of the window and a column a place: so the gradient
     of the weight is a product with that of the result.
-
-    `vector` above 1 is for windows of so many columns, some times, and one more: the columns of the matrix are in the order
-    (row, column, channel) but for the window's last column, which comes after all others, since so many pixels in a row are
-    loaded as one.
     """
 
     buffer: str
@@ -253,7 +249,6 @@ class Patches:
     dilation: Pair
     depthwise: bool = False
     transposed: bool = False
-    vector: int = 1
 
     @property
     def rows(self) -> int:

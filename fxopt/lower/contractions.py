@@ -42,10 +42,8 @@ STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 alone.
 """
 
-PADDED, PADDED_VECTORS = "padded", "padded vectors"
-"""A convolution of few channels as a product of patches of a copy, which has a border and pixels of a whole vector; with
-several pixels as one, but for the window's last column.
-"""
+PADDED = "padded"
+"""A convolution of few channels as a product of patches of a copy, which has a border and pixels of a whole vector."""
 
 SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
 """The gradient of a depthwise convolution's weight as sums over places, and that of its input too."""
@@ -216,12 +214,12 @@ class _Search(Placement):
             yield Way(STENCIL if own.patches.depthwise else IMPLICIT, (*own.before, contraction))
             if own.direct is not None:
                 yield Way(DIRECT, (*((own.rest,) if own.rest else ()), self._read_directly(contraction, own.direct)))
-            for copy in self.patches.padded(own):
+            copy = self.patches.padded(own)
+            if copy is not None:
                 self.convolutions.buffers |= {spec.name: spec for spec in (copy.image, copy.weight)}
                 if copy.constant is not None:
                     self.convolutions.constants[copy.weight.name] = copy.constant
-                label = PADDED_VECTORS if copy.patches.vector > 1 else PADDED
-                yield Way(label, (*copy.before, copy.product_of(contraction)))
+                yield Way(PADDED, (*copy.before, copy.product_of(contraction)))
         if gradient is None:
             return
         summed, left = self.epilogues.alone(gradient), without(call, 1)

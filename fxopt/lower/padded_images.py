@@ -9,13 +9,12 @@ that NaN and infinity show where they do in eager.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 
-from fxopt.ir.exprs import Int, add, contiguous_strides, floordiv, index, mod, mul
+from fxopt.ir.exprs import Int, add, contiguous_strides, index, mul
 from fxopt.ir.loops import Const, Load, Masked, Nest, Scalar, Store
 from fxopt.ir.region import Alias, BufferSpec, Contraction, Matrix, Pair, Patches, Region
 from fxopt.lower.ops.bounds import all_of, compare, inside
@@ -24,9 +23,7 @@ from fxopt.lower.values import symbols_of
 VECTOR = 4
 """Elements: eight bytes in half precision. What 8-bit tensor cores read is copied asynchronously from four bytes on."""
 
-VECTOR_BYTES, WEIGHTS = 16, 16
-"""Bytes of the largest load, and elements that begin with one whatever their type."""
-
+VECTOR_BYTES = 16
 MOST_CHANNELS = 7
 MOST_ZEROS = 0.5
 """Of a pixel."""
@@ -41,8 +38,8 @@ FEWEST_GATHERED, LEAST_BYTES = 64, 1 << 20
 class PaddedImage:
     """`filling` copies an image, which `patches` sees as `weight` is laid out for it.
 
-    `weight` [result's channels, elements under the window] is a constant, whose value is `constant`, or what `laying_out`
-    computes.
+    `weight` [result's channels, window's rows, columns, channels of a pixel] is a constant, whose value is `constant`, or
+    what `laying_out` computes.
     """
 
     patches: Patches
@@ -64,15 +61,15 @@ class PaddedImage:
         depth = self.patches.columns
         return replace(
             contraction,
-            name=f"{contraction.name}.padded{'_vectors' if self.patches.vector > 1 else ''}",
+            name=f"{contraction.name}.padded",
             a=self.patches,
-            b=Matrix(self.weight.name, 0, 0, 1, self.weight.strides[0]),
+            b=Matrix(self.weight.name, 0, 0, 1, depth),
             depth=depth,
             buffers=kept | {self.image.name: self.image, self.weight.name: self.weight},
         )
 
 
-def padded_images(
+def padded_image(
     name: str,
     patches: Patches,
     image: BufferSpec,
@@ -80,9 +77,8 @@ def padded_images(
     weight: BufferSpec,
     known: torch.Tensor | None,
     origin: str,
-) -> Iterator[PaddedImage]:
-    """The ways to read a padded copy of what `patches` sees, which is the same for all; none where its pixels are vectors
-    already, or would be zeros most of all.
+) -> PaddedImage | None:
+    """What `patches` sees as a padded image; None where its pixels are vectors already, or would be zeros most of all.
 
     `image` and `weight` are the buffers of the image and of the weight [N, C, R, S], which is `window`, and `known` the
     value of the latter if it is a constant. What is made for them is called after `name`.
@@ -90,27 +86,19 @@ def padded_images(
     channels = patches.shape[3]
     pixel = ceil(channels / VECTOR) * VECTOR
     if patches.depthwise or channels > MOST_CHANNELS or channels == pixel or pixel - channels > MOST_ZEROS * pixel:
-        return
+        return None
     if patches.columns < FEWEST_GATHERED or math.prod(patches.shape) * image.dtype.itemsize < LEAST_BYTES:
-        return
+        return None
     height, width = _reach(patches)
     each = max(1, VECTOR_BYTES // (pixel * image.dtype.itemsize))
     copied = _spec(f"{name}.padded", image, (patches.shape[0], height, ceil(width / each) * each, pixel))
+    seen = _side_by_side(patches, copied, each)
+    n, _, r, s = window.shape
+    laid_out = _spec(f"{name}.padded_taps", weight, (n, r, s, pixel))
     filling = _filling(copied, patches, image, origin)
-    for apart in (False, True):
-        seen = _side_by_side(patches, copied, each, apart)
-        if apart and seen.vector == 1:
-            return
-        laid_out = _spec(
-            f"{name}.padded_{'vector_' if apart else ''}taps",
-            weight,
-            (window.shape[0], ceil(seen.columns / WEIGHTS) * WEIGHTS),
-        )
-        order = _Order(patches.window, pixel, apart)
-        if known is not None:
-            yield PaddedImage(seen, copied, laid_out, filling, None, order.weight_value(known, window, laid_out))
-        else:
-            yield PaddedImage(seen, copied, laid_out, filling, order.laying_out(laid_out, window, weight, origin), None)
+    if known is not None:
+        return PaddedImage(seen, copied, laid_out, filling, None, _weight_value(known, window, laid_out))
+    return PaddedImage(seen, copied, laid_out, filling, _laying_out(laid_out, window, weight, origin), None)
 
 
 def _reach(patches: Patches) -> Pair:
@@ -120,15 +108,11 @@ def _reach(patches: Patches) -> Pair:
     return rows, columns
 
 
-def _side_by_side(patches: Patches, copied: BufferSpec, most: int, apart: bool) -> Patches:
-    """What `patches` sees in the copy, up to `most` pixels in a row as one where windows begin and end with whole ones or,
-    with the last column `apart`, have one column more.
-    """
+def _side_by_side(patches: Patches, copied: BufferSpec, most: int) -> Patches:
+    """What `patches` sees in the copy, up to `most` pixels in a row as one where windows begin and end with whole ones."""
     height, width = _reach(patches)
     (rows, columns), (down, right) = patches.window, patches.stride
-    count = math.gcd(most, right) if patches.dilation[1] == 1 else 1
-    vector = count if apart and count > 1 and columns > count and columns % count == 1 else 1
-    count = 1 if vector > 1 else math.gcd(count, columns)
+    count = math.gcd(most, columns, right) if patches.dilation[1] == 1 else 1
     pixel = int(copied.shape[3])  # type: ignore[arg-type]  # sizes are known
     layout = {
         "shape": (patches.shape[0], height, width // count, count * pixel),
@@ -136,7 +120,7 @@ def _side_by_side(patches: Patches, copied: BufferSpec, most: int, apart: bool) 
         "window": (rows, columns // count),
         "stride": (down, right // count),
     }
-    return replace(patches, buffer=copied.name, offset=0, padding=(0, 0), vector=vector, **layout)  # type: ignore[arg-type]
+    return replace(patches, buffer=copied.name, offset=0, padding=(0, 0), **layout)  # type: ignore[arg-type]
 
 
 def _spec(name: str, like: BufferSpec, shape: tuple[Int, ...]) -> BufferSpec:
@@ -148,49 +132,23 @@ def _filling(spec: BufferSpec, patches: Patches, image: BufferSpec, origin: str)
     y, x = add(row, -patches.padding[0]), add(column, -patches.padding[1])
     valid = (inside(y, patches.shape[1]), inside(x, patches.shape[2]), compare("lt", channel, patches.shape[3]))
     at = _address(patches.offset, (n, y, x, channel), patches.strides)
-    value = Masked(all_of(valid), Load(image.name, at, image.dtype), _zero(image.dtype))
-    return _region(spec, points, value, image, origin)
+    return _region(spec, points, all_of(valid), Load(image.name, at, image.dtype), image, origin)
 
 
-@dataclass(frozen=True)
-class _Order:
-    """The order of a weight's elements under `window`, each of `pixel` channels; `last_apart`: that of `Patches.vector`."""
+def _laying_out(spec: BufferSpec, window: Alias, weight: BufferSpec, origin: str) -> Region:
+    n, row, column, channel = points = _points(spec)
+    at = _address(window.offset, (n, channel, row, column), window.strides)
+    valid = compare("lt", channel, window.shape[1])
+    return _region(spec, points, valid, Load(weight.name, at, weight.dtype), weight, origin)
 
-    window: Pair
-    pixel: int
-    last_apart: bool
 
-    def laying_out(self, spec: BufferSpec, window: Alias, weight: BufferSpec, origin: str) -> Region:
-        n, k = points = _points(spec)
-        (rows, columns), pixel = self.window, self.pixel
-        first = columns - self.last_apart
-        whole, channel = rows * first * pixel, mod(k, pixel)
-        after, exists = add(k, -whole), compare("lt", channel, window.shape[1])
-
-        def element(row: Int, column: Int, *valid: Scalar, other: Scalar) -> Scalar:
-            at = _address(window.offset, (n, channel, row, column), window.strides)
-            return Masked(all_of((*valid, exists)), Load(weight.name, at, weight.dtype), other)
-
-        value: Scalar = _zero(weight.dtype)
-        if self.last_apart:
-            value = element(floordiv(after, pixel), columns - 1, inside(after, rows * pixel), other=value)
-        place = floordiv(k, first * pixel), mod(floordiv(k, pixel), first)
-        return _region(spec, points, element(*place, compare("lt", k, whole), other=value), weight, origin)
-
-    def weight_value(self, known: torch.Tensor, window: Alias, spec: BufferSpec) -> torch.Tensor:
-        """What `laying_out` would compute of a constant."""
-        shape, strides = ([given[d] for d in (0, 2, 3, 1)] for given in (window.shape, window.strides))
-        taps = known.detach().as_strided(shape, strides, known.storage_offset() + window.offset)  # type: ignore[arg-type]
-        (rows, columns), channels = self.window, taps.shape[3]
-        padded = torch.zeros(len(taps), rows, columns, self.pixel, dtype=spec.dtype, device=known.device)
-        padded[..., :channels] = taps
-        out = torch.zeros(spec.shape, dtype=spec.dtype, device=known.device)  # type: ignore[arg-type]  # sizes are known
-        first = columns - self.last_apart
-        whole = rows * first * self.pixel
-        out[:, :whole] = padded[:, :, :first].flatten(1)
-        if self.last_apart:
-            out[:, whole : whole + rows * self.pixel] = padded[:, :, first].flatten(1)
-        return out
+def _weight_value(known: torch.Tensor, window: Alias, spec: BufferSpec) -> torch.Tensor:
+    """What `_laying_out` would compute of a constant."""
+    shape, strides = ([given[d] for d in (0, 2, 3, 1)] for given in (window.shape, window.strides))
+    taps = known.detach().as_strided(shape, strides, known.storage_offset() + window.offset)  # type: ignore[arg-type]
+    out = torch.zeros(spec.shape, dtype=spec.dtype, device=known.device)  # type: ignore[arg-type]  # sizes are known
+    out[..., : taps.shape[3]] = taps
+    return out
 
 
 def _points(spec: BufferSpec) -> tuple[Int, ...]:
@@ -204,11 +162,11 @@ def _address(offset: Int, point: tuple[Int, ...], strides: tuple[Int, ...]) -> I
     return at
 
 
-def _zero(dtype: torch.dtype) -> Const:
-    return Const(0.0 if dtype.is_floating_point else 0, dtype)
-
-
-def _region(spec: BufferSpec, points: tuple[Int, ...], value: Scalar, source: BufferSpec, origin: str) -> Region:
-    """The region that stores `value`, computed from `source`, at all `points` of `spec`."""
-    nest = Nest(symbols_of(points), (), (Store(spec.name, _address(0, points, spec.strides), value),))
+def _region(
+    spec: BufferSpec, points: tuple[Int, ...], valid: Scalar, value: Load, source: BufferSpec, origin: str
+) -> Region:
+    """The region that stores `value`, loaded from `source`, where it is valid, and else zero, at all `points` of `spec`."""
+    zero = Const(0.0 if spec.dtype.is_floating_point else 0, spec.dtype)
+    store = Store(spec.name, _address(0, points, spec.strides), Masked(valid, value, zero))
+    nest = Nest(symbols_of(points), (), (store,))
     return Region(f"{spec.name}.filling", nest, {source.name: source, spec.name: spec}, spec.device, (), (origin,))

@@ -6,7 +6,7 @@ Their windows' places are rows and their channels columns, so what is computed f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ from fxopt.ir.quantized_ops import LARGEST
 from fxopt.ir.region import Alias, BufferSpec, Call, Matrix, Pair, Patches, Ref, Region
 from fxopt.ir.rounding import HALVES
 from fxopt.lower import products
-from fxopt.lower.padded_images import PaddedImage, padded_images
+from fxopt.lower.padded_images import PaddedImage, padded_image
 from fxopt.lower.products import Product, as_view, broadcast, loads_of, places_of
 from fxopt.lower.values import cast, symbols_of
 
@@ -154,15 +154,14 @@ class PatchSearch:
         found = self._gathered(call, image, turned, made, None, (stride, around, dilation), groups)
         return None if found is None else replace(found, rest=without(call, 0))
 
-    def padded(self, found: Gathered) -> Iterator[PaddedImage]:
-        """`found` as products of a padded copy of its image, if that has few channels."""
+    def padded(self, found: Gathered) -> PaddedImage | None:
+        """`found` as a product of a padded copy of its image, if that has few channels."""
         if found.given is None:
-            return
+            return None
         image, weight = self.buffers[found.patches.buffer], self.buffers[found.given.of]
         call, known = found.product.call, self.constants.get(found.given.of)
-        for copy in padded_images(str(call.outputs[0]), found.patches, image, found.given, weight, known, call.origin):
-            if _count(copy.image.shape) < LARGEST_OFFSET:
-                yield copy
+        copy = padded_image(str(call.outputs[0]), found.patches, image, found.given, weight, known, call.origin)
+        return copy if copy is not None and _count(copy.image.shape) < LARGEST_OFFSET else None
 
     def weight_gradient(self, call: Call) -> Product | None:
         """That of a depthwise convolution's weight, if `call` is its backward: each of its elements is a sum over places."""

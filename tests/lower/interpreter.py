@@ -50,16 +50,6 @@ def run_lowered(lowered: Lowered, inputs: Mapping[str, Any], sizes: Mapping[str,
     return _Run(lowered, inputs, sizes or {}).outputs()
 
 
-def _taps(weight: torch.Tensor, patches: Patches) -> torch.Tensor:
-    """[channels, depth] as [channels, window's rows, columns, channels of the image]."""
-    rows, columns = patches.window
-    if patches.vector == 1:
-        return weight.unflatten(1, (rows, columns, -1))
-    whole = rows * (columns - 1) * patches.shape[3]
-    first, last = weight[:, :whole], weight[:, whole:]
-    return torch.cat([first.unflatten(1, (rows, columns - 1, -1)), last.unflatten(1, (rows, 1, -1))], 2)
-
-
 class _Run:
     """The memory of one run: each buffer as a flat tensor over its extent."""
 
@@ -142,7 +132,7 @@ class _Run:
         image = memory.as_strided(patches.shape, patches.strides, memory.storage_offset() + patches.offset)
         if patches.transposed:
             return self._weight_gradient(patches, image, self._matrices(weight, 1, depth, channels)[0])
-        columns = _taps(self._matrices(weight, 1, depth, channels)[0].T, patches)
+        columns = self._matrices(weight, 1, depth, channels)[0].T.unflatten(1, (*patches.window, -1))
         geometry = (patches.stride, patches.padding, patches.dilation, channels if patches.depthwise else 1)
         x, w = (t.permute(0, 3, 1, 2).double() for t in (image, columns))
         made = torch.nn.functional.conv2d(x, w, None, *geometry).float()

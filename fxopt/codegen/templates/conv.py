@@ -4,8 +4,7 @@
   that what it loads and widens serves several of them
 - `stencil_gradient`: the gradient of a depthwise convolution's weight, in partial sums
 - `implicit_gemm`: others, as a product of patches, which are gathered block by block, and the weight
-- `vector_implicit_gemm`: the same, of several pixels at once but for the window's last column
-- `split_implicit_gemm`: the same as `implicit_gemm` in partial sums, for few places
+- `split_implicit_gemm`: the same in partial sums, for few places
 
 Geometry is given as tuples of literals: SHAPE are the images' sizes (images, height, width, channels) and STRIDES their
 strides in elements; PLACES, WINDOW, STRIDE, PADDING and DILATION are pairs for height and width. A place of the window is a
@@ -198,32 +197,6 @@ def implicit_gemm(
 
 
 @triton.jit
-def vector_implicit_gemm(
-    x, w, extra, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
-    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    LAST: tl.constexpr, LAST_SHAPE: tl.constexpr, LAST_STRIDES: tl.constexpr, LAST_WINDOW: tl.constexpr,
-    LAST_STRIDE: tl.constexpr,
-    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, PROMOTE: tl.constexpr = False,
-):  # fmt: skip
-    """`implicit_gemm` of an image without padding whose pixels are several of that which LAST_SHAPE describes; the window's
-    last column, LAST elements after the first, is of one such pixel, and its weights come after all others.
-    """
-    M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
-    _, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    acc = gathered_tile(
-        x, w, block, column, 0, N, w_row, w_column, SHAPE, STRIDES, PLACES, WINDOW, STRIDE, PADDING, DILATION,
-        BM, BN, BK, 1, PROMOTE,
-    )  # fmt: skip
-    acc = gathered_tile(
-        x + LAST, w + WINDOW[0] * WINDOW[1] * SHAPE[3] * w_row, block, column, 0, N, w_row, w_column,
-        LAST_SHAPE, LAST_STRIDES, PLACES, LAST_WINDOW, LAST_STRIDE, PADDING, DILATION, BM, BN, BK, 1, PROMOTE, acc,
-    )  # fmt: skip
-    y = block * BM + tl.arange(0, BM)
-    finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
-
-
-@triton.jit
 def split_implicit_gemm(
     x, w, partial, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
@@ -253,10 +226,10 @@ def aligned(block, strides):
 def gathered_tile(
     x, w, block, column, part, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, before=None,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
     """One of SPLIT parts of the tile [BM, BN] of a convolution, float32 (int32 of int8 operands): of row `block` and column
-    `column` of tiles. It is added to `before`, if that is given.
+    `column` of tiles.
     """
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
     C: tl.constexpr = SHAPE[3]
@@ -269,10 +242,7 @@ def gathered_tile(
     corner = x + (place // (PLACES[0] * PLACES[1]) * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2])[:, None]
     channels = corner + (k * STRIDES[3])[None, :]
     weights = w + (k * w_row)[:, None] + (n * w_column)[None, :]
-    if before is None:
-        acc = tl.zeros([BM, BN], accumulator(x.dtype.element_ty))
-    else:
-        acc = before
+    acc = tl.zeros([BM, BN], accumulator(x.dtype.element_ty))
     for k0 in range(first, end, BK):
         start = tl.full([], 0, tl.int32) + k0  # a tensor in the interpreter too
         if divides(BK, C):

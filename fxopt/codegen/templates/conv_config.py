@@ -279,7 +279,7 @@ def _block_of_channels(problem: ConvProblem, seen: Patches) -> int:
 def boxed(problem: ConvProblem) -> Patches | None:
     """The images of `problem` as boxes come from them; None where tensor descriptors cannot have them or the weight."""
     patches, (row, column, offset), itemsize = problem.patches, problem.weight, problem.dtype.itemsize
-    if patches.depthwise or patches.transposed or patches.vector > 1 or patches.strides[3] != 1 or row != 1:
+    if patches.depthwise or patches.transposed or patches.strides[3] != 1 or row != 1:
         return None
     seen, by_rows = patches, is_by_rows(problem)
     if by_rows:
@@ -339,7 +339,7 @@ _MOST_OF_8_BITS_IN_REGISTERS = 100
 @functools.lru_cache(maxsize=256)
 def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     product = problem.product
-    found = [_with_block(problem, c) for c in gemm_config.plausible(product, target) if _is_a_form(problem, c)]
+    found = [_with_block(problem, c) for c in gemm_config.plausible(product, target) if _is_a_form(c)]
     ranked = sorted(dict.fromkeys(found), key=lambda c: (implicit_seconds(problem, c, target), c.stages, -c.warps))
     kinds: dict[object, GemmConfig] = {}
     narrow = problem.dtype.itemsize == 1 and not target.has_warpgroup_products
@@ -357,8 +357,8 @@ def _implicit_registers(problem: ConvProblem, config: GemmConfig) -> float:
     return (sums + gathered) / (32 * config.warps)
 
 
-def _is_a_form(problem: ConvProblem, config: GemmConfig) -> bool:
-    return not config.tma and not config.swap and (config.split == 1 or problem.patches.vector == 1)
+def _is_a_form(config: GemmConfig) -> bool:
+    return not config.tma and not config.swap
 
 
 def _with_block(problem: ConvProblem, config: GemmConfig) -> GemmConfig:
