@@ -23,7 +23,7 @@ from fxopt.codegen.triton_block import BlockFunction, loads_for_tiles, print_blo
 from fxopt.codegen.triton_memory import VECTOR_BYTES
 from fxopt.codegen.triton_names import operations
 from fxopt.codegen.triton_nest import PREAMBLE
-from fxopt.codegen.triton_prefetch import print_prefetch
+from fxopt.codegen.triton_values import gelu_argument, rounded_to_8_bits
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import (
     Int,
@@ -44,11 +44,14 @@ from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, Scalar, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region, SideBySide
 from fxopt.target import Target
 
-_EPILOGUE, _EDGE, _VECTORS, _PREFETCH = "epilogue", "edge", "vectors", "prefetch"
+_EPILOGUE, _EDGE, _VECTORS = "epilogue", "edge", "vectors"
 _ROWS = "rows"
 _OPS = {"erf": 1.0, "erfc": 1.0, "tanh": 0.6, "exp": 0.2, "exp2": 0.2, "log": 0.3, "sigmoid": 0.4, "truediv": 0.2}
 _CHEAP_OP, _FUNCTION, _RANDOM = 0.02, 1.5, 4.0
 """What one op, any other function of a floating argument and a random number cost, in error functions."""
+
+_COARSE = 0.3
+"""The same of a GELU that is rounded to 8 bits."""
 
 _MANY_OPS = 0.5
 """Error functions an element beside which four warps hold no vectors (`benchmarks/results/gemm_biases_h200.json`)."""
@@ -122,7 +125,10 @@ def moved_by_epilogue(contraction: Contraction, sizes: Mapping[str, int] = Mappi
 
 def epilogue_ops(contraction: Contraction) -> float:
     """What the epilogue computes for an element, in error functions."""
-    return sum(_cost(n) for n in postorder(contraction.region.nest.roots) if isinstance(n, Op))
+    nest = contraction.region.nest
+    coarse = any(gelu_argument(n) is not None for n in rounded_to_8_bits(nest))
+    ops_of = [n for n in postorder(nest.roots) if isinstance(n, Op)]
+    return sum(_COARSE if coarse and n.name == "erf" else _cost(n) for n in ops_of)
 
 
 def _cost(op: Op) -> float:
@@ -203,13 +209,10 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
             reserved=len(_operands(contraction)) + config.has_narrow_tiles,
             vectors=(_VECTORS, beyond) if config.vectors else None,
         )
-    if config.prefetch:
-        ahead = print_prefetch(_PREFETCH, contraction, config, epilogue)
-        epilogue = replace(epilogue, text=f"{epilogue.text}\n\n\n{ahead}")
     entry = "_".join(["fx_gemm", *operations(contraction.region.nest)])
     sizes = (str(problem.batch), _rows(contraction), str(problem.n), str(problem.k))
     ends = f"b{len(contraction.products) + 1}"
-    names = {"epilogue": _EPILOGUE, "edge": _EDGE, "vectors": _VECTORS, "prefetch": _PREFETCH}
+    names = {"epilogue": _EPILOGUE, "edge": _EDGE, "vectors": _VECTORS}
     call = gemm_entry.gemm_call(problem, config, ends=ends, extra=epilogue.extra, sizes=sizes, **names)
     call = replace(call, grid=_grid(contraction, config, call))
     module = gemm_entry.GROUPED_MODULE if contraction.ends else gemm_entry.MODULE

@@ -29,7 +29,6 @@ from fxopt.codegen.triton_contraction import (
     with_vectors,
 )
 from fxopt.codegen.triton_convolution import ConvConfig, convolution_problem, print_convolution
-from fxopt.codegen.triton_prefetch import with_prefetch
 from fxopt.codegen.triton_scored import print_scored
 from fxopt.codegen.triton_weights import print_vector, print_weights, takes_vectors, weight_problem
 from fxopt.errors import UnsupportedError
@@ -65,9 +64,6 @@ CONVOLUTION_CANDIDATES = {"default": 3, "max-autotune": 8}
 SUMS_CANDIDATES = {"default": 1, "max-autotune": 2}
 """The same of the gradient of a depthwise weight: those take two seconds of a core each."""
 
-WORTH_PREFETCHING = 4 << 20
-"""Bytes that an epilogue reads: fewer are hardly waited for."""
-
 FEW_BYTES = 8 << 20
 """Of an image: larger ones are worth a launch that lays out the weight of their depthwise convolution."""
 
@@ -79,6 +75,10 @@ ASSUMED_ROWS = (128, 1024, 8192)
 
 FAR_ENOUGH = 8
 """Among so many proposals is one that stores to rows as they come, beside those with tiles of rows of equal alignment."""
+
+FAR_BEHIND = 1.3
+"""How far behind the best the tiles that read the least again may be: the model takes the L2 cache to be faster than what
+products in 8 bits were seen to get of it (6.2 TB/s, H200)."""
 
 MODEL_ERROR = 1.1
 """By how much the cost model of products may be wrong."""
@@ -195,21 +195,40 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     chosen = [with_vectors(contraction, with_room(contraction, config, target)) for config in ranked]
     tailed = [t for c in chosen if (t := gemm_config.with_tail(problem, c, target)) != c]
     chosen += tailed if mode == "max-autotune" else tailed[:1]
-    more: list[gemm_problem.GemmConfig] = []
-    if problem.itemsize == 1:
-        found = (gemm_config.with_more_programs(problem, config, target) for config in chosen)
-        more = [c for c in found if c is not None][:1]
-    waiting = (*chosen[:1], *more) if problem.m > gemm_config.FEW_ROWS and problem.read >= WORTH_PREFETCHING else ()
-    ahead = (with_prefetch(contraction, config) for config in waiting)
-    chosen += [*more, *(c for c in ahead if c is not None)]
     if chosen and (problem.itemsize == 1 or mode == "max-autotune"):
-        far = [with_vectors(contraction, c) for c in gemm_config.configs(problem, target, limit=FAR_ENOUGH)]
-        chosen += [c for c in (gemm_config.begun_apart(problem, config, target) for config in far) if c is not None][:1]
+        chosen += _where_products_are_short(contraction, problem, chosen, target)
     return own + [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)
         for unrolled in _joins(c.split)
     ]
+
+
+def _where_products_are_short(
+    contraction: Contraction,
+    problem: gemm_problem.GemmProblem,
+    chosen: Sequence[gemm_problem.GemmConfig],
+    target: Target,
+) -> list[gemm_problem.GemmConfig]:
+    """What is measured beside `chosen` of operands in 8 bits, with which tensor cores are done so soon that epilogues and
+    the L2 cache decide: more programs after one block, the programs of a multiprocessor a tile apart, and the tiles that
+    read the least again, the last of them narrow.
+    """
+    if not problem.static:
+        return []
+    far = [with_vectors(contraction, c) for c in gemm_config.configs(problem, target, limit=FAR_ENOUGH)]
+    most = FAR_BEHIND * min((gemm_estimate.estimate(problem, c, target) for c in far), default=0.0)
+    near = [c for c in far if c.split == 1 and gemm_estimate.estimate(problem, c, target) <= most]
+    largest = min(near, key=lambda c: c.tiles(problem) * (c.block_m + c.block_n), default=None)
+    if largest is not None and any(largest.block_m * largest.block_n <= c.block_m * c.block_n for c in chosen):
+        largest = None
+    found = [
+        next((m for c in chosen if (m := gemm_config.with_more_programs(problem, c, target)) is not None), None),
+        next((a for c in far if (a := gemm_config.begun_apart(problem, c, target)) is not None), None),
+        largest,
+        None if largest is None else gemm_config.with_tail(problem, largest, target),
+    ]
+    return [c for c in found if c is not None]
 
 
 def _joins(split: int) -> tuple[bool, ...]:

@@ -234,9 +234,8 @@ def test_an_epilogue_in_8_bits_converts_one_number_an_element() -> None:
     assert {c for c in conversions if "f32" in c} == {"cvt.rn.f32.s32"}
     assert "setp.nan" not in text and "setp.num" not in text
     assert first.label.startswith("tma 128x128x64 "), "no zeros past 64 channels are multiplied"
-    # Of two stages and so more programs, since epilogues wait for loads, which may also be asked for ahead.
-    (more, ahead) = (c for c in others if " s2 " in c.label)
-    assert ahead.label == f"{more.label} prefetch"
+    # Of two stages and so more programs, since epilogues wait for loads.
+    (more,) = (c for c in others if " s2 " in c.label)
     _, meta = compile_triton(more.sources[0], TARGET)
     assert " p528 " in more.label and meta["n_spills"] == 0 and meta["n_regs"] <= 65536 // (4 * 128)
 

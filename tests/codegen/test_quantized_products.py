@@ -13,6 +13,7 @@ import torch
 
 from fxopt.ir.quantized_ops import FLOAT8, LARGEST, QUANTIZE_WEIGHT, SCALED_MM, WEIGHT_ONLY_MM
 from fxopt.ir.region import Contraction, Region, Way
+from fxopt.lower import opsets
 from fxopt.lower.contractions import APART, FUSED, LIBRARY, ROW, TWO
 from fxopt.lower.ops import quantized
 from fxopt.lower.quantized_products import DEQUANTIZED, INT_MM
@@ -36,7 +37,7 @@ from fxopt.codegen.templates.weight_config import (
 )
 from fxopt.codegen.triton import Printed
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
-from fxopt.codegen.triton_contraction import print_contraction
+from fxopt.codegen.triton_contraction import epilogue_ops, print_contraction
 from fxopt.codegen.triton_weights import print_vector, print_weights
 from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import KernelSource
@@ -313,6 +314,48 @@ def test_what_has_no_float8_is_refused() -> None:
     _, way = way_of(*scaled(FLOAT8, 80, 64, 48), FUSED)
     with pytest.raises(UnsupportedError, match="float8"):
         contraction_candidates(way.steps[0], Target.cuda(80), "default")
+
+
+def test_the_largest_tiles_and_programs_apart_are_measured_of_products_in_8_bits() -> None:
+    """Where the model has them behind: it does not know the L2 cache's rate well enough. Not of other operands in default
+    mode.
+    """
+
+    def biased(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor) -> Any:
+        return torch.relu(SCALED_MM(a, b, rows, columns, bias, BF16))
+
+    def proposed(mode: str, n: int, dtype: torch.dtype) -> list[str]:
+        _, (*args, _) = scaled(dtype, 4096, 768, n, per_row=False)
+        (step,) = way_of(biased, tuple(args), FUSED)[1].steps
+        return [c.label for c in contraction_candidates(step, TARGET, mode)]
+
+    first, *others = proposed("default", 2304, torch.int8)
+    assert first.startswith("tma 128x128x128 w8 s3 g8 sub2 p264 flat")
+    assert any(label.startswith(f"{first} apart") for label in others)
+    assert any("128x256" in label and label.endswith("tail4") for label in others)
+    x, w, r = (torch.randn(*shape).to(BF16) for shape in ((4096, 768), (2304, 768), (4096, 2304)))
+    (step,) = way_of(lambda x, w, r: torch.relu(x @ w.T) + r, (x, w, r), FUSED)[1].steps
+    assert not any("apart" in c.label for c in contraction_candidates(step, TARGET, "default"))
+    assert any("apart" in c.label for c in contraction_candidates(step, TARGET, "max-autotune"))
+
+
+def test_a_gelu_rounded_to_float8_leaves_room_for_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the cast is the kernel's own: a third of an error function, and no spilled registers."""
+    monkeypatch.setattr(opsets, "KERNEL_DTYPES", frozenset((*opsets.KERNEL_DTYPES, FLOAT8)))
+
+    def layer(
+        a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        y = F.gelu(SCALED_MM(a, b, rows, columns, bias, BF16))
+        return (y.float() * scale).clamp(-448.0, 448.0).to(FLOAT8)
+
+    _, (*args, _) = scaled(FLOAT8, 4096, 768, 3072, per_row=False)
+    (step,) = way_of(layer, (*args, torch.tensor(8.0)), FUSED)[1].steps
+    assert epilogue_ops(step) < 0.7
+    for candidate in contraction_candidates(step, TARGET, "default"):
+        (kernel,) = candidate.sources
+        assert "h.coarse_gelu" in kernel.text and compile_triton(kernel, TARGET)[1]["n_spills"] == 0
+    assert any("128x256" in c.label for c in contraction_candidates(step, TARGET, "default"))
 
 
 def test_long_sums_of_float8_are_promoted_on_hopper() -> None:

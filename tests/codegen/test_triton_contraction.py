@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from fxopt.codegen.templates.gemm_config import configs
 from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_contraction import print_contraction, print_side_by_side, problem_of, with_room, with_vectors
-from fxopt.codegen.triton_prefetch import residuals, with_prefetch
 from fxopt.errors import UnsupportedError
 from fxopt.target import Target
 from fxopt.tune.candidate import contraction_candidates, side_by_side_candidates, triton_candidates
@@ -298,37 +296,6 @@ def test_vectors_are_loaded_for_whole_tiles_where_that_pays() -> None:
     assert with_vectors(biased, TMA).vectors and with_vectors(gelu, wide).vectors
     assert not with_vectors(gelu, TMA).vectors and not with_vectors(biased, replace(TMA, split=2)).vectors
     assert not with_vectors(a_contraction(linear_gelu, *few), wide).vectors
-
-
-def test_what_the_next_tile_adds_is_prefetched(interpreter: Interpreter) -> None:
-    """Of matrices at every element, not of vectors, whose rows lie as far apart as in memory."""
-
-    def fn(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x @ w + b + r[1:, 8:72]) + s.float()
-
-    args = rand(M, K), rand(K, 64), rand(M + 1, 96), rand(64), rand(M, 64)
-    config = replace(TMA, programs=3, flatten=True, subtile=2)
-    contraction = a_contraction(fn, *args)
-    assert [(r.pitch, r.first, r.itemsize) for r in residuals(contraction)] == [(96, 104, 2), (64, 0, 2)]
-    ahead = with_prefetch(contraction, config)
-    assert ahead is not None and ahead.prefetch and with_prefetch(contraction, POINTER) is None
-    check(interpreter, fn, args, ahead)
-    check(interpreter, fn, args, replace(TMA, prefetch=True))
-    (kernel,) = print_contraction(contraction, ahead, TARGET).kernels
-    (loaded,) = re.findall(r"tl.load\((b\d) \+ \(y\*96 \+ x \+ \(?104", kernel.text)
-    assert f"h.bring({loaded} + (y * 96 + x + 104))" in kernel.text and kernel.text.count("h.bring") == 2
-
-
-def test_a_product_with_a_residual_has_a_candidate_that_prefetches_it() -> None:
-    x, w, r = (rand(*shape, dtype=BF16) for shape in ((4096, 1536), (768, 1536), (4096, 768)))
-    contraction = a_contraction(lambda x, w, r: x @ w.T + r, x, w, r)
-    proposed = contraction_candidates(contraction, TARGET, "default")
-    (ahead,) = (c for c in proposed if "prefetch" in c.label)
-    (plain,) = (c for c in proposed if c.label == ahead.label.removesuffix(" prefetch"))
-    texts = [compile_to_text(c.sources[0], TARGET, "ptx") for c in (ahead, plain)]
-    assert [t.count("prefetch.global.L2") > 0 for t in texts] == [True, False]
-    assert texts[0].count("wgmma.mma_async") == texts[1].count("wgmma.mma_async")
-    assert compile_triton(ahead.sources[0], TARGET)[1]["n_spills"] == 0
 
 
 def test_values_of_parts_that_one_thread_adds_up(interpreter: Interpreter) -> None:

@@ -20,10 +20,6 @@ tile at most (a bias), once for a whole tile: a tuple that the epilogue finds at
 part of a tile would load its own, and wait for it, while the loads for a whole tile are under way before its last products
 are done; and of less than one element a thread each thread would load all those that it adds itself, one by one.
 
-`PREFETCH(y, x, extra)`, where it is given, brings what the epilogue reads at rows y and the tile's columns from x on, of
-matrices beside the product, into the L2 cache. A persistent program calls it for its next tile, any other for its own one
-before the product: an epilogue that adds a residual waits for memory otherwise.
-
 SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a
 leave empty and the columns of b fill. The epilogue does not notice.
 """
@@ -350,7 +346,7 @@ def tma_gemm(
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
-    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1, PREFETCH: tl.constexpr = None,
+    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
     RESIDENT: tl.constexpr = 1, APART: tl.constexpr = 0,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` with descriptors of a and b.
@@ -360,7 +356,7 @@ def tma_gemm(
     not last and there is a batch, BK must divide K. What lies past the descriptor's end is read as zero.
 
     The grid is PROGRAMS programs, each with every PROGRAMS-th tile, or one program for each tile if PROGRAMS is 0. FLATTEN
-    loads the next tile's operands during an epilogue. Where PREFETCH is given, BN divides N. With APART, persistent programs
+    loads the next tile's operands during an epilogue.  With APART, persistent programs
     `begin_apart`.
     """
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -369,15 +365,10 @@ def tma_gemm(
     if PROGRAMS == 0:
         z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
         y, x = row * BM, column * BN
-        if PREFETCH is not None:
-            PREFETCH(tl.minimum(y + tl.arange(0, BM), M - 1)[:, None], x, extra)
         acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
         finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
     else:
         for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
-            if PREFETCH is not None:
-                _, below, beside = tile_of(tl.minimum(program + PROGRAMS, BATCH * rows * columns - 1), rows, columns, GROUP)
-                PREFETCH(tl.minimum(below * BM + tl.arange(0, BM), M - 1)[:, None], beside * BN, extra)
             z, row, column = tile_of(program, rows, columns, GROUP)
             y, x = row * BM, column * BN
             acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)

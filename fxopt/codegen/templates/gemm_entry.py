@@ -51,7 +51,6 @@ def gemm_call(
     epilogue: str = "epilogue",
     edge: str = "edge",
     vectors: str = "vectors",
-    prefetch: str = "prefetch",
     narrow: str = "b2",
     sizes: tuple[str, str, str, str] | None = None,
 ) -> GemmCall:
@@ -61,8 +60,8 @@ def gemm_call(
     the text of the epilogue's tuple, and `epilogue` its name; of a split product, `extra` is the name of the parameter for
     the partial sums and there is no epilogue. `edge` is the epilogue of tiles that go beyond the columns, of a call with
     `config.classes`. Where `config.has_narrow_tiles`, `narrow` is the parameter for a second descriptor of b; `vectors`
-    loads for whole tiles, where `config.vectors`, and `prefetch` ahead of them, where `config.prefetch`. `sizes` are the
-    texts of batch, m, n and k (default: the problem's numbers).
+    loads for whole tiles, where `config.vectors`. `sizes` are the texts of batch, m, n and k (default: the problem's
+    numbers).
     """
     if problem.rows:
         return _grouped_call(problem, config, dict(zip((a, b, c), problem.matrices, strict=False)), ends, extra, epilogue)
@@ -77,7 +76,6 @@ def gemm_call(
     way += "" if dual else f", SWAP={config.swap}"
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
     way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
-    way += f", PREFETCH={prefetch}" * config.prefetch
     way += _apart(config)
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name

@@ -164,8 +164,7 @@ class GemmConfig:
     block, for which a tile has a second accumulator. Tiles of `classes` above 1 have every so-manieth row, those whose
     vectors begin at the same columns (`aligned_gemm.py`). `vectors` loads what the epilogue wants of a bias once for a tile
     (`gemm.py`: VECTORS). With `tail` above 1, so many narrow tiles stand for each of those that do not fill a round
-    (`tailed_gemm.py`), and `whole` tiles do. `prefetch` has what an epilogue will read of other matrices brought into the
-    L2 cache (`gemm.py`: PREFETCH).
+    (`tailed_gemm.py`), and `whole` tiles do.
     Persistent programs of which a multiprocessor holds `resident` begin `apart` nanoseconds after each other
     (`gemm.begin_apart`).
     """
@@ -187,7 +186,6 @@ class GemmConfig:
     vectors: bool = False
     tail: int = 1
     whole: int = 0
-    prefetch: bool = False
     resident: int = 1
     apart: int = 0
 
@@ -199,7 +197,7 @@ class GemmConfig:
         words += [f"split{self.split}"] * (self.split > 1) + [f"sub{self.subtile}"] * (self.subtile > 1)
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
         words += ["promote"] * self.promote + [f"aligned{self.classes}"] * (self.classes > 1) + ["vectors"] * self.vectors
-        words += [f"tail{self.tail}"] * (self.tail > 1) + ["prefetch"] * self.prefetch
+        words += [f"tail{self.tail}"] * (self.tail > 1)
         words += [f"apart{self.apart}"] * (self.apart > 0)
         return " ".join(words)
 
