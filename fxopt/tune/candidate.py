@@ -320,7 +320,9 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
     else:
         if mode != "max-autotune" and not conv_config.implicit_may_win(problem, target):
             return []
-        found = [*conv_config.implicit_configs(problem, target, most), *conv_config.box_configs(problem, target)]
+        found = conv_config.implicit_configs(problem, target, most)
+        if mode == "max-autotune" or problem.dtype.itemsize == 1 or conv_config.is_by_rows(problem):
+            found += conv_config.box_configs(problem, target)  # else cuDNN has what they could save
         chosen = [with_room(contraction, c, target) for c in found]
     return [
         _candidate(str(c), print_convolution(contraction, c, target, unrolled), unrolled)

@@ -218,6 +218,13 @@ def test_boxes_of_a_padded_image_for_the_tensor_cores() -> None:
         assert image_map["strides"] == [229 * 230 * 4, 230 * 4, 8, 1]
 
 
+def test_boxes_of_many_channels_in_half_precision_are_for_max_autotune() -> None:
+    _, step = convolution(dense(1, 1), *shapes((1, 64, 14, 14), (64, 64, 3)))
+    labels = {mode: [c.label for c in contraction_candidates(step, TARGET, mode)] for mode in ("default", "max-autotune")}
+    assert any(label.startswith("tma") for label in labels["max-autotune"])
+    assert labels["default"] and not any(label.startswith("tma") for label in labels["default"])
+
+
 def test_pixels_of_a_padded_image_are_loaded_at_once() -> None:
     """Asynchronously, where single elements would be loaded into registers."""
     low = searched(dense(2, 3), *shapes((16, 3, 112, 112), (64, 3, 7))[:2])
