@@ -115,8 +115,9 @@ class Memory(Scopes):
         if frame.aligned is not None and index == frame.aligned[0]:
             multiple = min(frame.aligned[1] * dtype.itemsize, VECTOR_BYTES)
             return f"tl.multiple_of({text}, {[multiple if a == 'x' else 1 for a in frame.blocks]})"
-        for axis in wanted - frame.single if frame.byte_run and dtype.itemsize == 1 else ():
-            if (axis != "y" or frame.several == 1) and in_runs(index, frame.tiling.lines[axis], frame.byte_run):
+        lines = frame.tiling.lines  # of one point there is none
+        for axis in (wanted - frame.single) & lines.keys() if frame.byte_run and dtype.itemsize == 1 else ():
+            if (axis != "y" or frame.several == 1) and in_runs(index, lines[axis], frame.byte_run):
                 return f"tl.max_contiguous({text}, {[frame.byte_run if a == axis else 1 for a in frame.blocks]})"
         return text
 

@@ -87,6 +87,11 @@ def test_pointwise(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, nests.pointwise(1000, dtype), TritonConfig(128))
 
 
+def test_a_single_byte(interpreter: Interpreter) -> None:
+    for config in every_config(nests.one_byte_of_a_float()):
+        check(interpreter, nests.one_byte_of_a_float(), config)
+
+
 @pytest.mark.parametrize(("dtype", "slack"), [(BF16, 1.0), (torch.float16, 0.51)])  # the interpreter cuts bfloat16 off
 def test_what_is_rounded_before_it_is_used(interpreter: Interpreter, dtype: torch.dtype, slack: float) -> None:
     check(interpreter, nests.rounded_product(300, dtype), TritonConfig(128), slack)

@@ -165,6 +165,13 @@ def pointwise(n: int, dtype: torch.dtype) -> Case:
     return make(nest, buffers, "a b", "o", lambda a, b: (a + b) * torch.sigmoid(a))
 
 
+def one_byte_of_a_float() -> Case:
+    """Whether a number is positive: a kernel of one point."""
+    sign = Op("gt", (Load("a", 0, F32), Const(0.0, F32)), BOOL)
+    buffers = [buffer("a", F32, ()), buffer("o", BOOL, ())]
+    return make(Nest((), (), (Store("o", 0, sign),)), buffers, "a", "o", lambda a: a > 0)
+
+
 def picked(points: int, row: int) -> Case:
     """The element of each row at an index of its own, and zeros."""
     p, r, at = rows(points, row)
