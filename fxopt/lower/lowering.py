@@ -322,7 +322,9 @@ class Lowering:
         return Stored(name, dtype, device, shape, strides)
 
     def emit(self, nest: Nest, device: torch.device, nodes: tuple[str, ...]) -> None:
-        """Append a region for `nest`."""
+        """Append a region for `nest`, unless it has no iterations. (Reductions of no elements run along no axis.)"""
+        if any(s.size == 0 for s in (*nest.points, *nest.reduced)):
+            return
         names = dict.fromkeys((*nest.reads(), *nest.writes()))
         for name in names:
             if self.buffers[name].device != device:

@@ -77,6 +77,13 @@ def test_a_scan_stays_along_one_axis(device: str) -> None:
     check(lambda x: (x.view(1, -1).cumsum(1), x.amax()), rand(7, 7), device=device)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (3, 0, 5), (0, 1024), (2, 0, 4, 4)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_has_no_elements_needs_no_kernel(shape: tuple[int, ...], device: str) -> None:
+    assert not check(lambda x: (x * 2, x.flip(0), torch.cat([x, x + 1], -1), x.cumsum(0)), rand(*shape), device=device)
+    assert len(check(lambda x: (x.exp(), x.sum()), rand(*shape), device=device)) == 1
+
+
 def test_reductions_with_different_numbers_of_rows_stay_apart() -> None:
     def fn(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return (x * mask).sum(1) / mask.sum(1)
