@@ -174,11 +174,7 @@ def min_cut_partition(
     joint: fx.GraphModule, inputs: Any, recomputable: tuple[Any, ...], **settings: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """torch's min-cut partitioner, with the op packets `recomputable` added to those that it may recompute."""
-    import networkx  # here, for a warm start does without
-
-    from fxopt.capture.min_cut import minimum_cut
-
-    original, theirs, thread = partitioners.get_default_op_list, networkx.minimum_cut, threading.get_ident()
+    original = partitioners.get_default_op_list
 
     def extended() -> Any:
         types = original()
@@ -186,14 +182,10 @@ def min_cut_partition(
         types.fusible_ops.update(recomputable)
         return types
 
-    def quick(*args: Any, **options: Any) -> Any:
-        return (minimum_cut if threading.get_ident() == thread else theirs)(*args, **options)
-
     with (
         _PATCHING,
         mock.patch.object(partitioners, "get_default_op_list", extended),
         mock.patch.object(partitioners, "fx_graph_cse", remove_duplicates),
-        mock.patch.object(networkx, "minimum_cut", quick),
     ):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **settings)
 
