@@ -428,20 +428,27 @@ def cast_to(value: Scalar, dtype: torch.dtype) -> Scalar:
 
 def postorder(roots: tuple[Scalar, ...]) -> Iterator[Scalar]:
     """Every distinct node below `roots`, operands before users."""
+    return iter(_postorder(roots))
+
+
+@functools.lru_cache(maxsize=1024)  # what is scheduled and printed is walked over five times and more
+def _postorder(roots: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+    out: list[Scalar] = []
     seen: set[Scalar] = set()
-    stack: list[tuple[Scalar, bool]] = [(r, False) for r in reversed(roots)]
+    stack: list[Scalar | None] = list(reversed(roots))
     while stack:
-        node, ready = stack.pop()
-        if ready:
-            yield node
+        node = stack.pop()
+        if node is None:  # the operands of the one below are done
+            node = stack.pop()
+            assert node is not None
+            out.append(node)
         elif node not in seen:
             seen.add(node)
-            args = node.args
-            if not args:
-                yield node
-                continue
-            stack.append((node, True))
-            stack += [(a, False) for a in reversed(args) if a not in seen]
+            if node.args:
+                stack += (node, None, *node.args[::-1])
+            else:
+                out.append(node)
+    return tuple(out)
 
 
 def holds_reduction(root: Scalar) -> bool:
