@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -89,6 +90,41 @@ def test_attributes_of_modules_are_taken_to_stay():
         found.append(run(x) / before)
     torch.testing.assert_close(found[0], torch.full((3, 4), 2.0))
     torch.testing.assert_close(found[1], torch.ones(3, 4))
+
+
+CHANGES: dict[str, Callable[[Scaled], Any]] = {
+    "an attribute of a module within": lambda m: setattr(m.inner[1], "p", 0.25),
+    "a module's class": lambda m: setattr(m.inner[1], "__class__", nn.Identity),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_promised_is_not_looked_at(what: str):
+    backend = Counting()
+    model, run = compiled(backend)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        before = run(x)
+        CHANGES[what](model)
+        torch.testing.assert_close(run(x), before)
+    assert backend.compilations == 1
+
+
+def test_weights_may_be_trained_loaded_and_replaced():
+    backend = Counting()
+    model, run = compiled(backend)
+    x = torch.randn(3, 4)
+    check(model, run, x)
+    with torch.no_grad():
+        model.inner[0].weight.mul_(2)
+    check(model, run, x)
+    model.load_state_dict(Scaled().state_dict())
+    check(model, run, x)
+    model.load_state_dict(Scaled().state_dict(), assign=True)
+    check(model, run, x)
+    model.inner[0].weight = nn.Parameter(torch.randn(4, 4))
+    check(model, run, x)
+    assert backend.compilations == 1
 
 
 def test_nothing_happens_outside_of_a_compilation():
