@@ -83,13 +83,14 @@ def _bounded(value: Scalar) -> tuple[Scalar, float, float]:
     """What `value` is made of by casts between floating types and bounds, the least and the greatest of these."""
     low, high = -math.inf, math.inf
     while isinstance(value, Op) and value.name in ("cast", "minimum", "maximum") and value.args[0].dtype.is_floating_point:
+        varying = [a for a in value.args if not isinstance(a, Const)]
+        if len(varying) != 1:
+            break
         if value.name != "cast":
-            bounds = [float(a.value) for a in value.args if isinstance(a, Const)]
-            if len(bounds) != 1:
-                break
-            low = max(low, bounds[0]) if value.name == "maximum" else low
-            high = min(high, bounds[0]) if value.name == "minimum" else high
-        value = next(a for a in value.args if not isinstance(a, Const))
+            (bound,) = (float(a.value) for a in value.args if isinstance(a, Const))
+            low = max(low, bound) if value.name == "maximum" else low
+            high = min(high, bound) if value.name == "minimum" else high
+        value = varying[0]
     return value, low, high
 
 

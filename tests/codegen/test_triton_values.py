@@ -87,9 +87,10 @@ def test_pointwise(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, nests.pointwise(1000, dtype), TritonConfig(128))
 
 
-def test_a_single_byte(interpreter: Interpreter) -> None:
-    for config in every_config(nests.one_byte_of_a_float()):
-        check(interpreter, nests.one_byte_of_a_float(), config)
+@pytest.mark.parametrize("case", [nests.one_byte_of_a_float(), nests.narrowed_constants()], ids=["byte", "constants"])
+def test_a_single_point(interpreter: Interpreter, case: Case) -> None:
+    for config in every_config(case):
+        check(interpreter, case, config)
 
 
 @pytest.mark.parametrize(("dtype", "slack"), [(BF16, 1.0), (torch.float16, 0.51)])  # the interpreter cuts bfloat16 off

@@ -172,6 +172,14 @@ def one_byte_of_a_float() -> Case:
     return make(Nest((), (), (Store("o", 0, sign),)), buffers, "a", "o", lambda a: a > 0)
 
 
+def narrowed_constants() -> Case:
+    """Numbers that are cast and bounded, and nothing that varies."""
+    half = cast(Const(0.5, F32), BF16)
+    stores = (Store("a", 0, half), Store("b", 0, Op("minimum", (half, Const(0.25, BF16)), BF16)))
+    buffers = [buffer(name, BF16, ()) for name in "ab"]
+    return make(Nest((), (), stores), buffers, "", "a b", lambda: tuple(torch.tensor([0.5, 0.25]).double()))
+
+
 def picked(points: int, row: int) -> Case:
     """The element of each row at an index of its own, and zeros."""
     p, r, at = rows(points, row)
