@@ -24,7 +24,7 @@ from fxopt import backend, compiler, plan_cache
 from fxopt.cli import pick_dtype
 from fxopt.ir.graph import Phase, Role
 from fxopt.ir.region import Alias, BufferSpec, Call, refs
-from fxopt.passes import pad_gemm, relu_masks
+from fxopt.passes import pad_gemm
 from fxopt.report.contenders import CONTENDERS
 from fxopt.runtime.footprint import footprint, peak_with
 from fxopt.runtime.lifetimes import Lifetimes, nbytes, returns_fresh
@@ -222,7 +222,7 @@ def moved(plan: Plan) -> list[InputSpec]:
 @contextmanager
 def plans() -> Iterator[list[tuple[Plan, Phase]]]:
     """A list that gets the plans of what is compiled in the block, as they would be for a GPU: with products padded for its
-    library, and masks of relus computed again. None of these are kept on disk, or taken from there."""
+    library. None of these are kept on disk, or taken from there."""
     found: list[tuple[Plan, Phase]] = []
 
     def note(executor: Any, phase: Phase, *others: Any) -> Any:
@@ -230,11 +230,10 @@ def plans() -> Iterator[list[tuple[Plan, Phase]]]:
         found.append((plan_memory(Plan.from_json(text)), phase))
         return executor
 
-    aligned = mock.patch.object(pad_gemm, "wants_alignment", return_value=True)
-    masked = mock.patch.object(relu_masks, "waits_for_memory", return_value=True)
+    for_a_gpu = mock.patch.object(pad_gemm, "wants_alignment", return_value=True)
     no_plans = mock.patch.object(plan_cache, "plan_key", return_value=None)
     no_graphs = mock.patch.object(backend, "_shelf", return_value=None)
-    with mock.patch.object(compiler, "with_graphs", note), aligned, masked, no_plans, no_graphs:
+    with mock.patch.object(compiler, "with_graphs", note), for_a_gpu, no_plans, no_graphs:
         yield found
 
 

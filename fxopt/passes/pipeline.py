@@ -43,7 +43,6 @@ from fxopt.passes.product_bias import product_bias
 from fxopt.passes.quantize import quantize
 from fxopt.passes.quantized_pools import quantized_pools
 from fxopt.passes.quantized_residuals import quantized_residuals
-from fxopt.passes.relu_masks import relu_masks
 from fxopt.passes.stored_attention import stored_attention
 from fxopt.passes.views import views
 
@@ -120,7 +119,6 @@ JOINT_PASSES: tuple[Pass, ...] = (
     Pass("channels_last", channels_last),
     Pass("convolution_bias", convolution_bias),
     Pass("fp8_training", fp8_training),
-    Pass("relu_masks", relu_masks),
 )
 """What runs on forward and backward as one ATen graph, before the partitioner chooses what is saved between them."""
 
