@@ -34,7 +34,7 @@ def _checked_loader(loader: Any) -> Iterable[Any]:
         what = "tensor" if isinstance(loader, torch.Tensor) else "mapping" if isinstance(loader, Mapping) else "string"
         raise CalibrationError(f"a loader gives batches, and this one is a {what} itself: put a batch into a list")
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise CalibrationError(f"a loader is gone through batch by batch, which a {type(loader).__name__} is not")
+        raise CalibrationError(f"a loader is gone through batch by batch, which type {type(loader).__name__} does not allow")
     return cast(Iterable[Any], loader)
 
 
