@@ -27,10 +27,11 @@ class Way(Protocol):
     def begin(self, inputs: list[Any]) -> list[Any]:
         """The values that `captured` takes; empties `inputs`, or returns it."""
 
-    def captured(self, values: list[Any]) -> tuple[Any, ...]: ...
+    def captured(self, values: list[Any]) -> tuple[Any, ...]:
+        """What a replay does, on what `handed` gave; empties that list."""
 
     def handed(self, values: list[Any]) -> list[Any]:
-        """`values` for a replay, which empties the list that it gets."""
+        """`values` for `captured` or a replay, which empties the list that it gets. Leaves in `values` what `end` needs."""
 
     def end(self, values: list[Any], results: tuple[Any, ...]) -> tuple[Any, ...]:
         """The results of the call, from those of `captured`; empties `values`."""
@@ -67,6 +68,8 @@ class InParts:
         self._after = None if parts.after is None else bound(parts.after)
         later = {*parts.captured.takes, *(() if parts.after is None else parts.after.takes)}
         self._dying = () if parts.before is None else tuple(i for i in parts.before.takes if i not in later)
+        needed = () if parts.after is None else parts.after.takes
+        self._spent = tuple(i for i in parts.captured.takes if i not in needed)
 
     def begin(self, inputs: list[Any]) -> list[Any]:
         values = list(inputs)
@@ -81,10 +84,15 @@ class InParts:
 
     def captured(self, values: list[Any]) -> tuple[Any, ...]:
         run, takes = self._captured
-        return run(_taken(values, takes))
+        arguments = _taken(values, takes)
+        values.clear()
+        return run(arguments)
 
     def handed(self, values: list[Any]) -> list[Any]:
-        return list(values)
+        handed = list(values)
+        for i in self._spent:
+            values[i] = None
+        return handed
 
     def end(self, values: list[Any], results: tuple[Any, ...]) -> tuple[Any, ...]:
         if self._after is None:

@@ -343,3 +343,23 @@ def test_parts_of_a_row_are_replayed(places: tuple[int, ...], copies: str, monke
     assert [driver.captures for driver in drivers] == [1] * len(drivers)
     steps = [len(Mentions(piece.part.plan).steps) for piece in choice.pieces if piece.choice is None]
     assert sum(steps) >= len(places), "obstacles run plainly"
+
+
+def test_a_captured_part_holds_nothing_that_it_has_read() -> None:
+    """What a backward reads last gives its memory to what is made next, though only a part of the plan is captured."""
+
+    class Bound:
+        def part(self, made: Plan) -> Any:
+            def run(arguments: list[Any]) -> tuple[Any, ...]:
+                places = [weakref.ref(x) for x in arguments]
+                arguments.clear()
+                return tuple(place() is None for place in places)
+
+            return run
+
+    executor: Any = Bound()
+    way = InParts(split(replace(network(), outputs=(Ref("h6"),)), 0, 4, lends=True), executor)
+    assert way.captured(given(0)) == (True, True, True)
+    values = given(0)
+    assert way.captured(way.handed(values)) == (True, False, True), "but for the weight, which is read again"
+    assert [x is None for x in values] == [True, False, True]
