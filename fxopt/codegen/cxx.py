@@ -30,6 +30,7 @@ _broken: dict[Compiler, str] = {}
 _probing = threading.Lock()
 _running: set[subprocess.Popen[str]] = set()
 """They have process groups of their own, so an interrupt at the keyboard does not reach them."""
+os.register_at_fork(after_in_child=_running.clear)  # they are the parent's, to wait for and to end
 
 
 def find_compiler() -> Compiler | None:

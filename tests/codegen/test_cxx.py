@@ -119,3 +119,22 @@ def test_the_search_falls_through_to_the_first_that_exists(tmp_path: Path, monke
     (tmp_path / "clang++").write_text("#!/bin/sh\n")
     os.chmod(tmp_path / "clang++", 0o700)
     assert cxx.find_compiler() == ("clang++",)
+
+
+def test_a_forked_process_leaves_the_commands_of_its_parent_alone(tmp_path: Path) -> None:
+    """A child that ends, or is interrupted, ends what it runs itself."""
+    go = tmp_path / "go"
+    command = script(tmp_path, f"while [ ! -e {go} ]; do sleep 0.05; done; echo done")
+    results: list[tuple[str, str | None]] = []
+    thread = threading.Thread(target=lambda: results.append(cxx.execute(command, 60.0)))
+    thread.start()
+    while not cxx._running:
+        time.sleep(0.01)
+    child = os.fork()
+    if child == 0:
+        cxx.end_all()
+        os._exit(0)
+    os.waitpid(child, 0)
+    go.touch()
+    thread.join(timeout=30)
+    assert results == [("done\n", None)]
