@@ -124,7 +124,7 @@ def _reading_less(winner: str, figures: Mapping[str, float]) -> str:
     """`winner`, or what is as fast where all keys are shown, as made-up masks do, and reads fewer where not."""
     bounded = [label for label in figures if label.endswith(f" {BOUNDED}")]
     best = min(bounded, key=figures.__getitem__, default=winner)
-    return best if figures.get(best, math.inf) <= CLOSE * figures[winner] else winner
+    return best if best in figures and figures[best] <= CLOSE * figures.get(winner, math.inf) else winner
 
 
 def memory_of(alternatives: Alternatives) -> Memory:

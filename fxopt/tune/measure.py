@@ -266,7 +266,8 @@ def with_ties_broken(
         return list(rotated)
     single = alone([trials[k] for k in close])
     least = min(single)
-    ordered = {k: min(fastest + (s - least), fastest * CLOSE) for k, s in zip(close, single, strict=True)}
+    told = zip(close, single, strict=True)
+    ordered = {k: min(fastest + (s - least), fastest * CLOSE) if s < float("inf") else s for k, s in told}
     return [ordered.get(k, seconds) for k, seconds in enumerate(rotated)]
 
 

@@ -546,3 +546,4 @@ def test_what_may_read_less_wins_a_tie(seconds: tuple[float, ...], kept: str) ->
     winner = min(figures, key=figures.__getitem__)
     assert ways._reading_less(winner, figures) == kept
     assert ways._reading_less("library", {"library": 1.0, "kernel a": 2.0}) == "library"
+    assert ways._reading_less("library", {}) == "library", "nothing has run"

@@ -149,6 +149,13 @@ def test_what_is_as_fast_in_a_row_is_told_apart_alone() -> None:
     assert with_ties_broken(rotated[3:], alone, trials[3:]) == rotated[3:] and len(asked) == 2, "nothing to tell apart"
 
 
+@pytest.mark.parametrize(("alone", "told"), [((float("inf"), 4e-6), 30e-6), ((float("inf"), float("inf")), float("inf"))])
+def test_what_does_not_run_alone_is_not_as_fast(alone: tuple[float, ...], told: float) -> None:
+    trials = [Trial(label, ()) for label in ("library", "broken", "row")]
+    found = with_ties_broken([90e-6, 30e-6, 30e-6], lambda some: list(alone), trials)
+    assert found == [90e-6, float("inf"), told]
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_what_a_plan_runs_alone_is_measured_alone(monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
     in_a_row, alone = {"vector": 30e-6, "row": 32e-6}, {"vector": 41e-6, "row": 38e-6}
