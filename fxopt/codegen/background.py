@@ -46,28 +46,40 @@ class Background(Generic[T]):
             with self._lock:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._work, name=f"fxopt: {type(self).__name__}", daemon=True)
-                    atexit.register(self._end)
-                    self._thread.start()
+                    self._start(self._thread)
         return self._made
+
+    def _start(self, thread: threading.Thread) -> None:
+        try:
+            thread.start()
+            atexit.register(self._end)
+        except RuntimeError as error:  # there are too many, or the interpreter ends
+            self._give_up(error)
 
     def wait(self) -> T | None:
         """What is there when the thread has ended; None if there is nothing."""
         self()
-        assert self._thread is not None
-        self._thread.join()
+        with self._lock:  # it has been started, or never will be
+            thread = self._thread
+        if thread is not None and thread.is_alive():
+            thread.join()
         return self._made
 
     def _work(self) -> None:
         try:
             made = self.make()
             if isinstance(made, str):
-                self.reason = made
+                self._give_up(made)
             else:
                 self._made = made
         except Exception as error:  # in a thread of nobody's: to be seen where the reason is
-            self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if self.reason is not None and not self.is_ending:
-            log.info("%s: %s", self.without, self.reason)
+            self._give_up(error)
+
+    def _give_up(self, reason: str | Exception) -> None:
+        text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}".partition("\n")[0]
+        self.reason = text
+        if not self.is_ending:
+            log.info("%s: %s", self.without, text)
 
     def _end(self) -> None:
         thread = self._thread

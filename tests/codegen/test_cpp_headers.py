@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,6 +174,16 @@ def test_a_disk_that_fills_up_is_no_reason_to_leave_the_cache(fake: Fake, monkey
         warnings.simplefilter("error")
         assert fake.headers.wait() is None
     assert "No space left" in str(fake.headers.reason) and not fake.store.cache.temporary
+
+
+def test_where_no_thread_can_be_started_none_are_made(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for _ in range(3):
+        assert cpp_headers.precompiled(fake.store, CAPABILITY) is None
+    assert fake.headers.wait() is None and "can't start new thread" in str(fake.headers.reason)
 
 
 @pytest.mark.parametrize("version", ["Debian clang version 14.0.6", "Apple clang version 15.0.0"])
