@@ -92,7 +92,8 @@ class _Window:
         self.facts, self.found = facts, facts.found
         self.phase = phase
         left, self.returned = _saved(facts.plan)
-        self.left = left & set(self.found.made)
+        self.made = frozenset(self.found.made)
+        self.left = left & self.made
         self.sizes = {name: size for name in self.found.made if isinstance(size := self._size(name), int)}
         first, last, late = self.found.first, self.found.last, len(self.found.steps) - EDGE
         self.near = {n: size for n, size in self.sizes.items() if first[n] < EDGE or last[n] >= late}  # ends, and results
@@ -131,7 +132,7 @@ class _Window:
             end - begin >= MIN_STEPS
             and all(first[name] < end for name in self.left)
             and end <= change
-            and all(first[name] >= end for step in steps[end:] for name in self.facts.changed(step) if name in self.sizes)
+            and all(first[name] >= end for step in steps[end:] for name in self.facts.changed(step) if name in self.made)
         )
 
     def price(self, begin: int, end: int | None) -> _Price:

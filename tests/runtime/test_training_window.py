@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from fxopt.ir.exprs import Int
 from fxopt.ir.graph import Phase, Role
 from fxopt.ir.region import Call, Ref
 from fxopt.runtime.capturable import Choice, Facts
 from fxopt.runtime.plan import Plan
 from fxopt.runtime.training_window import choose_window
-from tests.runtime.plans import buffer, plan, tensor
+from tests.runtime.plans import S0, buffer, plan, tensor
 
 ROWS, WORDS = 4096, 8192
 
@@ -64,6 +65,18 @@ def test_what_is_returned_and_saved_is_copied_either_way() -> None:
     """Out of the captured forward, or into its backward: no ends that run plainly would spare that."""
     reason = choose_window(forward("logits"), Phase.FORWARD)
     assert isinstance(reason, str) and "128.1 MiB a call, costs more than 11 launches" in reason
+
+
+@pytest.mark.parametrize("columns", [8, S0])
+def test_what_a_last_step_changes_has_no_copy(columns: Int) -> None:
+    """A result that may be the same memory would be one, made before the change, whether its size is known or not."""
+    made = forward()
+    same = Call("aten::contiguous.default", (Ref("y"),), outputs=("z",))
+    change = Call("aten::add_.Tensor", (Ref("y"), 1.0), {}, (None,), writes=("y",))
+    steps = [*made.steps[:9], product("h8", "w", "y"), same, *made.steps[9:], change]
+    buffers = [*made.buffers, buffer("y", 4, columns), buffer("z", 4, columns)]
+    made = plan(list(made.inputs), buffers, steps, [Ref("z"), *made.outputs], saved=1)
+    assert counts(made, Phase.FORWARD) == (0, 9, 5), "made beside what changes it"
 
 
 def test_what_reads_a_large_gradient_runs_plainly() -> None:
