@@ -40,8 +40,8 @@ _X86_FLAGS = {
 def toolchain_id() -> str:
     """Compiler, its version and flags, fxopt's headers and torch's version: what a compiled kernel depends on."""
     compiler = cxx.find_compiler()
-    version = cxx.NOT_FOUND if compiler is None else cxx.version(compiler)
-    return f"{version}; {' '.join(_FLAGS)}; runtime {headers_hash()}; torch {torch.__version__}"
+    identity = cxx.NOT_FOUND if compiler is None else cxx.identity(compiler)
+    return f"{identity}; {' '.join(_FLAGS)}; runtime {headers_hash()}; torch {torch.__version__}"
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def facts(command: tuple[str, ...]) -> dict[str, str]:
     return {
         "headers": cpp_build.headers_hash(),
         "torch": f"{torch.__version__} {torch.version.git_version}",
-        "compiler": cxx.version(cxx.find_compiler() or ()),
+        "compiler": cxx.identity(cxx.find_compiler() or ()),
         "command": " ".join(command),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import shlex
@@ -71,6 +72,19 @@ def version(compiler: Compiler) -> str:
     if reason is not None and not output:
         _broken[compiler] = _complaint(compiler, reason)
     return output.partition("\n")[0] or str(reason)
+
+
+def identity(compiler: Compiler) -> str:
+    """What machine code depends on: the compiler's version, what its command says beside its name, and the macros that are
+    predefined then. "-march=native" alone does not tell the machine."""
+    told = compiler[1:]
+    return f"{version(compiler)} {shlex.join(told)} {_predefined(compiler)}" if told else version(compiler)
+
+
+@functools.cache
+def _predefined(compiler: Compiler) -> str:
+    macros, _ = execute([*compiler, "-dM", "-E", "-x", "c++", os.devnull], PROBE_SECONDS)
+    return hashlib.sha256(macros.encode()).hexdigest()[:16]
 
 
 def blame(compiler: Compiler) -> str | None:

@@ -60,7 +60,7 @@ def facts() -> dict[str, str]:
         "source": hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "python": str(sysconfig.get_config_var("SOABI")),
-        "compiler": cxx.NOT_FOUND if compiler is None else cxx.version(compiler),
+        "compiler": cxx.NOT_FOUND if compiler is None else cxx.identity(compiler),
         "flags": " ".join(_FLAGS),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fxopt.codegen import cpp_build
+from fxopt.codegen import cpp_build, cpp_headers, cxx, replay_build
 from fxopt.codegen.cpp import print_nest
 from fxopt.codegen.cpp_build import compile_cpp, toolchain_id
 from fxopt.codegen.cxx import find_compiler
@@ -94,3 +94,19 @@ def test_one_openmp_runtime(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
     assert ctypes.CDLL(str(path))[printed[0].entry]
+
+
+def test_what_the_compiler_is_always_told_is_part_of_its_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-march=native is another set of instructions on another machine, which may use the same home directory."""
+    machine, compiler = tmp_path / "machine", tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ncase $* in *--version*) echo g++ 1;; *-dM*) cat {machine};; esac\n")
+    compiler.chmod(0o700)
+    found = []
+    for words, macros in (("", ""), ("-O1", ""), ("-march=native", "AVX2"), ("-march=native", "AVX512")):
+        machine.write_text(f"#define __{macros}__ 1\n")
+        monkeypatch.setenv("FXOPT_CXX", f"{compiler} {words}")
+        cxx._predefined.cache_clear()
+        found.append((toolchain_id(), replay_build.facts()["compiler"], cpp_headers.facts(())["compiler"]))
+    assert [len(set(column)) for column in zip(*found, strict=True)] == [4, 4, 4]
