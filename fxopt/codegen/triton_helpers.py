@@ -497,6 +497,12 @@ def softmax_stats(max_a, sum_a, max_b, sum_b):
 
 
 @triton.jit
+def finite_base(top):
+    """What elements up to `top` are measured from: 0 where all are -inf, so that no difference is NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
 def softmax_step(top, total, x):
     """(max, sum of exp(x - max)) of accumulators [n, m], each joined with its share of the neighbours in `x` [n, m * k].
 
@@ -505,7 +511,7 @@ def softmax_step(top, total, x):
     share: tl.constexpr = x.shape[1] // top.shape[1]
     own = tl.reshape(x, [top.shape[0], top.shape[1], share])
     new = largest(top, tl.reduce(own, 2, largest))
-    base = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far: all terms are zero, and none is NaN
+    base = finite_base(new)
     terms = tl.sum(flushing_exp(own - tl.expand_dims(base, 2)), 2)
     return new, total * flushing_exp(top - base) + terms
 
@@ -529,7 +535,7 @@ def weighted_softmax_step(top, total, term, weight, x, y, w):
     values = tl.reshape(y, [top.shape[0], top.shape[1], share])
     weights = tl.reshape(w, [top.shape[0], top.shape[1], share])
     new = largest(top, tl.reduce(own, 2, largest))
-    base = tl.where(new == float("-inf"), 0.0, new)
+    base = finite_base(new)
     terms = tl.sum(flushing_exp(own - tl.expand_dims(base, 2)), 2)
     weighted = tl.sum(weights * (values - tl.expand_dims(base, 2)), 2)
     moved = tl.where(top == float("-inf"), 0.0, top - base)

@@ -106,7 +106,8 @@ def persistent(
         ]
     if kind == "weighted_softmax":
         low = literal(float("-inf"))
-        terms = [f"{exponential}({operands[0]} - {names[0]})", f"{operands[2]} * ({operands[1]} - {names[0]})", operands[2]]
+        away = f"{operands[1]} - h.finite_base({names[0]})"
+        terms = [f"{exponential}({operands[0]} - {names[0]})", f"{operands[2]} * ({away})", operands[2]]
         summed = ", ".join(block.fill(term, "0.0") for term in terms)
         return [
             f"{names[0]} = tl.reduce({block.fill(operands[0], low)}, 1, h.largest, keep_dims=True)",

@@ -313,6 +313,18 @@ def test_weighted_logarithms_of_probabilities(
         assert_closer(*map(tuple, each))  # each row by its own size
 
 
+@pytest.mark.parametrize("config", [TritonConfig(1, split=4), TritonConfig(1, r_block=32, persistent=False, split=4)])
+def test_a_part_without_probability_leaves_a_weighted_sum_infinite(interpreter: Interpreter, config: TritonConfig) -> None:
+    """Each of its logarithms is minus infinity, as eager has them: no difference of two infinities is NaN."""
+    case = nests.weighted_log_softmax(3, 512, F32)
+    x, w = sample(case, "a"), sample(case, "w").abs() + 1
+    x[0, 128:256], x[1, 384:] = -torch.inf, -torch.inf
+    loss, whole = run(interpreter, case, config, {"a": x, "w": w})
+    eager, exact = case.reference(x, w), case.reference(x.double(), w.double())
+    assert eager[0].isneginf().tolist() == [True, True, False]
+    assert_closer((loss, whole), eager, exact)
+
+
 def test_many_short_rows_share_programs() -> None:
     """Programs of 2 KiB would start more slowly than memory moves so much; few of them do not matter."""
     for case in (nests.softmax(1 << 20, 64, BF16), nests.softmax(1 << 16, 1024, BF16)):
