@@ -213,6 +213,22 @@ def test_boxes_go_from_memory_to_tensor_cores(
         assert ("local_load" in compile_to_text(kernel, TARGET, "ttgir")) == (config is plain)
 
 
+@pytest.mark.parametrize(
+    ("stride", "x", "w"),
+    [(2, (1, 512, 512, 64), (64, 3, 3, 64)), (8, (4, 8, 1024, 64), (64, 1, 1, 64)), (4, (1, 8, 2048, 8), (64, 4, 4, 8))],
+)
+def test_a_box_spans_no_more_than_a_descriptor_has(stride: int, x: tuple[int, ...], w: tuple[int, ...]) -> None:
+    """256 pixels along each side, with those between the ones that it takes: the driver refuses longer ones."""
+    _, step = contraction(activated(((stride, stride), (0, 0), (1, 1))), *operands(INT8, x, w))
+    problem = convolution_problem(step)
+    found = box_configs(problem, TARGET, limit=9)
+    assert len({config.block_m for config in found}) == 3
+    for config in found:
+        spans = print_convolution(step, config, TARGET).kernels[0].compile_options["tensor_maps"]["b0"]
+        sides = [size * step for size, step in zip(spans["block"], spans.get("steps", [1] * 4), strict=True)]
+        assert max(sides) <= 256, f"{config}: {sides}"
+
+
 def test_images_that_no_descriptor_has_arrive_by_addresses() -> None:
     """Pixels of 24 bytes begin at no multiple of 16, depthwise ones have a channel each, older GPUs no descriptors."""
     for x, w, target in (

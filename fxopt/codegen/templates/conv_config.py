@@ -65,6 +65,9 @@ _BOX_TILES = ((128, 128, 8), (256, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 
 _LONGEST_STEP = 8
 """From one pixel of a box to the next."""
 
+_LONGEST_SIDE = 256
+"""Pixels that a side of a box spans, those that it leaves out included."""
+
 LIBRARY_TILE = 64
 """Rows and columns of the smallest tiles that cuDNN takes for common convolutions of few places."""
 
@@ -309,11 +312,13 @@ def is_by_rows(problem: ConvProblem) -> bool:
 
 
 def box(problem: ConvProblem, places: int) -> tuple[int, int, int]:
-    """(images, rows, columns) of so many places, a power of two, that cover all of them with the fewest boxes; of equals,
-    the one with the longest rows.
+    """(images, rows, columns) of so many places, a power of two, that cover all of them with the fewest boxes that a
+    descriptor has; of equals, the one with the longest rows.
     """
+    down, across = problem.patches.stride[0], 1 if is_by_rows(problem) else problem.patches.stride[1]
     powers = [1 << n for n in range(places.bit_length())]
-    shapes = [(places // (h * w), h, w) for h in powers for w in powers if h * w <= places]
+    sides = [(h, w) for h in powers for w in powers if h * w <= places and max(h * down, w * across) <= _LONGEST_SIDE]
+    shapes = [(places // (h * w), h, w) for h, w in sides]
     return min(shapes, key=lambda shape: (boxes(problem, shape), -shape[2], -shape[1]))
 
 
