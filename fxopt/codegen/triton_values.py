@@ -117,17 +117,23 @@ def gelu_argument(node: Scalar) -> Scalar | None:
     for alone, other in (node.args, reversed(node.args)):
         factors = [alone, *other.args] if _is_product(other) else []
         halves = [f for f in factors if isinstance(f, Const) and f.value == 0.5]
-        sums = [f for f in factors if isinstance(f, Op) and f.name == "add"]
-        if len(halves) != 1 or len(sums) != 1:
+        shares = [(f, share) for f in factors if (share := _beside_one(f)) is not None]
+        if len(halves) != 1 or len(shares) != 1:
             continue
-        (x,) = (f for f in factors if f is not halves[0] and f is not sums[0])
-        share = next((a for a in sums[0].args if isinstance(a, Op) and a.name == "erf"), None)
-        one = any(isinstance(a, Const) and a.value == 1 for a in sums[0].args)
-        if one and share is not None and _is_product(share.args[0]) and x in share.args[0].args:
+        ((total, share),) = shares
+        (x,) = (f for f in factors if f is not halves[0] and f is not total)
+        if _is_product(share.args[0]) and x in share.args[0].args:
             scale = next((a for a in share.args[0].args if isinstance(a, Const)), None)
             if scale is not None and math.isclose(scale.value, math.sqrt(0.5), rel_tol=1e-6):
                 return x
     return None
+
+
+def _beside_one(node: Scalar) -> Op | None:
+    """The error function of which `node` is the sum with 1."""
+    if not (isinstance(node, Op) and node.name == "add" and any(isinstance(a, Const) and a.value == 1 for a in node.args)):
+        return None
+    return next((a for a in node.args if isinstance(a, Op) and a.name == "erf"), None)
 
 
 def _is_product(node: Scalar) -> TypeGuard[Op]:

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 from fxopt.codegen.triton import TritonConfig, configs, print_region
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
+from fxopt.codegen.triton_values import gelu_argument
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Sym, evaluate, floordiv, mod, symbol
 from fxopt.ir.loops import Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Store, postorder
@@ -510,11 +511,14 @@ def test_a_normal_distribution(interpreter: Interpreter) -> None:
     )
 
 
-@pytest.mark.parametrize("order", range(3))
-def test_a_gelu_that_is_rounded_to_8_bits(interpreter: Interpreter, order: int) -> None:
-    """As near to the exact one as float8 is, with infinities and NaN as they are; its factors come in any order."""
+@pytest.mark.parametrize(("order", "biased"), [(0, False), (1, False), (2, False), (0, True), (1, True)])
+def test_a_gelu_that_is_rounded_to_8_bits(interpreter: Interpreter, order: int, biased: bool) -> None:
+    """As near to the exact one as float8 is, with infinities and NaN as they are; its factors come in any order, and what it
+    is of may be a sum.
+    """
     float8, x = torch.float8_e4m3fn, Sym("x", size=4096)
-    a, half = Load("a", symbol(x), F32), Const(0.5, F32)
+    given, half = Load("a", symbol(x), F32), Const(0.5, F32)
+    a = Op("add", (Op("mul", (given, half), F32), Op("mul", (half, given), F32)), F32) if biased else given
     total = Op("add", (Op("erf", (Op("mul", (a, Const(0.7071067811865476, F32)), F32),), F32), Const(1.0, F32)), F32)
     one, two, three = [(a, half, total), (total, a, half), (half, total, a)][order]
     gelu = Op("mul", (one, Op("mul", (two, three), F32)), F32)
@@ -532,6 +536,13 @@ def test_a_gelu_that_is_rounded_to_8_bits(interpreter: Interpreter, order: int) 
     inputs[:6] = torch.tensor([float("nan"), float("-inf"), -100.0, 0.0, -0.0, 20.0])
     (actual,) = run(interpreter, case, TritonConfig(1024), {"a": inputs})
     torch.testing.assert_close(actual.float(), expected(inputs), rtol=0.0635, atol=2.0**-9, equal_nan=True)
+
+
+def test_a_squared_distribution_is_no_gelu() -> None:
+    x = Load("a", symbol(Sym("x", size=8)), F32)
+    total = Op("add", (Const(1.0, F32), Op("erf", (Op("mul", (x, Const(0.5**0.5, F32)), F32),), F32)), F32)
+    assert gelu_argument(Op("mul", (Op("mul", (Const(0.5, F32), total), F32), total), F32)) is None
+    assert gelu_argument(Op("mul", (Op("mul", (Const(0.5, F32), x), F32), total), F32)) is x
 
 
 def test_a_normal_distribution_that_is_rounded_to_8_bits(interpreter: Interpreter) -> None:
