@@ -245,7 +245,7 @@ def test_where_capture_stopped_is_told() -> None:
     [
         (torch.randn(4, 5, 16), "this one is a tensor itself: put a batch into a list"),
         ({"x": torch.randn(4, 16)}, "this one is a mapping itself"),
-        (None, "which a NoneType is not"),
+        (None, "which type NoneType does not allow"),
         ([torch.randn(0, 16)], "a is not observed: its input is empty"),
     ],
 )
