@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 from fxopt.codegen import cxx
@@ -19,7 +20,7 @@ _END_SECONDS = 2.0
 """More than it takes to end the compiler, and to find out that it has ended."""
 
 
-class Background(Generic[T]):
+class Background(ABC, Generic[T]):
     """Calling it gives what `make` has made, once that is there, and None until then. The first call starts the thread.
 
     Nobody waits, and the commands that `cxx.execute` runs for it do not outlive this process. A subclass says in `without`
@@ -36,9 +37,9 @@ class Background(Generic[T]):
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
+    @abstractmethod
     def make(self) -> T | str:
         """What is wanted, or why it cannot be had. Any exception is a reason, too."""
-        raise NotImplementedError
 
     def __call__(self) -> T | None:
         """What is there now; None as long as there is nothing."""
