@@ -50,11 +50,16 @@ EAGER_SHARE, ROUNDINGS = 1.5, 8.0
 _ALTERATIONS = (
     ("forwards", r"r_base = .* - r_done", "r_base = r_done"),
     ("kept", r'(tl\.store\(.*), eviction_policy="evict_first"\)', r"\1)"),
+    ("unmarked", r'(tl\.load\(.*), eviction_policy="evict_\w+"\)', r"\1)"),
 )
 
 
 def column_sum(x: Tensor) -> Tensor:
     return x.sum(0)
+
+
+def vector_product(vector: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return residual + (weight.float() * vector.float()).sum(1).to(residual.dtype)
 
 
 def activation_and_bias_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,6 +266,9 @@ def long_rows(scale: int = 1) -> Iterator[MicroCase]:
         yield MicroCase(
             "long-rows layer-norm-gradients", layer_norm_gradients, (whole, whole, row, row, line), (*types[:3], F32, F32)
         )
+    for count, width in ((4096, 14336), (4096, 4096), (6144, 4096), (28672, 4096), (768, 3072)):
+        some, inner = max(64, count // scale), max(64, width // scale)
+        yield _same("vector-product", vector_product, (inner,), (some, inner), (some,), dtype=BF16)
     for count, width, dtype in ((8388608, 64, BF16), (65536, 8192, BF16), (32768, 8192, F32)):
         yield _same("long-rows column-sum", column_sum, (max(64, count // scale), width), dtype=dtype)
     for count, width in ((4096, 8192), (32768, 1024)):
@@ -321,6 +329,17 @@ def variants(region: Region, target: Target) -> list[TritonConfig]:
         alone = [replace(c, split=1) for c in (first, replace(first, r_block=8192, num_warps=32))]
         grid = [replace(c, stages=s) for c in alone for s in (1, 3)]
         grid += [replace(first, split=p) for p in (2, 4, 8, 16, 64)]
+        several = (
+            (1, 4096, 4),
+            (1, 4096, 16),
+            (1, 8192, 8),
+            (2, 1024, 4),
+            (2, 2048, 4),
+            (2, 2048, 8),
+            (4, 1024, 8),
+            (8, 512, 8),
+        )
+        grid += [replace(first, x_block=x, r_block=r, num_warps=w) for x, r, w in several]
     elif region.across is not None and first.split > 1:
         grid = [replace(first, stages=s, split=int(first.split * f)) for s in (1, 2, 3) for f in (1, 0.5, 2)]
         grid += [replace(first, x_block=2 * first.x_block), replace(first, num_warps=2 * first.num_warps)]
@@ -331,10 +350,11 @@ def variants(region: Region, target: Target) -> list[TritonConfig]:
 
 
 def _with_alterations(candidate: Candidate) -> Iterator[Candidate]:
-    """`candidate`, and with its second loops forwards or its stores kept in the cache, to see what that costs."""
+    """`candidate`, and with its second loops forwards, its stores kept in the cache or its loads unmarked, to see what that
+    costs."""
     yield candidate
     for name, pattern, text in _ALTERATIONS:
-        sources = [replace(s, text=re.sub(pattern, text, s.text)) if "r_done" in s.text else s for s in candidate.sources]
+        sources = [replace(s, text=re.sub(pattern, text, s.text)) if "r_base" in s.text else s for s in candidate.sources]
         yield Candidate(f"{candidate.label} {name}", tuple(sources), candidate.scratch)
 
 
