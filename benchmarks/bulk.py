@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxopt.codegen.triton_helpers import INTERPRETED
+from fxopt.codegen.triton_helpers.interpreter import INTERPRETED
 
 INTO_CACHE = tl.constexpr("""{ .reg .pred asks; .reg .b32 thread;
     mov.u32 $0, 0;

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from benchmarks.bulk import bring_bytes
 from fxopt.codegen.templates.weight_gemm import ZERO_WITH_128, widened, with_128
-from fxopt.codegen.triton_helpers import INTERPRETED
+from fxopt.codegen.triton_helpers.interpreter import INTERPRETED
 
 PHASES = 5
 PLAIN, RESIDUAL, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -28,7 +28,7 @@ SCRATCH_POINTERS = 2
 _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": False}
 """Signed overflow wraps as in eager, and denormals are kept."""
 
-_DEVICE_FILES = ("triton_helpers.py", "triton_chain.py", "templates/*.py")
+_DEVICE_FILES = ("triton_helpers/*.py", "triton_chain.py", "templates/*.py")
 """Device functions that printed kernels import, and what is done to their text."""
 
 _DESCRIPTOR = "tensordesc"

@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxopt.codegen.triton_helpers import bring, elements_of_line
+from fxopt.codegen.triton_helpers.memory import bring, elements_of_line
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PROBABILITY = tl.constexpr(8.0)

@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxopt.codegen.triton_helpers import INTERPRETED
+from fxopt.codegen.triton_helpers.interpreter import INTERPRETED
 
 
 @triton.constexpr_function

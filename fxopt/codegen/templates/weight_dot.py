@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fxopt.codegen.templates.weight_gemm import rows_of_program, unpacked, widened
-from fxopt.codegen.triton_helpers import INTERPRETED
+from fxopt.codegen.triton_helpers.interpreter import INTERPRETED
 
 COLUMNS = tl.constexpr(8)
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from fxopt.codegen.templates import gemm
-from fxopt.codegen.triton_helpers import INTERPRETED, bring, elements_of_line
+from fxopt.codegen.triton_helpers.interpreter import INTERPRETED
+from fxopt.codegen.triton_helpers.memory import bring, elements_of_line
 
 
 def _unpacking(kind: str, exponent: str, one: str, least: str) -> str:
