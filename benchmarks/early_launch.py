@@ -52,7 +52,7 @@ def replays(before: set[int]) -> Callable[[], None]:
     largest = max(found, key=lambda x: len(x.plan.steps))
     recording, driver = largest._latest, largest._turns.driver
     assert recording is not None
-    return lambda: recording.replay(driver.stream())
+    return lambda: recording.replay_alone(driver.stream())
 
 
 def executors() -> set[int]:

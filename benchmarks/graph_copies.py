@@ -18,23 +18,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fxopt.runtime.copies import THREADS, copying_kernel, parameters
+from fxopt.runtime.copies import THREADS, NodeParameters, copying_kernel, last_node, parameters
 from fxopt.runtime.launch import check, driver
 
 BURST, BURSTS = 20, 30
 NODES = (20, 200, 600)
-
-
-class NodeParameters(ctypes.Structure):
-    """The driver's CUDA_KERNEL_NODE_PARAMS, first version."""
-
-    _fields_ = (
-        ("function", ctypes.c_void_p),
-        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
-        ("shared", ctypes.c_uint),
-        ("parameters", ctypes.c_void_p),
-        ("extra", ctypes.c_void_p),
-    )
 
 
 class Launches:
@@ -67,19 +55,10 @@ class Launches:
         for k in range(total):
             self.launch(self.arguments(0))
             if copies and k in (0, total - 1):
-                found.append(self.last_node())
+                found.append(ctypes.c_void_p(last_node(lib, self.stream.cuda_stream)))
         check(lib, lib.cuStreamEndCapture(self.raw, ctypes.byref(graph)), "capturing")
         check(lib, lib.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_uint64(0)), "instantiating")
         return executable, graph, found
-
-    def last_node(self) -> Any:
-        """The node that the stream's next one will depend on."""
-        status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
-        nodes, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_size_t()
-        outs = map(ctypes.byref, (status, number, graph, nodes, count))
-        check(self.lib, self.lib.cuStreamGetCaptureInfo_v2(self.raw, *outs), "asking for the capture's last node")
-        assert count.value == 1
-        return ctypes.c_void_p(nodes[0])
 
     def set_node(self, executable: Any, node: Any, pointers: Any) -> Callable[[], None]:
         made = NodeParameters(self.kernel, 1, 2, 1, THREADS, 1, 1, 0, ctypes.cast(pointers, ctypes.c_void_p), None)

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <utility>
 #include <vector>
@@ -34,6 +35,7 @@ using CapturingFn = int (*)(void* stream, int* status);
 using KernelFn = int (*)(
     void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, unsigned block_z,
     unsigned shared, void* stream, void** parameters, void** extra);
+using TellFn = int (*)(void* executable, void* node, const void* parameters);
 
 // The parameter of the kernel in runtime/copies.cu.
 struct Copy {
@@ -44,6 +46,20 @@ constexpr size_t kMostCopies = 32;
 
 struct Copies {
   Copy all[kMostCopies];
+};
+
+// What a node copies in the next replay (runtime/copies.py, Told), which Python may change, too.
+struct Told {
+  Copies copies;
+  uint64_t is_known;
+};
+
+// The kernel as a node of the captured run, with `count` copies.
+struct Node {
+  size_t count;
+  Told* told;
+  void* handle;
+  const void* parameters;  // the driver's, with the address of what is told
 };
 
 constexpr unsigned kThreads = 256;
@@ -131,9 +147,12 @@ struct Body {
   WaitFn wait = nullptr;
   CapturingFn capturing = nullptr;
   KernelFn launch_kernel = nullptr;
+  TellFn tell = nullptr;
+  bool has_nodes = false;  // which do the copies; else these are enqueued around the captured run
+  std::vector<Node> before, after;
   void* copies = nullptr;  // the kernel that does several copies; null where there is none
   void *executable = nullptr, *event = nullptr;
-  Ref graph;  // its owner
+  Ref graph, nodes;  // their owners
   Ref is_watched, current_device, stream_of, draw, empty, fail;
 };
 
@@ -316,9 +335,31 @@ int enqueue_copies(const Body* self, const std::vector<Copy>& copies, void* stre
   return 0;
 }
 
+// Lets the next replay do these copies by its nodes, which have room for just as many. The driver's result.
+int tell_nodes(const Body* self, const std::vector<Node>& nodes, const std::vector<Copy>& copies) {
+  const Copy* next = copies.data();
+  for (const Node& node : nodes) {
+    const size_t bytes = node.count * sizeof(Copy);
+    Told* told = node.told;
+    if (!told->is_known || std::memcmp(told->copies.all, next, bytes) != 0) {
+      told->is_known = 0;
+      std::memcpy(told->copies.all, next, bytes);
+      if (const int code = self->tell(self->executable, node.handle, node.parameters)) return code;
+      told->is_known = 1;
+    }
+    next += node.count;
+  }
+  return 0;
+}
+
 // What a turn consists of, in the stream's order.
 Failure enqueue(const Body* self, void* stream, const std::vector<Copy>& before, const std::vector<Copy>& after) {
   const char* copying = "copying for a CUDA graph";
+  if (self->has_nodes) {
+    if (const int code = tell_nodes(self, self->before, before)) return {copying, code};
+    if (const int code = tell_nodes(self, self->after, after)) return {copying, code};
+    return {"replaying a CUDA graph", self->launch(self->executable, stream)};
+  }
   if (const int code = enqueue_copies(self, before, stream)) return {copying, code};
   if (const int code = self->launch(self->executable, stream)) return {"replaying a CUDA graph", code};
   return {copying, enqueue_copies(self, after, stream)};
@@ -573,15 +614,50 @@ bool read_results(Body* self, PyObject* fresh, PyObject* given, PyObject* writte
   });
 }
 
+bool read_nodes(PyObject* items, size_t copies, std::vector<Node>* out) {
+  size_t count = 0;
+  const bool is_read = read_all(items, [&count, out](PyObject* item) {
+    unsigned long long told = 0, handle = 0, parameters = 0;
+    Node one{};
+    if (!PyArg_ParseTuple(item, "KKK", &told, &handle, &parameters)) return false;
+    one.told = reinterpret_cast<Told*>(told);
+    one.handle = reinterpret_cast<void*>(handle);
+    one.parameters = reinterpret_cast<const void*>(parameters);
+    out->push_back(one);
+    return true;
+  });
+  if (!is_read) return false;
+  for (Node& node : *out) {
+    node.count = std::min(copies - count, kMostCopies);
+    count += node.count;
+  }
+  if (count == copies) return true;
+  PyErr_SetString(PyExc_ValueError, "nodes do another number of copies");
+  return false;
+}
+
+// The nodes that do the copies, where they do.
+bool read_copies(Body* self, PyObject* nodes, PyObject* before, PyObject* after) {
+  self->nodes = Ref::to(nodes);
+  self->has_nodes = nodes != Py_None;
+  if (!self->has_nodes) return true;
+  const auto has_bytes = [](const Fresh& one) { return one.bytes != 0; };
+  const size_t results = static_cast<size_t>(std::count_if(self->fresh.begin(), self->fresh.end(), has_bytes));
+  return read_nodes(before, self->moved.size() + self->seeds.size(), &self->before) &&
+         read_nodes(after, results, &self->after);
+}
+
 bool read(Body* self, PyObject* args) {
   PyObject *fixed, *moved, *varying, *constants, *fresh, *given, *written, *seeds, *turns, *lock, *graph;
+  PyObject *nodes, *before, *after;
   PyObject *is_watched, *current_device, *stream_of, *draw, *empty, *fail;
-  unsigned long long copy, launch, record, wait, capturing, launch_kernel, copies, executable, event;
+  unsigned long long copy, launch, record, wait, capturing, launch_kernel, tell, copies, executable, event;
   int on_gpu, device_index;
   if (!PyArg_ParseTuple(
-          args, "n(OOO)(O!OOO)O(pi)(OO)(KKKKKKK)(KKO)(OOOOOO)", &self->count, &fixed, &moved, &varying, &PyTuple_Type,
-          &constants, &fresh, &given, &written, &seeds, &on_gpu, &device_index, &turns, &lock, &copy, &launch, &record,
-          &wait, &capturing, &launch_kernel, &copies, &executable, &event, &graph, &is_watched, &current_device, &stream_of, &draw, &empty, &fail))
+          args, "n(OOO)(O!OOO)O(pi)(OO)(KKKKKKKK)(KKO)(OOO)(OOOOOO)", &self->count, &fixed, &moved, &varying, &PyTuple_Type,
+          &constants, &fresh, &given, &written, &seeds, &on_gpu, &device_index, &turns, &lock, &copy, &launch, &record, &wait,
+          &capturing, &launch_kernel, &tell, &copies, &executable, &event, &graph, &nodes, &before, &after, &is_watched,
+          &current_device, &stream_of, &draw, &empty, &fail))
     return false;
   self->constants = Ref::to(constants);
   self->results = PyTuple_GET_SIZE(constants);
@@ -597,6 +673,7 @@ bool read(Body* self, PyObject* args) {
   self->wait = reinterpret_cast<WaitFn>(wait);
   self->capturing = reinterpret_cast<CapturingFn>(capturing);
   self->launch_kernel = reinterpret_cast<KernelFn>(launch_kernel);
+  self->tell = reinterpret_cast<TellFn>(tell);
   self->copies = reinterpret_cast<void*>(copies);
   self->executable = reinterpret_cast<void*>(executable);
   self->event = reinterpret_cast<void*>(event);
@@ -608,7 +685,8 @@ bool read(Body* self, PyObject* args) {
   self->empty = Ref::to(empty);
   self->fail = Ref::to(fail);
   if (!self->index_object || !self->acquire || !self->release) return false;
-  return read_inputs(self, fixed, moved, varying) && read_results(self, fresh, given, written, seeds);
+  return read_inputs(self, fixed, moved, varying) && read_results(self, fresh, given, written, seeds) &&
+         read_copies(self, nodes, before, after);
 }
 
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* names) {

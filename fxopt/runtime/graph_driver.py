@@ -23,15 +23,14 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from fxopt.errors import FxoptError
-from fxopt.runtime import native_replay
 from fxopt.runtime.branches import SideStream
-from fxopt.runtime.copies import copying_kernel
+from fxopt.runtime.copies import Copy, CopyNode, can_be_told, capture_nodes, copying_kernel, tell_nodes
 from fxopt.runtime.drawing_graph import DrawingGraph, capture_drawing
 from fxopt.runtime.launch import check, context_of, driver
 from fxopt.runtime.native_replay import Device
@@ -39,6 +38,8 @@ from fxopt.runtime.solitude import is_alone
 
 T = TypeVar("T")
 
+COPIES_IN_GRAPH = True
+"""Whether the copies before and after a captured run are nodes of its graph, where the device can do that."""
 _NON_BLOCKING, _DISABLE_TIMING = 1, 2
 _THREAD_LOCAL, _RELAXED = 1, 2
 _NO_CONTEXT = 201
@@ -60,15 +61,22 @@ class CaptureError(FxoptError):
 class CapturedGraph:
     """An instantiated CUDA graph, with the pool that its memory is in. Destroyed with the last reference to it.
 
-    `ended` is an event that is recorded after each replay of any graph in the pool.
+    `graph` is what it was made of, whose nodes stand for its own. `ended` is an event that is recorded after each replay of
+    any graph in the pool.
     """
 
     def __init__(
-        self, lib: Any, executable: ctypes.c_void_p, pool: Any, ended: ctypes.c_void_p, call: Callable[..., None]
+        self,
+        lib: Any,
+        executable: ctypes.c_void_p,
+        graph: ctypes.c_void_p,
+        pool: Any,
+        ended: ctypes.c_void_p,
+        call: Callable[..., None],
     ) -> None:
-        self._pool = pool
+        self._lib, self._pool = lib, pool
         self._executable, self._launch, self._call = executable, lib.cuGraphLaunch, call
-        weakref.finalize(self, _destroy, lib, executable, ended).atexit = False
+        weakref.finalize(self, _destroy, lib, executable, graph, ended).atexit = False
 
     @property
     def handle(self) -> int:
@@ -79,10 +87,18 @@ class CapturedGraph:
         """Replay on `stream` (a raw handle). Raises CudaError."""
         self._call(self._launch, "replaying a CUDA graph", self._executable, ctypes.c_void_p(stream))
 
+    def tell(self, nodes: Sequence[CopyNode], copies: Sequence[Copy]) -> None:
+        """Let following replays do these copies, and no others, by those of its nodes. Raises CudaError."""
+        change = functools.partial(
+            self._call, self._lib.cuGraphExecKernelNodeSetParams, "copying for a CUDA graph", self._executable
+        )
+        tell_nodes(nodes, copies, change)
 
-def _destroy(lib: Any, executable: ctypes.c_void_p, ended: ctypes.c_void_p) -> None:
+
+def _destroy(lib: Any, executable: ctypes.c_void_p, graph: ctypes.c_void_p, ended: ctypes.c_void_p) -> None:
     with _after(lib, ended):
         lib.cuGraphExecDestroy(executable)
+        lib.cuGraphDestroy(graph)
 
 
 @contextlib.contextmanager
@@ -132,6 +148,7 @@ class GraphDriver:
         self._side = torch.cuda.ExternalStream(side.value, torch.device("cuda", index))
         self._second: SideStream | None = None
         self._pool: Callable[[], Any] = lambda: None
+        self._tells_nodes: bool | None = None
         self._memcpy = self._lib.cuMemcpyDtoDAsync_v2
 
     def _call(self, function: Any, what: str, *arguments: Any) -> None:
@@ -181,17 +198,21 @@ class GraphDriver:
 
     def native(self) -> Device:
         """The same for compiled code."""
-        lib, addresses = self._lib, {}
-        for name in ("cuGraphLaunch", "cuEventRecord", "cuStreamWaitEvent", "cuStreamIsCapturing", "cuLaunchKernel"):
-            addresses[name] = int(ctypes.cast(getattr(lib, name), ctypes.c_void_p).value or 0)
+        lib = self._lib
+
+        def address(name: str) -> int:
+            function = getattr(lib, name, None)
+            return int(ctypes.cast(function, ctypes.c_void_p).value or 0) if function is not None else 0
+
         return Device(
-            copy=int(ctypes.cast(self._memcpy, ctypes.c_void_p).value or 0),
-            launch=addresses["cuGraphLaunch"],
-            record=addresses["cuEventRecord"],
-            wait=addresses["cuStreamWaitEvent"],
-            capturing=addresses["cuStreamIsCapturing"],
-            launch_kernel=addresses["cuLaunchKernel"],
-            copies=copying_kernel(self.index) if native_replay.COPIES_IN_ONE_LAUNCH else 0,
+            copy=address("cuMemcpyDtoDAsync_v2"),
+            launch=address("cuGraphLaunch"),
+            record=address("cuEventRecord"),
+            wait=address("cuStreamWaitEvent"),
+            capturing=address("cuStreamIsCapturing"),
+            launch_kernel=address("cuLaunchKernel"),
+            tell=address("cuGraphExecKernelNodeSetParams"),
+            copies=copying_kernel(self.index),
             event=int(self._event.value or 0),
             is_watched=_active_modes,
             current_device=_device_number or torch.cuda.current_device,
@@ -246,6 +267,15 @@ class GraphDriver:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3
 
+    def copies_in_graph(self) -> Callable[[Sequence[int]], tuple[CopyNode, ...]] | None:
+        """What makes nodes for copies of so many bytes each, in order, called within a capture; None where nodes are not for
+        that. May wait for the device."""
+        if self._tells_nodes is None:
+            self._tells_nodes = can_be_told(self.index, self._side.cuda_stream)
+        if not (self._tells_nodes and COPIES_IN_GRAPH):
+            return None
+        return functools.partial(capture_nodes, self._lib, copying_kernel(self.index), self._side.cuda_stream)
+
     def new_pool(self) -> Any:
         """A pool of memory for captured runs that leave results in it for longer than to the next replay."""
         pool = torch.cuda.MemPool()
@@ -299,11 +329,13 @@ class GraphDriver:
                 raise CaptureError("memory comes from another pool than the captured run's own")
             instantiate = lib.cuGraphInstantiateWithFlags
             self._call(instantiate, "instantiating a CUDA graph", ctypes.byref(executable), graph, ctypes.c_uint64(0))
-        finally:
+        except BaseException:
             if graph:
                 lib.cuGraphDestroy(graph)
+            raise
+        finally:
             _workspaces.drop_after(self.index)
-        return CapturedGraph(lib, executable, pool, self._event, self._call), result
+        return CapturedGraph(lib, executable, graph, pool, self._event, self._call), result
 
     def _make_room(self, peak: int, products: bool) -> None:
         """Where memory is taken from a pool: that of a workspace, and `peak` bytes, which nobody has afterwards."""

@@ -7,12 +7,14 @@ when, changes nothing but the host's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fxopt.runtime.copies import CopyNode
 from fxopt.runtime.draws import draw
 from fxopt.runtime.recording import Recording, Results, span
 
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 NAME = "native-replay"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
-
-COPIES_IN_ONE_LAUNCH = True
-"""Whether the copies before and after a graph are a kernel each (`copies.cu`) instead of as many calls of the driver."""
 
 
 class Extension(Protocol):
@@ -44,9 +43,9 @@ class Device:
     """The functions of one device, as `codegen/replay.cpp` calls them.
 
     Addresses with the signatures of the driver's cuMemcpyDtoDAsync, cuGraphLaunch, cuEventRecord, cuStreamWaitEvent,
-    cuStreamIsCapturing and cuLaunchKernel; the kernel of copies.cu, or 0; the event that ends turns; Python functions that
-    need no interpreter frame where torch has such. `fail(what, code)` raises the error of a driver's code. `is_watched` is
-    None where torch cannot tell.
+    cuStreamIsCapturing, cuLaunchKernel and, where a recording has nodes, cuGraphExecKernelNodeSetParams; the kernel of
+    copies.cu, or 0; the event that ends turns; Python functions that need no interpreter frame where torch has such.
+    `fail(what, code)` raises the error of a driver's code. `is_watched` is None where torch cannot tell.
     """
 
     copy: int
@@ -55,6 +54,7 @@ class Device:
     wait: int
     capturing: int
     launch_kernel: int
+    tell: int
     copies: int
     event: int
     is_watched: Callable[[], int] | None
@@ -68,6 +68,7 @@ def replayer(extension: Any, recording: Recording, turns: Turns, found: Device) 
     """A `Replay` of the extension for a recording of that device. It can always compare addresses; what else it
     may do, `plays` and `plays_within` say."""
     results, traits = recording.results, recording.traits
+    nodes = recording.nodes if plays_within(recording, found) else None
     return extension.Replay(
         len(recording.addresses),
         (
@@ -84,8 +85,9 @@ def replayer(extension: Any, recording: Recording, turns: Turns, found: Device) 
         recording.seeds,
         (traits.device.type == "cuda", traits.device.index or 0),
         (turns, turns.lock),
-        (found.copy, found.launch, found.record, found.wait, found.capturing, found.launch_kernel, found.copies),
+        (found.copy, found.launch, found.record, found.wait, found.capturing, found.launch_kernel, found.tell, found.copies),
         (recording.replay.handle, found.event, recording.replay),
+        (nodes, _told(nodes.before), _told(nodes.after)) if nodes is not None else (None, (), ()),
         (
             found.is_watched,
             found.current_device,
@@ -108,6 +110,11 @@ def plays_within(recording: Recording, device: Device) -> bool:
     """Whether the compiled code can replay it in a turn that Python holds. Python makes results that are kept or views."""
     results = recording.results
     return not (recording.traits.draws or results.shared or (results.together and not device.copies))
+
+
+def _told(nodes: Sequence[CopyNode]) -> tuple[tuple[int, int, int], ...]:
+    """Where it is what they are told, their handles, and where it is what the driver is given."""
+    return tuple((ctypes.addressof(x.told), x.handle, ctypes.addressof(x.parameters)) for x in nodes)
 
 
 def _fresh(results: Results, device: Device) -> Iterator[tuple[Any, ...]]:

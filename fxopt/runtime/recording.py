@@ -4,6 +4,9 @@ The memory of a captured run is overwritten by the next replay, its own or anoth
 inputs are copied to the addresses that the captured kernels read, results are copied from where they write into fresh
 tensors, except those that are lent until the next replay to who runs the rest of the plan. Copies are of bytes, from a
 tensor's first element to the end of its last, so that any strides will do.
+
+Where the device can do that, copies are part of the captured run, its beginning and its end (`copies.CopyNode`), and are
+told before each replay what to copy; else they are enqueued around it.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from fxopt.runtime.capturable import Traits
+from fxopt.runtime.copies import Copy, CopyNode
 from fxopt.runtime.draws import draw, given
 
 LARGEST_GAPS = 4
@@ -42,12 +46,20 @@ class Captured(Protocol):
     def __call__(self, stream: int) -> None: ...
 
 
+class Telling(Captured, Protocol):
+    """One with copies of its own (`CapturedGraph`)."""
+
+    def tell(self, nodes: Sequence[CopyNode], copies: Sequence[Copy]) -> None: ...
+
+
 class Driver(Protocol):
     """What a recording asks of its device (`GraphDriver`)."""
 
     def stream(self) -> int: ...
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...
+
+    def copies_in_graph(self) -> Callable[[Sequence[int]], tuple[CopyNode, ...]] | None: ...
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage: ...
 
@@ -130,6 +142,14 @@ class Kept:
     tensor: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The copies that are part of a captured run, at its beginning and at its end."""
+
+    before: tuple[CopyNode, ...]
+    after: tuple[CopyNode, ...]
+
+
 @dataclass
 class Results:
     """How the results of a replay come about; `constants` has those that are no tensors, or lent, None in place of the
@@ -145,9 +165,15 @@ class Results:
     """Those in the host's memory, which replays do not write."""
 
     @property
+    def copied(self) -> list[tuple[int, int]]:
+        """(source, bytes) of what is copied one by one, in that order."""
+        fresh = [(x.source, x.nbytes) for x in self.fresh if x.nbytes]
+        return fresh + [(x.source, x.nbytes) for x in self.shared]
+
+    @property
     def nbytes(self) -> int:
         together = sum(span(x) for group in self.together for x in group.sources)
-        return together + sum(x.nbytes for x in self.fresh) + sum(x.nbytes for x in self.shared)
+        return together + sum(nbytes for _, nbytes in self.copied)
 
 
 @dataclass(eq=False)
@@ -156,8 +182,9 @@ class Recording:
 
     `addresses` has an entry for each input, zero for those that are moved or not looked at. `read` are the inputs in the
     host's memory, whose values are part of what was captured: kept, so that their addresses stand for these values.
-    `native` is the same for compiled code (`native_replay.py`), once there is such; `play_within` is what replays it in a
-    turn that Python holds, where that code can.
+    `nodes` do the copies; without them these are enqueued before and after. `native` is the same for compiled code
+    (`native_replay.py`), once there is such; `play_within` is what replays it in a turn that Python holds, where that code
+    can.
     """
 
     signature: tuple[Any, ...]
@@ -169,6 +196,7 @@ class Recording:
     traits: Traits
     driver: Driver
     read: tuple[torch.Tensor, ...]
+    nodes: Nodes | None = None
     native: Any = None
     play_within: Callable[[list[Any], int], tuple[Any, ...] | None] | None = None
 
@@ -181,7 +209,7 @@ class Recording:
         """Run on `inputs`, which it empties, in the order of `stream`, the device's current one.
 
         Allocates before anything that the plan writes is written: who runs out of memory has changed nothing. What is copied
-        is let go of before that, what is read where it is only when the run has been enqueued.
+        before the captured run is let go of before that, what is read within only when the run has been enqueued.
         """
         if self.play_within is not None:
             made = self._around_results(inputs)
@@ -189,41 +217,66 @@ class Recording:
             if played is not None:
                 inputs.clear()
                 return _with(played, made)
-        copy, results, traits = self.driver.copy, self.results, self.traits
-        for move in self.moves:
-            given_one = inputs[move.at]
-            if given_one.stride() != move.strides:
-                given_one = _laid_out(given_one, move.shape, move.strides)
-            copy(move.target, given_one.data_ptr(), move.nbytes, stream)
-        for target in self.seeds:
-            seed = draw(traits.device)  # alive until it is copied
-            copy(target, seed.data_ptr(), 8, stream)
+        results, traits = self.results, self.traits
+        sources = self._sources(inputs)
+        before = [(target, x.data_ptr(), nbytes) for (target, nbytes), x in zip(self._targets, sources, strict=True)]
         kept = [inputs[i] for i in traits.written]
         out = list(results.constants)
         for at, value in self._around_results(inputs):
             out[at] = value
-        for move in self.moves:
-            inputs[move.at] = given_one = None
+        if self.nodes is None:
+            self._enqueue(before, stream)
+            sources.clear()
+            for move in self.moves:
+                inputs[move.at] = None
         for x in results.fresh:
             out[x.at] = torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=traits.device)
         groups = [(group, group.copies()) for group in results.together]
         bases = [torch.empty(s.size, dtype=torch.uint8, device=traits.device) for s in results.shared]
-        self.replay(stream)
+        copied = [*(out[x.at] for x in results.fresh if x.nbytes), *bases]
+        after = [(x.data_ptr(), *what) for x, what in zip(copied, results.copied, strict=True)]
+        if self.nodes is None:
+            self.replay(stream)
+            self._enqueue(after, stream)
+        else:
+            self._tell(self.nodes, before, after)
+            self.replay(stream)
         inputs.clear()
-        for x in results.fresh:
-            if x.nbytes:
-                copy(out[x.at].data_ptr(), x.source, x.nbytes, stream)
         for group, targets in groups:
             torch._foreach_copy_(targets, group.sources)
             for position, result in zip(group.positions, targets, strict=True):
                 out[position] = result
         for shared, base in zip(results.shared, bases, strict=True):
-            copy(base.data_ptr(), shared.source, shared.nbytes, stream)
             for member, offset in shared.members:
                 out[member.at] = _typed_view(base, member, offset)
         if kept:
             _count_writes(kept)
         return tuple(out)
+
+    def replay_alone(self, stream: int) -> None:
+        """Replay once more on what the last replay was given, if nothing has written that since, and without its results."""
+        if self.nodes is not None:
+            self._tell(self.nodes, [], [])
+        self.replay(stream)
+
+    @property
+    def _targets(self) -> list[tuple[int, int]]:
+        """(target, bytes) of what is copied into the captured run."""
+        return [*((m.target, m.nbytes) for m in self.moves), *((target, 8) for target in self.seeds)]
+
+    def _sources(self, inputs: list[Any]) -> list[torch.Tensor]:
+        """What is copied there, each as it lies there."""
+        found = [_laid_out(inputs[m.at], m.shape, m.strides) for m in self.moves]
+        return found + [draw(self.traits.device) for _ in self.seeds]
+
+    def _enqueue(self, copies: list[Copy], stream: int) -> None:
+        for copy in copies:
+            self.driver.copy(*copy, stream)
+
+    def _tell(self, nodes: Nodes, before: list[Copy], after: list[Copy]) -> None:
+        replay = cast(Telling, self.replay)
+        replay.tell(nodes.before, before)
+        replay.tell(nodes.after, after)
 
     def _around_results(self, inputs: list[Any]) -> list[tuple[int, Any]]:
         """The results that a replay does not write, or leaves where they are, with their positions."""
@@ -270,8 +323,9 @@ def record(
     own = {} if given_up is None else given_up
     for i in traits.moved:
         _check_copyable(inputs[i], traits)
+    copies = None if traits.draws else driver.copies_in_graph()
 
-    def body() -> tuple[tuple[Move, ...], tuple[int, ...], Results]:
+    def body() -> tuple[tuple[Move, ...], tuple[int, ...], Results, Nodes | None]:
         arguments = list(inputs)
         for i in traits.moved:
             arguments[i] = _twin(inputs[i], driver)
@@ -281,20 +335,23 @@ def record(
         seen = [arguments[i] for i in lasting]  # alive, so that no result takes their memory
         for i in tuple(own):
             arguments[i] = own.pop(i)
+        moves = tuple(_move(i, x) for i, x in zip(traits.moved, seen, strict=False) if x.numel())
+        before = copies([*(m.nbytes for m in moves), *(8 for _ in seeds)]) if copies else ()
         with contextlib.nullcontext() if traits.draws else given(seeds):
             outputs = run(arguments)
-        moves = tuple(_move(i, x) for i, x in zip(traits.moved, seen, strict=False))
         sources = dict(zip(lasting, seen, strict=True))
-        return moves, tuple(s.data_ptr() for s in seeds), _results(outputs, sources, traits, lent, len(outputs) - saved)
+        results = _results(outputs, sources, traits, lent, len(outputs) - saved)
+        nodes = Nodes(before, copies([nbytes for _, nbytes in results.copied])) if copies else None
+        return moves, tuple(s.data_ptr() for s in seeds), results, nodes
 
-    replay, (moves, seeds, results) = driver.capture(body, pool, traits.draws, traits.peak, traits.products)
-    _gather(results, driver)
+    replay, (moves, seeds, results, nodes) = driver.capture(body, pool, traits.draws, traits.peak, traits.products)
+    if nodes is None:
+        _gather(results, driver)
     read = tuple(inputs[i] for i in traits.fixed if _is_on_host(inputs[i], traits))
     addresses = [0] * len(inputs)
     for i in traits.fixed:
         addresses[i] = inputs[i].data_ptr()
-    moves = tuple(m for m in moves if m.nbytes)
-    return Recording(signature, addresses, replay, moves, seeds, results, traits, driver, read)
+    return Recording(signature, addresses, replay, moves, seeds, results, traits, driver, read, nodes)
 
 
 # ---------------------------------------------------------------------- inputs
@@ -337,6 +394,8 @@ def _move(at: int, twin: torch.Tensor) -> Move:
 
 def _laid_out(x: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
     """`x`, a tensor of this shape, with these strides. Elements that lie on one another there are equal in `x`."""
+    if x.stride() == strides:
+        return x
     out = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
     distinct = tuple(slice(0, n if s else 1) for n, s in zip(shape, strides, strict=True))
     out[distinct].copy_(x[distinct])
@@ -458,8 +517,7 @@ def _of_input(at: int, value: torch.Tensor, owner: int, sources: dict[int, torch
 def _from_input(recipe: OfInput, x: torch.Tensor) -> torch.Tensor:
     if not recipe.view:
         return x
-    if x.stride() != recipe.input_strides:
-        x = _laid_out(x, tuple(x.shape), recipe.input_strides)
+    x = _laid_out(x, tuple(x.shape), recipe.input_strides)
     return x.as_strided(recipe.shape, recipe.strides, x.storage_offset() + recipe.offset).detach()
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from fxopt.codegen.replay_build import replay_code
 from fxopt.runtime import graph_driver, native_replay
 from fxopt.runtime.artifacts import default_store
-from fxopt.runtime.copies import copying_kernel
+from fxopt.runtime.copies import can_be_told, copying_kernel
 from fxopt.runtime.cuda_graph import GraphedExecutor, _turns_at
 from fxopt.runtime.in_parts import Whole
 from fxopt.runtime.recording import Recording
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.gpu
 CALLS = 5
 
 
-@pytest.fixture(params=["native", "native, one launch", "python"])
+@pytest.fixture(params=["native", "native, copies around", "python"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How replays are done in the test."""
     if request.param == "python":
@@ -36,7 +36,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     else:
         code = replay_code(default_store())
         assert code.wait() is not None, code.reason
-    monkeypatch.setattr(native_replay, "COPIES_IN_ONE_LAUNCH", request.param == "native, one launch")
+    monkeypatch.setattr(graph_driver, "COPIES_IN_GRAPH", request.param != "native, copies around")
     return str(request.param)
 
 
@@ -116,6 +116,24 @@ def test_replays_are_one_call(made: list[GraphedExecutor], way: str, monkeypatch
 @ONLY_PYTHON
 def test_the_kernel_of_copies_is_right() -> None:
     assert copying_kernel(torch.cuda.current_device()) != 0
+    assert can_be_told(torch.cuda.current_device(), torch.cuda.Stream().cuda_stream)
+
+
+def test_replays_that_wait_keep_what_they_were_told(made: list[GraphedExecutor], way: str) -> None:
+    """Many calls of one graph behind a device that is busy, each with inputs and results elsewhere."""
+    model = network()
+    run = compiled(model)
+    inputs = [x_of(k) for k in range(60)]
+    for x in inputs[:3]:
+        run(x)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50_000_000)
+    results = [run(x) for x in inputs]
+    assert replays(made) == 62
+    recording = made[0]._latest
+    assert recording is not None and (recording.nodes is not None) == (way != "native, copies around")
+    for x, out in zip(inputs, results, strict=True):
+        close(out, model(x))
 
 
 def _in_place(model: nn.Module) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fxopt.runtime.capturable import Traits
-from fxopt.runtime.copies import Copies
+from fxopt.runtime.copies import MOST, Copies, Copy, CopyNode, NodeParameters, tell_nodes
 from fxopt.runtime.cuda_graph import GraphedExecutor, Turns
 from fxopt.runtime.draws import given
 from fxopt.runtime.native_replay import Device, Extension
@@ -50,6 +51,7 @@ class FakeDriver:
     """A device whose memory is the CPU's. After each replay's turn the memory of the captured runs is overwritten."""
 
     one_launch = False  # whether it has a kernel that does several copies
+    in_graph = True  # whether that can be part of captured runs
 
     def __init__(self, function: Function, seeds: int, saved: int = 0) -> None:
         self.function, self.seeds, self.saved = function, seeds, saved
@@ -64,6 +66,9 @@ class FakeDriver:
         self.scratch: list[torch.Tensor] = []
         self.during_replay: Callable[[], None] = lambda: None
         self.replays: list[Callable[[int], None]] = []
+        self.nodes: list[tuple[CopyNode, bool]] = []  # of the run that is being captured: whether it is before its end
+        self.told: dict[int, list[Copy]] = {}  # by the handle of a node
+        self.tellings = 0
         self.callbacks = self._callbacks()
 
     def stream(self) -> int:
@@ -83,6 +88,17 @@ class FakeDriver:
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         ctypes.memmove(target, source, nbytes)
+
+    def copies_in_graph(self) -> Callable[[Sequence[int]], tuple[CopyNode, ...]] | None:
+        return self.make_nodes if self.in_graph else None
+
+    def make_nodes(self, sizes: Sequence[int]) -> tuple[CopyNode, ...]:
+        made = tuple(CopyNode(1, sizes[k : k + MOST]) for k in range(0, len(sizes), MOST))
+        for node in made:
+            node.handle = 1 + len(self.told)
+            self.told[node.handle] = []
+            self.nodes.append((node, self.function.captured is None))
+        return made
 
     def record(self, stream: int) -> None:
         self.log.append(("record", stream))
@@ -140,6 +156,14 @@ class FakeDriver:
                 ctypes.memmove(target, source, nbytes)
             return self.code
 
+        def tell(executable: int, node: int, address: int) -> int:
+            found = NodeParameters.from_address(address)
+            copies = Copies.from_address(ctypes.c_uint64.from_address(found.parameters).value)
+            self.tellings += 1
+            if self.code == 0:
+                self.told[node] = [(target, source, nbytes) for target, source, nbytes in copies.all[: found.grid_y]]
+            return self.code
+
         return (
             ctypes.CFUNCTYPE(number, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, address)(copy),
             ctypes.CFUNCTYPE(number, address, address)(launch),
@@ -147,6 +171,7 @@ class FakeDriver:
             ctypes.CFUNCTYPE(number, address, address, ctypes.c_uint)(wait),
             ctypes.CFUNCTYPE(number, address, ctypes.POINTER(ctypes.c_int))(capturing),
             ctypes.CFUNCTYPE(number, address, *[ctypes.c_uint] * 7, address, ctypes.POINTER(address), address)(kernel),
+            ctypes.CFUNCTYPE(number, address, address, address)(tell),
         )
 
     def allocate(self, nbytes: int) -> torch.UntypedStorage:
@@ -173,8 +198,11 @@ class FakeDriver:
             raise RuntimeError(self.refusal)
         self.captures += 1
         state = torch.get_rng_state()
+        self.nodes = []
         with self._capturing():
             result = run()
+        before = [node.handle for node, is_first in self.nodes if is_first]
+        after = [node.handle for node, is_first in self.nodes if not is_first]
         if draws:  # it has not been executed
             torch.set_rng_state(state)
         assert self.function.captured is not None
@@ -193,17 +221,33 @@ class FakeDriver:
         def replay(stream: int) -> None:
             self.log.append(("replay", stream))
             self.during_replay()
+            self._copy_by(before)
             with contextlib.nullcontext() if draws else given(seeds):
                 again = self.function.fn(*values)
             for i, x in made:
                 x.copy_(again[i])
+            self._copy_by(after)
             for x in replay.overwritten:  # type: ignore[attr-defined]
                 x.fill_(-77)
 
         replay.overwritten = []  # type: ignore[attr-defined]  # what a test says that the run takes for scratch in the end
         self.replays.append(replay)
         replay.handle = len(self.replays)  # type: ignore[attr-defined]
+        replay.tell = functools.partial(self.tell, replay.handle)  # type: ignore[attr-defined]
         return replay, result
+
+    def tell(self, executable: int, nodes: Sequence[CopyNode], copies: Sequence[Copy]) -> None:
+        def change(node: Any, parameters: Any) -> None:
+            address = ctypes.cast(parameters, ctypes.c_void_p)
+            if code := self.callbacks[-1](executable, node, address):
+                _fail("copying for a CUDA graph", code)
+
+        tell_nodes(nodes, copies, change)
+
+    def _copy_by(self, nodes: list[int]) -> None:
+        for node in nodes:
+            for target, source, nbytes in self.told[node]:
+                ctypes.memmove(target, source, nbytes)
 
     @contextlib.contextmanager
     def _capturing(self) -> Iterator[None]:

@@ -134,7 +134,7 @@ class Run:
         inputs.clear()
         return torch.tensor([self.value, float("nan")]), 3
 
-    def replay(self, stream: int) -> None:
+    def replay_alone(self, stream: int) -> None:
         assert Run.has_inputs is self, "its inputs are not there"
         self.replays += 1
 

@@ -15,12 +15,13 @@ from fxopt.runtime.draws import draw
 from tests.runtime.fake_graphs import Acted, FakeDriver
 
 
-@pytest.fixture(params=["python", "native", "native, one launch"])
+@pytest.fixture(params=["python", "python, nodes", "native", "native, one launch", "native, nodes"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How replays are done in the test."""
-    if request.param != "python":
+    if request.param.startswith("native"):
         monkeypatch.setattr(Acted, "extension", request.getfixturevalue("compiled_code"))
     monkeypatch.setattr(FakeDriver, "one_launch", request.param == "native, one launch")
+    monkeypatch.setattr(FakeDriver, "in_graph", request.param.endswith("nodes"))
     return str(request.param)
 
 
@@ -202,7 +203,8 @@ def test_many_results_have_their_layouts_and_their_own_memory() -> None:
         x = torch.arange(12.0).view(3, 4) + k
         kept.append((run(x), fn(x)))
     assert run.replays == 3 and run.run._latest is not None, run.notes
-    assert sorted(len(group.positions) for group in run.run._latest.results.together) == [n, n]
+    together = run.run._latest.results.together
+    assert sorted(len(group.positions) for group in together) == ([] if run.driver.in_graph else [n, n])
     for got, want in kept:
         assert [x.stride() for x in got] == [x.stride() for x in want]
         torch.testing.assert_close(got, want, rtol=0, atol=0)

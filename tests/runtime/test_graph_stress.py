@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.fake_graphs import Acted
+from tests.runtime.fake_graphs import Acted, FakeDriver
 from tests.runtime.test_training_graphs import Pair, Stage, data, stage
 
 __all__ = ["stage"]
 ACTIONS = 150
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["nodes", "around"])
+def _copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How copies are done in the test."""
+    monkeypatch.setattr(FakeDriver, "in_graph", request.param)
 
 
 class Trained:

@@ -22,7 +22,7 @@ from fxopt.ir.kernel import Artifact
 from fxopt.runtime import copies
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.runtime.copies import MOST
-from fxopt.runtime.recording import Recording
+from fxopt.runtime.recording import Nodes, Recording
 from tests.runtime.fake_graphs import Acted, FakeDriver
 
 
@@ -40,10 +40,15 @@ class Steps:
         monkeypatch.setattr(Recording, "play", counted)
 
 
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch, compiled_code: ReplayCode) -> Steps:
+@pytest.fixture(params=[True, False], ids=["nodes", "around"])
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled_code: ReplayCode) -> Steps:
     monkeypatch.setattr(Acted, "extension", compiled_code)
+    monkeypatch.setattr(FakeDriver, "in_graph", request.param)
     return Steps(monkeypatch)
+
+
+NODES = pytest.mark.parametrize("steps", [True], indirect=True)
+AROUND = pytest.mark.parametrize("steps", [False], indirect=True)
 
 
 def scaled(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -282,18 +287,138 @@ def test_the_compiler_does_not_outlive_the_process(tmp_path: Path) -> None:
     pytest.fail("the compiler is still there")
 
 
+def many(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (*(x + k for k, x in enumerate(xs)), xs[0][:0])
+
+
+def play_many(run: Acted, call: int) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+    inputs = [torch.full((2,), float(call + 10 * k)) for k in range(MOST + 3)]
+    results = run(*inputs)
+    torch.testing.assert_close(results, many(*inputs))
+    return inputs, results
+
+
+@AROUND
 def test_several_copies_are_one_launch(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeDriver, "one_launch", True)
-
-    def many(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (*(x + k for k, x in enumerate(xs)), xs[0][:0])
-
     run = Acted(many, moved=tuple(range(MOST + 3)))
     for call in range(4):
-        inputs = [torch.full((2,), float(call + 10 * k)) for k in range(MOST + 3)]
-        torch.testing.assert_close(run(*inputs), many(*inputs))
+        play_many(run, call)
     launches = [count for what, count in run.driver.log if what == "copies"]
     assert launches == [MOST, 3] * 6 and steps.in_python == 1, "three times two before and two after a graph"
+
+
+# ---------------------------------------------------------------------- copies that are nodes
+
+
+@NODES
+def test_several_copies_are_few_nodes(steps: Steps) -> None:
+    run = Acted(many, moved=tuple(range(MOST + 3)))
+    kept = [play_many(run, call) for call in range(4)]
+    sizes = [len(copies) for copies in run.driver.told.values()]
+    assert sizes == [MOST, 3, MOST, 3] and run.driver.tellings == 3 * 4 and steps.in_python == 1
+    for call, (_, results) in enumerate(kept):
+        assert [x[0].item() for x in results[:-1]] == [call + 11 * k for k in range(MOST + 3)]
+
+
+@NODES
+def test_nodes_are_told_what_has_changed(steps: Steps) -> None:
+    run, w = captured()
+    x = torch.ones(4)
+    (kept,) = run(x, w)
+    first, last = run.driver.told.values()
+    before = run.driver.tellings
+    (other,) = run(x.fill_(3.0), w)
+    assert run.driver.tellings == before + 1, "the result is elsewhere, the input is not"
+    assert list(run.driver.told.values()) == [first, [(other.data_ptr(), *last[0][1:])]]
+    assert (kept.tolist(), other.tolist(), steps.in_python) == ([1.0] * 4, [3.0] * 4, 1)
+
+
+@NODES
+def test_nodes_that_python_and_compiled_code_tell_in_turn(steps: Steps) -> None:
+    run, w = captured()
+    same, kept = torch.full((8,), 2.0)[::2].clone(), []
+    for k in range(6):
+        other_layout = torch.full((8,), float(k))[::2]
+        kept.append(run(other_layout, w)[0])
+        kept.append(run(same, w)[0])
+        assert kept[-2].tolist() == [float(k)] * 4 and kept[-1].tolist() == [2.0] * 4
+    assert steps.in_python == 1 + 6
+
+
+@NODES
+@pytest.mark.parametrize("in_python", [False, True])
+def test_a_node_that_could_not_be_told_is_told_again(steps: Steps, in_python: bool) -> None:
+    run, w = captured()
+    x = torch.full((8,), 5.0)[::2] if in_python else torch.full((4,), 5.0)
+    kept = run(torch.ones(4), w)
+    run.driver.code = 719
+    with pytest.raises(RuntimeError, match="copying for a CUDA graph: 719"):
+        run(x, w)
+    assert run.driver.log[-2:] == [("record", 7), ("record", 7)], "not launched, and the turn has ended"
+    run.driver.code = 0
+    assert run(x, w)[0].tolist() == [5.0] * 4 and kept[0].tolist() == [1.0] * 4
+    assert run.turns.owner == 0
+
+
+@NODES
+def test_who_is_interrupted_while_telling_has_told_nothing(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, w = captured()
+    x, play = torch.full((4,), 5.0), run.run._play
+    recording = run.run._latest
+    assert recording is not None and recording.nodes is not None
+    native, recording.play_within, run.run._play = recording.native, None, None
+    (node,) = recording.nodes.before
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        node.tell([(1, x.data_ptr(), 16)], interrupted)
+    assert not node.told.is_known
+    assert run(x, w)[0].tolist() == [5.0] * 4, "in Python"
+    with pytest.raises(KeyboardInterrupt):
+        node.tell([(1, x.data_ptr(), 16)], interrupted)
+    run.run._play = play
+    assert run(x, w)[0].tolist() == [5.0] * 4 and run.run._play is native, "in compiled code"
+
+
+@NODES
+def test_a_replay_alone_copies_nothing(steps: Steps) -> None:
+    run, w = captured()
+    x = torch.full((4,), 5.0)
+    (out,) = run(x, w)
+    x.fill_(6.0)
+    out.zero_()
+    recording = run.run._latest
+    assert recording is not None
+    recording.replay_alone(7)
+    assert out.tolist() == [0.0] * 4
+    assert run(x, w)[0].tolist() == [6.0] * 4
+
+
+@NODES
+def test_results_in_one_piece_of_memory_are_copied_by_nodes_in_python(steps: Steps) -> None:
+    def overlapping(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x * w
+        return y, y[1:], x + 1
+
+    run, w = captured(overlapping)
+    for k in range(3):
+        x = torch.full((4,), float(k))
+        torch.testing.assert_close(run(x, w), overlapping(x, w))
+    assert steps.in_python == 4 and run.run._latest.native.has_fixed([x, w])  # type: ignore[union-attr]
+
+
+@NODES
+def test_nodes_for_another_number_of_copies_are_refused(steps: Steps) -> None:
+    run, _ = captured()
+    recording = run.run._latest
+    assert recording is not None and recording.nodes is not None
+    recording.nodes = Nodes(recording.nodes.before, ())
+    recording.native = None
+    run.run._use(recording)
+    assert run.run._play is None and "another number of copies" in run.notes[-1]
 
 
 def test_the_kernel_of_copies_compiles_for_every_gpu() -> None:
