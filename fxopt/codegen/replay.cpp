@@ -140,7 +140,7 @@ struct Body {
   c10::Device device = c10::Device(c10::DeviceType::CPU);
   int index = 0;
   Ref index_object;
-  Ref turns, acquire, release;
+  Ref turns, acquire, release, driver;
   CopyFn copy = nullptr;
   LaunchFn launch = nullptr;
   RecordFn record = nullptr;
@@ -162,7 +162,7 @@ struct Replay {
   Body* body;
 };
 
-PyObject *tensor_type, *parameter_type, *owner_name, *last_name, *zero;
+PyObject *tensor_type, *parameter_type, *owner_name, *last_name, *in_line_name, *zero;
 
 // ------------------------------------------------------------------ looking at a call
 
@@ -284,6 +284,12 @@ class Turn {
     return found == stream;
   }
 
+  // Whether ends of turns are not recorded, since all are on the default stream; -1 with an exception.
+  int is_in_line() const {
+    Ref found(PyObject_GetAttr(self_->driver.get(), in_line_name));
+    return found ? found.get() == Py_True : -1;
+  }
+
   int set_last(void* stream) const {
     Ref number(PyLong_FromUnsignedLongLong(reinterpret_cast<uint64_t>(stream)));
     return number ? PyObject_SetAttr(self_->turns.get(), last_name, number.get()) : -1;
@@ -367,7 +373,9 @@ Failure enqueue(const Body* self, void* stream, const std::vector<Copy>& before,
 
 // A whole turn. What goes wrong does not keep its end from being recorded.
 Failure take_turn(
-    const Body* self, void* stream, bool same_stream, const std::vector<Copy>& before, const std::vector<Copy>& after) {
+    const Body* self, void* stream, bool in_line, bool same_stream, const std::vector<Copy>& before,
+    const std::vector<Copy>& after) {
+  if (in_line) return enqueue(self, stream, before, after);
   Failure failure;
   if (!same_stream) failure = {"waiting for an event", self->wait(stream, self->event, 0)};
   if (failure.code == 0) failure = enqueue(self, stream, before, after);
@@ -440,11 +448,12 @@ PyObject* run(const Body* self, PyObject* const* inputs, void* stream, Prepared*
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;
     }
+    const int same = turn.is_last(stream), in_line = turn.is_in_line();
+    if (same < 0 || in_line < 0) return nullptr;
+    if (in_line && !same) Py_RETURN_NONE;  // somebody has to wait for a turn whose end was not recorded
     if (!prepare(self, inputs, made)) return nullptr;
-    const int same = turn.is_last(stream);
-    if (same < 0) return nullptr;
     Py_BEGIN_ALLOW_THREADS
-    failure = take_turn(self, stream, same != 0, made->before, made->after);
+    failure = take_turn(self, stream, in_line != 0, same != 0, made->before, made->after);
     Py_END_ALLOW_THREADS
     if (!same && turn.set_last(stream) != 0) return nullptr;
   }
@@ -648,15 +657,15 @@ bool read_copies(Body* self, PyObject* nodes, PyObject* before, PyObject* after)
 }
 
 bool read(Body* self, PyObject* args) {
-  PyObject *fixed, *moved, *varying, *constants, *fresh, *given, *written, *seeds, *turns, *lock, *graph;
+  PyObject *fixed, *moved, *varying, *constants, *fresh, *given, *written, *seeds, *turns, *lock, *driver, *graph;
   PyObject *nodes, *before, *after;
   PyObject *is_watched, *current_device, *stream_of, *draw, *empty, *fail;
   unsigned long long copy, launch, record, wait, capturing, launch_kernel, tell, copies, executable, event;
   int on_gpu, device_index;
   if (!PyArg_ParseTuple(
-          args, "n(OOO)(O!OOO)O(pi)(OO)(KKKKKKKK)(KKO)(OOO)(OOOOOO)", &self->count, &fixed, &moved, &varying, &PyTuple_Type,
-          &constants, &fresh, &given, &written, &seeds, &on_gpu, &device_index, &turns, &lock, &copy, &launch, &record, &wait,
-          &capturing, &launch_kernel, &tell, &copies, &executable, &event, &graph, &nodes, &before, &after, &is_watched,
+          args, "n(OOO)(O!OOO)O(pi)(OOO)(KKKKKKKK)(KKO)(OOO)(OOOOOO)", &self->count, &fixed, &moved, &varying, &PyTuple_Type,
+          &constants, &fresh, &given, &written, &seeds, &on_gpu, &device_index, &turns, &lock, &driver, &copy, &launch, &record,
+          &wait, &capturing, &launch_kernel, &tell, &copies, &executable, &event, &graph, &nodes, &before, &after, &is_watched,
           &current_device, &stream_of, &draw, &empty, &fail))
     return false;
   self->constants = Ref::to(constants);
@@ -665,6 +674,7 @@ bool read(Body* self, PyObject* args) {
   self->index = device_index;
   self->index_object = Ref(PyLong_FromLong(device_index));
   self->turns = Ref::to(turns);
+  self->driver = Ref::to(driver);
   self->acquire = Ref(PyObject_GetAttrString(lock, "acquire"));
   self->release = Ref(PyObject_GetAttrString(lock, "release"));
   self->copy = reinterpret_cast<CopyFn>(copy);
@@ -761,9 +771,10 @@ PyMODINIT_FUNC PyInit_fxopt_replay() {
   parameter_type = PyObject_GetAttrString(nn.get(), "Parameter");
   owner_name = PyUnicode_InternFromString("owner");
   last_name = PyUnicode_InternFromString("last");
+  in_line_name = PyUnicode_InternFromString("in_line");
   zero = PyLong_FromLong(0);
-  if (tensor_type == nullptr || parameter_type == nullptr || owner_name == nullptr || last_name == nullptr || zero == nullptr)
-    return nullptr;
+  for (const PyObject* each : {tensor_type, parameter_type, owner_name, last_name, in_line_name, zero})
+    if (each == nullptr) return nullptr;
   if (!is_layout_known(torch.get())) return nullptr;
   Ref type(PyType_FromSpec(&spec));
   Ref module(PyModule_Create(&definition));

@@ -4,7 +4,8 @@ The first call with the same sizes and addresses runs as without graphs, which l
 second one, in the same thread, captures; later ones replay. What does not fit, or cannot be captured, runs as without.
 
 Replays of one device share memory (`graph_driver.py`), so they take turns: copies in, replay and copies out are enqueued
-under one lock, and when the stream is another one than the last time, it waits for what the last one has enqueued.
+under one lock, and when the stream is another one than the last time, it waits for what the last one has enqueued. The end
+of a turn is an event, except as long as all turns are on the default stream, which is always there to record one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from fxopt.runtime.training_window import choose_window
 
 NAME = "cuda-graphs"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
+DEFAULT_STREAM = 0
 REPLAYS_PER_CAPTURE = 32
 """When there are as many graphs as may be kept, replays that have to come before another one takes a graph's place."""
 SEEN_PER_GRAPH = 8
@@ -56,7 +58,10 @@ Key = tuple[Any, tuple[int, ...]]
 
 
 class OrderingDriver(TimingDriver, Protocol):
-    """A device with streams (`GraphDriver`)."""
+    """A device with streams (`GraphDriver`). `in_line` is whether all turns so far were on the default stream, and none of
+    their ends was recorded."""
+
+    in_line: bool
 
     def is_captured(self) -> bool: ...
 
@@ -80,7 +85,7 @@ class OrderingDriver(TimingDriver, Protocol):
 class Turns:
     """Who may use the memory that the captured runs of one device share. One turn at a time, each on one stream.
 
-    Compiled code (`native_replay.py`) takes its turns by the same `lock`, `owner` and `last`.
+    Compiled code (`native_replay.py`) takes its turns by the same `lock`, `owner` and `last`, and the driver's `in_line`.
     """
 
     def __init__(self, driver: OrderingDriver) -> None:
@@ -99,15 +104,28 @@ class Turns:
             if self.owner:  # somebody was interrupted while leaving, perhaps before the end of his turn was recorded
                 driver.synchronize()
             stream = driver.stream()
-            self.owner = me
+            self.owner, has_followed = me, False
             try:
                 if self.last != stream:
-                    driver.wait(stream)
+                    self._follow(stream)
+                has_followed = True
                 return work(stream)
             finally:
-                driver.record(stream)  # now: a stream may be gone, or be captured, when somebody has to wait for it
-                self.last = stream
+                if has_followed:
+                    if not driver.in_line:  # now: a stream may be gone, or be captured, when somebody has to wait for it
+                        driver.record(stream)
+                    self.last = stream
                 self.owner = 0
+
+    def _follow(self, stream: int) -> None:
+        """What is enqueued on `stream` from here on runs after the last turn, which was on another one."""
+        driver = self.driver
+        if driver.in_line and self.last is None and stream == DEFAULT_STREAM:
+            return
+        if driver.in_line and self.last is not None:
+            driver.record(self.last)
+        driver.in_line = False
+        driver.wait(stream)
 
 
 class GraphedExecutor:

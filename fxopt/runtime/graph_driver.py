@@ -61,8 +61,8 @@ class CaptureError(FxoptError):
 class CapturedGraph:
     """An instantiated CUDA graph, with the pool that its memory is in. Destroyed with the last reference to it.
 
-    `graph` is what it was made of, whose nodes stand for its own. `ended` is an event that is recorded after each replay of
-    any graph in the pool.
+    `graph` is what it was made of, whose nodes stand for its own. `after_turns` is a block that begins when all replays of
+    graphs in the pool are done.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class CapturedGraph:
         executable: ctypes.c_void_p,
         graph: ctypes.c_void_p,
         pool: Any,
-        ended: ctypes.c_void_p,
+        after_turns: Callable[[], contextlib.AbstractContextManager[None]],
         call: Callable[..., None],
     ) -> None:
         self._lib, self._pool = lib, pool
         self._executable, self._launch, self._call = executable, lib.cuGraphLaunch, call
-        weakref.finalize(self, _destroy, lib, executable, graph, ended).atexit = False
+        weakref.finalize(self, _destroy, lib, executable, graph, after_turns).atexit = False
 
     @property
     def handle(self) -> int:
@@ -95,22 +95,15 @@ class CapturedGraph:
         tell_nodes(nodes, copies, change)
 
 
-def _destroy(lib: Any, executable: ctypes.c_void_p, graph: ctypes.c_void_p, ended: ctypes.c_void_p) -> None:
-    with _after(lib, ended):
+def _destroy(
+    lib: Any,
+    executable: ctypes.c_void_p,
+    graph: ctypes.c_void_p,
+    after_turns: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    with after_turns():
         lib.cuGraphExecDestroy(executable)
         lib.cuGraphDestroy(graph)
-
-
-@contextlib.contextmanager
-def _after(lib: Any, ended: ctypes.c_void_p) -> Iterator[None]:
-    """A block in which a graph is destroyed. Afterwards its pool may be freed: not before replays are done, for unmapping
-    memory does not wait for them.
-
-    May come at any time, in a thread that captures, too.
-    """
-    with _relaxed(lib):
-        lib.cuEventSynchronize(ended)
-        yield
 
 
 @contextlib.contextmanager
@@ -149,6 +142,7 @@ class GraphDriver:
         self._second: SideStream | None = None
         self._pool: Callable[[], Any] = lambda: None
         self._tells_nodes: bool | None = None
+        self.in_line = True
         self._memcpy = self._lib.cuMemcpyDtoDAsync_v2
 
     def _call(self, function: Any, what: str, *arguments: Any) -> None:
@@ -228,6 +222,20 @@ class GraphDriver:
     def wait(self, stream: int) -> None:
         """What is enqueued on `stream` from here on runs after the point that was recorded last."""
         self._call(self._lib.cuStreamWaitEvent, "waiting for an event", ctypes.c_void_p(stream), self._event, 0)
+
+    @contextlib.contextmanager
+    def _after_turns(self) -> Iterator[None]:
+        """A block in which a graph is destroyed. Afterwards its pool may be freed: not before replays are done, for
+        unmapping memory does not wait for them.
+
+        May come at any time, in a thread that captures, too.
+        """
+        with _relaxed(self._lib):
+            if self.in_line:  # no end of a turn was recorded
+                with contextlib.suppress(FxoptError):
+                    self._call(self._lib.cuStreamSynchronize, "waiting for the default stream", None)
+            self._lib.cuEventSynchronize(self._event)
+            yield
 
     def synchronize(self) -> None:
         """Wait until the device has nothing to do."""
@@ -335,7 +343,7 @@ class GraphDriver:
             raise
         finally:
             _workspaces.drop_after(self.index)
-        return CapturedGraph(lib, executable, graph, pool, self._event, self._call), result
+        return CapturedGraph(lib, executable, graph, pool, self._after_turns, self._call), result
 
     def _make_room(self, peak: int, products: bool) -> None:
         """Where memory is taken from a pool: that of a workspace, and `peak` bytes, which nobody has afterwards."""
@@ -346,7 +354,7 @@ class GraphDriver:
                 self.allocate(peak)
 
     def _destroy_torchs(self, graph: Any) -> None:
-        with _after(self._lib, self._event):
+        with self._after_turns():
             graph.reset()
 
 

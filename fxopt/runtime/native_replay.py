@@ -84,7 +84,7 @@ def replayer(extension: Any, recording: Recording, turns: Turns, found: Device) 
         ),
         recording.seeds,
         (traits.device.type == "cuda", traits.device.index or 0),
-        (turns, turns.lock),
+        (turns, turns.lock, turns.driver),
         (found.copy, found.launch, found.record, found.wait, found.capturing, found.launch_kernel, found.tell, found.copies),
         (recording.replay.handle, found.event, recording.replay),
         (nodes, _told(nodes.before), _told(nodes.after)) if nodes is not None else (None, (), ()),

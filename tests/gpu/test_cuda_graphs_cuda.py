@@ -136,6 +136,47 @@ def test_replays_that_wait_keep_what_they_were_told(made: list[GraphedExecutor],
         close(out, model(x))
 
 
+def test_turns_on_the_default_stream_are_waited_for(made: list[GraphedExecutor]) -> None:
+    """As long as all turns are on the default stream no end of one is recorded; the first on another one does that."""
+    model = network(256)
+    run = compiled(model)
+    inputs = [x_of(k, 64, 256) for k in range(8)]
+    want = [model(x) for x in inputs]
+    for _ in range(2):
+        run(inputs[0])
+    turns = made[0]._turns
+    torch.cuda.synchronize()
+    turns.last, turns.driver.in_line = None, True
+    torch.cuda._sleep(20_000_000)
+    got = [run(x) for x in inputs[:4]]
+    assert turns.driver.in_line
+    for x in inputs[4:6]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got.append(run(x))
+    got += [run(x) for x in inputs[6:]]
+    assert not turns.driver.in_line
+    torch.cuda.synchronize()
+    close(got, want)
+
+
+def test_a_graph_outlives_replays_on_the_default_stream(made: list[GraphedExecutor]) -> None:
+    model = network(256)
+    run = compiled(model)
+    x = x_of(0, 64, 256)
+    want = model(x)
+    for _ in range(2):
+        run(x)
+    turns = made[0]._turns
+    torch.cuda.synchronize()
+    turns.last, turns.driver.in_line = None, True
+    torch.cuda._sleep(50_000_000)
+    got = [run(x) for _ in range(3)]
+    made[0]._decline("a test drops what was captured")
+    gc.collect()
+    torch.cuda.empty_cache()
+    close(got, [want] * 3)
+
+
 def _in_place(model: nn.Module) -> None:
     for p in model.parameters():
         p.mul_(1.5)

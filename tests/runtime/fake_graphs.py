@@ -58,6 +58,7 @@ class FakeDriver:
         self.memory: list[Any] = []  # no tensor's storage, so that nobody seems to use one
         self.current, self.refusal = 7, ""
         self.user_captures = self.watched = False
+        self.in_line = True
         self.log: list[tuple[str, int]] = []
         self.captures = 0
         self.code = 0  # what copies for compiled code return

@@ -141,6 +141,58 @@ def test_another_threads_turn_is_waited_for(steps: Steps) -> None:
     assert steps.in_python == 2
 
 
+def in_line() -> tuple[Acted, torch.Tensor]:
+    """`scaled`, all of whose turns were on the default stream."""
+    run, w = Acted(scaled, fixed=(1,)), torch.ones(4)
+    run.driver.current = 0
+    for k in range(4):
+        assert run(torch.full((4,), float(k)), w)[0].tolist() == [float(k)] * 4
+    return run, w
+
+
+def test_turns_on_the_default_stream_need_no_event(steps: Steps) -> None:
+    run, w = in_line()
+    assert run.driver.log == [("replay", 0)] * 3 and steps.in_python == 1 and run.turns.last == 0
+    run.driver.log.clear()
+    run.driver.current = 8
+    for _ in range(2):
+        run(torch.ones(4), w)
+    run.driver.current = 0
+    run(torch.ones(4), w)
+    first = [("record", 0), ("wait", 8), ("replay", 8), ("record", 8)]
+    assert run.driver.log == [*first, ("replay", 8), ("record", 8), ("wait", 0), ("replay", 0), ("record", 0)]
+    assert steps.in_python == 2, "the first that had to wait"
+
+
+def test_who_cannot_wait_for_the_default_stream_has_done_nothing(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, w = in_line()
+    run.driver.log.clear()
+    run.driver.current = 8
+
+    def fail(stream: int) -> None:
+        raise RuntimeError("no")
+
+    for what in ("record", "wait"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run.driver, what, fail)
+            with pytest.raises(RuntimeError, match="no"):
+                run(torch.ones(4), w)
+        assert (run.turns.last, run.turns.owner, run.replays) == (0, 0, 0)
+    assert run(torch.full((4,), 5.0), w)[0].tolist() == [5.0] * 4
+    assert run.driver.log[-3:] == [("wait", 8), ("replay", 8), ("record", 8)]
+
+
+def test_an_error_of_the_driver_on_the_default_stream_ends_the_turn(steps: Steps) -> None:
+    run, w = in_line()
+    run.driver.code, before = 719, len(run.driver.log)
+    kept = [torch.ones(4) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="copying for a CUDA graph: 719"):
+        run(torch.cat(kept)[:4], w)
+    assert (len(run.driver.log), run.turns.owner) == (before, 0)
+    run.driver.code = 0
+    assert run(torch.full((4,), 3.0), w)[0].tolist() == [3.0] * 4
+
+
 def test_an_error_of_the_driver_ends_the_turn(steps: Steps) -> None:
     run, w = captured()
     run.driver.code = 719
