@@ -12,16 +12,24 @@ struct Copies {
   Copy all[32];
 };
 
+// Copies the whole words from byte number `done` on; where the next byte is.
+template <typename Word>
+__device__ unsigned long long copy_words(const Copy& one, unsigned long long done) {
+  const unsigned long long step = gridDim.x * (unsigned long long)blockDim.x, end = one.bytes / sizeof(Word);
+  for (unsigned long long i = done / sizeof(Word) + blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x; i < end; i += step)
+    reinterpret_cast<Word*>(one.target)[i] = reinterpret_cast<const Word*>(one.source)[i];
+  return end * sizeof(Word);
+}
+
 extern "C" __global__ void fxopt_copies(const __grid_constant__ Copies copies) {
   const Copy one = copies.all[blockIdx.y];
-  const unsigned long long first = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
-  const unsigned long long step = gridDim.x * (unsigned long long)blockDim.x;
+  const unsigned long long both = (unsigned long long)one.target | (unsigned long long)one.source;
   unsigned long long done = 0;
-  if ((((unsigned long long)one.target | (unsigned long long)one.source) & 15) == 0) {
-    const unsigned long long wide = one.bytes / 16;
-    for (unsigned long long i = first; i < wide; i += step)
-      reinterpret_cast<uint4*>(one.target)[i] = reinterpret_cast<const uint4*>(one.source)[i];
-    done = wide * 16;
-  }
-  for (unsigned long long i = done + first; i < one.bytes; i += step) one.target[i] = one.source[i];
+  if ((both & 15) == 0)
+    done = copy_words<uint4>(one, done);
+  else if ((both & 3) == 0)
+    done = copy_words<unsigned>(one, done);
+  else if ((both & 1) == 0)
+    done = copy_words<unsigned short>(one, done);
+  copy_words<char>(one, done);
 }

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import random
+import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fxopt.runtime import copies
 from fxopt.runtime.copies import MOST, MOST_BLOCKS, Copy, CopyNode, NodeParameters, capture_nodes, tell_nodes
@@ -41,6 +46,48 @@ def told(node: CopyNode) -> list[Copy]:
     address = ctypes.c_uint64.from_address(node.parameters.parameters).value
     found = copies.Copies.from_address(address)
     return [(target, source, nbytes) for target, source, nbytes in found.all[: node.parameters.grid_y]]
+
+
+EMULATED = r"""
+#define __device__
+#define __global__
+#define __grid_constant__
+struct uint4 { unsigned x, y, z, w; };
+struct { unsigned x, y; } gridDim, blockDim, blockIdx, threadIdx;
+#include SOURCE
+extern "C" void run(unsigned blocks, unsigned count, unsigned threads, const Copies* copies) {
+  gridDim.x = blocks, blockDim.x = threads;
+  for (blockIdx.y = 0; blockIdx.y < count; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) fxopt_copies(*copies);
+}
+"""
+
+
+def test_the_kernel_copies_every_byte_once_whatever_the_addresses(tmp_path: Path) -> None:
+    """The kernel's text, compiled for the host and run one thread after the other."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "emulated.cpp").write_text(EMULATED)
+    source = Path(copies.__file__).parent / "copies.cu"
+    command = [compiler, "-O1", "-shared", "-fPIC", f'-DSOURCE="{source}"', "emulated.cpp", "-o", "emulated.so"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    run = ctypes.CDLL(str(tmp_path / "emulated.so")).run
+    rng = random.Random(0)
+    for _ in range(200):
+        memory = torch.randint(0, 256, (4, 1024), dtype=torch.uint8)
+        got = memory.clone()
+        wanted, base = memory.clone(), got.data_ptr()
+        told = list[Copy]()
+        for row in range(2):
+            a, b, n = rng.randrange(64), rng.choice((0, 2, 4, 8, 16, rng.randrange(64))), rng.randrange(900)
+            b = b if rng.random() < 0.5 else a % 16 + 16 * (b // 16)
+            wanted[row, b : b + n] = wanted[row + 2, a : a + n]
+            told.append((base + 1024 * row + b, base + 1024 * (row + 2) + a, n))
+        made = copies.parameters(told)
+        run(rng.randrange(1, 4), len(told), rng.choice((1, 32)), ctypes.byref(made))
+        assert torch.equal(got, wanted), told
 
 
 def test_nodes_have_room_for_all_copies() -> None:
