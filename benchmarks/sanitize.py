@@ -1,10 +1,10 @@
 """The kernel suite under compute-sanitizer: `python -m benchmarks.sanitize --out FILE`.
 
-    python -m benchmarks.sanitize --tools memcheck,racecheck --warm 40 --limit 90 --out FOLDER/sanitizer_h100.json
+    python -m benchmarks.sanitize --warm 80 --limit 95 --out FOLDER/sanitizer_h200.json
 
-Tests of generated kernels run once as they are, so that kernels are built and choices made, then under the tools, side by
-side, in the order of SUITE, with an allocation for each tensor: an access beyond one is seen. What has not begun after
-`limit` seconds is left out, and the file says how many tests had passed.
+Tests of generated kernels run once as they are, spread over all devices and cores, so that kernels are built and choices
+made. Those that passed run under the tools, side by side in shards, in the order of SUITE, with an allocation for each
+tensor: an access beyond one is seen. What has not ended after `limit` seconds is cut; the file names the tests left.
 """
 
 from __future__ import annotations
@@ -19,47 +19,83 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
+from benchmarks.choosing import split
+from benchmarks.crew import usable_devices
+from benchmarks.dealing import shared_threads, visible_devices
 from benchmarks.results import target_facts
 from fxopt.cli import pick_device
 
 SUITE = (
-    "tests/test_end_to_end.py",
     "tests/gpu/test_attention_kernels_cuda.py",
-    "tests/gpu/test_optimizers_cuda.py",
-    "tests/gpu/test_gemm_cuda.py::test_grouped_products",
-    "tests/gpu/test_gemm_cuda.py::test_layers_for_any_number_of_rows",
-    "tests/gpu/test_conv_kernels_cuda.py::test_values",
+    "tests/gpu/test_conv_kernels_cuda.py",
+    "tests/gpu/test_gemm_cuda.py",
+    "tests/gpu/test_group_norms_cuda.py",
+    "tests/gpu/test_narrow_attention_cuda.py",
+    "tests/gpu/test_scored_attention_cuda.py",
+    "tests/test_end_to_end.py",
+    "tests/gpu/test_quantized_convolutions_cuda.py",
+    "tests/gpu/test_hand_attention_cuda.py",
+    "tests/gpu/test_device_functions_cuda.py",
+    "tests/gpu/test_linear_cross_entropy_cuda.py::test_values_and_gradients",
+    "tests/gpu/test_optimizers_cuda.py::test_steps_are_as_near_to_float64_as_eager_ones",
+    "tests/gpu/test_optimizers_cuda.py::test_half_precision_parameters",
     "tests/gpu/test_quantized_cuda.py::test_casts_have_torchs_bits",
-    "tests/gpu/test_gemm_cuda.py::test_dual_products",
-    "tests/gpu/test_gemm_cuda.py::test_values",
+    "tests/gpu/test_quantized_cuda.py::test_compiled_layers_are_as_exact_as_their_operands",
+    "tests/gpu/test_quantize_cuda.py::test_histograms_of_a_graph_are_those_of_the_op",
+    "tests/gpu/test_quantize_cuda.py::test_models_in_each_precision",
+    "tests/gpu/test_convolutions_cuda.py",
+    "tests/gpu/test_groupings_cuda.py",
+    "tests/gpu/test_fp8_training_cuda.py",
+    "tests/gpu/test_quantized_cuda.py::test_every_kernel_of_one_row_has_the_values_of_a_norm_between_products",
 )
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "--tb=line")
 GRACE = 15
-"""Seconds that an interrupted run has to write its summary."""
+"""Seconds that interrupted runs have to write their summaries."""
 SHOWN = 40
 """Lines of findings that are kept."""
 _SUMMARY = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY: (\d+)")
+_NOTHING = re.compile(r"=+ +(?:COMPUTE-SANITIZER|(?:ERROR|RACECHECK) SUMMARY: 0 .*)?$")
+_OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED)\b[^\n]*\[\s*\d+%\]")
+_OUTCOME_OF_WORKER = re.compile(r"^\[gw\d+\] \[\s*\d+%\] ([A-Z]+) (\S+::.*?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a run under one tool came to. `found` are errors or hazards, None where the tool has not got to its summary;
-    `details` is the beginning of what it said."""
+    """What a tool came to. `found` are errors or hazards of the shards that got to their summaries, `silent` counts the
+    others; `failed` and `left` name tests that failed and that did not run to their end; `details` is the beginning of what
+    it said."""
 
     tool: str
-    found: int | None
+    found: int
+    silent: int
     passed: int
-    failed: int
-    ended: bool
+    failed: list[str]
+    left: list[str]
     seconds: float
     details: list[str]
+
+    @property
+    def clean(self) -> bool:
+        return self.found == 0 and self.silent == 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Tests that one process runs under a tool, with its output at `log`."""
+
+    tool: str
+    tests: Sequence[str]
+    log: Path
+    process: subprocess.Popen[bytes]
 
 
 def sanitizer() -> str | None:
@@ -68,72 +104,172 @@ def sanitizer() -> str | None:
     return next((place for place in known if place), None)
 
 
-def read(tool: str, text: str, ended: bool, seconds: float) -> Finding:
-    """Judge the output of pytest -v under `tool`."""
+def outcomes(text: str, tests: Sequence[str]) -> dict[str, str]:
+    """What became of each of `tests` that ended, by the output of pytest -v, into which a tool may have written."""
+    places = sorted((at, test) for test in tests if (at := text.find(f"{test} ")) >= 0)
+    ends = [*(at for at, _ in places[1:]), len(text)]
+    found = {test: _OUTCOME.search(text, at + len(test), end) for (at, test), end in zip(places, ends, strict=True)}
+    return {test: m.group(1) for test, m in found.items() if m}
+
+
+def outcomes_of_workers(text: str) -> dict[str, str]:
+    """The same of pytest -v with workers."""
+    return {m.group(2): m.group(1) for m in _OUTCOME_OF_WORKER.finditer(text)}
+
+
+def read(tool: str, text: str, tests: Sequence[str], seconds: float) -> Finding:
+    """Judge the output of pytest -v with `tests` under `tool`."""
     lines = text.splitlines()
     summaries = [int(m.group(1)) for line in lines if (m := _SUMMARY.match(line))]
-    said = [line for line in lines if line.startswith("=========") and len(line) > len("=========") + 1]
-    passed, failed = (len(re.findall(rf"^\S+::.* {word}", text, re.MULTILINE)) for word in ("PASSED", "FAILED"))
-    found = sum(summaries) if summaries else None
-    return Finding(tool, found, passed, failed, ended, round(seconds, 1), said[:SHOWN])
+    said = [line for line in lines if line.startswith("========= ") and not _NOTHING.match(line)]
+    ended = outcomes(text, tests)
+    failed = [test for test, outcome in ended.items() if outcome in ("FAILED", "ERROR")]
+    passed = sum(outcome == "PASSED" for outcome in ended.values())
+    left = [test for test in tests if test not in ended]
+    return Finding(tool, sum(summaries), int(not summaries), passed, failed, left, round(seconds, 1), said[:SHOWN])
 
 
-def _begin(before: list[str], suite: tuple[str, ...], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
-    options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
-    command = [*before, sys.executable, "-m", "pytest", *options, *suite]
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+def joined(findings: Sequence[Finding]) -> Finding:
+    """One of the shards of one tool."""
+    return Finding(
+        findings[0].tool,
+        sum(f.found for f in findings),
+        sum(f.silent for f in findings),
+        sum(f.passed for f in findings),
+        [test for f in findings for test in f.failed],
+        [test for f in findings for test in f.left],
+        max(f.seconds for f in findings),
+        [line for f in sorted(findings, key=lambda f: -f.found) for line in f.details][:SHOWN],
+    )
 
 
-def _wait(process: subprocess.Popen[bytes], until: float, within: bool) -> bool:
-    """Whether it has ended by itself. What runs `within` a tool is interrupted alone; the tool then sums up."""
-    try:
-        process.wait(max(0.0, until - time.monotonic()))
-        return True
-    except subprocess.TimeoutExpired:
-        inner = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if within else []
-        for pid in map(int, inner or [process.pid]):
-            os.kill(pid, signal.SIGINT)
+def _begin(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _wait(process: subprocess.Popen[bytes], until: float) -> bool:
+    """Whether it has ended by itself at the time `until` of time.monotonic."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with contextlib.suppress(ProcessLookupError):  # the tool may end before what it watched does
+        process.wait(max(0.0, until - time.monotonic()))
+    return process.returncode is not None
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """What runs within a tool is interrupted alone; the tool then sums up."""
+    with contextlib.suppress(OSError):
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(pid), signal.SIGINT)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With what it started: a tool may end before what it watched does."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return False
+
+
+def warm_up(
+    suite: Sequence[str], places: Sequence[str], workers: int, environment: Mapping[str, str], folder: Path, seconds: float
+) -> tuple[list[str], dict[str, str]]:
+    """Run the suite by `workers` processes on each of the devices `places`, for up to `seconds`.
+
+    The tests in order, and what became of those that ended.
+    """
+    options = [f"--tx={workers}*popen//env:CUDA_VISIBLE_DEVICES={place}" for place in places]
+    begun = time.monotonic()
+    listed, done = folder / "sanitize-tests.log", folder / "sanitize-warm.log"
+    commands = {
+        listed: (sys.executable, *PYTEST, "--collect-only", "-qq", *suite),
+        done: (sys.executable, *PYTEST, "--dist=worksteal", *options, *suite),
+    }
+    for process in [_begin(command, environment, log) for log, command in commands.items()]:
+        _wait(process, begun + seconds)
+        _end(process)
+    tests = [line for line in listed.read_text().splitlines() if re.match(r"\S+\.py::", line)]
+    return tests, outcomes_of_workers(done.read_text(errors="replace"))
+
+
+def run_shards(
+    program: str,
+    tools: Sequence[str],
+    tests: Sequence[str],
+    places: Sequence[str],
+    each: int,
+    environment: Mapping[str, str],
+    folder: Path,
+    seconds: float,
+) -> list[Finding]:
+    """Deal `tests` to `each` processes under every tool, on the devices `places` in turns, for up to `seconds`."""
+    begun, shards = time.monotonic(), list[Shard]()
+    for number in range(min(each, len(tests))):
+        for tool in tools:
+            log, own = folder / f"sanitize-{tool}-{number}.log", tests[number::each]
+            command = (program, "--tool", tool, "--target-processes", "application-only", sys.executable, *PYTEST, *own)
+            device = {"CUDA_VISIBLE_DEVICES": places[len(shards) % len(places)]}
+            shards.append(Shard(tool, own, log, _begin(command, {**environment, **device}, log)))
+    took = {shard.log: time.monotonic() - begun for shard in shards if _wait(shard.process, begun + seconds)}
+    for shard in shards:
+        if shard.log not in took:
+            _interrupt(shard.process)
+    until = time.monotonic() + GRACE
+    for shard in shards:
+        _wait(shard.process, until)
+        _end(shard.process)
+    found = [
+        read(s.tool, s.log.read_text(errors="replace"), s.tests, took.get(s.log, time.monotonic() - begun)) for s in shards
+    ]
+    return [joined([f for f in found if f.tool == tool]) for tool in tools]
 
 
 def main(
     tools: Annotated[str, typer.Option(help="comma-separated")] = "memcheck,racecheck",
     tests: Annotated[str, typer.Option(help="what pytest runs, separated by spaces")] = " ".join(SUITE),
-    warm: Annotated[float, typer.Option(help="seconds for the run without a tool")] = 60.0,
-    limit: Annotated[float, typer.Option(help="seconds for the runs under tools")] = 120.0,
+    warm: Annotated[float, typer.Option(help="seconds for the run without a tool")] = 80.0,
+    limit: Annotated[float, typer.Option(help="seconds for the runs under tools")] = 95.0,
+    devices: Annotated[int, typer.Option(min=0, help="GPUs to use; 0: all")] = 0,
+    processes: Annotated[int, typer.Option(min=0, help="in all; 0: one for each core")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write; output of the runs lies beside it")] = None,
 ) -> None:
     """Run the suite under compute-sanitizer; exit with 1 when a tool has found something or has not said."""
     program = sanitizer()
     if program is None:
         raise typer.BadParameter("there is no compute-sanitizer on the PATH nor in " + ", ".join(PLACES))
-    suite = tuple(tests.split())
+    cuda, suite, chosen = pick_device("cuda"), tests.split(), split(tools)
+    places = visible_devices(usable_devices(cuda, devices))
+    processes = max(processes or len(os.sched_getaffinity(0)), len(places), len(chosen))
     folder = Path(tempfile.mkdtemp(prefix="fxopt-sanitize-")) if out is None else out.parent
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "FXOPT_CACHE_DIR": str(folder / "cache")}
-    with (folder / "sanitize-warm.log").open("wb") as log:
-        _wait(_begin([], suite, environment, log), time.monotonic() + warm, within=False)
-    # Captured runs have a pool of torch's caching allocator, which is off: an allocation for each tensor.
-    environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FXOPT_DISABLE": "cuda-graphs"}
-    begun, start, findings = list[tuple[str, Path, subprocess.Popen[bytes]]](), time.monotonic(), list[Finding]()
-    for tool in tools.split(","):
-        path = folder / f"sanitize-{tool}.log"
-        with path.open("wb") as log:
-            before = [program, "--tool", tool, "--target-processes", "application-only"]
-            begun.append((tool, path, _begin(before, suite, environment, log)))
-    for tool, path, process in begun:
-        ended = _wait(process, start + limit, within=True)
-        findings.append(read(tool, path.read_text(errors="replace"), ended, time.monotonic() - start))
-        print(json.dumps(asdict(findings[-1]), indent=1), flush=True)
-        if out is not None:
-            facts = {"device": target_facts(pick_device("cuda")), "torch": torch.__version__, "suite": suite}
-            out.write_text(json.dumps({**facts, "findings": [asdict(f) for f in findings]}, indent=1) + "\n")
-    raise typer.Exit(int(any(f.found != 0 for f in findings)))
+    with tempfile.TemporaryDirectory(prefix="fxopt-sanitize-", ignore_cleanup_errors=True) as caches:
+        # Whoever reads a plan must have switched off what its maker had; without an allocator nothing is captured.
+        environment = {
+            **shared_threads(processes),
+            "FXOPT_CACHE_DIR": f"{caches}/shared",
+            "KEPT_CACHES": caches,
+            "FXOPT_DISABLE": "cuda-graphs",
+        }
+        known, ended = warm_up(suite, places, processes // len(places), environment, folder, warm)
+        ready = [test for test in known if ended.get(test) == "PASSED"]
+        if not ready:
+            raise typer.BadParameter(f"no test has passed without a tool: see {folder}/sanitize-warm.log")
+        facts = {
+            "device": target_facts(cuda),
+            "torch": torch.__version__,
+            "suite": suite,
+            "devices": len(places),
+            "processes": processes,
+            "not_warmed": [test for test in known if test not in ended],
+            "failed_before": [test for test, outcome in ended.items() if outcome in ("FAILED", "ERROR")],
+        }
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # an allocation for each tensor
+        findings = run_shards(program, chosen, ready, places, processes // len(chosen), environment, folder, limit)
+    text = json.dumps({**facts, "findings": [asdict(f) for f in findings]}, indent=1)
+    print(text, flush=True)
+    if out is not None:
+        out.write_text(text + "\n")
+    raise typer.Exit(int(not all(f.clean for f in findings)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -49,9 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty fxopt cache directory for one test."""
-    directory = tmp_path / "cache"
+def fresh_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An fxopt cache directory for one test: empty, or where KEPT_CACHES names a folder as its last run there left it."""
+    kept = os.environ.get("KEPT_CACHES")
+    own = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    directory = Path(kept, own) if kept else tmp_path / "cache"
     monkeypatch.setenv("FXOPT_CACHE_DIR", str(directory))
     return directory
 

@@ -1,28 +1,111 @@
-"""What compute-sanitizer says of a run of tests is read right."""
+"""The run of the kernel suite under compute-sanitizer, with a stand-in for the tool."""
 
 from __future__ import annotations
 
-from benchmarks.sanitize import read
+import json
+from pathlib import Path
+from typing import Any
 
-TESTS = """tests/a.py::test_b[1] PASSED [ 3%]
-tests/a.py::test_b[2] FAILED [ 6%]
-tests/a.py::test_c PASSED [ 9%]
+import pytest
+import torch
+import typer
+
+from benchmarks import sanitize
+from benchmarks.sanitize import joined, outcomes, outcomes_of_workers, read
+
+IDS = ["tests/a.py::test_b[1]", "tests/a.py::test_b[two words]", "tests/a.py::test_c", "tests/a.py::test_d"]
+OUTPUT = """tests/a.py::test_b[1] PASSED [ 3%]
+tests/a.py::test_b[two words] ========= Invalid __global__ read of size 4 bytes
+=========     at triton_kernel+0x10
+=========
+FAILED                                       [  6%]
+tests/a.py::test_c PASSED[ 9%]
+tests/a.py::test_d
 """
 
 
 def test_errors_are_counted_with_what_was_said_of_them() -> None:
-    text = f"""========= COMPUTE-SANITIZER
-{TESTS}========= Invalid __global__ read of size 4 bytes
-=========     at triton_kernel+0x10
-=========
-========= ERROR SUMMARY: 1 error
-"""
-    found = read("memcheck", text, True, 3.04)
-    assert (found.found, found.passed, found.failed, found.ended, found.seconds) == (1, 2, 1, True, 3.0)
-    assert any("Invalid __global__ read" in line for line in found.details)
+    text = f"========= COMPUTE-SANITIZER\n{OUTPUT}========= ERROR SUMMARY: 1 error"
+    found = read("memcheck", text, IDS, 3.04)
+    assert (found.found, found.silent, found.passed, found.seconds) == (1, 0, 2, 3.0)
+    assert (found.failed, found.left) == ([IDS[1]], [IDS[3]])
+    assert found.details == ["=========     at triton_kernel+0x10", "========= ERROR SUMMARY: 1 error"]
 
 
-def test_a_clean_run_and_one_without_a_summary() -> None:
+def test_shards_are_summed_up() -> None:
     clean = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
-    assert read("racecheck", TESTS + clean, True, 1.0).found == 0
-    assert read("racecheck", TESTS, False, 1.0).found is None
+    first, second = read("racecheck", OUTPUT + clean, IDS, 1.0), read("racecheck", OUTPUT, IDS, 2.0)
+    assert (first.clean, second.clean) == (True, False)
+    both = joined([first, second])
+    assert (both.found, both.silent, both.passed, both.seconds) == (0, 1, 4, 2.0)
+    assert (both.failed, both.left) == ([IDS[1]] * 2, [IDS[3]] * 2)
+
+
+def test_outcomes_are_read_with_and_without_workers() -> None:
+    assert outcomes(OUTPUT, IDS) == {IDS[0]: "PASSED", IDS[1]: "FAILED", IDS[2]: "PASSED"}
+    text = f"{IDS[0]} \n[gw13] [  3%] PASSED {IDS[0]} \n{IDS[1]} \n[gw2] [  6%] FAILED {IDS[1]} \n{IDS[2]} \n"
+    assert outcomes_of_workers(text) == {IDS[0]: "PASSED", IDS[1]: "FAILED"}
+
+
+# Says that it is a tool, and of each test on which device it ran.
+TOOL = """#!/bin/sh
+tool=$2
+shift 4
+echo "========= COMPUTE-SANITIZER"
+"$@"
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+TESTS = """
+import os, time
+from pathlib import Path
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def note(name, **seen):
+    seen["place"] = os.environ["CUDA_VISIBLE_DEVICES"]
+    seen["checked"] = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ
+    with open("log", "a") as log:
+        log.write(repr((name, seen)) + "\\n")
+    return seen
+
+@pytest.mark.parametrize("number", range(6))
+def test_number(number):
+    note(f"number {number}")
+
+def test_wrong():
+    assert 0
+
+def test_slow():
+    if note("slow")["checked"]:
+        time.sleep(600)
+"""
+
+
+def test_a_suite_is_run_in_shards_and_what_is_cut_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xdist")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_kernels.py").write_text(TESTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: str(tool))
+    monkeypatch.setattr(sanitize, "pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(sanitize, "visible_devices", lambda count: ["4", "GPU-a"])
+    monkeypatch.setattr(sanitize, "GRACE", 5)
+    out = tmp_path / "out" / "found.json"
+    with pytest.raises(typer.Exit) as done:
+        sanitize.main("memcheck", "test_kernels.py", warm=60, limit=10, devices=0, processes=2, out=out)
+    assert done.value.exit_code == 0
+    data = json.loads(out.read_text())
+    assert data["failed_before"] == ["test_kernels.py::test_wrong"]
+    assert data["not_warmed"] == []
+    (found,) = data["findings"]
+    assert (found["found"], found["silent"], found["passed"]) == (0, 0, 6)
+    assert found["left"] == ["test_kernels.py::test_slow"]
+    seen: list[tuple[str, dict[str, Any]]] = [eval(line) for line in (tmp_path / "log").read_text().splitlines()]
+    places = {(facts["place"], facts["checked"]) for _, facts in seen}
+    assert places == {(place, checked) for place in ("4", "GPU-a") for checked in (False, True)}
+    plain, checked = (sorted(name for name, facts in seen if facts["checked"] is way) for way in (False, True))
+    assert plain == checked
