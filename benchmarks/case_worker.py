@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.budget import Budget
 from benchmarks.crew import Suite
-from benchmarks.run import run_case
+from benchmarks.run import compile_case, run_case
 from fxopt import knobs
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.report.contenders import CONTENDERS, Contender
@@ -85,9 +85,10 @@ def answer(suite: Suite, request: dict[str, Any], device: torch.device, device_t
     workload = suite.WORKLOADS[request["workload"]]
     budget = Budget(time.monotonic() + request["left"], request["compile_limit"], slow=request["slow"])
     plan = suite.plan_case(budget, workload, device, request["seconds"], request["warm"])
-    plan.turn, plan.skip = device_turn, why_not
+    plan.turn, plan.skip, plan.caches = device_turn, why_not, request.get("caches")
     chosen = [CONTENDERS[name] for name in request["contenders"]]
-    rows = run_case(workload, request["sizes"], pick_dtype(request["dtype"]), chosen, plan, report)
+    run = compile_case if request.get("ahead") else run_case
+    rows = run(workload, request["sizes"], pick_dtype(request["dtype"]), chosen, plan, report)
     broken = is_broken(device)
     say({"rows": [row.to_dict() for row in rows], "broken": (busy or chosen[0].name) if broken else ""})
     return not broken

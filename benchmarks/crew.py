@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from benchmarks.budget import Budget
 from benchmarks.results import Results
 from benchmarks.workload import Job, Workload
 from fxopt.report.compare import Plan, Row, speedup
-from fxopt.report.contenders import Contender
+from fxopt.report.contenders import CONTENDERS, Contender
 
 ROOM = 0.9
 """The share of a GPU's memory that the cases on it may be expected to need together."""
@@ -64,12 +64,7 @@ class Crew:
         """
         console = Console(stderr=True)
         missing = [job for job in todo if not results.has(*job)]
-        settings = {"seconds": seconds, "warm": warm, "compile_limit": budget.compile_limit, "slow": budget.slow}
-        requests = [
-            {"workload": job[0].name, "sizes": job[1], "dtype": job[2], "contenders": [c.name for c in contenders(job)]}
-            for job in missing
-        ]
-        chosen = {c.name: c for job in missing for c in contenders(job)}
+        requests = [request(job, contenders(job), budget, seconds, warm) for job in missing]
         finished = len(todo) - len(missing)
 
         def done(number: int, raw: Sequence[dict[str, Any]]) -> None:
@@ -78,35 +73,65 @@ class Crew:
             rows = [Row.from_dict(row) for row in raw]
             results.add(*missing[number], rows)
             where = f"{finished}/{len(todo)}, {budget.left:.0f} s left"
-            console.print(f"{where}: {_in_a_line(missing[number], rows)}", highlight=False, soft_wrap=True)
-
-        def failed(request: Mapping[str, Any], why: Mapping[str, str]) -> list[dict[str, Any]]:
-            own = [chosen[name] for name in request["contenders"]]
-            return [Row(c.name, c.mode_label, c.frozen, skipped=_why(c, why)).to_dict() for c in own]
+            console.print(f"{where}: {in_a_line(missing[number], rows)}", highlight=False, soft_wrap=True)
 
         with tempfile.TemporaryDirectory(prefix="fxopt-bench-", ignore_cleanup_errors=True) as folder:
-            common = {"TMPDIR": folder, "FXOPT_LOCK_DIR": f"{folder}/locks"}
-            common |= dealing.shared_threads(self.processes * self.gpus)
-            devices = dealing.visible_devices(self.gpus) if self.device.type == "cuda" else [""]
-            pool = dealing.Pool(
-                ("-m", "benchmarks.case_worker", self.suite, self.device.type),
-                [common | {"CUDA_VISIBLE_DEVICES": name} for name in devices],
-                self.processes,
-                budget.deadline,
-                failed,
-                lambda text: console.print(text, highlight=False, soft_wrap=True),
-                budget.compile_limit,
-            )
+            pool = self.pool(folder, self.processes, budget.deadline, budget.compile_limit, console)
             room = ROOM * results.data["target"].get("memory_bytes", math.inf)
-            pool.run([{**r, **settings} for r in requests], [expected_bytes(job) for job in missing], room, done)
+            pool.run(requests, [expected_bytes(job) for job in missing], room, done)
         return len(todo) - finished
+
+    def pool(
+        self,
+        folder: str,
+        processes: int,
+        deadline: float,
+        compile_limit: float,
+        console: Console,
+        cores: Collection[int] = (),
+    ) -> dealing.Pool:
+        """`processes` workers on each device, on `cores`; `folder` has their locks and what they write meanwhile."""
+        common = {"TMPDIR": folder, "FXOPT_LOCK_DIR": f"{folder}/locks"}
+        common |= dealing.shared_threads(processes * self.gpus)
+        devices = dealing.visible_devices(self.gpus) if self.device.type == "cuda" else [""]
+        return dealing.Pool(
+            ("-m", "benchmarks.case_worker", self.suite, self.device.type),
+            [common | {"CUDA_VISIBLE_DEVICES": name} for name in devices],
+            processes,
+            deadline,
+            _failed,
+            lambda text: console.print(text, highlight=False, soft_wrap=True),
+            compile_limit,
+            cores,
+        )
+
+
+def request(job: Job, contenders: Sequence[Contender], budget: Budget, seconds: float, warm: bool) -> dealing.Request:
+    """What a worker is asked to run; contenders for which the budget has no time are left out."""
+    workload, sizes, dtype = job
+    return {
+        "workload": workload.name,
+        "sizes": sizes,
+        "dtype": dtype,
+        "contenders": [c.name for c in contenders],
+        "without": {c.name: why for c in contenders if (why := budget.why_skip(workload, c))},
+        "seconds": seconds,
+        "warm": warm,
+        "compile_limit": budget.compile_limit,
+        "slow": budget.slow,
+    }
+
+
+def _failed(request: Mapping[str, Any], why: Mapping[str, str]) -> list[dict[str, Any]]:
+    own = [CONTENDERS[name] for name in request["contenders"]]
+    return [Row(c.name, c.mode_label, c.frozen, skipped=_why(c, why)).to_dict() for c in own]
 
 
 def _why(contender: Contender, why: Mapping[str, str]) -> str:
     return why.get(contender.name) or f"failed: not run, because of {', '.join(f'{k} ({v})' for k, v in why.items())}"
 
 
-def _in_a_line(job: Job, rows: Sequence[Row]) -> str:
+def in_a_line(job: Job, rows: Sequence[Row]) -> str:
     """fxopt's speed-ups over Inductor by pass, and who failed."""
     peers = list(dict.fromkeys(row.contender for row in rows if row.contender.startswith("inductor")))
     told = [

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,10 +103,10 @@ class Assignment:
 
 
 class Dealer:
-    """Which case a place runs next: the first that fits into what the place's others leave of `room`."""
+    """Which case a place runs next: the first that is `ready` and fits into what the place's others leave of `room`."""
 
-    def __init__(self, needs: Sequence[float], room: float) -> None:
-        self._room = room
+    def __init__(self, needs: Sequence[float], room: float, ready: Callable[[int], bool] = lambda number: True) -> None:
+        self._room, self._ready = room, ready
         self._waiting = [Assignment(number, min(need, room)) for number, need in enumerate(needs)]
         self._running: dict[int, list[Assignment]] = {}
         self._changed = threading.Condition()
@@ -117,7 +117,8 @@ class Dealer:
             while (self._waiting or any(self._running.values())) and time.monotonic() < until:
                 running = self._running.setdefault(place, [])
                 left = self._room - sum(a.need for a in running)
-                chosen = next((a for a in self._waiting if not running or a.need <= left), None)
+                fitting = (a for a in self._waiting if not running or a.need <= left)
+                chosen = next((a for a in fitting if self._ready(a.number)), None)
                 if chosen is not None:
                     self._waiting.remove(chosen)
                     running.append(chosen)
@@ -137,7 +138,8 @@ class Dealer:
 @dataclass
 class Pool:
     """Workers in `places`, each an environment; `arguments` start one. `failed_rows` makes a request's rows by what is wrong
-    with each contender, or with all of them (""). One compilation may take `compile_seconds`."""
+    with each contender, or with all of them (""). One compilation may take `compile_seconds`. Where `cores` are given the
+    workers keep to them."""
 
     arguments: Sequence[str]
     places: Sequence[Mapping[str, str]]
@@ -146,12 +148,21 @@ class Pool:
     failed_rows: Callable[[Request, Mapping[str, str]], list[RawRow]]
     say: Callable[[str], None]
     compile_seconds: float = 0.0
+    cores: Collection[int] = ()
 
     def run(
-        self, requests: Sequence[Request], needs: Sequence[float], room: float, done: Callable[[int, list[RawRow]], None]
+        self,
+        requests: Sequence[Request],
+        needs: Sequence[float],
+        room: float,
+        done: Callable[[int, list[RawRow]], None],
+        ready: Callable[[int], bool] = lambda number: True,
     ) -> None:
-        """Run all requests until the deadline, at which begun ones are cut off; `done` gets each one's rows as they come."""
-        dealer, guard = Dealer(needs, room), threading.Lock()
+        """Run all requests until the deadline, at which begun ones are cut off; `done` gets each one's rows as they come.
+
+        None begins before it is `ready`, and a request's own "without" may grow until then.
+        """
+        dealer, guard = Dealer(needs, room, ready), threading.Lock()
 
         def finished(number: int, rows: list[RawRow]) -> None:
             with guard:
@@ -171,6 +182,8 @@ class Pool:
         self, place: int, dealer: Dealer, requests: Sequence[Request], done: Callable[[int, list[RawRow]], None]
     ) -> None:
         """Run case after case in one worker, which is replaced when it dies."""
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)  # of this thread, and of the processes which it starts
         worker: Worker | None = None
         unstarted = 0
         while unstarted < UNREPLACED and (chosen := dealer.take(place, self.deadline)) is not None:
@@ -204,7 +217,8 @@ class Pool:
     ) -> tuple[Assignment | None, bool]:
         """Run one case: what is to be done again, and whether the worker can go on."""
         contender = ""
-        worker.tell({**request, "without": dict(assigned.without), "left": self.deadline - time.monotonic()})
+        without = {**request.get("without", {}), **assigned.without}
+        worker.tell({**request, "without": without, "left": self.deadline - time.monotonic()})
         try:
             while "rows" not in (
                 said := worker.hear(min(self.deadline, time.monotonic() + self.compile_seconds + STEP_SECONDS))

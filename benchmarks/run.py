@@ -14,6 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.ahead import compile_and_measure
 from benchmarks.budget import Budget
 from benchmarks.choosing import contending, named
 from benchmarks.crew import Crew, usable_devices
@@ -25,7 +26,7 @@ from benchmarks.results import Results
 from benchmarks.workload import Job, Sizes, Workload
 from fxopt.cli import pick_device, pick_dtype, progress_bar
 from fxopt.report.cases import Case
-from fxopt.report.compare import Plan, Row, compare
+from fxopt.report.compare import Plan, Row, compare, compile_ahead
 from fxopt.report.contenders import Contender
 from fxopt.report.tables import comparison_table, open_console
 
@@ -96,6 +97,9 @@ def bench(
     gpus: Annotated[
         int, typer.Option(min=0, help="GPUs to use at once, each by a process of its own; 0: one, by this process")
     ] = 0,
+    processes: Annotated[
+        int, typer.Option(min=0, help="for each GPU; they compile everything ahead of the process that times; 0: none")
+    ] = 0,
 ) -> None:
     """Compare fxopt with eager and Inductor on kernels and whole models; JSON after every case, tables and a plot."""
     wanted, chosen, where = choose(workloads), contending(contenders), pick_device(device)
@@ -103,10 +107,13 @@ def bench(
     console = open_console()
     budget = Budget(time.monotonic() + 60 * minutes, compile_limit, slow)
     settings = {"tiny": tiny, "seconds": seconds, "minutes": minutes, "random_shapes": random_shapes, "warm": warm}
+    settings |= {"gpus": gpus, "processes": processes, "compile_limit": compile_limit}
     results = Results(out, where, settings, resume)
     todo = [(w, sizes, dtype or usual_dtype(w, where)) for w, sizes in jobs(wanted, tiny, random_shapes, draws)]
-    if gpus:
-        crew = Crew("benchmarks.run", where, processes=1, gpus=usable_devices(where, gpus))
+    crew = Crew("benchmarks.run", where, max(1, processes), usable_devices(where, max(1, gpus)))
+    if processes:
+        compile_and_measure(crew, todo, chosen, results, budget, seconds)
+    elif gpus:
         crew.run(todo, lambda job: chosen, results, budget, seconds, warm, lambda job: math.inf)
     else:
         measure(todo, chosen, results, budget, lambda w: plan_case(budget, w, where, seconds, warm), console)
@@ -168,8 +175,31 @@ def run_case(
         with plan.turn():
             return workload.build(sizes, plan.device, dtype)
 
-    try:
+    def compared() -> list[Row]:
         return compare(build(), chosen, plan, progress, rebuild=build if plan.split else None)
+
+    return _rows(compared, chosen, plan)
+
+
+def compile_case(
+    workload: Workload,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    chosen: Sequence[Contender],
+    plan: Plan,
+    progress: Callable[[str, float], None],
+) -> list[Row]:
+    """Compile a case into `plan.caches`; as `run_case`, without measurements."""
+
+    def compiled() -> list[Row]:
+        return [compile_ahead(workload.build(sizes, plan.device, dtype), c, plan, progress) for c in chosen]
+
+    return _rows(compiled, chosen, plan)
+
+
+def _rows(make: Callable[[], list[Row]], chosen: Sequence[Contender], plan: Plan) -> list[Row]:
+    try:
+        return make()
     except Exception as error:
         reason = f"failed: {type(error).__name__}: {error}"[:300]
         return [Row(c.name, c.mode_label, c.frozen, skipped=reason) for c in chosen]

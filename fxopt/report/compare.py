@@ -113,13 +113,15 @@ class Plan:
     be among them). `flush` and `ahead` are those of `interleaved`. `turn` makes what is held while values are judged,
     contenders timed and those that compile nothing run: a lock, where several processes share the device. Without `replay`
     fxopt makes no CUDA graphs in its default mode: where the device's time alone counts, copies of inputs and outputs are no
-    part of a kernel. With `kernel_times` the profiler times each kernel of a pass.
+    part of a kernel. With `kernel_times` the profiler times each kernel of a pass. `caches` is a folder where compilations
+    find what `compile_ahead` has left, instead of empty caches; but for their first steps the device is held, too.
     """
 
     device: torch.device
     seconds: float = 10.0
     compile_limit: float | None = None
     cold: bool = True
+    caches: str | None = None
     flush: bool = False
     ahead: bool = False
     split: bool = False
@@ -235,15 +237,15 @@ def compare(
     if rebuild is None:
         subject.exact = case.exact()  # before anybody can change the inputs
     with (
-        tempfile.TemporaryDirectory(prefix="fxopt-cold-", ignore_cleanup_errors=True) as root,
+        tempfile.TemporaryDirectory(prefix="fxopt-cold-", ignore_cleanup_errors=True) as empty,
         private.saved_values_kept() if plan.split else nullcontext(),
     ):
-        entrants = []
+        entrants, root = [], plan.caches or empty
         for number, contender in enumerate(contenders):
             progress(f"compiling {contender.name}", 0.6 * number / len(contenders))
             row = Row(contender.name, contender.mode_label, contender.frozen)
             row.skipped = _why_not(contender, case, plan) or plan.skip(contender)
-            entrants.append(_Entrant(contender, row, f"{root}/{number}"))
+            entrants.append(_Entrant(contender, row, f"{root}/{contender.name}"))
             if _compiles(contender):
                 # Steps of somebody else's implementation may keep the device for long, and compile little.
                 with plan.turn() if contender.alternative else nullcontext():
@@ -257,12 +259,28 @@ def compare(
     return rows
 
 
+def compile_ahead(case: Case, contender: Contender, plan: Plan, progress: Progress = lambda what, share: None) -> Row:
+    """Compile `case` into `plan.caches`, by two steps, for a later `compare`; a row without measurements but the time that
+    the compilation took. Dynamo's caches are reset."""
+    assert plan.caches is not None
+    torch.compiler.reset()
+    _load_dynamo()
+    progress(f"compiling {contender.name}", 0.0)
+    row = Row(contender.name, contender.mode_label, contender.frozen)
+    row.skipped = _why_not(contender, case, plan) or plan.skip(contender)
+    entrant = _Entrant(contender, row, f"{plan.caches}/{contender.name}")
+    _attempt(entrant, lambda entrant: _first_steps(case, entrant, plan))
+    _note_choices(row, entrant.graphs)
+    torch.compiler.reset()
+    return row
+
+
 def _compiles(contender: Contender) -> bool:
     """Whether its first step compiles something; eager's needs much memory and no time."""
     return contender.backend is not None or bool(contender.alternative)
 
 
-def _attempt(entrant: _Entrant, action: Callable[[_Entrant], None]) -> None:
+def _attempt(entrant: _Entrant, action: Callable[[_Entrant], object]) -> None:
     """Run `action` unless the contender is out; what it raises puts it out.
 
     An error after which the GPU cannot be used ends the comparison: it is raised here, while this contender is at work.
@@ -340,19 +358,16 @@ def _copy(nbytes: int, device: torch.device) -> Call:
 def _compile(subject: _Subject, entrant: _Entrant) -> None:
     """Compile and run the first steps, and see which kernels they launch."""
     contender, row, plan = entrant.contender, entrant.row, subject.plan
-    row.cache = _cache_state(contender, plan.cold)
     case = subject.case_for(contender, judged=not _compiles(contender))
     base, taken = memory_in_use(plan.device), memory_taken(plan.device)
-    compiled = contender.compile(case.module, plan.device, plan.replay)
-    with _own_caches(entrant, plan):
-        row.compile_seconds = _first_step(case, compiled, plan)
-        _second_step(case, compiled, contender, plan)
-    _inspect(case, compiled, row, entrant.graphs)
-    row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device, base)
-    row.reserved_bytes = peak_taken(lambda: case.drive(compiled), plan.device, taken)
-    for part, call in _calls(case, compiled, plan).items():
-        if plan.profile and contender.countable(plan.device):
-            entrant.kernels[part] = _kernels(call, part, plan.device, entrant.graphs)
+    compiled = _first_steps(case, entrant, plan)
+    with plan.turn() if plan.caches else nullcontext():
+        _inspect(case, compiled, row, entrant.graphs)
+        row.peak_bytes = peak_memory(lambda: case.drive(compiled), plan.device, base)
+        row.reserved_bytes = peak_taken(lambda: case.drive(compiled), plan.device, taken)
+        for part, call in _calls(case, compiled, plan).items():
+            if plan.profile and contender.countable(plan.device):
+                entrant.kernels[part] = _kernels(call, part, plan.device, entrant.graphs)
     if case.reset is not None:
         case.reset()
     # Code for a function's inputs does for those of another case; a module or an optimizer has tensors of its own.
@@ -360,9 +375,19 @@ def _compile(subject: _Subject, entrant: _Entrant) -> None:
     entrant.compiled, entrant.case = compiled, None if shared or contender.alternative else case
 
 
+def _first_steps(case: Case, entrant: _Entrant, plan: Plan) -> Callable[..., Any]:
+    """Compile, and note how long the first step took."""
+    entrant.row.cache = _cache_state(entrant.contender, plan.cold)
+    compiled = entrant.contender.compile(case.module, plan.device, plan.replay)
+    with _own_caches(entrant, plan):
+        entrant.row.compile_seconds = _first_step(case, compiled, plan)
+        _second_step(case, compiled, entrant.contender, plan)
+    return compiled
+
+
 @contextmanager
 def _own_caches(entrant: _Entrant, plan: Plan) -> Iterator[None]:
-    with caches_under(entrant.root) if plan.cold else nullcontext(), journals() as graphs:
+    with caches_under(entrant.root) if plan.cold or plan.caches else nullcontext(), journals() as graphs:
         yield
     entrant.graphs += graphs
 
@@ -436,6 +461,10 @@ def _second_step(case: Case, compiled: Callable[..., Any], contender: Contender,
 def _inspect(case: Case, compiled: Callable[..., Any], row: Row, graphs: list[Journal]) -> None:
     for _ in range(2):  # CUDA graphs record on the second and third call
         case.drive(compiled)
+    _note_choices(row, graphs)
+
+
+def _note_choices(row: Row, graphs: list[Journal]) -> None:
     row.choices = dict(Counter(f"{k.language} {k.choice}".strip() for j in graphs for k in j.kernels))
     row.retreats = [r for j in graphs for r in j.retreats]
     row.contests = {f"{j.graph} {name}": seconds for j in graphs for name, seconds in j.contests.items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.model_summary import summarize, summary_table
+from benchmarks.model_summary import BEST_MODE, summarize, summary_table
 from benchmarks.plot import label_of, rows_of, speedups
 from benchmarks.results import load
 from benchmarks.run import WORKLOADS, Budget, app, choose, jobs, usual_dtype
@@ -161,3 +161,8 @@ def test_the_summary_is_against_the_best_mode_with_the_same_freezing() -> None:
     assert summary["fxopt-reduce-overhead"]["slower"] == []
     assert summary["fxopt-reduce-overhead"]["workloads"][0]["memory_to_eager"] is None
     assert summary_table("fxopt", summary["fxopt"]).row_count == 1
+    assert summary["fxopt"]["more_memory"] == ["vit-b"]  # than eager's
+    assert summarize([{**case, "training": True}])["fxopt"]["more_memory"] == []  # than reduce-overhead's
+    (best,) = summary[BEST_MODE]["workloads"]
+    assert (best["contender"], best["over_best"]) == ("fxopt-reduce-overhead", 2.0)
+    assert line["reserved_bytes"] == {"fxopt": 150, "inductor": 50, "inductor-reduce-overhead": 200, "eager": 100}

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from fxopt.report import cases, measure
 from fxopt.report.cases import BACKWARD, FORWARD, Case, relative_error
-from fxopt.report.compare import CompileTimeout, Plan, Row, compare, speedup, time_limit
+from fxopt.report.compare import CompileTimeout, Plan, Row, compare, compile_ahead, speedup, time_limit
 from fxopt.report.contenders import CACHE_VARIABLES, CONTENDERS, COPY, Contender, caches_under, pick
 from fxopt.report.measure import interleaved, kernels_seen
 from fxopt.report.tables import comparison_table
@@ -330,3 +331,31 @@ def test_table_shows_numbers_and_reasons() -> None:
     text = console.export_text()
     assert "200.0 ms" in text
     assert "fxopt: no compiler" in text
+
+
+def test_what_was_compiled_ahead_is_found_in_its_caches(tmp_path: Path) -> None:
+    plan, way = Plan(CPU, seconds=0.01, caches=str(tmp_path)), CONTENDERS["fxopt"]
+
+    def case() -> Case:
+        return Case(lambda x: x.softmax(-1).tanh(), (torch.randn(4, 6),))
+
+    row = compile_ahead(case(), way, plan)
+    assert row.cache.startswith("cold") and row.compile_seconds is not None and row.seconds is None and not row.skipped
+    assert sum(row.choices.values()) > 0
+
+    def kept() -> set[str]:
+        return {str(path) for path in tmp_path.rglob("*") if path.suffix in (".so", ".cpp", ".json")}
+
+    made = kept()
+    assert made and all(path.startswith(f"{tmp_path}/fxopt/") for path in made)
+    _, own = compare(case(), [CONTENDERS["eager"], way], plan)
+    assert own.seconds is not None and own.choices == row.choices
+    assert kept() == made
+
+
+def test_a_compilation_ahead_that_fails_or_is_not_wanted_says_so(tmp_path: Path) -> None:
+    plan = Plan(CPU, caches=str(tmp_path), skip=lambda contender: "not today" if contender.name == "fxopt" else "")
+    assert compile_ahead(linear_case(), CONTENDERS["fxopt"], plan).skipped == "not today"
+    assert "freezing" in compile_ahead(linear_case(training=True), CONTENDERS["fxopt-freeze"], plan).skipped
+    broken = compile_ahead(linear_case(), Contender("broken", "no-such-backend"), plan)
+    assert broken.skipped.startswith("failed") and broken.compile_seconds is None
