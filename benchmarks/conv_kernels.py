@@ -1,10 +1,11 @@
 """Convolutions with what follows them, by kernels of ours and by cuDNN: `python -m benchmarks.conv_kernels --out FOLDER`.
 
 The convolutions of ResNet-50, ConvNeXt-T, MobileNetV3-Large, EfficientNet-B0, ViT-B and a UNet in bfloat16, each with bias
-and the model's activation, channels-last, and the gradients of the depthwise ones. For each, the ways that the tuner would
-measure: cuDNN's convolution and a generated kernel, cuDNN's fused call, and our kernel in several configurations, the cost
-model's first ones first. Values are checked against float64 beside eager's; times are interleaved, with operands in the L2
-cache and without. About four minutes on an H100 with 16 cores.
+and the model's activation, channels-last, the gradients of the depthwise ones, and what precedes a pooling in VGG-16, Tiny
+YOLOv3 and DenseNet-121, with that (`--only pooled`). For each, the ways that the tuner would measure: cuDNN's convolution
+and a generated kernel, cuDNN's fused call, and our kernel in several configurations, the cost model's first ones first.
+Values are checked against float64 beside eager's; times are interleaved, with operands in the L2 cache and without. About
+four minutes on an H100 with 16 cores.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alternatives, BufferSpec, Call, Contraction, Patches, Region, Way
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
-from fxopt.lower.contractions import IMPLICIT, PADDED, STENCIL, with_contractions
+from fxopt.lower.contractions import IMPLICIT, PADDED, POOLED, STENCIL, with_contractions
 from fxopt.lower.convolutions import CUDNN
 from fxopt.lower.patches import is_common
 from fxopt.lower.schedule import schedule
@@ -53,7 +54,7 @@ from fxopt.tune.measure import BoundCall, Trial, interleaved, runner
 JUDGED = 8
 """Images of which the results are compared with float64."""
 
-SWEPT = (STENCIL, IMPLICIT, PADDED)
+SWEPT = (STENCIL, IMPLICIT, PADDED, POOLED)
 """The ways of which many configurations are tried."""
 
 CHUNK = 8
@@ -147,8 +148,38 @@ class GradientCase:
         return inputs
 
 
-def cases() -> Iterator[FusedCase | GradientCase]:
-    """Each different convolution that is no plain product, once; then gradients of the depthwise ones."""
+@dataclass(frozen=True)
+class PooledCase(FusedCase):
+    """pool(activation(convolution + bias)), the windows of the pooling 2 x 2 side by side."""
+
+    pool: Callable[[Tensor, int], Tensor]
+
+    @property
+    def title(self) -> str:
+        return f"{self.conv.title}, pooled"
+
+    def function(self, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return (self.pool(super().function(x, w, b)[0], 2),)
+
+
+def pooled_cases() -> Iterator[PooledCase]:
+    for width, side in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14)):
+        yield PooledCase(ConvCase("vgg-16", 32, width, width, side, 3), F.relu, F.max_pool2d)
+    for inside, width, side in ((3, 16, 416), (16, 32, 208), (32, 64, 104), (64, 128, 52), (128, 256, 26)):
+        yield PooledCase(ConvCase("tiny-yolov3", 32, inside, width, side, 3), leaky, F.max_pool2d)
+    for width, side in ((256, 56), (512, 28), (1024, 14)):
+        yield PooledCase(ConvCase("densenet-121", 64, width, width // 2, side, 1), identity, F.avg_pool2d)
+
+
+def leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.1)
+
+
+Case = FusedCase | GradientCase
+
+
+def cases() -> Iterator[Case]:
+    """Each different convolution that is no plain product, once; those before a pooling; gradients of the depthwise ones."""
     listed = list[FusedCase]()
     for model, (layers, batches, activation) in MODELS.items():
         for batch in batches:
@@ -157,10 +188,11 @@ def cases() -> Iterator[FusedCase | GradientCase]:
                 if not case.is_product:
                     listed.append(FusedCase(case, activation))
     yield from listed
+    yield from pooled_cases()
     yield from (GradientCase(c.conv) for c in listed if c.conv.groups > 1 and c.conv.batch > 1)
 
 
-def lower(case: FusedCase | GradientCase, inputs: Sequence[Tensor]) -> tuple[Lowered, Alternatives]:
+def lower(case: Case, inputs: Sequence[Tensor]) -> tuple[Lowered, Alternatives]:
     """The case, and the one step that it is. Raises ValueError where it is more."""
     gm = make_fx(lambda *given: case.function(*given), decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
@@ -177,7 +209,8 @@ def choose(problem: ConvProblem, target: Target, count: int) -> Sequence[ConvCon
     if problem.patches.transposed:
         return list(conv_config.sums_configs(problem, target, count))
     if not problem.patches.depthwise:
-        return list(conv_config.implicit_configs(problem, target, count))
+        boxes = conv_config.box_configs(problem, target, count) if problem.pool_places > 1 else []
+        return [*conv_config.implicit_configs(problem, target, count), *boxes]
     kinds: dict[object, StencilConfig] = {}
     for config in conv_config.ranked_stencils(problem, target):
         kinds.setdefault((config.rows, config.channels), config)
@@ -267,7 +300,7 @@ def build(groups: Sequence[list[Printed]], target: Target, store: ArtifactStore)
 
 
 def measure(
-    case: FusedCase | GradientCase,
+    case: Case,
     lowered: Lowered,
     proposed: set[str],
     built: list[tuple[Printed, Trial | str]],

@@ -117,18 +117,19 @@ def _rows_stored(contraction: Contraction) -> dict[str, int]:
 
 def moved_by_epilogue(contraction: Contraction, sizes: Mapping[str, int] = MappingProxyType({})) -> tuple[int, int]:
     """Bytes that the epilogue reads and writes, for these values of the size symbols."""
-    specs = {name: spec for name, spec in contraction.region.buffers.items() if name not in contraction.products}
+    specs = {name: spec for name, spec in contraction.region.buffers.items() if name not in contraction.registers}
     reads, writes = contraction.region.reads(), contraction.writes()
     nbytes = {name: _bytes(spec, sizes) for name, spec in specs.items()}
     return sum(n for name, n in nbytes.items() if name in reads), sum(n for name, n in nbytes.items() if name in writes)
 
 
 def epilogue_ops(contraction: Contraction) -> float:
-    """What the epilogue computes for an element, in error functions."""
+    """What the epilogue computes for an element of a product, in error functions."""
     nest = contraction.region.nest
     coarse = any(gelu_argument(n) is not None for n in rounded_to_8_bits(nest))
     ops_of = [n for n in postorder(nest.roots) if isinstance(n, Op)]
-    return sum(_COARSE if coarse and n.name == "erf" else _cost(n) for n in ops_of)
+    total = sum(_COARSE if coarse and n.name == "erf" else _cost(n) for n in ops_of)
+    return total / max(1, len(contraction.pooled))
 
 
 def _cost(op: Op) -> float:
@@ -387,7 +388,7 @@ def _print_epilogue(
     """
     _, m, _, n = contraction.sizes
     limits = ("z" if contraction.ends else _rows(contraction), ragged_rows), (n, ragged_columns)
-    blocks = dict(zip(contraction.products, ("acc", "acc2"), strict=False))
+    blocks = {name: f"acc{k + 1 if k else ''}" for k, name in enumerate(contraction.registers)}
     more = {} if isinstance(m, int) else {_ROWS: m}
     aligned = (contraction.region.nest.stores[0].index, run) if run else None
     reserved = len(_operands(contraction)) if reserved is None else reserved

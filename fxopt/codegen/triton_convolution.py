@@ -69,9 +69,11 @@ def print_convolution(contraction: Contraction, config: ConvConfig, target: Targ
     if isinstance(config, GemmConfig) and config.tma:
         return _print_boxes(contraction, problem, config)
     if isinstance(config, GemmConfig) and config.split > 1:
+        if contraction.pooled:
+            raise UnsupportedError("pools of places in parts of the inner dimension")
         return _print_parts(contraction, problem, config, target, unrolled)
     rows, columns = (None, config.channels) if isinstance(config, StencilConfig) else (config.block_m, config.block_n)
-    epilogue = print_epilogue(contraction, rows, columns)
+    epilogue = print_epilogue(contraction, rows and rows // problem.pool_places, columns)
     if isinstance(config, StencilConfig):
         kinds = {"b0": POINTER_TYPE[problem.dtype], "b1": POINTER_TYPE[contraction.buffers[contraction.b.buffer].dtype]}
         call, entry, stages = _stencil(problem, config, epilogue.extra, kinds), "fx_stencil", _STENCIL_STAGES
@@ -112,6 +114,7 @@ def _boxes(problem: ConvProblem, config: GemmConfig, shape: tuple[int, int, int]
     way = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
     way += f", BOX={shape}, EPILOGUE={_EPILOGUE}, BM={config.block_m}, BN={config.block_n}, BK={inner}"
     way += f", GROUP={config.group}, SUBTILE={config.subtile}, SWAP={config.swap}" + ", PROMOTE=True" * config.promote
+    way += _pool(problem)
     text = f"box_conv.box_gemm(b0, {weight}, {extra}, {problem.channels}, {way}{more})"
     return GemmCall(text, signature, maps, count * ceil(problem.channels / config.block_n))
 
@@ -157,11 +160,16 @@ def _implicit(problem: ConvProblem, config: GemmConfig, extra: str) -> GemmCall:
     blocks = f"BM={config.block_m}, BN={config.block_n}, BK={config.block_k}, GROUP={config.group}"
     split = config.split > 1
     way = f"{blocks}, SPLIT={config.split}" if split else f"EPILOGUE={_EPILOGUE}, {blocks}, SUBTILE={config.subtile}"
-    way += ", PROMOTE=True" if config.promote else ""
+    way += (", PROMOTE=True" if config.promote else "") + _pool(problem)
     weight = f"b1 + {offset}" if offset else "b1"
     given = f"{_image(problem)}, {weight}, {extra}, {problem.channels}, {row}, {column}"
     text = f"conv.{'split_' if split else ''}implicit_gemm({given}, {_geometry(problem)}, {way})"
     return GemmCall(text, dict.fromkeys(("b0", "b1"), POINTER_TYPE[problem.dtype]), {}, config.tiles(problem.product))
+
+
+def _pool(problem: ConvProblem) -> str:
+    pool = problem.patches.pool
+    return f", POOL={pool}" if pool != (1, 1) else ""
 
 
 def _image(problem: ConvProblem) -> str:

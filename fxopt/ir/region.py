@@ -236,6 +236,9 @@ class Patches:
     (m, c) of the product is the sum over k of the patch's element (k, c) times element (k, c) of the right operand. With
     `transposed`, which is for depthwise ones only, a row is an element of the window and a column a place: so the gradient
     of the weight is a product with that of the result.
+
+    With a `pool`, whose numbers divide those of `places`, so many rows and columns of places come together: then the order
+    of rows is (image, pool's row, pool's column, row in the pool, column in the pool).
     """
 
     buffer: str
@@ -249,6 +252,7 @@ class Patches:
     dilation: Pair
     depthwise: bool = False
     transposed: bool = False
+    pool: Pair = (1, 1)
 
     @property
     def rows(self) -> int:
@@ -295,6 +299,9 @@ class Contraction:
 
     `quantized` has, for each product, how its right operand is to be read, if it is of fewer bits than the left one.
 
+    With `pooled` a point's row is not one of the product but a pool of `a`: so many rows one after the other, of which each
+    has the load of one of these buffers in registers, the first of which is `result`.
+
     `tf32`: float32 operands are rounded to TF32 first, as the library does where the user allows it.
 
     With `row`, a region over one row whose only store is `a`, that is nowhere in memory: each program computes it.
@@ -316,6 +323,7 @@ class Contraction:
     ends: str = ""
     quantized: tuple[Quantized, ...] = ()
     row: Region | None = None
+    pooled: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -334,8 +342,13 @@ class Contraction:
         return {self.result: self.b} | ({} if self.c is None else {self.second: self.c})
 
     @property
+    def registers(self) -> tuple[str, ...]:
+        """The buffers that are in no memory: what the nest loads of products."""
+        return self.pooled or tuple(self.products)
+
+    @property
     def sizes(self) -> tuple[Int, Int, Int, Int]:
-        """Z, M, K, N."""
+        """Z, M (with `pooled`, the number of pools), K, N."""
         batch, row, column = self.axes
         assert row.size is not None and column.size is not None
         return (1 if batch is None or batch.size is None else batch.size), row.size, self.depth, column.size
@@ -361,7 +374,7 @@ class Contraction:
         left = (self.a.buffer,) if self.row is None else self.row.reads()
         operands = [*left, *(m.buffer for m in self.products.values()), *([self.ends] if self.ends else [])]
         operands += [q.scale.buffer for q in self.quantized if q.scale is not None]
-        return tuple(dict.fromkeys((*operands, *(n for n in self.region.reads() if n not in self.products))))
+        return tuple(dict.fromkeys((*operands, *(n for n in self.region.reads() if n not in self.registers))))
 
     def writes(self) -> tuple[str, ...]:
         """Buffers stored to, in order."""

@@ -27,6 +27,7 @@ from fxopt.lower.lowering import Lowered
 from fxopt.lower.parts_for_reader import in_parts
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
 from fxopt.lower.placement import Placement
+from fxopt.lower.pools import places_read
 from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, SCALED_CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.quantized_products import as_reduction, in_loops, library_form
 
@@ -41,6 +42,9 @@ STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 """Depthwise convolutions, their weight laid out before or not, and others as products of patches, each with what follows or
 alone.
 """
+
+POOLED = "pooled"
+"""A convolution as a product of patches, with a pooling as its epilogue."""
 
 PADDED = "padded"
 """A convolution of few channels as a product of patches of a copy, which has a border and pixels of a whole vector."""
@@ -106,6 +110,8 @@ class _Search(Placement):
                 product = None
             convolution = step if isinstance(step, Call) and step.op == CONVOLUTION else None
             if convolution is not None and self._fuse_shortcut(k, convolution, product):
+                continue
+            if isinstance(step, Call) and self._fuse_pooling(k, step):
                 continue
             if product is not None and (self._fuse(k, product) or self._fuse_cut(k, product)):
                 continue
@@ -204,6 +210,24 @@ class _Search(Placement):
         self.steps[k] = self._among(next(n for n in call.outputs if n), (call,), None, ways)
         return True
 
+    def _fuse_pooling(self, k: int, call: Call) -> bool:
+        """Put alternatives in the place of convolution `k` and the pooling that alone reads it, if a kernel of ours may do
+        both.
+        """
+        name = call.outputs[0] if call.op in (CONVOLUTION, SCALED_CONVOLUTION) else None
+        readers = [j for j, s in enumerate(self.steps) if name in self.accesses[j][0] and not isinstance(s, Alias)]
+        region = self.steps[readers[0]] if len(readers) == 1 else None
+        if name is None or name in self.kept or not isinstance(region, Region) or len(places_read(region, name)) < 2:
+            return False
+        place, own = self._place((k, readers[0])), self._gathered(call)
+        pooled = None if own is None or place is None else self.epilogues.of_pools(own.product, region)
+        if own is None or place is None or pooled is None:
+            return False
+        own = replace(own, product=replace(own.product, a=pooled.a))
+        ways = [Way(LIBRARY, (call, region)), *self._gathering(call, own, pooled, None)]
+        self._put((k, readers[0]), place, self._among(region.name, (call,), region, ways))
+        return True
+
     def _gathering(
         self, call: Call, own: Gathered | None, contraction: Contraction | None, gradient: Product | None
     ) -> Iterator[Way]:
@@ -211,7 +235,8 @@ class _Search(Placement):
         weight's `gradient`: each alone and both.
         """
         if own is not None and contraction is not None:
-            yield Way(STENCIL if own.patches.depthwise else IMPLICIT, (*own.before, contraction))
+            whole = POOLED if contraction.pooled else IMPLICIT
+            yield Way(STENCIL if own.patches.depthwise else whole, (*own.before, contraction))
             if own.direct is not None:
                 yield Way(DIRECT, (*((own.rest,) if own.rest else ()), self._read_directly(contraction, own.direct)))
             copy = self.patches.padded(own)

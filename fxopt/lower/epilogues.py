@@ -8,10 +8,12 @@ from itertools import chain
 
 import torch
 
+from fxopt.ir.exprs import contiguous_strides
 from fxopt.ir.loops import Load, Nest, Op, Scalar, Store, postorder, transform
 from fxopt.ir.region import BufferSpec, Contraction, Region
 from fxopt.lower.align import along, mappings
 from fxopt.lower.joining import combine, remap, with_nests
+from fxopt.lower.pools import pooled
 from fxopt.lower.products import QUANTIZED, Product
 
 
@@ -38,6 +40,21 @@ class Epilogues:
             both = _with_parts_of(own.region, region.name, region)
             return self._with_epilogue((product,), (own.result,), with_nests(both, joined, None))
         return None
+
+    def of_pools(self, product: Product, region: Region) -> Contraction | None:
+        """Convolution `product` with `region` as its epilogue, each of whose points reads a pool of places."""
+        name = product.result.buffer
+        found = pooled(product, region, self._buffers) if self._may_follow(region, product) else None
+        if found is None:
+            return None
+        shape = tuple(s.size for s in found.product.points if s.size is not None)
+        like = replace(self._buffers[name], shape=shape, strides=contiguous_strides(shape))
+        held = {r: _in_registers(product, r, like) for r in found.registers}
+        names = [n for n in found.nest.reads() if n in self._buffers]
+        specs = region.buffers | {n: self._buffers[n] for n in names} | held
+        both = replace(region, buffers=specs, origins=tuple(dict.fromkeys((product.call.origin, *region.origins))))
+        made = self._with_epilogue((found.product,), found.registers, with_nests(both, found.nest, None))
+        return replace(made, pooled=found.registers)
 
     def _may_follow(self, region: Region, *products: Product) -> bool:
         """Whether `region` may be an epilogue: it goes over elements, and writes no operand, which other programs read."""

@@ -306,7 +306,7 @@ def row_candidates(contraction: Contraction, target: Target, mode: str) -> list[
 def convolution_candidates(contraction: Contraction, target: Target, mode: str) -> list[Candidate]:
     """As `contraction_candidates`, of a product of patches."""
     problem = convolution_problem(contraction)
-    alone = not problem.epilogue_ops and problem.dtype.itemsize > 1  # no library has convolutions in 8 bits
+    alone = not problem.epilogue_ops and problem.dtype.itemsize > 1 and not contraction.pooled
     if mode != "max-autotune" and is_common(problem.patches) and alone:
         return []
     most = CONVOLUTION_CANDIDATES.get(mode, CONVOLUTION_CANDIDATES["default"])
@@ -321,8 +321,9 @@ def convolution_candidates(contraction: Contraction, target: Target, mode: str) 
         if mode != "max-autotune" and not conv_config.implicit_may_win(problem, target):
             return []
         found = conv_config.implicit_configs(problem, target, most)
-        if mode == "max-autotune" or problem.dtype.itemsize == 1 or conv_config.is_by_rows(problem):
-            found += conv_config.box_configs(problem, target)  # else cuDNN has what they could save
+        ours = problem.dtype.itemsize == 1 or problem.pool_places > 1 or conv_config.is_by_rows(problem)
+        if mode == "max-autotune" or ours:  # else cuDNN has what they could save
+            found += conv_config.box_configs(problem, target)
         chosen = [with_room(contraction, c, target) for c in found]
     return [
         _candidate(str(c), print_convolution(contraction, c, target, unrolled), unrolled)

@@ -38,6 +38,7 @@ def canonical_contraction(contraction: Contraction) -> tuple[Contraction, dict[s
         c=None if c is None else replace(c, buffer=names[c.buffer]),
         second=names.get(contraction.second, ""),
         ends=names.get(contraction.ends, ""),
+        pooled=tuple(names[own] for own in contraction.pooled),
     )
     return twin, {name: own for own, name in names.items()}
 

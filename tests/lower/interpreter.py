@@ -109,7 +109,8 @@ class _Run:
         assert touched <= step.buffers.keys(), f"{step.name} does not describe {touched - step.buffers.keys()}"
         batch, m, k, n = self.ints(step.sizes)
         if isinstance(step.a, Patches):
-            self._nest(step.region.nest, Registers(step, {step.result: self._convolution(step.a, step.b, k, n)}))
+            made = self._convolution(step.a, step.b, k, n)
+            self._nest(step.region.nest, Registers(step, _of_pools(step, made) if step.pooled else {step.result: made}))
             return
         a = self._matrices(step.a, batch, m, k).double()
         ends = self._memory(step.ends).tolist() if step.ends else []
@@ -136,8 +137,9 @@ class _Run:
         geometry = (patches.stride, patches.padding, patches.dilation, channels if patches.depthwise else 1)
         x, w = (t.permute(0, 3, 1, 2).double() for t in (image, columns))
         made = torch.nn.functional.conv2d(x, w, None, *geometry).float()
-        assert tuple(made.shape[2:]) == patches.places
-        return made.permute(0, 2, 3, 1).reshape(1, patches.rows, channels)
+        assert tuple(n - n % p for n, p in zip(made.shape[2:], patches.pool, strict=True)) == patches.places
+        made = made.permute(0, 2, 3, 1)
+        return made.reshape(1, patches.rows, channels) if patches.pool == (1, 1) else made
 
     def _weight_gradient(self, patches: Patches, image: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """That of a depthwise convolution, float32 [1, elements of the window, channels]; `grad` [places, channels]."""
@@ -248,6 +250,16 @@ def _write(memory: torch.Tensor, where: torch.Tensor, value: torch.Tensor, mode:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a scalar of `dtype` is computed in."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _of_pools(step: Contraction, made: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The places of `made` [images, rows, columns, channels] by the buffer in registers that has them, [1, pools, channels].
+    """
+    assert isinstance(step.a, Patches)
+    (down, across), (rows, columns) = step.a.places, step.a.pool
+    pools = made[:, :down, :across].unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
+    places = pools.permute(2, 4, 0, 1, 3, 5).reshape(rows * columns, 1, -1, made.shape[3])
+    return dict(zip(step.pooled, places, strict=True))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fxopt.codegen.templates.conv import finish_pools, places_of, side_of
 from fxopt.codegen.templates.gemm import accumulator, finish, multiplied, tile_of
 
 
@@ -28,6 +29,7 @@ def box_gemm(
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     BOX: tl.constexpr, EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr = False, W_COLUMN: tl.constexpr = 0,
+    POOL: tl.constexpr = None,
 ):  # fmt: skip
     """A convolution into N channels, of images [images, rows, columns, channels] whose descriptor `x` has blocks [*BOX, BK]
     of every STRIDE-th pixel, by a weight [N, (row of the window, column, channel)] whose descriptor `w` has blocks [BN, BK].
@@ -35,14 +37,15 @@ def box_gemm(
     may go beyond them.
 
     A tile is a box of BM places, BOX = (images, rows, columns), which may reach beyond the last ones. The grid is as many
-    boxes as cover all places times cdiv(N, BN). SWAP computes the transposed tile: what is reshaped reaches the tensor cores
-    from shared memory only as their right operand, and through registers as the left one.
+    boxes as cover all places times cdiv(N, BN). POOL, as in `conv.py`, divides BOX. SWAP computes the transposed tile: what
+    is reshaped reaches the tensor cores from shared memory only as their right operand, and through registers as the left
+    one.
     """
     C: tl.constexpr = SHAPE[3]
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
-    across, down = tl.cdiv(PLACES[1], BOX[2]), tl.cdiv(PLACES[0], BOX[1])
-    _, tile, column = tile_of(tl.program_id(0), tl.cdiv(SHAPE[0], BOX[0]) * down * across, tl.cdiv(N, BN), GROUP)
-    image, row, place = tile // (down * across) * BOX[0], tile // across % down * BOX[1], tile % across * BOX[2]
+    wide, high = tl.cdiv(PLACES[1], BOX[2]), tl.cdiv(PLACES[0], BOX[1])
+    _, tile, column = tile_of(tl.program_id(0), tl.cdiv(SHAPE[0], BOX[0]) * high * wide, tl.cdiv(N, BN), GROUP)
+    image, row, place = tile // (high * wide) * BOX[0], tile // wide % high * BOX[1], tile % wide * BOX[2]
     top, left = row * STRIDE[0] - PADDING[0], place * STRIDE[1] - PADDING[1]
     if SWAP:
         acc = tl.zeros([BN, BM], accumulator(x.dtype))
@@ -62,11 +65,18 @@ def box_gemm(
             acc = multiplied(taps, pixels.T, acc, "promoted" if PROMOTE else "tf32")
         else:
             acc = multiplied(pixels, taps.T, acc, "promoted" if PROMOTE else "tf32")
-    m = tl.arange(0, BM)
-    n, h, v = image + m // (BOX[1] * BOX[2]), row + m // BOX[2] % BOX[1], place + m % BOX[2]
-    exists = (n < SHAPE[0]) & (h < PLACES[0]) & (v < PLACES[1])
-    y = tl.where(exists, (n * PLACES[0] + h) * PLACES[1] + v, M)
+    down: tl.constexpr = side_of(POOL, 0)
+    right: tl.constexpr = side_of(POOL, 1)
+    rows: tl.constexpr = BOX[1] // down
+    columns: tl.constexpr = BOX[2] // right
+    m = tl.arange(0, BM // places_of(POOL))
+    n, h, v = image + m // (rows * columns), row // down + m // columns % rows, place // right + m % columns
+    exists = (n < SHAPE[0]) & (h < PLACES[0] // down) & (v < PLACES[1] // right)
+    y = tl.where(exists, (n * (PLACES[0] // down) + h) * (PLACES[1] // right) + v, M // places_of(POOL))
     if SWAP:
-        finish(tl.trans(acc), y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
-    else:
+        acc = tl.trans(acc)
+    if places_of(POOL) == 1:
         finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
+    else:
+        pools = tl.permute(tl.reshape(acc, [BOX[0] * rows, down, columns, right, BN]), [0, 2, 4, 1, 3])
+        finish_pools(pools, y, column * BN, extra, EPILOGUE, POOL)

@@ -10,6 +10,9 @@ Geometry is given as tuples of literals: SHAPE are the images' sizes (images, he
 strides in elements; PLACES, WINDOW, STRIDE, PADDING and DILATION are pairs for height and width. A place of the window is a
 row of the product, a channel of the result its column. `EPILOGUE(acc, y, x, z, extra)` is that of `gemm.py`; rows that are
 none have the number of the first row past the end.
+
+With a POOL, a pair that divides PLACES, rows of the product come pool by pool, as those of `Patches`. The epilogue gets, for
+each place of a pool in order, a block with a row for each pool, and their numbers: `EPILOGUE(*blocks, y, x, z, extra)`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,assignment"
@@ -172,12 +175,87 @@ def stencil_gradient(
             tl.store(at, tl.sum(acc[s * WINDOW[0] + r], 0)[None, :], mask=c < SHAPE[3])
 
 
+@triton.constexpr_function
+def side_of(pool, dim):
+    return 1 if pool is None else pool[dim]
+
+
+@triton.constexpr_function
+def places_of(pool):
+    return side_of(pool, 0) * side_of(pool, 1)
+
+
+NEAR = tl.constexpr(8)
+"""Rows of a tile from one to the next that tensor cores leave with the same thread."""
+
+
+@triton.jit
+def rows_of_tile(block, BM: tl.constexpr, POOL: tl.constexpr):
+    """The rows of the product that the block-th tile of BM has, in its order.
+
+    That of pools: the two rows of a pair of places are NEAR rows apart, two pairs of one pool half a tile. Where that has 16
+    rows for each warp, or some times as many, tensor cores leave all of these with one thread, so that it takes no exchange
+    to compute something of a pool.
+    """
+    m = tl.arange(0, BM)
+    if places_of(POOL) == 1:
+        return block * BM + m
+    else:
+        pairs: tl.constexpr = places_of(POOL) // 2
+        own = BM // pairs
+        pool = m % own // (2 * NEAR) * NEAR + m % NEAR
+        return (block * (own // 2) + pool) * (2 * pairs) + m // own * 2 + m // NEAR % 2
+
+
+@triton.jit
+def place_of(y, PLACES: tl.constexpr, POOL: tl.constexpr):
+    """(image, row, column) of row y of the product."""
+    if places_of(POOL) == 1:
+        return y // (PLACES[0] * PLACES[1]), y // PLACES[1] % PLACES[0], y % PLACES[1]
+    else:
+        down, across = PLACES[0] // POOL[0], PLACES[1] // POOL[1]
+        pool, place = y // places_of(POOL), y % places_of(POOL)
+        row = pool // across % down * POOL[0] + place // POOL[1]
+        return pool // (across * down), row, pool % across * POOL[1] + place % POOL[1]
+
+
+@triton.jit
+def in_pools(acc, POOL: tl.constexpr):
+    """A tile in the order of `rows_of_tile` as [pools, NEAR, columns, *places of a pool]."""
+    pairs: tl.constexpr = places_of(POOL) // 2
+    rows = tl.reshape(acc, [pairs, acc.shape[0] // (2 * NEAR * pairs), 2, NEAR, acc.shape[1]])
+    return tl.permute(rows, [1, 3, 4, 0, 2])
+
+
+@triton.jit
+def finish_pools(pools, y, x, extra, EPILOGUE: tl.constexpr, POOL: tl.constexpr):
+    """The epilogue of `pools` [any, any, columns, *places of a pool], which have the numbers y and begin at column x."""
+    rows: tl.constexpr = pools.shape[0] * pools.shape[1]
+    columns: tl.constexpr = pools.shape[2]
+    places = apart(pools.to(tl.float32), rows, columns, places_of(POOL))
+    EPILOGUE(*places, y[:, None], x + tl.arange(0, columns)[None, :], 0, extra)
+
+
+@triton.jit
+def apart(pools, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
+    """A block [ROWS, COLUMNS] for each of the COUNT places (two or four) that the last dimensions of `pools` number."""
+    shape: tl.constexpr = [pools.shape[0], pools.shape[1], COLUMNS]
+    if COUNT == 2:
+        first, second = tl.split(tl.reshape(pools, shape + [2]))
+        return tl.reshape(first, [ROWS, COLUMNS]), tl.reshape(second, [ROWS, COLUMNS])
+    else:
+        even, odd = tl.split(tl.reshape(pools, shape + [2, 2]))
+        first, third = apart(even, ROWS, COLUMNS, 2)
+        second, fourth = apart(odd, ROWS, COLUMNS, 2)
+        return first, second, third, fourth
+
+
 @triton.jit
 def implicit_gemm(
     x, w, extra, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, PROMOTE: tl.constexpr = False,
+    SUBTILE: tl.constexpr, PROMOTE: tl.constexpr = False, POOL: tl.constexpr = None,
 ):  # fmt: skip
     """A convolution into N channels; element (k, n) of the weight is at k * w_row + n * w_column, k counting (row of the
     window, column, channel).
@@ -190,10 +268,13 @@ def implicit_gemm(
     _, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     acc = gathered_tile(
         x, w, block, column, 0, N, w_row, w_column, SHAPE, STRIDES, PLACES, WINDOW, STRIDE, PADDING, DILATION,
-        BM, BN, BK, 1, PROMOTE,
+        BM, BN, BK, 1, PROMOTE, POOL,
     )  # fmt: skip
-    y = block * BM + tl.arange(0, BM)
-    finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
+    if places_of(POOL) == 1:
+        finish(acc, (block * BM + tl.arange(0, BM))[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
+    else:
+        pools: tl.constexpr = BM // places_of(POOL)
+        finish_pools(in_pools(acc, POOL), block * pools + tl.arange(0, pools), column * BN, extra, EPILOGUE, POOL)
 
 
 @triton.jit
@@ -208,7 +289,7 @@ def split_implicit_gemm(
     part, block, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     acc = gathered_tile(
         x, w, block, column, part, N, w_row, w_column, SHAPE, STRIDES, PLACES, WINDOW, STRIDE, PADDING, DILATION,
-        BM, BN, BK, SPLIT, PROMOTE,
+        BM, BN, BK, SPLIT, PROMOTE, None,
     )  # fmt: skip
     store_partial(acc, partial, part, block * BM, column * BN, M, N, BM, BN)
 
@@ -226,7 +307,7 @@ def aligned(block, strides):
 def gathered_tile(
     x, w, block, column, part, N, w_row, w_column, SHAPE: tl.constexpr, STRIDES: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """One of SPLIT parts of the tile [BM, BN] of a convolution, float32 (int32 of int8 operands): of row `block` and column
     `column` of tiles.
@@ -235,11 +316,10 @@ def gathered_tile(
     C: tl.constexpr = SHAPE[3]
     K: tl.constexpr = WINDOW[0] * WINDOW[1] * C
     first, end = part_of_inner(part, K, BK, SPLIT)
-    y, n, k = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-    place = y if divides(BM, M) else tl.minimum(y, M - 1)
-    top = place // PLACES[1] % PLACES[0] * STRIDE[0] - PADDING[0]
-    left = place % PLACES[1] * STRIDE[1] - PADDING[1]
-    corner = x + (place // (PLACES[0] * PLACES[1]) * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2])[:, None]
+    y, n, k = rows_of_tile(block, BM, POOL), column * BN + tl.arange(0, BN), tl.arange(0, BK)
+    image, down, across = place_of(y if divides(BM, M) else tl.minimum(y, M - 1), PLACES, POOL)
+    top, left = down * STRIDE[0] - PADDING[0], across * STRIDE[1] - PADDING[1]
+    corner = x + (image * STRIDES[0] + top * STRIDES[1] + left * STRIDES[2])[:, None]
     channels = corner + (k * STRIDES[3])[None, :]
     weights = w + (k * w_row)[:, None] + (n * w_column)[None, :]
     acc = tl.zeros([BM, BN], accumulator(x.dtype.element_ty))

@@ -62,6 +62,9 @@ _BOX_BYTES, _NARROWEST_BOX = 128, 32
 _BOX_TILES = ((128, 128, 8), (256, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (256, 128, 8), (128, 256, 8))
 """(places, channels, warps)."""
 
+_POOLS = 8
+"""In a tile, at least: so many rows lie between what one thread has of a pool."""
+
 _LONGEST_STEP = 8
 """From one pixel of a box to the next."""
 
@@ -92,6 +95,11 @@ class ConvProblem:
     def is_strided(self) -> bool:
         """Whether the weights of neighbouring channels are apart, those of one side by side."""
         return self.weight[1] != 1
+
+    @property
+    def pool_places(self) -> int:
+        """How many rows of the product are one of the epilogue's."""
+        return math.prod(self.patches.pool)
 
     @property
     def image_bytes(self) -> int:
@@ -261,7 +269,7 @@ def _boxes(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
             _block_of_channels(problem, seen),
             warps,
             stages,
-            subtile=1 + (rows * columns >= 128 * 32 * warps),
+            subtile=1 + (rows * columns >= 128 * 32 * warps and problem.pool_places == 1),
             promote=product.sums_imprecisely,
         )
         for (rows, columns, warps), stages in itertools.product(_BOX_TILES, (3, 4, 5))
@@ -317,7 +325,9 @@ def box(problem: ConvProblem, places: int) -> tuple[int, int, int]:
     """
     down, across = problem.patches.stride[0], 1 if is_by_rows(problem) else problem.patches.stride[1]
     powers = [1 << n for n in range(places.bit_length())]
+    rows, columns = problem.patches.pool
     sides = [(h, w) for h in powers for w in powers if h * w <= places and max(h * down, w * across) <= _LONGEST_SIDE]
+    sides = [(h, w) for h, w in sides if h % rows == 0 and w % columns == 0]
     shapes = [(places // (h * w), h, w) for h, w in sides]
     return min(shapes, key=lambda shape: (boxes(problem, shape), -shape[2], -shape[1]))
 
@@ -344,7 +354,9 @@ _MOST_OF_8_BITS_IN_REGISTERS = 100
 @functools.lru_cache(maxsize=256)
 def _implicit(problem: ConvProblem, target: Target) -> tuple[GemmConfig, ...]:
     product = problem.product
-    found = [_with_block(problem, c) for c in gemm_config.plausible(product, target) if _is_a_form(c)]
+    found = [_with_block(problem, c) for c in gemm_config.plausible(product, target) if _is_a_form(problem, c)]
+    if problem.pool_places > 1:  # what is left of a tile needs no parts
+        found = [replace(c, subtile=1) for c in found]
     ranked = sorted(dict.fromkeys(found), key=lambda c: (implicit_seconds(problem, c, target), c.stages, -c.warps))
     kinds: dict[object, GemmConfig] = {}
     narrow = problem.dtype.itemsize == 1 and not target.has_warpgroup_products
@@ -362,8 +374,9 @@ def _implicit_registers(problem: ConvProblem, config: GemmConfig) -> float:
     return (sums + gathered) / (32 * config.warps)
 
 
-def _is_a_form(config: GemmConfig) -> bool:
-    return not config.tma and not config.swap
+def _is_a_form(problem: ConvProblem, config: GemmConfig) -> bool:
+    pools = problem.pool_places
+    return not config.tma and not config.swap and (pools == 1 or (config.split == 1 and config.block_m >= _POOLS * pools))
 
 
 def _with_block(problem: ConvProblem, config: GemmConfig) -> GemmConfig:
@@ -384,10 +397,10 @@ def implicit_seconds(problem: ConvProblem, config: GemmConfig, target: Target) -
 def implicit_may_win(problem: ConvProblem, target: Target) -> bool:
     """Whether products of patches may beat the library and a kernel for the epilogue. Where nothing was measured (channels
     that do not fill cuDNN's tiles, GPUs before Hopper) they may; so they may where these leave multiprocessors idle, since
-    cuDNN does not split the inner dimension.
+    cuDNN does not split the inner dimension; and they may where a pooling follows, before which libraries store everything.
     """
     product, channels = problem.product, (problem.patches.shape[3], problem.channels)
-    if problem.dtype.itemsize == 1:  # of which no library has convolutions
+    if problem.dtype.itemsize == 1 or problem.pool_places > 1:  # no library has convolutions of 8 bits
         return True
     if any(n % FULL_CHANNELS for n in channels) or not target.has_warpgroup_products:
         return True
