@@ -42,7 +42,7 @@ from fxopt.ir.kernel import Artifact, KernelSource
 from fxopt.ir.region import Alternatives, BufferSpec, Call, Contraction, Patches, Region, Way
 from fxopt.journal import Journal
 from fxopt.lower import Lowered, lower_graph
-from fxopt.lower.contractions import IMPLICIT, PADDED, POOLED, STENCIL, with_contractions
+from fxopt.lower.contractions import IMPLICIT, PADDED, PADDED_POOLED, POOLED, STENCIL, with_contractions
 from fxopt.lower.convolutions import CUDNN
 from fxopt.lower.patches import is_common
 from fxopt.lower.schedule import schedule
@@ -54,7 +54,7 @@ from fxopt.tune.measure import BoundCall, Trial, interleaved, runner
 JUDGED = 8
 """Images of which the results are compared with float64."""
 
-SWEPT = (STENCIL, IMPLICIT, PADDED, POOLED)
+SWEPT = (STENCIL, IMPLICIT, PADDED, POOLED, PADDED_POOLED)
 """The ways of which many configurations are tried."""
 
 CHUNK = 8

@@ -43,11 +43,11 @@ STENCIL, DIRECT, IMPLICIT = "stencil", "stencil-direct", "implicit"
 alone.
 """
 
-POOLED = "pooled"
-"""A convolution as a product of patches, with a pooling as its epilogue."""
-
 PADDED = "padded"
 """A convolution of few channels as a product of patches of a copy, which has a border and pixels of a whole vector."""
+
+POOLED, PADDED_POOLED = "pooled", "padded-pooled"
+"""Products of patches, also of such a copy, with a pooling as their epilogue."""
 
 SUMS, STENCIL_SUMS = "sums", "stencil-and-sums"
 """The gradient of a depthwise convolution's weight as sums over places, and that of its input too."""
@@ -111,7 +111,7 @@ class _Search(Placement):
             convolution = step if isinstance(step, Call) and step.op == CONVOLUTION else None
             if convolution is not None and self._fuse_shortcut(k, convolution, product):
                 continue
-            if isinstance(step, Call) and self._fuse_pooling(k, step):
+            if isinstance(step, Call) and self._fuse_pooling(k, step, product):
                 continue
             if product is not None and (self._fuse(k, product) or self._fuse_cut(k, product)):
                 continue
@@ -210,11 +210,12 @@ class _Search(Placement):
         self.steps[k] = self._among(next(n for n in call.outputs if n), (call,), None, ways)
         return True
 
-    def _fuse_pooling(self, k: int, call: Call) -> bool:
+    def _fuse_pooling(self, k: int, call: Call, product: Product | None) -> bool:
         """Put alternatives in the place of convolution `k` and the pooling that alone reads it, if a kernel of ours may do
-        both.
+        both; among them those of the convolution alone, which as a product of matrices is `product`.
         """
-        name = call.outputs[0] if call.op in (CONVOLUTION, SCALED_CONVOLUTION) else None
+        gathers = call.op == CONVOLUTION or (call.op == SCALED_CONVOLUTION and product is None)
+        name = call.outputs[0] if gathers else None
         readers = [j for j, s in enumerate(self.steps) if name in self.accesses[j][0] and not isinstance(s, Alias)]
         region = self.steps[readers[0]] if len(readers) == 1 else None
         if name is None or name in self.kept or not isinstance(region, Region) or len(places_read(region, name)) < 2:
@@ -223,8 +224,12 @@ class _Search(Placement):
         pooled = None if own is None or place is None else self.epilogues.of_pools(own.product, region)
         if own is None or place is None or pooled is None:
             return False
-        own = replace(own, product=replace(own.product, a=pooled.a))
-        ways = [Way(LIBRARY, (call, region)), *self._gathering(call, own, pooled, None)]
+        inside = replace(own, product=replace(own.product, a=pooled.a))
+        if product is None:
+            alone = list(self._gathering(call, own, self.epilogues.alone(own.product), None))
+        else:
+            alone = [Way(FUSED, (self.epilogues.alone(product),))]
+        ways = [Way(LIBRARY, (call, region)), *self._gathering(call, inside, pooled, None), *_followed(alone, (region,))]
         self._put((k, readers[0]), place, self._among(region.name, (call,), region, ways))
         return True
 
@@ -244,7 +249,8 @@ class _Search(Placement):
                 self.convolutions.buffers |= {spec.name: spec for spec in (copy.image, copy.weight)}
                 if copy.constant is not None:
                     self.convolutions.constants[copy.weight.name] = copy.constant
-                yield Way(PADDED, (*copy.before, copy.product_of(contraction)))
+                label = PADDED_POOLED if contraction.pooled else PADDED
+                yield Way(label, (*copy.before, copy.product_of(contraction)))
         if gradient is None:
             return
         summed, left = self.epilogues.alone(gradient), without(call, 1)

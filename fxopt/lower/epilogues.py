@@ -52,7 +52,8 @@ class Epilogues:
         held = {r: _in_registers(product, r, like) for r in found.registers}
         names = [n for n in found.nest.reads() if n in self._buffers]
         specs = region.buffers | {n: self._buffers[n] for n in names} | held
-        both = replace(region, buffers=specs, origins=tuple(dict.fromkeys((product.call.origin, *region.origins))))
+        origins = tuple(dict.fromkeys((product.call.origin, *region.origins)))
+        both = replace(region, name=f"{region.name}.pools", buffers=specs, origins=origins)
         made = self._with_epilogue((found.product,), found.registers, with_nests(both, found.nest, None))
         return replace(made, pooled=found.registers)
 

@@ -160,7 +160,8 @@ class PatchSearch:
             return None
         image, weight = self.buffers[found.patches.buffer], self.buffers[found.given.of]
         call, known = found.product.call, self.constants.get(found.given.of)
-        copy = padded_image(str(call.outputs[0]), found.patches, image, found.given, weight, known, call.origin)
+        name = f"{call.outputs[0]}{'.pools' * (found.patches.pool != (1, 1))}"  # which need no more than they see
+        copy = padded_image(name, found.patches, image, found.given, weight, known, call.origin)
         return copy if copy is not None and _count(copy.image.shape) < LARGEST_OFFSET else None
 
     def weight_gradient(self, call: Call) -> Product | None:

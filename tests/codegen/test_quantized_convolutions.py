@@ -14,7 +14,7 @@ from fxopt.ir.quantized_convolution import SCALED_CONVOLUTION
 from fxopt.ir.quantized_ops import DEQUANTIZE, FLOAT8
 from fxopt.ir.region import Contraction, Region
 from fxopt.lower import Lowered
-from fxopt.lower.contractions import FUSED, IMPLICIT
+from fxopt.lower.contractions import FUSED, IMPLICIT, POOLED
 from tests.codegen.padding import padded
 from tests.codegen.triton_interpreter import Interpreter
 from tests.lower.contracting import kept, searched
@@ -70,7 +70,7 @@ def activated(geometry: Geometry) -> Any:
 
 def contraction(fn: Any, *args: Tensor) -> tuple[Lowered, Contraction]:
     low = searched(fn, *args)
-    for label in (IMPLICIT, FUSED):
+    for label in (POOLED, IMPLICIT, FUSED):
         steps = kept(low, label)
         found = [s for s in steps.steps if isinstance(s, Contraction)]
         if found:
@@ -128,6 +128,20 @@ def test_a_block_of_convolutions_stays_in_8_bits(interpreter: Interpreter) -> No
     apart = (got.int() - wanted.int()).abs()
     assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.01
     assert int(wanted.max()) > 0 and float((wanted == wanted.max()).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("config", [PLAIN, BOXES, SWAPPED], ids=str)
+def test_a_pooling_stays_in_8_bits(interpreter: Interpreter, config: GemmConfig) -> None:
+    def fn(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor) -> Tensor:
+        y = torch.max_pool2d(torch.relu(SCALED_CONVOLUTION(x, w, scale_x, scale_w, bias, *SAME, F16)), 2)
+        return (y.float() * 20.0).round().clamp(0.0, 127.0).to(INT8)
+
+    args = operands(INT8, (2, 6, 8, 32), (32, 3, 3, 32))
+    _, step = contraction(fn, *args)
+    assert step.pooled and {step.buffers[n].dtype for n in (*step.reads(), *step.writes())} == {INT8, torch.float32}
+    got, wanted = run(interpreter, fn, args, config), fn(*args)
+    apart = (got.int() - wanted.int()).abs()
+    assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.01 and 0 < int(wanted.float().median()) < 127
 
 
 def test_casts_to_int8_are_torchs(interpreter: Interpreter) -> None:

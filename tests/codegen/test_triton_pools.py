@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.lower import padded_images
-from fxopt.lower.contractions import PADDED, POOLED
+from fxopt.lower.contractions import PADDED_POOLED, POOLED
 from tests.codegen.triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
@@ -59,7 +59,7 @@ def test_values_of_padded_images(interpreter: Interpreter, monkeypatch: pytest.M
     monkeypatch.setattr(padded_images, "LEAST_BYTES", 0)
     monkeypatch.setattr(padded_images, "FEWEST_GATHERED", 0)
     args = image(2, 3, 7, 14), weight(20, 3, 3), column(20)
-    check(interpreter, POOLS["largest"], args, CONFIGS[1], PADDED)
+    check(interpreter, POOLS["largest"], args, CONFIGS[1], PADDED_POOLED)
 
 
 def test_values_of_residuals_and_two_results(interpreter: Interpreter) -> None:

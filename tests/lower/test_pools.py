@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.ir.region import Contraction, Patches
+from fxopt.ir.region import Call, Contraction, Patches
 from fxopt.lower import padded_images
-from fxopt.lower.contractions import LIBRARY, PADDED, POOLED
+from fxopt.lower.contractions import FUSED, IMPLICIT, LIBRARY, PADDED, PADDED_POOLED, POOLED
 from tests.lower.contracting import alternatives, check_ways, kept
 
 BF16 = torch.bfloat16
@@ -61,8 +61,9 @@ def test_every_way_has_eagers_values(name: str, inside: int) -> None:
 
     low = check_ways(fn, image(2, inside, 9, 8), image(24, inside, 3, 3), torch.randn(24).to(BF16), *MORE)
     (found,) = alternatives(low)
-    assert [w.label for w in found.ways] == [LIBRARY, POOLED, *([PADDED] if inside == 3 else [])]
-    for label in (POOLED, PADDED)[: len(found.ways) - 1]:
+    labels = [LIBRARY, POOLED, IMPLICIT] if inside == 16 else [LIBRARY, POOLED, PADDED_POOLED, IMPLICIT, PADDED]
+    assert [w.label for w in found.ways] == labels
+    for label in (label for label in labels if "pooled" in label):
         (product,) = (s for s in kept(low, label).steps if isinstance(s, Contraction))
         assert isinstance(product.a, Patches) and product.a.pool == pool
         assert "convolution" not in (*product.reads(), *product.writes())
@@ -87,7 +88,9 @@ OTHERS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 def test_other_convolutions(name: str) -> None:
     fn, args = OTHERS[name]
     (found,) = alternatives(check_ways(fn, *args))
-    assert [w.label for w in found.ways] == [LIBRARY, POOLED]
+    assert [w.label for w in found.ways] == [LIBRARY, POOLED, FUSED if name.startswith("1x1") else IMPLICIT]
+    works = [step for way in found.ways[1:] for step in way.steps if not isinstance(step, Call)]
+    assert len({work.name for work in works}) == len(set(map(id, works))), "each has candidates of its own"
 
 
 LEFT: dict[str, Callable[[Tensor], Any]] = {
