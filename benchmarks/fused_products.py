@@ -86,8 +86,10 @@ Figures = dict[str, float]
 
 
 @contextlib.contextmanager
-def kept(way: str) -> Iterator[dict[str, Figures]]:
-    """Compilations in the block keep `way` where there is one. Yields the contests, in order: microseconds by label."""
+def kept(*ways: str, cache: str = "") -> Iterator[dict[str, Figures]]:
+    """Compilations in the block keep the fastest of `ways` where there is one, and have `cache` or an empty one. Yields the
+    contests, in order: microseconds by label.
+    """
     contests: dict[str, Figures] = {}
     real = alternatives.decide
 
@@ -97,12 +99,12 @@ def kept(way: str) -> Iterator[dict[str, Figures]]:
             return None
         winner, figures = found
         contests[f"{len(contests)} {name}"] = {label: seconds * 1e6 for label, seconds in figures.items()}
-        own = {label: s for label, s in figures.items() if label.split()[0] == way}
+        own = {label: s for label, s in figures.items() if label.split()[0] in ways}
         return (min(own, key=lambda label: own[label]) if own else winner), figures
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.dict(os.environ, FXOPT_CACHE_DIR=folder),
+        mock.patch.dict(os.environ, FXOPT_CACHE_DIR=cache or folder),
         mock.patch.object(alternatives, "decide", decide),
     ):
         yield contests

@@ -48,11 +48,11 @@ def _check_disabled(parsed: Options, given: Mapping[str, Any]) -> None:
     """A name that no pass has: an OptionError when the user's options hold it, a warning when FXOPT_DISABLE does."""
     if not parsed.disable:
         return
-    from fxopt.lower import attention_kernels, batching, contractions, group_sums, groupings, row_norms
+    from fxopt.lower import attention_kernels, batching, contractions, group_sums, groupings, norm_scales, row_norms
     from fxopt.passes import NAMES
     from fxopt.runtime import backward_pieces, branches, cuda_graph, launch, native_replay, training_window
 
-    lowering = (attention_kernels, batching, contractions, group_sums, groupings, row_norms)
+    lowering = (attention_kernels, batching, contractions, group_sums, groupings, norm_scales, row_norms)
     running = (cuda_graph, launch, native_replay, backward_pieces, training_window, branches)
     known = (*NAMES, *(part.NAME for part in (*lowering, *running)))
     for name in (name for name in parsed.disable if name not in known):

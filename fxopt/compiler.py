@@ -20,7 +20,17 @@ from fxopt.ir.graph import Graph, Phase, Role
 from fxopt.ir.kernel import Artifact
 from fxopt.ir.region import Alternatives, Batch, Call, Region, Step
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, attention_kernels, batching, contractions, group_sums, groupings, lower_graph, row_norms
+from fxopt.lower import (
+    Lowered,
+    attention_kernels,
+    batching,
+    contractions,
+    group_sums,
+    groupings,
+    lower_graph,
+    norm_scales,
+    row_norms,
+)
 from fxopt.lower.attention_kernels import with_attention_kernels
 from fxopt.lower.contractions import with_contractions
 from fxopt.lower.schedule import schedule
@@ -128,16 +138,28 @@ def _with_row_norms(
     journal: Journal,
     store: ArtifactStore,
 ) -> tuple[Lowered, dict[str, tune.Choice]]:
-    """`lowered` with norms computed in the kernels of the products around them where that is measured to be faster."""
-    if row_norms.NAME in options.disable or options.tuning_seconds == 0:
+    """`lowered` with norms computed in the kernels of the products around them, or as factors in those of the products after
+    them, where that is measured to be faster."""
+    if options.tuning_seconds == 0:
         return lowered, chosen
-    both = with_steady_reads(row_norms.with_row_norms(lowered), _of_role(graph, Role.PARAMETER))
+    both, folds = lowered, dict[str, norm_scales.Fold]()
+    if row_norms.NAME not in options.disable:
+        both = row_norms.with_row_norms(both)
+    if norm_scales.NAME not in options.disable:
+        both, folds = norm_scales.with_norm_scales(both, every=options.mode == "max-autotune")
+    both = with_steady_reads(both, _of_role(graph, Role.PARAMETER) | folds.keys())
     contests: list[Step] = [step for step in both.steps if isinstance(step, Alternatives)]
     if not contests:
         return lowered, chosen
     with journal.timed("kernels"):
         settled, more, failed = tune.choose(replace(both, steps=contests), options, store, journal)
-    return (lowered, chosen) if failed else (row_norms.kept(both, settled), chosen | more)
+    if failed:
+        return lowered, chosen
+    try:
+        return norm_scales.folded(row_norms.kept(both, settled), folds), chosen | more
+    except torch.OutOfMemoryError:
+        journal.note(norm_scales.NAME, "norms stay: there is no memory for products of weights")
+        return lowered, chosen
 
 
 def _of_role(graph: Graph, role: Role) -> frozenset[str]:

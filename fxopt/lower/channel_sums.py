@@ -47,29 +47,39 @@ class ChannelSum:
         self, value: Scalar, constants: Mapping[str, torch.Tensor], buffers: Mapping[str, BufferSpec]
     ) -> torch.Tensor | None:
         """`value` for each channel, float64 [channels] or a scalar, if all that it loads are `constants`."""
-        done: dict[Scalar, torch.Tensor] = {}
-        for node in postorder((value,)):
-            match node:
-                case Const():
-                    done[node] = torch.tensor(node.value, dtype=torch.float64)
-                case Load(buffer=buffer, index=index):
-                    constant = constants.get(buffer)
-                    extent = buffers[buffer].extent
-                    if (
-                        constant is None
-                        or not isinstance(extent, int)
-                        or (index == self.channel and extent != self.channels)
-                    ):
-                        return None
-                    memory = constant.detach().as_strided((extent,), (1,)).double()
-                    done[node] = memory if index == self.channel else memory[int(index)]  # type: ignore[arg-type]
-                case Op():
-                    inner = unrounded(node)
-                    if inner is not node:
-                        done[node] = done[inner]
-                    elif node.name in _CHANNEL_OPS:
-                        done[node] = _CHANNEL_OPS[node.name](*(done[a] for a in node.args))
-        return done[value]
+        return constant_along(value, self.channel, self.channels, constants, buffers)
+
+
+def constant_along(
+    value: Scalar, index: Int, count: int, constants: Mapping[str, torch.Tensor], buffers: Mapping[str, BufferSpec]
+) -> torch.Tensor | None:
+    """`value` for each of the `count` values of `index`, float64 [count] or a scalar, if all that it loads are `constants`
+    of so many elements, at `index`, or single elements of others, and it is computed by what a ChannelSum may be."""
+    done: dict[Scalar, torch.Tensor] = {}
+    for node in postorder((value,)):
+        match node:
+            case Const():
+                done[node] = torch.tensor(node.value, dtype=torch.float64)
+            case Load(buffer=buffer, index=place):
+                constant = constants.get(buffer)
+                extent = buffers[buffer].extent
+                if constant is None or not isinstance(extent, int) or (place == index and extent != count):
+                    return None
+                if place != index and not isinstance(place, int):
+                    return None
+                memory = constant.detach().as_strided((extent,), (1,)).double()
+                done[node] = memory if place == index else memory[place]  # type: ignore[index]
+            case Op():
+                inner = unrounded(node)
+                if inner is not node:
+                    done[node] = done[inner]
+                elif node.name in _CHANNEL_OPS:
+                    done[node] = _CHANNEL_OPS[node.name](*(done[a] for a in node.args))
+                elif node.name != "bitcast":
+                    return None
+            case _:
+                return None
+    return done.get(value)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fxopt.ir.region import BufferSpec, Contraction, Region
 from fxopt.lower.align import along, mappings
 from fxopt.lower.joining import combine, remap, with_nests
 from fxopt.lower.pools import pooled
-from fxopt.lower.products import QUANTIZED, Product
+from fxopt.lower.products import Product
 
 
 class Epilogues:
@@ -127,7 +127,7 @@ class Epilogues:
 
 def _in_registers(product: Product, name: str, result: BufferSpec) -> BufferSpec:
     """The pseudo-buffer of a product whose call makes `result`."""
-    return replace(result, name=name, dtype=torch.float32 if product.call.op in QUANTIZED else result.dtype)
+    return replace(result, name=name, dtype=torch.float32 if product.sums_float32 else result.dtype)
 
 
 def _is_plain(nest: Nest) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxopt.ir.region import Alias, Alternatives, Attention, Batch, Call, Ref, Region, ScoredAttention, Step, base_of, refs
+from fxopt.ir.region import Alias, Alternatives, Call, Ref, Region, Step, Work, base_of, refs
 from fxopt.lower.lowering import Lowered
 
 
@@ -82,7 +82,7 @@ class Placement:
             elif isinstance(step, Alternatives):  # attention, which was looked for before
                 of_ways = [self._accesses(*way.steps) for way in step.ways]
                 reads, writes = reads.union(*(r for r, _ in of_ways)), writes.union(*(w for _, w in of_ways))
-            elif isinstance(step, Region | Batch | Attention | ScoredAttention):
+            elif isinstance(step, Work):
                 reads |= {base_of(n, self.views) for n in step.reads()}
                 writes |= {base_of(n, self.views) for n in step.writes()}
             elif isinstance(step, Call):

@@ -47,7 +47,7 @@ class Product:
     axes: tuple[Sym | None, Sym, Sym]
     addend: Load | None
     scales: tuple[Load, ...] = ()
-    """Factors of the product, before the addend, of quantized operands."""
+    """Factors of the product, before the addend: of quantized operands, or of rows."""
     quantized: Quantized | None = None
     """Of a product whose weight alone is of few bits."""
     ends: str = ""
@@ -62,9 +62,14 @@ class Product:
         """Where in the result's buffer the element at `axes` is."""
         return _at(self.result, self.axes)
 
+    @property
+    def sums_float32(self) -> bool:
+        """Whether what is computed from the product begins with its float32 sum, not with what the call would round."""
+        return self.call.op in QUANTIZED or bool(self.scales)
+
     def value(self, registers: str, dtype: torch.dtype) -> Scalar:
         """The call's element at `axes`, where the product itself is the load of the pseudo-buffer `registers`."""
-        if self.call.op in QUANTIZED:
+        if self.sums_float32:
             return self._scaled(Load(registers, self.index, torch.float32), dtype)
         product: Scalar = Load(registers, self.index, dtype)
         return product if self.addend is None else Op("add", (product, cast(self.addend, dtype)), dtype)

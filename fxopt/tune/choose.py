@@ -19,7 +19,7 @@ from fxopt.errors import UnsupportedError
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import Alternatives, Batch, Call, Contraction, Region, ScoredAttention, Work
 from fxopt.journal import Journal
-from fxopt.lower import Lowered
+from fxopt.lower import Lowered, norm_scales
 from fxopt.lower.groupings import regrouped
 from fxopt.lower.ways import replaced
 from fxopt.options import Options
@@ -259,8 +259,11 @@ class _Tuning:
 
 
 def _tentative(lowered: Lowered) -> frozenset[str]:
-    """Regions on a GPU that a product's kernel may compute, too: one candidate is enough to tell which way is faster."""
+    """Regions on a GPU that a product's kernel may compute, too: one candidate is enough to tell which way is faster. Norms
+    that may be factors differ in less than candidates do.
+    """
     either = [s for s in lowered.steps if isinstance(s, Alternatives) and s.device.type == "cuda"]
+    either = [each for each in either if each.kind != norm_scales.NAME]
     with_kernel = [each for each in either if any(isinstance(s, Contraction) for s in _other_steps([each]))]
     return frozenset(s.name for each in with_kernel for s in each.ways[0].steps if isinstance(s, Region))
 

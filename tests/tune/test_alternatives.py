@@ -18,7 +18,7 @@ from fxopt.ir.graph import Graph, Input, Phase, Role
 from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
 from fxopt.ir.region import Alias, BufferSpec, Call, Contraction, Ref, Region
 from fxopt.journal import Journal
-from fxopt.lower import Lowered, row_norms
+from fxopt.lower import Lowered, norm_scales, row_norms
 from fxopt.lower.contractions import FUSED, LIBRARY, PADDED, ROW
 from fxopt.lower.convolutions import ADD_RELU, BIAS_OF, CUDNN, RELU
 from fxopt.lower.steady import with_steady_reads
@@ -515,6 +515,33 @@ def test_a_norm_goes_into_its_products_where_that_is_faster(bench: Bench, store:
     assert len(steps_of(kept)) == (3 if faster == row_norms.APART else 2)
     assert bench.measured[-1][1][0].startswith(row_norms.APART)
     planned(kept, chosen)
+
+
+@pytest.mark.parametrize("faster", [norm_scales.STORED, norm_scales.SCALED])
+def test_a_norm_becomes_factors_of_rows_where_that_is_faster(bench: Bench, store: ArtifactStore, faster: str) -> None:
+    def fn(x: torch.Tensor, residual: torch.Tensor, g: torch.Tensor, w: torch.Tensor) -> Any:
+        total = residual + x
+        return total, F.linear(F.rms_norm(total, (512,), g), w)
+
+    args = (rand(2048, 512), rand(2048, 512), *(torch.rand(shape).to(torch.bfloat16) for shape in ((512,), (256, 512))))
+    low = captured(fn, args)
+    known = dict(zip(low.inputs[2:], args[2:], strict=True))
+    low = replace(low, inputs=low.inputs[:2], constants=known)
+    first, chosen, failed, journal = tuned(low, store)
+    assert not failed and isinstance(steps_of(first)[1], Call)
+    bench.seconds = {faster: 0.5}
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    graph = Graph(gm, [Input(n, Role.PARAMETER) for n in low.inputs], Phase.INFERENCE, "test", int)
+    kept, chosen = compiler._with_row_norms(graph, first, chosen, Options(), journal, store)
+    contraction = steps_of(kept)[1]
+    assert isinstance(contraction, Contraction) == (faster == norm_scales.SCALED)
+    assert bench.measured[-1][1][0].startswith(norm_scales.STORED)
+    if isinstance(contraction, Contraction):
+        weight = kept.constants[contraction.b.buffer]
+        assert torch.equal(weight, (args[3].double() * args[2].double()).to(weight.dtype))
+    planned(kept, chosen)
+    off = Options(disable=(norm_scales.NAME,))
+    assert compiler._with_row_norms(graph, first, chosen, off, journal, store)[0] is first
 
 
 @pytest.mark.parametrize("faster", [row_norms.APART, row_norms.SUMMED])

@@ -1,0 +1,441 @@
+"""Norms before products of many rows: stored as they are, or as one factor for each row, which the products' epilogues have.
+
+What an RMS norm makes of row i is `x[i] * scale[i] * weight`, and a product with it `(x @ (weight * W)) * scale[:, None]`.
+Where the weights are frozen, their product is a constant. Then the kernel that adds up a row's squares stores one number and
+no row, and the products read x, which is there anyway. Float32 sums are scaled before they are rounded, so nothing overflows
+that does not in eager: hence templates only, a library's result is rounded. The norm and all products of its rows are one
+contest, after it is known what runs these.
+
+Terms of a sum are as exact as eager's: there a row's elements are rounded, here the weight's. What float16 cannot hold is
+multiplied by a power of two, which the factor of a row has the inverse of; where that is not enough, the norm stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fxopt.ir.exprs import Int, Sym, add, coefficient, mul, symbol
+from fxopt.ir.loops import Const, Load, Op, Scalar, Store, transform
+from fxopt.ir.region import Alias, Alternatives, BufferSpec, Call, Contraction, Matrix, Region, Way, base_of, refs
+from fxopt.ir.rounding import HALVES
+from fxopt.lower.channel_sums import constant_along, uncast
+from fxopt.lower.cost import nbytes
+from fxopt.lower.epilogues import Epilogues
+from fxopt.lower.joining import with_nests
+from fxopt.lower.lowering import Lowered
+from fxopt.lower.placement import Placement
+from fxopt.lower.products import QUANTIZED, Product, find_product
+from fxopt.lower.values import cast
+
+NAME = "norm-scales"
+"""What `Options.disable` calls them."""
+
+STORED, SCALED, SCALED_FUSED = "norm-stored", "norm-scaled", "norm-scaled-fused"
+"""Labels of ways: the last with the region after the product as its epilogue."""
+
+LEAST_BYTES = 2 << 20
+"""Of a norm that is worth a contest: smaller ones do not leave the L2 cache."""
+
+MOST_COLUMNS = 8192
+"""Of all products of a norm: those of more take so long that what the norm costs is within the noise of measuring."""
+
+_LARGEST, _SHIFT = 2.0**15, 8
+"""Elements of a folded weight in float16 are no larger, times 2 ** `_SHIFT` where that lets them."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The constant `weight`, a matrix with as many elements along `dim` as `factor` (float64) has, times this."""
+
+    weight: str
+    factor: torch.Tensor
+    dim: int
+
+    def value(self, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The product, rounded once, in the layout of the weight."""
+        weight = constants[self.weight].detach()
+        out = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
+        factor, other = self.factor if self.dim else self.factor[:, None], 1 - self.dim
+        step = max(1, _AT_ONCE // weight.shape[self.dim])
+        for first in range(0, weight.shape[other], step):
+            part = weight.narrow(other, first, min(step, weight.shape[other] - first))
+            out.narrow(other, first, part.shape[other]).copy_(part.double() * factor)
+        return out
+
+
+_AT_ONCE = 1 << 24
+"""Elements of a weight that are in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The store `normed` of a region: element (row, axis) of the matrix `rows` in memory, times the product of `by_row`,
+    times that of `by_column`, which vary along one of both only.
+
+    `place` is the row's number, of all `count` ones, in the points of the region.
+    """
+
+    normed: Store
+    axis: Sym
+    rows: Matrix
+    by_row: tuple[Scalar, ...]
+    by_column: tuple[Scalar, ...]
+    place: Int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Step `step` reads the norm's rows: as `alone` of it and, with the step after it that takes its result, `fused`."""
+
+    step: int
+    alone: Contraction
+    after: int | None = None
+    fused: Contraction | None = None
+
+
+def with_norm_scales(lowered: Lowered, every: bool = False) -> tuple[Lowered, dict[str, Fold]]:
+    """`lowered`, of whose products it is known what runs them, with both ways in the place of each norm on a GPU that only
+    such read and which is worth it (or `every` one); and what the constants are that the second way has, by name."""
+    return _Search(lowered, every).run()
+
+
+def folded(lowered: Lowered, folds: Mapping[str, Fold]) -> Lowered:
+    """`lowered` with those of `folds` among its constants that steps read. Raises torch.OutOfMemoryError."""
+    read = {name for step in lowered.steps if isinstance(step, Contraction) for name in step.reads()}
+    made = {name: fold.value(lowered.constants) for name, fold in folds.items() if name in read}
+    return replace(lowered, constants=lowered.constants | made)
+
+
+class _Search(Placement):
+    def __init__(self, lowered: Lowered, every: bool) -> None:
+        super().__init__(lowered)
+        self.lowered, self.every = lowered, every
+        self.buffers = dict(lowered.buffers)
+        self.epilogues = Epilogues(self.buffers, self.buffers)
+        self.folds: dict[str, Fold] = {}
+
+    def run(self) -> tuple[Lowered, dict[str, Fold]]:
+        for k, step in enumerate(self.steps):
+            if isinstance(step, Region) and step.device.type == "cuda" and step.across is None and step.nest.reduced:
+                for store in step.nest.stores:
+                    if self._put_ways(k, step, store):
+                        break
+        steps = [step for step in self.steps if step is not None]
+        used = {n for step in steps if isinstance(step, Alternatives) and step.kind == NAME for n in step.buffers}
+        folds = {name: fold for name, fold in self.folds.items() if name in used}
+        buffers = self.lowered.buffers | {name: spec for name, spec in self.buffers.items() if name in used}
+        lasting = self.lowered.lasting | folds.keys() if self.lowered.lasting else self.lowered.lasting
+        return replace(self.lowered, steps=steps, buffers=buffers, lasting=lasting), folds
+
+    def _put_ways(self, k: int, region: Region, store: Store) -> bool:
+        """Put alternatives in the place of norm `store` of step `k` and what reads it, if a factor for each row may do."""
+        readers = [j for j in range(len(self.steps)) if store.buffer in self.accesses[j][0] and not self._is_view(j)]
+        if store.buffer in self.kept or not readers or readers[0] <= k:
+            return False
+        norm = self._norm(region, store)
+        if norm is None or not (self.every or self._is_worth_it(norm, readers)):
+            return False
+        shift = self._shift(norm, [m for j in readers for m in self._weights(j)])
+        if shift is None:
+            return False
+        scale = BufferSpec(f"{store.buffer}.scale", torch.float32, region.device, (norm.count,), (1,))
+        self.buffers[scale.name] = scale
+        found = [each for j in readers if (each := self._reader(j, norm, scale, shift)) is not None]
+        return len(found) == len(readers) and self._put_found(k, _with_scale(region, norm, scale, shift), norm, found)
+
+    def _put_found(self, k: int, scaled: Region, norm: _Norm, readers: Sequence[_Reader]) -> bool:
+        """Put alternatives in the place of step `k`, which `scaled` is in the other ways, and of `readers`."""
+        steps, uses = {each.step for each in readers}, Counter(each.after for each in readers)
+        followed = [each for each in readers if each.after is not None and uses[each.after] == 1 and each.after not in steps]
+        for fusing in (followed, []):
+            numbers = sorted({k, *steps, *(each.after for each in fusing if each.after is not None)})
+            place = self._place(tuple(numbers))
+            written = any(norm.rows.buffer in self.accesses[j][1] for j in numbers if j != k)
+            if place is not None and not written:
+                ways = self._ways(k, scaled, numbers, readers, fusing)
+                self._put(tuple(numbers), place, self._alternatives(f"{scaled.name}s", ways))
+                return True
+        return False
+
+    def _ways(
+        self, k: int, scaled: Region, numbers: Sequence[int], readers: Sequence[_Reader], fusing: Sequence[_Reader]
+    ) -> Iterator[Way]:
+        """The ways to compute steps `numbers`, among which are those that `fusing` readers may have as epilogues."""
+        alone: dict[int, Region | Contraction] = {k: scaled, **{each.step: each.alone for each in readers}}
+        yield Way(STORED, self._among(numbers, {}))
+        yield Way(SCALED, self._among(numbers, alone))
+        if fusing:
+            fused = alone | {each.after: each.fused for each in fusing if each.after is not None and each.fused is not None}
+            gone = {each.step for each in fusing}
+            yield Way(SCALED_FUSED, self._among([n for n in numbers if n not in gone], fused))
+
+    def _among(
+        self, numbers: Sequence[int], instead: Mapping[int, Region | Contraction]
+    ) -> tuple[Region | Contraction | Call, ...]:
+        """The steps `numbers`, of which `instead` has some."""
+        steps = (instead.get(n, self.steps[n]) for n in numbers)
+        return tuple(step for step in steps if isinstance(step, Region | Contraction | Call))
+
+    def _alternatives(self, name: str, found: Iterator[Way]) -> Alternatives:
+        ways = tuple(found)
+        steps = [step for way in ways for step in way.steps]
+        calls = [step for step in steps if isinstance(step, Call)]
+        named = [n for call in calls for n in (*refs((call.args, call.kwargs)), *(o for o in call.outputs if o is not None))]
+        views = tuple(self.views[n] for n in dict.fromkeys(named) if n in self.views)
+        touched = [n for step in steps if not isinstance(step, Call) for n in step.buffers]
+        names = dict.fromkeys((*touched, *(base_of(n, self.views) for n in named)))
+        return Alternatives(name, ways, {n: self.buffers[n] for n in names}, views, kind=NAME)
+
+    def _is_view(self, k: int) -> bool:
+        return isinstance(self.steps[k], Alias)
+
+    # ------------------------------------------------------------------ the norm
+
+    def _norm(self, region: Region, store: Store) -> _Norm | None:
+        nest, spec = region.nest, self.buffers[store.buffer]
+        if len(nest.reduced) != 1 or store.mode != "set" or store.indirect or spec.dtype not in HALVES:
+            return None
+        (axis,) = nest.reduced
+        length, elements = axis.size, spec.numel
+        if not isinstance(length, int) or not isinstance(elements, int) or coefficient(store.index, axis) != 1:
+            return None
+        element, by_row, by_column = None, list[Scalar](), list[Scalar]()
+        for factor in _factors(store.value, axis):
+            along = factor.symbols()
+            if axis not in along:
+                by_row.append(factor)
+            elif along.isdisjoint(nest.points):
+                by_column.append(factor)
+            elif element is None:
+                element = factor
+            else:
+                return None
+        load = None if element is None else self._in_memory(region, store, element)
+        if load is None or load.dtype != spec.dtype or not by_row:
+            return None
+        found = _as_rows(store.index, load, axis, nest.points)
+        if found is None:
+            return None
+        place, rows = found
+        return _Norm(store, axis, rows, tuple(by_row), tuple(by_column), place, elements // length)
+
+    def _in_memory(self, region: Region, normed: Store, element: Scalar) -> Load | None:
+        """Where `element` is in memory: stored by the region or loaded by it."""
+        for store in region.nest.stores:
+            plain = store is not normed and store.mode == "set" and not store.indirect
+            if plain and uncast(store.value) is element:
+                return Load(store.buffer, store.index, self.buffers[store.buffer].dtype)
+        return element if isinstance(element, Load) and not element.indirect else None
+
+    def _is_worth_it(self, norm: _Norm, readers: Sequence[int]) -> bool:
+        columns = [n for j in readers for n in self._columns(j)]
+        small = all(isinstance(n, int) for n in columns) and sum(n for n in columns if isinstance(n, int)) <= MOST_COLUMNS
+        return small and nbytes(self.buffers[norm.normed.buffer]) >= LEAST_BYTES
+
+    # ------------------------------------------------------------------ the products
+
+    def _product(self, j: int) -> Product | None:
+        step = self.steps[j]
+        if not isinstance(step, Call):
+            return None
+        found = find_product(step, self.lowered.buffers, self.views)
+        return None if found is None or found.call.op in QUANTIZED else found
+
+    def _columns(self, j: int) -> Iterator[Int]:
+        """The numbers of columns of the products at step `j`."""
+        step, product = self.steps[j], self._product(j)
+        if isinstance(step, Contraction):
+            yield from [step.sizes[3]] * len(step.products)
+        elif product is not None:
+            yield product.sizes[3]
+
+    def _weights(self, j: int) -> list[Matrix]:
+        step, product = self.steps[j], self._product(j)
+        if isinstance(step, Contraction):
+            return [*step.products.values()]
+        return [] if product is None else [product.b]
+
+    def _reader(self, j: int, norm: _Norm, scale: BufferSpec, shift: int) -> _Reader | None:
+        """Step `j` as products of the norm's rows with the factor `scale`, or None."""
+        step, product = self.steps[j], self._product(j)
+        if isinstance(step, Contraction):
+            contraction = self._scaled(step, norm, scale, shift)
+            return None if contraction is None else _Reader(j, contraction)
+        if product is None or product.ends or product.axes[0] is not None or not isinstance(product.a, Matrix):
+            return None
+        dtypes = {self.buffers[m.buffer].dtype for m in (product.a, product.b, product.result)}
+        a, b = _rows_of(product.a, norm), self._folded(product.b, norm, shift)
+        addend = None if product.addend is None else product.addend.buffer
+        if a is None or b is None or len(dtypes) != 1 or addend == norm.normed.buffer:
+            return None
+        factor = _factor_at(product.a, norm, scale, product.axes[1])
+        own = replace(product, a=a, b=b, scales=(factor,))
+        alone, name = self.epilogues.alone(own), product.result.buffer
+        alone = replace(alone, name=f"{alone.name}.scaled")
+        for i in range(j + 1, len(self.steps)):
+            region = self.steps[i]
+            if isinstance(region, Region) and name in self.accesses[i][0]:
+                fused = self.epilogues.of(own, region, self._is_wanted(name, (j, i)))
+                if fused is not None:
+                    return _Reader(j, alone, i, replace(fused, name=f"{fused.name}.scaled"))
+        return _Reader(j, alone)
+
+    def _scaled(self, step: Contraction, norm: _Norm, scale: BufferSpec, shift: int) -> Contraction | None:
+        """The same of a contraction."""
+        a = _rows_of(step.a, norm) if isinstance(step.a, Matrix) else None
+        weights = {name: self._folded(m, norm, shift) for name, m in step.products.items()}
+        if a is None or step.ends or step.quantized or step.row is not None or step.axes[0] is not None or step.tf32:
+            return None
+        if any(m is None for m in weights.values()) or norm.normed.buffer in step.region.reads():
+            return None
+        assert isinstance(step.a, Matrix)
+        factor = _factor_at(step.a, norm, scale, step.axes[1])
+        region = _with_factor(step.region, step.products, factor, scale)
+        memory = [a, *(m for m in weights.values() if m is not None)]
+        names = [*(m.buffer for m in memory), *(n for n in region.buffers if n not in step.products)]
+        return replace(
+            step,
+            name=f"{step.name}.scaled",
+            a=a,
+            b=memory[1],
+            c=None if step.c is None else memory[2],
+            region=replace(region, name=f"{region.name}.scaled"),
+            buffers={n: self.buffers[n] for n in dict.fromkeys(names)},
+        )
+
+    # ------------------------------------------------------------------ the weights
+
+    def _folded(self, b: Matrix, norm: _Norm, shift: int) -> Matrix | None:
+        """`b` times what the norm multiplies columns by, as a constant that is still to be made."""
+        if not norm.by_column:
+            return b
+        dim, factor = self._dim(b, norm), self._factor(norm)
+        if dim is None or factor is None:
+            return None
+        name = f"{b.buffer}.times.{norm.normed.buffer}"
+        self.folds[name] = Fold(b.buffer, factor * 2.0**shift, dim)
+        self.buffers[name] = replace(self.buffers[b.buffer], name=name)
+        return replace(b, buffer=name)
+
+    def _dim(self, b: Matrix, norm: _Norm) -> int | None:
+        """Along which dimension of its buffer, a constant matrix, the rows of `b` lie."""
+        spec = self.buffers[b.buffer]
+        if b.buffer not in self.lowered.constants or len(spec.shape) != 2 or b.batch != 0:
+            return None
+        found = [d for d in range(2) if (spec.shape[d], spec.strides[d]) == (norm.axis.size, b.row)]
+        return found[0] if len(found) == 1 else None
+
+    def _factor(self, norm: _Norm) -> torch.Tensor | None:
+        """What the norm multiplies columns by, if that is constant: float64 [columns]."""
+        assert isinstance(norm.axis.size, int)
+        product = functools.reduce(_times, norm.by_column)
+        value = constant_along(product, symbol(norm.axis), norm.axis.size, self.lowered.constants, self.buffers)
+        return None if value is None else value.expand(norm.axis.size)
+
+    def _shift(self, norm: _Norm, weights: Sequence[Matrix]) -> int | None:
+        """The power of two by which folded `weights` are to be multiplied, so that none overflows and the elements of each
+        row, as a whole, are normal numbers; None where there is none."""
+        if not norm.by_column:
+            return 0
+        factor = self._factor(norm)
+        largest, least = 0.0, float("inf")
+        for b in weights:
+            dim, constant = self._dim(b, norm), self.lowered.constants.get(b.buffer)
+            if dim is None or factor is None or constant is None or hasattr(constant, "fake_mode"):
+                return None
+            norms = functools.partial(torch.linalg.vector_norm, constant.detach(), dim=1 - dim, dtype=torch.float32)
+            most = float((norms(ord=float("inf")).double() * factor.abs()).max())
+            sizes = norms().double() * factor.abs() / constant.shape[1 - dim] ** 0.5
+            if not math.isfinite(most):
+                return None
+            largest, least = max(largest, most), min(least, float(sizes.where(sizes > 0, float("inf")).min()))
+        info = torch.finfo(self.buffers[weights[0].buffer].dtype)
+        if info.max > 2.0**16:
+            return 0 if largest < info.max and least >= info.tiny else None
+        shift = _SHIFT if largest * 2.0**_SHIFT <= _LARGEST else 0
+        return shift if largest <= _LARGEST and least * 2.0**shift >= info.tiny else None
+
+
+def _factors(value: Scalar, axis: Sym) -> Iterator[Scalar]:
+    """What `value` is the product of, in float32, roundings between left out."""
+    plain = uncast(value)
+    if isinstance(plain, Op) and plain.name == "mul":
+        for factor in plain.args:
+            yield from _factors(factor, axis)
+    elif isinstance(plain, Op) and plain.name == "truediv" and axis not in plain.args[1].symbols():
+        yield from _factors(plain.args[0], axis)
+        yield Op("truediv", (Const(1.0, torch.float32), cast(uncast(plain.args[1]), torch.float32)), torch.float32)
+    else:
+        yield plain
+
+
+def _as_rows(index: Int, load: Load, axis: Sym, points: Sequence[Sym]) -> tuple[Int, Matrix] | None:
+    """(The number of the row that `index` is in, of dense rows along `axis`; the rows of `load` as a matrix.)"""
+    length, pitch, number, offset = axis.size, None, add(0, 0), add(load.index, mul(-1, symbol(axis)))
+    assert isinstance(length, int)
+    for sym in points:
+        own, other = coefficient(index, sym), coefficient(load.index, sym)
+        if not isinstance(own, int) or not isinstance(other, int) or own <= 0 or own % length or other % (own // length):
+            return None
+        if pitch not in (None, other // (own // length)):
+            return None
+        pitch = other // (own // length)
+        number = add(number, mul(own // length, symbol(sym)))
+        offset = add(offset, mul(-other, symbol(sym)))
+    if pitch is None or pitch < length or add(mul(number, length), symbol(axis)) != index or not isinstance(offset, int):
+        return None
+    return number, Matrix(load.buffer, offset, 0, pitch, 1)
+
+
+def _rows_of(a: Matrix, norm: _Norm) -> Matrix | None:
+    """The left operand `a`, rows of the norm, as the same rows of what the norm is of."""
+    length = norm.axis.size
+    if not isinstance(length, int) or not isinstance(a.offset, int) or not isinstance(a.row, int):
+        return None
+    if a.buffer != norm.normed.buffer or a.column != 1 or a.offset % length or a.row % length:
+        return None
+    assert isinstance(norm.rows.row, int) and isinstance(norm.rows.offset, int)
+    offset = norm.rows.offset + a.offset // length * norm.rows.row
+    return replace(norm.rows, offset=offset, row=a.row // length * norm.rows.row)
+
+
+def _factor_at(a: Matrix, norm: _Norm, scale: BufferSpec, row: Sym) -> Load:
+    """The factor of row `row` of the left operand `a`."""
+    length = norm.axis.size
+    assert isinstance(length, int) and isinstance(a.offset, int) and isinstance(a.row, int)
+    return Load(scale.name, add(a.offset // length, mul(a.row // length, symbol(row))), torch.float32)
+
+
+def _with_factor(region: Region, products: Mapping[str, Matrix], factor: Load, scale: BufferSpec) -> Region:
+    """The epilogue `region` whose `products`, float32 sums now, are multiplied by `factor`."""
+
+    def scaled(load: Load) -> Scalar | None:
+        if load.buffer not in products:
+            return None
+        return cast(_times(Load(load.buffer, load.index, torch.float32), factor), load.dtype)
+
+    stores = tuple(s.transformed({}, lambda v: transform(v, {}, scaled)) for s in region.nest.stores)
+    specs = {n: replace(spec, dtype=torch.float32) if n in products else spec for n, spec in region.buffers.items()}
+    return with_nests(replace(region, buffers=specs | {scale.name: scale}), replace(region.nest, stores=stores), None)
+
+
+def _with_scale(region: Region, norm: _Norm, scale: BufferSpec, shift: int) -> Region:
+    """`region` with the factor of each row stored instead of the norm."""
+    value = functools.reduce(_times, norm.by_row)
+    if shift:
+        value = _times(value, Const(2.0**-shift, torch.float32))
+    stores = [s for s in region.nest.stores if s is not norm.normed]
+    nest = replace(region.nest, stores=(*stores, Store(scale.name, norm.place, value)))
+    new = replace(region, name=f"{region.name}.scale", buffers=region.buffers | {scale.name: scale})
+    return with_nests(new, nest, None)
+
+
+def _times(a: Scalar, b: Scalar) -> Scalar:
+    return Op("mul", (cast(a, torch.float32), cast(b, torch.float32)), torch.float32)

@@ -1,0 +1,280 @@
+"""Norms as factors of their rows in the products after them: values beside eager's, and what is left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.capture.decompositions import decompositions
+from fxopt.ir.region import Alternatives, Contraction, Region, Way
+from fxopt.lower import Lowered
+from fxopt.lower.contractions import FUSED, LIBRARY, TWO, with_contractions
+from fxopt.lower.norm_scales import LEAST_BYTES, SCALED, SCALED_FUSED, STORED, Fold, folded, with_norm_scales
+from fxopt.lower.schedule import schedule
+from fxopt.lower.ways import replaced
+from tests.codegen.triton_interpreter import Interpreter
+from tests.lower.capturing import moved
+from tests.lower.contracting import kept as kept_ways
+from tests.lower.harness import lower
+from tests.lower.interpreter import run_lowered
+from tests.numerics import assert_closer, to_float64
+
+pytest.importorskip("triton")
+
+from fxopt.codegen.triton import configs, print_region
+from fxopt.codegen.triton_build import compile_triton
+from fxopt.target import Target
+from fxopt.tune.candidate import contraction_candidates
+
+HALF, BF16 = torch.float16, torch.bfloat16
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+WIDTH = 64
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def normalized(x: Tensor) -> Tensor:
+    return wide(x) * torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def llama(x: Tensor, weight: Tensor) -> Tensor:
+    """Llama's and T5's: rounded, then times the weight."""
+    return weight * normalized(x).to(x.dtype)
+
+
+def gemma(x: Tensor, weight: Tensor) -> Tensor:
+    return (normalized(x) * (1.0 + wide(weight))).type_as(x)
+
+
+def divided(x: Tensor, weight: Tensor) -> Tensor:
+    return (wide(x) / torch.sqrt(wide(x).pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+
+def modules(x: Tensor, weight: Tensor) -> Tensor:
+    """nn.RMSNorm's."""
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+
+
+NORMS = (llama, gemma, divided, modules)
+
+
+def plain(norm: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    return lambda x, weight, w: F.linear(norm(x, weight), w)
+
+
+def sublayer(norm: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    """A residual sum whose norm a gated layer reads."""
+
+    def fn(x: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        total = residual + x
+        normed = norm(total, weight)
+        return total, F.silu(F.linear(normed, gate)) * F.linear(normed, up)
+
+    return fn
+
+
+def activated(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(llama(x, weight), w, bias))
+
+
+def rand(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def frozen(fn: Function, args: Sequence[Tensor], constants: Sequence[int], way: str = LIBRARY) -> Lowered:
+    """`fn` with its products by `way`, the arguments number `constants` frozen."""
+    low = lower(fn, tuple(args), decompose=decompositions())
+    known = {low.inputs[k]: args[k] for k in constants}
+    low = replace(low, inputs=tuple(n for n in low.inputs if n not in known), constants=known)
+    return kept_ways(with_contractions(schedule(moved(low, "cuda"))), way)
+
+
+def of(both: Lowered) -> Alternatives:
+    (each,) = (s for s in both.steps if isinstance(s, Alternatives))
+    return each
+
+
+def check(fn: Function, args: Sequence[Tensor], constants: Sequence[int], way: str = LIBRARY) -> list[Way]:
+    """Assert that every way has values as close to float64 as eager's. Returns the ways."""
+    low = frozen(fn, args, constants, way)
+    both, folds = with_norm_scales(low, every=True)
+    given = dict(zip(low.inputs, (x for k, x in enumerate(args) if k not in constants), strict=True))
+    eager, exact = (out if isinstance(out, tuple) else (out,) for out in (fn(*args), fn(*to_float64(args))))
+    for each in of(both).ways:
+        got = run_lowered(folded(replaced(both, {of(both).name: each}), folds), given)
+        assert_closer(tuple(got), eager, exact)
+    return list(of(both).ways)
+
+
+def labels(ways: Sequence[Way]) -> list[tuple[str, int]]:
+    return [(way.label, len(way.steps)) for way in ways]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_and_a_product(norm: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    args = (rand(2, 96, WIDTH, dtype=dtype), rand(WIDTH, dtype=dtype), rand(48, WIDTH, dtype=dtype))
+    assert labels(check(plain(norm), args, (1, 2))) == [(STORED, 2), (SCALED, 2)]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_residual_sum_and_a_gated_layer(norm: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    args = [rand(*shape, dtype=dtype) for shape in ((96, WIDTH), (96, WIDTH), (WIDTH,), (48, WIDTH), (48, WIDTH))]
+    assert labels(check(sublayer(norm), args, (2, 3, 4), TWO)) == [(STORED, 2), (SCALED, 2)]
+    ways = check(sublayer(norm), args, (2, 3, 4), FUSED)
+    assert labels(ways) == [(STORED, 3), (SCALED, 3)]
+    region = ways[1].steps[0]
+    assert isinstance(region, Region) and len(region.nest.stores) == 2  # the sum, and one number a row
+
+
+def test_what_follows_the_product_is_its_epilogue() -> None:
+    args = (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH), rand(48))
+    ways = check(activated, args, (1, 2, 3))
+    assert labels(ways) == [(STORED, 3), (SCALED, 3), (SCALED_FUSED, 2)]
+    assert labels(check(activated, args, (1, 2, 3), FUSED)) == [(STORED, 2), (SCALED, 2)]
+
+
+def test_weights_of_extreme_size() -> None:
+    x, w = rand(64, WIDTH), rand(48, WIDTH) * 0.02
+    for dtype in (HALF, BF16):
+        weight = torch.ones(WIDTH)
+        weight[::3], weight[1::3], weight[5] = 0.0, 30.0, 1e-3
+        weight[8:12] = 4e-5
+        check(plain(llama), (x.to(dtype), weight.to(dtype), w.to(dtype)), (1, 2))
+
+
+def test_rows_of_large_values_and_outliers() -> None:
+    x, w, weight = rand(64, WIDTH), rand(48, WIDTH) * 0.02, torch.full((WIDTH,), 0.5)
+    x[:, 3], weight[3] = 900.0, 2e-3
+    x[5], x[6], x[7] = x[5] * 1e4, x[6] * 1e-4, 0.0
+    for norm in NORMS:
+        check(plain(norm), (x.to(HALF), weight.to(HALF), w.to(HALF)), (1, 2))
+        check(plain(norm), (x.to(BF16) * 1e15, weight.to(BF16), w.to(BF16)), (1, 2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_as_eagers(value: float) -> None:
+    x, weight, w = rand(8, WIDTH), rand(WIDTH), rand(16, WIDTH)
+    x[2, 5], weight[7] = value, 0.0
+    x[4, 7] = value  # where the weight is zero
+    low = frozen(plain(llama), (x, weight, w), (1, 2))
+    both, folds = with_norm_scales(low, every=True)
+    (got,) = run_lowered(folded(replaced(both, {of(both).name: of(both).ways[1]}), folds), {low.inputs[0]: x})
+    eager = plain(llama)(x, weight, w)
+    assert torch.equal(got.isnan(), eager.isnan()) and got[2].isnan().all() and got[4].isnan().all()
+
+
+def test_a_weight_is_rounded_once_and_keeps_its_layout() -> None:
+    weight, factor = rand(48, WIDTH).t(), torch.rand(WIDTH, dtype=torch.float64)
+    value = Fold("w", factor, 0).value({"w": weight})
+    assert value.stride() == weight.stride()
+    assert torch.equal(value, (weight.double() * factor[:, None]).to(HALF))
+    across = Fold("w", torch.rand(48, dtype=torch.float64), 1)
+    assert torch.equal(across.value({"w": weight}), (weight.double() * across.factor).to(HALF))
+
+
+def test_no_weight_needs_no_constants() -> None:
+    fn: Function = lambda x, w: F.linear(F.rms_norm(x, (WIDTH,), None, 1e-6), w)  # noqa: E731
+    args = (rand(96, WIDTH), rand(48, WIDTH))
+    assert labels(check(fn, args, ())) == [(STORED, 2), (SCALED, 2)]
+    assert not with_norm_scales(frozen(fn, args, ()), every=True)[1]
+
+
+def test_two_products_of_one_norm() -> None:
+    fn: Function = lambda x, weight, w, v: (F.linear(n := llama(x, weight), w), F.linear(n, v))  # noqa: E731
+    args = (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH), rand(32, WIDTH))
+    assert labels(check(fn, args, (1, 2, 3))) == [(STORED, 3), (SCALED, 3)]
+
+
+def returned(x: Tensor, weight: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    normed = llama(x, weight)
+    return normed, F.linear(normed, w)
+
+
+def read_by_others(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+    normed = llama(x, weight)
+    return F.linear(normed, w) + normed.flip(0)[:, :48]
+
+
+def layer_norm(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(x, (WIDTH,), weight), w)
+
+
+def gated_norm(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+    return F.linear(llama(x, weight) * torch.sigmoid(x), w)
+
+
+@pytest.mark.parametrize("fn", [returned, read_by_others, layer_norm, gated_norm])
+def test_what_is_left_as_it_is(fn: Function) -> None:
+    args = (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH))
+    both, folds = with_norm_scales(frozen(fn, args, (1, 2)), every=True)
+    assert not any(isinstance(s, Alternatives) for s in both.steps)
+    assert folded(both, folds).constants.keys() == both.constants.keys()
+
+
+@pytest.mark.parametrize("constants", [(), (1,), (2,)])
+def test_weights_have_to_be_frozen(constants: tuple[int, ...]) -> None:
+    args = (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH))
+    both, _ = with_norm_scales(frozen(plain(llama), args, constants), every=True)
+    assert not any(isinstance(s, Alternatives) for s in both.steps)
+
+
+def test_a_weight_that_float16_cannot_hold_stays() -> None:
+    weight = torch.ones(WIDTH)
+    weight[3] = 4e-7  # of weights of 1e-3: 4e-10
+    args = (rand(96, WIDTH), weight.to(HALF), rand(48, WIDTH) * 1e-3)
+    both, _ = with_norm_scales(frozen(plain(llama), args, (1, 2)), every=True)
+    assert not any(isinstance(s, Alternatives) for s in both.steps)
+
+
+def test_small_norms_and_wide_products_are_not_worth_it() -> None:
+    rows = LEAST_BYTES // (2 * WIDTH)
+    for shape, columns, expected in (((rows, WIDTH), 48, 1), ((rows // 2, WIDTH), 48, 0), ((rows, WIDTH), 9000, 0)):
+        args = (rand(*shape), rand(WIDTH), rand(columns, WIDTH))
+        both, _ = with_norm_scales(frozen(plain(llama), args, (1, 2)))
+        assert sum(isinstance(s, Alternatives) for s in both.steps) == expected
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_kernels_have_eagers_values(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    fn = sublayer(llama)
+    args = [rand(*shape, dtype=dtype) for shape in ((64, 128), (64, 128), (128,), (32, 128), (32, 128))]
+    low = frozen(fn, args, (2, 3, 4), TWO)
+    both, folds = with_norm_scales(low, every=True)
+    done = folded(replaced(both, {of(both).name: of(both).ways[1]}), folds)
+    memory = {n: x.flatten().clone() for n, x in zip(low.inputs, args[:2], strict=True)}
+    memory |= {n: x.flatten().clone() for n, x in done.constants.items()}
+    target = Target.cuda(90)
+    region, contraction = (s for s in done.steps if isinstance(s, Region | Contraction))
+    assert isinstance(region, Region) and isinstance(contraction, Contraction)
+    for name in (*region.writes(), *contraction.writes()):
+        spec = done.buffers[name]
+        memory[name] = torch.full((spec.extent,), torch.nan, dtype=spec.dtype)  # type: ignore[arg-type]
+    kernels = [*print_region(region, configs(region, target)[0], target).kernels]
+    kernels += contraction_candidates(contraction, target, "max-autotune")[0].sources
+    for kernel in kernels:
+        interpreter.run(kernel, memory)
+    got = tuple(memory[o.name].view(o_shape) for o, o_shape in zip(low.outputs, ((64, 128), (64, 32)), strict=True))
+    assert_closer(got, fn(*args), fn(*to_float64(args)))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_first_candidates_compile_without_spills(arch: int) -> None:
+    target = Target.cuda(arch)
+    args = [rand(*shape) for shape in ((2048, 512), (2048, 512), (512,), (1024, 512), (1024, 512))]
+    for fn, own, constants, way in (
+        (sublayer(llama), args, (2, 3, 4), TWO),
+        (plain(llama), args[1:4], (1, 2), LIBRARY),
+    ):
+        both, _ = with_norm_scales(frozen(fn, own, constants, way))
+        (contraction,) = (s for s in of(both).ways[1].steps if isinstance(s, Contraction))
+        (kernel,) = contraction_candidates(contraction, target, "max-autotune")[0].sources
+        assert compile_triton(kernel, target)[1]["n_spills"] == 0
