@@ -2,7 +2,8 @@
 
 For each case, forward and backward: eager, Inductor, and fxopt with attention left as it is written ("apart"), as its own
 kernels ("kernel") and as what runs where these are refused ("refused"), interleaved; the contests that the tuner held, in
-microseconds; errors against float64 next to eager's.
+microseconds; errors against float64 next to eager's. "dynamic" and "dynamic apart" are the same with batch and length known
+only at run time: of the first one, errors at other lengths than those it was compiled at, and into how many graphs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -105,6 +106,22 @@ class Case:
             operands.append(self._causal(device) if isinstance(shape, str) else made(*shape).requires_grad_(learns))
         return tuple(operands)
 
+    def resized(self, batch: int, length: int) -> Case:
+        """The same of other sizes, masks included; batches that are windows of images keep their number."""
+        sizes = {self.batch: batch, self.length: length}
+        addends = tuple(
+            (s if isinstance(s, str) else (*(sizes.get(n, n) for n in s),), learns) for s, learns in self.addends
+        )
+        return replace(self, batch=batch, length=length, addends=addends)
+
+    def mark(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`inputs`, with batches and lengths that a compilation takes as symbols."""
+        for x in inputs:
+            for dim, size in enumerate(x.shape):
+                if size == self.length or (dim == 0 and size == self.batch):
+                    torch._dynamo.maybe_mark_dynamic(x, dim)
+        return inputs
+
     def _causal(self, device: torch.device) -> Tensor:
         least = torch.finfo(torch.bfloat16).min
         return torch.full((self.length, self.length), least, device=device, dtype=torch.bfloat16).triu(1)[None, None]
@@ -128,7 +145,15 @@ DROPPING = (
 """Timed only: each contender drops others."""
 
 
-DISABLED = {"inductor": "", "apart": "hand_attention", KERNEL: "", "refused": "attention_kernels"}
+DYNAMIC, DYNAMIC_APART = "dynamic", "dynamic apart"
+DISABLED = {
+    "inductor": "",
+    "apart": "hand_attention",
+    KERNEL: "",
+    "refused": "attention_kernels",
+    DYNAMIC: "",
+    DYNAMIC_APART: "hand_attention",
+}
 """What each contender does without."""
 
 CONTENDERS = tuple(DISABLED)
@@ -147,13 +172,32 @@ def compiling(name: str) -> Iterator[dict[str, Figures]]:
         yield contests
 
 
+def lengths(case: Case) -> list[Case]:
+    """`case` with other batches and lengths: shorter and longer ones, odd ones and primes."""
+    each = (1, 0), (1, 1), (0, -61), (2, -case.length // 2), (1, 3 - case.length // 2), (0, case.length // 2 + 8)
+    sizes = [(max(2, case.batch + batch), max(17, case.length + length)) for batch, length in each]
+    return [case.resized(*size) for size in dict.fromkeys(sizes)]
+
+
+def errors(case: Case, compiled: Callable[..., Tensor], device: torch.device) -> dict[str, Any]:
+    """Of one compilation at `lengths`, by "batch x length", and the graphs that it has made by then."""
+    found: dict[str, Any] = {}
+    for other in lengths(case):
+        inputs = other.inputs(device)
+        weight = torch.randn_like(case.attend(*inputs))
+        wide = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
+        results = (outcome(case.attend, inputs, weight), outcome(case.attend, wide, weight.double()))
+        found[f"{other.batch} x {other.length}"] = excess(outcome(compiled, other.mark(inputs), weight), *results)
+    return found | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
 def measure(case: Case, device: torch.device, seconds: float, contenders: Sequence[str] = CONTENDERS) -> dict[str, Any]:
     """One entry of the results."""
     inputs = case.inputs(device)
     weight = torch.randn_like(case.attend(*inputs))
     entry: dict[str, Any] = {"case": case.name, "excess_error": {}, "compile_seconds": {}, "contests": {}}
     eager = exact = None
-    if case in CASES:
+    if case.attend not in (dropping, dropping_causal):
         eager = outcome(case.attend, inputs, weight)
         wide = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
         exact = outcome(case.attend, wide, weight.double())
@@ -162,15 +206,20 @@ def measure(case: Case, device: torch.device, seconds: float, contenders: Sequen
     for name in contenders:
         backend = "inductor" if name == "inductor" else "fxopt"
         options = {} if name == "inductor" else {"options": {"tuning_seconds": TUNING_SECONDS, "cuda_graphs": False}}
+        dynamic = None if name in (DYNAMIC, DYNAMIC_APART) else False
+        given = inputs if dynamic is False else case.mark(case.inputs(device))
+        torch._dynamo.utils.counters.clear()
         start = time.perf_counter()
         with compiling(name) as contests:
-            compiled = torch.compile(copy_of(case.attend, name), backend=backend, dynamic=False, **options)  # type: ignore[call-overload]
-            got = outcome(compiled, inputs, weight)
+            compiled = torch.compile(copy_of(case.attend, name), backend=backend, dynamic=dynamic, **options)  # type: ignore[call-overload]
+            got = outcome(compiled, given, weight)
         entry["compile_seconds"][name] = time.perf_counter() - start
+        if name == DYNAMIC and eager is not None:
+            entry["lengths"] = errors(case, compiled, device)
         if eager is not None and exact is not None:
             entry["excess_error"][name] = excess(got, eager, exact)
-        entry["contests"] |= {each: figures for each, figures in contests.items() if name == KERNEL}
-        steps[name] = lambda compiled=compiled: outcome(compiled, inputs, weight)  # type: ignore[misc]
+        entry["contests"] |= {f"{each}, {name}": figures for each, figures in contests.items() if name in (KERNEL, DYNAMIC)}
+        steps[name] = lambda compiled=compiled, given=given: outcome(compiled, given, weight)  # type: ignore[misc]
     del eager, exact
     timings = interleaved(steps, device, seconds=seconds, ahead=True)
     entry["us"] = {name: timings[name].median * 1e6 for name in steps}
@@ -183,11 +232,13 @@ def main(
     only: Annotated[str, typer.Option(help="cases whose names begin with one of these, comma-separated")] = "",
     contenders: Annotated[str, typer.Option(help="beside eager, comma-separated")] = ",".join(CONTENDERS),
     minutes: Annotated[float, typer.Option(help="after which no case begins")] = 10.0,
+    device: Annotated[str, typer.Option(help="cpu: to try the command")] = "cuda:0",
+    tiny: Annotated[bool, typer.Option(help="cases of few heads, to try the command")] = False,
 ) -> None:
     """Time each case on this machine's first GPU."""
     chosen = beginning((*CASES, *DROPPING), only, lambda case: case.name)
     beside = names_of(contenders, CONTENDERS, "contender")
-    device = torch.device("cuda", 0)
+    on = torch.device(device)
     out.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     begun = time.monotonic()
@@ -195,12 +246,12 @@ def main(
         if time.monotonic() - begun > 60 * minutes:
             continue
         try:
-            entries.append(measure(case, device, seconds, beside))
+            entries.append(measure(case.resized(2, 48) if tiny else case, on, seconds, beside))
         except RuntimeError as error:
             entries.append({"case": case.name, "error": str(error).partition("\n")[0]})
         torch.compiler.reset()
         typer.echo(line(entries[-1]))
-        document = {"target": target_facts(device), "versions": versions(), "cases": entries}
+        document = {"target": target_facts(on), "versions": versions(), "cases": entries}
         (out / "attention_training.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -418,10 +418,19 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
-class Strided:
-    """A tensor in memory, `offset` elements into `buffer`; nothing of it is symbolic."""
+class View:
+    """A tensor in memory, `offset` elements into `buffer`; sizes, strides and offset may be symbolic."""
 
     buffer: str
+    shape: tuple[Int, ...]
+    strides: tuple[Int, ...]
+    offset: Int = 0
+
+
+@dataclass(frozen=True)
+class Strided(View):
+    """A tensor in memory of which nothing is symbolic."""
+
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int = 0
@@ -531,19 +540,20 @@ class ScoredAttention:
     """One op of `scored_attention_op.py` as a kernel of ours.
 
     `op` is its name there, `operands` its tensors by the names of its schema; those that are not given are missing.
-    `results` are in its order. All lie in `buffers`. The rest are its other arguments.
+    `results` are in its order. All lie in `buffers`. Batches and lengths may be symbolic, heads and features are not. The
+    rest are its other arguments.
     """
 
     name: str
     op: str
-    operands: dict[str, Strided]
-    results: tuple[Strided, ...]
+    operands: dict[str, View]
+    results: tuple[View, ...]
     scale: float
     cap: float
     fill: float
     band: tuple[int, int] | None
     buffers: dict[str, BufferSpec]
-    parts: int = 1
+    parts: Int = 1
     origins: tuple[str, ...] = ()
     drop: float = 0.0
 

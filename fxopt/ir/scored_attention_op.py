@@ -57,7 +57,7 @@ SCHEMAS = {
     "scored_attention": f"({_OPERANDS}, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
     "scored_attention_query": f"({_BACKWARD}, {_RULE}) -> Tensor",
     "scored_attention_key_value": f"({_BACKWARD}, {_RULE}) -> (Tensor, Tensor)",
-    "scored_attention_bias": f"({_BACKWARD}, int parts, {_RULE}) -> Tensor",
+    "scored_attention_bias": f"({_BACKWARD}, SymInt parts, {_RULE}) -> Tensor",
 }
 
 BIAS_PROGRAMS = 1024
@@ -345,9 +345,11 @@ def parts_of(query: Tensor, key: Tensor, bias: Tensor) -> int:
     """How many summands the gradient of `bias` is computed in: as few as occupy a GPU."""
     (batch, heads, rows, _), keys = query.shape, key.shape[2]
     apart, summed = bias.shape[0] * bias.shape[1], batch * heads // (bias.shape[0] * bias.shape[1])
-    tiles = apart * math.ceil(rows / 64) * math.ceil(keys / 64)
-    wanted = min(math.ceil(BIAS_PROGRAMS / tiles), BIAS_BYTES // (4 * apart * rows * keys), summed)
-    return max(1, wanted)
+    tiles = apart * ((rows + 63) // 64) * ((keys + 63) // 64)
+    filling = (BIAS_PROGRAMS + tiles - 1) // tiles
+    wanted = torch.sym_min(torch.sym_min(filling, BIAS_BYTES // (4 * apart * rows * keys)), summed)
+    parts: int = torch.sym_max(1, wanted)
+    return parts
 
 
 # ---------------------------------------------------------------------- layouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,9 @@ pytest.importorskip("triton")
 from fxopt.codegen.templates.scored_config import ScoredConfig, configs
 from fxopt.codegen.triton_build import compile_triton
 from fxopt.codegen.triton_scored import print_scored
-from fxopt.ir.region import BufferSpec, ScoredAttention, Strided
+from fxopt.ir.exprs import Int, Sym, contiguous_strides, symbol
+from fxopt.ir.kernel import KernelSource
+from fxopt.ir.region import BufferSpec, ScoredAttention, View
 from fxopt.ir.scored_attention_op import attend, bias_gradient, key_value_gradients, query_gradient
 from fxopt.target import Target
 from fxopt.tune.values import agree
@@ -79,7 +82,7 @@ def problem(
 def step_of(op: str, x: Problem, results: list[Tensor], parts: int = 1) -> ScoredAttention:
     tensors = x.tensors | {f"result{k}": r for k, r in enumerate(results)}
     specs = {n: BufferSpec(n, t.dtype, torch.device("cuda", 0), (1,), (1,)) for n, t in tensors.items()}
-    views = {n: Strided(n, tuple(t.shape), _strides(t, n), int(t.storage_offset())) for n, t in tensors.items()}
+    views = {n: View(n, tuple(t.shape), _strides(t, n), int(t.storage_offset())) for n, t in tensors.items()}
     made = tuple(views.pop(f"result{k}") for k in range(len(results)))
     rule = x.rule | {"band": None if x.rule["band"] is None else tuple(x.rule["band"])}
     return ScoredAttention("attention", op, views, made, buffers=specs, parts=parts, **rule)
@@ -90,20 +93,77 @@ def _strides(x: Tensor, name: str) -> tuple[int, ...]:
     return tuple(0 if addend and n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
-def run(interpreter: Interpreter, op: str, x: Problem, results: list[Tensor], config: ScoredConfig, parts: int = 1) -> None:
-    """Run the printed kernel, which stores into `results`."""
+BATCH, ROWS, KEYS, PARTS = (symbol(Sym(name, lo=1)) for name in ("s0", "s1", "s2", "s3"))
+
+
+def of_any_size(step: ScoredAttention) -> ScoredAttention:
+    """`step` with symbols for its batch, rows, keys and parts."""
+    batch, rows, keys = step.operands["query"].shape[0], *(step.operands[n].shape[2] for n in ("query", "key"))
+
+    def sized(x: View, shape: tuple[Int, ...]) -> View:
+        if len(shape) != 4 or x.strides[1:] != (shape[3], shape[1] * shape[3], 1):  # type: ignore[operator]
+            strides = contiguous_strides(shape)
+        else:  # heads next to features
+            strides = (shape[2] * (shape[1] * shape[3]), *x.strides[1:])  # type: ignore[operator]
+        return View(x.buffer, shape, tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True)))
+
+    def own(name: str, x: View) -> View:
+        if not x.shape:
+            return x
+        first, *middle, last = x.shape
+        if name in ("bias", "mask"):
+            several = BATCH if first == batch and first != 1 else first
+            return sized(x, (several, middle[0], ROWS if middle[1] == rows else 1, KEYS if last == keys else 1))
+        if len(x.shape) == 3:
+            return sized(x, (BATCH, *middle, ROWS))
+        if len(x.shape) == 5:
+            several = BATCH if middle[0] == batch and batch != 1 else middle[0]
+            return sized(x, (PARTS, several, middle[1], ROWS, KEYS))
+        return sized(x, (BATCH, middle[0], KEYS if name in ("key", "value") else ROWS, last))
+
+    names = {"scored_attention_key_value": ["key", "value"]}.get(step.op, ["", "", "", ""])
+    operands = {n: own(n, x) for n, x in step.operands.items()}
+    results = tuple(own(n, x) for n, x in zip(names, step.results, strict=False))
+    return replace(step, operands=operands, results=results, parts=PARTS)
+
+
+def run(
+    interpreter: Interpreter,
+    op: str,
+    x: Problem,
+    results: list[Tensor],
+    config: ScoredConfig,
+    parts: int = 1,
+    printed: dict[str, KernelSource] | None = None,
+) -> None:
+    """Run the printed kernel, which stores into `results`. If there are kernels `printed` before, by the names of their ops,
+    they are such of any size, and are run again."""
     memory = x.tensors | {f"result{k}": r.fill_(math.nan) for k, r in enumerate(results)}
     flat = {n: t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,), 0) for n, t in memory.items()}
-    interpreter.run(print_scored(step_of(op, x, results, parts), config, H100), flat)
+    step = step_of(op, x, results, parts)
+    (batch, _, rows, _), keys = x.tensors["query"].shape, x.tensors["key"].shape[2]
+    if printed is None:
+        source = print_scored(step, config, H100)
+    elif op in printed:
+        source = printed[op]
+    else:
+        source = printed[op] = print_scored(of_any_size(step), config, H100)
+    interpreter.run(source, flat, {"s0": batch, "s1": rows, "s2": keys, "s3": parts})
 
 
-def check(interpreter: Interpreter, x: Problem, config: ScoredConfig = SMALL, parts: int = 3) -> None:
-    """All kernels against the formulas in float64."""
+def check(
+    interpreter: Interpreter,
+    x: Problem,
+    config: ScoredConfig = SMALL,
+    parts: int = 3,
+    printed: dict[str, KernelSource] | None = None,
+) -> None:
+    """All kernels against the formulas in float64; `printed` as `run` takes them."""
     query, key, value, bias = x.operands[:4]
     assert query is not None and key is not None and value is not None
     most, inverse = (torch.empty(query.shape[:3]) for _ in range(2))
     out, unrounded = (torch.empty_like(query) for _ in range(2))
-    run(interpreter, "scored_attention", x, [out, unrounded, most, inverse], config)
+    run(interpreter, "scored_attention", x, [out, unrounded, most, inverse], config, printed=printed)
     exact = x.exact()
     want, _, want_most, want_inverse = attend(*exact.operands, x.seed, **x.rule)
     close(out, want)
@@ -119,14 +179,14 @@ def check(interpreter: Interpreter, x: Problem, config: ScoredConfig = SMALL, pa
     back = replace(x, tensors={n: tensors[n] for n in order if n in tensors})
     wide = [grad.double(), *exact.operands, want_most, want_inverse, (grad * want).sum(-1)]
     of_query, of_key, of_value = (torch.empty_like(t) for t in (query, key, value))
-    run(interpreter, "scored_attention_query", back, [of_query], config)
+    run(interpreter, "scored_attention_query", back, [of_query], config, printed=printed)
     close(of_query, query_gradient(*wide, x.seed, **x.rule))  # type: ignore[arg-type]
-    run(interpreter, "scored_attention_key_value", back, [of_key, of_value], config)
+    run(interpreter, "scored_attention_key_value", back, [of_key, of_value], config, printed=printed)
     for got, expected in zip((of_key, of_value), key_value_gradients(*wide, x.seed, **x.rule), strict=True):  # type: ignore[arg-type]
         close(got, expected)
     if bias is not None and bias.shape[2:] == (query.shape[2], key.shape[2]):
         summands = torch.empty(parts, *bias.shape)
-        run(interpreter, "scored_attention_bias", back, [summands], config, parts)
+        run(interpreter, "scored_attention_bias", back, [summands], config, parts, printed)
         close(summands, bias_gradient(*wide, parts, x.seed, **x.rule))  # type: ignore[arg-type]
 
 
@@ -160,6 +220,27 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(interpreter: Interpreter, case: str) -> None:
     check(interpreter, CASES[case])
+
+
+LENGTHS = ((2, 7, 13), (1, 1, 1), (1, 16, 16), (3, 37, 5), (2, 5, 53))
+"""Batches, rows and keys; of the first ones no two are equal."""
+
+OF_ANY_SIZE: dict[str, Callable[[int, int, int], Problem]] = {
+    "a bias for all batches": lambda b, s, t: problem(s, t, b, bias=addend(1, 2, s, t), cap=2.0, band=[-(2**40), 0]),
+    "a mask of each": lambda b, s, t: problem(s, t, b, heads=4, mask=seen(b, 1, s, t), fill=-3e38),
+    "slopes of distances, dropout": lambda b, s, t: problem(
+        s, t, b, bias=addend(1, 2, 1, t), mask=addend(b, 1, s, t), seed=7, drop=0.3
+    ),
+    "a bias of each": lambda b, s, t: problem(s, t, b, bias=addend(b, 1, s, t), band=[-34, 2**40]),
+}
+
+
+@pytest.mark.parametrize("case", OF_ANY_SIZE)
+def test_one_kernel_for_all_lengths(interpreter: Interpreter, case: str) -> None:
+    printed: dict[str, KernelSource] = {}
+    for lengths in LENGTHS:
+        check(interpreter, OF_ANY_SIZE[case](*lengths), parts=2, printed=printed)
+    assert len(printed) >= 3 and all({ROWS, KEYS} <= {*source.sizes} for source in printed.values())
 
 
 @pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxopt.codegen.templates.scored_config import configs
 from fxopt.codegen.triton_scored import print_scored
+from fxopt.ir.exprs import evaluate, free_symbols
 from fxopt.ir.region import Alternatives, Call, ScoredAttention
 from fxopt.ir.scored_attention_op import (
     scored_attention,
@@ -81,6 +82,28 @@ def test_the_rest_is_the_ops(change: Callable[..., Any], args: tuple[Tensor, ...
     assert steps(low) == [] and any(isinstance(s, Call) for s in low.steps)
 
 
-def test_symbolic_sizes_are_the_ops() -> None:
+def test_sizes_known_only_at_run_time() -> None:
+    """Batches, rows and keys are: a kernel is told of size symbols, and its grid follows them."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, grad: Tensor, *statistics: Tensor) -> Any:
+        q, k, v, grad = (x.unflatten(2, (heads, 64)) for x, heads in ((q, 6), (k, 2), (v, 2), (grad, 6)))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        bias, mask = bias.expand(1, 6, -1, -1), mask[:, None, None]
+        rest = (x.unsqueeze(1).expand(-1, 6, -1) for x in statistics)
+        return (*forward(q, k, v, bias, mask)[:2], *backward(q, k, v, bias, grad, *rest))
+
+    shapes = ((4, 40, 384), (4, 48, 128), (4, 48, 128), (40, 48), (4, 48), (4, 40, 384), (4, 40), (4, 40), (4, 40))
+    given = [torch.randn(shape).to(torch.float32 if len(shape) == 2 else torch.bfloat16) for shape in shapes]
+    given[4] = given[4] > 0
+    own = steps(searched(fn, *given, dynamic=True))
+    assert [x.op.removeprefix("scored_attention") for x in own] == ["", "_query", "_key_value", "_bias"]
+    for x in own:
+        source = print_scored(x, configs(x, H100)[0], H100)
+        symbols = {sym.name for size in (*source.sizes, source.grid[0]) for sym in free_symbols(size)}
+        grids = [evaluate(source.grid[0], dict.fromkeys(symbols, size)) for size in (40, 400)]
+        assert source.sizes and grids[1] > 10 * grids[0]
+
+
+def test_a_symbolic_number_of_heads_is_the_ops() -> None:
     low = searched(lambda q, k, v: forward(q, k, v, None, None), Q, K, V, dynamic=True)
     assert steps(low) == []

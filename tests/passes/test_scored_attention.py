@@ -205,6 +205,80 @@ def test_spellings(name: str) -> None:
     assert_closer(results, outcome(fn, given), outcome(fn, to_float64(given)))
 
 
+def seen_by(mask: Tensor) -> Tensor:
+    """Addends that hide what a boolean mask hides."""
+    return torch.zeros(mask.shape, dtype=BF16).masked_fill(~mask, LEAST)
+
+
+def any_distances(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor, mask: Tensor) -> Tensor:
+    """As `distances`, of any size."""
+    batch, heads, rows, width = q.shape
+    q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
+    scores = alibi.baddbmm(batch1=q, batch2=k.transpose(-1, -2), beta=1.0, alpha=0.25).view(batch, heads, rows, -1)
+    weights = F.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.bmm(weights.view(batch * heads, rows, -1), v).view(batch, heads, rows, width)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Capped, with a triangle made of positions, as JAX ports have it."""
+    scores = torch.tanh(q @ k.mT / 20.0) * 4.0
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return torch.softmax(torch.where(seen, scores, torch.finfo(BF16).min).float(), -1).type_as(q) @ v
+
+
+OF_ANY_SIZE: dict[str, tuple[Callable[..., Tensor], dict[str, Callable[..., Tensor]]]] = {
+    "capped": (capped, {"B1ST": lambda *shape: seen_by(padding(*shape))}),
+    "grouped": (grouped, {"B1ST": lambda *shape: seen_by(padding(*shape))}),
+    "relative": (relative, {"1HST": rand}),
+    "relative, a row of one": (relative, {"1H1T": rand}),
+    "distances": (any_distances, {"N1T": rand, "B1ST": lambda *shape: seen_by(padding(*shape))}),
+    "filled bias": (filled_bias, {"1HST": rand, "B11T": padding}),
+    "two biases": (two_biases, {"1HST": rand, "1H1T": lambda *shape: rand(*shape, seed=4), "B11T": padding}),
+    "one head": (one_head, {"BH1T": lambda *shape: rand(*shape, learns=False), "B1ST": lambda *s: seen_by(padding(*s))}),
+    "causal": (causal, {}),
+}
+"""Name -> the spelling, and for each tensor beside query, key and value its sizes by their letters and what makes it."""
+
+LENGTHS = ((2, 24, 31), (3, 17, 23), (2, 61, 61), (5, 2, 40))
+"""Batches, rows and keys, some longer than the first ones."""
+
+
+@pytest.mark.parametrize("name", OF_ANY_SIZE)
+def test_sizes_known_only_at_run_time(name: str) -> None:
+    """One graph for all of them."""
+    fn, more = OF_ANY_SIZE[name]
+    graphs: list[fx.GraphModule] = []
+    journal = Journal("test", strict=True)
+
+    def early(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        run_early(gm, Options(), journal)
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(fn, backend=early, fullgraph=True)
+    for batch, rows, keys in LENGTHS:
+        keys = rows if name == "causal" else keys
+        size = {"B": batch, "H": H, "S": rows, "T": keys, "E": E, "N": batch * H, "1": 1}
+        made = {"BHSE": rand, "BHTE": rand} | more
+        layouts = ("BHSE", "BHTE", "BHTE", *more)
+        given = tuple(
+            (made[layout])(*(size[letter] for letter in layout), **({"seed": k} if k < 3 else {}))
+            for k, layout in enumerate(layouts)
+        )
+
+        def dynamic(*given: Tensor) -> Tensor:
+            for x, layout in zip(given, layouts, strict=True):  # noqa: B023
+                for dim, letter in enumerate(layout):
+                    if letter in "BSTN":
+                        torch._dynamo.mark_dynamic(x, dim)
+            return compiled(*given)
+
+        assert_closer(outcome(dynamic, given), outcome(fn, given), outcome(fn, to_float64(given)))
+    calls = [n for n in graphs[0].graph.nodes if n.target is scored_attention]
+    assert len(graphs) == 1 and len(calls) == 1, [text for topic, text in journal.notes if topic == "rejected"]
+
+
 def test_compiled() -> None:
     """All the way, with gradients as ops of their own, which no kernel computes here."""
     given = (Q, K, V, CASES["relative"][1][0])

@@ -11,8 +11,10 @@ Nothing is added up by atomics.
 All make the scores anew, with `scores_of`. Blocks that lie outside of the band are not visited.
 
 Shapes: query [B, H, S, E], key [B, H / GROUP, T, E], value [B, H / GROUP, T, EV]; statistics [B, H, S]. Sizes and strides
-are literals in elements; offsets within a head are below 2**31. Batch n reads batch n % BIASES of the bias, n % MASKS of
-the mask. EB and EVB are powers of two that hold E and EV.
+are in elements, literals or, where they are known only at run time, int64; with literal S and T offsets within a head are
+below 2**31. Batch n reads batch n % BIASES of the bias, n % MASKS of the mask. EB and EVB are powers of two that hold E and
+EV. RAGGED_ROWS and RAGGED_KEYS say that blocks of BM rows and BN keys may end past S and T. Of the band's ends LEAST hides
+keys with LOW only, MOST with HIGH.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
@@ -27,7 +29,7 @@ NO_MASK, ADDED, BOOLEAN = tl.constexpr(""), tl.constexpr("added"), tl.constexpr(
 
 
 @triton.jit
-def rows_of(base, row, ROW: tl.constexpr, FEATURE: tl.constexpr, LIMIT: tl.constexpr, SIZE: tl.constexpr,
+def rows_of(base, row, ROW, FEATURE, LIMIT, SIZE: tl.constexpr,
             RAGGED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Rows [R, BLOCK] of SIZE features, zero beyond these and, if RAGGED, from row LIMIT on."""
     features = tl.arange(0, BLOCK)
@@ -43,7 +45,7 @@ def rows_of(base, row, ROW: tl.constexpr, FEATURE: tl.constexpr, LIMIT: tl.const
 
 
 @triton.jit
-def store_rows(base, value, row, ROW: tl.constexpr, FEATURE: tl.constexpr, LIMIT: tl.constexpr, SIZE: tl.constexpr,
+def store_rows(base, value, row, ROW, FEATURE, LIMIT, SIZE: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
     features = tl.arange(0, BLOCK)
     pointers = base + ((row * ROW)[:, None] + (features * FEATURE)[None, :])
@@ -52,15 +54,16 @@ def store_rows(base, value, row, ROW: tl.constexpr, FEATURE: tl.constexpr, LIMIT
 
 
 @triton.jit
-def head_of(base, batch, head, STRIDES: tl.constexpr):
+def head_of(base, batch, head, STRIDES):
     """Where a head's elements begin."""
     return base + (batch.to(tl.int64) * STRIDES[0] + head.to(tl.int64) * STRIDES[1])
 
 
 @triton.jit
-def at_scores(base, y, x, S: tl.constexpr, T: tl.constexpr, STRIDES: tl.constexpr, other):
-    """Elements for rows `y` and keys `x`, which broadcast to a block; `other` where there are no such scores."""
-    if STRIDES[2] == 0:
+def at_scores(base, y, x, S, T, STRIDES, ROWS: tl.constexpr, other):
+    """Elements for rows `y` and keys `x`, which broadcast to a block; `other` where there are no such scores. Without ROWS
+    all rows have the same."""
+    if not ROWS:
         return tl.load(base + x * STRIDES[3], mask=x < T, other=other)
     else:
         return tl.load(base + (y * STRIDES[2] + x * STRIDES[3]), mask=(y < S) & (x < T), other=other)
@@ -74,9 +77,9 @@ def tanh(x):
 
 @triton.jit
 def scores_of(
-    product, y, x, bias, mask, S: tl.constexpr, T: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS: tl.constexpr,
-    KIND: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, RAGGED: tl.constexpr,
+    product, y, x, bias, mask, S, T, HAS_BIAS: tl.constexpr, BIAS,
+    KIND: tl.constexpr, ROWS: tl.constexpr, MASK, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
+    LOW: tl.constexpr, LEAST: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """For rows `y` and keys `x`: (scores, their derivative with respect to `product`, where a boolean mask kept them).
 
@@ -90,17 +93,18 @@ def scores_of(
         scores = bent * CAP
         slope = (1.0 - bent * bent) * (CAP * SCALE)
     if HAS_BIAS:
-        scores += at_scores(bias, y, x, S, T, BIAS, 0.0).to(tl.float32)
+        scores += at_scores(bias, y, x, S, T, BIAS, ROWS[0], 0.0).to(tl.float32)
     kept = x < T
     if KIND == BOOLEAN:
-        kept = at_scores(mask, y, x, S, T, MASK, 1) != 0
+        kept = at_scores(mask, y, x, S, T, MASK, ROWS[1], 1) != 0
         scores = tl.where(kept, scores, FILL)
     elif KIND == ADDED:
-        scores += at_scores(mask, y, x, S, T, MASK, 0.0).to(tl.float32)
-    if BANDED and LEAST > 1 - S:
-        scores = tl.where(x - y >= LEAST, scores, float("-inf"))
-    if BANDED and MOST < T - 1:
-        scores = tl.where(x - y <= MOST, scores, float("-inf"))
+        scores += at_scores(mask, y, x, S, T, MASK, ROWS[1], 0.0).to(tl.float32)
+    away = x.to(tl.int32) - y.to(tl.int32)
+    if LOW:
+        scores = tl.where(away >= LEAST, scores, float("-inf"))
+    if HIGH:
+        scores = tl.where(away <= MOST, scores, float("-inf"))
     if RAGGED:
         scores = tl.where(x < T, scores, float("-inf"))
     return scores, slope, kept
@@ -159,45 +163,46 @@ def of_product(of_scores, slope, SCALE: tl.constexpr, CAP: tl.constexpr):
 @triton.jit
 def forward(
     query, key, value, bias, mask, seed, out, unrounded, most_of, inverse_of,
-    H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
-    QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, OUT: tl.constexpr, UNROUNDED: tl.constexpr,
-    MOST_OF: tl.constexpr, INVERSE_OF: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
-    MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    H: tl.constexpr, S, T, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
+    QUERY, KEY, VALUE, OUT, UNROUNDED,
+    MOST_OF, INVERSE_OF,
+    HAS_BIAS: tl.constexpr, BIAS, BIASES, KIND: tl.constexpr, ROWS: tl.constexpr,
+    MASK, MASKS, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
+    LOW: tl.constexpr, LEAST: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    RAGGED_ROWS: tl.constexpr, RAGGED_KEYS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """The result, the same in float32, and each row's greatest score and inverse sum.
 
     The sum is that of probabilities as they are multiplied, rounded: so a result is a mean of values.
     """
-    tiles: tl.constexpr = (S + BM - 1) // BM
+    tiles = (S + BM - 1) // BM
     tile, heads = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles  # long ones of a causal mask first
     batch, head = heads // H, heads % H
     row = tile * BM + tl.arange(0, BM)
     keys, values = head_of(key, batch, head // GROUP, KEY), head_of(value, batch, head // GROUP, VALUE)
     biases, masks = head_of(bias, batch % BIASES, head, BIAS), head_of(mask, batch % MASKS, head, MASK)
-    q = rows_of(head_of(query, batch, head, QUERY), row, QUERY[2], QUERY[3], S, E, S % BM != 0, EB)
+    q = rows_of(head_of(query, batch, head, QUERY), row, QUERY[2], QUERY[3], S, E, RAGGED_ROWS, EB)
 
     first, end = 0, T
-    if BANDED:
+    if LOW:
         first = tl.minimum(tl.maximum(tile * BM + LEAST, 0) // BN * BN, T)
+    if HIGH:
         end = tl.maximum(tl.minimum(tl.minimum(tile * BM + BM, S) + MOST, T), 0)
     words = words_of(seed, heads, DROP)
     most, sums = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, EVB], tl.float32)
-    ragged: tl.constexpr = T % BN != 0
     for block in range(first, end, BN):
         column = block + tl.arange(0, BN)
-        k = rows_of(keys, column, KEY[2], KEY[3], T, E, ragged, EB)
+        k = rows_of(keys, column, KEY[2], KEY[3], T, E, RAGGED_KEYS, EB)
         scores, _, _ = scores_of(
             tl.dot(q, tl.trans(k), input_precision="ieee"), row[:, None], column[None, :], biases, masks, S, T, HAS_BIAS,
-            BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED, LEAST, MOST, ragged,
+            BIAS, KIND, ROWS, MASK, SCALE, CAP, FILL, LOW, LEAST, HIGH, MOST, RAGGED_KEYS,
         )  # fmt: skip
         higher = tl.maximum(most, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         p, shrink = tl.exp2((scores - base[:, None]) * LOG2_E), tl.exp2((most - base) * LOG2_E)
-        v = rows_of(values, column, VALUE[2], VALUE[3], T, EV, ragged, EVB)
+        v = rows_of(values, column, VALUE[2], VALUE[3], T, EV, RAGGED_KEYS, EVB)
         weights = p.to(v.dtype)
         sums = sums * shrink + tl.sum(weights.to(tl.float32), 1)
         weights = dropped(weights, row[:, None], column[None, :], words, DROP)
@@ -215,46 +220,47 @@ def forward(
 @triton.jit
 def query_gradient(
     grad, query, key, value, bias, mask, most_of, inverse_of, total_of, seed, out,
-    H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
-    GRAD: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MOST_OF: tl.constexpr,
-    INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr, OUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
-    MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    H: tl.constexpr, S, T, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
+    GRAD, QUERY, KEY, VALUE, MOST_OF,
+    INVERSE_OF, TOTAL_OF, OUT,
+    HAS_BIAS: tl.constexpr, BIAS, BIASES, KIND: tl.constexpr, ROWS: tl.constexpr,
+    MASK, MASKS, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
+    LOW: tl.constexpr, LEAST: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    RAGGED_ROWS: tl.constexpr, RAGGED_KEYS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the query [B, H, S, E]."""
-    tiles: tl.constexpr = (S + BM - 1) // BM
+    tiles = (S + BM - 1) // BM
     tile, heads = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = heads // H, heads % H
     row = tile * BM + tl.arange(0, BM)
     keys, values = head_of(key, batch, head // GROUP, KEY), head_of(value, batch, head // GROUP, VALUE)
     biases, masks = head_of(bias, batch % BIASES, head, BIAS), head_of(mask, batch % MASKS, head, MASK)
-    q = rows_of(head_of(query, batch, head, QUERY), row, QUERY[2], QUERY[3], S, E, S % BM != 0, EB)
-    g = rows_of(head_of(grad, batch, head, GRAD), row, GRAD[2], GRAD[3], S, EV, S % BM != 0, EVB)
+    q = rows_of(head_of(query, batch, head, QUERY), row, QUERY[2], QUERY[3], S, E, RAGGED_ROWS, EB)
+    g = rows_of(head_of(grad, batch, head, GRAD), row, GRAD[2], GRAD[3], S, EV, RAGGED_ROWS, EVB)
     most = tl.load(head_of(most_of, batch, head, MOST_OF) + row * MOST_OF[2], mask=row < S, other=0.0)
     inverse = tl.load(head_of(inverse_of, batch, head, INVERSE_OF) + row * INVERSE_OF[2], mask=row < S, other=0.0)
     total = tl.load(head_of(total_of, batch, head, TOTAL_OF) + row * TOTAL_OF[2], mask=row < S, other=0.0)
 
     first, end = 0, T
-    if BANDED:
+    if LOW:
         first = tl.minimum(tl.maximum(tile * BM + LEAST, 0) // BN * BN, T)
+    if HIGH:
         end = tl.maximum(tl.minimum(tl.minimum(tile * BM + BM, S) + MOST, T), 0)
     words = words_of(seed, heads, DROP)
     acc = tl.zeros([BM, EB], tl.float32)
-    ragged: tl.constexpr = T % BN != 0
     for block in range(first, end, BN):
         column = block + tl.arange(0, BN)
-        k = rows_of(keys, column, KEY[2], KEY[3], T, E, ragged, EB)
-        v = rows_of(values, column, VALUE[2], VALUE[3], T, EV, ragged, EVB)
+        k = rows_of(keys, column, KEY[2], KEY[3], T, E, RAGGED_KEYS, EB)
+        v = rows_of(values, column, VALUE[2], VALUE[3], T, EV, RAGGED_KEYS, EVB)
         scores, slope, kept = scores_of(
             tl.dot(q, tl.trans(k), input_precision="ieee"), row[:, None], column[None, :], biases, masks, S, T, HAS_BIAS,
-            BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED, LEAST, MOST, ragged,
+            BIAS, KIND, ROWS, MASK, SCALE, CAP, FILL, LOW, LEAST, HIGH, MOST, RAGGED_KEYS,
         )  # fmt: skip
         p = tl.exp2((scores - most[:, None]) * LOG2_E) * inverse[:, None]
         of_p = dropped(tl.dot(g, tl.trans(v), input_precision="ieee") * DROP[1], row[:, None], column[None, :], words, DROP)
         of_scores = slopes_of(p, of_p, total[:, None], kept, KIND)
-        if ragged:  # of a row hidden throughout they are NaN there, too
+        if RAGGED_KEYS:  # of a row hidden throughout they are NaN there, too
             of_scores = tl.where((column < T)[None, :], of_scores, 0.0)
         acc = tl.dot(of_product(of_scores, slope, SCALE, CAP).to(k.dtype), k, acc, input_precision="ieee")
     store_rows(head_of(out, batch, head, OUT), acc, row, OUT[2], OUT[3], S, E, EB)
@@ -263,24 +269,24 @@ def query_gradient(
 @triton.jit
 def over_rows(
     of_key, of_value, k, v, column, queries, grads, mosts, inverses, totals, biases, masks, words, first, end,
-    S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
-    GRAD: tl.constexpr, QUERY: tl.constexpr, MOST_OF: tl.constexpr, INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr,
-    SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr, BANDED: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
+    S, T, E: tl.constexpr, EV: tl.constexpr,
+    GRAD, QUERY, MOST_OF, INVERSE_OF, TOTAL_OF,
+    HAS_BIAS: tl.constexpr, BIAS, KIND: tl.constexpr, ROWS: tl.constexpr, MASK,
+    SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr, LOW: tl.constexpr, LEAST: tl.constexpr,
+    HIGH: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr, RAGGED_ROWS: tl.constexpr, RAGGED_KEYS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """(of_key, of_value) after the rows from `first` to `end` of one head."""
-    ragged: tl.constexpr = S % BM != 0
     for block in range(first, end, BM):
         row = block + tl.arange(0, BM)
-        q = rows_of(queries, row, QUERY[2], QUERY[3], S, E, ragged, EB)
-        g = rows_of(grads, row, GRAD[2], GRAD[3], S, EV, ragged, EVB)
+        q = rows_of(queries, row, QUERY[2], QUERY[3], S, E, RAGGED_ROWS, EB)
+        g = rows_of(grads, row, GRAD[2], GRAD[3], S, EV, RAGGED_ROWS, EVB)
         most = tl.load(mosts + row * MOST_OF[2], mask=row < S, other=0.0)
         inverse = tl.load(inverses + row * INVERSE_OF[2], mask=row < S, other=0.0)
         total = tl.load(totals + row * TOTAL_OF[2], mask=row < S, other=0.0)
         scores, slope, kept = scores_of(
             tl.dot(k, tl.trans(q), input_precision="ieee"), row[None, :], column[:, None], biases, masks, S, T, HAS_BIAS,
-            BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED, LEAST, MOST, T % BN != 0,
+            BIAS, KIND, ROWS, MASK, SCALE, CAP, FILL, LOW, LEAST, HIGH, MOST, RAGGED_KEYS,
         )  # fmt: skip
         p = tl.exp2((scores - most[None, :]) * LOG2_E) * inverse[None, :]
         weights = dropped(p * DROP[1], row[None, :], column[:, None], words, DROP)
@@ -294,25 +300,27 @@ def over_rows(
 @triton.jit
 def key_value_gradients(
     grad, query, key, value, bias, mask, most_of, inverse_of, total_of, seed, out_key, out_value,
-    H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
-    GRAD: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MOST_OF: tl.constexpr,
-    INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr, OUT_KEY: tl.constexpr, OUT_VALUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
-    MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    H: tl.constexpr, S, T, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
+    GRAD, QUERY, KEY, VALUE, MOST_OF,
+    INVERSE_OF, TOTAL_OF, OUT_KEY, OUT_VALUE,
+    HAS_BIAS: tl.constexpr, BIAS, BIASES, KIND: tl.constexpr, ROWS: tl.constexpr,
+    MASK, MASKS, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
+    LOW: tl.constexpr, LEAST: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    RAGGED_ROWS: tl.constexpr, RAGGED_KEYS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key [B, H / GROUP, T, E] and value [B, H / GROUP, T, EV]."""
-    tiles: tl.constexpr = (T + BN - 1) // BN
+    tiles = (T + BN - 1) // BN
     tile, groups = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, group = groups // (H // GROUP), groups % (H // GROUP)
     column = tile * BN + tl.arange(0, BN)
-    k = rows_of(head_of(key, batch, group, KEY), column, KEY[2], KEY[3], T, E, T % BN != 0, EB)
-    v = rows_of(head_of(value, batch, group, VALUE), column, VALUE[2], VALUE[3], T, EV, T % BN != 0, EVB)
+    k = rows_of(head_of(key, batch, group, KEY), column, KEY[2], KEY[3], T, E, RAGGED_KEYS, EB)
+    v = rows_of(head_of(value, batch, group, VALUE), column, VALUE[2], VALUE[3], T, EV, RAGGED_KEYS, EVB)
 
     first, end = 0, S
-    if BANDED:
+    if HIGH:
         first = tl.minimum(tl.maximum(tile * BN - MOST, 0) // BM * BM, S)
+    if LOW:
         end = tl.maximum(tl.minimum(tl.minimum(tile * BN + BN, T) - LEAST, S), 0)
     of_key, of_value = tl.zeros([BN, EB], tl.float32), tl.zeros([BN, EVB], tl.float32)
     for member in range(GROUP):
@@ -322,8 +330,8 @@ def key_value_gradients(
             head_of(most_of, batch, head, MOST_OF), head_of(inverse_of, batch, head, INVERSE_OF),
             head_of(total_of, batch, head, TOTAL_OF), head_of(bias, batch % BIASES, head, BIAS),
             head_of(mask, batch % MASKS, head, MASK), words_of(seed, batch * H + head, DROP), first, end,
-            S, T, E, EV, GRAD, QUERY, MOST_OF, INVERSE_OF, TOTAL_OF, HAS_BIAS, BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED,
-            LEAST, MOST, DROP, BM, BN, EB, EVB,
+            S, T, E, EV, GRAD, QUERY, MOST_OF, INVERSE_OF, TOTAL_OF, HAS_BIAS, BIAS, KIND, ROWS, MASK, SCALE, CAP, FILL, LOW,
+            LEAST, HIGH, MOST, DROP, RAGGED_ROWS, RAGGED_KEYS, BM, BN, EB, EVB,
         )  # fmt: skip
     store_rows(head_of(out_key, batch, group, OUT_KEY), of_key, column, OUT_KEY[2], OUT_KEY[3], T, E, EB)
     store_rows(head_of(out_value, batch, group, OUT_VALUE), of_value, column, OUT_VALUE[2], OUT_VALUE[3], T, EV, EVB)
@@ -332,46 +340,47 @@ def key_value_gradients(
 @triton.jit
 def bias_gradient(
     grad, query, key, value, bias, mask, most_of, inverse_of, total_of, seed, out,
-    H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
-    GRAD: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MOST_OF: tl.constexpr,
-    INVERSE_OF: tl.constexpr, TOTAL_OF: tl.constexpr, OUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BIAS: tl.constexpr, BIASES: tl.constexpr, KIND: tl.constexpr,
-    MASK: tl.constexpr, MASKS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
-    BANDED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    H: tl.constexpr, S, T, E: tl.constexpr, EV: tl.constexpr, GROUP: tl.constexpr,
+    GRAD, QUERY, KEY, VALUE, MOST_OF,
+    INVERSE_OF, TOTAL_OF, OUT,
+    HAS_BIAS: tl.constexpr, BIAS, BIASES, KIND: tl.constexpr, ROWS: tl.constexpr,
+    MASK, MASKS, SCALE: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr,
+    LOW: tl.constexpr, LEAST: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr, DROP: tl.constexpr,
+    RAGGED_ROWS: tl.constexpr, RAGGED_KEYS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EB: tl.constexpr, EVB: tl.constexpr,
-    B: tl.constexpr, BIAS_HEADS: tl.constexpr, PARTS: tl.constexpr,
+    REPEATS, BIAS_HEADS: tl.constexpr, PARTS,
 ):  # fmt: skip
     """Summands [PARTS, BIASES, BIAS_HEADS, S, T] of the bias's gradient, dense; BIAS_HEADS is H, or 1 for a bias that heads
-    share."""
-    tiles: tl.constexpr = (T + BN - 1) // BN
-    lines: tl.constexpr = (S + BM - 1) // BM
+    share, and REPEATS how many batches share each."""
+    tiles = (T + BN - 1) // BN
+    lines = (S + BM - 1) // BM
     tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     line, rest = rest % lines, rest // lines
     bias_head, rest = rest % BIAS_HEADS, rest // BIAS_HEADS
     number, part = rest % BIASES, rest // BIASES
     row, column = line * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)
 
-    repeats: tl.constexpr = B // BIASES
-    count: tl.constexpr = repeats * (H // BIAS_HEADS)
-    each: tl.constexpr = (count + PARTS - 1) // PARTS
+    count = REPEATS * (H // BIAS_HEADS)
+    each = (count + PARTS - 1) // PARTS
     first, end = part * each, tl.minimum(part * each + each, count)
-    if BANDED:
-        hidden = (tile * BN + BN - 1 - line * BM < LEAST) | (tile * BN - (line * BM + BM - 1) > MOST)
-        end = tl.where(hidden, first, end)
+    if LOW:
+        end = tl.where(tile * BN + BN - 1 - line * BM < LEAST, first, end)
+    if HIGH:
+        end = tl.where(tile * BN - (line * BM + BM - 1) > MOST, first, end)
     acc = tl.zeros([BM, BN], tl.float32)
     for turn in range(first, end):
-        batch, head = number + turn % repeats * BIASES, bias_head + turn // repeats
-        q = rows_of(head_of(query, batch, head, QUERY), row, QUERY[2], QUERY[3], S, E, S % BM != 0, EB)
-        k = rows_of(head_of(key, batch, head // GROUP, KEY), column, KEY[2], KEY[3], T, E, T % BN != 0, EB)
-        g = rows_of(head_of(grad, batch, head, GRAD), row, GRAD[2], GRAD[3], S, EV, S % BM != 0, EVB)
-        v = rows_of(head_of(value, batch, head // GROUP, VALUE), column, VALUE[2], VALUE[3], T, EV, T % BN != 0, EVB)
+        batch, head = number + turn % REPEATS * BIASES, bias_head + turn // REPEATS
+        q = rows_of(head_of(query, batch, head, QUERY), row, QUERY[2], QUERY[3], S, E, RAGGED_ROWS, EB)
+        k = rows_of(head_of(key, batch, head // GROUP, KEY), column, KEY[2], KEY[3], T, E, RAGGED_KEYS, EB)
+        g = rows_of(head_of(grad, batch, head, GRAD), row, GRAD[2], GRAD[3], S, EV, RAGGED_ROWS, EVB)
+        v = rows_of(head_of(value, batch, head // GROUP, VALUE), column, VALUE[2], VALUE[3], T, EV, RAGGED_KEYS, EVB)
         most = tl.load(head_of(most_of, batch, head, MOST_OF) + row * MOST_OF[2], mask=row < S, other=0.0)
         inverse = tl.load(head_of(inverse_of, batch, head, INVERSE_OF) + row * INVERSE_OF[2], mask=row < S, other=0.0)
         total = tl.load(head_of(total_of, batch, head, TOTAL_OF) + row * TOTAL_OF[2], mask=row < S, other=0.0)
         scores, _, kept = scores_of(
             tl.dot(q, tl.trans(k), input_precision="ieee"), row[:, None], column[None, :], head_of(bias, number, head, BIAS),
-            head_of(mask, batch % MASKS, head, MASK), S, T, HAS_BIAS, BIAS, KIND, MASK, SCALE, CAP, FILL, BANDED, LEAST,
-            MOST, T % BN != 0,
+            head_of(mask, batch % MASKS, head, MASK), S, T, HAS_BIAS, BIAS, KIND, ROWS, MASK, SCALE, CAP, FILL, LOW, LEAST,
+            HIGH, MOST, RAGGED_KEYS,
         )  # fmt: skip
         p = tl.exp2((scores - most[:, None]) * LOG2_E) * inverse[:, None]
         words = words_of(seed, batch * H + head, DROP)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 
 from fxopt.codegen.templates.attention_config import block_of
+from fxopt.ir.exprs import Int, add, floordiv, prod
 from fxopt.ir.region import ScoredAttention
 from fxopt.target import Target
 
@@ -68,18 +68,23 @@ class ScoredConfig:
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n} w{self.warps} s{self.stages}"
 
-    def programs(self, attention: ScoredAttention) -> int:
+    def programs(self, attention: ScoredAttention) -> Int:
         """The grid."""
         batch, heads, rows, _ = attention.operands["query"].shape
         groups, keys = attention.operands["key"].shape[1:3]
         template = TEMPLATES[attention.op]
         if template == KEY_VALUE:
-            return batch * groups * ceil(keys / self.block_n)
+            return prod((batch, groups, blocks(keys, self.block_n)))
         if template == BIAS:
             bias = attention.operands["bias"].shape
-            tiles = ceil(rows / self.block_m) * ceil(keys / self.block_n)
-            return attention.parts * bias[0] * bias[1] * tiles
-        return batch * heads * ceil(rows / self.block_m)
+            tiles = (blocks(rows, self.block_m), blocks(keys, self.block_n))
+            return prod((attention.parts, bias[0], bias[1], *tiles))
+        return prod((batch, heads, blocks(rows, self.block_m)))
+
+
+def blocks(size: Int, block: int) -> Int:
+    """How many blocks hold `size`."""
+    return floordiv(add(size, block - 1), block)
 
 
 def configs(attention: ScoredAttention, target: Target, limit: int = 3) -> list[ScoredConfig]:
@@ -89,12 +94,16 @@ def configs(attention: ScoredAttention, target: Target, limit: int = 3) -> list[
 
 
 def _forms(attention: ScoredAttention, target: Target) -> Iterator[ScoredConfig]:
-    """Blocks no larger than what they hold."""
+    """Blocks no larger than what they hold, as far as that is known."""
     rows, keys = (attention.operands[n].shape[2] for n in ("query", "key"))
     blocks = _BLOCKS_BEFORE_HOPPER if target.arch < 90 else _BLOCKS if target.arch < 100 else _BLOCKS_AFTER_HOPPER
     for m, n, warps, stages in blocks[TEMPLATES[attention.op], max(64, *_widths(attention))]:
-        block_m, block_n = min(m, block_of(rows, _LEAST_BLOCK)), min(n, block_of(keys, _LEAST_BLOCK))
+        block_m, block_n = (_within(block, size) for block, size in ((m, rows), (n, keys)))
         yield ScoredConfig(block_m, block_n, warps if block_m * block_n >= m * n // 2 else 4, stages)
+
+
+def _within(block: int, size: Int) -> int:
+    return min(block, block_of(size, _LEAST_BLOCK)) if isinstance(size, int) else block
 
 
 def _shared_bytes(attention: ScoredAttention, config: ScoredConfig) -> int:
@@ -108,4 +117,6 @@ def _shared_bytes(attention: ScoredAttention, config: ScoredConfig) -> int:
 
 def _widths(attention: ScoredAttention) -> tuple[int, int]:
     """Padded features of keys and values."""
-    return block_of(attention.operands["key"].shape[3]), block_of(attention.operands["value"].shape[3])
+    key, value = (attention.operands[n].shape[3] for n in ("key", "value"))
+    assert isinstance(key, int) and isinstance(value, int)
+    return block_of(key), block_of(value)

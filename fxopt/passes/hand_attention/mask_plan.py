@@ -22,6 +22,7 @@ from fxopt.passes.hand_attention.score_mask import (
     Filled,
     as_added,
     in_heads,
+    literal,
     with_nan_rows,
     with_open_rows,
 )
@@ -106,7 +107,7 @@ def known_mask(mask: Added | Filled, scores: MaskedScores, sizes: Sizes) -> torc
     value = sizes.value(mask.mask)
     if value is None:
         return None
-    value = in_heads(value, mask.lead if scores.heads else None, scores.heads)  # type: ignore[arg-type]
+    value = in_heads(value, literal(mask.lead) if scores.heads else None, scores.heads)
     if isinstance(mask, Added):
         return value.double() * mask.factor
     return torch.where(value != mask.inverted, mask.value, 0.0).double()
@@ -184,4 +185,4 @@ def _hidden(call: Call, scores: MaskedScores, mask: Added | Filled) -> fx.Node:
 
 
 def _in_heads(call: Call, scores: MaskedScores, mask: Added | Filled) -> fx.Node:
-    return call(in_heads, mask.mask, mask.lead if scores.heads else None, scores.heads)
+    return call(in_heads, mask.mask, literal(mask.lead) if scores.heads else None, scores.heads)

@@ -21,7 +21,7 @@ from fxopt.passes.hand_attention.groups import shared_heads
 from fxopt.passes.hand_attention.mask_plan import Call, MaskForm, emit_mask, plan_mask
 from fxopt.passes.hand_attention.products import Operand
 from fxopt.passes.hand_attention.score_chain import SOFTMAX, after, before
-from fxopt.passes.hand_attention.score_mask import in_heads, with_nan_results, without_hidden_rows
+from fxopt.passes.hand_attention.score_mask import in_heads, literal, with_nan_results, without_hidden_rows
 from fxopt.passes.hand_attention.scored import ScoredForm, emit_scored, plan_scored
 from fxopt.passes.hand_attention.written import WrittenAttention, obstacle
 from fxopt.passes.in_place import WrittenMemory
@@ -73,7 +73,7 @@ def _replace(context: Context, written: WrittenAttention, form: MaskForm | Score
         x = given.node if given.order is None else call(torch.permute, given.node, given.order)
         x = call(torch.transpose, x, -1, -2) if transposed else x
         if len(written.leads[0]) != 2 or written.heads is not None:
-            x = call(in_heads, x, written.leads[0] if written.heads else None, written.heads)
+            x = call(in_heads, x, literal(written.leads[0]) if written.heads else None, written.heads)
         if x.meta["example_value"].dtype != scores.dtype:
             x = call(torch.Tensor.to, x, scores.dtype)  # as autocast has it
         return x if x.meta["example_value"].stride(-1) == 1 else call(torch.Tensor.contiguous, x)
@@ -125,12 +125,17 @@ def _as_result(call: Call, written: WrittenAttention, out: fx.Node) -> fx.Node:
     if permuted and shows:
         out = call(torch.Tensor.contiguous, out)
     if written.heads is not None:
-        out = call(torch.reshape, out, (*written.leads[-1], *out.meta["example_value"].shape[-2:]))
+        out = call(with_lead, out, literal(written.leads[-1]))
     elif len(written.leads[-1]) < 2:
         out = call(operator.getitem, out, (0,) * (2 - len(written.leads[-1])))
     if order is not None:
         out = call(torch.permute, out, order)
     return call(torch.Tensor.contiguous, out) if shows and not permuted else out
+
+
+def with_lead(out: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:
+    """`out` [B, H, S, E] as [*lead, S, E], of which one size at most is UNKNOWN."""
+    return out if lead[1:] == (out.shape[1],) else out.reshape(*lead, *out.shape[-2:])
 
 
 def _only_copied(result: fx.Node) -> bool:

@@ -54,14 +54,23 @@ class Filled:
     lead: Lead
 
 
+UNKNOWN = -1
+"""Stands for a leading size that is a symbol where sizes are literals of a call."""
+
+
+def literal(lead: Lead) -> tuple[int, ...]:
+    """`lead` with UNKNOWN for symbols."""
+    return tuple(size if isinstance(size, int) else UNKNOWN for size in lead)
+
+
 def in_heads(x: Tensor, lead: tuple[int, ...] | None, heads: tuple[int, int] | None) -> Tensor:
     """`x` [*lead, M, N] as [*heads, M, N], both up to broadcasting; without `heads`, sizes of 1 are put in front.
 
-    For a mask, `lead` is that of the scores it was applied to.
+    For a mask, `lead` is that of the scores it was applied to. Along a size that is UNKNOWN nothing is expanded.
     """
     if lead is None or heads is None:
         return x[(None,) * (4 - x.dim())]
-    x = x[(None,) * (2 - x.dim())]
+    x = x[(None,) * (len(lead) + 2 - x.dim())]
     tail = x.shape[-2:]
     if all(size == 1 for size in x.shape[:-2]):
         return x.reshape(1, 1, *tail)

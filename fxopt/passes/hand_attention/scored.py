@@ -18,10 +18,11 @@ from torch import Tensor, fx
 
 from fxopt.ir import random_ops
 from fxopt.ir.scored_attention_op import scored_attention
+from fxopt.ir.spec import known_equal
 from fxopt.passes.attention import chooses_late
 from fxopt.passes.dynamo_facts import example
 from fxopt.passes.hand_attention.mask_plan import Call, known_mask
-from fxopt.passes.hand_attention.score_mask import FILL_BOUND, Added, Filled, Lead, in_heads
+from fxopt.passes.hand_attention.score_mask import FILL_BOUND, UNKNOWN, Added, Filled, Lead, in_heads, literal
 from fxopt.passes.hand_attention.written import CUDA_HEAD_MULTIPLE, WrittenAttention, obstacle_to_scoring
 from fxopt.passes.sizes import Sizes
 
@@ -77,9 +78,17 @@ def _can_be_summed(masks: Sequence[Added], written: WrittenAttention) -> bool:
     if len(masks) < 2:
         return True
     shapes = [shown.shape for mask in masks if (shown := example(mask.mask)) is not None]
-    together = math.prod(torch.broadcast_shapes(*shapes))
-    in_step = written.heads is None or len({mask.lead for mask in masks}) == 1
-    return in_step and together <= max(*map(math.prod, shapes), MOST_SUMMED)
+    if written.heads is not None and len({literal(mask.lead) for mask in masks}) > 1:
+        return False
+    if any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
+        return any(all(_broadcasts(shape, whole) for shape in shapes) for whole in shapes)
+    return math.prod(torch.broadcast_shapes(*shapes)) <= max(*map(math.prod, shapes), MOST_SUMMED)
+
+
+def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether something of one shape is known to broadcast to the other one."""
+    pairs = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(known_equal(size, 1) or known_equal(size, n) for size, n in pairs)
 
 
 def _unsuitable(written: WrittenAttention) -> str | None:
@@ -90,13 +99,14 @@ def _unsuitable(written: WrittenAttention) -> str | None:
         return "a device without kernels for scores"
     if scores.dtype not in DTYPES:
         return "float32 products"
-    if not all(isinstance(n, int) for x in (query, key, value) for n in x.shape):
-        return "symbolic sizes"
+    heads = written.leads[0][-1:] if written.heads is None else written.heads[1:]
+    if not all(isinstance(n, int) for n in (*heads, query.shape[-1], value.shape[-1])) or UNKNOWN in heads:
+        return "a symbolic number of heads or features"
     if max(query.shape[-1], value.shape[-1]) > MOST_FEATURES:
         return "more features than kernels for scores keep in registers"
     if value.shape[-1] % CUDA_HEAD_MULTIPLE:
         return "a size of values without a fused kernel"
-    if min(query.shape[-2], key.shape[-2]) < LEAST_KEYS:
+    if any(isinstance(n, int) and n < LEAST_KEYS for n in (query.shape[-2], key.shape[-2])):
         return "few rows or keys"
     return "deterministic algorithms are asked for" if torch.are_deterministic_algorithms_enabled() else None
 
@@ -169,7 +179,7 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
 
     def placed(x: fx.Node, lead: Lead) -> fx.Node:
         if heads is not None:
-            return call(by_head, x, lead, heads)
+            return call(by_head, x, literal(lead), heads)
         missing = 4 - x.meta["example_value"].dim()
         return call(operator.getitem, x, (None,) * missing) if missing else x
 
@@ -183,8 +193,8 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
             return None
         total = placed(total, masks[0].lead)
         shape = total.meta["example_value"].shape
-        expands = any(map(_learns, masks)) and shape[2:] != (rows, keys)
-        return call(torch.Tensor.expand, total, *shape[:2], rows, keys) if expands else total
+        whole = all(map(known_equal, shape[2:], (rows, keys)))
+        return total if whole or not any(map(_learns, masks)) else call(of_all_scores, total, *operands[:2])
 
     hidden = [placed(fill.mask, fill.lead) for fill in form.fills]
     hidden = [call(torch.logical_not, x) if fill.inverted else x for x, fill in zip(hidden, form.fills, strict=True)]
@@ -206,10 +216,15 @@ def emit_scored(call: Call, written: WrittenAttention, form: ScoredForm, operand
     return call(operator.getitem, pair, 0)
 
 
-def by_head(x: Tensor, lead: Lead, heads: tuple[int, int]) -> Tensor:
+def of_all_scores(x: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """`x` [b, h, 1 or S, 1 or T] for each row and key."""
+    return x.expand(*x.shape[:2], query.shape[-2], key.shape[-2])
+
+
+def by_head(x: Tensor, lead: tuple[int, ...], heads: tuple[int, int]) -> Tensor:
     """`x`, which broadcasts to [*lead, M, N], as [b, h, M, N] with b a divisor of B, h 1 or H and number n % b for batch n.
 
-    `heads` are [B, H], and `lead` is that in another shape. `x` is expanded only if it does not repeat so.
+    `heads` are [B, H], and `lead` is that in another shape. `x` is expanded only if it does not repeat so. B may be UNKNOWN.
     """
     x = x[(None,) * (len(lead) + 2 - x.dim())]
     *outer, last = x.shape[:-2]
@@ -219,6 +234,7 @@ def by_head(x: Tensor, lead: Lead, heads: tuple[int, int]) -> Tensor:
         return x.reshape(*heads, *x.shape[-2:])
     while outer and outer[0] == 1:
         outer.pop(0)
-    if lead[-1] == heads[1] and outer == list(lead[len(lead) - 1 - len(outer) : -1]):
+    own = lead[len(lead) - 1 - len(outer) : -1]
+    if lead[-1] == heads[1] and all(n in (UNKNOWN, size) for n, size in zip(own, outer, strict=True)):
         return x.reshape(math.prod(outer), last, *x.shape[-2:])
-    return in_heads(x, lead, heads)  # type: ignore[arg-type]  # sizes are numbers here
+    return in_heads(x, lead, heads)

@@ -16,7 +16,7 @@ from fxopt.passes.dynamo_facts import example, is_special
 from fxopt.passes.hand_attention.mask_plan import MaskedScores
 from fxopt.passes.hand_attention.products import Operand
 from fxopt.passes.hand_attention.score_chain import After, Before, softmax_dim
-from fxopt.passes.hand_attention.score_mask import Lead
+from fxopt.passes.hand_attention.score_mask import UNKNOWN, Lead, literal
 from fxopt.passes.in_place import WrittenMemory, writes
 
 MIN_CPU_SCORES = 1 << 15
@@ -71,11 +71,11 @@ class WrittenAttention:
 
     @cached_property
     def heads(self) -> tuple[int, int] | None:
-        """The two leading sizes of the fused call, where they have to be given."""
+        """The two leading sizes of the fused call, where they have to be given; UNKNOWN for one that is a symbol."""
         if not self.reshaped:
             return None
-        *rest, last = next((lead for lead in self.leads if len(lead) == 2), self.leads[0])
-        return math.prod(int(size) for size in rest), int(last)
+        *rest, last = literal(next((lead for lead in self.leads if len(lead) == 2), self.leads[0]))
+        return (UNKNOWN if UNKNOWN in rest else math.prod(rest)), last
 
     @property
     def scores(self) -> MaskedScores:
@@ -181,9 +181,11 @@ def _value_size(written: WrittenAttention) -> str | None:
 
 
 def _views(written: WrittenAttention) -> str | None:
-    if not all(isinstance(size, int) for lead in written.leads for size in lead):
+    *_, last = written.heads or (1,)
+    if last == UNKNOWN or (any(UNKNOWN in literal(lead) for lead in written.leads) and max(map(len, written.leads)) > 2):
         return "symbolic sizes in a view of the scores"
-    return "scores that are broadcast" if len(set(map(math.prod, written.leads))) > 1 else None
+    first, *others = (math.prod(lead) for lead in written.leads)
+    return None if all(known_equal(size, first) for size in others) else "scores that are broadcast"
 
 
 def _gradients(written: WrittenAttention) -> str | None:
