@@ -146,8 +146,8 @@ class Pairs:
 
     def raw(self, node: fx.Node) -> fx.Node:
         """The memory of the complex tensor `node` as pairs, not conjugated even where `node` is."""
-        if node.target is aten._conj.default:
-            return self.raw(node.args[0])  # type: ignore[arg-type]
+        if node.target is aten._conj.default and isinstance(node.args[0], fx.Node):
+            return self.raw(node.args[0])
         if node.target is aten.view_as_complex.default:
             return node.args[0]  # type: ignore[return-value]
         if node not in self.twins:
@@ -155,10 +155,16 @@ class Pairs:
         return self.twins[node]
 
     def source(self, node: fx.Node) -> fx.Node:
-        """An input or a library call's result, viewed. Whether tangents and results come conjugated shows when run."""
+        """An input or a library call's result, viewed. Whether tangents and results come conjugated shows when run.
+
+        Of a number's conjugate (what the gradient of a product with a number multiplies by), a constant.
+        """
         value = tensor(node)
         if value is None or value.dtype not in REAL or value.is_neg():
             raise CannotError("a dtype or bit without pairs")
+        if node.target is aten._conj.default:
+            number = complex(node.args[0])  # type: ignore[arg-type]
+            return self.value(number if value.is_conj() else number.conjugate(), REAL[value.dtype])
         if is_written(base(node)):
             raise CannotError("an input that the graph writes")
         plain = self.call(aten._conj.default, node) if value.is_conj() else node

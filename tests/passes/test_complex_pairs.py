@@ -241,6 +241,15 @@ def test_complex_parameters_train(fn: Callable[..., Any]) -> None:
     check_training(fn, (z(3, 4).requires_grad_(), z(3, 4).requires_grad_()))
 
 
+@pytest.mark.parametrize(
+    "fn", [lambda x: x * (2 + 1j), lambda x: x / (2 - 1j) + 1j, lambda x: (1j - x) * 3j], ids=["product", "quotient", "sum"]
+)
+def test_complex_numbers_in_training(fn: Callable[..., Any]) -> None:
+    """Their conjugates are numbers' own."""
+    given = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    check_training(lambda a, b: torch.view_as_real(fn(torch.complex(a, b))), given)
+
+
 def test_gradients_that_come_conjugated() -> None:
     """Tracing sees a plain tangent; what arrives has the conjugate bit."""
     a, b = z(3, 4).requires_grad_(), z(3, 4)
