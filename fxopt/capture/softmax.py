@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 aten = torch.ops.aten
 
@@ -22,8 +23,8 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _is_empty(x: Tensor) -> bool:
-    """Whether `x` is known to have no elements (amax refuses those)."""
-    return any(isinstance(size, int) and size == 0 for size in x.shape)
+    """Whether `x` has no elements (amax refuses those): of sizes that depend on data, whether that is known."""
+    return any(guard_or_false(size == 0) for size in x.shape)
 
 
 def _finished(value: Tensor, dtype: torch.dtype) -> Tensor:

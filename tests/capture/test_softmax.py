@@ -53,6 +53,19 @@ def test_special_rows_layouts_and_emptiness(x: torch.Tensor) -> None:
     check(aten.logsumexp.default, x, [-1])
 
 
+@pytest.mark.parametrize("fn", [torch.softmax, torch.log_softmax, torch.logsumexp])
+def test_a_computed_size_may_be_zero(fn: Callable[..., torch.Tensor]) -> None:
+    def half(x: torch.Tensor) -> torch.Tensor:
+        return fn(x[:, : x.shape[1] // 5], -1)
+
+    record = Recorder()
+    compiled = record.compile(half, dynamic=True)
+    for length in (3, 11, 12):
+        x = torch.randn(2, length)
+        torch.testing.assert_close(compiled(x), half(x))
+    assert len(record.graphs) == 2, "no size but zero is special"
+
+
 def test_a_scalar_and_integers() -> None:
     check(aten._softmax.default, torch.tensor(3.0), 0, False)
     check(aten.logsumexp.default, torch.tensor(3.0), [0])
