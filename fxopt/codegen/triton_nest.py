@@ -352,6 +352,16 @@ def _load_ahead(kernel: _Kernel) -> None:
         emitter.value(node, guards)
 
 
+def _load_points(kernel: _Kernel, stores: Sequence[Store]) -> None:
+    """Print the loads of the points themselves, beside what `stores` reduce, before the loops: after them nothing else is in
+    flight, and the program would wait for memory once more."""
+    emitter, nest = kernel.emitter, kernel.tiling.nest
+    roots = [emitter.instance(v, ()) for s in stores for v in s.roots]
+    for node, guards in emitter.walk(roots):
+        if isinstance(node, Load) and not node.indirect and not guards and not _waits(node, nest):
+            emitter.value(node)
+
+
 def _waits(load: Scalar, nest: Nest) -> bool:
     """Whether `load` varies along the reduced axis or depends on what is reduced."""
     return bool(frozenset(nest.reduced) & load.symbols()) or holds_reduction(load)
@@ -371,6 +381,7 @@ def _print_looped(kernel: _Kernel) -> None:
     varying = [s for s in stores if _store_varies(kernel, s)]
     early = varying if len(levels) == 1 and not any(map(_stores_reduction, varying)) else []
     at_last = "" if kernel.region.reread else "evict_first"
+    _load_points(kernel, [s for s in stores if s not in varying])
     turning, backwards = not any(isinstance(n, Scan) for n in postorder(kernel.tiling.nest.roots)), False
     for number, level in enumerate(levels, 1):
         last = number == len(levels) and len(early) == len(varying)

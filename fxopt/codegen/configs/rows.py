@@ -43,8 +43,10 @@ def row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targe
     """The reduced axis is contiguous: rows in registers when they fit, several short rows per program; else looped over."""
     block = next_power_of_2(row)
     once = reads_once(tiling)
-    shapes = ((2048, 4), (4096, 8), (1024, 4), (8192, 16)) if once else ((4096, 8), (2048, 4), (8192, 16), (1024, 4))
+    short = (1024, 4)
+    shapes = ((2048, 4), (4096, 8), short, (8192, 16)) if once else ((4096, 8), (2048, 4), (8192, 16), short)
     even = coalesced_per_thread(tiling)
+    shared = once and rows >= 4 * target.sm_count and _shares_rows(tiling)
     looped = [
         TritonConfig(1, r_block=size, persistent=False, num_warps=max(warps, min(16, size // (32 * even))))
         for size, warps in shapes
@@ -53,6 +55,8 @@ def row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targe
     if even < 16 and looped:  # one access of the wider type for each thread, not two that each touch every sector
         looped.insert(1, replace(looped[0], num_warps=min(16, 2 * looped[0].num_warps)))
         looped = list(dict.fromkeys(looped))
+    if shared:  # two rows in half as many steps each: as many bytes in flight, and half the reads of what is shared
+        looped = [replace(c, x_block=2) if c.r_block == short[0] else c for c in looped]
     step = _LIGHT_WARPS * 32 * one_access(tiling)
     light = [
         TritonConfig(1, r_block=times * step, persistent=False, num_warps=times * _LIGHT_WARPS)
@@ -83,7 +87,7 @@ def row_configs(tiling: Tiling, rows: int, row: int, static: bool, target: Targe
         sharing = [(min(16, room), enough), (min(32, room), enough), (min(16, room), 2 * enough), *sharing]
     for per_thread, count in sharing:
         found.append(TritonConfig(count, r_block=block, num_warps=_warps_for(block * count, per_thread)))
-    if once and together == 1 and rows >= 4 * target.sm_count and _shares_rows(tiling):
+    if shared and together == 1:
         found.insert(2, replace(found[0], x_block=2))  # twice the bytes in flight, and half the reads of what is shared
     if block >= 16 * 32 * 32:
         found.insert(0, replace(found[0], num_warps=32))
