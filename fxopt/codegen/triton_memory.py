@@ -74,7 +74,7 @@ class Memory(Scopes):
             return self.index_text(x)
         if computed_in_int32(x):
             text = self.index_text(x)
-            return f"({text}).to(tl.int64)" if not text.startswith("(") else f"{text}.to(tl.int64)"
+            return f"{text}.to(tl.int64)" if _enclosed(text) else f"({text}).to(tl.int64)"
         return self.index_text(x, wide=True)
 
     # memory

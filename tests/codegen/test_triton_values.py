@@ -717,6 +717,22 @@ def test_int64_indexing_when_sizes_are_unbounded() -> None:
     assert "i64" in kernel.compile_options["signature"].values()
 
 
+def positions(n: int) -> Case:
+    """Indices as values: a product and a sum that begin and do not end with a parenthesis."""
+    x = Sym("x0", size=n)
+    here = symbol(x)
+    values = (mod(floordiv(here, 2), 4) * 2, mod(here, 5) + 3, floordiv(here, 7) + mod(here, 3))
+    stores = tuple(Store(f"o{k}", here, IndexValue(value)) for k, value in enumerate(values))
+    at = torch.arange(n)
+    expected = (at // 2 % 4 * 2, at % 5 + 3, at // 7 + at % 3)
+    buffers = [nests.buffer(f"o{k}", I64, (n,)) for k in range(3)]
+    return nests.make(Nest((x,), (), stores), buffers, "", "o0 o1 o2", lambda: expected)
+
+
+def test_indices_as_values(interpreter: Interpreter) -> None:
+    check(interpreter, positions(100), TritonConfig(32))
+
+
 def huge(sizes: tuple[int, int]) -> Case:
     """Column 0 of a strided matrix whose extent a kernel must not take for small: n rows, m elements apart."""
     s0, s1 = Sym("s0", lo=1), Sym("s1", lo=1)
