@@ -310,19 +310,21 @@ def test_exceptions_in_the_middle(made: list[GraphedExecutor], monkeypatch: pyte
     run = compiled(model)
     for k in range(2):
         run(x_of(k))
-    driver = made[0]._turns.driver
-    real = driver.copy
+    recording = made[0]._latest
+    assert recording is not None and recording.nodes is not None
+    replay: Any = recording.replay
+    real = replay.tell
     for after in range(3):
         seen = 0
 
-        def copy_or_raise(*args: Any, after: int = after) -> None:
+        def tell_or_raise(*args: Any, after: int = after) -> None:
             nonlocal seen
             seen += 1
             if seen > after:
                 raise KeyboardInterrupt
             real(*args)
 
-        monkeypatch.setattr(driver, "copy", copy_or_raise)
+        monkeypatch.setattr(replay, "tell", tell_or_raise)
         if after < 2:
             with pytest.raises(KeyboardInterrupt):
                 run(x_of(9))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -234,7 +233,7 @@ class FakeDriver:
         replay.overwritten = []  # type: ignore[attr-defined]  # what a test says that the run takes for scratch in the end
         self.replays.append(replay)
         replay.handle = len(self.replays)  # type: ignore[attr-defined]
-        replay.tell = functools.partial(self.tell, replay.handle)  # type: ignore[attr-defined]
+        replay.tell = lambda *told: self.tell(replay.handle, *told)  # type: ignore[attr-defined]
         return replay, result
 
     def tell(self, executable: int, nodes: Sequence[CopyNode], copies: Sequence[Copy]) -> None:

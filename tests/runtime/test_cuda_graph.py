@@ -315,8 +315,11 @@ ONLY_PYTHON = pytest.mark.parametrize("way", ["python"], indirect=True)
 """No signal is handled while compiled code replays."""
 
 
-@ONLY_PYTHON
-@pytest.mark.parametrize("where", ["copy", "during_replay"])
+@pytest.mark.parametrize(
+    ("way", "where"),
+    [("python", "copy"), ("python", "during_replay"), ("python, nodes", "tell"), ("python, nodes", "during_replay")],
+    indirect=["way"],
+)
 def test_an_interrupted_replay_leaves_nothing_broken(where: str) -> None:
     run = Acted(twice)
     for _ in range(2):
