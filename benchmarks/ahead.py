@@ -73,10 +73,10 @@ class _Entry:
         return replace(row, **facts)
 
 
-def how_long(workload: Workload, contender: Contender) -> tuple[bool, bool, bool]:
-    """Larger for longer compilations: max-autotune takes ten times as long as others, a training step three times, fxopt
-    half."""
-    return contender.slow, workload.training, contender.backend == "inductor"
+def precedence(workload: Workload, contender: Contender) -> tuple[bool, bool, bool]:
+    """Larger for what is compiled earlier: max-autotune, which takes ten times as long as the others, then fxopt, which
+    tunes while the former do not yet, and of each the training steps, which take three times as long."""
+    return contender.slow, contender.backend == "fxopt", workload.training
 
 
 @dataclass
@@ -92,7 +92,7 @@ class _Run:
     def compile(self, pool: Pool) -> None:
         """All that is to be compiled; what is not at the pool's deadline is given up."""
         tasks = [(entry, c) for entry in self.entries for c in self.contenders if c.name in entry.waiting]
-        tasks.sort(key=lambda task: how_long(task[0].job[0], task[1]), reverse=True)
+        tasks.sort(key=lambda task: precedence(task[0].job[0], task[1]), reverse=True)
 
         def compiled(number: int, raw: list[RawRow]) -> None:
             entry, row = tasks[number][0], Row.from_dict(raw[0])

@@ -85,9 +85,11 @@ def answer(suite: Suite, request: dict[str, Any], device: torch.device, device_t
     workload = suite.WORKLOADS[request["workload"]]
     budget = Budget(time.monotonic() + request["left"], request["compile_limit"], slow=request["slow"])
     plan = suite.plan_case(budget, workload, device, request["seconds"], request["warm"])
-    plan.turn, plan.skip, plan.caches = device_turn, why_not, request.get("caches")
+    plan.skip, plan.caches = why_not, request.get("caches")
     chosen = [CONTENDERS[name] for name in request["contenders"]]
     run = compile_case if request.get("ahead") else run_case
+    # Beside compilers that tune, timing comes first: the cases left are what the run still takes.
+    plan.turn = functools.partial(device_turn, run is run_case and plan.caches is not None)
     rows = run(workload, request["sizes"], pick_dtype(request["dtype"]), chosen, plan, report)
     broken = is_broken(device)
     say({"rows": [row.to_dict() for row in rows], "broken": (busy or chosen[0].name) if broken else ""})
@@ -101,8 +103,8 @@ def main(module: str, name: str) -> None:
     folder = knobs.LOCK_DIR.get()
     assert folder is not None
 
-    def device_turn() -> AbstractContextManager[bool]:
-        return turn(folder, device_identity(device))
+    def device_turn(first: bool = False) -> AbstractContextManager[bool]:
+        return turn(folder, device_identity(device), first=first)
 
     inductor_tunes_in_turn(device_turn)
     channel.write('{"ready": true}\n')

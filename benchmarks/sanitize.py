@@ -1,6 +1,6 @@
 """The kernel suite under compute-sanitizer: `python -m benchmarks.sanitize --out FILE`.
 
-    python -m benchmarks.sanitize --warm 80 --limit 95 --out FOLDER/sanitizer_h200.json
+    python -m benchmarks.sanitize --warm 90 --limit 85 --out FOLDER/sanitizer_h200.json
 
 Tests of generated kernels run once as they are, spread over all devices and cores, so that kernels are built and choices
 made. Those that passed run under the tools, side by side in shards, in the order of SUITE, with an allocation for each
@@ -143,11 +143,16 @@ def joined(findings: Sequence[Finding]) -> Finding:
     )
 
 
-def _begin(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _begin(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, stack: contextlib.ExitStack
+) -> subprocess.Popen[bytes]:
+    """What is left of it ends with `stack`."""
     with log.open("wb") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+    stack.callback(_end, process)
+    return process
 
 
 def _wait(process: subprocess.Popen[bytes], until: float) -> bool:
@@ -183,11 +188,11 @@ def warm_up(
     listed, done = folder / "sanitize-tests.log", folder / "sanitize-warm.log"
     commands = {
         listed: (sys.executable, *PYTEST, "--collect-only", "-qq", *suite),
-        done: (sys.executable, *PYTEST, "--dist=worksteal", *options, *suite),
+        done: (sys.executable, *PYTEST, "--dist=load", "--maxschedchunk=1", *options, *suite),
     }
-    for process in [_begin(command, environment, log) for log, command in commands.items()]:
-        _wait(process, begun + seconds)
-        _end(process)
+    with contextlib.ExitStack() as stack:
+        for process in [_begin(command, environment, log, stack) for log, command in commands.items()]:
+            _wait(process, begun + seconds)
     tests = [line for line in listed.read_text().splitlines() if re.match(r"\S+\.py::", line)]
     return tests, outcomes_of_workers(done.read_text(errors="replace"))
 
@@ -204,20 +209,20 @@ def run_shards(
 ) -> list[Finding]:
     """Deal `tests` to `each` processes under every tool, on the devices `places` in turns, for up to `seconds`."""
     begun, shards = time.monotonic(), list[Shard]()
-    for number in range(min(each, len(tests))):
-        for tool in tools:
-            log, own = folder / f"sanitize-{tool}-{number}.log", tests[number::each]
-            command = (program, "--tool", tool, "--target-processes", "application-only", sys.executable, *PYTEST, *own)
-            device = {"CUDA_VISIBLE_DEVICES": places[len(shards) % len(places)]}
-            shards.append(Shard(tool, own, log, _begin(command, {**environment, **device}, log)))
-    took = {shard.log: time.monotonic() - begun for shard in shards if _wait(shard.process, begun + seconds)}
-    for shard in shards:
-        if shard.log not in took:
-            _interrupt(shard.process)
-    until = time.monotonic() + GRACE
-    for shard in shards:
-        _wait(shard.process, until)
-        _end(shard.process)
+    with contextlib.ExitStack() as stack:
+        for number in range(min(each, len(tests))):
+            for tool in tools:
+                log, own = folder / f"sanitize-{tool}-{number}.log", tests[number::each]
+                command = (program, "--tool", tool, "--target-processes", "application-only", sys.executable, *PYTEST, *own)
+                device = {"CUDA_VISIBLE_DEVICES": places[len(shards) % len(places)]}
+                shards.append(Shard(tool, own, log, _begin(command, {**environment, **device}, log, stack)))
+        took = {shard.log: time.monotonic() - begun for shard in shards if _wait(shard.process, begun + seconds)}
+        for shard in shards:
+            if shard.log not in took:
+                _interrupt(shard.process)
+        until = time.monotonic() + GRACE
+        for shard in shards:
+            _wait(shard.process, until)
     found = [
         read(s.tool, s.log.read_text(errors="replace"), s.tests, took.get(s.log, time.monotonic() - begun)) for s in shards
     ]
@@ -227,8 +232,8 @@ def run_shards(
 def main(
     tools: Annotated[str, typer.Option(help="comma-separated")] = "memcheck,racecheck",
     tests: Annotated[str, typer.Option(help="what pytest runs, separated by spaces")] = " ".join(SUITE),
-    warm: Annotated[float, typer.Option(help="seconds for the run without a tool")] = 80.0,
-    limit: Annotated[float, typer.Option(help="seconds for the runs under tools")] = 95.0,
+    warm: Annotated[float, typer.Option(help="seconds for the run without a tool")] = 90.0,
+    limit: Annotated[float, typer.Option(help="seconds for the runs under tools")] = 85.0,
     devices: Annotated[int, typer.Option(min=0, help="GPUs to use; 0: all")] = 0,
     processes: Annotated[int, typer.Option(min=0, help="in all; 0: one for each core")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write; output of the runs lies beside it")] = None,
@@ -273,4 +278,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # not without ending what was begun
     typer.run(main)

@@ -50,10 +50,11 @@ def seconds_waited() -> float:
 
 
 @contextlib.contextmanager
-def turn(folder: Path, identity: str, patience: float = math.inf) -> Iterator[bool]:
+def turn(folder: Path, identity: str, patience: float = math.inf, first: bool = False) -> Iterator[bool]:
     """Hold the device called `identity` among all who use `folder`, which is created when needed.
 
-    Waits for up to `patience` seconds. Yields whether the device is held; False means that others may be using it.
+    Waits for up to `patience` seconds; those who are to be `first` wait for ever, in the system's queue, which is served
+    before whoever asks from time to time. Yields whether the device is held; False means that others may be using it.
     """
     path = folder.absolute() / identity
     with _locks_guard:
@@ -64,7 +65,7 @@ def turn(folder: Path, identity: str, patience: float = math.inf) -> Iterator[bo
         if held:
             stack.callback(lock.owner.release)
             if lock.turns == 0:
-                held = _lock_file(path, start + patience, stack)
+                held = _lock_file(path, start + patience, stack, first)
             lock.turns += 1
             stack.callback(_leave, lock)
         _note_wait(time.monotonic() - start)
@@ -75,15 +76,16 @@ def _leave(lock: _Lock) -> None:
     lock.turns -= 1
 
 
-def _lock_file(path: Path, deadline: float, stack: contextlib.ExitStack) -> bool:
-    """Lock `path` until `stack` unwinds; whether that was possible before `deadline`."""
+def _lock_file(path: Path, deadline: float, stack: contextlib.ExitStack, queued: bool) -> bool:
+    """Lock `path` until `stack` unwinds; whether that was possible before `deadline`, for which who is `queued` does not
+    look."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, handle)
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if queued else fcntl.LOCK_NB))
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     return False

@@ -38,6 +38,24 @@ def test_measured_sections_of_processes_never_overlap(tmp_path: Path) -> None:
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(sections))
 
 
+def test_those_who_are_to_be_first_wait_for_their_turn_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEASURING, str(tmp_path)]
+    with turn(tmp_path, "gpu-x"):
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    sections = []
+    for _ in range(15):
+        with turn(tmp_path, "gpu-x", first=True) as held:
+            start = time.monotonic()
+            time.sleep(0.01)
+            sections.append((start, time.monotonic()))
+            assert held
+        time.sleep(0.02)
+    said = [line.split() for line in other.communicate(timeout=120)[0].splitlines()]
+    sections += [(float(start), float(end)) for _, start, end in said]
+    assert len(sections) == 30
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(sorted(sections)))
+
+
 def test_one_thread_nests_turns_and_others_wait(tmp_path: Path) -> None:
     inside: list[bool] = []
 
