@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ def test_wrong():
 
 def test_slow():
     if note("slow")["checked"]:
+        Path("slow").touch()
         time.sleep(600)
 """
 
@@ -93,10 +96,22 @@ def test_a_suite_is_run_in_shards_and_what_is_cut_is_named(tmp_path: Path, monke
     monkeypatch.setattr(sanitize, "sanitizer", lambda: str(tool))
     monkeypatch.setattr(sanitize, "pick_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(sanitize, "visible_devices", lambda count: ["4", "GPU-a"])
-    monkeypatch.setattr(sanitize, "GRACE", 5)
+    monkeypatch.setattr(sanitize, "GRACE", 60)
+    wait = sanitize._wait
+
+    def until_slow(process: subprocess.Popen[bytes], until: float) -> bool:
+        while process.poll() is None and time.monotonic() < until:
+            if slow.exists():
+                slow.unlink()
+                return False
+            time.sleep(0.05)
+        return wait(process, until)
+
+    slow = tmp_path / "slow"
+    monkeypatch.setattr(sanitize, "_wait", until_slow)
     out = tmp_path / "out" / "found.json"
     with pytest.raises(typer.Exit) as done:
-        sanitize.main("memcheck", "test_kernels.py", warm=60, limit=10, devices=0, processes=2, out=out)
+        sanitize.main("memcheck", "test_kernels.py", warm=120, limit=120, devices=0, processes=2, out=out)
     assert done.value.exit_code == 0
     data = json.loads(out.read_text())
     assert data["failed_before"] == ["test_kernels.py::test_wrong"]
