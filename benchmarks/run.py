@@ -192,10 +192,11 @@ def compile_case(
 ) -> list[Row]:
     """Compile a case into `plan.caches`; as `run_case`, without measurements."""
 
-    def compiled() -> list[Row]:
-        return [compile_ahead(workload.build(sizes, plan.device, dtype), c, plan, progress) for c in chosen]
+    def compiled(contender: Contender) -> Row:
+        progress(f"compiling {contender.name}", 0.0)
+        return compile_ahead(workload.build(sizes, plan.device, dtype), contender, plan)
 
-    return _rows(compiled, chosen, plan)
+    return _rows(lambda: [compiled(contender) for contender in chosen], chosen, plan)
 
 
 def _rows(make: Callable[[], list[Row]], chosen: Sequence[Contender], plan: Plan) -> list[Row]:

@@ -259,13 +259,12 @@ def compare(
     return rows
 
 
-def compile_ahead(case: Case, contender: Contender, plan: Plan, progress: Progress = lambda what, share: None) -> Row:
+def compile_ahead(case: Case, contender: Contender, plan: Plan) -> Row:
     """Compile `case` into `plan.caches`, by two steps, for a later `compare`; a row without measurements but the time that
     the compilation took. Dynamo's caches are reset."""
     assert plan.caches is not None
     torch.compiler.reset()
     _load_dynamo()
-    progress(f"compiling {contender.name}", 0.0)
     row = Row(contender.name, contender.mode_label, contender.frozen)
     row.skipped = _why_not(contender, case, plan) or plan.skip(contender)
     entrant = _Entrant(contender, row, f"{plan.caches}/{contender.name}")
