@@ -2,8 +2,8 @@
 
 Compiling takes most of a run's time, above all Inductor's max-autotune, of which a process keeps few cores busy. So each
 contender of each case is compiled by whichever of many workers is free, the longest first, into caches of its own. What is
-compiled whole is timed by one worker on each device, which has cores to itself: it finds the caches, compiles in seconds and
-runs the contenders in turns, holding the device's lock, for which compilers wait when they tune.
+compiled whole is timed by workers with cores to themselves: they find the caches, compile in seconds and run the contenders
+in turns, holding the device's lock, for which compilers wait when they tune.
 """
 
 from __future__ import annotations

@@ -102,6 +102,18 @@ def test_a_run_writes_results_that_can_be_resumed_and_drawn(tmp_path: Path) -> N
     assert rows_of(data["cases"][0])[0].kernels == {"aten::_softmax": 1}
 
 
+def test_contenders_are_compiled_ahead_by_other_processes(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["--tiny", "--workloads", "softmax", "--contenders", "eager,fxopt", "--seconds", "0.01", "--processes", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    (case,) = load(out)["cases"]
+    eager, own = case["rows"]
+    assert (eager["cache"], own["cache"]) == ("", "cold, first use")
+    assert eager["seconds"] > 0 and own["seconds"] > 0 and own["compile_seconds"] > 0
+    assert sum(own["choices"].values()) > 0 and "unfinished" not in case
+
+
 def test_a_workload_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
