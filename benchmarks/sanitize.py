@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,12 @@ SUITE = (
 )
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "--tb=line")
+LIBRARIES = ("at6native", "cutlass", "xmma", "nvjet", "cublas", "cudnn", "fmha", "flash")
+"""Parts of the names of kernels that are not ours: they are not checked, and take no longer than without a tool."""
+PORT, PORTS = 49152, 10
+"""Of a tool's talk with what it watches: the first of as many as it tries, which tools side by side must not share."""
+CONNECT = 60
+"""Seconds that a tool waits for what it has started."""
 GRACE = 15
 """Seconds that interrupted runs have to write their summaries."""
 SHOWN = 40
@@ -85,7 +92,7 @@ class Finding:
 
     @property
     def clean(self) -> bool:
-        return self.found == 0 and self.silent == 0
+        return self.found == self.silent == 0 and not self.failed and self.passed > 0
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,20 @@ def sanitizer() -> str | None:
     return next((place for place in known if place), None)
 
 
+def tool_command(program: str, tool: str, number: int) -> list[str]:
+    """What stands before the command that is to run under `tool`, as the one with this number of those side by side."""
+    options = ["--tool", tool, "--target-processes", "application-only"]
+    options += ["--port", str(PORT + PORTS * number), "--max-connections", str(PORTS), "--launch-timeout", str(CONNECT)]
+    options += [f"--kernel-name-exclude=kns={part}" for part in LIBRARIES]
+    threads = ["--racecheck-num-workers", "1"] if tool == "racecheck" else []  # as many as there are cores otherwise
+    return [program, *options, *threads]
+
+
 def outcomes(text: str, tests: Sequence[str]) -> dict[str, str]:
     """What became of each of `tests` that ended, by the output of pytest -v, into which a tool may have written."""
     places = sorted((at, test) for test in tests if (at := text.find(f"{test} ")) >= 0)
-    ends = [*(at for at, _ in places[1:]), len(text)]
-    found = {test: _OUTCOME.search(text, at + len(test), end) for (at, test), end in zip(places, ends, strict=True)}
+    bounds = pairwise([*places, (len(text), "")])
+    found = {test: _OUTCOME.search(text, at + len(test), end) for (at, test), (end, _) in bounds}
     return {test: m.group(1) for test, m in found.items() if m}
 
 
@@ -213,7 +229,7 @@ def run_shards(
         for number in range(min(each, len(tests))):
             for tool in tools:
                 log, own = folder / f"sanitize-{tool}-{number}.log", tests[number::each]
-                command = (program, "--tool", tool, "--target-processes", "application-only", sys.executable, *PYTEST, *own)
+                command = (*tool_command(program, tool, len(shards)), sys.executable, *PYTEST, *own)
                 device = {"CUDA_VISIBLE_DEVICES": places[len(shards) % len(places)]}
                 shards.append(Shard(tool, own, log, _begin(command, {**environment, **device}, log, stack)))
         took = {shard.log: time.monotonic() - begun for shard in shards if _wait(shard.process, begun + seconds)}
@@ -263,6 +279,7 @@ def main(
             "device": target_facts(cuda),
             "torch": torch.__version__,
             "suite": suite,
+            "unchecked": LIBRARIES,
             "devices": len(places),
             "processes": processes,
             "not_warmed": [test for test in known if test not in ended],

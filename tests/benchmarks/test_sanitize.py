@@ -13,7 +13,7 @@ import torch
 import typer
 
 from benchmarks import sanitize
-from benchmarks.sanitize import joined, outcomes, outcomes_of_workers, read
+from benchmarks.sanitize import joined, outcomes, outcomes_of_workers, read, tool_command
 
 IDS = ["tests/a.py::test_b[1]", "tests/a.py::test_b[two words]", "tests/a.py::test_c", "tests/a.py::test_d"]
 OUTPUT = """tests/a.py::test_b[1] PASSED [ 3%]
@@ -37,10 +37,19 @@ def test_errors_are_counted_with_what_was_said_of_them() -> None:
 def test_shards_are_summed_up() -> None:
     clean = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     first, second = read("racecheck", OUTPUT + clean, IDS, 1.0), read("racecheck", OUTPUT, IDS, 2.0)
-    assert (first.clean, second.clean) == (True, False)
+    right = [IDS[0], IDS[2]]
+    assert read("racecheck", OUTPUT + clean, right, 1.0).clean and not read("racecheck", clean, right, 1.0).clean
+    assert not first.clean and not read("racecheck", OUTPUT, right, 1.0).clean
     both = joined([first, second])
     assert (both.found, both.silent, both.passed, both.seconds) == (0, 1, 4, 2.0)
     assert (both.failed, both.left) == ([IDS[1]] * 2, [IDS[3]] * 2)
+
+
+def test_tools_side_by_side_have_ports_and_cores_of_their_own() -> None:
+    commands = [tool_command("sanitizer", tool, number) for number, tool in enumerate(("memcheck", "racecheck", "memcheck"))]
+    ports = [int(command[command.index("--port") + 1]) for command in commands]
+    assert ports[1] - ports[0] == ports[2] - ports[1] >= int(commands[0][commands[0].index("--max-connections") + 1])
+    assert [command.count("--racecheck-num-workers") for command in commands] == [0, 1, 0]
 
 
 def test_outcomes_are_read_with_and_without_workers() -> None:
@@ -51,8 +60,7 @@ def test_outcomes_are_read_with_and_without_workers() -> None:
 
 # Says that it is a tool, and of each test on which device it ran.
 TOOL = """#!/bin/sh
-tool=$2
-shift 4
+while [ "${1#-}" != "$1" ] || [ "${1#*python}" = "$1" ]; do shift; done
 echo "========= COMPUTE-SANITIZER"
 "$@"
 echo "========= ERROR SUMMARY: 0 errors"
