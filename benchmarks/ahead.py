@@ -65,12 +65,12 @@ class _Entry:
         self.waiting.clear()
 
     def completed(self, row: Row) -> Row:
-        """The timed `row` with what its compilation took from empty caches, and chose."""
+        """The timed `row` with what its compilation took and measured from empty caches."""
         made = self.compiled.get(row.contender)
         if made is None or row.skipped:
             return row
-        facts = {name: getattr(made, name) for name in ("cache", "compile_seconds", "choices", "contests", "retreats")}
-        return replace(row, **facts)
+        contests = made.contests | row.contests
+        return replace(row, cache=made.cache, compile_seconds=made.compile_seconds, contests=contests)
 
 
 def precedence(workload: Workload, contender: Contender) -> tuple[bool, bool, bool]:

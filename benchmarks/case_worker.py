@@ -1,7 +1,7 @@
 """A process that runs cases of one program one after the other: `python -m benchmarks.case_worker MODULE DEVICE`.
 
 `benchmarks/dealing.py` starts it and says what the lines on its pipes are. It measures while it holds the device's lock in
-FXOPT_LOCK_DIR: fxopt's tuner takes it by itself, Inductor's is made to here.
+FXOPT_LOCK_DIR: fxopt's tuner takes it by itself, Inductor's is made to here, and neither measures without.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from fxopt import knobs
 from fxopt.cli import pick_device, pick_dtype
 from fxopt.report.contenders import CONTENDERS, Contender
 from fxopt.runtime.device_lock import device_identity, turn
+from fxopt.tune import measure
 
 
 def inductor_tunes_in_turn(device_turn: Any) -> None:
@@ -107,6 +109,7 @@ def main(module: str, name: str) -> None:
         return turn(folder, device_identity(device), first=first)
 
     inductor_tunes_in_turn(device_turn)
+    measure.PATIENCE_SECONDS = math.inf  # fxopt's tuner waits as long as Inductor's
     channel.write('{"ready": true}\n')
     channel.flush()
     for line in sys.stdin:

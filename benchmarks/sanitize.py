@@ -227,10 +227,10 @@ def run_shards(
     begun, shards = time.monotonic(), list[Shard]()
     with contextlib.ExitStack() as stack:
         for number in range(min(each, len(tests))):
+            device = {"CUDA_VISIBLE_DEVICES": places[number % len(places)]}
             for tool in tools:
                 log, own = folder / f"sanitize-{tool}-{number}.log", tests[number::each]
                 command = (*tool_command(program, tool, len(shards)), sys.executable, *PYTEST, *own)
-                device = {"CUDA_VISIBLE_DEVICES": places[len(shards) % len(places)]}
                 shards.append(Shard(tool, own, log, _begin(command, {**environment, **device}, log, stack)))
         took = {shard.log: time.monotonic() - begun for shard in shards if _wait(shard.process, begun + seconds)}
         for shard in shards:
