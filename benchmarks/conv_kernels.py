@@ -2,10 +2,10 @@
 
 The convolutions of ResNet-50, ConvNeXt-T, MobileNetV3-Large, EfficientNet-B0, ViT-B and a UNet in bfloat16, each with bias
 and the model's activation, channels-last, the gradients of the depthwise ones, and what precedes a pooling in VGG-16, Tiny
-YOLOv3 and DenseNet-121, with that (`--only pooled`). For each, the ways that the tuner would measure: cuDNN's convolution
-and a generated kernel, cuDNN's fused call, and our kernel in several configurations, the cost model's first ones first.
-Values are checked against float64 beside eager's; times are interleaved, with operands in the L2 cache and without. About
-four minutes on an H100 with 16 cores.
+YOLOv3, the first UNet and DenseNet-121, with that (`--only pooled`). For each, the ways that the tuner would measure:
+cuDNN's convolution and a generated kernel, its fused call, and our kernel in several configurations, the cost model's first
+ones first. Values are checked against float64 beside eager's; times are interleaved, with operands in the L2 cache and without.
+About four minutes on an H100 with 16 cores.
 """
 
 from __future__ import annotations
@@ -153,13 +153,16 @@ class PooledCase(FusedCase):
     """pool(activation(convolution + bias)), the windows of the pooling 2 x 2 side by side."""
 
     pool: Callable[[Tensor, int], Tensor]
+    skips: bool = False
+    """Whether what is pooled is a result as well."""
 
     @property
     def title(self) -> str:
-        return f"{self.conv.title}, pooled"
+        return f"{self.conv.title}, {'and ' * self.skips}pooled"
 
     def function(self, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        return (self.pool(super().function(x, w, b)[0], 2),)
+        (y,) = super().function(x, w, b)
+        return (y, self.pool(y, 2)) if self.skips else (self.pool(y, 2),)
 
 
 def pooled_cases() -> Iterator[PooledCase]:
@@ -167,6 +170,8 @@ def pooled_cases() -> Iterator[PooledCase]:
         yield PooledCase(ConvCase("vgg-16", 32, width, width, side, 3), F.relu, F.max_pool2d)
     for inside, width, side in ((3, 16, 416), (16, 32, 208), (32, 64, 104), (64, 128, 52), (128, 256, 26)):
         yield PooledCase(ConvCase("tiny-yolov3", 32, inside, width, side, 3), leaky, F.max_pool2d)
+    for width, side in ((64, 256), (128, 128), (256, 64), (512, 32)):
+        yield PooledCase(ConvCase("first-unet", 16, width, width, side, 3), F.relu, F.max_pool2d, skips=True)
     for width, side in ((256, 56), (512, 28), (1024, 14)):
         yield PooledCase(ConvCase("densenet-121", 64, width, width // 2, side, 1), identity, F.avg_pool2d)
 
@@ -275,9 +280,8 @@ def tuned(found: Alternatives, target: Target) -> set[str]:
     labels = set[str]()
     for way in found.ways:
         kernels = [s for s in way.steps if isinstance(s, Contraction)]
-        left = any(w.label == CUDNN for w in found.ways) and any(
-            isinstance(k.a, Patches) and is_common(k.a) for k in kernels
-        )
+        left = way.label == IMPLICIT and any(w.label == CUDNN for w in found.ways)
+        left = left and any(isinstance(k.a, Patches) and is_common(k.a) for k in kernels)
         if kernels and not left and all(isinstance(k.a, Patches) for k in kernels):
             choices = ([c.label for c in contraction_candidates(k, target, "default")] for k in kernels)
             labels |= {" ".join([way.label, *each]) for each in itertools.product(*choices)}

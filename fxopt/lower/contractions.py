@@ -211,27 +211,58 @@ class _Search(Placement):
         return True
 
     def _fuse_pooling(self, k: int, call: Call, product: Product | None) -> bool:
-        """Put alternatives in the place of convolution `k` and the pooling that alone reads it, if a kernel of ours may do
-        both; among them those of the convolution alone, which as a product of matrices is `product`.
+        """Put alternatives in the place of convolution `k` and the pooling of its result, or of what a region before that
+        makes of it, if a kernel of ours may do all. Among them are those without the pooling, for which the convolution is
+        `product` where it is one of matrices.
         """
-        gathers = call.op == CONVOLUTION or (call.op == SCALED_CONVOLUTION and product is None)
-        name = call.outputs[0] if gathers else None
-        readers = [j for j, s in enumerate(self.steps) if name in self.accesses[j][0] and not isinstance(s, Alias)]
-        region = self.steps[readers[0]] if len(readers) == 1 else None
-        if name is None or name in self.kept or not isinstance(region, Region) or len(places_read(region, name)) < 2:
+        if call.op not in (CONVOLUTION, SCALED_CONVOLUTION) or (call.op == SCALED_CONVOLUTION and product is not None):
             return False
-        place, own = self._place((k, readers[0])), self._gathered(call)
-        pooled = None if own is None or place is None else self.epilogues.of_pools(own.product, region)
-        if own is None or place is None or pooled is None:
+        steps = self._pooling_of(k, call.outputs[0])
+        regions = [r for j in steps[1:] if isinstance(r := self.steps[j], Region)]
+        place, own = (self._place(steps), self._gathered(call)) if regions else (None, None)
+        if own is None or place is None:
+            return False
+        first, pooling = regions[0] if len(regions) == 2 else None, regions[-1]
+        made = [call.outputs[0], *(first.writes() if first is not None else ())]
+        wanted = {n for n in made if n is not None and self._is_wanted(n, steps)}
+        pooled = self.epilogues.of_pools(own.product, first, pooling, wanted)
+        if pooled is None:
             return False
         inside = replace(own, product=replace(own.product, a=pooled.a))
-        if product is None:
-            alone = list(self._gathering(call, own, self.epilogues.alone(own.product), None))
-        else:
-            alone = [Way(FUSED, (self.epilogues.alone(product),))]
-        ways = [Way(LIBRARY, (call, region)), *self._gathering(call, inside, pooled, None), *_followed(alone, (region,))]
-        self._put((k, readers[0]), place, self._among(region.name, (call,), region, ways))
+        apart, fused = self._unpooled(call, product, own, first, call.outputs[0] in wanted)
+        ways = [Way(LIBRARY, (call, *regions)), *self._gathering(call, inside, pooled, None), *_followed(apart, (pooling,))]
+        found = self._among(pooling.name, (call,), pooling, ways, regions)
+        self._put(steps, place, self._with_ways(found, tuple(_followed(fused, (pooling,)))))
         return True
+
+    def _pooling_of(self, k: int, name: str | None) -> tuple[int, ...]:
+        """`k` and the region that reads several places of `name`, which step `k` makes, or the first that reads one and then
+        the one that reads several of what that makes; `k` alone without these.
+        """
+        regions = {j: s for j in range(k + 1, len(self.steps)) if isinstance(s := self.steps[j], Region)}
+        readers = [j for j in regions if name is not None and name in self.accesses[j][0]]
+        for j in readers:
+            if len(places_read(regions[j], name or "")) > 1:
+                return k, j
+        for j in readers[:1]:
+            for made in regions[j].writes():
+                later = (m for m in regions if m > j and len(places_read(regions[m], made)) > 1)
+                if (m := next(later, None)) is not None:
+                    return k, j, m
+        return (k,)
+
+    def _unpooled(
+        self, call: Call, product: Product | None, own: Gathered, first: Region | None, wanted: bool
+    ) -> tuple[list[Way], tuple[Way, ...]]:
+        """The ways to compute convolution `call` and the region `first` after it, if there is one: (by kernels of ours, as
+        one call); `wanted` says whether others read the convolution itself. As a product of matrices it is `product`.
+        """
+        source = own.product if product is None else product
+        kernel = self.epilogues.alone(source) if first is None else self.epilogues.of(source, first, wanted)
+        calls = () if first is None or wanted else self.convolutions.ways(call, first)
+        if kernel is None or (calls and product is None and is_common(own.patches) and not self.every):
+            return [], calls
+        return [Way(FUSED, (kernel,))] if product is not None else list(self._gathering(call, own, kernel, None)), calls
 
     def _gathering(
         self, call: Call, own: Gathered | None, contraction: Contraction | None, gradient: Product | None
@@ -480,12 +511,14 @@ class _Search(Placement):
             views=(*found.views, *views),
         )
 
-    def _among(self, name: str, calls: Sequence[Call], region: Region | None, ways: Sequence[Way]) -> Alternatives:
-        """`ways` to compute `calls` and `region`, with all that these and contractions touch."""
+    def _among(
+        self, name: str, calls: Sequence[Call], region: Region | None, ways: Sequence[Way], more: Sequence[Region] = ()
+    ) -> Alternatives:
+        """`ways` to compute `calls` and `region`, and regions `more`, with all that these and contractions touch."""
         named = [n for call in calls for n in refs(call.args)]
         views = tuple(self.views[n] for n in dict.fromkeys(named) if n in self.views)
         names = [
-            *(region.buffers if region else ()),
+            *(n for r in (*((region,) if region else ()), *more) for n in r.buffers),
             *(n for way in ways for step in way.steps if isinstance(step, Contraction | SideBySide) for n in step.buffers),
             *(n for call in calls for n in call.outputs if n is not None),
             *(base_of(n, self.views) for n in named),

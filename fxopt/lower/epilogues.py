@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -27,35 +27,47 @@ class Epilogues:
 
     def of(self, product: Product, region: Region, wanted: bool) -> Contraction | None:
         """`product` with `region` as its epilogue, which stores the product as well where it is `wanted`."""
-        name, nest = product.result.buffer, region.nest
-        if not self._may_follow(region, product):
+        name, own = product.result.buffer, self.alone(product)
+        joined = self._joined(product, own, region)
+        if joined is None:
             return None
-        own = self.alone(product)
-        for mapping in chain(mappings(nest, own.region.nest), along(nest, own.region.nest, name)):
-            joined = combine(own.region.nest, remap(nest, mapping, own.region.nest))
-            if joined is None or any(load.index != product.index for load in joined.loads() if load.buffer == own.result):
-                continue
-            if not wanted:
-                joined = replace(joined, stores=tuple(s for s in joined.stores if s.buffer != name))
-            both = _with_parts_of(own.region, region.name, region)
-            return self._with_epilogue((product,), (own.result,), with_nests(both, joined, None))
-        return None
+        if not wanted:
+            joined = replace(joined, stores=tuple(s for s in joined.stores if s.buffer != name))
+        both = _with_parts_of(own.region, region.name, region)
+        return self._with_epilogue((product,), (own.result,), with_nests(both, joined, None))
 
-    def of_pools(self, product: Product, region: Region) -> Contraction | None:
-        """Convolution `product` with `region` as its epilogue, each of whose points reads a pool of places."""
-        name = product.result.buffer
-        found = pooled(product, region, self._buffers) if self._may_follow(region, product) else None
+    def of_pools(
+        self, product: Product, first: Region | None, region: Region, wanted: Collection[str]
+    ) -> Contraction | None:
+        """Convolution `product` with `region` as its epilogue, each of whose points reads a pool of places: of the product,
+        or of what `first` computes of it. Of what these store the buffers `wanted` are stored as well.
+        """
+        own = self.alone(product)
+        made = own.region.nest if first is None else self._joined(product, own, first)
+        may = made is not None and self._may_follow(region, product)
+        found = pooled(product, made, own.result, region, wanted) if made is not None and may else None
         if found is None:
             return None
         shape = tuple(s.size for s in found.product.points if s.size is not None)
-        like = replace(self._buffers[name], shape=shape, strides=contiguous_strides(shape))
-        held = {r: _in_registers(product, r, like) for r in found.registers}
-        names = [n for n in found.nest.reads() if n in self._buffers]
-        specs = region.buffers | {n: self._buffers[n] for n in names} | held
-        origins = tuple(dict.fromkeys((product.call.origin, *region.origins)))
-        both = replace(region, name=f"{region.name}.pools", buffers=specs, origins=origins)
-        made = self._with_epilogue((found.product,), found.registers, with_nests(both, found.nest, None))
-        return replace(made, pooled=found.registers)
+        like = replace(self._buffers[product.result.buffer], shape=shape, strides=contiguous_strides(shape))
+        both = _with_parts_of(
+            own.region, f"{region.name}.pools", region if first is None else _with_parts_of(first, "", region)
+        )
+        both.buffers.update({r: _in_registers(product, r, like) for r in found.registers})
+        made_of = self._with_epilogue((found.product,), found.registers, with_nests(both, found.nest, None))
+        return replace(made_of, pooled=found.registers)
+
+    def _joined(self, product: Product, own: Contraction, region: Region) -> Nest | None:
+        """The nest of `own`, which is `product` alone, and `region` as one."""
+        name, nest, shape = product.result.buffer, region.nest, own.region.nest
+        if not self._may_follow(region, product):
+            return None
+        for mapping in chain(mappings(nest, shape), along(nest, shape, name)):
+            joined = combine(shape, remap(nest, mapping, shape))
+            if joined is None or any(load.index != product.index for load in joined.loads() if load.buffer == own.result):
+                continue
+            return joined
+        return None
 
     def _may_follow(self, region: Region, *products: Product) -> bool:
         """Whether `region` may be an epilogue: it goes over elements, and writes no operand, which other programs read."""

@@ -7,13 +7,13 @@ region serves that reads each place of a pool once, and nothing else of the conv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from fxopt.ir.exprs import Int, Sym, add, free_symbols, mul, ravel, symbol, unravel
+from fxopt.ir.exprs import Int, Sym, add, coefficient, mul, ravel, symbol, unravel
 from fxopt.ir.loops import Load, Nest, Scalar, Store, transform
-from fxopt.ir.region import BufferSpec, Matrix, Pair, Patches, Region
+from fxopt.ir.region import Matrix, Pair, Patches, Region
 from fxopt.lower.align import along, mappings
 from fxopt.lower.joining import remap
 from fxopt.lower.products import Product
@@ -41,30 +41,47 @@ def places_read(region: Region, name: str) -> list[Load]:
     return loads if plain else []
 
 
-def pooled(product: Product, region: Region, buffers: Mapping[str, BufferSpec]) -> Pooled | None:
-    """`product`, a convolution, with its places in the pools that `region` reads; None where it reads anything else."""
-    patches, name = product.a, product.result.buffer
-    if not isinstance(patches, Patches) or patches.depthwise or patches.transposed or product.result.column != 1:
+def pooled(product: Product, made: Nest, held: str, region: Region, wanted: Collection[str]) -> Pooled | None:
+    """`product`, a convolution, with its places in the pools that `region` reads; None where it reads anything else.
+
+    `made` stores what is computed of each place, with the product in registers `held`, and `region` reads what it stores; of
+    that the buffers in `wanted` are stored as well.
+    """
+    patches = product.a
+    if not isinstance(patches, Patches) or patches.depthwise or patches.transposed:
         return None
-    loads = places_read(region, name)
-    pool = _pool(loads, patches.places[1], product.result.row)
-    if pool is None:
+    row, column = product.axes[1:]
+    loads = {s: places_read(region, s.buffer) for s in made.stores if s.buffer in region.reads()}
+    read = max(loads, key=lambda s: len(loads[s]), default=None)
+    pool = None if read is None else _pool(loads[read], patches.places[1], coefficient(read.index, row))
+    if read is None or pool is None:
         return None
     counts = (patches.shape[0], patches.places[0] // pool[0], patches.places[1] // pool[1])
     inside = replace(patches, pool=pool, places=(counts[1] * pool[0], counts[2] * pool[1]))
-    row, column = Sym("x1", size=counts[0] * counts[1] * counts[2]), product.axes[2]
-    own = replace(product, a=inside, axes=(None, row, column), result=Matrix(name, 0, 0, product.sizes[3], 1))
-    more = [load for load in (*product.scales, product.addend) if load is not None]
-    if any(not free_symbols(load.index) <= {column} for load in more):
+    if wanted and inside.places != patches.places:
+        return None  # what is in no pool is computed nowhere
+    name, pools = product.result.buffer, Sym("x1", size=counts[0] * counts[1] * counts[2])
+    own = replace(product, a=inside, axes=(None, pools, column), result=Matrix(name, 0, 0, product.sizes[3], 1))
+    registers = tuple(f"{held}{k}" for k in range(pool[0] * pool[1]))
+    numbers = _places(patches.places, counts, pool, symbol(pools))
+    of_places = [s for n, r in zip(numbers, registers, strict=True) for s in _of_place(made, {row: n}, held, r, own.index)]
+    nest = _over_pools(region.nest, own, read.buffer, {(s.buffer, s.index): s.value for s in of_places})
+    if nest is None:
         return None
-    registers = tuple(f"{name}.product{k}" for k in range(pool[0] * pool[1]))
-    places = _places(product, patches.places, counts, pool, symbol(row))
-    values = dict(zip(places, (own.value(r, buffers[name].dtype) for r in registers), strict=True))
-    nest = _over_pools(region.nest, own, values)
-    return None if nest is None else Pooled(own, nest, registers)
+    stores = (*(s for s in of_places if s.buffer in wanted), *nest.stores)
+    return Pooled(own, replace(nest, stores=stores), registers)
 
 
-def _pool(loads: Sequence[Load], width: int, step: Int) -> Pair | None:
+def _of_place(made: Nest, place: dict[Sym, Int], held: str, register: str, index: Int) -> list[Store]:
+    """The stores of `made` at `place`, with the product in `register`, at `index` there, for what is in `held`."""
+
+    def in_register(load: Load) -> Scalar | None:
+        return Load(register, index, load.dtype) if load.buffer == held else None
+
+    return [s.transformed(place, lambda v: transform(v, place, in_register)) for s in made.stores]
+
+
+def _pool(loads: Sequence[Load], width: int, step: Int | None) -> Pair | None:
     """Rows and columns of the pool that `loads` are of rows of so many places, each a `step` from the next."""
     apart = [add(load.index, mul(loads[0].index, -1)) for load in loads]
     known = sorted({n for n in apart if isinstance(n, int)})
@@ -77,29 +94,26 @@ def _pool(loads: Sequence[Load], width: int, step: Int) -> Pair | None:
     return (rows, columns) if distances == wanted else None
 
 
-def _places(product: Product, places: Pair, counts: tuple[int, int, int], pool: Pair, row: Int) -> list[Int]:
-    """Where the convolution's result has the places of pool number `row`, in the channel of `product`."""
-    image, down, across = unravel(row, counts)
-    out: list[Int] = []
-    for r in range(pool[0]):
-        for c in range(pool[1]):
-            place = (image, add(mul(down, pool[0]), r), add(mul(across, pool[1]), c))
-            number = ravel(place, (counts[0], *places))
-            out.append(add(add(product.result.offset, mul(number, product.result.row)), symbol(product.axes[2])))
-    return out
+def _places(places: Pair, counts: tuple[int, int, int], pool: Pair, number: Int) -> list[Int]:
+    """The numbers of the places of pool `number` among all `places` of `counts[0]` images."""
+    image, down, across = unravel(number, counts)
+    corners = [(add(mul(down, pool[0]), r), add(mul(across, pool[1]), c)) for r in range(pool[0]) for c in range(pool[1])]
+    return [ravel((image, *corner), (counts[0], *places)) for corner in corners]
 
 
-def _over_pools(nest: Nest, product: Product, values: Mapping[Int, Scalar]) -> Nest | None:
-    """`nest` over pools and channels, with `values` for what it loads of the convolution; None if it loads anything else."""
-    name = product.result.buffer
+def _over_pools(nest: Nest, product: Product, name: str, values: Mapping[tuple[str, Int], Scalar]) -> Nest | None:
+    """`nest`, which reads `name`, over pools and channels, with `values` for what it loads of their buffers; None if it
+    loads anything else of these.
+    """
+    held = {buffer for buffer, _ in values}
     own = Nest(product.points, (), (Store(name, product.index, next(iter(values.values()))),))
     for mapping in chain(along(nest, own, name), mappings(nest, own)):
         mapped = remap(nest, mapping, own)
-        if all(load.index in values for load in mapped.loads() if load.buffer == name):
+        loads = [load for load in mapped.loads() if load.buffer in held]
+        if all((load.buffer, load.index) in values and not load.indirect for load in loads):
 
             def value(load: Load) -> Scalar | None:
-                return cast(values[load.index], load.dtype) if load.buffer == name else None
+                return cast(values[load.buffer, load.index], load.dtype) if load.buffer in held else None
 
-            stores = tuple(s.transformed({}, lambda v: transform(v, {}, value)) for s in mapped.stores)
-            return replace(mapped, stores=stores)
+            return replace(mapped, stores=tuple(s.transformed({}, lambda v: transform(v, {}, value)) for s in mapped.stores))
     return None

@@ -27,7 +27,7 @@ def test_no_convolution_twice_and_no_product() -> None:
     assert len(listed()) == len(list(cases()))
     assert {c.conv.model for c in cases()} == {
         "convnext-t", "mobilenet-v3", "efficientnet-b0", "resnet50", "vit-b", "unet",
-        "vgg-16", "tiny-yolov3", "densenet-121",
+        "vgg-16", "tiny-yolov3", "densenet-121", "first-unet",
     }  # fmt: skip
     assert not any(c.conv.is_product for c in cases() if not isinstance(c, PooledCase))
 

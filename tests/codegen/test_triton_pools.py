@@ -71,6 +71,15 @@ def test_values_of_residuals_and_two_results(interpreter: Interpreter) -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], BOXES[1]], ids=str)
+def test_values_of_what_is_stored_as_well(interpreter: Interpreter, config: GemmConfig) -> None:
+    def fn(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        y = F.relu(F.conv2d(x, w, b, 1, 1))
+        return y, F.max_pool2d(y, 2)
+
+    check(interpreter, fn, (image(2, 32, 10, 6), *OPERANDS[1:]), config, POOLED)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], BOXES[1]], ids=str)
 def test_nan_and_infinity_are_eagers(interpreter: Interpreter, config: GemmConfig) -> None:
     x, w, b = torch.ones(1, 32, 8, 8).to(F16).contiguous(memory_format=torch.channels_last), weight(24, 32, 1), column(24)
     x[0, :, 0, 1], x[0, 3, 5, 4] = -65504.0, float("nan")

@@ -13,7 +13,8 @@ from torch import Tensor
 from fxopt.ir.region import Call, Contraction, Patches
 from fxopt.lower import padded_images
 from fxopt.lower.contractions import FUSED, IMPLICIT, LIBRARY, PADDED, PADDED_POOLED, POOLED
-from tests.lower.contracting import alternatives, check_ways, kept
+from fxopt.lower.convolutions import CUDNN
+from tests.lower.contracting import alternatives, check_ways, kept, searched
 
 BF16 = torch.bfloat16
 
@@ -91,6 +92,51 @@ def test_other_convolutions(name: str) -> None:
     assert [w.label for w in found.ways] == [LIBRARY, POOLED, FUSED if name.startswith("1x1") else IMPLICIT]
     works = [step for way in found.ways[1:] for step in way.steps if not isinstance(step, Call)]
     assert len({work.name for work in works}) == len(set(map(id, works))), "each has candidates of its own"
+
+
+def skip(y: Tensor, activation: Callable[[Tensor], Tensor] = F.silu) -> tuple[Tensor, ...]:
+    """As where a UNet goes down."""
+    z = activation(y)
+    return z, F.max_pool2d(z, 2)
+
+
+KEPT: dict[str, tuple[Callable[..., Any], int]] = {
+    "a skip connection": (skip, 2),
+    "the result itself": (lambda y: (F.max_pool2d(F.silu(y), 2), y), 2),
+    "both": (lambda y: (*skip(y), y), 3),
+    "twice in the pooling": (lambda y: F.max_pool2d((z := F.gelu(y)), 2) + F.avg_pool2d(z, 2), 1),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_others_read_is_stored_as_well(name: str) -> None:
+    following, results = KEPT[name]
+
+    def fn(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        return following(F.conv2d(x, w, b, 1, 1))
+
+    args = image(2, 16, 8, 8), image(24, 16, 3, 3), torch.randn(24).to(BF16)
+    low = check_ways(fn, *args)
+    (found,) = (each for each in alternatives(low) if len(each.ways) > 1)
+    (product,) = next(way.steps for way in found.ways if way.label == POOLED)
+    assert isinstance(product, Contraction) and len(product.pooled) == 4 and len(product.writes()) == results
+    for way in found.ways:
+        assert set(product.writes()) <= {n for step in way.steps for n in _made(step)}
+    odd = check_ways(fn, image(2, 16, 8, 9), *args[1:])
+    left = [way.label for each in alternatives(odd) for way in each.ways]
+    assert (POOLED in left) == (name == "twice in the pooling"), "no place is left out"
+
+
+def _made(step: Any) -> tuple[str | None, ...]:
+    return step.outputs if isinstance(step, Call) else step.writes()
+
+
+def test_cudnn_may_have_what_precedes_the_pooling() -> None:
+    with torch.backends.cudnn.flags(enabled=True):
+        low = searched(lambda x, w: skip(F.conv2d(x, w, None, 1, 1), F.relu), image(2, 16, 8, 8), image(24, 16, 3, 3))
+    (found,) = alternatives(low)
+    assert [w.label for w in found.ways] == [LIBRARY, POOLED, CUDNN]
+    assert [type(s).__name__ for s in found.ways[2].steps] == ["Call", "Region"]
 
 
 LEFT: dict[str, Callable[[Tensor], Any]] = {
