@@ -4,8 +4,8 @@ The convolutions of ResNet-50, ConvNeXt-T, MobileNetV3-Large, EfficientNet-B0, V
 and the model's activation, channels-last, the gradients of the depthwise ones, and what precedes a pooling in VGG-16, Tiny
 YOLOv3, the first UNet and DenseNet-121, with that (`--only pooled`). For each, the ways that the tuner would measure:
 cuDNN's convolution and a generated kernel, its fused call, and our kernel in several configurations, the cost model's first
-ones first. Values are checked against float64 beside eager's; times are interleaved, with operands in the L2 cache and without.
-About four minutes on an H100 with 16 cores.
+ones first. Values are checked against float64 beside eager's; times are interleaved, with operands in the L2 cache and
+without. About four minutes on an H100 with 16 cores.
 """
 
 from __future__ import annotations
