@@ -7,14 +7,12 @@ Parameters are the operands in the order of their schema, then the results, then
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from fxopt.codegen.templates.attention_config import block_of
 from fxopt.codegen.templates.scored_config import TEMPLATES, ScoredConfig
 from fxopt.codegen.triton_nest import PREAMBLE
 from fxopt.codegen.triton_ops import POINTER_TYPE
 from fxopt.errors import UnsupportedError
-from fxopt.ir.exprs import Atom, Int, Sym, add, ask, floordiv, mod, symbol_or_atom
+from fxopt.ir.exprs import Atom, Int, Sym, add, ask, floordiv, mod, mul, symbol_or_atom
 from fxopt.ir.kernel import KernelSource
 from fxopt.ir.region import ScoredAttention, View
 from fxopt.ir.scored_attention_op import dropped_below
@@ -26,23 +24,32 @@ _NONE = View("", (1, 1, 1, 1), (0, 0, 0, 0))
 _OPTIONAL = ("bias", "mask", "seed")
 
 
+RUN = 8
+"""Elements: if a bias or mask with a row for each query has rows of a multiple of these, they are read so many at a time."""
+
+TILE = 128
+"""How far a tile may reach beyond the last row or key."""
+
+
 class _Sizes:
     """Integers as texts over an entry's int64 parameters, which stand for symbols and for non-linear operators on them."""
 
     def __init__(self) -> None:
         self.names: dict[Sym | Atom, str] = {}
 
-    def text(self, x: Int) -> str:
+    def text(self, x: Int, prefix: str = "n") -> str:
+        """`x`; with another `prefix` than parameters have, of variables with their numbers."""
         if isinstance(x, int):
             return str(x)
         terms = []
         for factors, coefficient in x.terms:
-            given = [self.names.setdefault(f, f"n{len(self.names)}") for f in factors]
+            given = [prefix + self.names.setdefault(f, f"n{len(self.names)}")[1:] for f in factors]
             terms.append(" * ".join([*given, *([str(coefficient)] if coefficient != 1 or not given else [])]))
         return " + ".join(terms)
 
-    def texts(self, xs: Iterable[Int]) -> str:
-        return f"({''.join(f'{self.text(x)}, ' for x in xs)})"
+    def layout(self, x: View, far: str, near: str) -> str:
+        """Strides; those within a head are made of other variables than those between."""
+        return f"({''.join(f'{self.text(s, far if k < 2 else near)}, ' for k, s in enumerate(x.strides))})"
 
     @property
     def values(self) -> tuple[Int, ...]:
@@ -54,43 +61,23 @@ def print_scored(attention: ScoredAttention, config: ScoredConfig, target: Targe
     """`attention` in configuration `config`. Raises UnsupportedError where Triton generates no code for `target`."""
     if not target.compiles_triton:
         raise UnsupportedError(f"Triton does not generate code for {target.name}")
-    template, kind, sizes = TEMPLATES[attention.op], _kind(attention), _Sizes()
+    sizes = _Sizes()
     tensors = (*attention.operands.values(), *attention.results)
     names = [f"b{k}" for k in range(len(tensors))]
-    pointers = dict(zip(attention.operands, names, strict=False))
-    given = [_at(pointers[n], x, sizes) if (x := attention.operands.get(n)) else "b0" for n in _parameters(attention)]
-    given += [_at(n, x, sizes) for n, x in zip(names[len(pointers) :], attention.results, strict=True)]
-    bias, mask = (attention.operands.get(n, _NONE) for n in ("bias", "mask"))
-    query, key, value = (attention.operands[n] for n in ("query", "key", "value"))
-    (batch, heads, rows, width), (groups, keys), values = query.shape, key.shape[1:3], value.shape[3]
-    assert isinstance(heads, int) and isinstance(groups, int) and isinstance(width, int) and isinstance(values, int)
-    strides = [x.strides for n in _parameters(attention) if n not in _OPTIONAL and (x := attention.operands[n])]
-    layouts = [*strides, *(x.strides for x in attention.results)] if template != "bias_gradient" else [*strides, ()]
-    drop = (dropped_below(attention.drop), 1 / (1 - attention.drop)) if "seed" in attention.operands else (0, 1.0)
-    number = f'float("{attention.fill!r}")' if attention.fill == -float("inf") else repr(attention.fill)
-    of_bias, of_mask = (f"{sizes.texts(x.strides)}, {sizes.text(x.shape[0])}" for x in (bias, mask))
-    own_rows = tuple(x.strides[2] != 0 for x in (bias, mask))
-    ragged = ", ".join(str(mod(n, block) != 0) for n, block in ((rows, config.block_m), (keys, config.block_n)))
-    arguments = [
-        ", ".join(given),
-        f"{heads}, {sizes.text(rows)}, {sizes.text(keys)}, {width}, {values}, {heads // groups}",
-        ", ".join(map(sizes.texts, layouts)),
-        f'{"bias" in attention.operands}, {of_bias}, "{kind}", {own_rows}, {of_mask}',
-        f"{attention.scale!r}, {attention.cap!r}, {number}, {_ends(attention)}, {drop}",
-        f"{ragged}, BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(values)}",
-    ]
-    if template == "bias_gradient":
-        repeats = sizes.text(floordiv(batch, bias.shape[0]))
-        arguments.append(f"REPEATS={repeats}, BIAS_HEADS={bias.shape[1]}, PARTS={sizes.text(attention.parts)}")
-    call = ",\n        ".join(arguments)
+    if any(not isinstance(x.strides[2], int) for x in _addends(attention)):
+        branches = [
+            _call(attention, c, sizes, *n) for c, n in ((config, "wm"), (config.in_smaller_steps(attention.op), "nn"))
+        ]
+        call = _choice(attention, sizes, *(text.replace("\n", "\n    ") for text in branches))
+    else:
+        call = _call(attention, config, sizes, "n", "n")
     kinds = [POINTER_TYPE[attention.buffers[x.buffer].dtype] for x in tensors]
     signature = dict(zip(names, kinds, strict=True)) | dict.fromkeys(sizes.names.values(), "i64")
     entry = f"fx_{attention.op}"
-    kernel = f"@triton.jit\ndef {entry}({', '.join(signature)}):\n    scored_attention.{template}(\n        {call},\n    )"
     return KernelSource(
         language="triton",
         entry=entry,
-        text=f"{PREAMBLE}\n{MODULE}\n\n\n{kernel}\n",
+        text=f"{PREAMBLE}\n{MODULE}\n\n\n@triton.jit\ndef {entry}({', '.join(signature)}):\n    {call}\n",
         buffers=tuple(x.buffer for x in tensors),
         sizes=sizes.values,
         grid=(config.programs(attention), 1, 1),
@@ -103,6 +90,72 @@ def print_scored(attention: ScoredAttention, config: ScoredConfig, target: Targe
             "asserts": False,
         },
     )
+
+
+def _choice(attention: ScoredAttention, sizes: _Sizes, aligned: str, call: str) -> str:
+    """The body of an entry that calls `aligned` where keys are a multiple of RUN and offsets within a head fit int32, which
+    is decided when it runs: else biases are read one by one, by offsets that need twice the registers each.
+
+    What `aligned` calls so is m0, ... in int32 and w0, ... in int64.
+    """
+    keys = attention.operands["key"].shape[2]
+    reach = [
+        add(mul(add(x.shape[-2], TILE), x.strides[-2]), mul(add(x.shape[-1], TILE), x.strides[-1]))
+        for x in (*attention.operands.values(), *attention.results)
+        if len(x.shape) > 3
+    ]
+    tests = [f"({sizes.text(n)} < {2**31})" for n in dict.fromkeys(reach) if not isinstance(n, int)]
+    tests += [] if isinstance(keys, int) else [f"(({sizes.text(keys)}) % {RUN} == 0)"]
+    lines = []
+    for symbol, name in sizes.names.items():
+        whole = f" // {RUN} * {RUN}" if symbol_or_atom(symbol) == keys else ""
+        lines += [f"m{name[1:]} = {name}.to(tl.int32){whole}", f"w{name[1:]} = m{name[1:]}.to(tl.int64)"]
+    return "\n    ".join([*lines, f"if {' & '.join(tests)}:", f"    {aligned}", "else:", f"    {call}"])
+
+
+def _call(attention: ScoredAttention, config: ScoredConfig, sizes: _Sizes, far: str, near: str) -> str:
+    """The template's call, with sizes and strides within a head made of variables `near`, the others of `far`."""
+    template = TEMPLATES[attention.op]
+    pointers = {n: f"b{k}" for k, n in enumerate(attention.operands)}
+    bias, mask = _addends(attention)
+    query, key, value = (attention.operands[n] for n in ("query", "key", "value"))
+    (batch, heads, rows, width), (groups, keys), values = query.shape, key.shape[1:3], value.shape[3]
+    assert isinstance(heads, int) and isinstance(groups, int) and isinstance(width, int) and isinstance(values, int)
+
+    def at(name: str, x: View) -> str:
+        return f"{name} + {sizes.text(x.offset, far)}" if x.offset != 0 else name
+
+    def of_batches(x: View) -> str:
+        return f"{sizes.layout(x, far, near)}, {sizes.text(x.shape[0], far)}"
+
+    given = [at(pointers[n], x) if (x := attention.operands.get(n)) else "b0" for n in _parameters(attention)]
+    given += [at(f"b{len(pointers) + k}", x) for k, x in enumerate(attention.results)]
+    laid = [x for n in _parameters(attention) if n not in _OPTIONAL and (x := attention.operands[n])]
+    layouts = [sizes.layout(x, far, near) for x in laid]
+    layouts += ["()"] if template == "bias_gradient" else [sizes.layout(x, far, near) for x in attention.results]
+    drop = (dropped_below(attention.drop), 1 / (1 - attention.drop)) if "seed" in attention.operands else (0, 1.0)
+    number = f'float("{attention.fill!r}")' if attention.fill == -float("inf") else repr(attention.fill)
+    own_rows = tuple(x.strides[2] != 0 for x in (bias, mask))
+    ragged = ", ".join(str(mod(n, block) != 0) for n, block in ((rows, config.block_m), (keys, config.block_n)))
+    arguments = [
+        ", ".join(given),
+        f"{heads}, {sizes.text(rows, near)}, {sizes.text(keys, near)}, {width}, {values}, {heads // groups}",
+        ", ".join(layouts),
+        f'{"bias" in attention.operands}, {of_batches(bias)}, "{_kind(attention)}", {own_rows}, {of_batches(mask)}',
+        f"{attention.scale!r}, {attention.cap!r}, {number}, {_ends(attention)}, {drop}",
+        f"{ragged}, BM={config.block_m}, BN={config.block_n}, EB={block_of(width)}, EVB={block_of(values)}",
+    ]
+    if template == "bias_gradient":
+        repeats = sizes.text(floordiv(batch, bias.shape[0]), far)
+        arguments.append(f"REPEATS={repeats}, BIAS_HEADS={bias.shape[1]}, PARTS={sizes.text(attention.parts, far)}")
+    together = ",\n        ".join(arguments)
+    return f"scored_attention.{template}(\n        {together},\n    )"
+
+
+def _addends(attention: ScoredAttention) -> tuple[View, View]:
+    """Bias and mask."""
+    bias, mask = (attention.operands.get(n, _NONE) for n in ("bias", "mask"))
+    return bias, mask
 
 
 def _ends(attention: ScoredAttention) -> str:
@@ -123,10 +176,6 @@ def _parameters(attention: ScoredAttention) -> tuple[str, ...]:
         if attention.op == "scored_attention"
         else ("grad", *operands, "most", "inverse", "total", "seed")
     )
-
-
-def _at(name: str, x: View, sizes: _Sizes) -> str:
-    return f"{name} + {sizes.text(x.offset)}" if x.offset != 0 else name
 
 
 def _kind(attention: ScoredAttention) -> str:

@@ -7,7 +7,7 @@ memory, which compiling for each architecture has shown, and the tuner measures 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxopt.codegen.templates.attention_config import block_of
 from fxopt.ir.exprs import Int, add, floordiv, prod
@@ -67,6 +67,12 @@ class ScoredConfig:
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n} w{self.warps} s{self.stages}"
+
+    def in_smaller_steps(self, op: str) -> ScoredConfig:
+        """For the same grid, half of the block that a program walks in."""
+        if TEMPLATES[op] == KEY_VALUE:
+            return replace(self, block_m=max(_LEAST_BLOCK, self.block_m // 2))
+        return self if TEMPLATES[op] == BIAS else replace(self, block_n=max(_LEAST_BLOCK, self.block_n // 2))
 
     def programs(self, attention: ScoredAttention) -> Int:
         """The grid."""
