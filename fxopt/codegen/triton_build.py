@@ -34,9 +34,9 @@ _DEVICE_FILES = ("triton_helpers/*.py", "triton_chain.py", "templates/*.py")
 _DESCRIPTOR = "tensordesc"
 """What the type of a parameter that is a tensor descriptor begins with."""
 
-_PACKING = {"rounded_to_half": 80, "larger_place": 90}
-"""Functions that take two values in half precision at a time, and the first GPUs that have the instructions; the others have
-those of one, by the same name after `each_`."""
+_PACKING = {"rounded_to_half": 80, "larger_place": 90, "larger_int8": 90}
+"""Functions that take several narrow values at a time, and the first GPUs that have the instructions; the others have those
+of one, by the same name after `each_`."""
 
 _HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}
 """CUtensorMapDataType of the element types that Triton's compiler numbers otherwise (as its own launcher has it)."""
@@ -160,6 +160,7 @@ def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) 
     attrs = {(order.index(p),): [["tt.divisibility", 16]] for p in pointers}
     ast = ASTSource(function, signature, constexprs=options["constexprs"], attrs=attrs)
     flags = _OPTIONS | {"num_warps": options["num_warps"], "num_stages": options["num_stages"], "debug": options["asserts"]}
+    flags |= {"maxnreg": options["registers"]} if "registers" in options else {}
     with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = str(scratch / "cache")
         triton.knobs.compilation.store_binary_only = binary_only

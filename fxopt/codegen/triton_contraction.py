@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fxopt.codegen import triton_ops as ops
+from fxopt.codegen.direct_stores import most_registers
 from fxopt.codegen.templates import gemm_entry, gemm_problem
 from fxopt.codegen.templates.gemm_config import FEW_ROWS
 from fxopt.codegen.templates.gemm_problem import GemmConfig, GemmProblem
@@ -165,7 +166,7 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
     if not problem.static and (config.tma or config.split > 1):
         raise UnsupportedError("a product of unknown size through descriptors, or in parts")
     if config.split == 1:
-        return Printed((_print_whole(contraction, problem, config),))
+        return Printed((_print_whole(contraction, problem, config, target),))
     partial, join = print_join(contraction, gemm_entry.partial_shape(problem, config), target, "gemm_parts", unrolled)
     return Printed((_print_parts(contraction, partial, problem, config), join), (partial,))
 
@@ -197,7 +198,7 @@ def with_vectors(contraction: Contraction, config: GemmConfig) -> GemmConfig:
     return replace(config, vectors=True) if found else config
 
 
-def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig) -> KernelSource:
+def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmConfig, target: Target) -> KernelSource:
     if config.classes > 1:
         epilogue = _print_aligned_epilogues(contraction, problem, config)
     else:
@@ -221,7 +222,8 @@ def _print_whole(contraction: Contraction, problem: GemmProblem, config: GemmCon
         module = gemm_entry.ALIGNED_MODULE
     elif config.tail > 1:
         module = gemm_entry.TAILED_MODULE
-    source = source_of(contraction, entry, call, epilogue, config.warps, config.stages, module)
+    registers = most_registers(problem, config, target)
+    source = source_of(contraction, entry, call, epilogue, config.warps, config.stages, module, registers)
     if config.has_narrow_tiles:  # b has a second descriptor
         return replace(source, buffers=(*_operands(contraction), contraction.b.buffer, *epilogue.buffers))
     return source
@@ -247,8 +249,11 @@ def source_of(
     warps: int,
     stages: int,
     module: str = gemm_entry.MODULE,
+    registers: int = 0,
 ) -> KernelSource:
-    """The kernel `entry` that makes `call`, of a template of `module` (an import), with `epilogue`."""
+    """The kernel `entry` that makes `call`, of a template of `module` (an import), with `epilogue`. Where `registers` is not
+    0, a thread has no more.
+    """
     parameters = call.signature | epilogue.parameters
     kernel = f"@triton.jit\ndef {entry}({', '.join(parameters)}):\n    {call.text}"
     preamble = f"{PREAMBLE}\n{module}"
@@ -259,11 +264,13 @@ def source_of(
         buffers=(*_operands(contraction), *epilogue.buffers),
         sizes=epilogue.sizes,
         grid=(call.grid, 1, 1),
-        compile_options=_options(parameters, call.tensor_maps, warps, stages),
+        compile_options=_options(parameters, call.tensor_maps, warps, stages, registers),
     )
 
 
-def _options(parameters: dict[str, str], maps: dict[str, dict[str, Any]], warps: int, stages: int) -> dict[str, Any]:
+def _options(
+    parameters: dict[str, str], maps: dict[str, dict[str, Any]], warps: int, stages: int, registers: int = 0
+) -> dict[str, Any]:
     """`KernelSource.compile_options` of an entry with `parameters`, of which `maps` describes the tensor descriptors."""
     options: dict[str, Any] = {
         "signature": parameters,
@@ -273,7 +280,7 @@ def _options(parameters: dict[str, str], maps: dict[str, dict[str, Any]], warps:
         "num_stages": stages,
         "asserts": False,
     }
-    return options | ({"tensor_maps": maps} if maps else {})
+    return options | ({"tensor_maps": maps} if maps else {}) | ({"registers": registers} if registers else {})
 
 
 def _grid(contraction: Contraction, config: GemmConfig, call: gemm_entry.GemmCall) -> Int:

@@ -31,6 +31,7 @@ from fxopt.codegen.triton_values import (
     rounded_soon,
     rounded_to_8_bits,
     rounded_within_int8,
+    scaled_relu,
     uncast,
 )
 from fxopt.errors import UnsupportedError
@@ -191,6 +192,9 @@ class Emitter(Memory):
         within = rounded_within_int8(node)
         if within is not None:
             value, low, high = within
+            if (low, high) == (0.0, 127.0):
+                x, factor = scaled_relu(value)
+                return f"h.scaled_to_int8({self.arg(x, guards)}, {'1.0' if factor is None else self.arg(factor, guards)})"
             return f"h.rounded_to_int8({self.arg(value, guards)}, {low!r}, {high!r})"
         inner = unrounded(node)
         if inner is not node and node.dtype in HALVES:

@@ -18,7 +18,7 @@ from fxopt.ir.loops import Const, Load, Masked, Scalar
 from fxopt.ir.rounding import HALVES
 
 VECTOR_BYTES = 16  # what one access of a thread takes at most
-_FILLED = (torch.float32, *HALVES)
+_FILLED = (torch.float32, torch.int8, *HALVES)
 _WIDE_RUN = 4  # neighbours in memory that one access takes
 
 

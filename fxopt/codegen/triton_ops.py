@@ -193,6 +193,8 @@ def _function(name: str, operand: torch.dtype, fast: bool) -> str:
         return _FAST[name]
     if name in _ONE_INSTRUCTION and accumulator_dtype(operand) == torch.float32:
         return _ONE_INSTRUCTION[name]
+    if name == "maximum" and operand == torch.int8:
+        return "h.larger_int8"
     if name in _CALLS:
         return _CALLS[name]
     if name in _LIBDEVICE:

@@ -110,6 +110,29 @@ def rounded_within_int8(node: Op) -> tuple[Scalar, float, float] | None:
     return value.args[0], low, high
 
 
+def scaled_relu(node: Scalar) -> tuple[Scalar, Scalar | None]:
+    """(x, factor) of a float32 that is relu(x) times a factor that is one for all elements, or x times it; without such a
+    factor (`node`, None).
+    """
+    if not _is_product(node):
+        return node, None
+    for factor, x in (node.args, reversed(node.args)):
+        if not factor.symbols() and isinstance(factor, Load | Const):
+            return _below_relu(x) or x, factor
+    return node, None
+
+
+def _below_relu(node: Scalar) -> Scalar | None:
+    """The x of which `node` is the larger one of x and 0, as it is held in registers."""
+    held = {*ops.HALF, torch.float32}
+    while isinstance(node, Op) and node.name == "cast" and {node.dtype, node.args[0].dtype} <= held:
+        node = node.args[0]
+    if not (isinstance(node, Op) and node.name == "maximum"):
+        return None
+    varying = [a for a in node.args if not (isinstance(a, Const) and a.value == 0)]
+    return varying[0] if len(varying) == 1 else None
+
+
 def gelu_argument(node: Scalar) -> Scalar | None:
     """The x of which `node` is x / 2 * (1 + erf(x / sqrt(2))) in float32, with its factors in any order."""
     if not _is_product(node):

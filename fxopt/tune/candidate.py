@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxopt.codegen import cpp, triton, triton_batch
+from fxopt.codegen.direct_stores import loading_ahead, with_direct_stores
 from fxopt.codegen.templates import (
     attention_config,
     conv_config,
@@ -196,12 +197,26 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     tailed = [t for c in chosen if (t := gemm_config.with_tail(problem, c, target)) != c]
     chosen += tailed if mode == "max-autotune" else tailed[:1]
     if chosen and (problem.itemsize == 1 or mode == "max-autotune"):
-        chosen += _where_products_are_short(contraction, problem, chosen, target)
+        best = ranked[: GEMM_CANDIDATES["default"]]
+        direct = [d for c in best if (d := with_direct_stores(contraction, problem, c, target)) is not None]
+        if direct:
+            chosen = [*_beside_direct(problem, chosen), *direct, *loading_ahead(contraction, problem, direct, target)]
+        else:
+            chosen += _where_products_are_short(contraction, problem, chosen, target)
     return own + [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)
         for unrolled in _joins(c.split)
     ]
+
+
+def _beside_direct(
+    problem: gemm_problem.GemmProblem, chosen: Sequence[gemm_problem.GemmConfig]
+) -> Sequence[gemm_problem.GemmConfig]:
+    """Those of `chosen` that are measured beside tiles with direct stores. Of 8 bits and persistent programs the latter were
+    as fast or faster in all of ResNet-50's products (H200), so one is enough, lest a driver refuse their descriptors.
+    """
+    return chosen if problem.itemsize > 1 or not chosen[0].programs else chosen[:1]
 
 
 def _where_products_are_short(

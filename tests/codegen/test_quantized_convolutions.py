@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,9 @@ PLAIN, SPLIT, PROMOTED = (
     GemmConfig(False, 64, 32, 32, 4, 3, subtile=2, promote=True),
 )
 BOXES, SWAPPED = GemmConfig(True, 32, 32, 32, 4, 3), GemmConfig(True, 16, 32, 16, 4, 3, subtile=2, swap=True)
+DIRECT, BY_ADDRESS = (GemmConfig(tma, 32, 64, 32, 2, 3, direct=8, subtile=2) for tma in (True, False))
+WIDE = GemmConfig(True, 64, 128, 32, 2, 3, direct=16, subtile=2, programs=3, flatten=True)
+AHEAD = replace(WIDE, block_k=64, ahead=True)
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
 SAME: Geometry = ((1, 1), (1, 1), (1, 1))
 
@@ -103,6 +107,10 @@ CASES: dict[str, tuple[Geometry, tuple[int, ...], tuple[int, ...], GemmConfig]] 
     "boxes": (SAME, (3, 5, 4, 64), (40, 3, 3, 64), BOXES),
     "boxes, swapped": (SAME, (2, 6, 4, 32), (32, 3, 3, 32), SWAPPED),
     "boxes, stride 2": (((2, 2), (1, 1), (1, 1)), (1, 7, 6, 32), (32, 3, 3, 32), BOXES),
+    "1x1, direct": (((1, 1), (0, 0), (1, 1)), (2, 5, 6, 64), (96, 1, 1, 64), DIRECT),
+    "1x1, direct, persistent": (((1, 1), (0, 0), (1, 1)), (3, 5, 9, 64), (192, 1, 1, 64), WIDE),
+    "1x1, direct, ahead": (((1, 1), (0, 0), (1, 1)), (3, 5, 9, 64), (192, 1, 1, 64), AHEAD),
+    "1x1, direct, by addresses": (((1, 1), (0, 0), (1, 1)), (2, 5, 6, 64), (64, 1, 1, 64), BY_ADDRESS),
     "boxes, dilated, uneven": (((1, 2), (0, 2), (2, 1)), (1, 7, 6, 32), (32, 3, 2, 32), SWAPPED),
 }
 
@@ -158,7 +166,7 @@ def test_casts_to_int8_are_torchs(interpreter: Interpreter) -> None:
         assert isinstance(step, Region)
         memory |= {n: torch.zeros(len(x), dtype=INT8) for n in step.writes()}
         (kernel,) = print_region(step, configs(step, TARGET)[0], TARGET).kernels
-        assert kernel.text.count("rounded_to_int8") == 3
+        assert kernel.text.count("rounded_to_int8") == 2 and kernel.text.count("scaled_to_int8") == 1
         interpreter.run(kernel, memory)
     for output, wanted in zip(low.outputs, fn(x.nan_to_num(nan=0.0)), strict=True):
         assert torch.equal(memory[output.name], wanted)
@@ -265,7 +273,7 @@ def test_an_epilogue_in_8_bits_converts_one_number_an_element() -> None:
     assert "setp.nan" not in text and "setp.num" not in text
     assert first.label.startswith("tma 128x128x64 "), "no zeros past 64 channels are multiplied"
     # Of two stages and so more programs, since epilogues wait for loads.
-    (more,) = (c for c in others if " s2 " in c.label)
+    more = next(c for c in others if " s2 " in c.label)
     _, meta = compile_triton(more.sources[0], TARGET)
     assert " p528 " in more.label and meta["n_spills"] == 0 and meta["n_regs"] <= 65536 // (4 * 128)
 
@@ -278,3 +286,44 @@ def test_patches_are_loaded_16_bytes_at_once() -> None:
     text = compile_to_text(kernel, TARGET, "ttgir")
     copies = re.findall(r"async_copy_global_to_local .*contiguity = (\d+).*tensor<(\d+x\d+)x!tt.ptr<i8>, (#\w+)>", text)
     assert {bytes_ for bytes_, _, _ in copies} == {"16"} and len({layout for _, _, layout in copies}) == 2
+
+
+def test_tiles_in_the_order_of_tensor_cores_pass_through_no_shared_memory() -> None:
+    """Whole vectors are read and stored from the accumulators' own layout, within the registers of as many programs as the
+    configuration counts on, and the residual may arrive ahead of the products.
+    """
+    args = operands(INT8, (64, 56, 56, 64), (256, 1, 1, 64))
+    residual = torch.zeros(64, 56, 56, 256, dtype=INT8).permute(0, 3, 1, 2)
+    _, step = contraction(block(((1, 1), (0, 0), (1, 1))), *args, residual)
+    found = [c for c in contraction_candidates(step, TARGET, "default") if "direct" in c.label]
+    plain, ahead = (next(c for c in found if ("ahead" in c.label) == wanted) for wanted in (False, True))
+    text = compile_to_text(plain.sources[0], TARGET, "ptx")
+    assert "st.shared" not in text and "stmatrix" not in text
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", text)) >= 4 and len(re.findall(r"st\.global\S*\.v4\.b32", text)) == 4
+    assert re.search(r"async_copy_global_to_local .*contiguity = 16", compile_to_text(ahead.sources[0], TARGET, "ttgir"))
+    for candidate in (plain, ahead):
+        _, meta = compile_triton(candidate.sources[0], TARGET)
+        assert meta["n_spills"] == 0 and meta["n_regs"] <= 65536 // (2 * 256), candidate.label
+
+
+def test_a_pooling_in_8_bits_compares_four_at_a_time(interpreter: Interpreter) -> None:
+    """Without a byte apart from its neighbours: what is loaded outside of the image is the least one at once."""
+    x = torch.randint(-128, 128, (1, 12, 12, 16)).to(INT8).permute(0, 3, 1, 2)
+
+    def fn(x: Tensor) -> Tensor:
+        return torch.nn.functional.max_pool2d(x, 3, 2, 1)
+
+    low = searched(fn, x)
+    (step,) = low.steps
+    assert isinstance(step, Region)
+    (kernel,) = print_region(step, configs(step, TARGET)[0], TARGET).kernels
+    assert (kernel.text.count("h.larger_int8("), kernel.text.count("other=-128")) == (8, 5)
+    assert "tl.where" not in kernel.text
+    text = compile_to_text(kernel, TARGET, "ptx")
+    assert "max.s16x2" in text and "max.s16 " not in text
+    assert compile_triton(kernel, Target.cuda(80))[1]["n_spills"] == 0
+    (name,) = low.inputs
+    memory = {name: x.clone(), step.writes()[0]: torch.zeros(6 * 6 * 16, dtype=INT8)}
+    interpreter.run(kernel, memory)
+    spec = low.buffers[step.writes()[0]]
+    assert torch.equal(memory[spec.name].as_strided(spec.shape, spec.strides), fn(x.float()).to(INT8))  # type: ignore[arg-type]

@@ -23,14 +23,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_cache")]
 F16, INT8 = torch.float16, torch.int8
 
 
-@pytest.fixture
-def ours_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A kernel of ours is kept wherever it is a way, the last one. Gives the labels of what was kept."""
+@pytest.fixture(params=[0, -1], ids=["first", "last"])
+def ours_wins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """A kernel of ours is kept wherever it is a way, the first or the last one, whose threads store from where tensor cores
+    have left a tile. Gives the labels of what was kept.
+    """
     kept: list[str] = []
 
     def choose(each: Any, memory: Memory, trials: Sequence[Trial], *_: Any) -> str:
         own = [t.label for t in trials if t.label.split()[0] in (FUSED, IMPLICIT)]
-        kept.append(own[-1] if own else trials[0].label)
+        kept.append(own[request.param] if own else trials[0].label)
         return kept[-1]
 
     monkeypatch.setattr(alternatives, "_fastest", choose)

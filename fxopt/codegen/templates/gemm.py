@@ -22,6 +22,12 @@ are done; and of less than one element a thread each thread would load all those
 
 SWAP computes the transposed tile, `b.T @ a.T`: the tensor cores of Hopper take no fewer than 64 rows, which few rows of a
 leave empty and the columns of b fill. The epilogue does not notice.
+
+DIRECT, where it is not 0, lets threads store so many neighbours of a row from where tensor cores have left them. These give
+a thread two columns of each eight, and a warp 16 rows; stores and loads of whole vectors want others, for which a tile
+would pass through shared memory, in float32. Which column of b is where in a tile is free, though, and which row of a tile
+has which number: `column_places` and `row_places` are such that `in_order` moves nothing. The epilogue is to take 4 * DIRECT
+columns at a time (SUBTILE), by WARPS warps of a tile of 16 * WARPS rows or more.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
@@ -75,6 +81,40 @@ def tile_of(program, rows, columns, GROUP: tl.constexpr):
     height = tl.minimum(rows - first, GROUP)
     inside = tile % (GROUP * columns)
     return z, first + inside % height, inside // height
+
+
+@triton.jit
+def row_places(BLOCK: tl.constexpr, WARPS: tl.constexpr, DIRECT: tl.constexpr):
+    """The numbers of a tile's rows, as `in_order` has them: eight of each warp, then the next eight of each."""
+    row = tl.arange(0, BLOCK)
+    if DIRECT == 0:
+        return row
+    else:
+        pair: tl.constexpr = 16 * WARPS
+        return row // pair * pair + row // 8 % WARPS * 16 + row // (8 * WARPS) % 2 * 8 + row % 8
+
+
+@triton.jit
+def column_places(BLOCK: tl.constexpr, DIRECT: tl.constexpr):
+    """Which column of b is to be where in a tile: the one of four threads that has two of eight has the next ones, too."""
+    column = tl.arange(0, BLOCK)
+    if DIRECT == 0:
+        return column
+    else:
+        four: tl.constexpr = 4 * DIRECT
+        return column // four * four + column % 8 // 2 * DIRECT + column % four // 8 * 2 + column % 2
+
+
+@triton.jit
+def in_order(acc, WARPS: tl.constexpr, DIRECT: tl.constexpr):
+    """A tile with columns at `column_places`, in the order of columns and that of `row_places`."""
+    if DIRECT == 0:
+        return acc
+    else:
+        rows: tl.constexpr = acc.shape[0]
+        columns: tl.constexpr = acc.shape[1]
+        apart = tl.reshape(acc, [rows // (16 * WARPS), WARPS, 2, 8, columns // (4 * DIRECT), DIRECT // 2, 4, 2])
+        return tl.reshape(tl.permute(apart, [0, 2, 1, 3, 4, 6, 5, 7]), [rows, columns])
 
 
 @triton.jit
@@ -223,9 +263,10 @@ def pointer_product(
 def pointer_tile(
     a, b, y, x, z, first, end, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr,
+    DIRECT: tl.constexpr = 0,
 ):  # fmt: skip
     """`pointer_product` of the batch's z-th matrices at the tile that begins at (y, x)."""
-    rows, columns = y + tl.arange(0, BM), x + tl.arange(0, BN)
+    rows, columns = y + tl.arange(0, BM), x + column_places(BN, DIRECT)
     az, bz = a + z.to(tl.int64) * a_batch, b + z.to(tl.int64) * b_batch
     if SWAP:
         acc = pointer_product(
@@ -243,7 +284,7 @@ def pointer_gemm(
     a, b, extra, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
     EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SWAP: tl.constexpr,
-    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
+    VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1, WARPS: tl.constexpr = 1, DIRECT: tl.constexpr = 0,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)`; the grid is batch * cdiv(M, BM) * cdiv(N, BN) programs.
 
@@ -254,9 +295,11 @@ def pointer_gemm(
     z, row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     y, x = row * BM, column * BN
     acc = pointer_tile(
-        a, b, y, x, z, 0, K, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch, BM, BN, BK, PRECISION, WIDE, SWAP
-    )
-    finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
+        a, b, y, x, z, 0, K, M, N, K, a_row, a_column, b_row, b_column, a_batch, b_batch,
+        BM, BN, BK, PRECISION, WIDE, SWAP, DIRECT,
+    )  # fmt: skip
+    rows = y + row_places(BM, WARPS, DIRECT)[:, None]
+    finish(in_order(acc, WARPS, DIRECT), rows, x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
 
 
 @triton.jit
@@ -290,7 +333,7 @@ def store_partial(acc, partial, at, y, x, M, N, BM: tl.constexpr, BN: tl.constex
 @triton.jit
 def descriptor_product(
     a, b, y, x, a_first, b_first, first, end, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr = 0,
 ):  # fmt: skip
     """The float32 tile [BM, BN] at row y of a and column x of b. Matrices begin at the descriptors' rows a_first and
     b_first.
@@ -301,7 +344,9 @@ def descriptor_product(
             a_tile = a.load([a_first + y, k])
         else:
             a_tile = a.load([a_first + k, y]).T
-        if B_K_LAST:
+        if DIRECT > 0:
+            b_tile = tl.reshape(b.load([x // (4 * DIRECT), 0, 0, 0, k]), [BN, BK]).T
+        elif B_K_LAST:
             b_tile = b.load([b_first + x, k]).T
         else:
             b_tile = b.load([b_first + k, x])
@@ -312,7 +357,7 @@ def descriptor_product(
 @triton.jit
 def descriptor_tile(
     a, b, y, x, z, first, end, a_batch, b_batch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, DIRECT: tl.constexpr = 0,
 ):  # fmt: skip
     """`descriptor_product` of the batch's z-th matrices."""
     if SWAP:
@@ -320,7 +365,7 @@ def descriptor_tile(
         return tl.trans(acc)
     else:
         return descriptor_product(
-            a, b, y, x, z * a_batch, z * b_batch, first, end, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION
+            a, b, y, x, z * a_batch, z * b_batch, first, end, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, DIRECT
         )
 
 
@@ -347,7 +392,8 @@ def tma_gemm(
     SUBTILE: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
     VECTORS: tl.constexpr = None, LOADED: tl.constexpr = 1,
-    RESIDENT: tl.constexpr = 1, APART: tl.constexpr = 0,
+    RESIDENT: tl.constexpr = 1, APART: tl.constexpr = 0, WARPS: tl.constexpr = 1, DIRECT: tl.constexpr = 0,
+    AHEAD: tl.constexpr = None,
 ):  # fmt: skip
     """`EPILOGUE(a @ b)` with descriptors of a and b.
 
@@ -355,9 +401,12 @@ def tma_gemm(
     K] with [BN, BK] or [rows, N] with [BK, BN]. The z-th matrix of a batch begins at row z * a_batch (b_batch); where K is
     not last and there is a batch, BK must divide K. What lies past the descriptor's end is read as zero.
 
+    With DIRECT, the descriptor of b is that of [groups of 4 * DIRECT columns, DIRECT // 2, 4, 2, K], whose dimensions 1 to 3
+    are the pairs of a thread, threads, and a pair's columns, with blocks [BN // (4 * DIRECT), DIRECT // 2, 4, 2, BK].
+
     The grid is PROGRAMS programs, each with every PROGRAMS-th tile, or one program for each tile if PROGRAMS is 0. FLATTEN
-    loads the next tile's operands during an epilogue.  With APART, persistent programs
-    `begin_apart`.
+    loads the next tile's operands during an epilogue. AHEAD is a number of stages for all that the loop over tiles loads,
+    what the epilogue does too, where BK is the whole inner dimension. With APART, persistent programs `begin_apart`.
     """
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if APART > 0:
@@ -365,14 +414,18 @@ def tma_gemm(
     if PROGRAMS == 0:
         z, row, column = tile_of(tl.program_id(0), rows, columns, GROUP)
         y, x = row * BM, column * BN
-        acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
-        finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
+        acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP, DIRECT)
+        rows_of_tile = y + row_places(BM, WARPS, DIRECT)[:, None]
+        finish(in_order(acc, WARPS, DIRECT), rows_of_tile, x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
     else:
-        for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN):
+        for program in tl.range(tl.program_id(0), BATCH * rows * columns, PROGRAMS, flatten=FLATTEN, num_stages=AHEAD):
             z, row, column = tile_of(program, rows, columns, GROUP)
             y, x = row * BM, column * BN
-            acc = descriptor_tile(a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP)
-            finish(acc, y + tl.arange(0, BM)[:, None], x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
+            acc = descriptor_tile(
+                a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP, DIRECT
+            )
+            rows_of_tile = y + row_places(BM, WARPS, DIRECT)[:, None]
+            finish(in_order(acc, WARPS, DIRECT), rows_of_tile, x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def gemm_call(
     way += "" if dual else f", SWAP={config.swap}"
     way += f", SPLIT={config.split}" if split else f", EPILOGUE={epilogue}, SUBTILE={config.subtile}"
     way += f", VECTORS={vectors}, LOADED={config.loaded}" * config.vectors
-    way += _apart(config)
+    way += _apart(config) + direct_of(config)
     name = "split_gemm" if split else "dual_gemm" if dual else "gemm"
     name = f"tma_{name}" if config.tma else "pointer_gemm" if name == "gemm" else name
     kind = _TYPES[problem.dtype]
@@ -95,6 +95,13 @@ def gemm_call(
     given = f"{', '.join(starts)}, {extra}, {sizes_given}, {', '.join(map(str, strides))}"
     text = f"gemm.{name}({given}, {blocks}, {way}, WIDE={problem.wide})"
     return GemmCall(text, dict.fromkeys(operands, f"*{kind}"), {}, grid)
+
+
+def direct_of(config: GemmConfig) -> str:
+    """What a template is told of `config.direct`."""
+    return (
+        f", WARPS={config.warps}, DIRECT={config.direct}" * (config.direct > 0) + f", AHEAD={config.stages}" * config.ahead
+    )
 
 
 def _apart(config: GemmConfig) -> str:
@@ -182,12 +189,26 @@ def _descriptors(
         p: (config.block_m if p == a else config.block_k, config.block_k if p == a else config.block_n) for p in operands
     }
     maps = {p: _tensor_map(x, problem, *blocks[p]) for p, x in operands.items()}
+    if config.direct:
+        (b,) = (p for p in operands if p != a)
+        maps[b] |= in_groups(maps[b], config.direct)
     return {p: descriptor_type(problem.dtype, m["block"]) for p, m in maps.items()}, maps
 
 
 def descriptor_type(dtype: torch.dtype, block: list[int]) -> str:
     """Triton's type of a descriptor of `dtype` with such blocks."""
     return f"tensordesc<{_TYPES[dtype]}[{', '.join(map(str, block))}]>"
+
+
+def in_groups(geometry: dict[str, Any], direct: int) -> dict[str, list[int]]:
+    """Sizes, strides and block of a descriptor of [columns, inner dimension], as `gemm.py` has it for DIRECT."""
+    (columns, inner), (pitch, _), (block, depth) = (geometry[field] for field in ("shape", "strides", "block"))
+    four, pairs = 4 * direct, direct // 2
+    return {
+        "shape": [columns // four, pairs, 4, 2, inner],
+        "strides": [four * pitch, 2 * pitch, direct * pitch, pitch, 1],
+        "block": [block // four, pairs, 4, 2, depth],
+    }
 
 
 def _tensor_map(matrix: Matrix, problem: GemmProblem, rows: int, columns: int) -> dict[str, Any]:

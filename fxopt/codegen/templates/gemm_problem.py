@@ -138,6 +138,11 @@ class GemmProblem:
         return 2.0 * self.products * self.batch * self.m * self.n * self.k
 
     @property
+    def read_each(self) -> int:
+        """Bytes that the epilogue reads for each element of the result, beside what is shared by many."""
+        return self.read // (self.products * self.batch * self.m * self.n)
+
+    @property
     def operand_bytes(self) -> int:
         """Bytes of all operands, each read once; a matrix that the whole batch shares counts once."""
         a, b = self.m * self.k, self.products * self.k * self.n
@@ -166,7 +171,9 @@ class GemmConfig:
     (`gemm.py`: VECTORS). With `tail` above 1, so many narrow tiles stand for each of those that do not fill a round
     (`tailed_gemm.py`), and `whole` tiles do.
     Persistent programs of which a multiprocessor holds `resident` begin `apart` nanoseconds after each other
-    (`gemm.begin_apart`).
+    (`gemm.begin_apart`). With `direct`, each thread stores so many neighbours of a row from where tensor cores have left
+    them (`gemm.py`: DIRECT). With `ahead`, persistent programs whose tiles are of one block of the inner dimension load what
+    the epilogue reads in as many stages.
     """
 
     tma: bool
@@ -188,6 +195,8 @@ class GemmConfig:
     whole: int = 0
     resident: int = 1
     apart: int = 0
+    direct: int = 0
+    ahead: bool = False
 
     def __str__(self) -> str:
         words = [
@@ -198,7 +207,8 @@ class GemmConfig:
         words += [f"p{self.programs}"] * (self.programs > 0) + ["flat"] * self.flatten + ["swap"] * self.swap
         words += ["promote"] * self.promote + [f"aligned{self.classes}"] * (self.classes > 1) + ["vectors"] * self.vectors
         words += [f"tail{self.tail}"] * (self.tail > 1)
-        words += [f"apart{self.apart}"] * (self.apart > 0)
+        words += [f"apart{self.apart}"] * (self.apart > 0) + ["direct"] * (self.direct > 0)
+        words += ["ahead"] * self.ahead
         return " ".join(words)
 
     @property
@@ -249,6 +259,8 @@ class GemmConfig:
         """
         pipeline = self.stages * self.stage_bytes(problem)
         epilogue = problem.products * self.block_m * self.block_n * max(problem.itemsize, 2) // self.subtile
+        epilogue = 0 if self.direct else epilogue
+        pipeline += self.stages * problem.read_each * self.block_m * self.block_n if self.ahead else 0
         return (pipeline + epilogue if self.flatten else max(pipeline, epilogue)) + RESERVED_SHARED
 
     def per_sm(self, problem: GemmProblem, target: Target) -> int:

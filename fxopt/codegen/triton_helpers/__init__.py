@@ -6,12 +6,14 @@ Real `@triton.jit` functions; printed kernels import this package as `h`. Argume
 from fxopt.codegen.triton_helpers.arithmetic import (
     divide,
     divide_many,
+    each_larger_int8,
     float_floordiv,
     float_remainder,
     int_floordiv,
     int_pow,
     int_remainder,
     inverse,
+    larger_int8,
     largest,
     maximum,
     minimum,
@@ -69,6 +71,7 @@ from fxopt.codegen.triton_helpers.rounding import (
     rounded_to_half,
     rounded_to_int8,
     saturated_to_float8e4,
+    scaled_to_int8,
     to_float8e5,
 )
 from fxopt.codegen.triton_helpers.softmax import (

@@ -49,6 +49,37 @@ def rounded_to_int8(x, LOW: tl.constexpr, HIGH: tl.constexpr):
     return bits.to(tl.int8)
 
 
+SCALED_TO_INT8 = tl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 p, q, r, s, high;
+    mul.sat.f32 a, $1, $5;
+    mul.sat.f32 b, $2, $6;
+    mul.sat.f32 c, $3, $7;
+    mul.sat.f32 d, $4, $8;
+    mul.f32 a, a, 0f00000080;
+    mul.f32 b, b, 0f00000080;
+    mul.f32 c, c, 0f00000080;
+    mul.f32 d, d, 0f00000080;
+    mov.b32 p, a; mov.b32 q, b; mov.b32 r, c; mov.b32 s, d;
+    cvt.pack.sat.s8.s32.b32 high, s, r, 0;
+    cvt.pack.sat.s8.s32.b32 $0, q, p, high; }""")
+"""Four float32 times 128ths of a factor to int8: bounded to 0 and 1, which makes 0 of NaN, then times 2**-142, the bits of
+which denormal number are the 128 times as large one, rounded, of which 127 is the most that int8 has."""
+
+
+@triton.jit
+def scaled_to_int8(x, factor):
+    """x * factor rounded to even, between 0 and 127, as int8, zero for NaN: of float32 x and of what a relu makes of it.
+
+    Of a negative factor that is zero throughout, as it is of zero.
+    """
+    factor = tl.maximum(tl.full([], 1.0, tl.float32) * factor, 0.0)
+    if INTERPRETED or x.numel % 4 != 0:
+        return rounded_to_int8(x * factor, 0.0, 127.0)
+    else:
+        return tl.inline_asm_elementwise(
+            SCALED_TO_INT8, "=r,f,f,f,f,f,f,f,f", [x, factor * 0.0078125], dtype=tl.int8, is_pure=True, pack=4
+        )
+
+
 TWO_ROUNDED_TO_BFLOAT16 = tl.constexpr(
     "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }"
 )
