@@ -1,8 +1,8 @@
 """RMS norms before products, stored or as factors of their rows: `python -m benchmarks.norm_scales --out FOLDER`.
 
 For each model two layers with frozen weights: what the tuner measured in its contests, then the time of the layers with
-norms stored, with every norm as factors that may be, and as the tuner has it, interleaved with eager; all are compared with
-float64. Without a GPU there are no contests.
+norms stored, with every norm as factors that may be, with their squares added up by the product before where there is one,
+and as the tuner has it, interleaved with eager; all are compared with float64. Without a GPU there are no contests.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from benchmarks.kernels_micro import excess
 from benchmarks.region_layers import Chain, Gated, Heads, RmsNorm, RotaryHeads
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device
-from fxopt.lower.norm_scales import SCALED, SCALED_FUSED, STORED
+from fxopt.lower.norm_scales import SCALED, SCALED_FUSED, STORED, SUMMED, SUMMED_FUSED
 from fxopt.report.measure import interleaved
 
-WAYS = {STORED: (STORED,), SCALED: (SCALED, SCALED_FUSED), BEST: ()}
+WAYS = {STORED: (STORED,), SCALED: (SCALED, SCALED_FUSED), SUMMED: (SUMMED, SUMMED_FUSED), BEST: ()}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from fxopt.ir.exprs import (
     symbol,
 )
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import FLOAT_UNARY, Load, Op, Reduce, Scalar, postorder
+from fxopt.ir.loops import FLOAT_UNARY, SUMMED_COLUMNS, Load, Op, Reduce, Scalar, postorder
 from fxopt.ir.region import BufferSpec, Contraction, Matrix, Patches, Region, SideBySide
 from fxopt.target import Target
 
@@ -165,10 +165,20 @@ def print_contraction(contraction: Contraction, config: GemmConfig, target: Targ
     problem = problem_of(contraction)
     if not problem.static and (config.tma or config.split > 1):
         raise UnsupportedError("a product of unknown size through descriptors, or in parts")
+    if not takes_sums(contraction, config):
+        raise UnsupportedError("sums of columns that no tile has")
     if config.split == 1:
         return Printed((_print_whole(contraction, problem, config, target),))
     partial, join = print_join(contraction, gemm_entry.partial_shape(problem, config), target, "gemm_parts", unrolled)
     return Printed((_print_parts(contraction, partial, problem, config), join), (partial,))
+
+
+def takes_sums(contraction: Contraction, config: GemmConfig) -> bool:
+    """Whether a kernel in `config` has all columns at once of those that the epilogue adds up, if it does."""
+    if all(s.mode != "sums" for s in contraction.region.nest.stores):
+        return True
+    whole = config.split == 1 and config.classes == 1 and config.tail == 1
+    return whole and config.block_n // config.subtile % SUMMED_COLUMNS == 0
 
 
 def with_room(contraction: Contraction, config: GemmConfig, target: Target) -> GemmConfig:

@@ -77,6 +77,13 @@ class Memory(Scopes):
             return f"{text}.to(tl.int64)" if _enclosed(text) else f"({text}).to(tl.int64)"
         return self.index_text(x, wide=True)
 
+    def index_in_runs(self, x: Int, along: Sym, text: str) -> str:
+        """`index_text` where `text` has the numbers of `along`."""
+        self._bound[along] = text
+        found = self.index_text(x)
+        del self._bound[along]
+        return found
+
     # memory
 
     def mask(self, symbols: frozenset[Sym], guards: Guards) -> str | None:

@@ -26,7 +26,20 @@ from fxopt.codegen.triton_values import has_slow_path, is_clamped, reduced_dtype
 from fxopt.errors import UnsupportedError
 from fxopt.ir.exprs import Int, Sym, floordiv, mul, symbol
 from fxopt.ir.kernel import KernelSource
-from fxopt.ir.loops import Const, IndexValue, Load, Nest, Op, Reduce, Scalar, Scan, Store, holds_reduction, postorder
+from fxopt.ir.loops import (
+    SUMMED_COLUMNS,
+    Const,
+    IndexValue,
+    Load,
+    Nest,
+    Op,
+    Reduce,
+    Scalar,
+    Scan,
+    Store,
+    holds_reduction,
+    postorder,
+)
 from fxopt.ir.region import Region
 
 _ATOMIC = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
@@ -242,8 +255,22 @@ def _prepared(region: Region, frame: Frame, emitter: Emitter, stores: Sequence[S
         for _, bound in store.indirect:
             emitter.value(bound)
         value = emitter.value(store.value)
-        lines.append(_store_line(region, frame, emitter, store, value, eviction))
+        if store.mode == "sums":
+            lines.append(_sums_line(frame, emitter, store, value))
+        else:
+            lines.append(_store_line(region, frame, emitter, store, value, eviction))
     return lines
+
+
+def _sums_line(frame: Frame, emitter: Emitter, store: Store, value: str) -> str:
+    """The statement of a store of mode "sums": runs of columns are in a block or out of it as a whole."""
+    index = emitter.index_in_runs(store.index, frame.tiling.lines["x"], f"h.run_ends(x, {SUMMED_COLUMNS})")
+    masks = [frame.masks["y"]] if "y" in frame.masks else []
+    if "x" in frame.masks:
+        masks.append(f"(h.run_ends({frame.masks['x']}.to(tl.int32), {SUMMED_COLUMNS}) > 0)")
+    mask = f", {' & '.join(masks)}" if masks else ""
+    pointer = f"{emitter.names.buffer(store.buffer)} + {tight(index)}"
+    return f"tl.store({pointer}, h.run_sums({value}, {SUMMED_COLUMNS}){mask})"
 
 
 def straight_line(region: Region, frame: Frame, emitter: Emitter) -> list[str]:

@@ -490,13 +490,18 @@ def _own_fields(node: Scalar) -> tuple[Any, ...]:
     return ()
 
 
+SUMMED_COLUMNS = 64
+"""Columns of a product whose values are added up by a store of mode "sums": no tile has fewer of them at a time."""
+
+
 @dataclass(frozen=True)
 class Store:
     """buffer[index] = value (mode "set") or += value (mode "add": several iterations may hit one element).
 
     Mode "part" is a printer's own: each program adds up the values of the points that it runs and stores the sums at
-    `index`, which no point varies, of a row of `buffer` that is the program's. `indirect` binds symbols of `index`, as in
-    Load.
+    `index`, which no point varies, of a row of `buffer` that is the program's. Mode "sums", of a contraction's region only:
+    the element at `index` is the sum of float32 values of SUMMED_COLUMNS neighbours in a row, which alone lead there.
+    `indirect` binds symbols of `index`, as in Load.
     """
 
     buffer: str

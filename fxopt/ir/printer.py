@@ -149,7 +149,7 @@ def _varies(node: Scalar, nest: Nest) -> str:
 
 
 def _store(store: Store, names: _Names) -> str:
-    operator = {"set": "=", "add": "+="}[store.mode]
+    operator = {"set": "=", "add": "+=", "sums": "+="}[store.mode]
     return f"{store.buffer}[{_index(store.index, store.indirect, names)}] {operator} {names.text(store.value)}"
 
 

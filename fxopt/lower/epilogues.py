@@ -143,9 +143,9 @@ def _in_registers(product: Product, name: str, result: BufferSpec) -> BufferSpec
 
 
 def _is_plain(nest: Nest) -> bool:
-    """Whether every store is an ordinary one and no index is checked: a failing check would end the context while
-    candidates are measured on made-up data."""
-    if any(s.mode != "set" or s.indirect for s in nest.stores):
+    """Whether every store is an ordinary one, or adds up neighbours in a row, and no index is checked: a failing check would
+    end the context while candidates are measured on made-up data."""
+    if any(s.mode not in ("set", "sums") or s.indirect for s in nest.stores):
         return False
     return not any(isinstance(n, Op) and n.name == "checked_index" for n in postorder(nest.roots))
 

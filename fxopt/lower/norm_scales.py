@@ -20,8 +20,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, coefficient, mul, symbol
-from fxopt.ir.loops import Const, Load, Op, Scalar, Store, transform
+from fxopt.ir.exprs import Int, Sym, add, coefficient, floordiv, mul, symbol
+from fxopt.ir.loops import (
+    SUMMED_COLUMNS,
+    Const,
+    Load,
+    Nest,
+    Op,
+    Reduce,
+    Scalar,
+    Scan,
+    Store,
+    loop_order,
+    postorder,
+    replaced_in,
+    transform,
+)
 from fxopt.ir.region import Alias, Alternatives, BufferSpec, Call, Contraction, Matrix, Region, Way, base_of, refs
 from fxopt.ir.rounding import HALVES
 from fxopt.lower.channel_sums import constant_along, uncast
@@ -31,19 +45,24 @@ from fxopt.lower.joining import with_nests
 from fxopt.lower.lowering import Lowered
 from fxopt.lower.placement import Placement
 from fxopt.lower.products import QUANTIZED, Product, find_product
+from fxopt.lower.recompute import is_repeatable
 from fxopt.lower.values import cast
 
 NAME = "norm-scales"
 """What `Options.disable` calls them."""
 
-STORED, SCALED, SCALED_FUSED = "norm-stored", "norm-scaled", "norm-scaled-fused"
-"""Labels of ways: the last with the region after the product as its epilogue."""
+STORED, SCALED, SUMMED = "norm-stored", "norm-scaled", "norm-summed"
+SCALED_FUSED, SUMMED_FUSED = f"{SCALED}-fused", f"{SUMMED}-fused"
+"""Labels of ways: `SUMMED` with sums by the product before, fused ones with what is after the next as its epilogue."""
 
 LEAST_BYTES = 2 << 20
 """Of a norm that is worth a contest: smaller ones do not leave the L2 cache."""
 
 MOST_COLUMNS = 8192
 """Of all products of a norm: those of more take so long that what the norm costs is within the noise of measuring."""
+
+MOST_COLUMNS_OF_TWO = 16384
+"""The same where a product before, whose inner dimension counts as well, saves a kernel that reads and writes the rows."""
 
 _LARGEST, _SHIFT = 2.0**15, 8
 """Elements of a folded weight in float16 are no larger, times 2 ** `_SHIFT` where that lets them."""
@@ -100,6 +119,15 @@ class _Reader:
     fused: Contraction | None = None
 
 
+@dataclass(frozen=True)
+class _Summed:
+    """Step `step`, a product, that also stores what the norm is of and parts of the sums, which `scale` makes factors of."""
+
+    step: int
+    product: Contraction
+    scale: Region
+
+
 def with_norm_scales(lowered: Lowered, every: bool = False) -> tuple[Lowered, dict[str, Fold]]:
     """`lowered`, of whose products it is known what runs them, with both ways in the place of each norm on a GPU that only
     such read and which is worth it (or `every` one); and what the constants are that the second way has, by name."""
@@ -140,7 +168,10 @@ class _Search(Placement):
         if store.buffer in self.kept or not readers or readers[0] <= k:
             return False
         norm = self._norm(region, store)
-        if norm is None or not (self.every or self._is_worth_it(norm, readers)):
+        if norm is None:
+            return False
+        before = self._before(k, region, norm)
+        if not (self.every or self._is_worth_it(norm, readers, before)):
             return False
         shift = self._shift(norm, [m for j in readers for m in self._weights(j)])
         if shift is None:
@@ -148,33 +179,50 @@ class _Search(Placement):
         scale = BufferSpec(f"{store.buffer}.scale", torch.float32, region.device, (norm.count,), (1,))
         self.buffers[scale.name] = scale
         found = [each for j in readers if (each := self._reader(j, norm, scale, shift)) is not None]
-        return len(found) == len(readers) and self._put_found(k, _with_scale(region, norm, scale, shift), norm, found)
+        if len(found) < len(readers):
+            return False
+        scaled = _with_scale(region, norm, scale, shift)
+        summed = None if before is None else self._summed(before, scaled, norm, scale)
+        return self._put_found(k, scaled, norm, found, summed) or (
+            summed is not None and self._put_found(k, scaled, norm, found, None)
+        )
 
-    def _put_found(self, k: int, scaled: Region, norm: _Norm, readers: Sequence[_Reader]) -> bool:
-        """Put alternatives in the place of step `k`, which `scaled` is in the other ways, and of `readers`."""
+    def _put_found(self, k: int, scaled: Region, norm: _Norm, readers: Sequence[_Reader], summed: _Summed | None) -> bool:
+        """Put alternatives in the place of step `k`, which `scaled` is in the other ways, of `readers`, and of the product
+        that `summed` has."""
         steps, uses = {each.step for each in readers}, Counter(each.after for each in readers)
         followed = [each for each in readers if each.after is not None and uses[each.after] == 1 and each.after not in steps]
+        own = {k, *steps} if summed is None else {summed.step, k, *steps}
         for fusing in (followed, []):
-            numbers = sorted({k, *steps, *(each.after for each in fusing if each.after is not None)})
+            numbers = sorted({*own, *(each.after for each in fusing if each.after is not None)})
             place = self._place(tuple(numbers))
             written = any(norm.rows.buffer in self.accesses[j][1] for j in numbers if j != k)
             if place is not None and not written:
-                ways = self._ways(k, scaled, numbers, readers, fusing)
+                ways = [Way(STORED, self._among(numbers, {}))]
+                ways += self._ways((SCALED, SCALED_FUSED), {k: scaled}, numbers, readers, fusing)
+                if summed is not None:
+                    before: dict[int, Region | Contraction] = {summed.step: summed.product, k: summed.scale}
+                    ways += self._ways((SUMMED, SUMMED_FUSED), before, numbers, readers, fusing)
                 self._put(tuple(numbers), place, self._alternatives(f"{scaled.name}s", ways))
                 return True
         return False
 
     def _ways(
-        self, k: int, scaled: Region, numbers: Sequence[int], readers: Sequence[_Reader], fusing: Sequence[_Reader]
+        self,
+        labels: tuple[str, str],
+        before: Mapping[int, Region | Contraction],
+        numbers: Sequence[int],
+        readers: Sequence[_Reader],
+        fusing: Sequence[_Reader],
     ) -> Iterator[Way]:
-        """The ways to compute steps `numbers`, among which are those that `fusing` readers may have as epilogues."""
-        alone: dict[int, Region | Contraction] = {k: scaled, **{each.step: each.alone for each in readers}}
-        yield Way(STORED, self._among(numbers, {}))
-        yield Way(SCALED, self._among(numbers, alone))
+        """The ways to compute steps `numbers` with `before` and `readers` instead, of which those of `fusing` may have the
+        region after them as their epilogue."""
+        alone = {**before, **{each.step: each.alone for each in readers}}
+        yield Way(labels[0], self._among(numbers, alone))
         if fusing:
             fused = alone | {each.after: each.fused for each in fusing if each.after is not None and each.fused is not None}
             gone = {each.step for each in fusing}
-            yield Way(SCALED_FUSED, self._among([n for n in numbers if n not in gone], fused))
+            yield Way(labels[1], self._among([n for n in numbers if n not in gone], fused))
 
     def _among(
         self, numbers: Sequence[int], instead: Mapping[int, Region | Contraction]
@@ -183,15 +231,14 @@ class _Search(Placement):
         steps = (instead.get(n, self.steps[n]) for n in numbers)
         return tuple(step for step in steps if isinstance(step, Region | Contraction | Call))
 
-    def _alternatives(self, name: str, found: Iterator[Way]) -> Alternatives:
-        ways = tuple(found)
+    def _alternatives(self, name: str, ways: Sequence[Way]) -> Alternatives:
         steps = [step for way in ways for step in way.steps]
         calls = [step for step in steps if isinstance(step, Call)]
         named = [n for call in calls for n in (*refs((call.args, call.kwargs)), *(o for o in call.outputs if o is not None))]
         views = tuple(self.views[n] for n in dict.fromkeys(named) if n in self.views)
         touched = [n for step in steps if not isinstance(step, Call) for n in step.buffers]
         names = dict.fromkeys((*touched, *(base_of(n, self.views) for n in named)))
-        return Alternatives(name, ways, {n: self.buffers[n] for n in names}, views, kind=NAME)
+        return Alternatives(name, tuple(ways), {n: self.buffers[n] for n in names}, views, kind=NAME)
 
     def _is_view(self, k: int) -> bool:
         return isinstance(self.steps[k], Alias)
@@ -234,10 +281,46 @@ class _Search(Placement):
                 return Load(store.buffer, store.index, self.buffers[store.buffer].dtype)
         return element if isinstance(element, Load) and not element.indirect else None
 
-    def _is_worth_it(self, norm: _Norm, readers: Sequence[int]) -> bool:
+    def _is_worth_it(self, norm: _Norm, readers: Sequence[int], before: tuple[int, Product] | None) -> bool:
         columns = [n for j in readers for n in self._columns(j)]
-        small = all(isinstance(n, int) for n in columns) and sum(n for n in columns if isinstance(n, int)) <= MOST_COLUMNS
-        return small and nbytes(self.buffers[norm.normed.buffer]) >= LEAST_BYTES
+        total = sum(n for n in columns if isinstance(n, int))
+        if nbytes(self.buffers[norm.normed.buffer]) < LEAST_BYTES or not all(isinstance(n, int) for n in columns):
+            return False
+        return total <= MOST_COLUMNS or (before is not None and total + before[1].sizes[2] <= MOST_COLUMNS_OF_TWO)
+
+    # ------------------------------------------------------------------ the product before
+
+    def _before(self, k: int, region: Region, norm: _Norm) -> tuple[int, Product] | None:
+        """The product that only step `k` reads, row by row: (its step, the product)."""
+        for i in range(k):
+            product = self._product(i)
+            if (
+                product is None
+                or product.result.buffer not in self.accesses[k][0]
+                or product.ends
+                or product.axes[0] is not None
+            ):
+                continue
+            operands = (product.a, product.b, product.result)
+            halves = {self.buffers[m.buffer].dtype for m in operands} == {self.buffers[norm.normed.buffer].dtype}
+            if product.sizes[1:] != (norm.count, product.sizes[2], norm.axis.size) or not halves:
+                continue
+            if not self._is_wanted(product.result.buffer, (i, k)):
+                return i, product
+        return None
+
+    def _summed(self, before: tuple[int, Product], scaled: Region, norm: _Norm, scale: BufferSpec) -> _Summed | None:
+        """The product with the elements that `scaled` stores and parts of its sums as its epilogue, and what is left."""
+        i, product = before
+        parts = _in_parts(scaled, norm, scale)
+        if parts is None:
+            return None
+        epilogue, rest = parts
+        self.buffers.update({spec.name: spec for spec in rest.buffers.values()})
+        contraction = self.epilogues.of(product, epilogue, False)
+        if contraction is None or product.result.buffer in contraction.region.reads():
+            return None
+        return _Summed(i, contraction, rest)
 
     # ------------------------------------------------------------------ the products
 
@@ -435,6 +518,43 @@ def _with_scale(region: Region, norm: _Norm, scale: BufferSpec, shift: int) -> R
     nest = replace(region.nest, stores=(*stores, Store(scale.name, norm.place, value)))
     new = replace(region, name=f"{region.name}.scale", buffers=region.buffers | {scale.name: scale})
     return with_nests(new, nest, None)
+
+
+def _in_parts(scaled: Region, norm: _Norm, scale: BufferSpec) -> tuple[Region, Region] | None:
+    """`scaled` in two regions, one over elements, which stores sums of SUMMED_COLUMNS of a row each, and one that adds these
+    up; None where it computes other things of rows."""
+    nest, axis, length = scaled.nest, norm.axis, norm.axis.size
+    *others, own = nest.stores
+    sums = [n for n in postorder(own.roots) if isinstance(n, Reduce | Scan)]
+    if not isinstance(length, int) or length % SUMMED_COLUMNS or not all(map(is_repeatable, others)):
+        return None
+    if norm.rows.buffer not in (s.buffer for s in others) or not all(
+        isinstance(n, Reduce) and n.kind == "sum" for n in sums
+    ):
+        return None
+    operands = [Store("", 0, cast(n.args[0], torch.float32)) for n in sums]
+    if not all(map(is_repeatable, operands)) or any(n.dtype != torch.float32 for n in sums):
+        return None
+    count, number = length // SUMMED_COLUMNS, axis.name[1:]
+    column, part = Sym(f"x{number}", size=length), Sym(f"r{number}", size=count)
+    stores = [s.transformed({axis: symbol(column)}) for s in others]
+    images: dict[Scalar, Scalar] = {}
+    specs = {}
+    for k, (total, operand) in enumerate(zip(sums, operands, strict=True)):
+        name, first = f"{scale.name}.sums{k}", mul(norm.place, count)
+        specs[name] = BufferSpec(name, torch.float32, scaled.device, (norm.count, count), (count, 1))
+        place = add(first, floordiv(symbol(column), SUMMED_COLUMNS))
+        stores.append(Store(name, place, transform(operand.value, {axis: symbol(column)}), "sums"))
+        load = Load(name, add(first, symbol(part)), torch.float32)
+        images[total] = Reduce("sum", (load,), (part,), torch.float32)
+    buffers = scaled.buffers | specs
+    elements = replace(scaled, name=f"{scaled.name}.sums", buffers=buffers)
+    rest = replace(scaled, name=f"{scaled.name}.of.sums", buffers=buffers)
+    added = Store(own.buffer, own.index, replaced_in(own.value, images))
+    return (
+        with_nests(elements, Nest(loop_order((*nest.points, column)), (), tuple(stores)), None),
+        with_nests(rest, Nest(nest.points, (part,), (added,)), None),
+    )
 
 
 def _times(a: Scalar, b: Scalar) -> Scalar:

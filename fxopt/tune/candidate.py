@@ -26,6 +26,7 @@ from fxopt.codegen.triton_contraction import (
     print_side_by_side,
     problem_of,
     problem_of_all,
+    takes_sums,
     with_room,
     with_vectors,
 )
@@ -196,6 +197,7 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     chosen = [with_vectors(contraction, with_room(contraction, config, target)) for config in ranked]
     tailed = [t for c in chosen if (t := gemm_config.with_tail(problem, c, target)) != c]
     chosen += tailed if mode == "max-autotune" else tailed[:1]
+    chosen = [c for c in chosen if takes_sums(contraction, c)]
     if chosen and (problem.itemsize == 1 or mode == "max-autotune"):
         best = ranked[: GEMM_CANDIDATES["default"]]
         direct = [d for c in best if (d := with_direct_stores(contraction, problem, c, target)) is not None]

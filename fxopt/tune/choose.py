@@ -241,15 +241,17 @@ class _Tuning:
         known = {name: contests.of[name] for name in names if name in contests.of}
         single = [way for way in each.ways[1:] if len(way.steps) == 1 and contests is self.optional]
         alone = {name for way in single for name in way.names}
-        tried = {name: self._contenders(contest, name in alone) for name, contest in known.items()}
+        only_best = each.kind == norm_scales.NAME
+        tried = {name: self._contenders(contest, name in alone, only_best) for name, contest in known.items()}
         return {name: [_adopted(c, contests.own[name]) for c in choices] for name, choices in tried.items()}
 
-    def _contenders(self, contest: _Contest, alone: bool) -> list[Choice]:
-        """What is tried for a step of a way: of a region that is not `alone` in it, its own winner: every configuration of
-        each step with every one of the others would be many.
+    def _contenders(self, contest: _Contest, alone: bool, only_best: bool) -> list[Choice]:
+        """What is tried for a step of a way: of a region that is not `alone` in it, its own winner, and so `only_best` of a
+        contraction: every configuration of each step with every one of the others would be many.
         """
-        if alone or not isinstance(contest.region, Region | Batch) or not contest.built:
-            return _usable(contest)
+        usable = _usable(contest)
+        if not usable or not (only_best or (not alone and isinstance(contest.region, Region | Batch))):
+            return usable
         if id(contest) not in self.winners:
             self.winners[id(contest)] = _fastest(contest, self.store, self.measurements, self.lowered)
         return [self.winners[id(contest)]]

@@ -18,7 +18,22 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxopt.ir.exprs import Atom, Expr, Int, Sym, as_symbol, evaluate, free_symbols
-from fxopt.ir.loops import BINARY, COMPARE, Const, IndexValue, Load, Masked, Nest, Op, Reduce, Scalar, Scan, Store, postorder
+from fxopt.ir.loops import (
+    BINARY,
+    COMPARE,
+    SUMMED_COLUMNS,
+    Const,
+    IndexValue,
+    Load,
+    Masked,
+    Nest,
+    Op,
+    Reduce,
+    Scalar,
+    Scan,
+    Store,
+    postorder,
+)
 from fxopt.ir.region import (
     Alias,
     Alternatives,
@@ -237,11 +252,14 @@ def sizes_of(buffers: Mapping[str, BufferSpec], given: Mapping[str, torch.Tensor
 
 
 def _write(memory: torch.Tensor, where: torch.Tensor, value: torch.Tensor, mode: str) -> None:
-    assert mode in ("set", "add"), mode
+    assert mode in ("set", "add", "sums"), mode
     where, value = where.reshape(-1), value.reshape(-1)
     assert not where.numel() or (int(where.min()) >= 0 and int(where.max()) < memory.numel()), "a store outside its buffer"
     if mode == "set":
         memory[where] = value.to(memory.dtype)
+    elif mode == "sums":
+        assert torch.bincount(where, minlength=memory.numel()).eq(SUMMED_COLUMNS).all(), "not runs of columns"
+        memory.zero_().index_add_(0, where, value.to(memory.dtype))
     else:
         dtype = compute_dtype(memory.dtype)
         memory.copy_(memory.to(dtype).index_put((where,), value.to(dtype), accumulate=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.capture.decompositions import decompositions
-from fxopt.ir.region import Alternatives, Contraction, Region, Way
+from fxopt.errors import UnsupportedError
+from fxopt.ir.loops import SUMMED_COLUMNS
+from fxopt.ir.region import Alias, Alternatives, Contraction, Region, Way, base_of
 from fxopt.lower import Lowered
 from fxopt.lower.contractions import FUSED, LIBRARY, TWO, with_contractions
-from fxopt.lower.norm_scales import LEAST_BYTES, SCALED, SCALED_FUSED, STORED, Fold, folded, with_norm_scales
+from fxopt.lower.norm_scales import (
+    LEAST_BYTES,
+    SCALED,
+    SCALED_FUSED,
+    STORED,
+    SUMMED,
+    SUMMED_FUSED,
+    Fold,
+    folded,
+    with_norm_scales,
+)
 from fxopt.lower.schedule import schedule
 from fxopt.lower.ways import replaced
 from tests.codegen.triton_interpreter import Interpreter
@@ -26,8 +40,10 @@ from tests.numerics import assert_closer, to_float64
 
 pytest.importorskip("triton")
 
+from fxopt.codegen.templates.gemm_problem import GemmConfig
 from fxopt.codegen.triton import configs, print_region
 from fxopt.codegen.triton_build import compile_triton
+from fxopt.codegen.triton_contraction import print_contraction
 from fxopt.target import Target
 from fxopt.tune.candidate import contraction_candidates
 
@@ -243,38 +259,123 @@ def test_small_norms_and_wide_products_are_not_worth_it() -> None:
         assert sum(isinstance(s, Alternatives) for s in both.steps) == expected
 
 
+def between(x: Tensor, residual: Tensor, before: Tensor, weight: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """A residual sum of a product, and a layer of its norm."""
+    total = residual + F.linear(x, before)
+    return total, F.relu(F.linear(llama(total, weight), w))
+
+
+def sublayers(dtype: torch.dtype, rows: tuple[int, ...] = (2, 48), width: int = 128) -> list[Tensor]:
+    shapes = ((*rows, 80), (*rows, width), (width, 80), (width,), (64, width))
+    return [rand(*shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_the_product_before_adds_up_squares(dtype: torch.dtype) -> None:
+    ways = check(between, sublayers(dtype), (2, 3, 4), LIBRARY)
+    expected = [(STORED, 4), (SCALED, 4), (SCALED_FUSED, 3), (SUMMED, 4), (SUMMED_FUSED, 3)]
+    assert labels(ways) == expected
+    assert labels(check(between, sublayers(dtype), (2, 3, 4), FUSED)) == [(STORED, 3), (SCALED, 3), (SUMMED, 3)]
+
+
+def run_kernels(
+    server: Interpreter, both: Lowered, folds: dict[str, Fold], way: Way, given: Sequence[Tensor]
+) -> list[Tensor]:
+    """The results of `way`, by the printed kernels of the first candidates."""
+    done, target = folded(replaced(both, {of(both).name: way}), folds), Target.cuda(90)
+    memory = {n: x.flatten().clone() for n, x in zip(done.inputs, given, strict=True)}
+    memory |= {n: x.flatten().clone() for n, x in done.constants.items()}
+    for step in way.steps:
+        assert isinstance(step, Region | Contraction)
+        for name in step.writes():
+            spec = done.buffers[name]
+            memory[name] = torch.full((spec.extent,), torch.nan, dtype=spec.dtype)  # type: ignore[arg-type]
+        if isinstance(step, Contraction):
+            kernels = contraction_candidates(step, target, "max-autotune")[0].sources
+        else:
+            kernels = print_region(step, configs(step, target)[0], target).kernels
+        for kernel in kernels:
+            server.run(kernel, memory)
+    specs = (done.buffers[base_of(o.name, {s.name: s for s in done.steps if isinstance(s, Alias)})] for o in done.outputs)
+    return [memory[spec.name].view(spec.shape) for spec in specs]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 def test_kernels_have_eagers_values(interpreter: Interpreter, dtype: torch.dtype) -> None:
-    fn = sublayer(llama)
     args = [rand(*shape, dtype=dtype) for shape in ((64, 128), (64, 128), (128,), (32, 128), (32, 128))]
-    low = frozen(fn, args, (2, 3, 4), TWO)
-    both, folds = with_norm_scales(low, every=True)
-    done = folded(replaced(both, {of(both).name: of(both).ways[1]}), folds)
-    memory = {n: x.flatten().clone() for n, x in zip(low.inputs, args[:2], strict=True)}
-    memory |= {n: x.flatten().clone() for n, x in done.constants.items()}
-    target = Target.cuda(90)
-    region, contraction = (s for s in done.steps if isinstance(s, Region | Contraction))
-    assert isinstance(region, Region) and isinstance(contraction, Contraction)
-    for name in (*region.writes(), *contraction.writes()):
-        spec = done.buffers[name]
+    both, folds = with_norm_scales(frozen(sublayer(llama), args, (2, 3, 4), TWO), every=True)
+    got = run_kernels(interpreter, both, folds, of(both).ways[1], args[:2])
+    assert_closer(tuple(got), sublayer(llama)(*args), sublayer(llama)(*to_float64(args)))
+
+
+@pytest.mark.parametrize("rows", [96, 70])
+def test_kernels_that_add_up_squares_have_eagers_values(interpreter: Interpreter, rows: int) -> None:
+    args = sublayers(BF16, (rows,), 192)
+    both, folds = with_norm_scales(frozen(between, args, (2, 3, 4), FUSED), every=True)
+    ways = {way.label: way for way in of(both).ways}
+    got = run_kernels(interpreter, both, folds, ways[SUMMED], args[:2])
+    assert_closer(tuple(got), between(*args), between(*to_float64(args)))
+
+
+@pytest.mark.parametrize(("block", "subtile"), [(64, 1), (128, 2), (128, 1), (256, 2)])
+@pytest.mark.parametrize("tma", [False, True])
+def test_every_width_of_tile_adds_up_the_same_columns(interpreter: Interpreter, block: int, subtile: int, tma: bool) -> None:
+    args = sublayers(BF16, (70,), 320)
+    both, _ = with_norm_scales(frozen(between, args, (2, 3, 4), FUSED), every=True)
+    contraction = next(way for way in of(both).ways if way.label == SUMMED).steps[0]
+    assert isinstance(contraction, Contraction)
+    config = GemmConfig(tma, 32, block, 16, 4, 3, subtile=subtile)
+    (kernel,) = print_contraction(contraction, config, Target.cuda(90)).kernels
+    memory = {n: x.flatten().clone() for n, x in zip(both.inputs, args[:2], strict=True)}
+    memory |= {n: x.flatten().clone() for n, x in both.constants.items()}
+    for name in contraction.writes():
+        spec = both.buffers[name]
         memory[name] = torch.full((spec.extent,), torch.nan, dtype=spec.dtype)  # type: ignore[arg-type]
-    kernels = [*print_region(region, configs(region, target)[0], target).kernels]
-    kernels += contraction_candidates(contraction, target, "max-autotune")[0].sources
-    for kernel in kernels:
-        interpreter.run(kernel, memory)
-    got = tuple(memory[o.name].view(o_shape) for o, o_shape in zip(low.outputs, ((64, 128), (64, 32)), strict=True))
-    assert_closer(got, fn(*args), fn(*to_float64(args)))
+    interpreter.run(kernel, memory)
+    (name,) = (n for n in contraction.writes() if both.buffers[n].dtype == torch.float32)
+    total = args[1].double() + args[0].double() @ args[2].double().t()
+    exact = total.square().unflatten(1, (-1, SUMMED_COLUMNS)).sum(-1)
+    assert (memory[name].view(exact.shape) - exact).abs().max() < 1e-4 * exact.max()
+
+
+def test_tiles_of_fewer_columns_add_up_nothing() -> None:
+    both, _ = with_norm_scales(frozen(between, sublayers(BF16), (2, 3, 4), FUSED), every=True)
+    contraction = next(way for way in of(both).ways if way.label == SUMMED).steps[0]
+    assert isinstance(contraction, Contraction)
+    for config in (GemmConfig(False, 32, 64, 16, 4, 3, subtile=2), GemmConfig(False, 32, 64, 16, 4, 3, split=2)):
+        with pytest.raises(UnsupportedError, match="sums of columns"):
+            print_contraction(contraction, config, Target.cuda(90))
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_first_candidates_compile_without_spills(arch: int) -> None:
     target = Target.cuda(arch)
     args = [rand(*shape) for shape in ((2048, 512), (2048, 512), (512,), (1024, 512), (1024, 512))]
+    layer = [rand(*shape) for shape in ((2048, 512), (2048, 768), (768, 512), (768,), (1024, 768))]
     for fn, own, constants, way in (
         (sublayer(llama), args, (2, 3, 4), TWO),
         (plain(llama), args[1:4], (1, 2), LIBRARY),
+        (between, layer, (2, 3, 4), FUSED),
     ):
         both, _ = with_norm_scales(frozen(fn, own, constants, way))
-        (contraction,) = (s for s in of(both).ways[1].steps if isinstance(s, Contraction))
-        (kernel,) = contraction_candidates(contraction, target, "max-autotune")[0].sources
-        assert compile_triton(kernel, target)[1]["n_spills"] == 0
+        for contraction in (s for s in of(both).ways[-1].steps if isinstance(s, Contraction)):
+            (kernel,) = contraction_candidates(contraction, target, "max-autotune")[0].sources
+            assert compile_triton(kernel, target)[1]["n_spills"] == 0
+
+
+def test_golden() -> None:
+    """`EXPECTTEST_ACCEPT=1 pytest` writes the text anew."""
+    args = [rand(*shape, dtype=BF16) for shape in ((4096, 768), (4096, 768), (768, 768), (768,), (3072, 768))]
+    both, _ = with_norm_scales(frozen(between, args, (2, 3, 4), FUSED))
+    texts = []
+    for step in of(both).ways[-1].steps:
+        if isinstance(step, Contraction):
+            texts.append(
+                print_contraction(step, GemmConfig(True, 128, 128, 64, 8, 3, subtile=2), Target.cuda(90)).kernels[0].text
+            )
+        elif isinstance(step, Region):
+            texts.append(print_region(step, configs(step, Target.cuda(90))[0], Target.cuda(90)).kernels[0].text)
+    path = Path(__file__).parents[1] / "golden" / "triton_norm_scales.txt"
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text("\n\n".join(texts))
+    assert path.read_text() == "\n\n".join(texts)

@@ -544,6 +544,27 @@ def test_a_norm_becomes_factors_of_rows_where_that_is_faster(bench: Bench, store
     assert compiler._with_row_norms(graph, first, chosen, off, journal, store)[0] is first
 
 
+def test_the_product_before_adds_up_a_norms_squares_where_that_is_faster(bench: Bench, store: ArtifactStore) -> None:
+    def fn(x: torch.Tensor, residual: torch.Tensor, before: torch.Tensor, g: torch.Tensor, w: torch.Tensor) -> Any:
+        total = residual + F.linear(x, before)
+        return total, F.linear(F.rms_norm(total, (512,), g), w)
+
+    weights = (torch.rand(shape).to(torch.bfloat16) for shape in ((512, 256), (512,), (256, 512)))
+    args = (rand(2048, 256), rand(2048, 512), *weights)
+    low = captured(fn, args)
+    low = replace(low, inputs=low.inputs[:2], constants=dict(zip(low.inputs[2:], args[2:], strict=True)))
+    first, chosen, failed, journal = tuned(low, store)
+    assert not failed and [type(s) for s in steps_of(first)] == [Call, Region, Call]
+    bench.seconds = {norm_scales.SUMMED: 0.5}
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    graph = Graph(gm, [Input(n, Role.PARAMETER) for n in low.inputs], Phase.INFERENCE, "test", int)
+    kept, chosen = compiler._with_row_norms(graph, first, chosen, Options(), journal, store)
+    assert [type(s) for s in steps_of(kept)] == [Contraction, Region, Contraction]
+    labels = bench.measured[-1][1]
+    assert [label.split()[0] for label in labels] == [norm_scales.STORED, norm_scales.SCALED, norm_scales.SUMMED]
+    planned(kept, chosen)
+
+
 @pytest.mark.parametrize("faster", [row_norms.APART, row_norms.SUMMED])
 def test_a_norm_adds_up_parts_of_the_librarys_product_where_that_is_faster(
     bench: Bench, store: ArtifactStore, faster: str

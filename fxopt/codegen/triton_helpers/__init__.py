@@ -60,6 +60,8 @@ from fxopt.codegen.triton_helpers.reductions import (
     group_sum,
     larger_place,
     product,
+    run_ends,
+    run_sums,
     three_sums,
     welford,
     welford_step,

@@ -37,6 +37,18 @@ def three_sums(a, b, c, d, e, f):
 
 
 @triton.jit
+def run_sums(block, RUN: tl.constexpr):
+    """The sums of RUN neighbours each in the rows of a block [R, C]: [R, C / RUN]."""
+    return tl.sum(tl.reshape(block, [block.shape[0], block.shape[1] // RUN, RUN]), 2)
+
+
+@triton.jit
+def run_ends(numbers, RUN: tl.constexpr):
+    """The last of RUN rising numbers each, of [1, C]: [1, C / RUN]."""
+    return tl.max(tl.reshape(numbers, [1, numbers.shape[1] // RUN, RUN]), 2)
+
+
+@triton.jit
 def group_sum(x, SIZE: tl.constexpr):
     """Of a column [n, 1], the sum over each SIZE neighbours, for all of these."""
     groups: tl.constexpr = x.shape[0] // SIZE
