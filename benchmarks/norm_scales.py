@@ -7,6 +7,7 @@ and as the tuner has it, interleaved with eager; all are compared with float64. 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from benchmarks.kernels_micro import excess
 from benchmarks.region_layers import Chain, Gated, Heads, RmsNorm, RotaryHeads
 from benchmarks.results import revision, target_facts, versions
 from fxopt.cli import pick_device
+from fxopt.lower import norm_scales
 from fxopt.lower.norm_scales import SCALED, SCALED_FUSED, STORED, SUMMED, SUMMED_FUSED
 from fxopt.report.measure import interleaved
 
@@ -142,6 +145,7 @@ def main(
     only: Annotated[str, typer.Option(help="comma-separated: models whose names contain one of these")] = "",
     dtype: str = "bfloat16",
     seconds: Annotated[float, typer.Option(help="of timing for each model")] = 1.0,
+    every: Annotated[bool, typer.Option("--every", help="contests of norms before many columns, too")] = False,
     limit: Annotated[float, typer.Option(help="begin no further model after so many seconds")] = 300.0,
     tiny: Annotated[bool, typer.Option("--tiny", help="tiny sizes, to try the harness itself")] = False,
 ) -> None:
@@ -150,9 +154,11 @@ def main(
     entries: list[dict[str, Any]] = []
     facts = {**target_facts(where), **versions(), "revision": revision()}
     out.mkdir(parents=True, exist_ok=True)
+    most = dict.fromkeys(("MOST_COLUMNS", "MOST_COLUMNS_OF_TWO"), 1 << 30) if every else {}
     for model in containing_any(MODELS, only, lambda m: m.name):
         if time.perf_counter() - began < limit:
-            entries.append(measured(model.tiny if tiny else model, where, getattr(torch, dtype), seconds))
+            with mock.patch.multiple(norm_scales, **most) if most else contextlib.nullcontext():
+                entries.append(measured(model.tiny if tiny else model, where, getattr(torch, dtype), seconds))
             typer.echo(report(entries[-1]))
             text = json.dumps({"device": facts, "dtype": dtype, "models": entries}, indent=1)
             (out / "norm_scales.json").write_text(text + "\n")
