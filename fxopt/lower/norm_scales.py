@@ -59,9 +59,10 @@ LEAST_BYTES = 2 << 20
 """Of a norm that is worth a contest: smaller ones do not leave the L2 cache."""
 
 MOST_COLUMNS = 8192
-"""Of all products of a norm: those of more take so long that what the norm costs is within the noise of measuring."""
+"""Of all products of a norm: those of more take so long that what the norm costs is within the noise of measuring. Of 6144
+columns and rows of 4096 it is 3 % (an H200)."""
 
-MOST_COLUMNS_OF_TWO = 16384
+MOST_COLUMNS_OF_TWO = 32768
 """The same where a product before, whose inner dimension counts as well, saves a kernel that reads and writes the rows."""
 
 _LARGEST, _SHIFT = 2.0**15, 8

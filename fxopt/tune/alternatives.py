@@ -18,10 +18,11 @@ from fxopt.ir.attention_backends import enabled_backends
 from fxopt.ir.precision import convolutions_use_tf32, products_use_tf32
 from fxopt.ir.region import Alternatives, Call, Contraction, Ref, ScoredAttention, Way
 from fxopt.journal import Journal
+from fxopt.lower import norm_scales
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 from fxopt.tune.candidate import Choice, sizes_of
-from fxopt.tune.contest import decide
+from fxopt.tune.contest import NOISE, NOISE_OF_ONE_KERNEL, decide
 from fxopt.tune.measure import CLOSE, METHOD, BoundCall, Measurements, Memory, Trial, assumed_sizes, with_cold
 from fxopt.tune.records import RecordKey
 from fxopt.tune.values import unlike_the_first
@@ -109,7 +110,9 @@ def _fastest(
         return first
     unmeasured = trials[1].label if isinstance(alternatives.ways[-1].steps[0], ScoredAttention) else first
     key = RecordKey("alternatives", facts)
-    found = decide(key, alternatives.name, memory, alternatives.device, trials, store, measurements, unlike_the_first)
+    # Ways of a norm differ by what moving its rows takes, beside products that are the same or as fast in all of them.
+    noise = NOISE_OF_ONE_KERNEL if alternatives.kind == norm_scales.NAME else NOISE
+    found = decide(key, alternatives.name, memory, alternatives.device, trials, store, measurements, unlike_the_first, noise)
     if found is None:
         return unmeasured  # the eager forms of attention in training store scores, which costs more than any kernel
     winner, figures = _reading_less(*found), found[1]

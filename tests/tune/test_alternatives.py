@@ -529,7 +529,7 @@ def test_a_norm_becomes_factors_of_rows_where_that_is_faster(bench: Bench, store
     low = replace(low, inputs=low.inputs[:2], constants=known)
     first, chosen, failed, journal = tuned(low, store)
     assert not failed and isinstance(steps_of(first)[1], Call)
-    bench.seconds = {faster: 0.5}
+    bench.seconds = {faster: 0.98}  # ways that differ in little else
     gm = torch.fx.symbolic_trace(torch.nn.Identity())
     graph = Graph(gm, [Input(n, Role.PARAMETER) for n in low.inputs], Phase.INFERENCE, "test", int)
     kept, chosen = compiler._with_row_norms(graph, first, chosen, Options(), journal, store)
