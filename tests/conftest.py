@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from tests.codegen.triton_interpreter import Interpreter
+from tests.compilers import REAL, remembering
 
 gc.disable()  # until all is imported: see pytest_collection_finish
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -49,13 +50,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def remembering_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A C++ compiler, for FXOPT_CXX, that compiles nothing twice."""
+    return remembering(tmp_path_factory.mktemp("compiler"))
+
+
 @pytest.fixture
-def fresh_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fresh_cache(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembering_compiler: str
+) -> Path:
     """An fxopt cache directory for one test: empty, or where KEPT_CACHES names a folder as its last run there left it."""
     kept = os.environ.get("KEPT_CACHES")
     own = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
     directory = Path(kept, own) if kept else tmp_path / "cache"
     monkeypatch.setenv("FXOPT_CACHE_DIR", str(directory))
+    if REAL is not None:
+        monkeypatch.setenv("FXOPT_CXX", remembering_compiler)
     return directory
 
 

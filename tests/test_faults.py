@@ -21,6 +21,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fxopt.runtime.artifacts import ArtifactStore
+from tests.compilers import REAL, compiler
 from tests.fault_server import ROOT, Job, Server
 
 QUICK = "import fxopt.codegen.cxx as c; c.PROBE_SECONDS = c.COMPILE_SECONDS = 1.0"
@@ -38,16 +39,6 @@ class Report:
     stderr: str = field(default="", repr=False)
 
 
-REAL = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-REMEMBERING = """
-    for a; do [ "$before" = -o ] && out=$a; case $a in *.cpp) text=$a;; esac; before=$a; done
-    [ -n "$text" ] && [ -n "$out" ] || exec REAL "$@"
-    known=FOLDER/$(sha256sum <"$text" | cut -c1-64)
-    [ -f "$known" ] || { REAL "$@" && cp "$out" "$known.$$" && mv "$known.$$" "$known"; } || exit 1
-    cp "$known" "$out"
-"""
-
-
 class Surroundings:
     """What the jobs of this file share: a server, and a compiler that remembers what it has compiled."""
 
@@ -56,19 +47,10 @@ class Surroundings:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("compiled")
-    body = textwrap.dedent(REMEMBERING).replace("REAL", str(REAL)).replace("FOLDER", str(folder))
-    Surroundings.compiler = compiler(tmp_path_factory.mktemp("compiler"), body)
+def surroundings(tmp_path_factory: pytest.TempPathFactory, remembering_compiler: str) -> Iterator[None]:
+    Surroundings.compiler = remembering_compiler
     with Server(tmp_path_factory.mktemp("jobs")) as Surroundings.server:
         yield
-
-
-def compiler(folder: Path, body: str) -> str:
-    path = folder / "compiler"
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o700)
-    return str(path)
 
 
 def settings(cache: Path | str, **changes: str) -> dict[str, str]:
