@@ -52,7 +52,7 @@ PY
 }
 
 install_beside_existing_torch() {
-    local version="$1" pip=("$VENV_PYTHON" -m pip install -qq --retries 1)
+    local version="$1" pip=("$VENV_PYTHON" -m pip install -qq --no-compile --retries 1)
     echo "fxopt set-up: using the installed torch $version" >&2
     # Python 3.11's bundled setuptools is too old and would hide the shared one, which needs no network to build with.
     "$VENV_PYTHON" -m pip uninstall -qq -y setuptools 2>/dev/null || true
@@ -71,7 +71,7 @@ install_with_torch() {
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     fi
     echo "fxopt set-up: installing torch and the tools ($constraints)" >&2
-    "$VENV_PYTHON" -m pip install -qq "${index[@]}" -c constraints.txt -c "$constraints" -e ".[$EXTRAS]"
+    "$VENV_PYTHON" -m pip install -qq --no-compile "${index[@]}" -c constraints.txt -c "$constraints" -e ".[$EXTRAS]"
 }
 
 set_up() {
@@ -92,5 +92,8 @@ set_up() {
     echo "$stamp" >.venv/.stamp
 }
 
+# The first process that imports a module keeps its bytecode for the others. Pip, which would compile the thousands that
+# nobody imports, too, takes a minute for that.
+unset PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 set_up
