@@ -1,7 +1,7 @@
 """Cases of which each contender is compiled ahead, all side by side, and timed where nothing else measures.
 
-Compiling takes most of a run's time, above all Inductor's max-autotune, of which a process keeps few cores busy. So each
-contender of each case is compiled by whichever of many workers is free, the longest first, into caches of its own. What is
+Compiling takes most of a run's time, of which a process keeps few cores busy. So each contender of each case is compiled by
+whichever of many workers is free, into caches of its own: those of max-autotune last, since they may well not end. What is
 compiled whole is timed by workers with cores to themselves: they find the caches, compile in seconds and run the contenders
 in turns, holding the device's lock, for which compilers wait when they tune.
 """
@@ -74,9 +74,9 @@ class _Entry:
 
 
 def precedence(workload: Workload, contender: Contender) -> tuple[bool, bool, bool]:
-    """Larger for what is compiled earlier: max-autotune, which takes ten times as long as the others, then fxopt, which
-    tunes while the former do not yet, and of each the training steps, which take three times as long."""
-    return contender.slow, contender.backend == "fxopt", workload.training
+    """Larger for what is compiled earlier: fxopt, then the others, of each the training steps first, which take three times
+    as long; last max-autotune, which takes ten times as long, and beside whose tuning nobody gets a turn at the device."""
+    return not contender.slow, contender.backend == "fxopt", workload.training
 
 
 @dataclass

@@ -85,7 +85,7 @@ def run(tmp_path: Path, *names: str, processes: int = 2) -> tuple[dict[str, dict
     return cases, [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def test_a_case_is_timed_with_all_caches_after_the_longest_compilations(tmp_path: Path) -> None:
+def test_a_case_is_timed_with_all_caches_after_its_last_compilation(tmp_path: Path) -> None:
     cases, asked = run(tmp_path, "vit-b", "vit-b-train", processes=1)
     assert list(cases) == ["vit-b", "vit-b-train"]
     for rows in cases.values():
@@ -96,11 +96,8 @@ def test_a_case_is_timed_with_all_caches_after_the_longest_compilations(tmp_path
     assert inference["fxopt"]["contests"] == {"forward r0": {"looped": 1e-5}}
     assert inference["fxopt"]["seconds"] == inference["eager"]["seconds"] == 0.1
     compiled = [(name, contenders[0]) for name, contenders, early, _ in asked if early]
-    assert compiled[:3] == [
-        ("vit-b-train", "inductor-max-autotune"),
-        ("vit-b", "inductor-max-autotune"),
-        ("vit-b-train", "fxopt"),
-    ]
+    slow = "inductor-max-autotune"
+    assert compiled[0] == ("vit-b-train", "fxopt") and compiled[-2:] == [("vit-b-train", slow), ("vit-b", slow)]
     assert ("vit-b-train", "fxopt-freeze") not in compiled and len(compiled) == 7
     for name in cases:
         mine = [at for at, (workload, _, early, _) in enumerate(asked) if workload == name and early]
