@@ -20,33 +20,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fxopt.ir.exprs import Int, Sym, add, coefficient, floordiv, mul, symbol
-from fxopt.ir.loops import (
-    SUMMED_COLUMNS,
-    Const,
-    Load,
-    Nest,
-    Op,
-    Reduce,
-    Scalar,
-    Scan,
-    Store,
-    loop_order,
-    postorder,
-    replaced_in,
-    transform,
-)
+from fxopt.ir.exprs import Int, symbol
+from fxopt.ir.loops import Store
 from fxopt.ir.region import Alias, Alternatives, BufferSpec, Call, Contraction, Matrix, Region, Way, base_of, refs
-from fxopt.ir.rounding import HALVES
-from fxopt.lower.channel_sums import constant_along, uncast
+from fxopt.lower.channel_sums import constant_along
 from fxopt.lower.cost import nbytes
 from fxopt.lower.epilogues import Epilogues
-from fxopt.lower.joining import with_nests
 from fxopt.lower.lowering import Lowered
+from fxopt.lower.norm_factors import Norm, factor_at, find_norm, in_parts, rows_of, times, with_factor, with_scale
 from fxopt.lower.placement import Placement
 from fxopt.lower.products import QUANTIZED, Product, find_product
-from fxopt.lower.recompute import is_repeatable
-from fxopt.lower.values import cast
 
 NAME = "norm-scales"
 """What `Options.disable` calls them."""
@@ -94,23 +77,6 @@ _AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """The store `normed` of a region: element (row, axis) of the matrix `rows` in memory, times the product of `by_row`,
-    times that of `by_column`, which vary along one of both only.
-
-    `place` is the row's number, of all `count` ones, in the points of the region.
-    """
-
-    normed: Store
-    axis: Sym
-    rows: Matrix
-    by_row: tuple[Scalar, ...]
-    by_column: tuple[Scalar, ...]
-    place: Int
-    count: int
-
-
-@dataclass(frozen=True)
 class _Reader:
     """Step `step` reads the norm's rows: as `alone` of it and, with the step after it that takes its result, `fused`."""
 
@@ -149,6 +115,7 @@ class _Search(Placement):
         self.buffers = dict(lowered.buffers)
         self.epilogues = Epilogues(self.buffers, self.buffers)
         self.folds: dict[str, Fold] = {}
+        self.makers = {name: k for k, (_, writes) in enumerate(self.accesses) for name in writes}
 
     def run(self) -> tuple[Lowered, dict[str, Fold]]:
         for k, step in enumerate(self.steps):
@@ -168,7 +135,7 @@ class _Search(Placement):
         readers = [j for j in range(len(self.steps)) if store.buffer in self.accesses[j][0] and not self._is_view(j)]
         if store.buffer in self.kept or not readers or readers[0] <= k:
             return False
-        norm = self._norm(region, store)
+        norm = find_norm(region, store)
         if norm is None:
             return False
         before = self._before(k, region, norm)
@@ -182,13 +149,13 @@ class _Search(Placement):
         found = [each for j in readers if (each := self._reader(j, norm, scale, shift)) is not None]
         if len(found) < len(readers):
             return False
-        scaled = _with_scale(region, norm, scale, shift)
+        scaled = with_scale(region, norm, scale, shift)
         summed = None if before is None else self._summed(before, scaled, norm, scale)
         return self._put_found(k, scaled, norm, found, summed) or (
             summed is not None and self._put_found(k, scaled, norm, found, None)
         )
 
-    def _put_found(self, k: int, scaled: Region, norm: _Norm, readers: Sequence[_Reader], summed: _Summed | None) -> bool:
+    def _put_found(self, k: int, scaled: Region, norm: Norm, readers: Sequence[_Reader], summed: _Summed | None) -> bool:
         """Put alternatives in the place of step `k`, which `scaled` is in the other ways, of `readers`, and of the product
         that `summed` has."""
         steps, uses = {each.step for each in readers}, Counter(each.after for each in readers)
@@ -244,45 +211,7 @@ class _Search(Placement):
     def _is_view(self, k: int) -> bool:
         return isinstance(self.steps[k], Alias)
 
-    # ------------------------------------------------------------------ the norm
-
-    def _norm(self, region: Region, store: Store) -> _Norm | None:
-        nest, spec = region.nest, self.buffers[store.buffer]
-        if len(nest.reduced) != 1 or store.mode != "set" or store.indirect or spec.dtype not in HALVES:
-            return None
-        (axis,) = nest.reduced
-        length, elements = axis.size, spec.numel
-        if not isinstance(length, int) or not isinstance(elements, int) or coefficient(store.index, axis) != 1:
-            return None
-        element, by_row, by_column = None, list[Scalar](), list[Scalar]()
-        for factor in _factors(store.value, axis):
-            along = factor.symbols()
-            if axis not in along:
-                by_row.append(factor)
-            elif along.isdisjoint(nest.points):
-                by_column.append(factor)
-            elif element is None:
-                element = factor
-            else:
-                return None
-        load = None if element is None else self._in_memory(region, store, element)
-        if load is None or load.dtype != spec.dtype or not by_row:
-            return None
-        found = _as_rows(store.index, load, axis, nest.points)
-        if found is None:
-            return None
-        place, rows = found
-        return _Norm(store, axis, rows, tuple(by_row), tuple(by_column), place, elements // length)
-
-    def _in_memory(self, region: Region, normed: Store, element: Scalar) -> Load | None:
-        """Where `element` is in memory: stored by the region or loaded by it."""
-        for store in region.nest.stores:
-            plain = store is not normed and store.mode == "set" and not store.indirect
-            if plain and uncast(store.value) is element:
-                return Load(store.buffer, store.index, self.buffers[store.buffer].dtype)
-        return element if isinstance(element, Load) and not element.indirect else None
-
-    def _is_worth_it(self, norm: _Norm, readers: Sequence[int], before: tuple[int, Product] | None) -> bool:
+    def _is_worth_it(self, norm: Norm, readers: Sequence[int], before: tuple[int, Product] | None) -> bool:
         columns = [n for j in readers for n in self._columns(j)]
         total = sum(n for n in columns if isinstance(n, int))
         if nbytes(self.buffers[norm.normed.buffer]) < LEAST_BYTES or not all(isinstance(n, int) for n in columns):
@@ -291,29 +220,23 @@ class _Search(Placement):
 
     # ------------------------------------------------------------------ the product before
 
-    def _before(self, k: int, region: Region, norm: _Norm) -> tuple[int, Product] | None:
+    def _before(self, k: int, region: Region, norm: Norm) -> tuple[int, Product] | None:
         """The product that only step `k` reads, row by row: (its step, the product)."""
-        for i in range(k):
-            product = self._product(i)
-            if (
-                product is None
-                or product.result.buffer not in self.accesses[k][0]
-                or product.ends
-                or product.axes[0] is not None
-            ):
+        for i in sorted({self.makers.get(name, k) for name in region.reads()}):
+            product = self._product(i) if i < k else None
+            if product is None or product.ends or product.axes[0] is not None:
                 continue
             operands = (product.a, product.b, product.result)
             halves = {self.buffers[m.buffer].dtype for m in operands} == {self.buffers[norm.normed.buffer].dtype}
-            if product.sizes[1:] != (norm.count, product.sizes[2], norm.axis.size) or not halves:
-                continue
-            if not self._is_wanted(product.result.buffer, (i, k)):
+            same_rows = product.sizes[1:] == (norm.count, product.sizes[2], norm.axis.size)
+            if halves and same_rows and not self._is_wanted(product.result.buffer, (i, k)):
                 return i, product
         return None
 
-    def _summed(self, before: tuple[int, Product], scaled: Region, norm: _Norm, scale: BufferSpec) -> _Summed | None:
+    def _summed(self, before: tuple[int, Product], scaled: Region, norm: Norm, scale: BufferSpec) -> _Summed | None:
         """The product with the elements that `scaled` stores and parts of its sums as its epilogue, and what is left."""
         i, product = before
-        parts = _in_parts(scaled, norm, scale)
+        parts = in_parts(scaled, norm, scale)
         if parts is None:
             return None
         epilogue, rest = parts
@@ -346,7 +269,7 @@ class _Search(Placement):
             return [*step.products.values()]
         return [] if product is None else [product.b]
 
-    def _reader(self, j: int, norm: _Norm, scale: BufferSpec, shift: int) -> _Reader | None:
+    def _reader(self, j: int, norm: Norm, scale: BufferSpec, shift: int) -> _Reader | None:
         """Step `j` as products of the norm's rows with the factor `scale`, or None."""
         step, product = self.steps[j], self._product(j)
         if isinstance(step, Contraction):
@@ -355,11 +278,11 @@ class _Search(Placement):
         if product is None or product.ends or product.axes[0] is not None or not isinstance(product.a, Matrix):
             return None
         dtypes = {self.buffers[m.buffer].dtype for m in (product.a, product.b, product.result)}
-        a, b = _rows_of(product.a, norm), self._folded(product.b, norm, shift)
+        a, b = rows_of(product.a, product.sizes[2], norm), self._folded(product.b, norm, shift)
         addend = None if product.addend is None else product.addend.buffer
-        if a is None or b is None or len(dtypes) != 1 or addend == norm.normed.buffer:
+        if a is None or b is None or len(dtypes) != 1 or norm.normed.buffer in (addend, product.b.buffer):
             return None
-        factor = _factor_at(product.a, norm, scale, product.axes[1])
+        factor = factor_at(product.a, norm, scale, product.axes[1])
         own = replace(product, a=a, b=b, scales=(factor,))
         alone, name = self.epilogues.alone(own), product.result.buffer
         alone = replace(alone, name=f"{alone.name}.scaled")
@@ -371,17 +294,17 @@ class _Search(Placement):
                     return _Reader(j, alone, i, replace(fused, name=f"{fused.name}.scaled"))
         return _Reader(j, alone)
 
-    def _scaled(self, step: Contraction, norm: _Norm, scale: BufferSpec, shift: int) -> Contraction | None:
+    def _scaled(self, step: Contraction, norm: Norm, scale: BufferSpec, shift: int) -> Contraction | None:
         """The same of a contraction."""
-        a = _rows_of(step.a, norm) if isinstance(step.a, Matrix) else None
+        a = rows_of(step.a, step.depth, norm) if isinstance(step.a, Matrix) else None
         weights = {name: self._folded(m, norm, shift) for name, m in step.products.items()}
         if a is None or step.ends or step.quantized or step.row is not None or step.axes[0] is not None or step.tf32:
             return None
         if any(m is None for m in weights.values()) or norm.normed.buffer in step.region.reads():
             return None
         assert isinstance(step.a, Matrix)
-        factor = _factor_at(step.a, norm, scale, step.axes[1])
-        region = _with_factor(step.region, step.products, factor, scale)
+        factor = factor_at(step.a, norm, scale, step.axes[1])
+        region = with_factor(step.region, step.products, factor, scale)
         memory = [a, *(m for m in weights.values() if m is not None)]
         names = [*(m.buffer for m in memory), *(n for n in region.buffers if n not in step.products)]
         return replace(
@@ -396,7 +319,7 @@ class _Search(Placement):
 
     # ------------------------------------------------------------------ the weights
 
-    def _folded(self, b: Matrix, norm: _Norm, shift: int) -> Matrix | None:
+    def _folded(self, b: Matrix, norm: Norm, shift: int) -> Matrix | None:
         """`b` times what the norm multiplies columns by, as a constant that is still to be made."""
         if not norm.by_column:
             return b
@@ -408,7 +331,7 @@ class _Search(Placement):
         self.buffers[name] = replace(self.buffers[b.buffer], name=name)
         return replace(b, buffer=name)
 
-    def _dim(self, b: Matrix, norm: _Norm) -> int | None:
+    def _dim(self, b: Matrix, norm: Norm) -> int | None:
         """Along which dimension of its buffer, a constant matrix, the rows of `b` lie."""
         spec = self.buffers[b.buffer]
         if b.buffer not in self.lowered.constants or len(spec.shape) != 2 or b.batch != 0:
@@ -416,14 +339,14 @@ class _Search(Placement):
         found = [d for d in range(2) if (spec.shape[d], spec.strides[d]) == (norm.axis.size, b.row)]
         return found[0] if len(found) == 1 else None
 
-    def _factor(self, norm: _Norm) -> torch.Tensor | None:
+    def _factor(self, norm: Norm) -> torch.Tensor | None:
         """What the norm multiplies columns by, if that is constant: float64 [columns]."""
         assert isinstance(norm.axis.size, int)
-        product = functools.reduce(_times, norm.by_column)
+        product = functools.reduce(times, norm.by_column)
         value = constant_along(product, symbol(norm.axis), norm.axis.size, self.lowered.constants, self.buffers)
         return None if value is None else value.expand(norm.axis.size)
 
-    def _shift(self, norm: _Norm, weights: Sequence[Matrix]) -> int | None:
+    def _shift(self, norm: Norm, weights: Sequence[Matrix]) -> int | None:
         """The power of two by which folded `weights` are to be multiplied, so that none overflows and the elements of each
         row, as a whole, are normal numbers; None where there is none."""
         if not norm.by_column:
@@ -445,118 +368,3 @@ class _Search(Placement):
             return 0 if largest < info.max and least >= info.tiny else None
         shift = _SHIFT if largest * 2.0**_SHIFT <= _LARGEST else 0
         return shift if largest <= _LARGEST and least * 2.0**shift >= info.tiny else None
-
-
-def _factors(value: Scalar, axis: Sym) -> Iterator[Scalar]:
-    """What `value` is the product of, in float32, roundings between left out."""
-    plain = uncast(value)
-    if isinstance(plain, Op) and plain.name == "mul":
-        for factor in plain.args:
-            yield from _factors(factor, axis)
-    elif isinstance(plain, Op) and plain.name == "truediv" and axis not in plain.args[1].symbols():
-        yield from _factors(plain.args[0], axis)
-        yield Op("truediv", (Const(1.0, torch.float32), cast(uncast(plain.args[1]), torch.float32)), torch.float32)
-    else:
-        yield plain
-
-
-def _as_rows(index: Int, load: Load, axis: Sym, points: Sequence[Sym]) -> tuple[Int, Matrix] | None:
-    """(The number of the row that `index` is in, of dense rows along `axis`; the rows of `load` as a matrix.)"""
-    length, pitch, number, offset = axis.size, None, add(0, 0), add(load.index, mul(-1, symbol(axis)))
-    assert isinstance(length, int)
-    for sym in points:
-        own, other = coefficient(index, sym), coefficient(load.index, sym)
-        if not isinstance(own, int) or not isinstance(other, int) or own <= 0 or own % length or other % (own // length):
-            return None
-        if pitch not in (None, other // (own // length)):
-            return None
-        pitch = other // (own // length)
-        number = add(number, mul(own // length, symbol(sym)))
-        offset = add(offset, mul(-other, symbol(sym)))
-    if pitch is None or pitch < length or add(mul(number, length), symbol(axis)) != index or not isinstance(offset, int):
-        return None
-    return number, Matrix(load.buffer, offset, 0, pitch, 1)
-
-
-def _rows_of(a: Matrix, norm: _Norm) -> Matrix | None:
-    """The left operand `a`, rows of the norm, as the same rows of what the norm is of."""
-    length = norm.axis.size
-    if not isinstance(length, int) or not isinstance(a.offset, int) or not isinstance(a.row, int):
-        return None
-    if a.buffer != norm.normed.buffer or a.column != 1 or a.offset % length or a.row % length:
-        return None
-    assert isinstance(norm.rows.row, int) and isinstance(norm.rows.offset, int)
-    offset = norm.rows.offset + a.offset // length * norm.rows.row
-    return replace(norm.rows, offset=offset, row=a.row // length * norm.rows.row)
-
-
-def _factor_at(a: Matrix, norm: _Norm, scale: BufferSpec, row: Sym) -> Load:
-    """The factor of row `row` of the left operand `a`."""
-    length = norm.axis.size
-    assert isinstance(length, int) and isinstance(a.offset, int) and isinstance(a.row, int)
-    return Load(scale.name, add(a.offset // length, mul(a.row // length, symbol(row))), torch.float32)
-
-
-def _with_factor(region: Region, products: Mapping[str, Matrix], factor: Load, scale: BufferSpec) -> Region:
-    """The epilogue `region` whose `products`, float32 sums now, are multiplied by `factor`."""
-
-    def scaled(load: Load) -> Scalar | None:
-        if load.buffer not in products:
-            return None
-        return cast(_times(Load(load.buffer, load.index, torch.float32), factor), load.dtype)
-
-    stores = tuple(s.transformed({}, lambda v: transform(v, {}, scaled)) for s in region.nest.stores)
-    specs = {n: replace(spec, dtype=torch.float32) if n in products else spec for n, spec in region.buffers.items()}
-    return with_nests(replace(region, buffers=specs | {scale.name: scale}), replace(region.nest, stores=stores), None)
-
-
-def _with_scale(region: Region, norm: _Norm, scale: BufferSpec, shift: int) -> Region:
-    """`region` with the factor of each row stored instead of the norm."""
-    value = functools.reduce(_times, norm.by_row)
-    if shift:
-        value = _times(value, Const(2.0**-shift, torch.float32))
-    stores = [s for s in region.nest.stores if s is not norm.normed]
-    nest = replace(region.nest, stores=(*stores, Store(scale.name, norm.place, value)))
-    new = replace(region, name=f"{region.name}.scale", buffers=region.buffers | {scale.name: scale})
-    return with_nests(new, nest, None)
-
-
-def _in_parts(scaled: Region, norm: _Norm, scale: BufferSpec) -> tuple[Region, Region] | None:
-    """`scaled` in two regions, one over elements, which stores sums of SUMMED_COLUMNS of a row each, and one that adds these
-    up; None where it computes other things of rows."""
-    nest, axis, length = scaled.nest, norm.axis, norm.axis.size
-    *others, own = nest.stores
-    sums = [n for n in postorder(own.roots) if isinstance(n, Reduce | Scan)]
-    if not isinstance(length, int) or length % SUMMED_COLUMNS or not all(map(is_repeatable, others)):
-        return None
-    if norm.rows.buffer not in (s.buffer for s in others) or not all(
-        isinstance(n, Reduce) and n.kind == "sum" for n in sums
-    ):
-        return None
-    operands = [Store("", 0, cast(n.args[0], torch.float32)) for n in sums]
-    if not all(map(is_repeatable, operands)) or any(n.dtype != torch.float32 for n in sums):
-        return None
-    count, number = length // SUMMED_COLUMNS, axis.name[1:]
-    column, part = Sym(f"x{number}", size=length), Sym(f"r{number}", size=count)
-    stores = [s.transformed({axis: symbol(column)}) for s in others]
-    images: dict[Scalar, Scalar] = {}
-    specs = {}
-    for k, (total, operand) in enumerate(zip(sums, operands, strict=True)):
-        name, first = f"{scale.name}.sums{k}", mul(norm.place, count)
-        specs[name] = BufferSpec(name, torch.float32, scaled.device, (norm.count, count), (count, 1))
-        place = add(first, floordiv(symbol(column), SUMMED_COLUMNS))
-        stores.append(Store(name, place, transform(operand.value, {axis: symbol(column)}), "sums"))
-        load = Load(name, add(first, symbol(part)), torch.float32)
-        images[total] = Reduce("sum", (load,), (part,), torch.float32)
-    buffers = scaled.buffers | specs
-    elements = replace(scaled, name=f"{scaled.name}.sums", buffers=buffers)
-    rest = replace(scaled, name=f"{scaled.name}.of.sums", buffers=buffers)
-    added = Store(own.buffer, own.index, replaced_in(own.value, images))
-    return (
-        with_nests(elements, Nest(loop_order((*nest.points, column)), (), tuple(stores)), None),
-        with_nests(rest, Nest(nest.points, (part,), (added,)), None),
-    )
-
-
-def _times(a: Scalar, b: Scalar) -> Scalar:
-    return Op("mul", (cast(a, torch.float32), cast(b, torch.float32)), torch.float32)

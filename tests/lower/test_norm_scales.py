@@ -204,6 +204,14 @@ def test_no_weight_needs_no_constants() -> None:
     assert not with_norm_scales(frozen(fn, args, ()), every=True)[1]
 
 
+def test_some_of_the_rows() -> None:
+    """As of a prompt the last ones are wanted."""
+    fn: Function = lambda x, weight, w: F.linear(llama(x, weight)[20:], w)  # noqa: E731
+    assert labels(check(fn, (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH)), (1, 2))) == [(STORED, 2), (SCALED, 2)]
+    fn = lambda x, weight, w: F.linear(llama(x[:, 1], weight), w)  # noqa: E731
+    assert labels(check(fn, (rand(96, 3, WIDTH), rand(WIDTH), rand(48, WIDTH)), (1, 2))) == [(STORED, 2), (SCALED, 2)]
+
+
 def test_two_products_of_one_norm() -> None:
     fn: Function = lambda x, weight, w, v: (F.linear(n := llama(x, weight), w), F.linear(n, v))  # noqa: E731
     args = (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH), rand(32, WIDTH))
@@ -228,7 +236,11 @@ def gated_norm(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
     return F.linear(llama(x, weight) * torch.sigmoid(x), w)
 
 
-@pytest.mark.parametrize("fn", [returned, read_by_others, layer_norm, gated_norm])
+def part_of_rows(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+    return F.linear(llama(x, weight)[:, : WIDTH // 2], w[:, WIDTH // 2 :])
+
+
+@pytest.mark.parametrize("fn", [returned, read_by_others, layer_norm, gated_norm, part_of_rows])
 def test_what_is_left_as_it_is(fn: Function) -> None:
     args = (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH))
     both, folds = with_norm_scales(frozen(fn, args, (1, 2)), every=True)
