@@ -372,7 +372,7 @@ def _fastest(contest: _Contest, store: ArtifactStore, measurements: Measurements
         memory = with_cold(memory, lowered.lasting, lowered.lasting_bytes, device, lowered.is_single)
     facts = _facts(region, usable, Target.current(region.device)) | {"cold": bool(memory.cold), "single": memory.single}
     key = RecordKey("region", facts)
-    noise = NOISE_OF_ONE_KERNEL if isinstance(region, Region | Batch) else NOISE
+    noise = NOISE_OF_ONE_KERNEL if isinstance(region, Region | Batch | Contraction) else NOISE
     found = decide(key, region.name, memory, device, trials, store, measurements, unlike_the_first, noise)
     if found is not None:
         measurements.journal.contests[region.name] = found[1]
