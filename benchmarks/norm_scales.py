@@ -95,6 +95,22 @@ class Stack(nn.Module):
         return x
 
 
+def first_calls(model: Model, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of a first call with an empty cache, without and with contests of norms, after one of another model."""
+    seconds = {}
+    for name, sizes, disabled in (("", model.tiny, ()), ("without", model, (norm_scales.NAME,)), ("with", model, ())):
+        torch.compiler.reset()
+        stack = Stack(sizes).to(device, dtype).eval().requires_grad_(False)
+        angles = torch.zeros(1, sizes.tokens, sizes.head, device=device, dtype=dtype)
+        x = torch.randn(sizes.batch, sizes.tokens, sizes.width, device=device, dtype=dtype)
+        with kept(BEST):
+            run = torch.compile(stack, backend="fxopt", options={"freeze": True, "disable": disabled})
+            start = time.perf_counter()
+            run(x, angles.cos(), angles)
+        seconds[name] = time.perf_counter() - start
+    return {name: s for name, s in seconds.items() if name}
+
+
 def measured(model: Model, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     """Contests, errors and times of each of WAYS, as JSON data."""
     torch.compiler.reset()
@@ -145,6 +161,7 @@ def main(
     only: Annotated[str, typer.Option(help="comma-separated: models whose names contain one of these")] = "",
     dtype: str = "bfloat16",
     seconds: Annotated[float, typer.Option(help="of timing for each model")] = 1.0,
+    first: Annotated[bool, typer.Option("--first-calls", help="only seconds of first calls")] = False,
     every: Annotated[bool, typer.Option("--every", help="contests of norms before many columns, too")] = False,
     limit: Annotated[float, typer.Option(help="begin no further model after so many seconds")] = 300.0,
     tiny: Annotated[bool, typer.Option("--tiny", help="tiny sizes, to try the harness itself")] = False,
@@ -155,7 +172,11 @@ def main(
     facts = {**target_facts(where), **versions(), "revision": revision()}
     out.mkdir(parents=True, exist_ok=True)
     most = dict.fromkeys(("MOST_COLUMNS", "MOST_COLUMNS_OF_TWO"), 1 << 30) if every else {}
-    for model in containing_any(MODELS, only, lambda m: m.name):
+    chosen = containing_any(MODELS, only, lambda m: m.name)
+    for model in chosen if first else ():
+        found = first_calls(model.tiny if tiny else model, where, getattr(torch, dtype))
+        typer.echo(f"{model.name}: first call {found['without']:.2f} s, with contests of norms {found['with']:.2f} s")
+    for model in chosen if not first else ():
         if time.perf_counter() - began < limit:
             with mock.patch.multiple(norm_scales, **most) if most else contextlib.nullcontext():
                 entries.append(measured(model.tiny if tiny else model, where, getattr(torch, dtype), seconds))
