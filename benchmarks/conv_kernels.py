@@ -214,8 +214,7 @@ def choose(problem: ConvProblem, target: Target, count: int) -> Sequence[ConvCon
     if problem.patches.transposed:
         return list(conv_config.sums_configs(problem, target, count))
     if not problem.patches.depthwise:
-        boxes = conv_config.box_configs(problem, target, count) if problem.pool_places > 1 else []
-        return [*conv_config.implicit_configs(problem, target, count), *boxes]
+        return [*conv_config.implicit_configs(problem, target, count), *conv_config.box_configs(problem, target, count)]
     kinds: dict[object, StencilConfig] = {}
     for config in conv_config.ranked_stencils(problem, target):
         kinds.setdefault((config.rows, config.channels), config)

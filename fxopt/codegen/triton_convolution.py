@@ -97,6 +97,8 @@ def _boxes(problem: ConvProblem, config: GemmConfig, shape: tuple[int, int, int]
     seen = conv_config.boxed(problem)
     if seen is None:
         raise UnsupportedError("an image or a weight that no tensor descriptor has")
+    if not config.swap:
+        raise UnsupportedError("patches that pass through registers")
     (_, column, offset), inner, weight, more = problem.weight, config.block_k, "b1", ""
     image: dict[str, Any] = {"shape": list(seen.shape), "strides": list(seen.strides), "offset": seen.offset}
     image |= {"block": [*shape, inner]} | ({"steps": [1, *seen.stride, 1]} if seen.stride != (1, 1) else {})
@@ -113,7 +115,7 @@ def _boxes(problem: ConvProblem, config: GemmConfig, shape: tuple[int, int, int]
     values = (seen.shape, seen.places, seen.window, seen.stride, seen.padding, seen.dilation)
     way = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
     way += f", BOX={shape}, EPILOGUE={_EPILOGUE}, BM={config.block_m}, BN={config.block_n}, BK={inner}"
-    way += f", GROUP={config.group}, SUBTILE={config.subtile}, SWAP={config.swap}" + ", PROMOTE=True" * config.promote
+    way += f", GROUP={config.group}, SUBTILE={config.subtile}" + ", PROMOTE=True" * config.promote
     way += _pool(problem)
     text = f"box_conv.box_gemm(b0, {weight}, {extra}, {problem.channels}, {way}{more})"
     return GemmCall(text, signature, maps, count * ceil(problem.channels / config.block_n))

@@ -27,7 +27,7 @@ from fxopt.lower.lowering import Lowered
 from fxopt.lower.parts_for_reader import in_parts
 from fxopt.lower.patches import Gathered, PatchSearch, is_common, without
 from fxopt.lower.placement import Placement
-from fxopt.lower.pools import places_read
+from fxopt.lower.pools import pooling_after
 from fxopt.lower.products import CONVOLUTION, QUANTIZED, SCALED, SCALED_CONVOLUTION, Product, columns_of, find_product
 from fxopt.lower.quantized_products import as_reduction, in_loops, library_form
 
@@ -217,7 +217,7 @@ class _Search(Placement):
         """
         if call.op not in (CONVOLUTION, SCALED_CONVOLUTION) or (call.op == SCALED_CONVOLUTION and product is not None):
             return False
-        steps = self._pooling_of(k, call.outputs[0])
+        steps = (k, *pooling_after(self.steps, k, call.outputs[0] or ""))
         regions = [r for j in steps[1:] if isinstance(r := self.steps[j], Region)]
         place, own = (self._place(steps), self._gathered(call)) if regions else (None, None)
         if own is None or place is None:
@@ -234,22 +234,6 @@ class _Search(Placement):
         found = self._among(pooling.name, (call,), pooling, ways, regions)
         self._put(steps, place, self._with_ways(found, tuple(_followed(fused, (pooling,)))))
         return True
-
-    def _pooling_of(self, k: int, name: str | None) -> tuple[int, ...]:
-        """`k` and the region that reads several places of `name`, which step `k` makes, or the first that reads one and then
-        the one that reads several of what that makes; `k` alone without these.
-        """
-        regions = {j: s for j in range(k + 1, len(self.steps)) if isinstance(s := self.steps[j], Region)}
-        readers = [j for j in regions if name is not None and name in self.accesses[j][0]]
-        for j in readers:
-            if len(places_read(regions[j], name or "")) > 1:
-                return k, j
-        for j in readers[:1]:
-            for made in regions[j].writes():
-                later = (m for m in regions if m > j and len(places_read(regions[m], made)) > 1)
-                if (m := next(later, None)) is not None:
-                    return k, j, m
-        return (k,)
 
     def _unpooled(
         self, call: Call, product: Product | None, own: Gathered, first: Region | None, wanted: bool

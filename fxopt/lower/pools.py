@@ -13,7 +13,7 @@ from itertools import chain
 
 from fxopt.ir.exprs import Int, Sym, add, coefficient, mul, ravel, symbol, unravel
 from fxopt.ir.loops import Load, Nest, Scalar, Store, transform
-from fxopt.ir.region import Matrix, Pair, Patches, Region
+from fxopt.ir.region import Matrix, Pair, Patches, Region, Step
 from fxopt.lower.align import along, mappings
 from fxopt.lower.joining import remap
 from fxopt.lower.products import Product
@@ -34,7 +34,23 @@ class Pooled:
     registers: tuple[str, ...]
 
 
-def places_read(region: Region, name: str) -> list[Load]:
+def pooling_after(steps: Sequence[Step | None], k: int, name: str) -> tuple[int, ...]:
+    """The first of `steps` after `k`, which makes `name`, that reads several places of that; or the first that reads one,
+    and the first that reads several of what it makes. Neither: ().
+    """
+    regions = {j: s for j in range(k + 1, len(steps)) if isinstance(s := steps[j], Region)}
+    read = {j: len(_places_read(region, name)) for j, region in regions.items() if name in region.nest.reads()}
+    if (several := next((j for j, count in read.items() if count > 1), None)) is not None:
+        return (several,)
+    for first in [*read][:1]:
+        for made in regions[first].writes():
+            later = (j for j, region in regions.items() if j > first and len(_places_read(region, made)) > 1)
+            if (pooling := next(later, None)) is not None:
+                return first, pooling
+    return ()
+
+
+def _places_read(region: Region, name: str) -> list[Load]:
     """What each point of `region` loads of buffer `name`; none where it reduces, or does not tell where it does."""
     loads = [load for load in region.nest.loads() if load.buffer == name]
     plain = not region.nest.reduced and region.across is None and not any(load.indirect for load in loads)
@@ -51,7 +67,7 @@ def pooled(product: Product, made: Nest, held: str, region: Region, wanted: Coll
     if not isinstance(patches, Patches) or patches.depthwise or patches.transposed:
         return None
     row, column = product.axes[1:]
-    loads = {s: places_read(region, s.buffer) for s in made.stores if s.buffer in region.reads()}
+    loads = {s: _places_read(region, s.buffer) for s in made.stores if s.buffer in region.reads()}
     read = max(loads, key=lambda s: len(loads[s]), default=None)
     pool = None if read is None else _pool(loads[read], patches.places[1], coefficient(read.index, row))
     if read is None or pool is None:

@@ -26,7 +26,7 @@ from tests.codegen.test_triton_convolution import F16, check, column, convolutio
 
 TARGET = Target.cuda(90)
 CONFIGS = [GemmConfig(False, 32, 32, 16, 4, 3), GemmConfig(False, 64, 16, 32, 4, 3, group=1)]
-BOXES = [GemmConfig(True, 32, 16, 16, 4, 3), GemmConfig(True, 64, 32, 32, 4, 3, swap=True)]
+BOXES = [GemmConfig(True, 32, 16, 16, 4, 3, swap=True), GemmConfig(True, 64, 32, 32, 4, 3, swap=True)]
 
 
 def pooled(pool: Callable[[Tensor], Tensor], *geometry: Any) -> Callable[..., Tensor]:

@@ -28,7 +28,7 @@ def box_gemm(
     x, w, extra, N, SHAPE: tl.constexpr, PLACES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     BOX: tl.constexpr, EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr = False, W_COLUMN: tl.constexpr = 0,
+    SUBTILE: tl.constexpr, PROMOTE: tl.constexpr = False, W_COLUMN: tl.constexpr = 0,
     POOL: tl.constexpr = None,
 ):  # fmt: skip
     """A convolution into N channels, of images [images, rows, columns, channels] whose descriptor `x` has blocks [*BOX, BK]
@@ -37,9 +37,11 @@ def box_gemm(
     may go beyond them.
 
     A tile is a box of BM places, BOX = (images, rows, columns), which may reach beyond the last ones. The grid is as many
-    boxes as cover all places times cdiv(N, BN). POOL, as in `conv.py`, divides BOX. SWAP computes the transposed tile: what
-    is reshaped reaches the tensor cores from shared memory only as their right operand, and through registers as the left
-    one.
+    boxes as cover all places times cdiv(N, BN). POOL, as in `conv.py`, divides BOX.
+
+    What is computed is the transposed tile: what is reshaped reaches the tensor cores from shared memory only as their right
+    operand. As the left one it passes through registers, and Triton 3.6 loads the next block into these while products still
+    read them (on an H200 some elements of large tiles were wrong).
     """
     C: tl.constexpr = SHAPE[3]
     M: tl.constexpr = SHAPE[0] * PLACES[0] * PLACES[1]
@@ -47,10 +49,7 @@ def box_gemm(
     _, tile, column = tile_of(tl.program_id(0), tl.cdiv(SHAPE[0], BOX[0]) * high * wide, tl.cdiv(N, BN), GROUP)
     image, row, place = tile // (high * wide) * BOX[0], tile // wide % high * BOX[1], tile % wide * BOX[2]
     top, left = row * STRIDE[0] - PADDING[0], place * STRIDE[1] - PADDING[1]
-    if SWAP:
-        acc = tl.zeros([BN, BM], accumulator(x.dtype))
-    else:
-        acc = tl.zeros([BM, BN], accumulator(x.dtype))
+    acc = tl.zeros([BN, BM], accumulator(x.dtype))
     blocks: tl.constexpr = (C + BK - 1) // BK
     for number in range(WINDOW[0] * WINDOW[1] * blocks):
         block = tl.full([], 0, tl.int32) + number  # a tensor in the interpreter too
@@ -61,10 +60,7 @@ def box_gemm(
             taps = w.load([column * BN, k])
         else:
             taps = row_of_taps(w + (column * BN * W_COLUMN + k), C - c, N - column * BN, BN, BK, W_COLUMN)
-        if SWAP:
-            acc = multiplied(taps, pixels.T, acc, "promoted" if PROMOTE else "tf32")
-        else:
-            acc = multiplied(pixels, taps.T, acc, "promoted" if PROMOTE else "tf32")
+        acc = multiplied(taps, pixels.T, acc, "promoted" if PROMOTE else "tf32")
     down: tl.constexpr = side_of(POOL, 0)
     right: tl.constexpr = side_of(POOL, 1)
     rows: tl.constexpr = BOX[1] // down
@@ -73,8 +69,7 @@ def box_gemm(
     n, h, v = image + m // (rows * columns), row // down + m // columns % rows, place // right + m % columns
     exists = (n < SHAPE[0]) & (h < PLACES[0] // down) & (v < PLACES[1] // right)
     y = tl.where(exists, (n * (PLACES[0] // down) + h) * (PLACES[1] // right) + v, M // places_of(POOL))
-    if SWAP:
-        acc = tl.trans(acc)
+    acc = tl.trans(acc)
     if places_of(POOL) == 1:
         finish(acc, y[:, None], column * BN, 0, extra, EPILOGUE, BN, SUBTILE)
     else:

@@ -248,11 +248,11 @@ def implicit_configs(problem: ConvProblem, target: Target, limit: int = 3) -> li
     return list(_implicit(problem, target)[:limit])
 
 
-def box_configs(problem: ConvProblem, target: Target, limit: int = 2) -> list[GemmConfig]:
-    """Configurations whose patches arrive as boxes (`box_conv.py`): both orders of the operands of each of the `limit` best
-    tiles; none where descriptors cannot have such images or weights.
+def box_configs(problem: ConvProblem, target: Target, limit: int = 3) -> list[GemmConfig]:
+    """Configurations whose patches arrive as boxes (`box_conv.py`), the best of each of the `limit` best tiles; none where
+    descriptors cannot have such images or weights.
     """
-    return [replace(c, swap=swap) for c in _boxes(problem, target)[:limit] for swap in (True, False)]
+    return [replace(c, swap=True) for c in _boxes(problem, target)[:limit]]
 
 
 @functools.lru_cache(maxsize=256)
