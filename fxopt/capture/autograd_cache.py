@@ -61,10 +61,11 @@ log = logging.getLogger("fxopt")
 TESTED = ("2.11", "2.13")
 """Versions of torch whose cache is known to work as this file says."""
 
-_MASKS = ("in_heads", "as_added", "with_nan_rows", "with_open_rows", "with_nan_results", "without_hidden_rows")
+_MASKS = ("in_heads", "with_lead", "as_added", "with_nan_rows", "with_open_rows", "with_nan_results", "without_hidden_rows")
 OWN_FUNCTIONS = {
     "fxopt.passes.attention.multi_head_attention": "",
     **{f"fxopt.passes.hand_attention.score_mask.{name}": "" for name in _MASKS},
+    **{f"fxopt.passes.hand_attention.scored.{name}": "" for name in ("by_head", "of_all_scores")},
 }
 """Functions of fxopt's that its early passes put into graphs; fxopt's source is part of every key."""
 

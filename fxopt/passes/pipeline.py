@@ -35,6 +35,7 @@ from fxopt.passes.hand_attention.rewrite import hand_attention
 from fxopt.passes.linear_cross_entropy import linear_cross_entropy
 from fxopt.passes.matcher import apply_pattern
 from fxopt.passes.merged_products import merged_products
+from fxopt.passes.module_floats import module_floats
 from fxopt.passes.no_ops import no_ops
 from fxopt.passes.observe import ATTENTIONS, ROWS, Observed, observe
 from fxopt.passes.open_mask import open_mask
@@ -106,7 +107,8 @@ OBSERVING: tuple[Pass, ...] = (*_UP_TO_LAYERS, Pass("observe", observe))
 """What makes a graph tell what its layers are given. All of PASSES run on it afterwards."""
 
 EARLY_PASSES: tuple[Pass, ...] = (
-    Pass("encoder_layer", encoder_layer),  # first: what it makes is the other passes'
+    Pass("module_floats", module_floats),  # first: the others want literals
+    Pass("encoder_layer", encoder_layer),  # what it makes is the other passes'
     Pass("open_mask", open_mask),  # before the next: canonical spellings hide from which calls a mask was made
     Pass("canonical_calls", canonical_calls),
     Pass("hand_attention", hand_attention),  # reads canonical spellings; its calls are the next pass's

@@ -21,7 +21,7 @@ from fxopt.passes.hand_attention.groups import shared_heads
 from fxopt.passes.hand_attention.mask_plan import Call, MaskForm, emit_mask, plan_mask
 from fxopt.passes.hand_attention.products import Operand
 from fxopt.passes.hand_attention.score_chain import SOFTMAX, after, before
-from fxopt.passes.hand_attention.score_mask import in_heads, literal, with_nan_results, without_hidden_rows
+from fxopt.passes.hand_attention.score_mask import in_heads, literal, with_lead, with_nan_results, without_hidden_rows
 from fxopt.passes.hand_attention.scored import ScoredForm, emit_scored, plan_scored
 from fxopt.passes.hand_attention.written import WrittenAttention, obstacle
 from fxopt.passes.in_place import WrittenMemory
@@ -131,11 +131,6 @@ def _as_result(call: Call, written: WrittenAttention, out: fx.Node) -> fx.Node:
     if order is not None:
         out = call(torch.permute, out, order)
     return call(torch.Tensor.contiguous, out) if shows and not permuted else out
-
-
-def with_lead(out: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:
-    """`out` [B, H, S, E] as [*lead, S, E], of which one size at most is UNKNOWN."""
-    return out if lead[1:] == (out.shape[1],) else out.reshape(*lead, *out.shape[-2:])
 
 
 def _only_copied(result: fx.Node) -> bool:

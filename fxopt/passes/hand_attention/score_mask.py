@@ -77,6 +77,11 @@ def in_heads(x: Tensor, lead: tuple[int, ...] | None, heads: tuple[int, int] | N
     return x.expand(*lead, *tail).reshape(*heads, *tail)
 
 
+def with_lead(out: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """`out` [B, H, S, E] as [*lead, S, E], of which one size at most is UNKNOWN."""
+    return out if lead[1:] == (out.shape[1],) else out.reshape(*lead, *out.shape[-2:])
+
+
 def as_added(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """Minus infinity where `hidden`, a boolean tensor, is true, and 0 elsewhere."""
     return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
