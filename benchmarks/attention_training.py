@@ -191,7 +191,13 @@ def errors(case: Case, compiled: Callable[..., Tensor], device: torch.device) ->
     return found | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
 
 
-def measure(case: Case, device: torch.device, seconds: float, contenders: Sequence[str] = CONTENDERS) -> dict[str, Any]:
+def measure(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    contenders: Sequence[str] = CONTENDERS,
+    tuning_seconds: float = TUNING_SECONDS,
+) -> dict[str, Any]:
     """One entry of the results."""
     inputs = case.inputs(device)
     weight = torch.randn_like(case.attend(*inputs))
@@ -205,7 +211,7 @@ def measure(case: Case, device: torch.device, seconds: float, contenders: Sequen
     steps: dict[str, Callable[[], Any]] = {"eager": lambda: outcome(case.attend, inputs, weight)}
     for name in contenders:
         backend = "inductor" if name == "inductor" else "fxopt"
-        options = {} if name == "inductor" else {"options": {"tuning_seconds": TUNING_SECONDS, "cuda_graphs": False}}
+        options = {} if name == "inductor" else {"options": {"tuning_seconds": tuning_seconds, "cuda_graphs": False}}
         dynamic = None if name in (DYNAMIC, DYNAMIC_APART) else False
         given = inputs if dynamic is False else case.mark(case.inputs(device))
         torch._dynamo.utils.counters.clear()
@@ -214,8 +220,10 @@ def measure(case: Case, device: torch.device, seconds: float, contenders: Sequen
             compiled = torch.compile(copy_of(case.attend, name), backend=backend, dynamic=dynamic, **options)  # type: ignore[call-overload]
             got = outcome(compiled, given, weight)
         entry["compile_seconds"][name] = time.perf_counter() - start
+        typer.echo(f"{case.name}: {name} compiled in {entry['compile_seconds'][name]:.1f} s")
         if name == DYNAMIC and eager is not None:
             entry["lengths"] = errors(case, compiled, device)
+            typer.echo(f"{case.name}: {entry['lengths']}")
         if eager is not None and exact is not None:
             entry["excess_error"][name] = excess(got, eager, exact)
         entry["contests"] |= {f"{each}, {name}": figures for each, figures in contests.items() if name in (KERNEL, DYNAMIC)}
@@ -232,6 +240,7 @@ def main(
     only: Annotated[str, typer.Option(help="cases whose names begin with one of these, comma-separated")] = "",
     contenders: Annotated[str, typer.Option(help="beside eager, comma-separated")] = ",".join(CONTENDERS),
     minutes: Annotated[float, typer.Option(help="after which no case begins")] = 10.0,
+    tuning: Annotated[float, typer.Option(help="seconds of tuning a compilation")] = TUNING_SECONDS,
     device: Annotated[str, typer.Option(help="cpu: to try the command")] = "cuda:0",
     tiny: Annotated[bool, typer.Option(help="cases of few heads, to try the command")] = False,
 ) -> None:
@@ -246,7 +255,7 @@ def main(
         if time.monotonic() - begun > 60 * minutes:
             continue
         try:
-            entries.append(measure(case.resized(2, 48) if tiny else case, on, seconds, beside))
+            entries.append(measure(case.resized(2, 48) if tiny else case, on, seconds, beside, tuning))
         except RuntimeError as error:
             entries.append({"case": case.name, "error": str(error).partition("\n")[0]})
         torch.compiler.reset()

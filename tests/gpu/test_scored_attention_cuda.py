@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.attention_training import CASES, DROPPING, Case, compiling, outcome
+from benchmarks.attention_training import CASES, DROPPING, DYNAMIC, Case, compiling, errors, outcome
 from fxopt.ir.scored_attention_op import scored_attention
 from fxopt.journal import RECENT
 from fxopt.lower.attention_kernels import KERNEL
@@ -81,6 +81,21 @@ def test_values_and_gradients(case: Case) -> None:
     assert_closer(results, outcome(case.attend, inputs, weight), outcome(case.attend, to_float64(inputs), weight.double()))
     for one, two in zip(results, outcome(compiled, inputs, weight), strict=True):
         assert torch.equal(one, two), "the same bits each time"
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda c: c.name)
+def test_other_lengths_through_one_graph(case: Case) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    case = replace(case, **SMALL[case.name])
+    inputs = case.mark(case.inputs(torch.device("cuda")))
+    with compiling(DYNAMIC) as contests:
+        compiled = torch.compile(case.attend, backend="fxopt", options={"strict": True})
+        outcome(compiled, inputs, torch.randn_like(case.attend(*inputs)))
+    assert sum(any(label.startswith(KERNEL) for label in figures) for figures in contests.values()) >= 3, contests
+    found = errors(case, compiled, torch.device("cuda"))
+    assert found.pop("graphs") == 1
+    assert len(found) == 6 and all(error <= 1 for error in found.values()), found
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda c: c.name)
