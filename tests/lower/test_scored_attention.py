@@ -97,6 +97,9 @@ def test_sizes_known_only_at_run_time() -> None:
     given[4] = given[4] > 0
     own = steps(searched(fn, *given, dynamic=True))
     assert [x.op.removeprefix("scored_attention") for x in own] == ["", "_query", "_key_value", "_bias"]
+    lengths = tuple(own[0].operands[n].shape[2] for n in ("query", "key"))
+    stored = [result.shape[:-2] for x in own for result in x.results if result.shape[-2:] == lengths]
+    assert stored == [(2, 1, 6)], "no scores but those that a bias's gradient is summed from"
     for x in own:
         source = print_scored(x, configs(x, H100)[0], H100)
         symbols = {sym.name for size in (*source.sizes, source.grid[0]) for sym in free_symbols(size)}
