@@ -201,10 +201,11 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     if chosen and (problem.itemsize == 1 or mode == "max-autotune"):
         best = ranked[: GEMM_CANDIDATES["default"]]
         direct = [d for c in best if (d := with_direct_stores(contraction, problem, c, target)) is not None]
-        if direct:
-            chosen = [*_beside_direct(problem, chosen), *direct, *loading_ahead(contraction, problem, direct, target)]
+        if direct and mode != "max-autotune":
+            chosen = _beside_direct(chosen)
         else:
             chosen += _where_products_are_short(contraction, problem, chosen, target)
+        chosen += [*direct, *(loading_ahead(contraction, problem, direct, target) if direct else ())]
     return own + [
         _candidate(str(c), print_contraction(contraction, c, target, unrolled), unrolled)
         for c in dict.fromkeys(chosen)
@@ -212,13 +213,12 @@ def contraction_candidates(contraction: Contraction, target: Target, mode: str) 
     ]
 
 
-def _beside_direct(
-    problem: gemm_problem.GemmProblem, chosen: Sequence[gemm_problem.GemmConfig]
-) -> Sequence[gemm_problem.GemmConfig]:
-    """Those of `chosen` that are measured beside tiles with direct stores. Of 8 bits and persistent programs the latter were
-    as fast or faster in all of ResNet-50's products (H200), so one is enough, lest a driver refuse their descriptors.
+def _beside_direct(chosen: list[gemm_problem.GemmConfig]) -> list[gemm_problem.GemmConfig]:
+    """Those of `chosen`, of operands in 8 bits, that are measured beside tiles with direct stores. In persistent programs
+    the latter were as fast or faster in all of ResNet-50's products (H200), so one is enough, lest a driver refuse their
+    descriptors.
     """
-    return chosen if problem.itemsize > 1 or not chosen[0].programs else chosen[:1]
+    return chosen[:1] if chosen[0].programs else chosen
 
 
 def _where_products_are_short(
