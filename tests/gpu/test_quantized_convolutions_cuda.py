@@ -103,6 +103,22 @@ def test_a_residual_in_8_bits_is_read_exactly(ours_wins: list[str]) -> None:
     assert torch.equal(both.double(), wanted.clamp(-127, 127)) and torch.equal(above.double(), wanted.clamp(0, 127))
 
 
+def test_what_a_relu_made_is_cast_as_torch_does_it() -> None:
+    """Ties to even, zeros of both signs, what is beyond the bounds, NaN; factors of any sign."""
+    inf = float("inf")
+    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, inf, -inf, float("nan"), 3e38, -3e38, 126.5, 127.5])
+    x = torch.cat([torch.arange(-1024, 1025) / 4, special, torch.randn(100_000) * 90]).cuda()
+
+    def casts(x: Tensor, factor: Tensor) -> Tensor:
+        return (torch.relu(x) * factor).round().clamp(0.0, 127.0).to(INT8)
+
+    compiled = torch.compile(casts, backend="fxopt", options={"strict": True})
+    for factor in (1.0, 0.37, 20.0, 1e-3, 0.0, -0.0, -2.0):
+        given = torch.tensor(factor, device="cuda")
+        wanted = (torch.relu(x) * given).round().nan_to_num(0.0).clamp(0.0, 127.0).to(INT8)
+        assert torch.equal(compiled(x, given), wanted), factor
+
+
 class Bottleneck(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

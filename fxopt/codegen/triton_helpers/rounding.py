@@ -54,15 +54,16 @@ SCALED_TO_INT8 = tl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 p, q, r, s, h
     mul.sat.f32 b, $2, $6;
     mul.sat.f32 c, $3, $7;
     mul.sat.f32 d, $4, $8;
-    mul.f32 a, a, 0f00000080;
-    mul.f32 b, b, 0f00000080;
-    mul.f32 c, c, 0f00000080;
-    mul.f32 d, d, 0f00000080;
+    fma.rn.f32 a, a, 0f00000080, 0f00000000;
+    fma.rn.f32 b, b, 0f00000080, 0f00000000;
+    fma.rn.f32 c, c, 0f00000080, 0f00000000;
+    fma.rn.f32 d, d, 0f00000080, 0f00000000;
     mov.b32 p, a; mov.b32 q, b; mov.b32 r, c; mov.b32 s, d;
     cvt.pack.sat.s8.s32.b32 high, s, r, 0;
     cvt.pack.sat.s8.s32.b32 $0, q, p, high; }""")
 """Four float32 times 128ths of a factor to int8: bounded to 0 and 1, which makes 0 of NaN, then times 2**-142, the bits of
-which denormal number are the 128 times as large one, rounded, of which 127 is the most that int8 has."""
+which denormal number are the 128 times as large one, rounded, of which 127 is the most that int8 has. Zero is added, for
+which the sign of a negative zero goes."""
 
 
 @triton.jit
