@@ -15,6 +15,9 @@ from fxopt.target import Target
 _FEWEST_STAGES = 3
 """Of several blocks of the inner dimension."""
 
+_MOST_BLOCKS = 2
+"""Of the inner dimension, of which a tile's loads are one stage."""
+
 _TALL = (128, 64, 4)
 """(rows, columns, warps)."""
 
@@ -76,10 +79,10 @@ def loading_ahead(
 ) -> list[GemmConfig]:
     """Of `direct`, what `with_direct_stores` gave best first, two with what the epilogue reads on its way before the tile is
     multiplied, and such a one of tiles whose threads have the most rows for what they load of columns; none where tiles have
-    several blocks of the inner dimension, or there is nothing to read but what all of them share.
+    many blocks of the inner dimension, or there is nothing to read but what all of them share.
     """
     first = direct[0]
-    if not first.flatten or problem.k > first.block_k or not problem.read_each:
+    if not first.flatten or problem.k > _MOST_BLOCKS * first.block_k or not problem.read_each:
         return []
     tall = replace(first, block_m=_TALL[0], block_n=_TALL[1], warps=_TALL[2], direct=0)
     tiles = [*direct[:2], with_direct_stores(contraction, problem, tall, target)]
@@ -89,7 +92,7 @@ def loading_ahead(
 
 def _with_programs(problem: GemmProblem, config: GemmConfig, target: Target) -> GemmConfig:
     """`config` in no more stages than leave room for as many programs as registers do, and so many persistent ones."""
-    fewest = 2 if problem.k <= config.block_k else _FEWEST_STAGES
+    fewest = 2 if config.ahead or problem.k <= config.block_k else _FEWEST_STAGES
     staged = (replace(config, stages=s) for s in range(min(fewest, config.stages), config.stages + 1))
     best = max(staged, key=lambda c: (c.per_sm(problem, target), c.stages))
     return replace(best, programs=min(target.sm_count * best.per_sm(problem, target), best.tiles(problem)))

@@ -114,6 +114,7 @@ CASES: dict[str, tuple[Geometry, tuple[int, ...], tuple[int, ...], GemmConfig]] 
     "1x1, direct": (((1, 1), (0, 0), (1, 1)), (2, 5, 6, 64), (96, 1, 1, 64), DIRECT),
     "1x1, direct, persistent": (((1, 1), (0, 0), (1, 1)), (3, 5, 9, 64), (192, 1, 1, 64), WIDE),
     "1x1, direct, ahead": (((1, 1), (0, 0), (1, 1)), (3, 5, 9, 64), (192, 1, 1, 64), AHEAD),
+    "1x1, direct, two blocks ahead": (((1, 1), (0, 0), (1, 1)), (3, 5, 9, 64), (192, 1, 1, 64), replace(WIDE, ahead=True)),
     "1x1, direct, by addresses": (((1, 1), (0, 0), (1, 1)), (2, 5, 6, 64), (64, 1, 1, 64), BY_ADDRESS),
     "boxes, dilated, uneven": (((1, 2), (0, 2), (2, 1)), (1, 7, 6, 32), (32, 3, 2, 32), NARROW),
 }

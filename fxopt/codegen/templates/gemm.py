@@ -334,30 +334,46 @@ def store_partial(acc, partial, at, y, x, M, N, BM: tl.constexpr, BN: tl.constex
 def descriptor_product(
     a, b, y, x, a_first, b_first, first, end, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr = 0,
+    UNROLLED: tl.constexpr = False,
 ):  # fmt: skip
     """The float32 tile [BM, BN] at row y of a and column x of b. Matrices begin at the descriptors' rows a_first and
-    b_first.
+    b_first. UNROLLED has no loop, so that a loop over tiles may stage all that a tile loads; then `first` and `end` are
+    literals.
     """
     acc = tl.zeros([BM, BN], accumulator(a.dtype))
-    for k in range(first, end, BK):
-        if A_K_LAST:
-            a_tile = a.load([a_first + y, k])
-        else:
-            a_tile = a.load([a_first + k, y]).T
-        if DIRECT > 0:
-            b_tile = tl.reshape(b.load([x // (4 * DIRECT), 0, 0, 0, k]), [BN, BK]).T
-        elif B_K_LAST:
-            b_tile = b.load([b_first + x, k]).T
-        else:
-            b_tile = b.load([b_first + k, x])
-        acc = multiplied(a_tile, b_tile, acc, PRECISION)
+    if UNROLLED:
+        for k in tl.static_range(first, end, BK):
+            acc = with_block(acc, a, b, y, x, a_first, b_first, k, BN, BK, A_K_LAST, B_K_LAST, PRECISION, DIRECT)
+    else:
+        for k in range(first, end, BK):
+            acc = with_block(acc, a, b, y, x, a_first, b_first, k, BN, BK, A_K_LAST, B_K_LAST, PRECISION, DIRECT)
     return acc
+
+
+@triton.jit
+def with_block(
+    acc, a, b, y, x, a_first, b_first, k, BN: tl.constexpr, BK: tl.constexpr,
+    A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """`acc` and the products of the block at k of the inner dimension."""
+    if A_K_LAST:
+        a_tile = a.load([a_first + y, k])
+    else:
+        a_tile = a.load([a_first + k, y]).T
+    if DIRECT > 0:
+        b_tile = tl.reshape(b.load([x // (4 * DIRECT), 0, 0, 0, k]), [BN, BK]).T
+    elif B_K_LAST:
+        b_tile = b.load([b_first + x, k]).T
+    else:
+        b_tile = b.load([b_first + k, x])
+    return multiplied(a_tile, b_tile, acc, PRECISION)
 
 
 @triton.jit
 def descriptor_tile(
     a, b, y, x, z, first, end, a_batch, b_batch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     A_K_LAST: tl.constexpr, B_K_LAST: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, DIRECT: tl.constexpr = 0,
+    UNROLLED: tl.constexpr = False,
 ):  # fmt: skip
     """`descriptor_product` of the batch's z-th matrices."""
     if SWAP:
@@ -365,7 +381,7 @@ def descriptor_tile(
         return tl.trans(acc)
     else:
         return descriptor_product(
-            a, b, y, x, z * a_batch, z * b_batch, first, end, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, DIRECT
+            a, b, y, x, z * a_batch, z * b_batch, first, end, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, DIRECT, UNROLLED
         )
 
 
@@ -406,7 +422,7 @@ def tma_gemm(
 
     The grid is PROGRAMS programs, each with every PROGRAMS-th tile, or one program for each tile if PROGRAMS is 0. FLATTEN
     loads the next tile's operands during an epilogue. AHEAD is a number of stages for all that the loop over tiles loads,
-    what the epilogue does too, where BK is the whole inner dimension. With APART, persistent programs `begin_apart`.
+    what the epilogue does too; then K is a literal. With APART, persistent programs `begin_apart`.
     """
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if APART > 0:
@@ -422,8 +438,9 @@ def tma_gemm(
             z, row, column = tile_of(program, rows, columns, GROUP)
             y, x = row * BM, column * BN
             acc = descriptor_tile(
-                a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP, DIRECT
-            )
+                a, b, y, x, z, 0, K, a_batch, b_batch, BM, BN, BK, A_K_LAST, B_K_LAST, PRECISION, SWAP, DIRECT,
+                AHEAD is not None,
+            )  # fmt: skip
             rows_of_tile = y + row_places(BM, WARPS, DIRECT)[:, None]
             finish(in_order(acc, WARPS, DIRECT), rows_of_tile, x, z, extra, EPILOGUE, BN, SUBTILE, VECTORS, LOADED)
 

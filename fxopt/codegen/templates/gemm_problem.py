@@ -172,8 +172,8 @@ class GemmConfig:
     (`tailed_gemm.py`), and `whole` tiles do.
     Persistent programs of which a multiprocessor holds `resident` begin `apart` nanoseconds after each other
     (`gemm.begin_apart`). With `direct`, each thread stores so many neighbours of a row from where tensor cores have left
-    them (`gemm.py`: DIRECT). With `ahead`, persistent programs whose tiles are of one block of the inner dimension load what
-    the epilogue reads in as many stages.
+    them (`gemm.py`: DIRECT). With `ahead`, a stage of persistent programs is all that a tile loads, what
+    its epilogue reads included.
     """
 
     tma: bool
@@ -260,7 +260,9 @@ class GemmConfig:
         pipeline = self.stages * self.stage_bytes(problem)
         epilogue = problem.products * self.block_m * self.block_n * max(problem.itemsize, 2) // self.subtile
         epilogue = 0 if self.direct else epilogue
-        pipeline += self.stages * problem.read_each * self.block_m * self.block_n if self.ahead else 0
+        if self.ahead:
+            pipeline *= ceil(problem.k / self.block_k)
+            pipeline += self.stages * problem.read_each * self.block_m * self.block_n
         return (pipeline + epilogue if self.flatten else max(pipeline, epilogue)) + RESERVED_SHARED
 
     def per_sm(self, problem: GemmProblem, target: Target) -> int:
