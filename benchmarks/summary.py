@@ -54,7 +54,7 @@ def one_pass(case: Case, row: Row, l2_bytes: int) -> bool:
 
 
 def summarize(data: dict[str, Any]) -> dict[str, Any]:
-    """The lists, counts and means of a results file, as JSON data; "passes" has the ratios of each pass by itself."""
+    """The lists, counts and means of a results file, as JSON data."""
     cases = data["cases"]
     found = [_Pass.of(case, rows, data["target"].get("l2_bytes", 0)) for case in cases for rows in passes(case)]
     below = [p for p in found if p.share is not None and p.share < COPY_SHARE]
@@ -66,7 +66,6 @@ def summarize(data: dict[str, Any]) -> dict[str, Any]:
         "slower_than_inductor": [
             {**p.place, "times": 1 / p.ratios["inductor"]} for p in sorted(slower, key=lambda p: p.ratios["inductor"])
         ],
-        "passes": [p.entry for p in found],
         "failed": [
             {**_place(case, row), "contender": row["contender"], "why": row["skipped"]}
             for case in cases
@@ -79,13 +78,12 @@ def summarize(data: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Pass:
-    """A pass of a case: how many times faster fxopt is than others, its share of the copy's bandwidth, and whether that
-    counts: one pass suffices, and the tensors exceed the L2 cache."""
+    """A pass of a case: how many times faster fxopt is than others, and its share of the copy's bandwidth where that counts:
+    one pass suffices, and the tensors exceed the L2 cache."""
 
     place: dict[str, Any]
     ratios: dict[str, float]
-    bandwidth: float | None
-    counts: bool
+    share: float | None
 
     @classmethod
     def of(cls, case: Case, rows: dict[str, Row], l2_bytes: int) -> _Pass:
@@ -93,17 +91,7 @@ class _Pass:
         share = own.get("copy_share")
         counts = bool(share) and one_pass(case, own, l2_bytes)
         ratios = {base: r for base in BASES if (r := ratio(rows, base)) is not None}
-        return cls(_place(case, next(iter(rows.values()))), ratios, share, counts)
-
-    @property
-    def share(self) -> float | None:
-        return self.bandwidth if self.counts else None
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """The pass as JSON data."""
-        over = {f"over_{base}": self.ratios.get(base) for base in ("inductor", "liger")}
-        return {**self.place, "one_pass": self.counts, "copy_share": self.bandwidth, **over}
+        return cls(_place(case, next(iter(rows.values()))), ratios, share if counts else None)
 
     @property
     def name(self) -> str:

@@ -270,9 +270,6 @@ def test_the_summary_lists_what_is_too_slow() -> None:
     assert summary["one_pass"] == {"passes": 2, "reached": 1, "least": 0.9}
     assert summary["kernels"]["softmax backward"]["least_over_inductor"] == pytest.approx(0.95)
     assert [e["contender"] for e in summary["failed"]] == ["eager"]
-    place = {"workload": "softmax", "part": FORWARD, "dtype": "float32", "sizes": {"rows": 4, "cols": 8}}
-    ratios = {"one_pass": True, "copy_share": 0.97, "over_inductor": 2.0, "over_liger": 5.0}
-    assert summary["passes"][0] == {**place, **ratios}
     assert len(summary_tables(summary)) == 4
     case["one_pass"] = [8, 4]
     assert summarize(data)["below_copy"] == []
