@@ -7,6 +7,7 @@ of its buffers is an error, also where nothing is made of it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import pickle
@@ -143,6 +144,47 @@ def _round_to_float8() -> None:
         return TensorHandle(bits.numpy(), dtype.scalar)
 
     InterpreterBuilder.create_fp_to_fp = rounded
+
+
+def _patch_once() -> None:
+    """The interpreter puts its operators into Triton's modules anew for each call of a device function, which takes longer
+    than most of these. Here nobody wants them back."""
+    from triton.runtime import interpreter
+
+    patch = functools.cache(interpreter._patch_lang)
+
+    def patched(function: Any) -> Any:
+        patch(function)
+        return interpreter._LangPatchScope()  # of nothing, which is restored
+
+    interpreter._patch_lang = patched
+
+
+def _reduce_by_halves() -> None:
+    """The interpreter joins elements one by one, in Python, with any function but those for sums and extrema. Here all
+    neighbours are joined at once, then those of the results, as a GPU's threads do, too."""
+    from triton.runtime.interpreter import ReduceOps
+
+    one_by_one = ReduceOps.generic_reduce
+
+    def halved(self: Any, blocks: tuple[Any, ...]) -> Any:
+        arrays, axis = [b.handle.data for b in blocks], self.axis
+        if axis is None or arrays[0].shape[axis].bit_count() != 1:
+            return one_by_one(self, blocks)
+        before = (slice(None),) * (axis % arrays[0].ndim)
+        while arrays[0].shape[axis] > 1:
+            sides = [
+                self.to_tensor(array[(*before, slice(side, None, 2))], block.dtype)
+                for side in (0, 1)
+                for array, block in zip(arrays, blocks, strict=True)
+            ]
+            joined = self.combine_fn.fn(*sides)
+            results = joined if isinstance(joined, tuple) else (joined,)
+            arrays = [r.handle.data.astype(a.dtype) for r, a in zip(results, arrays, strict=True)]
+        kept = arrays if self.keep_dims else [a.squeeze(axis) for a in arrays]
+        return [self.to_tensor(a, b.dtype) for a, b in zip(kept, blocks, strict=True)]
+
+    ReduceOps.generic_reduce = halved
 
 
 def _enable_asserts() -> None:
@@ -293,6 +335,8 @@ def _serve() -> None:
     _fake_libdevice()
     _multiply_bfloat16()
     _round_to_float8()
+    _patch_once()
+    _reduce_by_halves()
     _enable_asserts()
     _type_sizes()
     _take_steps()

@@ -137,6 +137,7 @@ def machine() -> Iterator[Machine]:
         torch.cuda.is_current_stream_capturing = lambda: False
         batch.page_locked, batch._on_device = made.page_locked, made.on_device
         triton_interpreter._fake_libdevice()
+        triton_interpreter._patch_once()
         triton_interpreter._enable_asserts()
         yield made
 
