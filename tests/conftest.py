@@ -86,6 +86,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay for a while: a twentieth of the tests' own time
     gc.enable()
     for name in ("common_utils", "opinfo.core"):
         if module := sys.modules.get(f"torch.testing._internal.{name}"):
