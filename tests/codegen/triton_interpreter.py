@@ -187,6 +187,22 @@ def _reduce_by_halves() -> None:
     ReduceOps.generic_reduce = halved
 
 
+def _round_to_bfloat16() -> None:
+    """The interpreter cuts the lower half of a float32 off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    convert = InterpreterBuilder.cast_impl
+
+    def rounded(self: Any, x: Any, dtype: Any) -> Any:
+        if dtype.scalar != tl.bfloat16 or x.dtype.scalar != tl.float32:
+            return convert(self, x, dtype)
+        bits = torch.from_numpy(x.data.copy()).to(torch.bfloat16).view(torch.int16)
+        return TensorHandle(bits.numpy().view("uint16"), dtype.scalar)
+
+    InterpreterBuilder.cast_impl = rounded
+
+
 def _enable_asserts() -> None:
     from triton.runtime import interpreter
 
@@ -337,6 +353,7 @@ def _serve() -> None:
     _round_to_float8()
     _patch_once()
     _reduce_by_halves()
+    _round_to_bfloat16()
     _enable_asserts()
     _type_sizes()
     _take_steps()
