@@ -170,9 +170,9 @@ def main(
     where, began = pick_device(device), time.perf_counter()
     entries: list[dict[str, Any]] = []
     facts = {**target_facts(where), **versions(), "revision": revision()}
-    out.mkdir(parents=True, exist_ok=True)
     most = dict.fromkeys(("MOST_COLUMNS", "MOST_COLUMNS_OF_TWO"), 1 << 30) if every else {}
     chosen = containing_any(MODELS, only, lambda m: m.name)
+    out.mkdir(parents=True, exist_ok=True)
     for model in chosen if first else ():
         found = first_calls(model.tiny if tiny else model, where, getattr(torch, dtype))
         typer.echo(f"{model.name}: first call {found['without']:.2f} s, with contests of norms {found['with']:.2f} s")
