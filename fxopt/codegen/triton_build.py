@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fxopt.codegen import triton_chain, triton_libdevice
+from fxopt.codegen import triton_chain, triton_in_flight, triton_libdevice
 from fxopt.ir.kernel import KernelSource
 from fxopt.target import Target
 
@@ -28,8 +28,8 @@ SCRATCH_POINTERS = 2
 _OPTIONS: dict[str, Any] = {"sanitize_overflow": False, "enable_reflect_ftz": False}
 """Signed overflow wraps as in eager, and denormals are kept."""
 
-_DEVICE_FILES = ("triton_helpers/*.py", "triton_chain.py", "templates/*.py")
-"""Device functions that printed kernels import, and what is done to their text."""
+_DEVICE_FILES = ("triton_helpers/*.py", "triton_chain.py", "triton_in_flight.py", "templates/*.py")
+"""Device functions that printed kernels import, what is done to their text, and what refuses some."""
 
 _DESCRIPTOR = "tensordesc"
 """What the type of a parameter that is a tensor descriptor begins with."""
@@ -129,7 +129,8 @@ def compile_triton(source: KernelSource, target: Target, directory: Path | None 
     system's). meta: name, num_warps, shared (bytes), parameters ("ptr", "i32", "i64" or "tensor_map" each), tensor_maps (one
     for each parameter of that kind, see `runtime.tensor_map`), scratch_pointers, n_regs, n_spills (bytes of stack frame per
     thread), chained (whether it may be launched early, see `triton_chain`). Raises whatever Triton raises when the kernel
-    does not compile; ValueError when it needs scratch memory, which the launcher does not provide.
+    does not compile; ValueError when it needs scratch memory, which the launcher does not provide, or when products may read
+    registers that are written meanwhile (`triton_in_flight`).
     """
     _environment()
     with tempfile.TemporaryDirectory(prefix="fxopt-triton-", dir=directory) as scratch:
@@ -161,10 +162,25 @@ def _compile(source: KernelSource, arch: int, scratch: Path, binary_only: bool) 
     ast = ASTSource(function, signature, constexprs=options["constexprs"], attrs=attrs)
     flags = _OPTIONS | {"num_warps": options["num_warps"], "num_stages": options["num_stages"], "debug": options["asserts"]}
     flags |= {"maxnreg": options["registers"]} if "registers" in options else {}
-    with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+    with triton.knobs.cache.scope(), triton.knobs.compilation.scope(), triton.knobs.runtime.scope():
         triton.knobs.cache.dir = str(scratch / "cache")
         triton.knobs.compilation.store_binary_only = binary_only
+        if binary_only and Target.cuda(arch).is_hopper:
+            triton.knobs.runtime.add_stages_inspection_hook = _refuse_written_while_read
         return triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=flags)
+
+
+def _refuse_written_while_read(backend: Any, stages: dict[str, Any], *others: Any) -> None:
+    """Have the compiler's stage that makes TTGIR raise ValueError for what `triton_in_flight` finds in that."""
+    make = stages["ttgir"]
+
+    def checked(module: Any, metadata: dict[str, Any]) -> Any:
+        made = make(module, metadata)
+        if (reason := triton_in_flight.written_while_read(str(made))) is not None:
+            raise ValueError(reason)
+        return made
+
+    stages["ttgir"] = checked
 
 
 def _is_chained(source: KernelSource, arch: int) -> bool:

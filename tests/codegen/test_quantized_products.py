@@ -310,6 +310,21 @@ def test_the_first_candidate_of_weights_of_few_bits_compiles_without_spills(bits
     compiled(next(c for c in found if m > 1 or c.label.startswith("dot")).sources, arch)
 
 
+@pytest.mark.parametrize("stored", [torch.int8, FLOAT8])
+@pytest.mark.parametrize(("m", "inner", "split"), [(16, 128, 1), (64, 32, 1), (64, 256, 1), (64, 128, 2)])
+def test_widened_weights_are_read_before_the_next_ones_are_widened(
+    stored: torch.dtype, m: int, inner: int, split: int
+) -> None:
+    """Other kernels are refused (`triton_in_flight.py`)."""
+    k, n = 2048, 256
+    args = (torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=stored), torch.empty(n))
+    _, way = way_of(lambda *a: WEIGHT_ONLY_MM(*a, None, 8, 0), args, FUSED)
+    source, *_ = print_weights(way.steps[0], WeightConfig(m, 64, inner, 4, 3, split), TARGET).kernels
+    compiled((source,), 90)
+    text = compile_to_text(source, TARGET, "ttgir")
+    assert "ttng.warp_group_dot " in text and set(re.findall(r"pendings = (\d+)", text)) == {"0"}
+
+
 def test_what_has_no_float8_is_refused() -> None:
     _, way = way_of(*scaled(FLOAT8, 80, 64, 48), FUSED)
     with pytest.raises(UnsupportedError, match="float8"):

@@ -133,6 +133,19 @@ def unpacked(w, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def finished(acc):
+    """`acc`, float32, which something reads that does nothing: so the products that it is made of end here.
+
+    Triton 3.6 lets them run on into the next step of a loop otherwise, which widens the next weights into the registers that
+    they still read (`triton_in_flight.py`).
+    """
+    if INTERPRETED:
+        return acc
+    else:
+        return tl.inline_asm_elementwise("// products have ended", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def rows_of(x, y, k, M, K, x_row, BK: tl.constexpr, SIZE: tl.constexpr):
     """x.T at rows y and columns k of K, [BK, BM]: rows past the last repeat that, columns past the last are zero."""
     at = tl.minimum(y, M - 1)[None, :].to(tl.int64) * x_row + k[:, None]
@@ -167,7 +180,7 @@ def weight_tile(
                 wide = widened(tl.load(weights + at), DTYPE)
             else:
                 wide = widened(tl.load(weights + at, mask=(at + k < K)[None, :], other=0.0), DTYPE)
-            acc = tl.dot(wide, rows_of(x, y, at + k, M, K, x_row, BK, K), acc)
+            acc = finished(tl.dot(wide, rows_of(x, y, at + k, M, K, x_row, BK, K), acc))
     return acc
 
 
