@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
 
+from fxopt.codegen.compile import compile_kernels
 from fxopt.codegen.triton_build import compile_to_text, compile_triton
 from fxopt.codegen.triton_in_flight import written_while_read
-from fxopt.ir.kernel import KernelSource
+from fxopt.ir.kernel import Artifact, CompileFailure, KernelSource
+from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.target import Target
 
 HOPPER = Target.cuda(90)
@@ -126,3 +130,10 @@ def test_what_is_found(text: str) -> None:
 )
 def test_what_is_right(text: str) -> None:
     assert written_while_read(text) is None
+
+
+def test_the_reason_is_told(tmp_path: Path) -> None:
+    good, bad = kernel(FINISHED), kernel(WIDENED)
+    built, refused = compile_kernels([good, bad], HOPPER, ArtifactStore(tmp_path / "cache"))
+    assert isinstance(built, Artifact)
+    assert isinstance(refused, CompileFailure) and "registers that the loop's next step writes" in refused.reason
