@@ -62,14 +62,14 @@ def find_norm(region: Region, store: Store) -> Norm | None:
     if not isinstance(length, int) or not isinstance(elements, int) or coefficient(store.index, axis) != 1:
         return None
     element, by_row, by_column = None, list[Scalar](), list[Scalar]()
-    for factor in _factors(store.value, axis):
-        along = factor.symbols()
+    for given in _factors(store.value, axis):
+        factor, along = uncast(given), given.symbols()
         if axis not in along:
             by_row.append(factor)
         elif along.isdisjoint(nest.points):
             by_column.append(factor)
         elif element is None:
-            element = factor
+            element = given
         else:
             return None
     load = None if element is None else _in_memory(region, store, element)
@@ -83,16 +83,26 @@ def find_norm(region: Region, store: Store) -> Norm | None:
 
 
 def _in_memory(region: Region, normed: Store, element: Scalar) -> Load | None:
-    """Where `element` is in memory: stored by the region or loaded by it."""
+    """Where `element` is in memory: stored by the region or loaded by it. What float16 cannot hold is not there."""
+    own = uncast(element)
     for store in region.nest.stores:
-        plain = store is not normed and store.mode == "set" and not store.indirect
-        if plain and uncast(store.value) is element:
-            return Load(store.buffer, store.index, region.buffers[store.buffer].dtype)
-    return element if isinstance(element, Load) and not element.indirect else None
+        plain, dtype = store is not normed and store.mode == "set" and not store.indirect, region.buffers[store.buffer].dtype
+        if plain and uncast(store.value) is own and (dtype != torch.float16 or _is_rounded(element, dtype)):
+            return Load(store.buffer, store.index, dtype)
+    return own if isinstance(own, Load) and not own.indirect else None
+
+
+def _is_rounded(value: Scalar, dtype: torch.dtype) -> bool:
+    """Whether `value` was of `dtype` before what casts and roundings `uncast` leaves out."""
+    own = uncast(value)
+    while value is not own and value.dtype != dtype:
+        assert isinstance(value, Op)
+        value = value.args[0]
+    return value.dtype == dtype
 
 
 def _factors(value: Scalar, axis: Sym) -> Iterator[Scalar]:
-    """What `value` is the product of, in float32, roundings between left out."""
+    """What `value` is the product of, in float32, roundings of products between left out."""
     plain = uncast(value)
     if isinstance(plain, Op) and plain.name == "mul":
         for factor in plain.args:
@@ -101,7 +111,7 @@ def _factors(value: Scalar, axis: Sym) -> Iterator[Scalar]:
         yield from _factors(plain.args[0], axis)
         yield Op("truediv", (Const(1.0, torch.float32), cast(uncast(plain.args[1]), torch.float32)), torch.float32)
     else:
-        yield plain
+        yield value
 
 
 def _as_rows(index: Int, load: Load, axis: Sym, points: Sequence[Sym]) -> tuple[Int, Matrix] | None:

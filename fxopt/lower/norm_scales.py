@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fxopt.ir.exprs import Int, symbol
+from fxopt.ir.exprs import Int, mod, symbol
 from fxopt.ir.loops import Store
-from fxopt.ir.region import Alias, Alternatives, BufferSpec, Call, Contraction, Matrix, Region, Way, base_of, refs
+from fxopt.ir.region import Alias, Alternatives, BufferSpec, Call, Contraction, Matrix, Region, Step, Way, base_of, refs
 from fxopt.lower.channel_sums import constant_along
 from fxopt.lower.cost import nbytes
 from fxopt.lower.epilogues import Epilogues
@@ -115,6 +115,7 @@ class _Search(Placement):
         self.buffers = dict(lowered.buffers)
         self.epilogues = Epilogues(self.buffers, self.buffers)
         self.folds: dict[str, Fold] = {}
+        self.views_before: dict[int, list[Step]] = {}
         self.makers = {name: k for k, (_, writes) in enumerate(self.accesses) for name in writes}
 
     def run(self) -> tuple[Lowered, dict[str, Fold]]:
@@ -123,7 +124,7 @@ class _Search(Placement):
                 for store in step.nest.stores:
                     if self._put_ways(k, step, store):
                         break
-        steps = [step for step in self.steps if step is not None]
+        steps = [s for k, own in enumerate(self.steps) for s in (*self.views_before.get(k, ()), own) if s is not None]
         used = {n for step in steps if isinstance(step, Alternatives) and step.kind == NAME for n in step.buffers}
         folds = {name: fold for name, fold in self.folds.items() if name in used}
         buffers = self.lowered.buffers | {name: spec for name, spec in self.buffers.items() if name in used}
@@ -138,10 +139,11 @@ class _Search(Placement):
         norm = find_norm(region, store)
         if norm is None:
             return False
+        weights = [self._weights(j) for j in readers]
         before = self._before(k, region, norm)
-        if not (self.every or self._is_worth_it(norm, readers, before)):
+        if not all(weights) or not (self.every or self._is_worth_it(norm, readers, before)):
             return False
-        shift = self._shift(norm, [m for j in readers for m in self._weights(j)])
+        shift = self._shift(norm, [m for each in weights for m in each])
         if shift is None:
             return False
         scale = BufferSpec(f"{store.buffer}.scale", torch.float32, region.device, (norm.count,), (1,))
@@ -166,6 +168,8 @@ class _Search(Placement):
             place = self._place(tuple(numbers))
             written = any(norm.rows.buffer in self.accesses[j][1] for j in numbers if j != k)
             if place is not None and not written:
+                calls = [s for j in numbers if isinstance(s := self.steps[j], Call)]
+                self.views_before[place] = [*self.views_before.get(place, ()), *self._take_views(place, calls)]
                 ways = [Way(STORED, self._among(numbers, {}))]
                 ways += self._ways((SCALED, SCALED_FUSED), {k: scaled}, numbers, readers, fusing)
                 if summed is not None:
@@ -326,18 +330,22 @@ class _Search(Placement):
         dim, factor = self._dim(b, norm), self._factor(norm)
         if dim is None or factor is None:
             return None
-        name = f"{b.buffer}.times.{norm.normed.buffer}"
+        name = f"{b.buffer}.times.{norm.normed.buffer}.{dim}"  # of a square weight both dimensions may be meant
         self.folds[name] = Fold(b.buffer, factor * 2.0**shift, dim)
         self.buffers[name] = replace(self.buffers[b.buffer], name=name)
         return replace(b, buffer=name)
 
     def _dim(self, b: Matrix, norm: Norm) -> int | None:
-        """Along which dimension of its buffer, a constant matrix, the rows of `b` lie."""
+        """Along which dimension of its buffer, a constant matrix, the rows of `b` lie, all of it in each column."""
         spec = self.buffers[b.buffer]
         if b.buffer not in self.lowered.constants or len(spec.shape) != 2 or b.batch != 0:
             return None
         found = [d for d in range(2) if (spec.shape[d], spec.strides[d]) == (norm.axis.size, b.row)]
-        return found[0] if len(found) == 1 else None
+        if len(found) != 1:
+            return None
+        between = spec.strides[1 - found[0]]
+        whole = isinstance(between, int) and between > 0 and mod(b.offset, between) == mod(b.column, between) == 0
+        return found[0] if whole else None
 
     def _factor(self, norm: Norm) -> torch.Tensor | None:
         """What the norm multiplies columns by, if that is constant: float64 [columns]."""

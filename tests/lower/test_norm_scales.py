@@ -248,6 +248,59 @@ def test_what_is_left_as_it_is(fn: Function) -> None:
     assert folded(both, folds).constants.keys() == both.constants.keys()
 
 
+def attended(x: Tensor, weight: Tensor, key: Tensor) -> Tensor:
+    """As where queries have a norm of their own."""
+    return F.scaled_dot_product_attention(llama(x, weight), key, key)
+
+
+def in_8_bits(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+    return F.linear(llama(x, weight).to(torch.float8_e4m3fn).to(x.dtype), w)
+
+
+def across_rows_of_the_weight(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+    return F.linear(llama(x, weight), w.flatten()[10:-54].view(-1, WIDTH))
+
+
+OTHERS: list[tuple[Function, tuple[int, ...], tuple[int, ...]]] = [
+    (attended, (2, 4, 32, WIDTH), (2, 4, 32, WIDTH)),
+    (in_8_bits, (96, WIDTH), (48, WIDTH)),
+    (across_rows_of_the_weight, (96, WIDTH), (50, WIDTH)),
+]
+
+
+@pytest.mark.parametrize(("fn", "rows", "other"), OTHERS)
+def test_what_no_product_with_a_whole_weight_reads_stays(
+    fn: Function, rows: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    args = (rand(*rows), rand(WIDTH), rand(*other))
+    both, _ = with_norm_scales(frozen(fn, args, (1, 2)), every=True)
+    assert not any(isinstance(s, Alternatives) for s in both.steps)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_rows_that_were_not_rounded_before_may_be_beyond_float16(dtype: torch.dtype) -> None:
+    def fn(x: Tensor, residual: Tensor, weight: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = wide(x) * 8 + wide(residual)
+        return total.to(x.dtype), F.linear(llama(total, weight).to(x.dtype), w)
+
+    args = [rand(*shape, dtype=dtype) for shape in ((96, WIDTH), (96, WIDTH), (WIDTH,), (48, WIDTH))]
+    args[0][3] *= 2e4
+    if dtype == BF16:
+        check(fn, args, (2, 3))
+    both, _ = with_norm_scales(frozen(fn, args, (2, 3)), every=True)
+    assert any(isinstance(s, Alternatives) for s in both.steps) == (dtype == BF16)
+
+
+def test_a_weight_along_both_of_its_dimensions() -> None:
+    fn: Function = lambda x, weight, w: (F.linear(n := llama(x, weight), w), n @ w)  # noqa: E731
+    assert labels(check(fn, (rand(96, WIDTH), rand(WIDTH), rand(WIDTH, WIDTH)), (1, 2))) == [(STORED, 3), (SCALED, 3)]
+
+
+def test_two_norms_of_the_same_rows_and_one_weight() -> None:
+    fn: Function = lambda x, one, two, w: F.linear(llama(x, one), w) + F.linear(llama(x, two), w)  # noqa: E731
+    check(fn, (rand(96, WIDTH), rand(WIDTH), rand(WIDTH), rand(48, WIDTH)), (1, 2, 3))
+
+
 @pytest.mark.parametrize("constants", [(), (1,), (2,)])
 def test_weights_have_to_be_frozen(constants: tuple[int, ...]) -> None:
     args = (rand(96, WIDTH), rand(WIDTH), rand(48, WIDTH))
