@@ -111,14 +111,17 @@ def rounded_within_int8(node: Op) -> tuple[Scalar, float, float] | None:
 
 
 def scaled_relu(node: Scalar) -> tuple[Scalar, Scalar | None]:
-    """(x, factor) of a float32 that is relu(x) times a factor that is one for all elements, or x times it; without such a
-    factor (`node`, None).
+    """(x, factor) of a float32 that is relu(x) times a factor that is one for all elements, or x times a constant that is
+    not negative; otherwise (`node`, None).
     """
     if not _is_product(node):
         return node, None
     for factor, x in (node.args, reversed(node.args)):
         if not factor.symbols() and isinstance(factor, Load | Const):
-            return _below_relu(x) or x, factor
+            if (inner := _below_relu(x)) is not None:
+                return inner, factor
+            if isinstance(factor, Const) and factor.value >= 0:
+                return x, factor
     return node, None
 
 

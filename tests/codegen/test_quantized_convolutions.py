@@ -177,6 +177,30 @@ def test_casts_to_int8_are_torchs(interpreter: Interpreter) -> None:
         assert torch.equal(memory[output.name], wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F16])
+@pytest.mark.parametrize("factor", [3.0, 200.0, 0.0, -3.0])
+def test_scaled_casts_to_int8_are_torchs(interpreter: Interpreter, factor: float, dtype: torch.dtype) -> None:
+    """Also of negative values and a negative factor, unless a relu was before that."""
+    x, scale = (torch.arange(-800, 801) / 8).to(dtype), torch.tensor(factor)
+    x = torch.cat([x, torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0], dtype=dtype)])
+
+    def scaled(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        y, z = x.float(), torch.relu(x).float()
+        products = y * scale, y * factor, z * scale, z * factor
+        return tuple(each.round().clamp(0.0, 127.0) for each in products)
+
+    low = searched(lambda *args: tuple(each.to(INT8) for each in scaled(*args)), x, scale)
+    memory = dict(zip(low.inputs, (x.clone(), scale), strict=True))
+    for step in low.steps:
+        assert isinstance(step, Region)
+        memory |= {n: torch.zeros(len(x), dtype=INT8) for n in step.writes()}
+        (kernel,) = print_region(step, configs(step, TARGET)[0], TARGET).kernels
+        assert kernel.text.count("scaled_to_int8") == 4
+        interpreter.run(kernel, memory)
+    for output, wanted in zip(low.outputs, scaled(x, scale), strict=True):
+        assert torch.equal(memory[output.name], wanted.nan_to_num(nan=0.0).to(INT8))
+
+
 @pytest.mark.parametrize("config", [PLAIN, PROMOTED], ids=str)
 def test_values_of_float8(interpreter: Interpreter, config: GemmConfig) -> None:
     args = operands(FLOAT8, (1, 5, 4, 32), (32, 3, 3, 32))
