@@ -73,6 +73,8 @@ def pooled(product: Product, made: Nest, held: str, region: Region, wanted: Coll
     if read is None or pool is None:
         return None
     counts = (patches.shape[0], patches.places[0] // pool[0], patches.places[1] // pool[1])
+    if not all(counts):
+        return None
     inside = replace(patches, pool=pool, places=(counts[1] * pool[0], counts[2] * pool[1]))
     if wanted and inside.places != patches.places:
         return None  # what is in no pool is computed nowhere

@@ -165,3 +165,11 @@ def test_depthwise_convolutions_are_left_alone() -> None:
         lambda x, w: F.max_pool2d(F.conv2d(x, w, None, 1, 1, groups=16), 2), image(2, 16, 8, 8), image(16, 1, 3, 3)
     )
     assert not any(way.label == POOLED for each in alternatives(low) for way in each.ways)
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0, 1), (0, 1, 0, 0)], ids=["rows", "columns"])
+def test_pools_larger_than_the_convolutions_result_are_left_alone(pad: tuple[int, ...]) -> None:
+    """All of a pool but one row or column is what the result is padded with."""
+    size = (1, 8) if pad[3] else (8, 1)
+    low = check_ways(lambda x, w: F.max_pool2d(F.pad(F.conv2d(x, w), pad), 2), image(2, 16, *size), image(24, 16, 1, 1))
+    assert not any(way.label == POOLED for each in alternatives(low) for way in each.ways)
