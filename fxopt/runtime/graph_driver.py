@@ -107,13 +107,17 @@ def _destroy(
 
 
 @contextlib.contextmanager
-def _relaxed(lib: Any) -> Iterator[None]:
-    """A block in which this thread may call what a capture of its own forbids."""
-    mode = ctypes.c_int(_RELAXED)
+def _anywhere(lib: Any, context: ctypes.c_void_p) -> Iterator[None]:
+    """A block in which that context is current, and this thread may call what a capture of its own forbids: for what comes
+    with the last reference to something, in whatever thread that is, and beside whatever device."""
+    mode, popped = ctypes.c_int(_RELAXED), ctypes.c_void_p()
     lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    is_pushed = lib.cuCtxPushCurrent_v2(context) == 0
     try:
         yield
     finally:
+        if is_pushed:
+            lib.cuCtxPopCurrent_v2(ctypes.byref(popped))
         lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
@@ -228,9 +232,9 @@ class GraphDriver:
         """A block in which a graph is destroyed. Afterwards its pool may be freed: not before replays are done, for
         unmapping memory does not wait for them.
 
-        May come at any time, in a thread that captures, too.
+        May come at any time, in a thread that captures or whose device is another one, too.
         """
-        with _relaxed(self._lib):
+        with _anywhere(self._lib, self._context):
             if self.in_line:  # no end of a turn was recorded
                 with contextlib.suppress(FxoptError):
                     self._call(self._lib.cuStreamSynchronize, "waiting for the default stream", None)
@@ -255,7 +259,7 @@ class GraphDriver:
 
     def _settle(self) -> None:
         """Wait until the device has nothing to do, in whatever thread."""
-        with contextlib.suppress(FxoptError), _relaxed(self._lib):
+        with contextlib.suppress(FxoptError), _anywhere(self._lib, self._context):
             self._call(self._lib.cuCtxSynchronize, "waiting for the device")
 
     def side_stream(self) -> SideStream:
