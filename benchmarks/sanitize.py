@@ -28,7 +28,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.choosing import split
+from benchmarks.choosing import names_of
 from benchmarks.crew import usable_devices
 from benchmarks.dealing import shared_threads, visible_devices
 from benchmarks.results import target_facts
@@ -58,6 +58,7 @@ SUITE = (
     "tests/gpu/test_quantized_cuda.py::test_every_kernel_of_one_row_has_the_values_of_a_norm_between_products",
 )
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "--tb=line")
 LIBRARIES = ("at6native", "cutlass", "xmma", "nvjet", "cublas", "cudnn", "fmha", "flash")
 """Parts of the names of kernels that are not ours: they are not checked, and take no longer than without a tool."""
@@ -258,7 +259,10 @@ def main(
     program = sanitizer()
     if program is None:
         raise typer.BadParameter("there is no compute-sanitizer on the PATH nor in " + ", ".join(PLACES))
-    cuda, suite, chosen = pick_device("cuda"), tests.split(), split(tools)
+    chosen, suite = names_of(tools, TOOLS, "tool"), tests.split()
+    if not suite:
+        raise typer.BadParameter("there are no tests to run")
+    cuda = pick_device("cuda")
     places = visible_devices(usable_devices(cuda, devices))
     processes = max(processes or len(os.sched_getaffinity(0)), len(places), len(chosen))
     folder = Path(tempfile.mkdtemp(prefix="fxopt-sanitize-")) if out is None else out.parent

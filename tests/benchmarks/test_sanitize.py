@@ -132,3 +132,19 @@ def test_a_suite_is_run_in_shards_and_what_is_cut_is_named(tmp_path: Path, monke
     assert places == {(place, checked) for place in ("4", "GPU-a") for checked in (False, True)}
     plain, checked = (sorted(name for name, facts in seen if facts["checked"] is way) for way in (False, True))
     assert plain == checked
+
+
+@pytest.mark.parametrize(
+    ("tools", "tests", "wrong"),
+    [("memchek", "a.py", "no tool 'memchek'"), (" ,", "a.py", "no tool is named"), ("memcheck", " ", "no tests")],
+)
+def test_options_are_judged_before_anything_runs(
+    tools: str, tests: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pytest without a name would run all tests that there are."""
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(sanitize, "visible_devices", lambda count: ["0"])
+    monkeypatch.setattr(sanitize, "warm_up", lambda *_: pytest.fail("it runs"))
+    with pytest.raises(typer.BadParameter, match=wrong):
+        sanitize.main(tools, tests, warm=1, limit=1, devices=0, processes=1, out=None)
