@@ -62,6 +62,8 @@ struct Node {
   const void* parameters;  // the driver's, with the address of what is told
 };
 
+constexpr uintptr_t kPerThreadStream = 2;  // the handle of a default stream that each thread has of its own
+
 constexpr unsigned kThreads = 256;
 constexpr uint64_t kMostBlocks = 1024;  // of one copy; a thread copies 16 bytes at a time
 
@@ -274,14 +276,14 @@ class Turn {
 
   bool taken() const { return taken_; }
 
-  // Whether the last turn was on this stream; -1 with an exception.
+  // Whether the last turn is known to have been on this stream; -1 with an exception.
   int is_last(void* stream) const {
     Ref last(PyObject_GetAttr(self_->turns.get(), last_name));
     if (!last) return -1;
     if (last.get() == Py_None) return 0;
     void* found = PyLong_AsVoidPtr(last.get());
     if (found == nullptr && PyErr_Occurred()) return -1;
-    return found == stream;
+    return found == stream && reinterpret_cast<uintptr_t>(stream) != kPerThreadStream;
   }
 
   // Whether ends of turns are not recorded, since all are on the default stream; -1 with an exception.

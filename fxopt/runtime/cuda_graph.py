@@ -48,6 +48,8 @@ from fxopt.runtime.training_window import choose_window
 NAME = "cuda-graphs"
 """What `FXOPT_DISABLE` and `options={"disable": ...}` call it."""
 DEFAULT_STREAM = 0
+PER_THREAD_STREAM = 2
+"""The driver's handle of a default stream that each thread has of its own."""
 REPLAYS_PER_CAPTURE = 32
 """When there are as many graphs as may be kept, replays that have to come before another one takes a graph's place."""
 SEEN_PER_GRAPH = 8
@@ -106,7 +108,7 @@ class Turns:
             stream = driver.stream()
             self.owner, has_followed = me, False
             try:
-                if self.last != stream:
+                if self.last != stream or stream == PER_THREAD_STREAM:
                     self._follow(stream)
                 has_followed = True
                 return work(stream)

@@ -22,6 +22,7 @@ from fxopt.ir.kernel import Artifact
 from fxopt.runtime import copies
 from fxopt.runtime.artifacts import ArtifactStore
 from fxopt.runtime.copies import MOST
+from fxopt.runtime.cuda_graph import PER_THREAD_STREAM
 from fxopt.runtime.recording import Nodes, Recording
 from tests.runtime.fake_graphs import Acted, FakeDriver
 
@@ -162,6 +163,17 @@ def test_turns_on_the_default_stream_need_no_event(steps: Steps) -> None:
     first = [("record", 0), ("wait", 8), ("replay", 8), ("record", 8)]
     assert run.driver.log == [*first, ("replay", 8), ("record", 8), ("wait", 0), ("replay", 0), ("record", 0)]
     assert steps.in_python == 2, "the first that had to wait"
+
+
+def test_threads_default_streams_share_a_handle_but_no_order(steps: Steps) -> None:
+    run, w = in_line()
+    run.driver.current = PER_THREAD_STREAM
+    run(torch.ones(4), w)
+    run.driver.log.clear()
+    for k in range(2):  # perhaps by another thread
+        assert run(torch.full((4,), float(k)), w)[0].tolist() == [float(k)] * 4
+    turn = [("wait", PER_THREAD_STREAM), ("replay", PER_THREAD_STREAM), ("record", PER_THREAD_STREAM)]
+    assert run.driver.log == turn * 2
 
 
 def test_who_cannot_wait_for_the_default_stream_has_done_nothing(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
