@@ -16,6 +16,7 @@ from fxopt.capture.autograd_cache import Shelf
 from fxopt.capture.freeze import Runner
 from fxopt.capture.guards import trust_modules
 from fxopt.capture.normalize import copy_graph
+from fxopt.capture.steady_floats import mark_steady_floats
 from fxopt.capture.tracing_pause import pause_while_tracing
 from fxopt.errors import OptionError
 from fxopt.garbage import collection_paused
@@ -106,6 +107,7 @@ def compile_dynamo_graph(
         _run_early(gm, options, journal)
         joint = functools.partial(_run_joint, options=options, journal=journal)
         compiled = compile_with_autograd(gm, inputs, options, compile_graph, shelf, on_miss, joint)
+        private.forget_specialized_floats()  # now that the graph without them is compiled
     except private.PASS_THROUGH:
         raise
     except Exception as error:
@@ -121,6 +123,7 @@ def _run_early(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
     """The phase before autograd: passes that must see whole operations (attention, losses) with their own backward."""
     from fxopt.passes import run_early
 
+    mark_steady_floats(gm)
     run_early(gm, options, journal)
 
 

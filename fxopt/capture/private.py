@@ -16,6 +16,8 @@ from torch import fx
 from torch._decomp import core_aten_decompositions
 from torch._dynamo import disable
 from torch._dynamo import exc as dynamo_errors
+from torch._dynamo.pgo import auto_dynamic, get_code_state
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters, flatten_graph_inputs
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
@@ -40,8 +42,10 @@ __all__ = [
     "FakeTensor",
     "TracingContext",
     "boxed_code",
+    "changed_sources",
     "core_decompositions",
     "flatten_graph_inputs",
+    "forget_specialized_floats",
     "gradients_as_outputs",
     "graph_breaks",
     "keep_saved_values",
@@ -224,6 +228,20 @@ def saved_values_kept() -> Iterator[None]:
     """No backward compiled in the block reuses the memory of what its forward saved, so that it can run more than once."""
     with functorch_config.patch(donated_buffer=False):
         yield
+
+
+def changed_sources() -> frozenset[str]:
+    """Names of the numbers that Dynamo has seen with several values, in any function that it has compiled."""
+    known = (state.automatic_dynamic.items() for state in get_code_state().values())
+    return frozenset(name for each in known for name, seen in each if seen.scalar is auto_dynamic)
+
+
+def forget_specialized_floats() -> None:
+    """Have Dynamo make inputs of floats again that it was told to take as literals when it traced a graph once more.
+
+    It keeps them, by names that other functions have too, until it is reset: each value would be another graph.
+    """
+    TensorifyState.clear()
 
 
 def compiled_metadata() -> Any:

@@ -2,7 +2,7 @@
 
 With `torch.compile(dynamic=True)` Dynamo takes every float for one that may change from call to call, and makes an input of
 it: scales of attention, probabilities of dropout, epsilons. What a module holds changes seldom; with a guard, as Dynamo has
-it otherwise, another value is another compilation. Floats that are arguments stay inputs.
+it otherwise, another value is another compilation, and then an input. Floats that are arguments stay inputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def module_floats(context: Context) -> None:
     for node in context.nodes:
         if context.exhausted:
             return
-        if node.op != "call_method" or node.target != "item" or not _is_held_by_a_module(node.args[0]):
+        if node.op != "call_method" or node.target != "item" or not _is_steady(node.args[0]):
             continue
         value = node.meta.get("example_value")
         if isinstance(value, float | torch.SymFloat):
@@ -28,12 +28,9 @@ def module_floats(context: Context) -> None:
             context.graph.gm.graph.erase_node(node)
 
 
-def _is_held_by_a_module(source: Any) -> bool:
-    """Whether an input has the name that Dynamo gives to what it finds within `self` or a module."""
-    if not isinstance(source, fx.Node) or source.op != "placeholder":
-        return False
-    name = str(source.target)
-    return name.startswith("L_self_") or "_modules_" in name
+def _is_steady(source: Any) -> bool:
+    """Whether an input is marked as a float of a module's that has not changed so far."""
+    return isinstance(source, fx.Node) and source.op == "placeholder" and bool(source.meta.get("steady_float"))
 
 
 def _replace(node: fx.Node, value: float) -> None:

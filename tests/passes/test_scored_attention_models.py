@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from fxopt.capture.steady_floats import mark_steady_floats
 from fxopt.ir.scored_attention_op import scored_attention
 from fxopt.journal import Journal
 from fxopt.options import Options
@@ -42,6 +43,7 @@ def test_lengths_known_only_at_run_time(name: str) -> None:
     graphs: list[fx.GraphModule] = []
 
     def early(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        mark_steady_floats(gm)
         run_early(gm, Options(), Journal("test", strict=True))
         graphs.append(gm)
         return gm.forward
