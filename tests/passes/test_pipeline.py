@@ -44,7 +44,7 @@ NOT_FOR_THIS_LAYER = (
     "open_mask", "attention_mask", "canonical_calls", "hand_attention", "attention", "linear_cross_entropy", "pad_gemm",
     "mm_view_bias", "constant_folding", "cse", "complex_pairs", "flat_convolution", "channels_last", "convolution_bias",
     "merged_products", "quantize", "quantized_residuals", "stored_attention", "product_bias", "fp8_training",
-    "disjoint_windows", "quantized_pools", "encoder_layer",
+    "disjoint_windows", "quantized_pools", "encoder_layer", "module_floats",
 )  # fmt: skip
 
 
