@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 aten = torch.ops.aten
 
@@ -27,11 +27,18 @@ def _is_empty(x: Tensor) -> bool:
     return any(guard_or_false(size == 0) for size in x.shape)
 
 
+def _may_be_empty(x: Tensor, over: list[int]) -> bool:
+    """Whether rows along `over` have a size that depends on data and may be zero: the op is whole then."""
+    return x.dim() > 0 and not _is_empty(x) and any(guard_or_true(x.shape[dim] == 0) for dim in over)
+
+
 def _finished(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype).contiguous()
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    if _may_be_empty(x, [dim]):
+        return NotImplemented
     wide = _widened(x)
     if not _is_empty(x):
         exponential = torch.exp(wide - torch.amax(wide, dim, keepdim=True))
@@ -40,6 +47,8 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    if _may_be_empty(x, [dim]):
+        return NotImplemented
     wide = _widened(x)
     if not _is_empty(x):
         shifted = wide - torch.amax(wide, dim, keepdim=True)

@@ -66,6 +66,18 @@ def test_a_computed_size_may_be_zero(fn: Callable[..., torch.Tensor]) -> None:
     assert len(record.graphs) == 2, "no size but zero is special"
 
 
+@pytest.mark.parametrize("fn", [torch.softmax, torch.log_softmax])
+def test_a_size_that_depends_on_data_may_be_zero(fn: Callable[..., torch.Tensor]) -> None:
+    def of_positive(x: torch.Tensor) -> torch.Tensor:
+        return fn(x[x > 0], 0)
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(of_positive, backend="fxopt", fullgraph=True)
+        for x in (torch.randn(6), -torch.rand(6)):
+            torch.testing.assert_close(compiled(x), of_positive(x))
+
+
 def test_a_scalar_and_integers() -> None:
     check(aten._softmax.default, torch.tensor(3.0), 0, False)
     check(aten.logsumexp.default, torch.tensor(3.0), [0])
