@@ -112,6 +112,18 @@ def test_dynamic_shapes_compile_once(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_compared_is_rounded(dtype: torch.dtype, device: str) -> None:
+    """As a gradient of a maximum asks: each row has a largest element, whatever is computed in registers."""
+
+    def fn(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = x * 0.37 + b
+        return y == y.amax(1, keepdim=True)
+
+    x, b = (torch.randn(shape, device=device).to(dtype) for shape in ((64, 96), (96,)))
+    assert torch.compile(fn, backend="fxopt")(x, b).any(1).all()
+
+
 def test_dropout_is_reproducible_fresh_and_unbiased(device: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda x: F.dropout(x, 0.25, training=True), backend="fxopt")

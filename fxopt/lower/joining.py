@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import replace
 
 from fxopt.ir.exprs import Sym, add, coefficient, never_equal, symbol
-from fxopt.ir.loops import Load, Nest, Reduce, Scalar, Scan, Store, holds_reduction, postorder, transform
+from fxopt.ir.loops import (
+    COMPARE,
+    Load,
+    Masked,
+    Nest,
+    Op,
+    Reduce,
+    Scalar,
+    Scan,
+    Store,
+    holds_reduction,
+    postorder,
+    transform,
+)
 from fxopt.ir.region import Region
+from fxopt.ir.rounding import rounded
 from fxopt.lower import cost
 from fxopt.lower.align import Mapping, division_count, mappings
 from fxopt.lower.online import one_pass
@@ -18,6 +32,9 @@ MAX_BUFFERS = 28
 
 MAX_NODES = 1200
 """Scalar operations of one kernel."""
+
+
+_CHOOSING = ("cast", "where", "maximum", "minimum")
 
 
 def join(first: Region, second: Region) -> Region | None:
@@ -136,9 +153,11 @@ def combine(first: Nest, second: Nest) -> Nest | None:
         if any(s.index != load.index or s.mode != "set" or s.indirect or load.indirect for s in sources):
             return None
 
+    exact = compared(second.roots)
+
     def passed(load: Load) -> Scalar | None:
         sources = made.get(load.buffer)
-        return None if sources is None else cast(sources[0].value, load.dtype)
+        return None if sources is None else in_register(sources[0].value, load, exact)
 
     stores = []
     for s in second.stores:
@@ -147,6 +166,34 @@ def combine(first: Nest, second: Nest) -> Nest | None:
         stores.append(s.transformed({}, lambda v: transform(v, {}, passed)))
     nest = one_pass(Nest(first.points, first.reduced, (*first.stores, *stores)))
     return nest if _in_place_is_safe(nest) else None
+
+
+def compared(roots: Iterable[Scalar]) -> set[Load]:
+    """The loads of which `roots` ask whether they, or what is chosen among them, are equal to something or larger."""
+    asked = list[Scalar]()
+    for node in postorder(roots):
+        if (isinstance(node, Op) and node.name in COMPARE) or (
+            isinstance(node, Reduce) and node.kind in ("argmax", "argmin")
+        ):
+            asked += node.args if isinstance(node, Op) else node.operands
+    found, seen = set[Load](), set[Scalar]()
+    while asked:
+        if (node := asked.pop()) in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, Load):
+            found.add(node)
+        elif isinstance(node, Masked):
+            asked += (node.body, node.other)
+        elif isinstance(node, Op) and node.name in _CHOOSING:
+            asked += node.args
+    return found
+
+
+def in_register(value: Scalar, load: Load, exact: Container[Load]) -> Scalar:
+    """`value` in the place of `load`, which read it from memory; as it was there if `load` is in `exact` (`compared`)."""
+    made = cast(value, load.dtype)
+    return rounded(made) if load in exact else made
 
 
 def _are_apart(a: Store, b: Store) -> bool:

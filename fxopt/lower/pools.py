@@ -7,7 +7,7 @@ region serves that reads each place of a pool once, and nothing else of the conv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -15,9 +15,8 @@ from fxopt.ir.exprs import Int, Sym, add, coefficient, mul, ravel, symbol, unrav
 from fxopt.ir.loops import Load, Nest, Scalar, Store, transform
 from fxopt.ir.region import Matrix, Pair, Patches, Region, Step
 from fxopt.lower.align import along, mappings
-from fxopt.lower.joining import remap
+from fxopt.lower.joining import compared, in_register, remap
 from fxopt.lower.products import Product
-from fxopt.lower.values import cast
 
 SIZES = (2, 4)
 """Places of a pool: each takes a share of a tile's registers, whose number is a power of two."""
@@ -129,9 +128,10 @@ def _over_pools(nest: Nest, product: Product, name: str, values: Mapping[tuple[s
         mapped = remap(nest, mapping, own)
         loads = [load for load in mapped.loads() if load.buffer in held]
         if all((load.buffer, load.index) in values and not load.indirect for load in loads):
+            exact = compared(mapped.roots)
 
-            def value(load: Load) -> Scalar | None:
-                return cast(values[load.buffer, load.index], load.dtype) if load.buffer in held else None
+            def value(load: Load, exact: Container[Load] = exact) -> Scalar | None:
+                return in_register(values[load.buffer, load.index], load, exact) if load.buffer in held else None
 
             return replace(mapped, stores=tuple(s.transformed({}, lambda v: transform(v, {}, value)) for s in mapped.stores))
     return None

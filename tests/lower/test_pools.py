@@ -15,6 +15,7 @@ from fxopt.lower import padded_images
 from fxopt.lower.contractions import FUSED, IMPLICIT, LIBRARY, PADDED, PADDED_POOLED, POOLED
 from fxopt.lower.convolutions import CUDNN
 from tests.lower.contracting import alternatives, check_ways, kept, searched
+from tests.lower.interpreter import run_lowered
 
 BF16 = torch.bfloat16
 
@@ -173,3 +174,18 @@ def test_pools_larger_than_the_convolutions_result_are_left_alone(pad: tuple[int
     size = (1, 8) if pad[3] else (8, 1)
     low = check_ways(lambda x, w: F.max_pool2d(F.pad(F.conv2d(x, w), pad), 2), image(2, 16, *size), image(24, 16, 1, 1))
     assert not any(way.label == POOLED for each in alternatives(low) for way in each.ways)
+
+
+def test_what_is_compared_is_rounded_as_in_memory() -> None:
+    """Of equal ones the first is the largest, and one place of each pool is equal to its largest."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(F.conv2d(x, w, None, 1, 1) * 0.37 + 0.1)
+        pooled = F.max_pool2d(y, 2)
+        return pooled, sum(y[..., k // 2 :: 2, k % 2 :: 2] == pooled for k in range(4)) > 0
+
+    args = image(2, 16, 8, 8), image(24, 16, 3, 3)
+    low = searched(fn, *args)
+    assert POOLED in {way.label for each in alternatives(low) for way in each.ways}
+    for label in (LIBRARY, POOLED, IMPLICIT):
+        assert run_lowered(kept(low, label), dict(zip(low.inputs, args, strict=True)))[1].all(), label
