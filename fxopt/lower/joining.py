@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import replace
 
 from fxopt.ir.exprs import Sym, add, coefficient, never_equal, symbol
@@ -168,7 +168,7 @@ def combine(first: Nest, second: Nest) -> Nest | None:
     return nest if _in_place_is_safe(nest) else None
 
 
-def compared(roots: Iterable[Scalar]) -> set[Load]:
+def compared(roots: tuple[Scalar, ...]) -> set[Load]:
     """The loads of which `roots` ask whether they, or what is chosen among them, are equal to something or larger."""
     asked = list[Scalar]()
     for node in postorder(roots):
