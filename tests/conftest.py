@@ -41,7 +41,17 @@ if not torch.cuda.is_available():
     torch.random._manual_seed_impl = lambda seed: torch.default_generator.manual_seed(int(seed))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+BENCHMARKS = Path(__file__).with_name("benchmarks")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == BENCHMARKS and item.path.name != "test_choosing.py":
+            item.add_marker(pytest.mark.slow)  # programs that nobody's model runs; what they refuse is cheap to see
+    if os.environ.get("CI"):  # whose time is bounded
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

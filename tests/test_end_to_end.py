@@ -124,6 +124,7 @@ def test_what_is_compared_is_rounded(dtype: torch.dtype, device: str) -> None:
     assert torch.compile(fn, backend="fxopt")(x, b).any(1).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_dropout_is_reproducible_fresh_and_unbiased(device: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda x: F.dropout(x, 0.25, training=True), backend="fxopt")

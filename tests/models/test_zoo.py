@@ -1,4 +1,4 @@
-"""A slice of the zoo for every commit; `python -m tests.models.zoo --all` runs all of it."""
+"""A slice of the zoo, and of that one for every commit; `python -m tests.models.zoo --all` runs all of it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,24 @@ CASES = (
     "segformer/train",
 )
 
+EVERY_TIME = frozenset(
+    {
+        "unet/train",
+        "efficientnet-blocks/freeze",
+        "diffusion-block/train-autocast",
+        "moe/train",
+        "deberta-v2/no_grad",
+        "gpt2/dynamic",
+        "llama-gqa/train-autocast",
+        "gemma2/freeze",
+        "t5/train",
+        "vit/freeze",
+        "convnext/train",
+        "mamba/no_grad",
+    }
+)
+"""Those that CI runs: each mode, and each kind of layer."""
+
 LEFT_TO_TORCH = frozenset(
     {
         "_assert_async",
@@ -70,7 +88,7 @@ def operator(what: str) -> str:
     return found[1] if found else what
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c in EVERY_TIME else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_model_is_right_and_generated(case: str) -> None:
     name, mode = case.split("/")
     record = run_case(name, mode)
