@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,26 @@ if not torch.cuda.is_available():
 
 
 BENCHMARKS = Path(__file__).with_name("benchmarks")
+COSTLY, MANY = ("capture", "codegen", "passes", "quant", "runtime"), 8
+"""Folders whose tests compile or interpret kernels, and how many cases of a test are so many that every second is slow."""
+
+
+def _test(item: pytest.Item) -> str:
+    """The test that `item` is a case of."""
+    return item.nodeid.partition("[")[0]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == BENCHMARKS and item.path.name != "test_choosing.py":
             item.add_marker(pytest.mark.slow)  # programs that nobody's model runs; what they refuse is cheap to see
+    costly = [item for item in items if item.path.parent.name in COSTLY]
+    cases = Counter(_test(item) for item in costly)
+    seen = Counter[str]()
+    for item in costly:
+        seen[_test(item)] += 1
+        if cases[_test(item)] >= MANY and seen[_test(item)] % 2 == 0:
+            item.add_marker(pytest.mark.slow)
     if os.environ.get("CI"):  # whose time is bounded
         slow = [item for item in items if "slow" in item.keywords]
         config.hook.pytest_deselected(items=slow)
